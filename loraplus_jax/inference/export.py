@@ -209,6 +209,7 @@ def _base_leaves(tuned: TunedModel, modules: list[str], allow: Sequence[str]) ->
         leaf = f"params/{path}"
         if leaf in frozen:
             arrays = leaves_by_path({"params": {path: array}})  # a packed weight has several
+            # On the device, where training computed it too, but one leaf at a time: the model need not fit.
             lines.update((name, fingerprint_line(name, jax.device_put(x))) for name, x in arrays.items())
         if path.rpartition("/")[0] in modules:
             leaves[leaf] = array

@@ -142,6 +142,7 @@ class LoRAPlusLM(TemplateLM):
                     f"got {len(answer)}"
                 )
             context = context or [self.prefix_token_id]
+            # One more than the context: the last token is only predicted.
             ids = [*context, *answer][-(self.max_length + 1) :]
             truncated += len(ids) < len(context) + len(answer)
             continuations.append(Continuation(ids, len(ids) - len(answer)))
@@ -208,6 +209,7 @@ class LoRAPlusLM(TemplateLM):
         ends = [ids for text in until if len(ids := self.tok_encode(text, add_special_tokens=False)) == 1]
         generate = self._program(new_tokens, (*stop_ids(self._base), *(ids[0] for ids in ends)))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(len(prompts)))
+        # The longest first: if memory runs out, then at the start.
         order = sorted(range(len(prompts)), key=lambda n: -len(encoded[n]))
         answers: dict[int, str] = {}
         for start in range(0, len(order), self.batch_size):

@@ -173,7 +173,7 @@ def _load_merged(directory: Path, config: str | None, allow_different: Sequence[
     table = parts.base.table if own_tensors else merged_table(parts)
     shapes = jax.eval_shape(parts.model.init, jax.random.key(0), *parts.base.inputs)["params"]
     params = load_params(directory, table, shapes, new=parts.base.new if own_tensors else ())
-    variables = combine({"params": params}, unflatten(own_tensors)) if own_tensors else {"params": params}
+    variables = combine({"params": params}, unflatten(own_tensors))
     return TunedModel(settings, task, parts._replace(frozen=variables), directory, notes)
 
 
@@ -297,7 +297,6 @@ def check_output(path: Path) -> None:
 
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
     """Writes one JSON object per line to a new file; raises ValueError if the file exists."""
-    check_output(path)
     write_text(path, "".join(to_json(row, ensure_ascii=False) + "\n" for row in predictions), new=True)
 
 
@@ -305,6 +304,7 @@ def _compute_outputs(tuned: TunedModel, texts: Sequence[str], pairs: Sequence[st
     arrays, _ = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
     mesh, variables = make_mesh(1), tuned.variables
     apply = jax.jit(functools.partial(apply_model, tuned.parts.model))
+    # eval_batches pads the last batch to the shape of the others, so one program serves all.
     batches = eval_batches(arrays, min(tuned.settings.train.eval_batch_size, len(texts)))
     outputs = [np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in batches]
     return np.concatenate(outputs)[: len(texts)]

@@ -71,6 +71,7 @@ class LanguageTask:
 
     def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
         """Computes the perplexity `exp(loss)`; infinite if it would overflow."""
+        # math.exp raises for what overflows.
         loss = values["loss"]
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan}
 
@@ -111,6 +112,7 @@ class LanguageTask:
             losses = token_losses(variables, ids, segments, rng).reshape(mask.shape) * mask
             weight, answer = batch["weight"], batch["answer"]
             total = -jnp.sum(losses, axis=-1)
+            # A choice that pads has no tokens, so its log-likelihood is 0, above that of all others.
             padded = jnp.arange(choices)[None] >= batch["n_choices"][:, None]
 
             def accuracy(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -146,6 +148,7 @@ def _token_losses(
 ) -> jax.Array:
     """The cross-entropy of the next token at each position, float32 (B, T); the last is meaningless."""
     rngs = None if rng is None else {"dropout": rng}
+    # The last position gets the first token as its label, but the shifted mask is 0 there.
     labels = jnp.roll(input_ids, -1, axis=1)
     if chunk is None:
         logits: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs)
@@ -157,6 +160,7 @@ def _token_losses(
     hidden: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs, method="hidden")
     kernel, transposed = head_kernel(variables["params"])
     axes = ("tensor", "fsdp") if transposed else ("fsdp", "tensor")
+    # Gathered here, once. In the loop over chunks, GSPMD would gather the kernel for each of them.
     kernel = gather_over_fsdp(kernel.astype(hidden.dtype), axes)
     net: Any = model
     options = {

@@ -138,7 +138,9 @@ class ChatModel:
         """
         prompts = self.encode(chats)
         rows = min(batch_size, len(prompts))
+        # All batches of one shape: to compile a program for another takes longer than to compute padding.
         ids, segments = pad_left([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
+        # A key for each conversation, so that samples do not depend on the batches.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
         batch_tokens = []
         for start in range(0, len(ids), rows):

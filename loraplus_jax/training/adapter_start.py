@@ -145,6 +145,7 @@ def first_gradients(
         (total, weight), _ = loss_fn(combine(trainable, replace_leaves(frozen, weights)), batch, key)
         return total / weight
 
+    # Sharded like the weights; where this is left to XLA, each device may hold all of a gradient.
     out = {leaf: places[leaf] for leaf in weights}
     return jax.jit(jax.grad(loss), out_shardings=out)(weights, parts.trainable, parts.frozen, batch, key)
 

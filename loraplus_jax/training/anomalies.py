@@ -49,6 +49,7 @@ class LossSpike(NamedTuple):
 
 def metrics_to_host(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Copies the metrics of steps to the host as floats."""
+    # Of the whole list at once: device_get begins all copies before it waits for the first.
     return [{name: float(value) for name, value in row.items()} for row in jax.device_get(list(metrics))]
 
 

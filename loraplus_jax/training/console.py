@@ -23,6 +23,7 @@ class LineConsole(Console):
     """A rich console that prints strings as they are: no markup or emoji codes, control characters escaped."""
 
     def __init__(self, **options: Any) -> None:
+        # rich would read [q_proj] as a style tag and wrap lines in a log file.
         super().__init__(**{"soft_wrap": True, "markup": False, "emoji": False, **options})
 
     def print(self, *objects: Any, **options: Any) -> None:

@@ -139,6 +139,7 @@ def _parse_row(line: str | bytes) -> LogRow:
 
 def pyplot() -> Any:
     """Imports matplotlib.pyplot with a file-only backend; a late import, because it is slow."""
+    # By default matplotlib writes its font cache to the home directory, and warns if it cannot.
     os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
     import matplotlib
 

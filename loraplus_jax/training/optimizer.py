@@ -74,6 +74,7 @@ def make_optimizer(
         every=10,
         specs=specs,
     )
+    # adalora accepts any optax transform; around this kind it returns one that knows labels and rates.
     assert isinstance(transform, LoRAPlusTransform)
     return transform
 

@@ -58,6 +58,7 @@ def lock_directory(directory: Path) -> Iterator[Callable[[], None]]:
         locked, owner = directory.stat(), directory / OWNER
 
         def check() -> None:
+            # The lock is held on a file, which stays locked wherever it is moved.
             if not directory.exists() or not os.path.samestat(locked, directory.stat()):
                 raise ValueError(
                     f"output_dir {directory} was renamed, deleted or replaced during the run; move it back, and "
@@ -317,6 +318,7 @@ def open_output_directory(
     values = settings.to_json()
     for name in ("coordinator", "process_id"):  # each process has its own
         del values["distributed"][name]
+    # Other versions may compile other collectives, and processes then wait for each other forever.
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     check_same_everywhere({**values, "--fresh": fresh, "packages": versions})
     changed: list[str] = []

@@ -124,6 +124,8 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             held_out_texts = HeldOutTexts.from_settings(
                 settings, directory, data.task, shapes.model, data.inputs
             )
+        # Compiled from shapes: a program that does not fit is an error before the weights are read, which takes
+        # minutes.
         shardings = state_shardings(shapes, tx, mesh)
         programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
         check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
@@ -135,6 +137,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             "rows of the weights": rows_digest(tensors) if is_distributed else None,
             "init_adapter": adapter_digest(settings) if is_distributed else None,
         }
+    # Processes that read different files would train a mixture, without an error.
     check_same_everywhere(inputs)
     # From here on, computations run on all processes together.
     base = fingerprint(parts.frozen) if parts.frozen else None
@@ -194,6 +197,7 @@ def abstract_run(settings: Settings) -> AbstractRun:
     check_rates(settings.optimizer, tx, shapes.trainable)
     if settings.optimizer.target_rank is not None:
         try:
+            # AdaLoRA checks ranks and steps when it makes its state; of shapes that costs nothing.
             jax.eval_shape(tx.init, shapes.trainable)
         except ValueError as error:
             raise ValueError(f"optimizer.{error}") from None
@@ -239,6 +243,7 @@ def add_adapters(
 ) -> AdaptedModel:
     """Adds adapters to a base model; `make_adapters` is `init_lora`, or a function that returns shapes instead."""
     new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
+    # Only shapes: to initialize weights that the files replace would take their memory twice.
     variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
     if config is None:
         return AdaptedModel(base, base.model, {}, _float32(variables), {})
@@ -286,6 +291,7 @@ def load_model(
 def set_weights(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any]) -> AdaptedModel:
     """Sets loaded weights, without a copy, and initializes parameters that they lack."""
     base = parts.base
+    # As in `add_adapters`, which draws the adapters from the other key.
     new_key, _ = jax.random.split(jax.random.key(settings.seed))
     zeros = [jnp.zeros(x.shape, x.dtype) for x in base.inputs]
     new = {
@@ -376,6 +382,7 @@ def state_shapes(parts: AdaptedModel, tx: LoRAPlusTransform) -> TrainState:
     """The shapes of the training state."""
 
     def init() -> TrainState:
+        # Traced and never computed: an optimizer makes its state from arrays only.
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts.trainable)
         return init_state(zeros, tx, jax.random.key(0))
 

@@ -33,6 +33,7 @@ def lower_theory(
     loss_fn: LossFn, specs: Specs, state: Any, frozen: Any, rows: Any, *, mesh: Mesh, shardings: Shardings
 ) -> jax.stages.Lowered:
     """Lowers the measurement `(trainable, before, frozen, batch) -> terms` of `step.make_theory`, from shapes."""
+    # Replicated terms can be read on every process; of a split array a process holds only a part.
     trainable, replicated = shardings.state.trainable, NamedSharding(mesh, PartitionSpec())
     inputs = (trainable, trainable["lora"], shardings.frozen, batch_sharding(mesh))
     measure = jax.jit(
@@ -44,6 +45,7 @@ def lower_theory(
 @jax.jit
 def copy_adapters(trainable: Mapping[str, Any]) -> Any:
     """Copies the adapters, since a step donates its state."""
+    # Without jnp.copy, jit would return the buffers of its inputs, which the step then donates.
     return jax.tree.map(jnp.copy, trainable["lora"])
 
 

@@ -97,7 +97,9 @@ class Trainer:
         self.stop = StopSignal()
         self.history = SpikeHistory()
         self.evaluation_pending = False  # of the newest checkpoint
+        # Dropout's key. The seed's own key is split for the head and the adapters.
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
+        # No copy: the weights were loaded into these shardings.
         self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
         self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
         self.state: TrainState = distribute(init_state(self.initial, run.tx, key), run.shardings.state)
@@ -165,6 +167,7 @@ class Trainer:
         decisive = f"validation/{self.task.metric}"
         rows = {row["step"]: row for row in self.log.rows if math.isfinite(row.get(decisive, math.nan))}
         steps = [step for step in self.manager.all_steps() if step in rows and not self.manager.metrics(step)]
+        # The list of the lead process, on all: `add_metrics` waits for every process.
         for step in allgather(steps)[0]:
             self.console.print(
                 f"the metrics of checkpoint {step} are damaged or missing; restored from the log"
@@ -245,6 +248,7 @@ class Trainer:
                 before = copy_adapters(self.state.trainable) if is_measured else None
                 rows = shard_batch(batch, self.run.mesh)
                 self.state, metrics = self.run.programs.step(self.state, self.frozen, rows)
+                # They stay on the devices: to read them here would wait for the step.
                 self.pending.append(metrics)
                 self.step = step = step + 1
                 stopping = self.stop.is_due(step)
@@ -363,6 +367,7 @@ class Trainer:
         trainable, settings, specs = self.state.trainable, self.run.settings, self.run.parts.specs
         after = self.evaluate(trainable, self.held_out) | self.score_texts(trainable, "after")
         self.ask_prompt("after", trainable)
+        # A collective, so every process takes part, though only the lead process writes.
         trained = gather_to_host(trainable)
         if settings.optimizer.target_rank is not None:
             self.ranks = final_ranks(trained["lora"], specs)
@@ -399,6 +404,7 @@ class Trainer:
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
         if is_lead():
+            # Last of all files: with it the run counts as finished.
             write_text(self.directory / SUMMARY, to_json(summary, indent=1) + "\n")
         chosen = "" if summary["selected_step"] == summary["steps"] else f", step {summary['selected_step']}"
         self.console.print(
