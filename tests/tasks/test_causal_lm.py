@@ -1,7 +1,6 @@
 """Losses and metrics of language models by hand, digests of their data, and what is left out of it."""
 
 import dataclasses
-import json
 import math
 
 import flax.linen as nn
@@ -14,14 +13,9 @@ from loraplus_jax.data.batches import digest
 from loraplus_jax.data.conversations import Chat, Turn
 from loraplus_jax.data.data_to_text import Description
 from loraplus_jax.data.multiple_choice import Question
-from loraplus_jax.inference.generate import _chats
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama
-from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
-from loraplus_jax.tasks.causal_lm import LanguageTask, _digest, load_data
-
-from ..integration import language_world
-from ..messages import assert_mentions
+from loraplus_jax.tasks.causal_lm import LanguageTask, _digest
 
 TALK, CHOICE = LanguageTask(kind="instruction"), LanguageTask(kind="multiple_choice")
 WORDS = 4
@@ -135,12 +129,6 @@ def test_perplexity_of_no_number_is_none():
     assert math.isnan(TALK.derived({"loss": math.nan})["perplexity"])
 
 
-def test_which_metric_selects_and_what_the_notes_hold():
-    assert (TALK.metric, TALK.mode, CHOICE.metric, CHOICE.mode) == ("perplexity", "min", "accuracy", "max")
-    for task in (TALK, CHOICE):
-        assert LanguageTask(**task.notes()) == task
-
-
 SIZES = LlamaConfig(
     vocab_size=11,
     hidden_size=8,
@@ -197,30 +185,3 @@ def test_digests_see_weights_calls_and_tools_and_not_what_is_left_out():
         len({plain, *(_digest([Chat(turns)]) for turns in others), _digest([Chat(TURNS, tools="[]")])}) == 4
     )
     assert _digest([Chat(TURNS, "f:9", dropped=TURNS)]) == plain
-
-
-def test_what_training_leaves_out_is_counted_and_what_generate_answers(tmp_path):
-    language_world.write_model(tmp_path)
-    tool = {"name": "what"}
-    rows = []
-    for n in range(10):
-        said = [("system", " "), ("user", f"what {'is ' * n}"), ("assistant", "it"), ("user", "say")][
-            : 3 + n % 2
-        ]
-        rows.append({"messages": [{"role": role, "content": text} for role, text in said], "tools": [tool]})
-    path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    template = tmp_path / "tools.jinja"
-    template.write_text("{{ tools | tojson }}" + language_world.TEMPLATE)
-    settings = Settings(
-        model=ModelSettings(path=str(tmp_path)),
-        data=DataSettings(path=str(path), template=str(template), max_length=64),
-        task="instruction",
-        output_dir="out",
-    )
-    data = load_data(settings, tmp_path)
-    for line, words in zip(data.summary, (("system", 10), ("last answer", 5)), strict=True):
-        assert_mentions(line, *words)
-    chats = _chats((), str(path), None, settings)
-    assert [chat.turns[-1].text for chat in chats[1:3]] == ["say", "what is is "]
-    assert [json.loads(chat.tools) for chat in chats] == [[tool]] * 10
