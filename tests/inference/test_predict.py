@@ -21,19 +21,15 @@ pytestmark = pytest.mark.usefixtures("cache")
 TEXTS = ["the film is so good", "bad play", "one quite bad tale that felt good"]
 
 
-def test_predictions_are_the_outputs_of_the_model_for_each_text_alone(untrained):
+def test_a_prediction_is_the_output_of_the_model_for_the_text_alone(untrained):
     tuned = load_tuned(untrained.out)
-    tokenizer_ids = {word: n for n, word in enumerate(words_of(untrained))}
-    for text, found in zip(TEXTS, predict_run(untrained.out, texts=TEXTS), strict=True):
-        ids = np.array([[2, *(tokenizer_ids[word] for word in text.split()), 3]], np.int32)  # [CLS], [SEP]
-        logits = tuned.parts.model.apply(tuned.variables, ids, np.ones_like(ids), np.zeros_like(ids))
-        expected = np.asarray(jax.nn.softmax(logits))[0]
-        assert list(found["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
-        assert (found["text"], found["prediction"]) == (text, ("no", "yes")[expected.argmax()])
-
-
-def words_of(world):
-    return json.loads((world.model / "tokenizer.json").read_text())["model"]["vocab"]
+    vocabulary = json.loads((untrained.model / "tokenizer.json").read_text())["model"]["vocab"]
+    found = predict_run(untrained.out, texts=TEXTS)[0]
+    ids = np.array([[2, *(vocabulary[word] for word in TEXTS[0].split()), 3]], np.int32)  # [CLS], [SEP]
+    logits = jax.jit(tuned.parts.model.apply)(tuned.variables, ids, np.ones_like(ids), np.zeros_like(ids))
+    expected = np.asarray(jax.nn.softmax(logits))[0]
+    assert list(found["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
+    assert (found["text"], found["prediction"]) == (TEXTS[0], ("no", "yes")[expected.argmax()])
 
 
 def test_an_evaluation_counts_right_predictions_of_a_file(untrained):

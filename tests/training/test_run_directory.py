@@ -37,7 +37,6 @@ from loraplus_jax.training.run_directory import (
 )
 from loraplus_jax.training.saved_adapter import require_adapter
 
-from ..marks import slow
 from ..messages import assert_mentions, mentions
 from ..settings.values import FILES, GENERATION, LANGUAGE, OTHER, PROCESSES
 
@@ -57,16 +56,22 @@ with lock_directory(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_a_second_process_is_rejected_with_the_pid_of_the_first(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+def test_a_second_process_is_rejected_with_the_pid_of_the_first_before_any_preparation(tmp_path):
+    directory = run_of(tmp_path / "out", PLAIN)
+    command = [sys.executable, "-c", HOLD, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=mentions(first.pid, tmp_path)), lock_directory(tmp_path):
+        with pytest.raises(ValueError, match=mentions(first.pid, directory)), lock_directory(directory):
             pass
+        for fresh in (False, True):
+            with pytest.raises(ValueError, match=mentions(first.pid, directory)):
+                check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
         first.kill()
-    with lock_directory(tmp_path):  # the system let go of the lock when the process was killed
-        assert (tmp_path / ".pid").read_text() == f"{os.getpid()}\n"
-    assert not (tmp_path / ".pid").exists()
+    # The system let go of the lock when the process was killed.
+    check_directory(directory, settings_from_json(PLAIN), fresh=False)
+    with lock_directory(directory):
+        assert (directory / ".pid").read_text() == f"{os.getpid()}\n"
+    assert not (directory / ".pid").exists()
 
 
 @pytest.mark.usefixtures("ten_seconds")
@@ -92,18 +97,6 @@ def test_a_check_writes_no_pid(tmp_path):
     (directory / ".pid").write_text("mine")
     check_directory(directory, settings_from_json(PLAIN), fresh=False)
     assert (directory / ".pid").read_text() == "mine"
-
-
-@pytest.mark.parametrize("fresh", [False, slow(True)])
-def test_a_directory_in_use_is_seen_before_any_preparation(tmp_path, fresh):
-    directory = run_of(tmp_path / "out", PLAIN)
-    command = [sys.executable, "-c", HOLD, str(directory)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=mentions(first.pid, directory)):
-            check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
-        first.kill()
-    check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
 
 
 def test_a_directory_that_cannot_be_created_is_rejected_and_one_that_can_is_not_created(tmp_path):
