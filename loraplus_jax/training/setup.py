@@ -105,7 +105,11 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     """
     is_distributed = jax.process_count() > 1
     with raise_together():
-        mesh, directory, data, steps, shapes, tx = abstract_run(settings)
+        mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+        check_mesh(settings, mesh)
+        directory = resolve(settings.model.path, "model")
+        data = task_module(settings).load_data(settings, directory)
+        steps, shapes, tx = abstract_run(settings, directory, data, mesh)
         identity = model_identity(settings, directory, data.task) | {"data": data.digests}
         if settings.init_adapter is not None:
             check_init_identity(settings, identity, None, allow_different)
@@ -173,23 +177,10 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     return Run(settings, data, parts, steps, tx, mesh, shardings, programs, *generators, metadata, start)
 
 
-class AbstractRun(NamedTuple):
-    """A run before any weights are read; see `Run`. `shapes` is the model with shapes as variables."""
-
-    mesh: Mesh
-    directory: Path
-    data: TaskData
-    steps: int
-    shapes: AdaptedModel
-    tx: LoRAPlusTransform
-
-
-def abstract_run(settings: Settings) -> AbstractRun:
-    """Downloads model and data; checks that devices, data, steps, adapters and learning rates fit together."""
-    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
-    check_mesh(settings, mesh)
-    directory = resolve(settings.model.path, "model")
-    data = task_module(settings).load_data(settings, directory)
+def abstract_run(
+    settings: Settings, directory: Path, data: TaskData, mesh: Mesh
+) -> tuple[int, AdaptedModel, LoRAPlusTransform]:
+    """The number of steps, the model with shapes as variables, and the optimizer, which must fit together."""
     steps = count_steps(settings, row_count(data.splits["train"]))
     shapes = build_model(settings, directory, data.task, settings.applied)
     check_tensor(mesh, shapes.base.tensor_sizes)
@@ -201,7 +192,7 @@ def abstract_run(settings: Settings) -> AbstractRun:
             jax.eval_shape(tx.init, shapes.trainable)
         except ValueError as error:
             raise ValueError(f"optimizer.{error}") from None
-    return AbstractRun(mesh, directory, data, steps, shapes, tx)
+    return steps, shapes, tx
 
 
 def task_module(settings: Settings) -> Any:
