@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Output:
-    """A text stream that keeps the first error of a write in `error` and drops all output after it.
+    """A text stream that keeps the first error of a write in `error` and drops all output after it."""
 
-    Training checks `error` after every step, so that a broken pipe or a full disk stops it as a signal does.
-    """
+    # An exception could come from any print, in the middle of a save too. So training checks `error` after every
+    # step: a broken pipe or a full disk stops it as a signal does.
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream

@@ -73,6 +73,7 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
     if unknown:
         raise ValueError(f"{name} does not accept {' '.join(unknown)}")
     if command.settings:
+        # Here: pydantic is slow to import, and half of the commands need no settings.
         from ..settings.parsing import parse_settings
 
         config, _ = keywords.pop("config"), keywords.pop("overrides")

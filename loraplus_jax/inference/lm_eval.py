@@ -84,6 +84,7 @@ class LoRAPlusLM(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self._tokenizer, self._place = load_tokenizer(self._base), str(place)
         self._special = special_tokens(self._base)
+        # A program for each number of new tokens and set of stop tokens, which are constants in it.
         self._program = functools.cache(self._make_program)
         self._score = Scorer(
             self._model, self._variables, mesh=mesh, batch_size=batch_size, max_length=self.max_length

@@ -311,10 +311,8 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
 def make_losses(
     settings: Settings, task: LanguageTask, parts: AdaptedModel, mesh: Mesh | None = None
 ) -> Losses:
-    """Returns the loss functions; with a frozen head they never store the full logits.
-
-    On a mesh, `model.loss_chunk` applies to each data-parallel part of a batch.
-    """
+    """Returns the loss functions; with a frozen head they never store the full logits."""
+    # A chunk is split over the mesh as the batch is, so this leaves each part `model.loss_chunk` tokens.
     chunk = settings.model.loss_chunk * (1 if mesh is None else batch_parts(mesh))
     chunk = chunk if head_is_frozen(parts) else None
     train = task.loss_fn(parts.model, chunk=chunk, label_smoothing=settings.train.label_smoothing)

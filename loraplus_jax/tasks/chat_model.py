@@ -131,11 +131,7 @@ class ChatModel:
         batch_size: int = 8,
         between: Callable[[], None] = lambda: None,
     ) -> list[str]:
-        """Generates the answers, without special tokens; all batches have one shape and share a compiled program.
-
-        Sampling depends on the seed and the index of the conversation, not on the batches. `between` is called
-        before each batch and may raise.
-        """
+        """Generates the answers, without special tokens; `between` is called before each batch and may raise."""
         prompts = self.encode(chats)
         rows = min(batch_size, len(prompts))
         # All batches of one shape: to compile a program for another takes longer than to compute padding.
@@ -162,13 +158,11 @@ def prompt_chat(prompt: str) -> Chat:
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
-    """Returns the id of the token that ends an answer in the template, which training teaches the model to emit.
-
-    Empty if the template does not show where answers are: such a template can generate, but not train.
-    """
+    """Returns the id of the token that ends an answer in the template, which training teaches the model to emit."""
     chat = Chat((Turn("user", "a"), Turn("assistant", "b")))
     try:
         sequences = tokenize_chats([chat], tokenizer, template, 1 << 20)
     except ValueError:
+        # The template does not show where answers are: it can generate, but not train.
         return ()
     return (int(sequences.ids[0][sequences.masks[0] > 0][-1]),)

@@ -176,6 +176,7 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     tokenizer = tokenizer_for(settings, directory)
     glue = find_task(settings.data, settings.task)
     rows, duplicates = _load_splits(settings.data)
+    # Of all rows: a trial on a few must have all classes, or its head would have another shape.
     task = EncoderTask.from_splits(settings.task, rows, glue.metrics if glue else ())  # pyright: ignore[reportArgumentType]
     rows, limited = limit_splits(rows, settings.data)
     encoded = {name: encode_texts(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
@@ -188,13 +189,11 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
 
 
 def placeholder_data(settings: Settings) -> TaskData:
-    """Returns the task and one row of training columns, for settings whose data is not available.
-
-    The number of classes depends on the data, so two are assumed, except for GLUE.
-    """
+    """Returns the task and one row of training columns, for settings whose data is not available."""
     ids = np.zeros((1, settings.data.max_length), np.int32)
     columns: Batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
     classes, glue = settings.task == "classification", find_task(settings.data, settings.task)
+    # Without the data the number of classes is unknown, and hardly matters: it is only the width of the head.
     names = glue.names if glue else ("0", "1") if classes else ()
     task = EncoderTask(kind=settings.task, names=names)  # pyright: ignore[reportArgumentType]
     columns["label"] = np.zeros(1, np.int32 if classes else np.float32)

@@ -141,6 +141,7 @@ def first_gradients(
     weights = {spec.leaf: flat[spec.leaf] for spec in parts.specs.values()}
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
 
+    # The weights are an argument of their own: jax.grad by all of `frozen` would need its memory once more.
     def loss(weights: Any, trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> jax.Array:
         (total, weight), _ = loss_fn(combine(trainable, replace_leaves(frozen, weights)), batch, key)
         return total / weight

@@ -109,10 +109,11 @@ class ProgressLines:
         self.done, self.clock = done, time.perf_counter()
 
     def update(self, done: int, *, loss: Any = None) -> None:
-        """Prints a line if it is time; only then waits for the loss, a scalar array."""
+        """Prints a line if it is time."""
         seconds = time.perf_counter() - self.clock
         if done == self.done or seconds < SECONDS_PER_LINE:
             return
+        # Only now the loss is read: that waits for the step.
         detail = "" if loss is None else f"loss {float(loss):.4f}, "
         rate = (done - self.done) / seconds
         left = datetime.timedelta(seconds=round((self.total - done) / rate))

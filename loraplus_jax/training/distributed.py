@@ -97,7 +97,9 @@ def join_processes(settings: DistributedSettings) -> Iterator[None]:
         raise ValueError(f"all processes must have the same number of devices, but {listed}")
     try:
         yield
-    except Stopped:  # all processes stop at the same step
+    except Stopped:
+        # All processes stop at the same step. After any other error the rest may be inside a collective, for which
+        # a shutdown would wait.
         jax.distributed.shutdown()
         raise
     except Exception as error:

@@ -54,6 +54,7 @@ class RunLog:
         lines = []
         if keep and self.path.exists():
             check_file(self.path)
+            # A kill may have cut the last line off; what ends in a line break is whole.
             lines = self.path.read_bytes().split(b"\n")[:-1][:keep]
         kept = b"".join(line + b"\n" for line in lines)
         self._digest = hashlib.sha256(kept)
@@ -105,6 +106,7 @@ class RunLog:
             return
         self._check()
         os.fsync(self._file.fileno())
+        # After a power loss a new file is there only if its directory was flushed too.
         sync(self.path.parent)
 
     def values(self, name: str) -> list[tuple[int, float]]:
@@ -138,7 +140,8 @@ def _parse_row(line: str | bytes) -> LogRow:
 
 
 def pyplot() -> Any:
-    """Imports matplotlib.pyplot with a file-only backend; a late import, because it is slow."""
+    """Imports matplotlib.pyplot with a file-only backend."""
+    # Here and not at the top: a slow import, which most commands do not need.
     # By default matplotlib writes its font cache to the home directory, and warns if it cannot.
     os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
     import matplotlib

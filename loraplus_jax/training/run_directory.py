@@ -248,7 +248,9 @@ class OutputDirectory:
                         f"{self.path / SUMMARY} is empty or damaged: the run resumes and writes it again"
                     )
         lead = allgather(os.getpid())[0]
-        with raise_together():  # on a shared disk every process sees the pid that the lead process wrote
+        # On a shared disk every process sees the pid that the lead process wrote. Otherwise orbax would wait, and
+        # at last fail, for files that another process has written elsewhere.
+        with raise_together():
             if not (self.path / OWNER).is_file() or (self.path / OWNER).read_text() != f"{lead}\n":
                 raise ValueError(
                     f"output_dir {self.path} must be on a file system shared by all processes, but process "

@@ -55,6 +55,7 @@ def require_adapter(path: Path, also: str = "") -> Path:
 
 def is_peft(directory: Path) -> bool:
     """Whether an adapter directory is in PEFT's format."""
+    # By our own file: an adapter that we export for PEFT has PEFT's files only.
     return not (directory / adapter_files.DESCRIPTION_FILE).is_file()
 
 

@@ -268,11 +268,9 @@ def base_parts(settings: Settings, directory: Path, task: Any) -> AdaptedModel:
 def load_model(
     settings: Settings, directory: Path, parts: AdaptedModel, mesh: Mesh | None = None
 ) -> AdaptedModel:
-    """Loads the weights from a directory and initializes parameters that it lacks.
-
-    With a mesh, weights are loaded directly into their shardings, and each process reads only its own shards.
-    """
+    """Loads the weights from a directory, with a mesh into their shardings, and initializes what it lacks."""
     base, params = parts.base, params_of(parts)
+    # Each process reads only the shards of its own devices: no host has room for all weights of a large model.
     by_path = {} if mesh is None else base_shardings(mesh, {"params": params}, base.rules)
     shardings = {path.removeprefix("params/"): sharding for path, sharding in by_path.items()}
     params = load_params(directory, base.table, params, new=base.new, shardings=shardings)
@@ -421,8 +419,7 @@ def batch_sizes_for(batch_size: int, accumulate: int, eval_batch_size: int, part
 
 
 def _float32(tree: Any) -> Any:
-    """Casts trained leaves to float32, whatever the dtype of the frozen weights."""
-
+    # In bfloat16 an update of less than 1/256 of a value is rounded away.
     def cast(leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, np.float32)

@@ -132,6 +132,7 @@ class Trainer:
         self.log = RunLog(self.directory, keep=rows, digest=digest, writes=is_lead(), check=self.output.check)
         try:
             self.restore_metrics()
+            # A signal before this ends the process at once: there is nothing new to save.
             with self.stop:
                 for line in (*header(self.run, step), *idle_gpus()):
                     self.console.print(line)
@@ -159,6 +160,7 @@ class Trainer:
         self.pending = position["pending"]
         self.history = SpikeHistory(tuple(position["losses"]), position["skipped"])
         self.evaluation_pending = position["due"]
+        # Texts from before training cannot be generated again.
         check_digests(self.directory, position["files"], "start over with --fresh")
         return position["rows"], position["digest"]
 
@@ -175,8 +177,9 @@ class Trainer:
             add_metrics(self.manager, step, {k: v for k, v in rows[step].items() if k != "step"})
 
     def evaluate_before(self) -> dict[str, float]:
-        """Evaluates on held-out data before the first step; a resumed run reads the result from the log."""
+        """Evaluates on held-out data before the first step."""
         prefix = f"{self.held_out}/"
+        # A resumed run has it in the log; its own state is past the first step.
         row = next((row for row in self.log.rows if row["step"] == 0), None)
         if row is None:
             values = self.evaluate(self.state.trainable, self.held_out)
