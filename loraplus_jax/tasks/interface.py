@@ -21,20 +21,25 @@ class TaskProtocol(Protocol):
     @property
     def kind(self) -> str:
         """The task's name in the settings."""
+        ...
 
     @property
     def metric(self) -> str:
         """The metric that selects the best evaluation."""
+        ...
 
     @property
     def mode(self) -> Literal["min", "max"]:
         """`"min"` if a lower metric is better, `"max"` if a higher one is."""
+        ...
 
     def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
         """Computes the metrics that are not means over the data, from the means and rows of an evaluation."""
+        ...
 
     def notes(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
+        ...
 
 
 class TaskData(NamedTuple):

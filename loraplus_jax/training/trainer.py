@@ -376,8 +376,8 @@ class Trainer:
             self.ranks = final_ranks(trained["lora"], specs)
         self.log.sync()  # what the results follow from is on disk before them
         if is_lead():
-            notes = {"settings": {k: v for k, v in settings.to_json().items() if k != "output_dir"}}
-            notes |= {name: self.run.metadata[name] for name in ("base", "task", "identity")}
+            notes: dict[str, Any] = {name: self.run.metadata[name] for name in ("base", "task", "identity")}
+            notes["settings"] = {k: v for k, v in settings.to_json().items() if k != "output_dir"}
             trained, specs, config, start = saved_form(trained, specs, settings.applied, self.run.start)
             save_adapter(self.directory / ADAPTER, trained, specs, config, start=start, **notes)
             source = ", ".join(Path(file).name for file in settings.data.sources)
