@@ -23,9 +23,9 @@ from ..models.checkpoints.hf import check_params, load_params, values_digest
 from ..models.checkpoints.merge import CheckpointMerge
 from ..step.checkpoint import describe_run
 from ..step.fingerprints import digest_of_lines, fingerprint_line
+from ..tasks.interface import params_of
 from ..training.provenance import Identity, check_allowed, check_identity, model_identity
 from ..training.saved_adapter import read_adapter, read_notes, require_adapter, transformers_class_of
-from ..training.setup import params_of
 from .predict import TunedModel, describe_adapter
 
 DTYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": tuple(gguf_export.DTYPES)}
@@ -74,7 +74,7 @@ def export_run(
     if not {"settings", "task", "base"} <= read_notes(directory).keys():
         raise ValueError(f"{directory} has no training settings; export a run or adapter from loraplus train")
     tuned = describe_adapter(directory, None, allow_different)
-    adapter = read_adapter(directory, tuned.parts, params_of(tuned.parts))
+    adapter = read_adapter(directory, tuned.parts)
     if adapter.start and not dequantized:  # for the original base, which the start made a packed one resemble
         assert adapter.config is not None
         difference = as_difference(adapter.lora, adapter.start, adapter.specs, adapter.config)

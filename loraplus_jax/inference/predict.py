@@ -42,7 +42,7 @@ from ..training.saved_adapter import (
     require_adapter,
     saved_config,
 )
-from ..training.setup import base_parts, build_model, load_model, params_of, task_module
+from ..training.setup import base_parts, build_model, load_model, task_module
 
 OUTPUT_SUFFIX = ".jsonl"
 
@@ -121,7 +121,7 @@ def load_weights(directory: Path, tuned: TunedModel, allow: Sequence[str] = ()) 
     parts = load_model(tuned.settings, tuned.base, tuned.parts)
     if parts.frozen and "base" in tuned.notes:
         check_identity(directory, tuned.notes, {}, weights=fingerprint(parts.frozen), allow=allow)
-    adapter = read_adapter(directory, parts, params_of(parts))
+    adapter = read_adapter(directory, parts)
     trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
     if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
         raise ValueError(f"{directory}: tensor shapes do not match the model that its settings describe")

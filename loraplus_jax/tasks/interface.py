@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 
 from ..adapter.spec import Specs
+from ..adapter.tree import combine
 from ..data.batches import Batch
 from ..data.data_to_text import Input
 from ..models.checkpoints.name_table import NameTable
@@ -117,6 +118,11 @@ class AdaptedModel(NamedTuple):
     specs: Specs
     trainable: dict[str, Any]
     frozen: dict[str, Any]
+
+
+def params_of(parts: AdaptedModel) -> dict[str, Any]:
+    """All parameters of the model, without adapters."""
+    return combine(parts.trainable, parts.frozen)["params"]
 
 
 class Losses(NamedTuple):

@@ -7,7 +7,7 @@ from ..optim.diagnostics import describe
 from ..settings.schema import Settings
 from ..step.sharding import make_mesh
 from .saved_adapter import check_init_adapter
-from .setup import abstract_run, check_mesh, params_of, task_module
+from .setup import abstract_run, check_mesh, task_module
 
 
 def inspect(settings: Settings) -> str:
@@ -27,7 +27,7 @@ def inspect(settings: Settings) -> str:
     data = task_module(settings).load_data(settings, directory)
     steps, parts, tx = abstract_run(settings, directory, data, mesh)
     if settings.init_adapter is not None:
-        check_init_adapter(settings, parts, params_of(parts), data.task)
+        check_init_adapter(settings, parts, data.task)
     peak = settings.optimizer.warmup_steps
     table = describe(parts.trainable, tx, parts.specs, frozen=parts.frozen, step=peak)
     lines = [f"{table}"]

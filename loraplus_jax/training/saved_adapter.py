@@ -22,7 +22,7 @@ from ..interop.peft_files import load_peft, peft_config, peft_names, peft_notes
 from ..models.checkpoints import export
 from ..models.checkpoints.name_table import NameTable, linear_rules
 from ..settings.schema import Settings
-from ..tasks.interface import AdaptedModel
+from ..tasks.interface import AdaptedModel, params_of
 from .provenance import Identity, check_identity
 from .run_directory import ADAPTER, describe_unfinished
 
@@ -113,11 +113,9 @@ def merged_table(parts: AdaptedModel) -> NameTable:
     return dataclasses.replace(parts.base.table, rules=tuple(rules))
 
 
-def read_adapter(directory: Path, parts: AdaptedModel, params: Mapping[str, Any]) -> Adapter:
-    """Reads an adapter in our format or PEFT's and checks it against a model, whose variables may be shapes.
-
-    `params` are all parameters of the model without adapters, or their shapes.
-    """
+def read_adapter(directory: Path, parts: AdaptedModel) -> Adapter:
+    """Reads an adapter in our format or PEFT's and checks it against a model, whose variables may be shapes."""
+    params = params_of(parts)
     if is_peft(directory):
         adapter = load_peft(directory, parts.specs, path_map_of(directory, parts), params=params)
     else:
@@ -147,7 +145,7 @@ def read_adapter(directory: Path, parts: AdaptedModel, params: Mapping[str, Any]
     return adapter._replace(extras=unflatten(kept))
 
 
-def check_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], task: Any) -> None:
+def check_init_adapter(settings: Settings, parts: AdaptedModel, task: Any) -> None:
     """Raises ValueError if `init_adapter` does not match settings, model and task; names all differences."""
     directory = _init_adapter_directory(settings)
     notes = read_notes(directory)
@@ -162,7 +160,7 @@ def check_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[
         differences += _rate_differences(settings, notes)
     if differences:
         raise ValueError(f"init_adapter {directory} does not match the settings: {'; '.join(differences)}")
-    read_adapter(directory, parts, params)
+    read_adapter(directory, parts)
 
 
 def adapter_digest(settings: Settings) -> str | None:
@@ -183,14 +181,12 @@ def check_init_identity(
     check_identity(directory, read_notes(directory), model, weights=weights, allow=allow)
 
 
-def load_init_adapter(
-    settings: Settings, parts: AdaptedModel, params: Mapping[str, Any]
-) -> tuple[AdaptedModel, dict[str, Any] | None]:
+def load_init_adapter(settings: Settings, parts: AdaptedModel) -> tuple[AdaptedModel, dict[str, Any] | None]:
     """Returns the model with the values of `init_adapter`, and the start that the adapter itself had, if saved.
 
-    Trainable values that it lacks stay unchanged. `params` are all parameters of the model.
+    Trainable values that it lacks stay unchanged.
     """
-    adapter = read_adapter(_init_adapter_directory(settings), parts, params)
+    adapter = read_adapter(_init_adapter_directory(settings), parts)
     values = flatten(combine({"lora": adapter.lora} if adapter.lora else {}, adapter.extras))
     trainable = {path: values.get(path, leaf) for path, leaf in flatten(parts.trainable).items()}
     float32 = {path: jax.numpy.asarray(leaf, np.float32) for path, leaf in trainable.items()}

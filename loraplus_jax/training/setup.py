@@ -41,7 +41,7 @@ from ..tasks import causal_lm, encoder
 from ..tasks.causal_lm import LanguageTask
 from ..tasks.chat_model import ChatModel, prompt_chat
 from ..tasks.held_out_texts import HeldOutTexts
-from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, row_count
+from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, params_of, row_count
 from .adapter_start import begin_from, first_gradients, make_start, read_start
 from .distributed import check_same_everywhere, raise_together
 from .memory import check_memory
@@ -118,7 +118,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             # What an exported model is merged into. The quantized weights do not show a small change of these.
             identity["base"]["unquantized"] = values_digest(tensors)
         if settings.init_adapter is not None:
-            check_init_adapter(settings, shapes, params_of(shapes), data.task)
+            check_init_adapter(settings, shapes, data.task)
         chat_model = held_out_texts = None
         if isinstance(data.task, LanguageTask) and settings.train.prompt is not None:
             new_tokens = settings.train.prompt_tokens
@@ -159,7 +159,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     if settings.init_adapter is not None:
         with raise_together():
             check_init_identity(settings, {}, base, allow_different)
-            parts, start = load_init_adapter(settings, parts, params_of(parts))
+            parts, start = load_init_adapter(settings, parts)
         metadata["init_adapter"] = fingerprint(parts.trainable)
     elif settings.applied is not None and settings.applied.init in BASE_INITS:
         if not fresh:
@@ -300,11 +300,6 @@ def start_magnitudes(parts: AdaptedModel) -> AdaptedModel:
         return parts
     lora = set_magnitudes(parts.trainable["lora"], {"params": params_of(parts)}, parts.specs)
     return parts._replace(trainable={**parts.trainable, "lora": lora})
-
-
-def params_of(parts: AdaptedModel) -> dict[str, Any]:
-    """All parameters of the model, without adapters."""
-    return combine(parts.trainable, parts.frozen)["params"]
 
 
 def state_shardings(parts: AdaptedModel, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:

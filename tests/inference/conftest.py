@@ -6,19 +6,18 @@ import pytest
 
 from loraplus_jax.interop.adapter_files import save_adapter
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.training import setup
+from loraplus_jax.training.setup import prepare
 
 from ..integration.conftest import cache, cache_directory, first_talk, first_world, talk, world  # noqa: F401
+from ..training.preparation import without_compiling
 
 
 @pytest.fixture(scope="module")
 def untrained(first_world, tmp_path_factory, cache):  # noqa: F811
     """A world of texts whose output directory has a random adapter; to be read only."""
     world = first_world.copy(tmp_path_factory.mktemp("untrained"))  # noqa: F811
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "compile_programs", lambda *_: setup.Programs(None, None))
-        patch.setattr(setup, "check_memory", lambda *_: None)
-        run = setup.prepare(parse_settings(world.config))
+    with without_compiling():
+        run = prepare(parse_settings(world.config))
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), run.parts.trainable)
     notes = {name: run.metadata[name] for name in ("base", "task", "identity")}

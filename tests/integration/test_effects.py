@@ -4,7 +4,6 @@
 something comparable, and a base on which it has an effect.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -35,6 +34,7 @@ from loraplus_jax.training.anomalies import TrainingFailed, check_skipped
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.trainer import Trainer, train
 
+from ..training.preparation import without_compiling
 from . import language_world as language
 from .test_decoder_families import write_family
 
@@ -55,15 +55,6 @@ def hashed(tree):
         path: (leaf.shape, str(leaf.dtype), hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest())
         for path, leaf in leaves_by_path(tree).items()
     }
-
-
-@contextlib.contextmanager
-def without_compiling():
-    """Preparation without step and evaluation, which take most of its time, for proofs that do not look at them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "compile_programs", lambda *_: setup.Programs(None, None))
-        patch.setattr(setup, "check_memory", lambda *_: None)
-        yield
 
 
 # Proofs: settings to something comparable.

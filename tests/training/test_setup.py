@@ -24,6 +24,7 @@ from loraplus_jax.training.inspect import inspect
 from loraplus_jax.training.setup import count_steps, prepare
 
 from ..messages import assert_mentions, mentions
+from .preparation import without_compiling
 
 
 def settings(train=None, **optimizer):
@@ -60,14 +61,14 @@ def test_steps_are_checked_against_batch_and_warm_up():
 
 
 def prepared(world, *overrides):
-    return prepare(parse_settings(world.config, overrides))
+    with without_compiling():
+        return prepare(parse_settings(world.config, overrides))
 
 
 def dtypes(tree):
     return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
 
 
-@pytest.mark.slow
 def test_trained_leaves_are_float32_on_a_bf16_base(world):
     run = prepared(world, "--model.param_dtype", "bfloat16", "--lora.modules_to_save", "[attention_norm]")
     assert dtypes(run.parts.trainable) == {"float32"}
@@ -80,7 +81,6 @@ def test_trained_leaves_are_float32_on_a_bf16_base(world):
     )
 
 
-@pytest.mark.slow
 def test_the_head_is_the_only_extra_and_is_new(world):
     run = prepared(world)
     parts = run.parts
@@ -100,7 +100,6 @@ def test_the_head_is_the_only_extra_and_is_new(world):
     assert run.data.task.names == ("no", "yes")
 
 
-@pytest.mark.slow
 def test_full_trains_all_and_freezes_nothing(world):
     run = prepared(world, "--method", "full")
     assert run.settings.applied is None
@@ -111,14 +110,12 @@ def test_full_trains_all_and_freezes_nothing(world):
     assert run.metadata["base"] is None
 
 
-@pytest.mark.slow
 def test_the_pooler_is_loaded_where_it_is_asked_for(world):
     frozen = prepared(world, "--model.pooling", "pooler").parts.frozen["params"]
     weight = load_file(world.model / "model.safetensors")["pooler.dense.weight"]
     np.testing.assert_array_equal(frozen["pooler"]["kernel"], weight.T)
 
 
-@pytest.mark.slow
 def test_inspect_reads_no_weights_and_shows_what_would_be_trained(world, monkeypatch, capsys):
     run = prepared(world)
     (world.model / "model.safetensors").write_bytes(b"never read")
