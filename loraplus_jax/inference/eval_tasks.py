@@ -131,16 +131,14 @@ def evaluate_tasks(
     without a chat template, and its choices are the letters, see `Subject.prompt`.
 
     Args:
-      place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
       tasks: names of `TASKS`.
       data_root: directory with the files, see `read_commonsense` and `read_mmlu`.
       shots: solved examples before each question of MMLU; 5 by default. A question gets fewer if it does not fit
         the model's context otherwise.
       limit: score only so many questions of each task and subject, the first ones.
-      batch_size: sequences per batch.
       output: new .json file; by default `tasks.json` in the directory of a run, an adapter or a merged model,
         with a number added if the name is taken.
-      template, dtype, config, allow_different: see `generate_answers`.
+      place, batch_size, template, dtype, config, allow_different: see `generate_answers`.
 
     Returns:
       The results, and the file that they were written to.

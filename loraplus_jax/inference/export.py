@@ -46,7 +46,7 @@ def export_run(
 
     Args:
       place: a run or an adapter directory, in this package's format or PEFT's.
-      to: the directory to create; must not exist.
+      to: the new directory.
       merged: write the whole model with the adapter merged in, instead of a PEFT adapter.
       dequantized: merge into the values of the base as `model.quantize` packed them, instead of the checkpoint's.
       format: file format of a merged model: `"hf"` (default), or `"gguf"` if the base is a GGUF file.

@@ -47,17 +47,13 @@ def generate_answers(
 
     Args:
       place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
-      prompts: user messages, or meaning representations for a run of task generation. Pass either these or `data`.
+      prompts, system: user messages, with a system message before each. Pass either these or `data`.
       data: a file of conversations; regenerates the last answer of each. For a run of task generation, a file with
         the column `mr`; equal ones are answered once.
-      system: system message for each of `prompts`.
-      max_tokens: maximum tokens per answer; by default 128, or for a run of task generation its
-        `generation.max_new_tokens`.
-      beams, length_penalty, no_repeat_ngram: see `make_beam_search`; by default those of a run of task generation,
-        and otherwise one beam, which is greedy decoding, and n-grams of the answer alone. Not with a temperature
-        above 0, which samples; `length_penalty` only with several beams.
-      temperature, top_p: see `Sampling`.
-      seed: seed for sampling; 0 by default.
+      max_tokens: maximum tokens per answer.
+      beams, length_penalty, no_repeat_ngram: see `make_beam_search`; not with a temperature above 0, which samples.
+        A run of task generation has its own defaults.
+      temperature, top_p, seed: see `Sampling`.
       batch_size: conversations per batch.
       template, dtype: chat template and dtype of the weights, for a model or a PEFT adapter; a run has its own.
       config: a training config, for a PEFT adapter whose base model is not where the adapter says.

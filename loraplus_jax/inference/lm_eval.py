@@ -53,13 +53,8 @@ class LoRAPlusLM(TemplateLM):
     transformers. A text that does not fit the model's context loses its beginning, which the log counts.
 
     Args:
-      place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
-      batch_size: sequences per batch.
       max_gen_toks: maximum tokens to generate, for tasks that do not set it.
-      template, dtype, config, allow_different: see `generate_answers`.
-
-    Raises:
-      ValueError, OSError: it is not a language model, or cannot be read.
+      place, batch_size, template, dtype, config, allow_different: see `generate_answers`.
     """
 
     def __init__(
@@ -172,11 +167,7 @@ class LoRAPlusLM(TemplateLM):
         return [sum(score for score, _ in itertools.islice(scores, len(part))) for part in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns the answer to each prompt, up to its stop strings or the end of the text.
-
-        Raises:
-          ValueError: an option of the generation is not one of `GENERATION_OPTIONS`, or is out of range.
-        """
+        """Returns the answer to each prompt, up to its stop strings or the end of the text."""
         options = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
         groups: dict[str, list[int]] = {}
         for n, some in enumerate(options):

@@ -186,13 +186,9 @@ def evaluate_run(
     output: Path | None = None,
     allow_different: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Metrics on a split of the run's data, or on another labelled file with the same columns.
+    """Metrics on a split of the run's data, by default test, or on another labelled file with the same columns.
 
-    Args:
-      directory: the run.
-      split, data: what to evaluate, the test split by default.
-      config, allow_different: as for `load_tuned`.
-      output: new .jsonl file for the texts that a run of task generation generates.
+    A run of task generation also generates texts, which go to the new .jsonl file `output`.
     """
     if split is not None and data is not None:
         raise ValueError(f"eval takes --split or --data, not both, got --split {split} and --data {data}")
@@ -263,13 +259,7 @@ def write_submissions(
 ) -> list[Path]:
     """Writes the predictions of a run for the test split of its GLUE task, as GLUE's server takes them.
 
-    Args:
-      directory: the run.
-      to: directory for the new files, such as CoLA.tsv; MNLI has two. Created if it does not exist.
-      config, allow_different: as for `load_tuned`.
-
-    Returns:
-      The files.
+    Returns the new files in `to`, such as CoLA.tsv; MNLI has two.
     """
     tuned = load_tuned(directory, config, allow_different)
     data = tuned.settings.data

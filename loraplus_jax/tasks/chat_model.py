@@ -58,14 +58,7 @@ class ChatModel:
         new_tokens: int,
         search: GenerationSettings | None = None,
     ) -> "ChatModel":
-        """Creates a chat model from `model` and the files of its directory or GGUF file, with or without adapters.
-
-        With `search` it answers by beam search.
-
-        Raises:
-          ValueError: `new_tokens` leaves no room for a prompt, no end-of-turn token is known, or there are more
-            beams than tokens in the vocabulary.
-        """
+        """Creates a chat model from `model` and the files of its directory; with `search` it has beams."""
         config = model_config(directory)
         tokenizer, template = tokenizer_and_template(settings, directory, task)
         if new_tokens >= config.max_length:
@@ -100,11 +93,7 @@ class ChatModel:
         return cls(tokenizer, template, lambda *inputs: beam_search(*inputs[:3])[0], longest)
 
     def encode(self, chats: Sequence[Chat]) -> list[list[int]]:
-        """Tokenizes conversations up to the start of the answer.
-
-        Raises:
-          ValueError: a prompt is too long, or the template fails or renders it to no tokens.
-        """
+        """Tokenizes conversations up to the start of the answer; raises ValueError if one is too long or empty."""
         texts = [
             self.template.render(chat.turns, add_generation_prompt=True, tools=chat.tools, place=chat.place)
             for chat in chats

@@ -62,24 +62,14 @@ def find_spikes(
         skipped = skipped + 1 if row["skipped"] else 0
         if skipped:
             continue
-        if is_spike(losses, row["loss"]):
-            norms = {name: value for name, value in row.items() if "_norm/" in name}
-            spikes.append(LossSpike(step, row["loss"], statistics.median(losses), norms))
+        if len(losses) >= 3:
+            loss, median = row["loss"], statistics.median(losses)
+            spread = statistics.median(abs(value - median) for value in losses)
+            if loss > MIN_SPIKE_RATIO * median and loss > median + NOISE * spread:
+                norms = {name: value for name, value in row.items() if "_norm/" in name}
+                spikes.append(LossSpike(step, loss, median, norms))
         losses = [*losses, row["loss"]][-HISTORY_STEPS:]
     return SpikeHistory(tuple(losses), skipped), spikes
-
-
-def is_spike(losses: Sequence[float], loss: float) -> bool:
-    """Whether a loss is a spike, given the losses of the previous steps.
-
-    >>> is_spike([1.0, 1.1, 0.9], 3.0), is_spike([1.0, 0.2, 3.0], 3.5)
-    (True, False)
-    """
-    if len(losses) < 3:
-        return False
-    median = statistics.median(losses)
-    spread = statistics.median(abs(value - median) for value in losses)
-    return loss > MIN_SPIKE_RATIO * median and loss > median + NOISE * spread
 
 
 def index_of_skip_limit(history: SpikeHistory, rows: Sequence[Mapping[str, float]], most: int) -> int | None:

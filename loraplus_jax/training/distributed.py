@@ -35,12 +35,7 @@ class LostProcess(Exception):
 
 @contextlib.contextmanager
 def join_processes(settings: DistributedSettings) -> Iterator[None]:
-    """Connects this process to the others of the run while entered; does nothing for a single process.
-
-    Raises:
-      ValueError: the processes cannot connect; the message gives the coordinator and the timeout.
-      LostProcess: a computation failed because another process is gone.
-    """
+    """Connects this process to the others of the run while entered; does nothing for a single process."""
     if settings.coordinator is None:
         yield
         return
@@ -171,11 +166,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def raise_together() -> Iterator[None]:
-    """Runs the block on every process; if it raises on one, every process raises the same error.
-
-    Raises:
-      ValueError: the block raised on another process.
-    """
+    """Runs the block on every process; if it raises on one, every process raises the same error."""
     error = None
     try:
         yield
