@@ -81,7 +81,7 @@ WALKS = [
     [
         ("trainer.save_checkpoint", "after", 9),
         ("trainer.save_checkpoint", "before", 1),
-        ("trainer.Trainer.choose_best", "before", 1),
+        ("trainer.Trainer.finish", "before", 1),
         ("trainer.save_adapter", "before", 1),
         ("trainer.save_adapter", "after", 1),
         ("trainer.draw_loss", "before", 1),

@@ -37,7 +37,7 @@ from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.bert.model import BertForSequence
 from loraplus_jax.optim import adalora, scale_by_lora_muon, scale_by_lora_rite, scale_by_riemannian
 from loraplus_jax.step import make_theory
-from loraplus_jax.tasks.classification import EncoderTask
+from loraplus_jax.tasks.encoder import EncoderTask
 from loraplus_jax.training.theory_metrics import copy_adapters, first_rows, to_metrics
 
 MINILM = BertConfig(

@@ -37,11 +37,9 @@ def run() -> None:
 
 
 def listen() -> None:
-    """Ends the process on SIGINT or SIGTERM, unless training has installed its own handler.
-
-    Python runs handlers only between bytecode instructions, and one of those may compile for minutes. So a thread
-    listens for signals too.
-    """
+    """Ends the process on SIGINT or SIGTERM, unless training has installed its own handler."""
+    # Python runs handlers only between bytecode instructions, and one of those may compile for minutes. So a thread
+    # listens for signals too.
     for number in WORDS:
         signal.signal(number, _exit_on_signal)
     reader, writer = os.pipe()
@@ -57,10 +55,7 @@ def listen() -> None:
 
 
 def _exit_on_signal(number: int, frame: object) -> None:
-    """Removes what is half written and exits; an exception could get lost in a callback.
-
-    Only the first of two threads prints.
-    """
+    # Not by an exception, which could get lost in a callback. Of two threads only the first ends the process.
     if not ENDING.acquire(blocking=False):
         return
     with contextlib.suppress(OSError):  # a closed stderr

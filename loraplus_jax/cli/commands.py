@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Output:
-    """A text stream that keeps the first error of a write in `error` and drops all output after it.
+    """A text stream that keeps the first error of a write in `error` and drops all output after it."""
 
-    Training checks `error` after every step, so that a broken pipe or a full disk stops it as a signal does.
-    """
+    # An exception could come from any print, in the middle of a save too. So training checks `error` after every
+    # step: a broken pipe or a full disk stops it as a signal does.
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -81,7 +81,11 @@ class Output:
 def _run_command(arguments: list[str]) -> int:
     try:
         command, keywords = parse(COMMANDS, arguments)
-        return command.run(**keywords) or 0
+        result = command.run(**keywords)
+        if isinstance(result, str):
+            _print(result)
+            return 0
+        return result or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK):
             raise
@@ -134,10 +138,9 @@ def _run(training: str, settings: object, words: Sequence[str], **options: Any) 
     return 0
 
 
-def _inspect(settings: Any, words: Sequence[str]) -> None:
-    from ..training.inspect import inspect
-
-    _print(inspect(settings))
+def _call(function: str, words: Sequence[str] = (), **options: Any) -> str:
+    """Calls a function, `module:function`, that returns what to print."""
+    return load(function)(**options)
 
 
 def _plan(
@@ -162,13 +165,13 @@ def _plan(
 
 
 def _search(settings: Any, words: Sequence[str], topology: str | None, json: Path | None) -> int:
-    """Searches for the fastest layout; settings on the command line stay as they are."""
     from ..plan.search import Search
     from ..plan.text import explain_no_fit, format_plan, format_search, write_search
     from ..plan.tpu import tpu_devices
 
     if topology is None:
         raise ValueError("plan --search compares times at a chip's rates; pass --topology, such as v5e:16x16")
+    # A setting on the command line stays as it is.
     fixed = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     search, code = Search(settings, *tpu_devices(topology), fixed), 0
     search.run(lambda line: print(escape_controls(line), file=sys.stderr, flush=True))
@@ -183,73 +186,59 @@ def _search(settings: Any, words: Sequence[str], topology: str | None, json: Pat
     return code
 
 
-def _eval(directory: Path, tasks: str | None = None, **options: Any) -> None:
+def _eval(directory: Path, tasks: str | None = None, **options: Any) -> str:
     excluded = ("--split", "--data") if tasks is not None else TASKS
     if given := [name for name in excluded if name.removeprefix("--") in options]:
         relation = "cannot be combined with" if tasks is not None else "requires"
         raise ValueError(f"eval {given[0]} {relation} --tasks")
     if tasks is None:
-        from ..inference.predict import check_output, evaluate_run
-
-        if "output" in options:
-            check_output(options["output"])
-        _print(to_json(evaluate_run(directory, **options), indent=1))
-        return
+        return to_json(load("inference.predict:evaluate_run")(directory, **options), indent=1)
     if "data_root" not in options:
         raise ValueError("eval --tasks requires --data_root, the directory with the tasks' files")
-    from ..inference.eval_tasks import evaluate_tasks
-
     names = [name.strip() for name in tasks.split(",")]
-    results, file = evaluate_tasks(str(directory), names, **options)
-    _print(f"{results}\nwritten to {file}")
+    results, file = load("inference.eval_tasks:evaluate_tasks")(str(directory), names, **options)
+    return f"{results}\nwritten to {file}"
 
 
-def _predict(directory: Path, glue: Path | None = None, output: Path | None = None, **options: Any) -> None:
+def _predict(
+    directory: Path, glue: Path | None = None, output: Path | None = None, **options: Any
+) -> str | None:
     from ..inference.predict import predict_run, write_submissions
 
     if sum(map(bool, (options.get("texts"), options.get("data"), glue))) != 1:
         raise ValueError("predict requires exactly one of --text, --data or --glue")
     if glue is None:
-        _write(lambda: predict_run(directory, **options), output, partial(to_json, ensure_ascii=False))
-        return
+        format_row = partial(to_json, ensure_ascii=False)
+        return _write(lambda: predict_run(directory, **options), output, format_row)
     if output is not None:
         raise ValueError("predict --glue DIR names its files itself; remove --output")
-    for file in write_submissions(directory, glue, **options):
-        _print(str(file))
+    return "\n".join(map(str, write_submissions(directory, glue, **options)))
 
 
-def _generate(model: str, output: Path | None = None, **options: Any) -> None:
+def _generate(model: str, output: Path | None = None, **options: Any) -> str | None:
     from ..inference.generate import generate_answers
 
-    _write(lambda: generate_answers(model, **options), output, "> {prompt}\n{answer}\n".format_map)
+    return _write(lambda: generate_answers(model, **options), output, "> {prompt}\n{answer}\n".format_map)
 
 
-def _write(rows: Callable[[], Sequence[Any]], output: Path | None, format_row: Callable[[Any], str]) -> None:
-    """Writes rows to a file, which is checked before they are computed, or prints them."""
+def _write(
+    rows: Callable[[], Sequence[Any]], output: Path | None, format_row: Callable[[Any], str]
+) -> str | None:
+    """Writes rows to a file, which is checked before they are computed, or returns what to print of them."""
     from ..inference.predict import check_output, write_predictions
 
-    if output is not None:
-        check_output(output)
-        write_predictions(output, rows())
-    else:
-        for row in rows():
-            _print(format_row(row))
+    if output is None:
+        return "\n".join(map(format_row, rows()))
+    check_output(output)
+    return write_predictions(output, rows())
 
 
-def _export(directory: Path, to: Path, **options: Any) -> None:
-    from ..inference.export import export_run
-
-    _print(export_run(directory, to, **options))
-
-
-def _fetch(name: str | None = None) -> None:
+def _fetch(name: str | None = None) -> str:
     from ..data.fetch import ASSETS, fetch
 
-    if name is None:
-        for known, asset in ASSETS.items():
-            print(f"{known:16} {asset.kind:6} {asset.about}")
-    else:
-        print(fetch(name))
+    if name is not None:
+        return str(fetch(name))
+    return "\n".join(f"{known:16} {asset.kind:6} {asset.about}" for known, asset in ASSETS.items())
 
 
 ALLOW = {
@@ -347,7 +336,7 @@ GENERATE = {
     **ADAPTER,
 }
 EXPORT = {
-    "directory": value("finished run or adapter directory", path, metavar="RUN"),
+    "place": value("finished run or adapter directory", path, metavar="RUN"),
     "--to": value("new directory to write", path, metavar="DIR", required=True),
     "--merged": flag("write the full model, with the adapter merged into its weights"),
     "--dequantized": flag("merge into the weights as model.quantize packed them, not the original ones"),
@@ -364,6 +353,7 @@ EXPORT = {
 }
 FETCH = {"name": value("model or dataset to download", nargs="?", metavar="NAME")}
 _train, _sweep = partial(_run, "training.trainer:train"), partial(_run, "sweep.methods:sweep_or_compare")
+_inspect, _export = partial(_call, "training.inspect:inspect"), partial(_call, "inference.export:export_run")
 _SETTINGS, _SWEEP = "settings.schema:Settings", "sweep.settings:SweepRun"
 COMMANDS = {
     "train": Command("fine-tune and evaluate a model", _train, TRAINING, _SETTINGS),

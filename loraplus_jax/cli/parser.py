@@ -17,14 +17,15 @@ class Command(NamedTuple):
 
     Attributes:
       text: help text.
-      run: runs the command with the arguments that were passed, as keywords; returns an exit code, or None for 0.
+      run: runs the command with the arguments that were passed, as keywords; returns a text to print, an exit code,
+        or None for 0.
       arguments: what argparse's `add_argument` takes, by option or by name of a positional argument.
       settings: class of the settings that the command accepts, as `module:class`; `run` gets `settings`, and
         `words`, what they were read from: the config file and the settings on the command line.
     """
 
     text: str
-    run: Callable[..., int | None]
+    run: Callable[..., str | int | None]
     arguments: Mapping[str, Mapping[str, Any]]
     settings: str = ""
 
@@ -72,6 +73,7 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
     if unknown:
         raise ValueError(f"{name} does not accept {' '.join(unknown)}")
     if command.settings:
+        # Here: pydantic is slow to import, and half of the commands need no settings.
         from ..settings.parsing import parse_settings
 
         config, _ = keywords.pop("config"), keywords.pop("overrides")
@@ -81,10 +83,7 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
 
 
 def _split(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits the words of a command that accepts settings into those for argparse and the settings.
-
-    Argparse would take a setting's value such as -1 for an option.
-    """
+    # Argparse would take a setting's value such as -1 for an option, so it never sees settings.
     if not words or words[0] not in commands or not commands[words[0]].settings:
         return [*words], []
     takes_value = {

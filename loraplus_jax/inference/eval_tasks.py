@@ -54,34 +54,21 @@ class Accuracy:
     subjects: "dict[str, Accuracy]" = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls,
-        correct: Sequence[bool],
-        available: int,
-        fewer_shots: int = 0,
-        subjects: "dict[str, Accuracy] | None" = None,
-    ) -> "Accuracy":
-        """Computes the accuracy and its error from single answers.
+    def of(cls, correct: Sequence[bool], *more: Any) -> "Accuracy":
+        """Computes the accuracy and its error from single answers; `more` are the fields after `examples`.
 
         >>> Accuracy.of([True, True, False, False], 9)
         Accuracy(accuracy=0.5, stderr=0.28867513459481287, examples=4, available=9, fewer_shots=0, subjects={})
         """
         n, p = len(correct), sum(correct) / len(correct)
-        error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
-        return cls(p, error, n, available, fewer_shots, subjects or {})
+        return cls(p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan, n, *more)
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskResults:
-    """The accuracies of a model on tasks.
+    """The accuracies of a model on tasks, by task, and how they were measured; see `evaluate_tasks`.
 
-    Attributes:
-      model: the run or model.
-      data_root: directory of the tasks' files.
-      steps: training steps of a run; None for a model.
-      shots: solved examples before each question of MMLU; None without it.
-      limit: the number of questions of each task and subject that were scored, at most; None for all.
-      tasks: accuracy by task.
+    `steps` are the training steps of a run, None for a model.
     """
 
     model: str
@@ -144,23 +131,17 @@ def evaluate_tasks(
     without a chat template, and its choices are the letters, see `Subject.prompt`.
 
     Args:
-      place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
       tasks: names of `TASKS`.
       data_root: directory with the files, see `read_commonsense` and `read_mmlu`.
       shots: solved examples before each question of MMLU; 5 by default. A question gets fewer if it does not fit
         the model's context otherwise.
       limit: score only so many questions of each task and subject, the first ones.
-      batch_size: sequences per batch.
       output: new .json file; by default `tasks.json` in the directory of a run, an adapter or a merged model,
         with a number added if the name is taken.
-      template, dtype, config, allow_different: see `generate_answers`.
+      place, batch_size, template, dtype, config, allow_different: see `generate_answers`.
 
     Returns:
       The results, and the file that they were written to.
-
-    Raises:
-      ValueError, OSError: an argument is out of range, a file is missing or invalid, a question does not fit the
-        model's context, or it is not a language model.
     """
     for name in tasks:
         if name not in TASKS:
@@ -182,26 +163,24 @@ def evaluate_tasks(
     output = _output_file(path, output)
     data_root = expand_path("--data_root", data_root)
     parts = list(_read_parts(tasks, data_root, shots or 0, limit))
-    settings, base, task, model, variables = open_model(place, template, dtype, config, allow_different)
-    longest, mesh = model_config(base).max_length, make_mesh(1)
-    tokenizer, chat_template = load_tokenizer(base), None
+    tuned = open_model(place, template, dtype, config, allow_different)
+    longest, mesh = model_config(tuned.base).max_length, make_mesh(1)
+    tokenizer, chat_template = load_tokenizer(tuned.base), None
     if set(tasks) != {MMLU}:  # which needs no chat template, and not every model has one
-        _, chat_template = tokenizer_and_template(settings, base, task)
+        _, chat_template = tokenizer_and_template(tuned.settings, tuned.base, tuned.task)
     items = [_encode(part, shots or 0, tokenizer, chat_template, longest) for part in parts]
-    _check_lengths(parts, items, longest)
-    variables = replicate(mesh, variables)
-    scorer = Scorer(model, variables, mesh=mesh, batch_size=batch_size, max_length=longest)
-    scores = iter(scorer([choice for part_items in items for item in part_items for choice in item.choices]))
-    correct = [
-        [
-            _is_correct(question, item, scores)
-            for question, item in zip(part.questions, part_items, strict=True)
-        ]
+    problems = [
+        (question.place, f"{length} tokens with a choice, above the model's context of {longest}: remove it")
         for part, part_items in zip(parts, items, strict=True)
+        for question, item in zip(part.questions, part_items, strict=True)
+        if (length := max(len(choice.ids) for choice in item.choices)) > longest
     ]
-    summary = read_summary(path) or {}
-    accuracies = _accuracies(parts, items, correct)
-    results = TaskResults(place, str(data_root), summary.get("steps"), shots, limit, accuracies)
+    raise_problems(problems)
+    variables = replicate(mesh, tuned.variables)
+    scorer = Scorer(tuned.parts.model, variables, mesh=mesh, batch_size=batch_size, max_length=longest)
+    scores = scorer([choice for part_items in items for item in part_items for choice in item.choices])
+    steps, accuracies = (read_summary(path) or {}).get("steps"), _accuracies(parts, items, iter(scores))
+    results = TaskResults(place, str(data_root), steps, shots, limit, accuracies)
     write_text(output, to_json(results.to_json(), indent=1) + "\n", new=True)
     return results, output
 
@@ -253,31 +232,21 @@ def _read_parts(tasks: Sequence[str], root: Path, shots: int, limit: int | None)
 def _encode(
     part: _Part, shots: int, tokenizer: Tokenizer, template: ChatTemplate | None, longest: int
 ) -> list[_Item]:
-    if part.subject is not None:
-        return _encode_mmlu(part.subject, part.questions, shots, tokenizer, longest)
-    assert template is not None
-    rows = tokenize_choices(part.questions, tokenizer, template)
-    return [_Item([Continuation(*choice) for choice in choices]) for choices in rows]
-
-
-def _encode_mmlu(
-    subject: Subject, questions: Sequence[Question], shots: int, tokenizer: Tokenizer, longest: int
-) -> list[_Item]:
-    """Encodes a subject's questions, each with as many solved examples as fit the model's context."""
+    """Encodes questions; those of MMLU each with as many solved examples as fit the model's context."""
+    subject, questions = part.subject, part.questions
+    if subject is None:
+        assert template is not None
+        rows = tokenize_choices(questions, tokenizer, template)
+        return [_Item([Continuation(*choice) for choice in choices]) for choices in rows]
     # The tokens that the tokenizer puts before a text, such as BOS.
     special = tokenizer.encode("a")
     start = np.array(special.ids[: special.special_tokens_mask.index(0)], np.int32)
     items: dict[int, _Item] = {}
     for k in range(shots, -1, -1):
-        missing = [n for n in range(len(questions)) if n not in items]
-        prompts = [subject.prompt(questions[n], k) for n in missing]
-        texts = [
-            prompt + choice
-            for n, prompt in zip(missing, prompts, strict=True)
-            for choice in questions[n].choices
-        ]
+        prompts = {n: subject.prompt(x, k) for n, x in enumerate(questions) if n not in items}
+        texts = [prompt + choice for n, prompt in prompts.items() for choice in questions[n].choices]
         encodings = tokenize(texts, tokenizer)
-        for n, prompt in zip(missing, prompts, strict=True):
+        for n, prompt in prompts.items():
             tokens = [Tokens(x) for x in itertools.islice(encodings, len(questions[n].choices))]
             choices = [
                 Continuation(np.concatenate([start, x.ids]), len(start) + x.first_after(len(prompt)))
@@ -288,40 +257,27 @@ def _encode_mmlu(
     return [items[n] for n in range(len(questions))]
 
 
-def _check_lengths(parts: Sequence[_Part], items: Sequence[Sequence[_Item]], longest: int) -> None:
-    """Raises ValueError with the questions that do not fit the model's context."""
-    problems = []
-    for part, part_items in zip(parts, items, strict=True):
-        for question, item in zip(part.questions, part_items, strict=True):
-            if (length := max(len(choice.ids) for choice in item.choices)) > longest:
-                problem = f"{length} tokens with a choice, above the model's context of {longest}: remove it"
-                problems.append((question.place, problem))
-    raise_problems(problems)
-
-
-def _is_correct(question: Question, item: _Item, scores: Iterator[Score]) -> bool:
-    """Whether the correct choice is the first of the most likely ones; takes the item's scores."""
-    likelihoods = [score.log_likelihood for score in itertools.islice(scores, len(item.choices))]
-    return likelihoods.index(max(likelihoods)) == question.answer
-
-
 def _accuracies(
-    parts: Sequence[_Part], items: Sequence[Sequence[_Item]], correct: Sequence[Sequence[bool]]
+    parts: Sequence[_Part], items: Sequence[Sequence[_Item]], scores: Iterator[Score]
 ) -> dict[str, Accuracy]:
     """Accuracy by task; that of MMLU is over all questions, as its own script computes it."""
     results: dict[str, Accuracy] = {}
-    for name in dict.fromkeys(part.task for part in parts):
-        mine = [n for n, part in enumerate(parts) if part.task == name]
-        single = {
-            n: Accuracy.of(correct[n], parts[n].available, sum(item.fewer_shots for item in items[n]))
-            for n in mine
-        }
-        subjects = {subject.name: single[n] for n in mine if (subject := parts[n].subject)}
+    for name, pairs in itertools.groupby(zip(parts, items, strict=True), lambda pair: pair[0].task):
+        correct, subjects = [], {}
+        for part, part_items in pairs:
+            answers = []
+            for question, item in zip(part.questions, part_items, strict=True):
+                likelihoods = [x.log_likelihood for x in itertools.islice(scores, len(item.choices))]
+                answers.append(likelihoods.index(max(likelihoods)) == question.answer)
+            fewer_shots = sum(item.fewer_shots for item in part_items)
+            subject = "" if part.subject is None else part.subject.name
+            subjects[subject] = Accuracy.of(answers, part.available, fewer_shots)
+            correct += answers
         results[name] = Accuracy.of(
-            [answer for n in mine for answer in correct[n]],
-            sum(result.available for result in single.values()),
-            sum(result.fewer_shots for result in single.values()),
-            subjects,
+            correct,
+            sum(x.available for x in subjects.values()),
+            sum(x.fewer_shots for x in subjects.values()),
+            {subject: x for subject, x in subjects.items() if subject},
         )
     return results
 

@@ -2,13 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from .._utils.validation import check_int, check_number, expand_path
-from ..adapter.tree import combine
 from ..data.conversations import Chat, Turn, read_chats
 from ..data.data_to_text import linearize, read_inputs
 from ..data.fetch import resolve
@@ -17,13 +15,11 @@ from ..models.checkpoints.hf import load_params
 from ..models.decoding.generate import Sampling, check_sampling
 from ..settings.schema import DataSettings, Dtype, GenerationSettings, ModelSettings, Settings
 from ..step.sharding import make_mesh, replicate
-from ..tasks.causal_lm import make_base
 from ..tasks.chat_model import ChatModel
-from ..tasks.language_losses import LanguageTask
 from ..training.run_directory import describe_unfinished
-from ..training.saved_adapter import find_adapter, is_peft, read_adapter, read_notes
-from ..training.setup import build_model, load_model, params_of
-from .predict import load_tuned, settings_with_adapter
+from ..training.saved_adapter import find_adapter, is_peft, read_notes
+from ..training.setup import base_parts, build_model
+from .predict import TunedModel, load_tuned, load_weights, settings_with_adapter
 
 MAX_TOKENS = 128
 
@@ -51,57 +47,44 @@ def generate_answers(
 
     Args:
       place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
-      prompts: user messages, or meaning representations for a run of task generation. Pass either these or `data`.
+      prompts, system: user messages, with a system message before each. Pass either these or `data`.
       data: a file of conversations; regenerates the last answer of each. For a run of task generation, a file with
         the column `mr`; equal ones are answered once.
-      system: system message for each of `prompts`.
-      max_tokens: maximum tokens per answer; by default 128, or for a run of task generation its
-        `generation.max_new_tokens`.
-      beams, length_penalty, no_repeat_ngram: see `make_beam_search`; by default those of a run of task generation,
-        and otherwise one beam, which is greedy decoding, and n-grams of the answer alone. Not with a temperature
-        above 0, which samples; `length_penalty` only with several beams.
-      temperature, top_p: see `Sampling`.
-      seed: seed for sampling; 0 by default.
+      max_tokens: maximum tokens per answer.
+      beams, length_penalty, no_repeat_ngram: see `make_beam_search`; not with a temperature above 0, which samples.
+        A run of task generation has its own defaults.
+      temperature, top_p, seed: see `Sampling`.
       batch_size: conversations per batch.
       template, dtype: chat template and dtype of the weights, for a model or a PEFT adapter; a run has its own.
       config: a training config, for a PEFT adapter whose base model is not where the adapter says.
       allow_different: parts of the base model that may differ from what a run was trained on, see `PARTS`.
-
-    Raises:
-      ValueError, OSError: an argument is missing, out of range or without effect, or a file cannot be read.
     """
-    if not prompts and data is None:
-        raise ValueError("generate requires --prompt TEXT or --data FILE")
-    if prompts and data is not None:
-        raise ValueError(f"generate accepts --prompt or --data, not both; got --data {data}")
+    if bool(prompts) == (data is not None):
+        raise ValueError("generate requires --prompt TEXT or --data FILE, not both")
     if system is not None and data is not None:
         raise ValueError(
             "--system requires --prompt; conversations in --data contain their own system messages"
         )
     sampling = Sampling(temperature, top_p)
     check_sampling(sampling)
-    if max_tokens is not None:
-        check_int("max_tokens", max_tokens, at_least=1)
-    options: dict[str, Any] = {}
-    if beams is not None:
-        check_int("beams", beams, at_least=1)
-        options["beams"] = beams
     if length_penalty is not None:
         check_number("length_penalty", length_penalty)
-        options["length_penalty"] = length_penalty
-    if no_repeat_ngram is not None:
-        check_int("no_repeat_ngram", no_repeat_ngram, at_least=0)
-        options["no_repeat_ngram"] = no_repeat_ngram
+    for name, value, least in (
+        *(("max_tokens", max_tokens, 1), ("beams", beams, 1), ("no_repeat_ngram", no_repeat_ngram, 0)),
+        *(("batch_size", batch_size, 1), ("seed", seed, 0)),
+    ):
+        if value is not None:
+            check_int(name, value, at_least=least)
+    passed = {"beams": beams, "length_penalty": length_penalty, "no_repeat_ngram": no_repeat_ngram}
+    options: dict[str, Any] = {name: value for name, value in passed.items() if value is not None}
     if options and temperature > 0:
         raise ValueError(f"--{next(iter(options))} requires --temperature 0, got {temperature}")
-    check_int("batch_size", batch_size, at_least=1)
     if temperature == 0 and (top_p != 1 or seed is not None):
         raise ValueError("--top_p and --seed require a --temperature above 0; 0 is greedy decoding")
-    seed = 0 if seed is None else seed
-    check_int("seed", seed, at_least=0)
     if any(not text.strip() for text in (*prompts, *([] if system is None else [system]))):
         raise ValueError("--prompt and --system must not be empty")
-    settings, directory, task, model, variables = open_model(place, template, dtype, config, allow_different)
+    tuned = open_model(place, template, dtype, config, allow_different)
+    settings, model = tuned.settings, tuned.parts.model
     chats = _chats(prompts, data, system, settings)
     is_generation = settings.task == "generation"
     default = settings.generation.max_new_tokens if is_generation else MAX_TOKENS
@@ -112,9 +95,10 @@ def generate_answers(
         search = GenerationSettings(**{"beams": 1, **options})
     if length_penalty is not None and search is not None and search.beams == 1:
         raise ValueError(f"--length_penalty {length_penalty:g} requires --beams above 1, which it compares")
-    chat_model = ChatModel.from_settings(settings, directory, task, model, max_tokens or default, search)
-    variables = replicate(make_mesh(1), variables)
-    answers = chat_model.answer(variables, chats, sampling=sampling, seed=seed, batch_size=batch_size)
+    new_tokens = max_tokens or default
+    chat_model = ChatModel.from_settings(settings, tuned.base, tuned.task, model, new_tokens, search)
+    variables = replicate(make_mesh(1), tuned.variables)
+    answers = chat_model.answer(variables, chats, sampling=sampling, seed=seed or 0, batch_size=batch_size)
     return [
         {"prompt": chat.turns[-1].text, "answer": text} for chat, text in zip(chats, answers, strict=True)
     ]
@@ -143,15 +127,8 @@ def _chats(prompts: Sequence[str], data: str | None, system: str | None, setting
 
 def open_model(
     source: str, template: str | None, dtype: Dtype | None, config: str | None, allow_different: Sequence[str]
-) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
-    """Opens a language model: a run, an adapter, an exported merged model, or a model without adapters.
-
-    Returns:
-      Settings, directory or file of the base, task if any, model and variables.
-
-    Raises:
-      ValueError, OSError: it is none of these, or not a language model, or `template` or `dtype` is set for a run.
-    """
+) -> TunedModel:
+    """Opens a language model: a run, an adapter, an exported merged model, or a model without adapters."""
     path = expand_path("model", source)
     directory = find_adapter(path)
     is_theirs = directory is not None and config is None and not read_notes(directory).get("settings")
@@ -160,8 +137,6 @@ def open_model(
         raise ValueError(
             f"--allow_different {allow_different[0]} requires a run or merged model, got {source}"
         )
-    if directory is not None and is_theirs:
-        return _open_peft_adapter(directory, template, dtype)
     if is_ours:
         if template is not None or dtype is not None:
             raise ValueError("--template and --dtype apply to models and PEFT adapters; a run has its own")
@@ -170,36 +145,29 @@ def open_model(
             raise ValueError(
                 f"{source} is an encoder for {tuned.settings.task}, not a language model; use loraplus predict"
             )
-        variables = combine(tuned.parts.trainable, tuned.parts.frozen)
-        return tuned.settings, tuned.base, tuned.task, tuned.parts.model, variables
-    if config is not None:
-        raise ValueError(f"--config requires a PEFT adapter, got {source}")
-    if (unfinished := describe_unfinished(path)) is not None:
-        raise FileNotFoundError(unfinished)
-    directory, settings = resolve(source, "model"), _plain_settings(source, template, dtype)
-    base = make_base(settings, directory, None)
-    shapes = jax.eval_shape(base.model.init, jax.random.key(0), *base.inputs)["params"]
-    return settings, directory, None, base.model, {"params": load_params(directory, base.table, shapes)}
-
-
-def _open_peft_adapter(
-    directory: Path, template: str | None, dtype: Dtype | None
-) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
-    """Same as `open_model`, for a PEFT adapter on the base model that it names."""
-    if not is_peft(directory):
+        return tuned
+    if directory is None:
+        if config is not None:
+            raise ValueError(f"--config requires a PEFT adapter, got {source}")
+        if (unfinished := describe_unfinished(path)) is not None:
+            raise FileNotFoundError(unfinished)
+    elif not is_peft(directory):
         raise ValueError(f"{directory} has no training settings; use a run or adapter from loraplus train")
-    base_name = peft_options(directory).base_model
-    if base_name is None:
+    name = source if directory is None else peft_options(directory).base_model
+    if name is None:
         raise ValueError(
             f"{directory} does not name its base model; pass --config with a training config that sets "
             "model.path"
         )
-    base = resolve(base_name, "model")
-    settings = settings_with_adapter(directory, _plain_settings(base_name, template, dtype), base, None)
-    parts = load_model(settings, base, build_model(settings, base, None, settings.applied), settings.applied)
-    adapter = read_adapter(directory, parts, params_of(parts))
-    variables = combine({"lora": adapter.lora}, adapter.extras, parts.frozen)
-    return settings, base, None, parts.model, variables
+    base, settings = resolve(name, "model"), _plain_settings(name, template, dtype)
+    if directory is not None:
+        settings = settings_with_adapter(directory, settings, base, None)
+        parts = build_model(settings, base, None, settings.applied)
+        return load_weights(directory, TunedModel(settings, None, parts, base))
+    parts = base_parts(settings, base, None)
+    shapes = jax.eval_shape(parts.model.init, jax.random.key(0), *parts.base.inputs)["params"]
+    params = load_params(base, parts.base.table, shapes)
+    return TunedModel(settings, None, parts._replace(frozen={"params": params}), base)
 
 
 def _plain_settings(model: str, template: str | None, dtype: Dtype | None) -> Settings:

@@ -53,13 +53,8 @@ class LoRAPlusLM(TemplateLM):
     transformers. A text that does not fit the model's context loses its beginning, which the log counts.
 
     Args:
-      place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
-      batch_size: sequences per batch.
       max_gen_toks: maximum tokens to generate, for tasks that do not set it.
-      template, dtype, config, allow_different: see `generate_answers`.
-
-    Raises:
-      ValueError, OSError: it is not a language model, or cannot be read.
+      place, batch_size, template, dtype, config, allow_different: see `generate_answers`.
     """
 
     def __init__(
@@ -76,18 +71,15 @@ class LoRAPlusLM(TemplateLM):
         super().__init__()
         check_int("batch_size", batch_size, at_least=1)
         check_int("max_gen_toks", max_gen_toks, at_least=1)
-        opened = open_model(str(place), template, dtype, config, allow_different)
-        self._settings, self._base, self._task, self._model, variables = opened
-        mesh = make_mesh(1)
-        self._variables = replicate(mesh, variables)
+        self._tuned = open_model(str(place), template, dtype, config, allow_different)
+        self._base, self._model, mesh = self._tuned.base, self._tuned.parts.model, make_mesh(1)
+        self._variables = replicate(mesh, self._tuned.variables)
         self._config = model_config(self._base)
-        self.max_length, self.batch_size, self.max_gen_toks = (
-            self._config.max_length,
-            batch_size,
-            max_gen_toks,
-        )
+        self.max_length, self.batch_size = self._config.max_length, batch_size
+        self.max_gen_toks = max_gen_toks
         self._tokenizer, self._place = load_tokenizer(self._base), str(place)
         self._special = special_tokens(self._base)
+        # A program for each number of new tokens and set of stop tokens, which are constants in it.
         self._program = functools.cache(self._make_program)
         self._score = Scorer(
             self._model, self._variables, mesh=mesh, batch_size=batch_size, max_length=self.max_length
@@ -126,7 +118,7 @@ class LoRAPlusLM(TemplateLM):
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:
-        return tokenizer_and_template(self._settings, self._base, self._task)[1]
+        return tokenizer_and_template(self._tuned.settings, self._base, self._tuned.task)[1]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Tokenizes a text; by default with special tokens, unless it starts with BOS."""
@@ -146,6 +138,7 @@ class LoRAPlusLM(TemplateLM):
                     f"got {len(answer)}"
                 )
             context = context or [self.prefix_token_id]
+            # One more than the context: the last token is only predicted.
             ids = [*context, *answer][-(self.max_length + 1) :]
             truncated += len(ids) < len(context) + len(answer)
             continuations.append(Continuation(ids, len(ids) - len(answer)))
@@ -174,11 +167,7 @@ class LoRAPlusLM(TemplateLM):
         return [sum(score for score, _ in itertools.islice(scores, len(part))) for part in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns the answer to each prompt, up to its stop strings or the end of the text.
-
-        Raises:
-          ValueError: an option of the generation is not one of `GENERATION_OPTIONS`, or is out of range.
-        """
+        """Returns the answer to each prompt, up to its stop strings or the end of the text."""
         options = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
         groups: dict[str, list[int]] = {}
         for n, some in enumerate(options):
@@ -212,6 +201,7 @@ class LoRAPlusLM(TemplateLM):
         ends = [ids for text in until if len(ids := self.tok_encode(text, add_special_tokens=False)) == 1]
         generate = self._program(new_tokens, (*stop_ids(self._base), *(ids[0] for ids in ends)))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(len(prompts)))
+        # The longest first: if memory runs out, then at the start.
         order = sorted(range(len(prompts)), key=lambda n: -len(encoded[n]))
         answers: dict[int, str] = {}
         for start in range(0, len(order), self.batch_size):
@@ -227,7 +217,7 @@ class LoRAPlusLM(TemplateLM):
         return [answers[n] for n in range(len(prompts))]
 
     def _make_program(self, new_tokens: int, stop: tuple[int, ...]) -> Generate:
-        dtype = jnp.dtype(self._settings.model.dtype)
+        dtype = jnp.dtype(self._tuned.settings.model.dtype)
         return make_generate(self._model, self._config, new_tokens=new_tokens, stop=stop, dtype=dtype)
 
 

@@ -25,13 +25,12 @@ from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
 from ..step.fingerprints import fingerprint
 from ..step.sharding import make_mesh, replicate, shard_batch
 from ..step.train_step import make_eval
-from ..tasks.classification import EncoderTask, apply_model
-from ..tasks.encoder import has_pairs, read_texts, tokenizer_for
+from ..tasks.causal_lm import LanguageTask
+from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tokenizer_for
 from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.interface import AdaptedModel, Split
-from ..tasks.language_losses import LanguageTask
 from ..training.evaluation import evaluate, finish_metrics
-from ..training.provenance import check_allowed, check_identity, model_identity
+from ..training.provenance import SPLITS, check_allowed, check_identity, model_identity
 from ..training.saved_adapter import (
     adapter_config,
     find_adapter,
@@ -43,27 +42,34 @@ from ..training.saved_adapter import (
     require_adapter,
     saved_config,
 )
-from ..training.setup import base_parts, build_model, load_model, params_of, task_module
+from ..training.setup import base_parts, build_model, load_model, task_module
 
 OUTPUT_SUFFIX = ".jsonl"
 
 
 class TunedModel(NamedTuple):
-    """A loaded run, adapter or merged model.
+    """A run, adapter or merged model, or a model without any.
 
     Attributes:
       settings: settings of the run.
-      task: task that it was trained for.
+      task: task that it was trained for; None if that is unknown.
       parts: model and variables.
       base: directory or file of the base model.
       notes: metadata of the adapter or the merged model.
+      identity: identity of the base model.
     """
 
     settings: Settings
     task: Any
     parts: AdaptedModel
     base: Path
-    notes: Mapping[str, Any]
+    notes: Mapping[str, Any] = {}
+    identity: Mapping[str, Any] = {}
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All variables of the model."""
+        return combine(self.parts.trainable, self.parts.frozen)
 
 
 def load_tuned(place: Path, config: str | None = None, allow_different: Sequence[str] = ()) -> TunedModel:
@@ -82,6 +88,11 @@ def load_tuned(place: Path, config: str | None = None, allow_different: Sequence
     if directory is None and (place / NOTES_FILE).is_file():
         return _load_merged(place, config, allow_different)
     directory = require_adapter(place, f", nor a merged model ({NOTES_FILE})")
+    return load_weights(directory, describe_adapter(directory, config, allow_different), allow_different)
+
+
+def describe_adapter(directory: Path, config: str | None, allow: Sequence[str]) -> TunedModel:
+    """The model of an adapter, with shapes as variables, after a check of the base's identity; see `load_tuned`."""
     notes = read_notes(directory)
     if {"settings", "task", "base"} <= notes.keys():
         settings, task = settings_and_task(directory, notes, config)
@@ -100,15 +111,21 @@ def load_tuned(place: Path, config: str | None = None, allow_different: Sequence
             else "use a run or adapter from loraplus train"
         )
         raise ValueError(f"{directory} has no training settings; {advice}")
-    check_identity(directory, notes, model_identity(settings, base, task), allow=allow_different)
-    parts = load_model(settings, base, build_model(settings, base, task, lora_config), lora_config)
-    weights = fingerprint(parts.frozen) if parts.frozen else None
-    check_identity(directory, notes, {}, weights=weights, allow=allow_different)
-    adapter = read_adapter(directory, parts, params_of(parts))
+    identity = model_identity(settings, base, task)
+    check_identity(directory, notes, identity, allow=allow)
+    return TunedModel(settings, task, build_model(settings, base, task, lora_config), base, notes, identity)
+
+
+def load_weights(directory: Path, tuned: TunedModel, allow: Sequence[str] = ()) -> TunedModel:
+    """Loads the weights of an adapter and of its base, whose shapes `tuned` has."""
+    parts = load_model(tuned.settings, tuned.base, tuned.parts)
+    if parts.frozen and "base" in tuned.notes:
+        check_identity(directory, tuned.notes, {}, weights=fingerprint(parts.frozen), allow=allow)
+    adapter = read_adapter(directory, parts)
     trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
     if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
         raise ValueError(f"{directory}: tensor shapes do not match the model that its settings describe")
-    return TunedModel(settings, task, parts._replace(trainable=trainable), base, notes)
+    return tuned._replace(parts=parts._replace(trainable=trainable))
 
 
 def settings_and_task(
@@ -156,7 +173,7 @@ def _load_merged(directory: Path, config: str | None, allow_different: Sequence[
     table = parts.base.table if own_tensors else merged_table(parts)
     shapes = jax.eval_shape(parts.model.init, jax.random.key(0), *parts.base.inputs)["params"]
     params = load_params(directory, table, shapes, new=parts.base.new if own_tensors else ())
-    variables = combine({"params": params}, unflatten(own_tensors)) if own_tensors else {"params": params}
+    variables = combine({"params": params}, unflatten(own_tensors))
     return TunedModel(settings, task, parts._replace(frozen=variables), directory, notes)
 
 
@@ -169,32 +186,23 @@ def evaluate_run(
     output: Path | None = None,
     allow_different: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Metrics on a split of the run's data, or on another labelled file with the same columns.
+    """Metrics on a split of the run's data, by default test, or on another labelled file with the same columns.
 
-    Args:
-      directory: the run.
-      split, data: what to evaluate, the test split by default.
-      config, allow_different: as for `load_tuned`.
-      output: new .jsonl file for the texts that a run of task generation generates.
-
-    Raises:
-      ValueError, OSError: the split or file does not exist, or a label is unknown to the run.
+    A run of task generation also generates texts, which go to the new .jsonl file `output`.
     """
     if split is not None and data is not None:
         raise ValueError(f"eval takes --split or --data, not both, got --split {split} and --data {data}")
+    if output is not None:
+        check_output(output)
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"--split: unknown split {split!r}{suggest(split, SPLITS)}")
     tuned = load_tuned(directory, config, allow_different)
     settings, module = tuned.settings, task_module(tuned.settings)
-    splits = ("train", "validation", "test")
-    if split is not None and split not in splits:
-        raise ValueError(
-            f"--split must be one of {', '.join(splits)}, got {split!r}"
-            f"{suggest(split, splits, fallback=False)}"
-        )
     try:
         evaluated: Split = module.load_split(settings, tuned.base, tuned.task, split, data)
     except KeyError as error:
         raise ValueError(
-            f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], splits[:2])}"
+            f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], SPLITS[:2])}"
         ) from None
     if data is None:
         check_identity(
@@ -229,11 +237,7 @@ def predict_run(
     config: str | None = None,
     allow_different: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Predictions for `texts`, or for a file with the run's text columns (labels not needed).
-
-    Raises:
-      ValueError, OSError: there is no text, the file cannot be read, or the run is a language model.
-    """
+    """Predictions for `texts`, or for a file with the run's text columns (labels not needed)."""
     tuned = load_tuned(directory, config, allow_different)
     if tuned.settings.is_language:
         raise ValueError(f"{directory} is a language model; use loraplus generate or loraplus eval")
@@ -255,16 +259,7 @@ def write_submissions(
 ) -> list[Path]:
     """Writes the predictions of a run for the test split of its GLUE task, as GLUE's server takes them.
 
-    Args:
-      directory: the run.
-      to: directory for the new files, such as CoLA.tsv; MNLI has two. Created if it does not exist.
-      config, allow_different: as for `load_tuned`.
-
-    Returns:
-      The files.
-
-    Raises:
-      ValueError, OSError: the run is not of a GLUE task, the test split is missing, or a file exists.
+    Returns the new files in `to`, such as CoLA.tsv; MNLI has two.
     """
     tuned = load_tuned(directory, config, allow_different)
     data = tuned.settings.data
@@ -292,17 +287,14 @@ def check_output(path: Path) -> None:
 
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
     """Writes one JSON object per line to a new file; raises ValueError if the file exists."""
-    check_output(path)
     write_text(path, "".join(to_json(row, ensure_ascii=False) + "\n" for row in predictions), new=True)
 
 
 def _compute_outputs(tuned: TunedModel, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
     arrays, _ = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
-    mesh = make_mesh(1)
-    variables = combine(tuned.parts.trainable, tuned.parts.frozen)
+    mesh, variables = make_mesh(1), tuned.variables
     apply = jax.jit(functools.partial(apply_model, tuned.parts.model))
-    batch_size = min(tuned.settings.train.eval_batch_size, len(texts))
-    batch_outputs = [
-        np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in eval_batches(arrays, batch_size)
-    ]
-    return np.concatenate(batch_outputs)[: len(texts)]
+    # eval_batches pads the last batch to the shape of the others, so one program serves all.
+    batches = eval_batches(arrays, min(tuned.settings.train.eval_batch_size, len(texts)))
+    outputs = [np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in batches]
+    return np.concatenate(outputs)[: len(texts)]

@@ -17,24 +17,14 @@ MIN_TOKENS, MIN_SCORED = 64, 8
 
 
 class Continuation(NamedTuple):
-    """A sequence whose last tokens are scored.
-
-    Attributes:
-      ids: all tokens, `(t,)`, with 2 <= t.
-      first: index of the first token to score, at least 1.
-    """
+    """A sequence of tokens `(t,)`, 2 <= t, and the index of the first token to score, at least 1."""
 
     ids: Sequence[int] | np.ndarray
     first: int
 
 
 class Score(NamedTuple):
-    """The score of a continuation.
-
-    Attributes:
-      log_likelihood: sum of its tokens' log-probabilities, in nats.
-      is_greedy: whether each of them is the model's most likely token.
-    """
+    """The sum of a continuation's log-probabilities, in nats, and whether each token is the most likely one."""
 
     log_likelihood: float
     is_greedy: bool
@@ -42,9 +32,6 @@ class Score(NamedTuple):
 
 class Scorer:
     """Scores continuations in batches of few static shapes; compiles one program per shape.
-
-    Lengths are rounded up to powers of two. Logits are computed only where a token is scored. Sequences that
-    differ in their last token, such as the letters of a multiple-choice question, share one row of the input.
 
     Args:
       model: a `CausalLM`, with or without adapters.
@@ -64,6 +51,7 @@ class Scorer:
             log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
             return label_logits - log_z, jnp.argmax(logits, axis=-1)
 
+        # Of a split array a process could read only its own part.
         replicated = NamedSharding(mesh, PartitionSpec())
         self._score = jax.jit(with_mesh(score, mesh), out_shardings=replicated)
         self._variables, self._mesh = variables, mesh
@@ -71,11 +59,8 @@ class Scorer:
         self._max_length = max_length
 
     def __call__(self, continuations: Sequence[Continuation]) -> list[Score]:
-        """Scores each continuation.
-
-        Raises:
-          ValueError: a sequence is too long, or a log-likelihood is not finite.
-        """
+        """Scores each continuation; raises ValueError if one is too long or its log-likelihood is not finite."""
+        # Sequences that differ in their last token, such as the letters of a multiple-choice question, share a row.
         rows: dict[tuple[bytes, int], list[int]] = {}
         for n, (ids, first) in enumerate(continuations):
             rows.setdefault((np.asarray(ids[:-1], np.int32).tobytes(), first), []).append(n)
@@ -86,6 +71,7 @@ class Scorer:
                 raise ValueError(
                     f"a sequence has {len(prefix) + 1} tokens, above the model's context of {self._max_length}"
                 )
+            # Logits only where a token is scored: those of a whole row would take most of the memory.
             length = min(_round_up(len(prefix), MIN_TOKENS), self._max_length)
             scored = min(_round_up(len(prefix) + 1 - first, MIN_SCORED), length)
             last = [int(continuations[n].ids[-1]) for n in members]
@@ -108,21 +94,24 @@ class Scorer:
             "labels": np.zeros((len(rows), scored, variants), np.int32),
         }
         for n, row in enumerate(rows):
-            stop = len(row.prefix)
+            stop, scored = len(row.prefix), len(row.prefix) + 1 - row.first
             columns["input_ids"][n, :stop] = row.prefix
             columns["segment_ids"][n, :stop] = 1
-            columns["positions"][n, : row.scored] = np.arange(row.first - 1, stop)
-            columns["labels"][n, : row.scored - 1] = row.prefix[row.first :, None]
-            columns["labels"][n, row.scored - 1, : len(row.last)] = row.last
+            columns["positions"][n, :scored] = np.arange(row.first - 1, stop)
+            columns["labels"][n, : scored - 1] = row.prefix[row.first :, None]
+            columns["labels"][n, scored - 1, : len(row.last)] = row.last
         results = []
         for batch in eval_batches(columns, self._batch_size, local_rows(self._mesh, self._batch_size)):
+            # The rows that pad a batch come last, and their scores are not read.
             del batch["weight"]
             results.append(jax.device_get(self._score(self._variables, shard_batch(batch, self._mesh))))
         log_probs, best = (np.concatenate(parts) for parts in zip(*results, strict=True))
         scores = {}
         for n, row in enumerate(rows):
-            sums = log_probs[n, : row.scored].astype(np.float64).sum(axis=0)
-            greedy = np.all(best[n, : row.scored, None] == columns["labels"][n, : row.scored], axis=0)
+            scored = len(row.prefix) + 1 - row.first
+            # The model computes in float32; a sum of thousands of tokens would lose digits there.
+            sums = log_probs[n, :scored].astype(np.float64).sum(axis=0)
+            greedy = np.all(best[n, :scored, None] == columns["labels"][n, :scored], axis=0)
             for k, member in enumerate(row.members):
                 scores[member] = Score(float(sums[k]), bool(greedy[k]))
         return scores
@@ -135,11 +124,6 @@ class _Row(NamedTuple):
     first: int
     members: list[int]
     last: list[int]
-
-    @property
-    def scored(self) -> int:
-        """The number of scored tokens."""
-        return len(self.prefix) + 1 - self.first
 
 
 def _round_up(size: int, least: int) -> int:

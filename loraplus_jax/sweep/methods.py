@@ -29,8 +29,8 @@ from ..settings.schema import OptimizerSettings, Settings
 from ..settings.types import SECTION
 from ..step.checkpoint import PACKAGES
 from ..step.fingerprints import fingerprint
+from ..tasks.causal_lm import LanguageTask
 from ..tasks.held_out_texts import HeldOutTexts
-from ..tasks.language_losses import LanguageTask
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ignored_lines, lines_only
 from ..training.metrics_log import SUMMARY

@@ -168,7 +168,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     # Of all weights: members begin with them in both stages, with what is trained in full too.
     base = fingerprint(weights)
-    parts = set_weights(widest, shapes, weights, config)
+    parts = set_weights(widest, shapes, weights)
     parts = parts._replace(frozen=replicate(mesh, parts.frozen))
     start = None
     if config is not None and config.init in BASE_INITS:
@@ -182,7 +182,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
         # Of rate, lambda and alpha the initial values do not depend.
         settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
         own = build_model(settings, directory, data.task, settings.applied)
-        values = start_magnitudes(set_weights(settings, own, weights, settings.applied)).trainable
+        values = start_magnitudes(set_weights(settings, own, weights)).trainable
         # The padding stays bitwise zero: the gradient of either factor is a product with the other factor.
         return jax.tree.map(_pad_to, values if start is None else values | {"lora": start}, parts.trainable)
 

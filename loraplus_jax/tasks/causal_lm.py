@@ -1,14 +1,17 @@
-"""Instruction tuning, multiple choice and data-to-text with a causal language model."""
+"""Tasks of a causal language model: instruction tuning, multiple choice and data-to-text."""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
@@ -25,19 +28,147 @@ from ..data.packed_rows import pack, pad
 from ..data.splits import limit_splits, split_files
 from ..models.checkpoints.hf import load_config
 from ..models.checkpoints.quantized import choose_formats
-from ..models.decoder import Config
+from ..models.decoder import Config, head_kernel
 from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
-from ..step.sharding import batch_parts
+from ..step.losses import chunked_cross_entropy
+from ..step.sharding import batch_parts, gather_over_fsdp
+from ..step.train_step import LossFn
 from .interface import AdaptedModel, BaseModel, Losses, Split, TaskData, held_out_split
-from .language_losses import LanguageTask
 
+Kind = Literal["instruction", "multiple_choice", "generation"]
 HEADS = {True: "embed_tokens", False: "lm_head"}
 """Name of the output head, by whether it is tied to the embedding."""
 TEMPLATES = ("model", *BUILT_IN)
 """Values of `data.template` that are not files."""
 READERS = {"instruction": read_chats, "multiple_choice": read_questions, "generation": read_descriptions}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageTask:
+    """A task of a causal language model; the loss is the mean cross-entropy of the answer tokens.
+
+    Attributes:
+      kind: `"instruction"`, `"multiple_choice"` or `"generation"`. Multiple choice trains only on the correct
+        choices, and is evaluated by which choice the model finds most likely. Generation is data-to-text: its
+        texts are also scored against references, see `text_scores`.
+      template: text of the chat template file that the user chose, saved with the adapter; None if they chose none.
+    """
+
+    kind: Kind
+    template: str | None = None
+
+    @property
+    def metric(self) -> str:
+        """The metric that selects the best evaluation."""
+        return "accuracy" if self.kind == "multiple_choice" else "perplexity"
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """`"min"` for perplexity, `"max"` for accuracy."""
+        return "max" if self.kind == "multiple_choice" else "min"
+
+    def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """Computes the perplexity `exp(loss)`; infinite if it would overflow."""
+        # math.exp raises for what overflows.
+        loss = values["loss"]
+        return {"perplexity": math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan}
+
+    def notes(self) -> dict[str, Any]:
+        """Returns the task as JSON values."""
+        return dataclasses.asdict(self)
+
+    def loss_fn(self, model: nn.Module, *, chunk: int | None, label_smoothing: float = 0.0) -> LossFn:
+        """Returns the loss on batches of `input_ids`, `segment_ids` and `loss_mask` (B, T), and `weight` (B,).
+
+        Args:
+          model: a `CausalLM`, with or without adapters.
+          chunk: tokens per chunk of the cross-entropy, for a frozen head; None to compute all logits at once.
+          label_smoothing: share of each target that is spread evenly over the vocabulary.
+        """
+        token_losses = functools.partial(_token_losses, model, chunk, label_smoothing)
+
+        def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
+            mask = _shift_mask(batch["loss_mask"]) * batch["weight"][:, None]
+            losses = token_losses(variables, batch["input_ids"], batch["segment_ids"], rng)
+            return (jnp.sum(losses * mask), jnp.sum(mask)), {}
+
+        return loss_fn
+
+    def choice_fn(self, model: nn.Module, *, chunk: int | None) -> LossFn:
+        """Returns the loss and metrics on batches from `encode_choices`, with `weight` (B,).
+
+        The loss is that of the correct choices' tokens. `accuracy` is the share of questions whose correct choice
+        has the largest log-likelihood; `accuracy_per_byte` compares the log-likelihood per byte of text.
+        """
+        token_losses = functools.partial(_token_losses, model, chunk, 0.0)
+
+        def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
+            ids = batch["input_ids"]
+            rows, choices, length = ids.shape
+            ids, segments = (x.reshape(rows * choices, length) for x in (ids, batch["segment_ids"]))
+            mask = _shift_mask(batch["loss_mask"])
+            losses = token_losses(variables, ids, segments, rng).reshape(mask.shape) * mask
+            weight, answer = batch["weight"], batch["answer"]
+            total = -jnp.sum(losses, axis=-1)
+            # A choice that pads has no tokens, so its log-likelihood is 0, above that of all others.
+            padded = jnp.arange(choices)[None] >= batch["n_choices"][:, None]
+
+            def accuracy(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+                best = jnp.argmax(jnp.where(padded, -jnp.inf, scores), axis=-1)
+                return jnp.sum((best == answer) * weight), jnp.sum(weight)
+
+            def sum_of_correct(values: jax.Array) -> jax.Array:
+                picked = jnp.take_along_axis(values, answer[:, None], axis=1)[:, 0]
+                return jnp.sum(picked * weight)
+
+            loss = (sum_of_correct(-total), sum_of_correct(jnp.sum(mask, axis=-1)))
+            return loss, {
+                "accuracy": accuracy(total),
+                "accuracy_per_byte": accuracy(total / batch["byte_lengths"]),
+            }
+
+        return loss_fn
+
+
+def _shift_mask(mask: jax.Array) -> jax.Array:
+    # To the predicting token: `mask[..., t]` then says whether token t + 1 counts.
+    return jnp.pad(mask[..., 1:], [(0, 0)] * (mask.ndim - 1) + [(0, 1)])
+
+
+def _token_losses(
+    model: nn.Module,
+    chunk: int | None,
+    label_smoothing: float,
+    variables: Any,
+    input_ids: jax.Array,
+    segment_ids: jax.Array,
+    rng: Any,
+) -> jax.Array:
+    """The cross-entropy of the next token at each position, float32 (B, T); the last is meaningless."""
+    rngs = None if rng is None else {"dropout": rng}
+    # The last position gets the first token as its label, but the shifted mask is 0 there.
+    labels = jnp.roll(input_ids, -1, axis=1)
+    if chunk is None:
+        logits: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if not label_smoothing:
+            return losses
+        uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+        return (1 - label_smoothing) * losses + label_smoothing * uniform
+    hidden: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs, method="hidden")
+    kernel, transposed = head_kernel(variables["params"])
+    axes = ("tensor", "fsdp") if transposed else ("fsdp", "tensor")
+    # Gathered here, once. In the loop over chunks, GSPMD would gather the kernel for each of them.
+    kernel = gather_over_fsdp(kernel.astype(hidden.dtype), axes)
+    net: Any = model
+    options = {
+        "chunk": chunk,
+        "soft_cap": net.config.final_logit_softcapping,
+        "label_smoothing": label_smoothing,
+    }
+    return chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, **options)
 
 
 def load_data(settings: Settings, directory: Path) -> TaskData:
@@ -52,7 +183,13 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
             splits[name], truncated[name] = encode_choices(examples, *tools, settings.data.max_length), 0
         else:
             splits[name], truncated[name] = _encode(settings, tools, examples)
-    _pad_choices(splits)
+    # Equally many choices for all questions, so that one compiled program evaluates every split.
+    widest = max((x["byte_lengths"].shape[1] for x in splits.values() if "byte_lengths" in x), default=0)
+    for columns in splits.values():
+        for name in ("input_ids", "segment_ids", "loss_mask", "byte_lengths") if "answer" in columns else ():
+            array = columns[name]
+            padding = [(0, 0), (0, widest - array.shape[1]), *([(0, 0)] * (array.ndim - 2))]
+            columns[name] = np.pad(array, padding, constant_values=1 if name == "byte_lengths" else 0)
     sizes = {name: len(examples) for name, examples in rows.items()}
     digests = {name: _digest(examples) for name, examples in rows.items()}
     dropped = describe_dropped(x for examples in rows.values() for x in examples if isinstance(x, Chat))
@@ -74,17 +211,13 @@ def _digest(examples: Sequence[Chat | Question]) -> str:
 
 def _plain(value: Any) -> Any:
     """Returns an example as JSON values; fields at their default are left out, so a new one changes no digest."""
-    if dataclasses.is_dataclass(value):
-        values = {
-            field.name: (getattr(value, field.name), field.default) for field in dataclasses.fields(value)
-        }
-        values |= {"place": ("", None)} if "place" in values else {}
-        return [
-            _plain(given)
-            for name, (given, default) in values.items()
-            if name != "dropped" and given != default
-        ]
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = [field for field in dataclasses.fields(value) if field.name != "dropped"]
+    values = [("" if x.name == "place" else getattr(value, x.name), x) for x in fields]
+    return [_plain(part) for part, x in values if x.name == "place" or part != x.default]
 
 
 def load_split(
@@ -149,17 +282,6 @@ def model_config(directory: Path, *, split_fused: bool = False) -> Config:
     return dataclasses.replace(config, split_fused=True) if split_fused else config
 
 
-def _names_hint(config: Config) -> str:
-    """What decides the names of layers: `model.split_fused` for fused projections, and a tied head."""
-    hints = []
-    if config.fused or config.split_fused:
-        names = " and ".join(f"{fused} as {', '.join(parts)}" for fused, parts in config.projections.items())
-        hints.append(f"model.split_fused loads {names}; it is {str(config.split_fused).lower()}")
-    if config.tie_word_embeddings:
-        hints.append(f"the model's head is tied to {HEADS[True]}, there is no {HEADS[False]}")
-    return "; ".join(hints)
-
-
 def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     """Creates the language model; its inputs are `input_ids` and `segment_ids`."""
     model_settings = settings.model
@@ -176,17 +298,21 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
     table = family.name_table(config)
     formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, directory)
-    sizes, hint = family.tensor_sizes(config), _names_hint(config)
+    hints = []  # what decides the names of layers
+    if config.fused or config.split_fused:
+        names = " and ".join(f"{fused} as {', '.join(parts)}" for fused, parts in config.projections.items())
+        hints.append(f"model.split_fused loads {names}; it is {str(config.split_fused).lower()}")
+    if config.tie_word_embeddings:
+        hints.append(f"the model's head is tied to {HEADS[True]}, there is no {HEADS[False]}")
+    sizes, hint = family.tensor_sizes(config), "; ".join(hints)
     return BaseModel(model, table, (), inputs, family.sharding, sizes, formats, hint)
 
 
 def make_losses(
     settings: Settings, task: LanguageTask, parts: AdaptedModel, mesh: Mesh | None = None
 ) -> Losses:
-    """Returns the loss functions; with a frozen head they never store the full logits.
-
-    On a mesh, `model.loss_chunk` applies to each data-parallel part of a batch.
-    """
+    """Returns the loss functions; with a frozen head they never store the full logits."""
+    # A chunk is split over the mesh as the batch is, so this leaves each part `model.loss_chunk` tokens.
     chunk = settings.model.loss_chunk * (1 if mesh is None else batch_parts(mesh))
     chunk = chunk if head_is_frozen(parts) else None
     train = task.loss_fn(parts.model, chunk=chunk, label_smoothing=settings.train.label_smoothing)
@@ -229,13 +355,3 @@ def _encode(
     length = settings.data.max_length
     sequences = tokenize_chats(chats, *tools, length, answers=settings.data.answers)
     return (pack if settings.data.packing else pad)(sequences, length), sequences.truncated
-
-
-def _pad_choices(splits: dict[str, Batch]) -> None:
-    """Pads all questions to the same number of choices, so that one compiled program evaluates every split."""
-    widest = max((x["byte_lengths"].shape[1] for x in splits.values() if "byte_lengths" in x), default=0)
-    for columns in splits.values():
-        for name in ("input_ids", "segment_ids", "loss_mask", "byte_lengths") if "answer" in columns else ():
-            array = columns[name]
-            padding = [(0, 0), (0, widest - array.shape[1]), *([(0, 0)] * (array.ndim - 2))]
-            columns[name] = np.pad(array, padding, constant_values=1 if name == "byte_lengths" else 0)

@@ -26,12 +26,11 @@ from ..models.decoding.generate import (
 )
 from ..models.tokenizer import stop_ids
 from ..settings.schema import GenerationSettings, Settings
-from .causal_lm import model_config, tokenizer_and_template
-from .language_losses import LanguageTask
+from .causal_lm import LanguageTask, model_config, tokenizer_and_template
 
 GREEDY = Sampling()
 LIMITS = "generation.max_new_tokens, train.prompt_tokens or --max_tokens"
-"""What sets the maximum tokens of an answer: for held-out texts, for the sample prompt, and in `generate`."""
+"""What sets the maximum tokens of an answer: for held-out texts, for `train.prompt`, and in `generate`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +58,9 @@ class ChatModel:
         new_tokens: int,
         search: GenerationSettings | None = None,
     ) -> "ChatModel":
-        """Creates a chat model from `model` and the files of its directory or GGUF file, with or without adapters.
-
-        With `search` it answers by beam search.
-
-        Raises:
-          ValueError: `new_tokens` leaves no room for a prompt, no end-of-turn token is known, or there are more
-            beams than tokens in the vocabulary.
-        """
-        config, (tokenizer, template) = (
-            model_config(directory),
-            tokenizer_and_template(settings, directory, task),
-        )
+        """Creates a chat model from `model` and the files of its directory; with `search` it has beams."""
+        config = model_config(directory)
+        tokenizer, template = tokenizer_and_template(settings, directory, task)
         if new_tokens >= config.max_length:
             raise ValueError(
                 f"answers of {new_tokens} tokens leave no room for a prompt: the model's limit for both is "
@@ -103,27 +93,21 @@ class ChatModel:
         return cls(tokenizer, template, lambda *inputs: beam_search(*inputs[:3])[0], longest)
 
     def encode(self, chats: Sequence[Chat]) -> list[list[int]]:
-        """Tokenizes conversations up to the start of the answer.
-
-        Raises:
-          ValueError: a prompt is too long, or the template fails or renders it to no tokens.
-        """
+        """Tokenizes conversations up to the start of the answer; raises ValueError if one is too long or empty."""
         texts = [
             self.template.render(chat.turns, add_generation_prompt=True, tools=chat.tools, place=chat.place)
             for chat in chats
         ]
         prompts = [encoding.ids for encoding in tokenize(texts, self.tokenizer)]
-        if empty := [n for n, ids in enumerate(prompts, 1) if not ids]:
-            raise ValueError(
-                f"prompt {empty[0]} of {len(prompts)} has no tokens after the chat template of "
-                f"{self.template.origin}"
-            )
-        if too_long := [len(ids) for ids in prompts if len(ids) > self.longest]:
-            number = next(i for i, ids in enumerate(prompts, 1) if len(ids) > self.longest)
-            raise ValueError(
-                f"prompt {number} of {len(prompts)} has {too_long[0]} tokens, but the answer leaves room for "
-                f"{self.longest}: shorten the prompt, or lower {LIMITS}"
-            )
+        for number, ids in enumerate(prompts, 1):
+            prompt = f"prompt {number} of {len(prompts)}"
+            if not ids:
+                raise ValueError(f"{prompt} has no tokens after the chat template of {self.template.origin}")
+            if len(ids) > self.longest:
+                raise ValueError(
+                    f"{prompt} has {len(ids)} tokens, but the answer leaves room for {self.longest}: shorten "
+                    f"the prompt, or lower {LIMITS}"
+                )
         return prompts
 
     def answer(
@@ -136,14 +120,12 @@ class ChatModel:
         batch_size: int = 8,
         between: Callable[[], None] = lambda: None,
     ) -> list[str]:
-        """Generates the answers, without special tokens; all batches have one shape and share a compiled program.
-
-        Sampling depends on the seed and the index of the conversation, not on the batches. `between` is called
-        before each batch and may raise.
-        """
+        """Generates the answers, without special tokens; `between` is called before each batch and may raise."""
         prompts = self.encode(chats)
         rows = min(batch_size, len(prompts))
+        # All batches of one shape: to compile a program for another takes longer than to compute padding.
         ids, segments = pad_left([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
+        # A key for each conversation, so that samples do not depend on the batches.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
         batch_tokens = []
         for start in range(0, len(ids), rows):
@@ -159,36 +141,17 @@ class ChatModel:
         return [self.tokenizer.decode(row[row != PAD_AFTER_END].tolist()).strip() for row in tokens]
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplePrompt:
-    """A prompt to answer before and after training."""
-
-    prompt: str
-    speaker: ChatModel
-
-    @classmethod
-    def from_settings(
-        cls, settings: Settings, directory: Path, task: LanguageTask, model: nn.Module
-    ) -> "SamplePrompt":
-        """Creates the prompt of `train.prompt`; raises a ValueError if it is too long."""
-        prompt, train = settings.train.prompt or "", settings.train
-        chat_model = ChatModel.from_settings(settings, directory, task, model, train.prompt_tokens)
-        chat_model.encode([Chat((Turn("user", prompt),))])
-        return cls(prompt, chat_model)
-
-    def ask(self, variables: Any) -> str:
-        """Returns the model's answer, decoded greedily."""
-        return self.speaker.answer(variables, [Chat((Turn("user", self.prompt),))])[0]
+def prompt_chat(prompt: str) -> Chat:
+    """Returns the conversation of a single prompt."""
+    return Chat((Turn("user", prompt),))
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
-    """Returns the id of the token that ends an answer in the template, which training teaches the model to emit.
-
-    Empty if the template does not show where answers are: such a template can generate, but not train.
-    """
+    """Returns the id of the token that ends an answer in the template, which training teaches the model to emit."""
     chat = Chat((Turn("user", "a"), Turn("assistant", "b")))
     try:
         sequences = tokenize_chats([chat], tokenizer, template, 1 << 20)
     except ValueError:
+        # The template does not show where answers are: it can generate, but not train.
         return ()
     return (int(sequences.ids[0][sequences.masks[0] > 0][-1]),)

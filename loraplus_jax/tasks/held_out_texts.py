@@ -10,20 +10,14 @@ import flax.linen as nn
 from ..data.conversations import Chat
 from ..data.data_to_text import Input
 from ..settings.schema import Settings
+from .causal_lm import LanguageTask
 from .chat_model import ChatModel
-from .language_losses import LanguageTask
 from .text_scores import load_scorers, score_texts
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutTexts:
-    """Inputs with references, and how to generate texts for them.
-
-    Attributes:
-      inputs: the inputs.
-      model: generates by beam search.
-      batch_size: inputs per batch.
-    """
+    """Inputs with references, and a model that generates texts for them by beam search."""
 
     inputs: tuple[Input, ...]
     model: ChatModel
@@ -38,12 +32,7 @@ class HeldOutTexts:
         model: nn.Module,
         inputs: Sequence[Input],
     ) -> "HeldOutTexts":
-        """Creates the beam search that `generation` describes.
-
-        Raises:
-          ValueError: an input is too long for the model, the beam is wider than the vocabulary, or a package for
-            the scores is missing.
-        """
+        """Creates the beam search that `generation` describes."""
         search = settings.generation
         load_scorers()
         chat_model = ChatModel.from_settings(settings, directory, task, model, search.max_new_tokens, search)
@@ -53,10 +42,7 @@ class HeldOutTexts:
     def generate(
         self, variables: Any, between: Callable[[], None] = lambda: None
     ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """Returns a row `{"mr", "text", "references"}` for every input, and the scores of all texts.
-
-        `between` is called before each batch and may raise.
-        """
+        """Returns a row `{"mr", "text", "references"}` for every input, and the scores of all texts."""
         chats = [Chat((x.turn,)) for x in self.inputs]
         texts = self.model.answer(variables, chats, batch_size=self.batch_size, between=between)
         rows = [

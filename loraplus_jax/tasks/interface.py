@@ -1,12 +1,13 @@
 """What training needs to know about a kind of model: an encoder with a head, or a language model."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 
 from ..adapter.spec import Specs
+from ..adapter.tree import combine
 from ..data.batches import Batch
 from ..data.data_to_text import Input
 from ..models.checkpoints.name_table import NameTable
@@ -29,7 +30,7 @@ class TaskProtocol(Protocol):
         ...
 
     @property
-    def mode(self) -> Any:
+    def mode(self) -> Literal["min", "max"]:
         """`"min"` if a lower metric is better, `"max"` if a higher one is."""
         ...
 
@@ -70,14 +71,7 @@ def held_out_split(splits: Mapping[str, Any]) -> str:
 
 
 class Split(NamedTuple):
-    """A split to evaluate.
-
-    Attributes:
-      columns: the columns for evaluation, of equal length.
-      examples: number of texts, conversations or questions.
-      digest: digest of the texts and labels.
-      inputs: the distinct inputs with their references (task generation).
-    """
+    """A split to evaluate; its fields are those of `TaskData` for it."""
 
     columns: Batch
     examples: int
@@ -124,6 +118,11 @@ class AdaptedModel(NamedTuple):
     specs: Specs
     trainable: dict[str, Any]
     frozen: dict[str, Any]
+
+
+def params_of(parts: AdaptedModel) -> dict[str, Any]:
+    """All parameters of the model, without adapters."""
+    return combine(parts.trainable, parts.frozen)["params"]
 
 
 class Losses(NamedTuple):

@@ -27,9 +27,6 @@ def score_texts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
       `bleu` and `chrf`, sacrebleu's corpus scores with its defaults (case counts; arXiv 1804.08771); `rouge_l`, the
       mean of rouge-score's F1 with the closest reference, times 100; and `nist`, nltk's corpus score over n-grams
       of at most 5 tokens of sacrebleu's tokenizer 13a. All but NIST range from 0 to 100.
-
-    Raises:
-      ValueError: a package is missing.
     """
     sacrebleu, rouge_scorer, nist_score = load_scorers()
     # The k-th list has every text's k-th reference, None for those with fewer.

@@ -15,7 +15,7 @@ from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.spec import Specs
 from ..adapter.tree import combine, flatten, replace_leaves
 from ..data.batches import train_batches
-from ..inits.from_weights import make_factors, subtract_start
+from ..inits.from_weights import as_difference, make_factors, subtract_start
 from ..interop.adapter_files import check_factors, load_adapter, read_adapter_json, save_adapter
 from ..models.checkpoints.hf import check_params, read_leaf
 from ..quantization.packed_array import PackedArray, is_packed
@@ -31,14 +31,8 @@ def read_start(
 ) -> dict[str, Any] | None:
     """The tree of factors that a run in this directory started from, if any.
 
-    Args:
-      directory: the run's directory.
-      specs: the table of adapted weights.
-      metadata: that of the current run; its base and data must be those that the start was made with.
-      allow: parts of the identity that may differ, as in `--allow_different`.
-
     Raises:
-      ValueError: the start is damaged, of other adapters, or was made with another base or other data.
+      ValueError: it is damaged, of other adapters, or was made with another base or data than `metadata` describes.
     """
     path = directory / START
     if not path.exists():
@@ -53,7 +47,7 @@ def write_start(
     directory: Path,
     start: Mapping[str, Any],
     specs: Specs,
-    config: LoRAPlusConfig,
+    config: LoRAPlusConfig | None,
     metadata: Mapping[str, Any],
 ) -> None:
     """Writes the factors before the first step, for the run to resume with, unless they are there."""
@@ -62,19 +56,29 @@ def write_start(
         save_adapter(directory / START, {"lora": start}, specs, config, **notes)
 
 
+def saved_form(
+    trained: dict[str, Any], specs: Specs, config: LoRAPlusConfig | None, start: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], Specs, LoRAPlusConfig | None, Mapping[str, Any] | None]:
+    """Trained values, specs, config and start to save an adapter with, so that it fits the original base."""
+    init = None if config is None else BASE_INITS.get(config.init)
+    if config is None or init is None or start is None:
+        return trained, specs, config, start
+    if init.subtracted:
+        lora, specs, config = as_difference(trained["lora"], start, specs, config)
+        return trained | {"lora": lora}, specs, config, None
+    # The start of lora_one is a step of training: nothing is subtracted from the base.
+    return trained, specs, config, None if config.init == "lora_one" else start
+
+
 def make_start(
     settings: Settings, parts: AdaptedModel, directory: Path, gradients: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Makes the tree of factors, float32, that `lora.init` starts from; see `make_factors`.
+    """Makes the tree of factors, float32, that `lora.init` of `BASE_INITS` starts from; see `make_factors`.
 
     Args:
-      settings: the settings, with an init of `BASE_INITS`.
-      parts: the model, with its weights.
+      settings, parts: the settings and the model, with its weights.
       directory: the base's files, which have the values before packing.
       gradients: the loss's gradient by each adapted weight, by the weight's path; for lora_ga and lora_one.
-
-    Raises:
-      ValueError: a rank is too large for the init, or only some layers of a stack are adapted.
     """
     config = settings.applied
     assert config is not None
@@ -102,7 +106,7 @@ def make_start(
 
 
 def _read_errors(parts: AdaptedModel, directory: Path) -> Callable[[str], np.ndarray]:
-    """A function that reads a weight of the files, less the packed values, by its path."""
+    """Returns a function that reads a weight of the files, less the packed values, by its path."""
     base, params = parts.base, combine(parts.trainable, parts.frozen)["params"]
     _, tensors = check_params(directory, base.table, params, new=base.new)
     rules = {f"params/{rule.path}": rule for rule in base.table.rules}
@@ -124,10 +128,7 @@ def first_gradients(
     mesh: Mesh,
     shardings: Shardings,
 ) -> dict[str, Any]:
-    """The gradient by every adapted weight, by path, for the first micro-batch, before adapters have an effect.
-
-    Takes the memory of these weights once more.
-    """
+    """The gradient by every adapted weight, by path, for the first micro-batch, before adapters have an effect."""
     init = BASE_INITS.get(settings.lora.init)
     if init is None or init.source != "gradients":
         return {}
@@ -140,10 +141,12 @@ def first_gradients(
     weights = {spec.leaf: flat[spec.leaf] for spec in parts.specs.values()}
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
 
+    # The weights are an argument of their own: jax.grad by all of `frozen` would need its memory once more.
     def loss(weights: Any, trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> jax.Array:
         (total, weight), _ = loss_fn(combine(trainable, replace_leaves(frozen, weights)), batch, key)
         return total / weight
 
+    # Sharded like the weights; where this is left to XLA, each device may hold all of a gradient.
     out = {leaf: places[leaf] for leaf in weights}
     return jax.jit(jax.grad(loss), out_shardings=out)(weights, parts.trainable, parts.frozen, batch, key)
 

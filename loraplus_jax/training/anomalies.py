@@ -20,11 +20,9 @@ class TrainingFailed(Exception):
 
 
 class SpikeHistory(NamedTuple):
-    """Losses and skips of the previous steps; saved in checkpoints, so that a resumed run finds the same spikes.
+    """The losses of the last `HISTORY_STEPS` steps that were not skipped, and the number of skipped ones since.
 
-    Attributes:
-      losses: losses of the last `HISTORY_STEPS` steps that were not skipped.
-      skipped: the number of consecutive skipped steps so far.
+    Saved in checkpoints, so that a resumed run finds the same spikes.
     """
 
     losses: tuple[float, ...] = ()
@@ -32,14 +30,7 @@ class SpikeHistory(NamedTuple):
 
 
 class LossSpike(NamedTuple):
-    """A loss spike.
-
-    Attributes:
-      step: the step of the spike.
-      loss: the loss at that step.
-      median: the median of the previous losses.
-      norms: gradient and update norms at that step, by role.
-    """
+    """A step with its loss, the median of the previous losses, and its gradient and update norms by role."""
 
     step: int
     loss: float
@@ -58,6 +49,7 @@ class LossSpike(NamedTuple):
 
 def metrics_to_host(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Copies the metrics of steps to the host as floats."""
+    # Of the whole list at once: device_get begins all copies before it waits for the first.
     return [{name: float(value) for name, value in row.items()} for row in jax.device_get(list(metrics))]
 
 
@@ -70,24 +62,14 @@ def find_spikes(
         skipped = skipped + 1 if row["skipped"] else 0
         if skipped:
             continue
-        if is_spike(losses, row["loss"]):
-            norms = {name: value for name, value in row.items() if "_norm/" in name}
-            spikes.append(LossSpike(step, row["loss"], statistics.median(losses), norms))
+        if len(losses) >= 3:
+            loss, median = row["loss"], statistics.median(losses)
+            spread = statistics.median(abs(value - median) for value in losses)
+            if loss > MIN_SPIKE_RATIO * median and loss > median + NOISE * spread:
+                norms = {name: value for name, value in row.items() if "_norm/" in name}
+                spikes.append(LossSpike(step, loss, median, norms))
         losses = [*losses, row["loss"]][-HISTORY_STEPS:]
     return SpikeHistory(tuple(losses), skipped), spikes
-
-
-def is_spike(losses: Sequence[float], loss: float) -> bool:
-    """Whether a loss is a spike, given the losses of the previous steps.
-
-    >>> is_spike([1.0, 1.1, 0.9], 3.0), is_spike([1.0, 0.2, 3.0], 3.5)
-    (True, False)
-    """
-    if len(losses) < 3:
-        return False
-    median = statistics.median(losses)
-    spread = statistics.median(abs(value - median) for value in losses)
-    return loss > MIN_SPIKE_RATIO * median and loss > median + NOISE * spread
 
 
 def index_of_skip_limit(history: SpikeHistory, rows: Sequence[Mapping[str, float]], most: int) -> int | None:
@@ -111,16 +93,10 @@ def check_skipped(
 ) -> None:
     """Raises TrainingFailed after `train.max_skipped` consecutive skipped steps; names the non-finite values.
 
-    Args:
-      run: the run, whose settings hold the limit.
-      history: the history before the first row.
-      first: the step of the first row.
-      rows: the metrics of the steps.
-      kept: the step of the newest checkpoint.
+    `history` is that before the rows, the metrics of the steps from `first` on; `kept` is the newest checkpoint.
     """
     most = run.settings.train.max_skipped
-    index = index_of_skip_limit(history, rows, most)
-    if index is not None:
+    if (index := index_of_skip_limit(history, rows, most)) is not None:
         names = nonfinite_names(rows[index])
         raise TrainingFailed(
             f"skipped {most} steps in a row up to step {first + index} (train.max_skipped): non-finite "
@@ -142,16 +118,13 @@ def nonfinite_names(row: Mapping[str, float]) -> list[str]:
 
 def advice(run: Run, nonfinite: Sequence[str]) -> str:
     """Suggests settings to change, given the names of the non-finite metrics."""
-    optimizer, config = run.settings.optimizer, run.config
+    optimizer, ratio = run.settings.optimizer, run.settings.lr_ratio
     only_updates = all(name.startswith("update_norm/") for name in nonfinite)
     tips = []
-    if config is not None and config.lr_ratio > 1:
-        if "grad_norm/a" in nonfinite:
-            tips.append(f"lora.lr_ratio below {config.lr_ratio:g} (A's gradient grows with B)")
-        elif "update_norm/b" in nonfinite:
-            tips.append(
-                f"lora.lr_ratio below {config.lr_ratio:g} (B's rate is its product with learning_rate)"
-            )
+    if ratio > 1 and "grad_norm/a" in nonfinite:
+        tips.append(f"lora.lr_ratio below {ratio:g} (A's gradient grows with B)")
+    elif ratio > 1 and "update_norm/b" in nonfinite:
+        tips.append(f"lora.lr_ratio below {ratio:g} (B's rate is its product with learning_rate)")
     tips.append(f"optimizer.learning_rate below {optimizer.learning_rate:g}")
     if optimizer.max_grad_norm is None and not only_updates:  # clipping does not help if gradients are finite
         tips.append("optimizer.max_grad_norm 1.0")

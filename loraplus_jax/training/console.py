@@ -23,6 +23,7 @@ class LineConsole(Console):
     """A rich console that prints strings as they are: no markup or emoji codes, control characters escaped."""
 
     def __init__(self, **options: Any) -> None:
+        # rich would read [q_proj] as a style tag and wrap lines in a log file.
         super().__init__(**{"soft_wrap": True, "markup": False, "emoji": False, **options})
 
     def print(self, *objects: Any, **options: Any) -> None:
@@ -43,8 +44,8 @@ def header(run: Run, step: int) -> Iterator[str]:
     trained = count(run.parts.trainable)
     total = trained + count(run.parts.frozen)
     method = settings.method
-    if run.config is not None:
-        method += f" (rank {run.config.rank}, lr_ratio {run.config.lr_ratio:g})"
+    if (config := settings.applied) is not None:
+        method += f" (rank {config.rank}, lr_ratio {config.lr_ratio:g})"
     share = f"{100 * trained / total:.2f} %"
     yield f"{method}: training {trained:,} of {total:,} parameters ({share}) for {run.steps} steps"
     yield from ignored_lines(settings, run.parts)
@@ -108,10 +109,11 @@ class ProgressLines:
         self.done, self.clock = done, time.perf_counter()
 
     def update(self, done: int, *, loss: Any = None) -> None:
-        """Prints a line if it is time; only then waits for the loss, a scalar array."""
+        """Prints a line if it is time."""
         seconds = time.perf_counter() - self.clock
         if done == self.done or seconds < SECONDS_PER_LINE:
             return
+        # Only now the loss is read: that waits for the step.
         detail = "" if loss is None else f"loss {float(loss):.4f}, "
         rate = (done - self.done) / seconds
         left = datetime.timedelta(seconds=round((self.total - done) / rate))

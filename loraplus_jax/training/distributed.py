@@ -35,18 +35,27 @@ class LostProcess(Exception):
 
 @contextlib.contextmanager
 def join_processes(settings: DistributedSettings) -> Iterator[None]:
-    """Connects this process to the others of the run while entered; does nothing for a single process.
-
-    Raises:
-      ValueError: the processes cannot connect; the message gives the coordinator and the timeout.
-      LostProcess: a computation failed because another process is gone.
-    """
+    """Connects this process to the others of the run while entered; does nothing for a single process."""
     if settings.coordinator is None:
         yield
         return
+    is_auto = settings.coordinator == AUTO
     bind_address = _bind_address(settings) if settings.process_id == 0 else None
+    process = f"process {settings.process_id} of {settings.processes}"
+    late = (
+        f"{'this process, configured by the environment,' if is_auto else process} could not connect to the "
+        f"others at distributed.coordinator {settings.coordinator} within {settings.start_timeout} s "
+        "(distributed.start_timeout)"
+    )
+
+    def abort() -> None:
+        # An exception would not interrupt the native call in which the main thread waits.
+        sys.stdout.flush()
+        os.write(2, f"loraplus: error: {late}\n".encode())
+        os._exit(2)
+
     # On its own timeout, JAX aborts the process with a native stack trace.
-    timer = threading.Timer(settings.start_timeout, _abort, [_timeout_message(settings)])
+    timer = threading.Timer(settings.start_timeout, abort)
     timer.daemon = True
     timer.start()
     address = {
@@ -56,19 +65,36 @@ def join_processes(settings: DistributedSettings) -> Iterator[None]:
     }
     try:
         jax.distributed.initialize(
-            **({} if settings.coordinator == AUTO else address),
+            **({} if is_auto else address),
             initialization_timeout=settings.start_timeout + 60,
             heartbeat_timeout_seconds=settings.lost_timeout,
             coordinator_bind_address=bind_address,
         )
     except ENVIRONMENT_ERRORS as error:
-        raise ValueError(_join_error(settings, error)) from error
+        reason = _first_line(error)
+        if not is_auto:
+            raise ValueError(f"{late}: {reason}") from error
+        if "start RPC server" in reason:
+            raise ValueError(
+                f"distributed.coordinator is {AUTO} and this process is the coordinator, but it cannot listen on "
+                f"its port ({reason}); set JAX_COORDINATOR_PORT to a free port, the same for all processes"
+            ) from error
+        raise ValueError(
+            f"distributed.coordinator is {AUTO}, but the environment does not describe the processes completely "
+            f"({reason}); set distributed.coordinator, processes and process_id"
+        ) from error
     finally:
         timer.cancel()
-    _check_devices()
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:  # JAX's collectives would hang or fail
+        jax.distributed.shutdown()
+        listed = ", ".join(f"process {number} has {count}" for number, count in sorted(counts.items()))
+        raise ValueError(f"all processes must have the same number of devices, but {listed}")
     try:
         yield
-    except Stopped:  # all processes stop at the same step
+    except Stopped:
+        # All processes stop at the same step. After any other error the rest may be inside a collective, for which
+        # a shutdown would wait.
         jax.distributed.shutdown()
         raise
     except Exception as error:
@@ -81,20 +107,9 @@ def join_processes(settings: DistributedSettings) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def _check_devices() -> None:
-    """Raises ValueError on every process unless all have the same number of devices, as JAX's collectives need."""
-    counts = Counter(device.process_index for device in jax.devices())
-    if len(set(counts.values())) > 1:
-        jax.distributed.shutdown()
-        listed = ", ".join(f"process {number} has {count}" for number, count in sorted(counts.items()))
-        raise ValueError(f"all processes must have the same number of devices, but {listed}")
-
-
 def idle_gpus() -> list[str]:
-    """A line for the header if the processes see fewer GPUs than their hosts have; every process must call it.
-
-    Under SLURM and Open MPI, JAX gives each process one GPU, so with one process per host the others stay idle.
-    """
+    """A line for the header if the processes see fewer GPUs than their hosts have; every process must call it."""
+    # Under SLURM and Open MPI, JAX gives each process one GPU, so with one process per host the others stay idle.
     allocated = os.environ.get("SLURM_GPUS_ON_NODE", "")
     available = int(allocated) if allocated.isdigit() else len(glob.glob(GPU_FILES))
     visible = sum(device.platform == "gpu" for device in jax.local_devices())
@@ -111,29 +126,27 @@ def idle_gpus() -> list[str]:
     ]
 
 
-def _abort(message: str) -> None:
-    """Exits the process, even while a native call blocks it."""
-    sys.stdout.flush()
-    os.write(2, f"loraplus: error: {message}\n".encode())
-    os._exit(2)
-
-
 def _bind_address(settings: DistributedSettings) -> str | None:
     """Where the coordinator listens: at the address of `distributed.coordinator`; None for all interfaces.
 
     All interfaces if that is no address of this host, which then is translated on the way (NAT), or if a hosts file
     maps the host's own name to loopback, where no other host could connect. JAX_COORDINATOR_BIND_ADDRESS overrides.
-
-    Raises:
-      ValueError: process 0 cannot listen there.
     """
     if override := os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
         return override
     host, _, port = str(settings.coordinator).rpartition(":")
     host = host.strip("[]")
+    own = []
+    # JAX would share the port with another run's coordinator (SO_REUSEPORT), join that run and end it. So listen at
+    # every address once without that option: a taken port raises.
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        own = [target[0] for family, _, _, _, target in found if _can_listen(family, target)]
+        for family, _, _, _, target in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            try:
+                socket.create_server(target, family=family).close()
+                own.append(target[0])
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # another host's address
+                    raise
         if any(host in ("localhost", ip) or not ipaddress.ip_address(ip).is_loopback for ip in own):
             return settings.coordinator
         socket.create_server(("", int(port))).close()
@@ -146,44 +159,6 @@ def _bind_address(settings: DistributedSettings) -> str | None:
     return None
 
 
-def _can_listen(family: int, target: Any) -> bool:
-    """Whether an address is one of this host's; raises OSError if its port is taken."""
-    # JAX would share the port with another run's coordinator (SO_REUSEPORT), join that run and end it.
-    try:
-        socket.create_server(target, family=family).close()
-    except OSError as error:
-        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-            raise
-        return False
-    return True
-
-
-def _timeout_message(settings: DistributedSettings) -> str:
-    """The message if the processes do not connect in time."""
-    process = f"process {settings.process_id} of {settings.processes}"
-    if settings.coordinator == AUTO:
-        process = "this process, configured by the environment,"
-    return (
-        f"{process} could not connect to the others at distributed.coordinator {settings.coordinator} within "
-        f"{settings.start_timeout} s (distributed.start_timeout)"
-    )
-
-
-def _join_error(settings: DistributedSettings, error: Exception) -> str:
-    reason = _first_line(error)
-    if settings.coordinator != AUTO:
-        return f"{_timeout_message(settings)}: {reason}"
-    if "start RPC server" in reason:
-        return (
-            f"distributed.coordinator is {AUTO} and this process is the coordinator, but it cannot listen on its "
-            f"port ({reason}); set JAX_COORDINATOR_PORT to a free port, the same for all processes"
-        )
-    return (
-        f"distributed.coordinator is {AUTO}, but the environment does not describe the processes completely "
-        f"({reason}); set distributed.coordinator, processes and process_id"
-    )
-
-
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text:.200}" if isinstance(error, LookupError) else f"{text:.200}"
@@ -191,24 +166,20 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def raise_together() -> Iterator[None]:
-    """Runs the block on every process; if it raises on one, every process raises the same error.
-
-    Raises:
-      ValueError: the block raised on another process.
-    """
+    """Runs the block on every process; if it raises on one, every process raises the same error."""
     error = None
     try:
         yield
     except Exception as caught:
         error = caught
     messages = allgather(None if error is None else str(error) or type(error).__name__)
-    if any(message is not None for message in messages) and len(messages) > 1:
+    failed = [number for number, message in enumerate(messages) if message is not None]
+    if failed and len(messages) > 1:
         jax.distributed.shutdown()  # a clean shutdown, since every process is here
     if error is not None:
         raise error
-    for number, message in enumerate(messages):
-        if message is not None:
-            raise ValueError(f"process {number} of {len(messages)} failed: {message}")
+    if failed:
+        raise ValueError(f"process {failed[0]} of {len(messages)} failed: {messages[failed[0]]}")
 
 
 def check_same_everywhere(values: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ def evaluate(
         jax.block_until_ready(totals)
         totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
     means = {name: float(value) for name, value in weighted_means(totals).items()}
+    # Rows are fetched at the end: to fetch them in the loop would wait for each batch.
     return means | join_rows(jax.device_get(kept))
 
 

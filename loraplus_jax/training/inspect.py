@@ -1,9 +1,13 @@
 """`loraplus inspect`: shows trainable parameters and learning rates without training."""
 
+import dataclasses
+
+from ..data.fetch import resolve
 from ..optim.diagnostics import describe
 from ..settings.schema import Settings
+from ..step.sharding import make_mesh
 from .saved_adapter import check_init_adapter
-from .setup import abstract_run, params_of
+from .setup import abstract_run, check_mesh, task_module
 
 
 def inspect(settings: Settings) -> str:
@@ -17,17 +21,22 @@ def inspect(settings: Settings) -> str:
             f"distributed.coordinator is {address}, but inspect runs in a single process; set "
             "--distributed.coordinator null to inspect the run with the local devices"
         )
-    run = abstract_run(settings)
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    check_mesh(settings, mesh)
+    directory = resolve(settings.model.path, "model")
+    data = task_module(settings).load_data(settings, directory)
+    steps, parts, tx = abstract_run(settings, directory, data, mesh)
     if settings.init_adapter is not None:
-        check_init_adapter(settings, run.shapes, params_of(run.shapes), run.data.task)
+        check_init_adapter(settings, parts, data.task)
     peak = settings.optimizer.warmup_steps
-    parts = run.shapes
-    table = describe(parts.trainable, run.tx, parts.specs, frozen=parts.frozen, step=peak)
+    table = describe(parts.trainable, tx, parts.specs, frozen=parts.frozen, step=peak)
     lines = [f"{table}"]
     layers = next((spec.layers for spec in parts.specs.values() if spec.layers is not None), None)
     if layers is not None:
         names = ", ".join(map(str, layers))
         lines.append(f"lora.layers_to_transform: only layers {names} are adapted, the others stay zero")
-    sizes = ", ".join(f"{size:,} {name}" for name, size in run.data.examples.items())
-    steps = f"{run.steps} steps of batch size {settings.train.batch_size}"
-    return "\n".join([*lines, f"{steps}; learning rates at step {peak}; data: {sizes}"])
+    sizes = ", ".join(f"{size:,} {name}" for name, size in data.examples.items())
+    lines.append(
+        f"{steps} steps of batch size {settings.train.batch_size}; learning rates at step {peak}; data: {sizes}"
+    )
+    return "\n".join(lines)

@@ -1,7 +1,6 @@
 """The log of a run: rows in `metrics.jsonl`, TensorBoard events, and a plot of the loss."""
 
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -11,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .._utils.atomic import atomic_write, sync, to_json, write_text
 from .._utils.json_files import check_file
 from ..data.fetch import cache_dir
@@ -20,7 +17,6 @@ from ..data.fetch import cache_dir
 LogRow = dict[str, Any]
 
 METRICS, SUMMARY, PICTURE, EVENTS = "metrics.jsonl", "summary.json", "loss.png", "tensorboard"
-RANKS = "ranks.png"
 TEXTS = {"before": "generated_before.jsonl", "after": "generated.jsonl"}
 
 
@@ -58,6 +54,7 @@ class RunLog:
         lines = []
         if keep and self.path.exists():
             check_file(self.path)
+            # A kill may have cut the last line off; what ends in a line break is whole.
             lines = self.path.read_bytes().split(b"\n")[:-1][:keep]
         kept = b"".join(line + b"\n" for line in lines)
         self._digest = hashlib.sha256(kept)
@@ -69,10 +66,15 @@ class RunLog:
         self.rows = [_parse_row(line) for line in lines]
         if not writes:
             return
-        step = self.rows[-1]["step"] if self.rows else 0
         write_text(self.path, kept.decode())
         self._file = self.path.open("a", encoding="utf-8")
-        self._events = _events_writer(directory / EVENTS, step)
+        writer, self._types = _load_tensorboard()
+        (directory / EVENTS).mkdir(exist_ok=True)
+        # Writes synchronously. On a full disk, the thread of SummaryWriter blocks forever.
+        self._events = writer.EventsWriter(str(directory / EVENTS / "events"))
+        if self.rows:  # tell TensorBoard to drop the events after the step that the run resumes from
+            start = {"status": self._types.SessionLog.SessionStatus.START}
+            self._write_event(self.rows[-1]["step"] + 1, session_log=start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a row."""
@@ -84,8 +86,15 @@ class RunLog:
         self._check()
         self._file.write(line)
         self._file.flush()
-        self._events.write_event(_scalars(step, values))
+        # TensorBoard groups names by what is before their first slash.
+        tags = {name if "/" in name else f"train/{name}": float(value) for name, value in values.items()}
+        self._write_event(
+            step, summary={"value": [{"tag": tag, "simple_value": value} for tag, value in tags.items()]}
+        )
         self._events.flush()
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(self._types.Event(wall_time=time.time(), step=step, **content))
 
     def digest(self) -> str:
         """A short hex digest of the bytes of all rows."""
@@ -97,6 +106,7 @@ class RunLog:
             return
         self._check()
         os.fsync(self._file.fileno())
+        # After a power loss a new file is there only if its directory was flushed too.
         sync(self.path.parent)
 
     def values(self, name: str) -> list[tuple[int, float]]:
@@ -111,38 +121,18 @@ class RunLog:
         self._events.close()
 
 
-def _events_writer(directory: Path, step: int) -> Any:
-    """Opens a TensorBoard event file with synchronous writes; on a full disk, SummaryWriter blocks forever.
-
-    A run that resumes from a step tells TensorBoard to drop all later events.
-    """
-    directory.mkdir(exist_ok=True)
-    writer = _tensorboard("event_file_writer").EventsWriter(str(directory / "events"))
-    if step:
-        start = {"status": _tensorboard("proto.event_pb2").SessionLog.SessionStatus.START}
-        writer.write_event(
-            _tensorboard("proto.event_pb2").Event(wall_time=time.time(), step=step + 1, session_log=start)
-        )
-    return writer
-
-
-def _scalars(step: int, values: Mapping[str, float]) -> Any:
-    """Makes a TensorBoard event; names with a slash are grouped by their first part, others under `train`."""
-    named = {name if "/" in name else f"train/{name}": float(value) for name, value in values.items()}
-    summary = {"value": [{"tag": tag, "simple_value": value} for tag, value in named.items()]}
-    return _tensorboard("proto.event_pb2").Event(wall_time=time.time(), step=step, summary=summary)
-
-
-def _tensorboard(name: str) -> Any:
-    """Imports a module of tensorboardX, without torch: that takes seconds, and only torch's tensors need it."""
+def _load_tensorboard() -> tuple[Any, Any]:
+    # tensorboardX imports torch if it is installed, only to accept its tensors, and that takes seconds.
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     try:
-        return importlib.import_module(f"tensorboardX.{name}")
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2
     finally:
         if hidden:
             del sys.modules["torch"]
+    return event_file_writer, event_pb2
 
 
 def _parse_row(line: str | bytes) -> LogRow:
@@ -150,7 +140,9 @@ def _parse_row(line: str | bytes) -> LogRow:
 
 
 def pyplot() -> Any:
-    """Imports matplotlib.pyplot with a file-only backend; a late import, because it is slow."""
+    """Imports matplotlib.pyplot with a file-only backend."""
+    # Here and not at the top: a slow import, which most commands do not need.
+    # By default matplotlib writes its font cache to the home directory, and warns if it cannot.
     os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
     import matplotlib
 
@@ -171,40 +163,21 @@ def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
     """Plots the training loss (raw and smoothed), the validation loss and the validation metric."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    steps, loss = _split_pairs(log.values("loss"))
+    curves = [log.values(name) for name in ("loss", "validation/loss", f"validation/{metric}")]
+    (steps, loss), validation_loss, validation_metric = (
+        [*zip(*curve, strict=True)] or ((), ()) for curve in curves
+    )
     left.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=1)
     left.plot(steps, smooth(loss), color="tab:blue", linewidth=2, label="training (smoothed)")
-    left.plot(*_split_pairs(log.values("validation/loss")), "o-", color="tab:orange", label="validation")
+    left.plot(*validation_loss, "o-", color="tab:orange", label="validation")
     left.set(xlabel="step", ylabel="loss", title="Loss", ylim=(0, None))
-    right.plot(*_split_pairs(log.values(f"validation/{metric}")), "o-", color="tab:orange")
+    right.plot(*validation_metric, "o-", color="tab:orange")
     right.set(xlabel="step", ylabel=metric, title=f"Validation {metric}")
     left.legend(frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, parse_math=False)
-    save_figure(figure, path)
-
-
-def draw_ranks(path: Path, ranks: Mapping[str, Any]) -> None:
-    """Draws the ranks that AdaLoRA left: a row for each module, a column for each layer of a stack."""
-    plt = pyplot()
-    rows = [np.ravel(value) for value in ranks.values()]
-    table = np.full((len(rows), max(map(len, rows))), np.nan)
-    for row, values in zip(table, rows, strict=True):
-        row[: len(values)] = values
-    size = (min(16.0, 3 + 0.5 * table.shape[1]), min(16.0, 1.5 + 0.35 * table.shape[0]))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
-    for (row, column), rank in np.ndenumerate(table):
-        if np.isfinite(rank):
-            dark = rank > 0.6 * np.nanmax(table)
-            axes.text(
-                column, row, f"{rank:.0f}", ha="center", va="center", color="white" if dark else "black"
-            )
-    axes.set_yticks(range(len(rows)), list(ranks))
-    axes.set_xticks(range(table.shape[1]))
-    axes.set(xlabel="layer", title="Ranks after training")
     save_figure(figure, path)
 
 
@@ -220,7 +193,3 @@ def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
         total, norm = weight * total + value, weight * norm + 1.0
         result.append(total / norm)
     return result
-
-
-def _split_pairs(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [step for step, _ in pairs], [value for _, value in pairs]

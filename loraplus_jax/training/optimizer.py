@@ -15,6 +15,13 @@ from ..optim.riemannian import scale_by_riemannian
 from ..optim.schedules import make_schedule
 from ..settings.schema import OptimizerSettings
 
+GROUP_RATES = {
+    "head_learning_rate": ("extra", "head or other fully trained parameter"),
+    "embedding_learning_rate": ("embedding", "embedding adapter"),
+    "magnitude_learning_rate": ("magnitude", "magnitude"),
+}
+"""Settings that replace the rate of a role, with the role and what it is called in an error."""
+
 
 def make_optimizer(
     settings: OptimizerSettings,
@@ -29,54 +36,47 @@ def make_optimizer(
     `learning_rate` replaces that of the settings; it and `lr_ratio` may be traced arrays.
     """
     schedule = functools.partial(schedule_for, settings, steps)
-    embedding, head = settings.embedding_learning_rate, settings.head_learning_rate
-    magnitude = settings.magnitude_learning_rate
     rate = schedule(settings.learning_rate if learning_rate is None else learning_rate)
+    rates: dict[str, Any] = {
+        name: None if (peak := getattr(settings, name)) is None else schedule(peak) for name in GROUP_RATES
+    }
+    precondition = direction = None
+    if settings.name == "riemannian":
+        precondition = scale_by_riemannian(specs=specs)
+    elif settings.name == "lora_rite":
+        direction = scale_by_lora_rite(settings.b1, settings.b2, settings.eps, specs=specs)
+    elif settings.name == "lora_muon":
+        direction = scale_by_lora_muon(settings.b1, specs=specs)
     tx = lora_plus_adamw(
         rate,
         lr_ratio,
-        embedding_learning_rate=None if embedding is None else schedule(embedding),
-        head_learning_rate=None if head is None else schedule(head),
-        magnitude_learning_rate=None if magnitude is None else schedule(magnitude),
+        **rates,
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         decay=settings.decay,
         max_grad_norm=settings.max_grad_norm,
-        precondition=scale_by_riemannian(specs=specs) if settings.name == "riemannian" else None,
-        direction=_direction(settings, specs),
+        precondition=precondition,
+        direction=direction,
         policy=settings.policy,
         specs=specs,
     )
-    return tx if settings.target_rank is None else _adalora(settings, tx, rate, steps, specs)
-
-
-def _adalora(
-    settings: OptimizerSettings, tx: LoRAPlusTransform, rate: Any, steps: int, specs: Specs
-) -> LoRAPlusTransform:
-    """AdaLoRA around an optimizer; its schedule follows from the number of steps."""
+    if settings.target_rank is None:
+        return tx
     transform = adalora(
         tx,
         optax.adam(rate, settings.b1, settings.b2, settings.eps),
         steps=steps,
-        target_rank=settings.target_rank or 0,
+        target_rank=settings.target_rank,
         initial_steps=steps // 10,
         final_steps=3 * steps // 10,
         every=10,
         specs=specs,
     )
+    # adalora accepts any optax transform; around this kind it returns one that knows labels and rates.
     assert isinstance(transform, LoRAPlusTransform)
     return transform
-
-
-def _direction(settings: OptimizerSettings, specs: Specs) -> optax.GradientTransformation | None:
-    """What computes the steps in Adam's place, if anything."""
-    if settings.name == "lora_rite":
-        return scale_by_lora_rite(settings.b1, settings.b2, settings.eps, specs=specs)
-    if settings.name == "lora_muon":
-        return scale_by_lora_muon(settings.b1, specs=specs)
-    return None
 
 
 def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Array) -> optax.Schedule:
@@ -94,10 +94,6 @@ def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Arra
 def check_rates(settings: OptimizerSettings, tx: LoRAPlusTransform, trainable: Any) -> None:
     """Raises ValueError if a learning rate is set for a parameter group that is empty."""
     roles = set(jax.tree.leaves(tx.labels(trainable)))
-    for role, name, group in (
-        ("extra", "head_learning_rate", "head or other fully trained parameter"),
-        ("embedding", "embedding_learning_rate", "embedding adapter"),
-        ("magnitude", "magnitude_learning_rate", "magnitude"),
-    ):
+    for name, (role, group) in GROUP_RATES.items():
         if (rate := getattr(settings, name)) is not None and role not in roles:
             raise ValueError(f"optimizer.{name} is {rate:g}, but the model trains no {group}; remove it")

@@ -38,32 +38,18 @@ PARTS = (
 
 
 def model_identity(settings: Settings, directory: Path, task: Any) -> Identity:
-    """The identity of a base model's files.
-
-    Args:
-      settings: the settings of the run.
-      directory: the base model's directory or GGUF file.
-      task: the task of the run; it holds a chat template of the user's own.
-    """
-    config = (
-        causal_lm.model_config(directory, split_fused=settings.model.split_fused)
-        if settings.is_language
-        else BertConfig.from_hf(load_config(directory))
-    )
+    """The identity of a base model's directory or GGUF file; the task may hold the user's own chat template."""
+    more: Identity = {}
+    if settings.is_language:
+        config = causal_lm.model_config(directory, split_fused=settings.model.split_fused)
+        tokenizer, template = causal_lm.tokenizer_and_template(settings, directory, task)
+        names = {"bos": template.bos_token, "eos": template.eos_token, "stop": list(stop_ids(directory))}
+        more = {"special_tokens": names, "chat_template": _digest(template.source)}
+    else:
+        config = BertConfig.from_hf(load_config(directory))
+        tokenizer = encoder.tokenizer_for(settings, directory)
     config = to_plain(dataclasses.asdict(config))
-    identity: Identity = {"base": {"config": config}}
-    if not settings.is_language:
-        return identity | {"tokenizer": _digest(encoder.tokenizer_for(settings, directory).to_str())}
-    tokenizer, template = causal_lm.tokenizer_and_template(settings, directory, task)
-    return identity | {
-        "tokenizer": _digest(tokenizer.to_str()),
-        "special_tokens": {
-            "bos": template.bos_token,
-            "eos": template.eos_token,
-            "stop": list(stop_ids(directory)),
-        },
-        "chat_template": _digest(template.source),
-    }
+    return {"base": {"config": config}, "tokenizer": _digest(tokenizer.to_str()), **more}
 
 
 def check_allowed(allow: Sequence[str]) -> None:
@@ -87,26 +73,30 @@ def check_identity(
 ) -> None:
     """Raises ValueError if a base model or data differs from what a run, adapter or checkpoint was made with.
 
+    Parts that only one of them has are not compared, such as those of an adapter that PEFT wrote.
+
     Args:
       source: the run, adapter or checkpoint, for the message.
-      metadata: its metadata; what it does not record is not compared, as in an adapter that PEFT wrote.
-      identity: the current identity; parts that it lacks are not compared.
+      metadata: its metadata.
+      identity: the current identity.
       weights: `fingerprint` of the current frozen variables, if they are loaded.
       allow: parts that may differ, as in `--allow_different`.
     """
     saved = metadata.get("identity", {})
     if not isinstance(saved, Mapping) or not isinstance(saved.get("base", {}), Mapping):
         raise ValueError(f"{source}: identity must be a mapping from parts to values, got {saved!r:.80}")
-    saved, current = _with_weights(saved, metadata.get("base")), _with_weights(identity, weights)
-    saved, current = _restrict(saved, current), _restrict(current, saved)
+    if (fingerprint := metadata.get("base")) is not None:
+        saved = {**saved, "base": {**saved.get("base", {}), "weights": fingerprint}}
+    if weights is not None:
+        identity = {**identity, "base": {**identity.get("base", {}), "weights": weights}}
     differences = [
         line
-        for line in field_differences(saved, current, ("there", "here"))
-        if not _is_allowed(line.partition(" ")[0], allow)
+        for line in field_differences(_common(saved, identity), _common(identity, saved), ("there", "here"))
+        if not line.startswith(tuple(f"{name}{end}" for name in allow for end in " ."))
     ]
     if differences:
         parts = [
-            part for part in PARTS if any(line.startswith((f"{part} ", f"{part}.")) for line in differences)
+            name for name in PARTS if any(line.startswith((f"{name} ", f"{name}.")) for line in differences)
         ]
         flags = " ".join(f"--allow_different {part}" for part in parts)
         raise ValueError(
@@ -118,31 +108,18 @@ def check_identity(
 def checked_metadata(
     manager: ocp.CheckpointManager, step: int, metadata: Mapping[str, Any], allow: Sequence[str]
 ) -> dict[str, Any]:
-    """The metadata to restore a checkpoint with: the current one, with the saved identity after checking it.
-
-    Raises:
-      DamagedCheckpoint, ValueError: the checkpoint cannot be read, or its identity differs.
-    """
+    """The metadata to restore a checkpoint with: the current one, with the saved identity after checking it."""
     saved = read_metadata(manager, step)
     source, weights = Path(manager.directory) / str(step), metadata["base"]
     check_identity(source, saved, metadata["identity"], weights=weights, allow=allow)
     return {**metadata, **{name: saved[name] for name in ("base", "identity") if name in saved}}
 
 
-def _with_weights(identity: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
-    base = {**identity.get("base", {}), **({} if weights is None else {"weights": weights})}
-    return {**identity, "base": base}
-
-
-def _restrict(values: Any, others: Any) -> Any:
+def _common(values: Any, others: Any) -> Any:
     """The values whose names the others have, too."""
     if not isinstance(values, Mapping) or not isinstance(others, Mapping):
         return values
-    return {name: _restrict(value, others[name]) for name, value in values.items() if name in others}
-
-
-def _is_allowed(field: str, allow: Sequence[str]) -> bool:
-    return any(field == name or field.startswith(f"{name}.") for name in allow)
+    return {name: _common(value, others[name]) for name, value in values.items() if name in others}
 
 
 def _digest(text: str) -> str:

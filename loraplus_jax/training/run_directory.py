@@ -34,7 +34,7 @@ from ..step.checkpoint import (
 )
 from ..step.train_step import TrainState
 from .distributed import check_same_everywhere, raise_together
-from .metrics_log import METRICS, PICTURE, RANKS, SUMMARY, TEXTS
+from .metrics_log import METRICS, PICTURE, SUMMARY, TEXTS
 from .provenance import check_allowed, checked_metadata
 from .xla import use_compilation_cache
 
@@ -53,15 +53,12 @@ def lock_directory(directory: Path) -> Iterator[Callable[[], None]]:
     """Locks the directory for this process; the operating system releases the lock when the process exits.
 
     Yields a check to call before writing: it raises ValueError if the directory is no longer at its path.
-
-    Raises:
-      ValueError: another process has locked it, and the message gives its pid; or `.lock` or `.pid` is no regular
-        file.
     """
     with _lock(directory):
         locked, owner = directory.stat(), directory / OWNER
 
         def check() -> None:
+            # The lock is held on a file, which stays locked wherever it is moved.
             if not directory.exists() or not os.path.samestat(locked, directory.stat()):
                 raise ValueError(
                     f"output_dir {directory} was renamed, deleted or replaced during the run; move it back, and "
@@ -78,9 +75,10 @@ def lock_directory(directory: Path) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _lock(directory: Path) -> Iterator[None]:
-    """Holds the lock of a directory, without writing the pid."""
-    _check_lock_files(directory)
     lock, owner = filelock.FileLock(directory / LOCK), directory / OWNER
+    for path in (directory / LOCK, owner):  # through a link another file would be written; a FIFO would block
+        if os.path.lexists(path):
+            check_file(path, follow_links=False)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -94,43 +92,23 @@ def _lock(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_lock_files(directory: Path) -> None:
-    """Raises ValueError if a file of the lock is no regular file: through a link, another file would be written."""
-    for path in (directory / LOCK, directory / OWNER):
-        if os.path.lexists(path):
-            check_file(path, follow_links=False)
-
-
-def _check_writable(directory: Path) -> None:
-    """Raises ValueError if the directory cannot be created or written; permissions alone do not tell."""
-    try:
-        existing = next(path for path in (directory, *directory.parents) if path.exists())
-        tempfile.TemporaryDirectory(dir=existing).cleanup()
-    except OSError as error:
-        raise ValueError(f"cannot write to output_dir {directory}: {error.strerror}") from None
-
-
 def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list[str]:
-    """Checks that a run may start or resume in a directory; returns the changed settings as text.
+    """Checks that a run may start, or resume unless `fresh`, in a directory; returns the changed settings as text.
 
-    Call it on one process only: it creates and removes test files.
-
-    Args:
-      directory: `output_dir`.
-      settings: the settings of the run; its class names those that may differ from the existing run.
-      fresh: whether to start over instead of resuming.
-
-    Raises:
-      ValueError: the run may not start or resume there.
+    Call it on one process only: it creates and removes test files. The class of the settings names those that may
+    differ from the existing run.
     """
     for parent in (directory, *directory.parents):
         if os.path.lexists(parent) and not parent.is_dir():
             raise ValueError(f"output_dir {directory}: {parent} is a file or a broken link, not a directory")
     check_directory_name("output_dir", directory)
-    _check_writable(directory)
+    try:  # permissions alone do not tell
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
+    except OSError as error:
+        raise ValueError(f"cannot write to output_dir {directory}: {error.strerror}") from None
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
-    _check_lock_files(directory)
-    if LOCK in names:
+    if {LOCK, OWNER} & names:
         with _lock(directory):  # in use? Known before the weights are loaded
             pass
     if all(name in (LOCK, OWNER) or name.endswith(STAGING) for name in names):
@@ -176,15 +154,12 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def describe_unfinished(directory: Path) -> str | None:
-    """How far an unfinished run in a directory got, or None if there is no such run.
-
-    The number of steps is known here only if the settings give it.
-    """
+    """How far an unfinished run in a directory got, or None if there is no such run."""
     if not (directory / CONFIG).is_file() or read_summary(directory) is not None:
         return None
-    saved = saved_steps(directory)
-    steps = _saved_settings(directory, "restore it").get("train", {}).get("steps")
-    progress = f"{max(saved, default=0)} of {steps} steps" if steps else f"step {max(saved, default=0)}"
+    done = max(saved_steps(directory), default=0)
+    steps = _saved_settings(directory, "restore it").get("train", {}).get("steps")  # or they count epochs
+    progress = f"{done} of {steps} steps" if steps else f"step {done}"
     return f"the run in {directory} has not finished ({progress}); rerun the train command to resume"
 
 
@@ -194,7 +169,6 @@ def saved_steps(directory: Path) -> list[int]:
 
 
 def _saved_settings(directory: Path, remedy: str) -> dict[str, Any]:
-    """The settings in a run's `config.yaml`; raises ValueError with a remedy if there are none."""
     values = read_yaml(directory / CONFIG)
     if not isinstance(values, dict) or not isinstance(values.get("train", {}), dict):
         raise ValueError(f"{directory / CONFIG} contains no settings of a run; {remedy}")
@@ -207,14 +181,12 @@ def write_config(directory: Path, settings: Settings) -> None:
 
 
 def archive_results(directory: Path) -> None:
-    """Renames the results of a finished run, adding its last step, before the run resumes.
-
-    Renames the summary last: until then the run counts as finished, so after a crash this runs again.
-    """
+    """Renames the results of a finished run, adding its last step, before the run resumes."""
     if (summary := read_summary(directory)) is None:
         return
     step = summary.get("steps")
-    for path in (directory / name for name in (ADAPTER, PICTURE, RANKS, TEXTS["after"], SUMMARY)):
+    # The summary last: until then the run counts as finished, so after a crash this runs again.
+    for path in (directory / name for name in (ADAPTER, PICTURE, TEXTS["after"], SUMMARY)):
         if path.exists():
             path.rename(first_free(path.with_stem(f"{path.stem}_step_{step}")))
 
@@ -236,14 +208,10 @@ def rename_run(directory: Path, console: Console) -> None:
 
 @dataclasses.dataclass
 class OutputDirectory:
-    """The output directory of a run from `open_output_directory`: nothing is written before `claim`.
+    """The output directory of a run from `open_output_directory`, with its arguments: nothing is written before
+    `claim`.
 
     Attributes:
-      path: the directory.
-      settings: the settings of the run.
-      console: where to print.
-      fresh: whether to start over instead of resuming.
-      allow_different: parts of the base model or data that may differ from those of a checkpoint.
       changed: the settings that changed since the run started, as text.
       check: raises ValueError if the claimed directory is no longer at its path; call it before writing. It does
         nothing on other processes than the lead.
@@ -263,9 +231,7 @@ class OutputDirectory:
     def claim(self) -> None:
         """Creates the directory, or takes over an existing run's, and locks it until the context ends.
 
-        Raises:
-          ValueError: it is in use, or not on a file system shared by all processes.
-          OSError: it cannot be written; as every later OSError of the context, it names a path.
+        Every later OSError of the context names a path.
         """
         self._stack.enter_context(add_path_to_errors(self.path))
         with raise_together():
@@ -282,7 +248,9 @@ class OutputDirectory:
                         f"{self.path / SUMMARY} is empty or damaged: the run resumes and writes it again"
                     )
         lead = allgather(os.getpid())[0]
-        with raise_together():  # on a shared disk every process sees the pid that the lead process wrote
+        # On a shared disk every process sees the pid that the lead process wrote. Otherwise orbax would wait, and
+        # at last fail, for files that another process has written elsewhere.
+        with raise_together():
             if not (self.path / OWNER).is_file() or (self.path / OWNER).read_text() != f"{lead}\n":
                 raise ValueError(
                     f"output_dir {self.path} must be on a file system shared by all processes, but process "
@@ -297,14 +265,9 @@ class OutputDirectory:
     def restore(
         self, like: TrainState, metadata: Mapping[str, Any], *, best: bool = False
     ) -> Restored | None:
-        """Restores the newest readable checkpoint, or the best; None if there is none.
+        """Restores the newest readable checkpoint, or the one with the best metric; None if there is none.
 
-        Moves a damaged checkpoint to `damaged_checkpoints/` and tries the next.
-
-        Args:
-          like: a state with the structure, shapes and shardings of the result.
-          metadata: the metadata of the run.
-          best: whether to restore the checkpoint with the best metric instead of the newest.
+        Moves a damaged checkpoint to `damaged_checkpoints/` and tries the next. The result is sharded as `like`.
 
         Raises:
           ValueError: the checkpoint is of another run, base model or data; or the last one is damaged. It stays
@@ -350,9 +313,6 @@ def open_output_directory(
       fresh: whether to start over instead of resuming.
       allow_different: parts of the base model or data that may differ from those of what is there.
       parts: directories of other runs, whose results are used too if they have finished.
-
-    Raises:
-      ValueError: the run may not start or resume there, or `allow_different` has nothing to compare with.
     """
     with raise_together():
         check_allowed(allow_different)
@@ -360,6 +320,7 @@ def open_output_directory(
     values = settings.to_json()
     for name in ("coordinator", "process_id"):  # each process has its own
         del values["distributed"][name]
+    # Other versions may compile other collectives, and processes then wait for each other forever.
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     check_same_everywhere({**values, "--fresh": fresh, "packages": versions})
     changed: list[str] = []

@@ -1,7 +1,6 @@
 """Loads adapters in our format or PEFT's, to use them or to start training from them (`init_adapter`)."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ import jax
 import numpy as np
 
 from .._utils.multihost import gather_to_host
+from .._utils.records import file_digests
 from .._utils.validation import expand_path, to_plain
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.spec import specs_from_json
 from ..adapter.tree import combine, flatten, unflatten
+from ..data.batches import digest
 from ..interop import adapter_files, peft_files
 from ..interop.adapter_files import Adapter, load_adapter, read_adapter_json
 from ..interop.path_map import PathMap
@@ -21,13 +22,13 @@ from ..interop.peft_files import load_peft, peft_config, peft_names, peft_notes
 from ..models.checkpoints import export
 from ..models.checkpoints.name_table import NameTable, linear_rules
 from ..settings.schema import Settings
-from ..tasks.interface import AdaptedModel
+from ..tasks.interface import AdaptedModel, params_of
 from .provenance import Identity, check_identity
 from .run_directory import ADAPTER, describe_unfinished
 
 PREFIXES = ("model.", "transformer.", "bert.", "roberta.")
 """The prefixes that transformers puts before module names in models with a head, by model family."""
-_RATES = ("policy", "decay", "weight_decay")
+RATES = ("policy", "decay", "weight_decay")
 
 
 def find_adapter(path: Path) -> Path | None:
@@ -54,6 +55,7 @@ def require_adapter(path: Path, also: str = "") -> Path:
 
 def is_peft(directory: Path) -> bool:
     """Whether an adapter directory is in PEFT's format."""
+    # By our own file: an adapter that we export for PEFT has PEFT's files only.
     return not (directory / adapter_files.DESCRIPTION_FILE).is_file()
 
 
@@ -68,11 +70,7 @@ def notes_path(directory: Path) -> Path:
 
 
 def saved_config(directory: Path) -> LoRAPlusConfig | None:
-    """The config in an adapter's metadata; None for a fully trained model.
-
-    Raises:
-      ValueError: the config is damaged, or does not fit the adapter's tensors.
-    """
+    """The config in an adapter's metadata, which must fit its tensors; None for a fully trained model."""
     if (values := read_notes(directory)["config"]) is None:
         return None
     try:
@@ -89,11 +87,9 @@ def saved_config(directory: Path) -> LoRAPlusConfig | None:
 def transformers_class_of(parts: AdaptedModel) -> export.TransformersClass:
     """The transformers class that corresponds to a model."""
     model: Any = parts.base.model
-    return (
-        export.encoder_class(model.config, model.pooling)
-        if parts.base.new
-        else export.causal_lm_class(model.config)
-    )
+    if parts.base.new:
+        return export.encoder_class(model.config, model.pooling)
+    return export.causal_lm_class(model.config)
 
 
 def path_map_of(directory: Path, parts: AdaptedModel) -> PathMap:
@@ -117,17 +113,9 @@ def merged_table(parts: AdaptedModel) -> NameTable:
     return dataclasses.replace(parts.base.table, rules=tuple(rules))
 
 
-def read_adapter(directory: Path, parts: AdaptedModel, params: Mapping[str, Any]) -> Adapter:
-    """Reads an adapter in our format or PEFT's and checks it against a model.
-
-    Args:
-      directory: the adapter directory.
-      parts: the model; its variables may be shapes.
-      params: all parameters of the model without adapters, or their shapes.
-
-    Raises:
-      ValueError, OSError: the adapter does not fit the model (the message names the differences) or cannot be read.
-    """
+def read_adapter(directory: Path, parts: AdaptedModel) -> Adapter:
+    """Reads an adapter in our format or PEFT's and checks it against a model, whose variables may be shapes."""
+    params = params_of(parts)
     if is_peft(directory):
         adapter = load_peft(directory, parts.specs, path_map_of(directory, parts), params=params)
     else:
@@ -136,15 +124,9 @@ def read_adapter(directory: Path, parts: AdaptedModel, params: Mapping[str, Any]
             paths = {**adapter.specs, **parts.specs}
             differing = sorted(path for path in paths if adapter.specs.get(path) != parts.specs.get(path))
             raise ValueError(f"{directory}: adapter and model differ at {', '.join(differing[:5])}")
-    return adapter._replace(extras=_trainable_extras(directory, adapter.extras, parts, {"params": params}))
-
-
-def _trainable_extras(
-    directory: Path, extras: dict[str, Any], parts: AdaptedModel, base: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The extras that the model trains; all others must equal the base's values."""
-    trainable, frozen, kept = flatten(parts.trainable), flatten(base), {}
-    for path, leaf in flatten(extras).items():
+    # Of fully trained variables keep those that the model trains; all others must equal the base's values.
+    trainable, frozen, kept = flatten(parts.trainable), flatten({"params": params}), {}
+    for path, leaf in flatten(adapter.extras).items():
         expected = trainable.get(path, frozen.get(path))
         if expected is None or np.shape(expected) != np.shape(leaf):
             shape = "no such parameter" if expected is None else np.shape(expected)
@@ -160,18 +142,11 @@ def _trainable_extras(
                 f"{directory}: {path} differs from the frozen base: it was fully trained, or the base is another "
                 "model; to train it, add its module to lora.modules_to_save"
             )
-    return unflatten(kept)
+    return adapter._replace(extras=unflatten(kept))
 
 
-def check_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], task: Any) -> None:
-    """Raises ValueError if `init_adapter` does not match the settings; the message names all differences.
-
-    Args:
-      settings: the settings, with `init_adapter` set.
-      parts: the model, with shapes as variables.
-      params: the shapes of all parameters of the model.
-      task: the task of the run.
-    """
+def check_init_adapter(settings: Settings, parts: AdaptedModel, task: Any) -> None:
+    """Raises ValueError if `init_adapter` does not match settings, model and task; names all differences."""
     directory = _init_adapter_directory(settings)
     notes = read_notes(directory)
     differences = _lora_differences(settings, directory, parts)
@@ -185,19 +160,16 @@ def check_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[
         differences += _rate_differences(settings, notes)
     if differences:
         raise ValueError(f"init_adapter {directory} does not match the settings: {'; '.join(differences)}")
-    read_adapter(directory, parts, params)
+    read_adapter(directory, parts)
 
 
 def adapter_digest(settings: Settings) -> str | None:
     """A short hex digest of the files of `init_adapter`, to check that all processes read the same adapter."""
     if settings.init_adapter is None:
         return None
-    files = sorted(path for path in _init_adapter_directory(settings).iterdir() if path.is_file())
-    total = hashlib.sha256()
-    for path in files:
-        total.update(f"{path.name} {path.stat().st_size}".encode())
-        total.update(path.read_bytes())
-    return total.hexdigest()[:16]
+    directory = _init_adapter_directory(settings)
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    return digest(file_digests(directory, names).items())
 
 
 def check_init_identity(
@@ -209,19 +181,12 @@ def check_init_identity(
     check_identity(directory, read_notes(directory), model, weights=weights, allow=allow)
 
 
-def load_init_adapter(
-    settings: Settings, parts: AdaptedModel, params: Mapping[str, Any]
-) -> tuple[AdaptedModel, dict[str, Any] | None]:
+def load_init_adapter(settings: Settings, parts: AdaptedModel) -> tuple[AdaptedModel, dict[str, Any] | None]:
     """Returns the model with the values of `init_adapter`, and the start that the adapter itself had, if saved.
 
     Trainable values that it lacks stay unchanged.
-
-    Args:
-      settings: the settings, with `init_adapter` set.
-      parts: the model.
-      params: all parameters of the model.
     """
-    adapter = read_adapter(_init_adapter_directory(settings), parts, params)
+    adapter = read_adapter(_init_adapter_directory(settings), parts)
     values = flatten(combine({"lora": adapter.lora} if adapter.lora else {}, adapter.extras))
     trainable = {path: values.get(path, leaf) for path, leaf in flatten(parts.trainable).items()}
     float32 = {path: jax.numpy.asarray(leaf, np.float32) for path, leaf in trainable.items()}
@@ -236,7 +201,6 @@ def _init_adapter_directory(settings: Settings) -> Path:
 
 
 def _lora_differences(settings: Settings, directory: Path, parts: AdaptedModel) -> list[str]:
-    """Lists the differences between the adapter and the section lora, with the flags that resolve them."""
     if settings.applied is None:
         return ["method full has no adapters; use method lora_plus or lora"]
     if read_notes(directory):
@@ -253,7 +217,9 @@ def _lora_differences(settings: Settings, directory: Path, parts: AdaptedModel) 
         return ["it is a fully trained model without adapters"]
     ours = {path: (spec.rank, spec.scale, spec.magnitude) for path, spec in parts.specs.items()}
     our_layers = next((s.layers for s in parts.specs.values() if s.layers is not None), None)
-    if their_layers == our_layers and _without_kernel(theirs) == _without_kernel(ours):
+    # A module and its kernel are the same target.
+    modules = [{path.removesuffix("/kernel"): x for path, x in all_.items()} for all_ in (theirs, ours)]
+    if their_layers == our_layers and modules[0] == modules[1]:
         return []
     applied, differences = settings.applied, []
     if theirs.keys() != ours.keys():
@@ -271,23 +237,16 @@ def _lora_differences(settings: Settings, directory: Path, parts: AdaptedModel) 
     return differences
 
 
-def _without_kernel(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops the suffix /kernel from paths, so that a module and its kernel compare equal."""
-    return {path.removesuffix("/kernel"): value for path, value in values.items()}
-
-
 def _rate_differences(settings: Settings, notes: Mapping[str, Any]) -> list[str]:
-    """Lists the differences in lambda, parameter groups and weight decay that the adapter's metadata records."""
     config, saved = notes.get("config") or {}, notes.get("settings") or {}
-    optimizer = saved.get("optimizer") or {}
-    theirs = {f"optimizer.{name}": optimizer[name] for name in _RATES if name in optimizer}
-    ours: dict[str, Any] = {f"optimizer.{name}": getattr(settings.optimizer, name) for name in _RATES}
-    if settings.applied is not None and "lr_ratio" in config:
-        theirs["lora.lr_ratio"], ours["lora.lr_ratio"] = config["lr_ratio"], settings.applied.lr_ratio
+    theirs = saved.get("optimizer") or {}
+    values = [(f"optimizer.{name}", getattr(settings.optimizer, name), theirs.get(name)) for name in RATES]
+    if settings.applied is not None:
+        values.append(("lora.lr_ratio", settings.lr_ratio, config.get("lr_ratio")))
     differences = [
-        f"{name} is {value} in the adapter and {ours[name]} here"
-        for name, value in theirs.items()
-        if value != ours[name]
+        f"{name} is {value} in the adapter and {our_value} here"
+        for name, our_value, value in values
+        if value not in (None, our_value)  # PEFT records neither, and an older version not all
     ]
     hint = "set the same values, or --init_adapter_rates new to use different ones"
     return [*differences, hint] if differences else []

@@ -16,7 +16,6 @@ from .._utils.validation import expand_path
 from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.dora import set_magnitudes
 from ..adapter.rules import try_rules
-from ..adapter.spec import Specs
 from ..adapter.tree import combine, flatten, split_trainable, unflatten
 from ..data.batches import Batch
 from ..data.fetch import resolve
@@ -39,10 +38,10 @@ from ..step.sharding import (
 )
 from ..step.train_step import TrainState, init_state, jit_step, make_eval
 from ..tasks import causal_lm, encoder
-from ..tasks.chat_model import SamplePrompt
+from ..tasks.causal_lm import LanguageTask
+from ..tasks.chat_model import ChatModel, prompt_chat
 from ..tasks.held_out_texts import HeldOutTexts
-from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, row_count
-from ..tasks.language_losses import LanguageTask
+from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, params_of, row_count
 from .adapter_start import begin_from, first_gradients, make_start, read_start
 from .distributed import check_same_everywhere, raise_together
 from .memory import check_memory
@@ -51,39 +50,6 @@ from .provenance import model_identity
 from .saved_adapter import adapter_digest, check_init_adapter, check_init_identity, load_init_adapter
 from .theory_metrics import count_rows, lower_theory
 from .xla import compiler_options
-
-
-class Run(NamedTuple):
-    """Everything that training needs.
-
-    Attributes:
-      settings: the settings.
-      config: the effective config of the adapters; None for method full.
-      data, parts: see `TaskData` and `AdaptedModel`.
-      steps: the total number of optimizer steps.
-      tx: the optimizer.
-      mesh: the device mesh.
-      shardings: the shardings of the state and the frozen variables.
-      programs: the compiled training step and evaluation.
-      sample_prompt: the prompt to answer before and after training, if any.
-      held_out_texts: the inputs for which to generate texts before and after training (task generation).
-      metadata: the metadata saved with checkpoints and adapters.
-      start: the tree of factors that the adapters started from, if they took it from the base.
-    """
-
-    settings: Settings
-    config: LoRAPlusConfig | None
-    data: TaskData
-    parts: AdaptedModel
-    steps: int
-    tx: LoRAPlusTransform
-    mesh: Mesh
-    shardings: Shardings
-    programs: "Programs"
-    sample_prompt: SamplePrompt | None
-    held_out_texts: HeldOutTexts | None
-    metadata: dict[str, Any]
-    start: dict[str, Any] | None
 
 
 class Programs(NamedTuple):
@@ -100,18 +66,50 @@ class Programs(NamedTuple):
     theory: Any = None
 
 
+class Run(NamedTuple):
+    """Everything that training needs.
+
+    Attributes:
+      settings: the settings; `settings.applied` is the effective config of the adapters.
+      data, parts: see `TaskData` and `AdaptedModel`.
+      steps: the total number of optimizer steps.
+      tx: the optimizer.
+      mesh: the device mesh.
+      shardings: the shardings of the state and the frozen variables.
+      programs: the compiled training step and evaluation.
+      chat_model: answers `train.prompt` before and after training, if it is set.
+      held_out_texts: the inputs for which to generate texts before and after training (task generation).
+      metadata: the metadata saved with checkpoints and adapters.
+      start: the tree of factors that the adapters started from, if they took it from the base.
+    """
+
+    settings: Settings
+    data: TaskData
+    parts: AdaptedModel
+    steps: int
+    tx: LoRAPlusTransform
+    mesh: Mesh
+    shardings: Shardings
+    programs: Programs
+    chat_model: ChatModel | None
+    held_out_texts: HeldOutTexts | None
+    metadata: dict[str, Any]
+    start: dict[str, Any] | None
+
+
 def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: bool = False) -> Run:
     """Downloads, checks, compiles and loads everything, in this order.
 
     With several processes each does all of it, then they compare what they read. `allow_different` names the parts
     of the identity in which `init_adapter` may differ; `fresh` disregards the start of an older run.
-
-    Raises:
-      ValueError, OSError: settings, data, weights or memory do not fit, or a file cannot be read.
     """
     is_distributed = jax.process_count() > 1
     with raise_together():
-        mesh, directory, data, steps, shapes, tx = abstract_run(settings)
+        mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+        check_mesh(settings, mesh)
+        directory = resolve(settings.model.path, "model")
+        data = task_module(settings).load_data(settings, directory)
+        steps, shapes, tx = abstract_run(settings, directory, data, mesh)
         identity = model_identity(settings, directory, data.task) | {"data": data.digests}
         if settings.init_adapter is not None:
             check_init_identity(settings, identity, None, allow_different)
@@ -120,18 +118,22 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             # What an exported model is merged into. The quantized weights do not show a small change of these.
             identity["base"]["unquantized"] = values_digest(tensors)
         if settings.init_adapter is not None:
-            check_init_adapter(settings, shapes, params_of(shapes), data.task)
-        sample_prompt = held_out_texts = None
+            check_init_adapter(settings, shapes, data.task)
+        chat_model = held_out_texts = None
         if isinstance(data.task, LanguageTask) and settings.train.prompt is not None:
-            sample_prompt = SamplePrompt.from_settings(settings, directory, data.task, shapes.model)
+            new_tokens = settings.train.prompt_tokens
+            chat_model = ChatModel.from_settings(settings, directory, data.task, shapes.model, new_tokens)
+            chat_model.encode([prompt_chat(settings.train.prompt)])  # raises if it is too long
         if isinstance(data.task, LanguageTask) and data.task.kind == "generation":
             held_out_texts = HeldOutTexts.from_settings(
                 settings, directory, data.task, shapes.model, data.inputs
             )
+        # Compiled from shapes: a program that does not fit is an error before the weights are read, which takes
+        # minutes.
         shardings = state_shardings(shapes, tx, mesh)
         programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
         check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
-        parts = load_model(settings, directory, shapes, settings.applied, mesh)
+        parts = load_model(settings, directory, shapes, mesh)
         inputs = {
             **identity,
             "task": data.task.notes(),
@@ -139,6 +141,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             "rows of the weights": rows_digest(tensors) if is_distributed else None,
             "init_adapter": adapter_digest(settings) if is_distributed else None,
         }
+    # Processes that read different files would train a mixture, without an error.
     check_same_everywhere(inputs)
     # From here on, computations run on all processes together.
     base = fingerprint(parts.frozen) if parts.frozen else None
@@ -156,7 +159,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     if settings.init_adapter is not None:
         with raise_together():
             check_init_identity(settings, {}, base, allow_different)
-            parts, start = load_init_adapter(settings, parts, params_of(parts))
+            parts, start = load_init_adapter(settings, parts)
         metadata["init_adapter"] = fingerprint(parts.trainable)
     elif settings.applied is not None and settings.applied.init in BASE_INITS:
         if not fresh:
@@ -170,40 +173,14 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         metadata["start"] = fingerprint(start)
     if is_distributed:
         check_same_everywhere({"base": base, "trained": fingerprint(parts.trainable)})
-    return Run(
-        settings,
-        settings.applied,
-        data,
-        parts,
-        steps,
-        tx,
-        mesh,
-        shardings,
-        programs,
-        sample_prompt,
-        held_out_texts,
-        metadata,
-        start,
-    )
+    generators = chat_model, held_out_texts
+    return Run(settings, data, parts, steps, tx, mesh, shardings, programs, *generators, metadata, start)
 
 
-class AbstractRun(NamedTuple):
-    """A run before any weights are read; see `Run`. `shapes` is the model with shapes as variables."""
-
-    mesh: Mesh
-    directory: Path
-    data: TaskData
-    steps: int
-    shapes: AdaptedModel
-    tx: LoRAPlusTransform
-
-
-def abstract_run(settings: Settings) -> AbstractRun:
-    """Downloads model and data; checks that devices, data, steps, adapters and learning rates fit together."""
-    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
-    check_mesh(settings, mesh)
-    directory = resolve(settings.model.path, "model")
-    data = task_module(settings).load_data(settings, directory)
+def abstract_run(
+    settings: Settings, directory: Path, data: TaskData, mesh: Mesh
+) -> tuple[int, AdaptedModel, LoRAPlusTransform]:
+    """The number of steps, the model with shapes as variables, and the optimizer, which must fit together."""
     steps = count_steps(settings, row_count(data.splits["train"]))
     shapes = build_model(settings, directory, data.task, settings.applied)
     check_tensor(mesh, shapes.base.tensor_sizes)
@@ -211,10 +188,11 @@ def abstract_run(settings: Settings) -> AbstractRun:
     check_rates(settings.optimizer, tx, shapes.trainable)
     if settings.optimizer.target_rank is not None:
         try:
+            # AdaLoRA checks ranks and steps when it makes its state; of shapes that costs nothing.
             jax.eval_shape(tx.init, shapes.trainable)
         except ValueError as error:
             raise ValueError(f"optimizer.{error}") from None
-    return AbstractRun(mesh, directory, data, steps, shapes, tx)
+    return steps, shapes, tx
 
 
 def task_module(settings: Settings) -> Any:
@@ -247,36 +225,34 @@ def build_model(
     settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig | None
 ) -> AdaptedModel:
     """The model with adapters; all variables except the adapters are shapes."""
-    return add_adapters(
-        settings, task_module(settings).make_base(settings, directory, task), config, init_lora
-    )
+    base = task_module(settings).make_base(settings, directory, task)
+    return add_adapters(settings, base, config, init_lora)
 
 
 def add_adapters(
     settings: Settings, base: BaseModel, config: LoRAPlusConfig | None, make_adapters: Callable[..., Any]
 ) -> AdaptedModel:
     """Adds adapters to a base model; `make_adapters` is `init_lora`, or a function that returns shapes instead."""
-    if config is not None and config.init in BASE_INITS:  # whose values come with the weights
-        config = dataclasses.replace(config, init="lora", init_iterations=None)
-    model = base.model if config is None else apply_lora_plus(base.model, config)
     new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
+    # Only shapes: to initialize weights that the files replace would take their memory twice.
     variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
-    if config is not None:  # it may come from an adapter of others
-        leaves = [path.split("/") for path in flatten(variables["params"])]
-        paths = {"/".join(path[:n]) for path in leaves for n in range(1, len(path) + 1)}
-        try_rules("lora", config.to_json(), sorted(paths))
-    specs: Specs = {}
-    if config is not None:
-        try:
-            # Of shapes there are no norms: variant dora gets its magnitudes with the weights.
-            lora, specs = make_adapters(model, lora_key, *base.inputs, base=variables)
-        except ValueError as error:
-            # The library names a field of its config; in the settings it is one of a section.
-            if re.split(r"\W", str(error))[0] in config.to_json():
-                raise ValueError("; ".join(filter(None, (f"lora.{error}", base.hint)))) from None
-            raise
-        variables |= {"lora": lora} if lora else {}
-    trainable, frozen = _split(variables, config)
+    if config is None:
+        return AdaptedModel(base, base.model, {}, _float32(variables), {})
+    if config.init in BASE_INITS:  # whose values come with the weights
+        config = dataclasses.replace(config, init="lora", init_iterations=None)
+    model = apply_lora_plus(base.model, config)
+    leaves = [path.split("/") for path in flatten(variables["params"])]
+    paths = {"/".join(path[:n]) for path in leaves for n in range(1, len(path) + 1)}
+    try_rules("lora", config.to_json(), sorted(paths))  # which an adapter of others may bring
+    try:
+        # Of shapes there are no norms: variant dora gets its magnitudes with the weights.
+        lora, specs = make_adapters(model, lora_key, *base.inputs, base=variables)
+    except ValueError as error:
+        # The library names a field of its config; in the settings it is one of a section.
+        if re.split(r"\W", str(error))[0] in config.to_json():
+            raise ValueError("; ".join(filter(None, (f"lora.{error}", base.hint)))) from None
+        raise
+    trainable, frozen = split_trainable(variables | ({"lora": lora} if lora else {}), config)
     if "params" in frozen:  # what is trained in full is not packed
         packed = pack_shapes(flatten(frozen["params"]), base.formats, base.table)
         frozen = frozen | {"params": unflatten(packed)}
@@ -290,37 +266,32 @@ def base_parts(settings: Settings, directory: Path, task: Any) -> AdaptedModel:
 
 
 def load_model(
-    settings: Settings,
-    directory: Path,
-    parts: AdaptedModel,
-    config: LoRAPlusConfig | None,
-    mesh: Mesh | None = None,
+    settings: Settings, directory: Path, parts: AdaptedModel, mesh: Mesh | None = None
 ) -> AdaptedModel:
-    """Loads the weights from a directory and initializes parameters that it lacks.
-
-    With a mesh, weights are loaded directly into their shardings, and each process reads only its own shards.
-
-    Raises:
-      ValueError: the weights do not fit; the message lists all missing, extra and misshapen tensors.
-    """
-    base = parts.base
-    params = params_of(parts)
+    """Loads the weights from a directory, with a mesh into their shardings, and initializes what it lacks."""
+    base, params = parts.base, params_of(parts)
+    # Each process reads only the shards of its own devices: no host has room for all weights of a large model.
     by_path = {} if mesh is None else base_shardings(mesh, {"params": params}, base.rules)
     shardings = {path.removeprefix("params/"): sharding for path, sharding in by_path.items()}
     params = load_params(directory, base.table, params, new=base.new, shardings=shardings)
-    return set_weights(settings, parts, params, config)
+    return set_weights(settings, parts, params)
 
 
-def set_weights(
-    settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], config: LoRAPlusConfig | None
-) -> AdaptedModel:
+def set_weights(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any]) -> AdaptedModel:
     """Sets loaded weights, without a copy, and initializes parameters that they lack."""
     base = parts.base
+    # As in `add_adapters`, which draws the adapters from the other key.
     new_key, _ = jax.random.split(jax.random.key(settings.seed))
-    variables = {"params": combine(params, {name: _init_new(base, name, new_key) for name in base.new})}
-    variables |= {"lora": parts.trainable["lora"]} if "lora" in parts.trainable else {}
-    trainable, frozen = _split(variables, config)
-    return parts._replace(trainable=_float32(trainable), frozen=frozen)
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in base.inputs]
+    new = {
+        # Under jit XLA drops all of the model's init that this part does not need.
+        name: jax.jit(lambda key, name=name: base.model.init(key, *zeros)["params"][name])(new_key)
+        for name in base.new
+    }
+    values, trained = flatten({"params": combine(params, new)}), flatten(parts.trainable)
+    trainable = {path: values.get(path, leaf) for path, leaf in trained.items()}
+    frozen = {path: leaf for path, leaf in values.items() if path not in trained}
+    return parts._replace(trainable=_float32(unflatten(trainable)), frozen=unflatten(frozen))
 
 
 def start_magnitudes(parts: AdaptedModel) -> AdaptedModel:
@@ -329,11 +300,6 @@ def start_magnitudes(parts: AdaptedModel) -> AdaptedModel:
         return parts
     lora = set_magnitudes(parts.trainable["lora"], {"params": params_of(parts)}, parts.specs)
     return parts._replace(trainable={**parts.trainable, "lora": lora})
-
-
-def params_of(parts: AdaptedModel) -> dict[str, Any]:
-    """All parameters of the model, without adapters."""
-    return combine(parts.trainable, parts.frozen)["params"]
 
 
 def state_shardings(parts: AdaptedModel, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:
@@ -398,11 +364,13 @@ def batch_shapes(columns: Batch, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 def state_shapes(parts: AdaptedModel, tx: LoRAPlusTransform) -> TrainState:
     """The shapes of the training state."""
-    return jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
 
+    def init() -> TrainState:
+        # Traced and never computed: an optimizer makes its state from arrays only.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts.trainable)
+        return init_state(zeros, tx, jax.random.key(0))
 
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.eval_shape(init)
 
 
 def check_mesh(settings: Settings, mesh: Mesh) -> None:
@@ -445,21 +413,8 @@ def batch_sizes_for(batch_size: int, accumulate: int, eval_batch_size: int, part
     return {"batch_size": rounded, "accumulate": fitting[-1], "eval_batch_size": rounded_eval}
 
 
-def _init_new(base: BaseModel, name: str, key: jax.Array) -> Any:
-    """Initializes a new part of the model; XLA removes the rest of the computation."""
-    zeros = [jnp.zeros(x.shape, x.dtype) for x in base.inputs]
-    return jax.jit(lambda key: base.model.init(key, *zeros)["params"][name])(key)
-
-
-def _split(variables: Mapping[str, Any], config: LoRAPlusConfig | None) -> tuple[dict, dict]:
-    if config is None:
-        return dict(variables), {}
-    return split_trainable(variables, config)
-
-
 def _float32(tree: Any) -> Any:
-    """Casts trained leaves to float32, whatever the dtype of the frozen weights."""
-
+    # In bfloat16 an update of less than 1/256 of a value is rounded away.
     def cast(leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, np.float32)

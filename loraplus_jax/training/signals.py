@@ -30,12 +30,7 @@ class StopSignal:
 
     Schedulers and impatient users send more than one: within `GRACE_SECONDS` of the first, further signals change
     nothing; a later one acts as usual. A stdout that can no longer be written counts as SIGPIPE.
-
-    With several processes, JAX's preemption service handles a SIGTERM to any of them and chooses a step that all
-    reach, and a second SIGTERM changes nothing; the other signals are forwarded to it as SIGTERM.
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self._received: int | None = None
@@ -43,7 +38,9 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         # Stop waking the listener thread of `cli.__main__`, which could end the process on a recorded signal.
         self._wakeup_fd = signal.set_wakeup_fd(-1)
-        handled = self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+        # Of several processes, JAX's preemption service handles a SIGTERM to any and chooses a step that all reach.
+        # Its handler must stay in place, and gets the other signals as SIGTERM.
+        handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
         self._previous_handlers = {number: signal.getsignal(number) for number in handled}
         for number in handled:
             signal.signal(number, self._record)

@@ -32,13 +32,8 @@ def count_rows(batch_size: int, mesh: Mesh) -> int:
 def lower_theory(
     loss_fn: LossFn, specs: Specs, state: Any, frozen: Any, rows: Any, *, mesh: Mesh, shardings: Shardings
 ) -> jax.stages.Lowered:
-    """Lowers the measurement `(trainable, before, frozen, batch) -> terms` of `step.make_theory`.
-
-    Args:
-      loss_fn, specs: as for `make_theory`.
-      state, frozen, rows: shapes of the state, the frozen variables and the rows to measure.
-      mesh, shardings: as for `jit_step`.
-    """
+    """Lowers the measurement `(trainable, before, frozen, batch) -> terms` of `step.make_theory`, from shapes."""
+    # Replicated terms can be read on every process; of a split array a process holds only a part.
     trainable, replicated = shardings.state.trainable, NamedSharding(mesh, PartitionSpec())
     inputs = (trainable, trainable["lora"], shardings.frozen, batch_sharding(mesh))
     measure = jax.jit(
@@ -47,19 +42,11 @@ def lower_theory(
     return measure.lower(state.trainable, state.trainable["lora"], frozen, rows)
 
 
-def is_due(every: int | None, step: int) -> bool:
-    """Whether to measure this step, counted from 1."""
-    return every is not None and step % every == 0
-
-
 @jax.jit
-def _copy_tree(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
-
-
 def copy_adapters(trainable: Mapping[str, Any]) -> Any:
     """Copies the adapters, since a step donates its state."""
-    return _copy_tree(trainable["lora"])
+    # Without jnp.copy, jit would return the buffers of its inputs, which the step then donates.
+    return jax.tree.map(jnp.copy, trainable["lora"])
 
 
 def first_rows(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
@@ -71,24 +58,20 @@ def first_rows(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
 def to_metrics(terms: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str, float]:
     """Returns the metrics `theory/LAYER/TERM` of every layer and their means `theory/mean/TERM`."""
     layers = terms_by_layer(jax.device_get(terms), specs)
-    values = {
-        f"{METRIC_PREFIX}/{path}/{name}": layer[name] for path, layer in layers.items() for name in TERMS
-    }
-    means = {
-        f"{METRIC_PREFIX}/mean/{name}": float(np.mean([layer[name] for layer in layers.values()]))
-        for name in TERMS
-        if layers
-    }
-    return means | values
+    metrics = {}
+    if layers:
+        for name in TERMS:
+            mean = np.mean([layer[name] for layer in layers.values()])
+            metrics[f"{METRIC_PREFIX}/mean/{name}"] = float(mean)
+    for path, layer in layers.items():
+        metrics |= {f"{METRIC_PREFIX}/{path}/{name}": layer[name] for name in TERMS}
+    return metrics
 
 
 def read_metrics(rows: Iterable[LogRow], config: LoRAPlusConfig | None, from_adapter: bool) -> str | None:
     """Returns `theory.balance` of the second half of a run's measurements, or None without measurements.
 
-    Args:
-      rows: the rows of the run's metrics.
-      config: the config of the adapters; None for full fine-tuning.
-      from_adapter: whether the run started from an adapter's factors instead of the config's `init`.
+    `from_adapter` says whether the run started from an adapter's factors instead of the config's `init`.
     """
     measured = [row for row in rows if any(name.startswith(f"{METRIC_PREFIX}/") for name in row)]
     if config is None or not measured:

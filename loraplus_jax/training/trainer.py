@@ -14,18 +14,17 @@ import numpy as np
 from .._utils.atomic import to_json, write_text
 from .._utils.multihost import allgather, gather_to_host, is_lead
 from .._utils.records import check_digests, file_digests
-from ..adapter.config import BASE_INITS
 from ..adapter.tree import combine, count
-from ..data.batches import Batch, train_batches
-from ..inits.from_weights import as_difference
+from ..data.batches import train_batches
 from ..interop.adapter_files import save_adapter
 from ..optim.ranks import final_ranks
 from ..settings.schema import Settings
 from ..step.checkpoint import PACKAGES, add_metrics, save_checkpoint
 from ..step.sharding import distribute, local_rows, shard_batch
 from ..step.train_step import TrainState, init_state
+from ..tasks.chat_model import prompt_chat
 from ..tasks.interface import held_out_split, row_count
-from .adapter_start import write_start
+from .adapter_start import saved_form, write_start
 from .anomalies import (
     SpikeHistory,
     TrainingFailed,
@@ -38,11 +37,11 @@ from .anomalies import (
 from .console import LineConsole, ProgressLines, format_metrics, header, lines_only, progress
 from .distributed import idle_gpus, join_processes, raise_together
 from .evaluation import evaluate, finish_metrics
-from .metrics_log import PICTURE, RANKS, SUMMARY, TEXTS, RunLog, draw_loss, draw_ranks
+from .metrics_log import PICTURE, SUMMARY, TEXTS, RunLog, draw_loss
 from .run_directory import ADAPTER, OutputDirectory, archive_results, open_output_directory, write_config
 from .setup import Run, prepare
 from .signals import Stopped, StopSignal
-from .theory_metrics import copy_adapters, first_rows, is_due, read_metrics, to_metrics
+from .theory_metrics import copy_adapters, first_rows, read_metrics, to_metrics
 
 SHOWN_TEXTS = 5
 
@@ -82,8 +81,8 @@ def train(
             output.claim()
             with raise_together():
                 if is_lead() and run.start is not None and settings.init_adapter is None:
-                    assert run.config is not None
-                    write_start(output.path, run.start, run.parts.specs, run.config, run.metadata)
+                    specs, config = run.parts.specs, settings.applied
+                    write_start(output.path, run.start, specs, config, run.metadata)
             output.open_manager(best=f"validation/{run.data.task.metric}", mode=run.data.task.mode)
             return Trainer(run, output).run_to_end()
 
@@ -98,7 +97,9 @@ class Trainer:
         self.stop = StopSignal()
         self.history = SpikeHistory()
         self.evaluation_pending = False  # of the newest checkpoint
+        # Dropout's key. The seed's own key is split for the head and the adapters.
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
+        # No copy: the weights were loaded into these shardings.
         self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
         self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
         self.state: TrainState = distribute(init_state(self.initial, run.tx, key), run.shardings.state)
@@ -118,11 +119,20 @@ class Trainer:
         started = time.perf_counter()
         rows, digest = self.resume()
         self.step = step = int(self.state.step)
-        if self.output.changed:  # only now is it known that the run can resume
-            self.accept(self.output.changed)
+        if changed := self.output.changed:  # only now is it known that the run can resume
+            if self.run.steps < step:
+                raise ValueError(
+                    f"train.steps or train.epochs ends the run at step {self.run.steps}, but it has already done "
+                    f"{step} steps; raise it"
+                )
+            if is_lead():
+                archive_results(self.directory)
+                write_config(self.directory, self.run.settings)
+            self.console.print(f"settings changed since the run started: {'; '.join(changed)}")
         self.log = RunLog(self.directory, keep=rows, digest=digest, writes=is_lead(), check=self.output.check)
         try:
             self.restore_metrics()
+            # A signal before this ends the process at once: there is nothing new to save.
             with self.stop:
                 for line in (*header(self.run, step), *idle_gpus()):
                     self.console.print(line)
@@ -132,18 +142,6 @@ class Trainer:
                 return self.write_summary(before, after, time.perf_counter() - started)
         finally:
             self.log.close()
-
-    def accept(self, changed: Sequence[str]) -> None:
-        """Writes changed settings; renames the results of a finished run that continues."""
-        if self.run.steps < self.step:
-            raise ValueError(
-                f"train.steps or train.epochs ends the run at step {self.run.steps}, but it has already done "
-                f"{self.step} steps; raise it"
-            )
-        if is_lead():
-            archive_results(self.directory)
-            write_config(self.directory, self.run.settings)
-        self.console.print(f"settings changed since the run started: {'; '.join(changed)}")
 
     def check_stop(self) -> None:
         """Raises Stopped if a signal was received, once running saves are done."""
@@ -162,6 +160,7 @@ class Trainer:
         self.pending = position["pending"]
         self.history = SpikeHistory(tuple(position["losses"]), position["skipped"])
         self.evaluation_pending = position["due"]
+        # Texts from before training cannot be generated again.
         check_digests(self.directory, position["files"], "start over with --fresh")
         return position["rows"], position["digest"]
 
@@ -170,16 +169,17 @@ class Trainer:
         decisive = f"validation/{self.task.metric}"
         rows = {row["step"]: row for row in self.log.rows if math.isfinite(row.get(decisive, math.nan))}
         steps = [step for step in self.manager.all_steps() if step in rows and not self.manager.metrics(step)]
+        # The list of the lead process, on all: `add_metrics` waits for every process.
         for step in allgather(steps)[0]:
             self.console.print(
                 f"the metrics of checkpoint {step} are damaged or missing; restored from the log"
             )
-            metrics = {name: value for name, value in rows[step].items() if name != "step"}
-            add_metrics(self.manager, step, metrics)
+            add_metrics(self.manager, step, {k: v for k, v in rows[step].items() if k != "step"})
 
     def evaluate_before(self) -> dict[str, float]:
-        """Evaluates on held-out data before the first step; a resumed run reads the result from the log."""
+        """Evaluates on held-out data before the first step."""
         prefix = f"{self.held_out}/"
+        # A resumed run has it in the log; its own state is past the first step.
         row = next((row for row in self.log.rows if row["step"] == 0), None)
         if row is None:
             values = self.evaluate(self.state.trainable, self.held_out)
@@ -192,15 +192,22 @@ class Trainer:
             row = self.log.rows[-1]
         before = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
         self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
-        if self.run.sample_prompt is not None:
-            self.answers = {"prompt": self.run.sample_prompt.prompt, "before": self.answer(self.initial)}
-            self.print_answer("before")
+        self.ask_prompt("before", self.initial)
+        self.print_answer("before")
         return before
+
+    def ask_prompt(self, when: str, trainable: Any) -> None:
+        """Stores the model's answer to `train.prompt`, if there is one."""
+        if self.run.chat_model is not None and (prompt := self.settings.prompt) is not None:
+            variables = combine(trainable, self.frozen)
+            (answer,) = self.run.chat_model.answer(variables, [prompt_chat(prompt)])
+            self.answers |= {"prompt": prompt, when: answer}
 
     def print_answer(self, when: str) -> None:
         """Prints `train.prompt` and the model's answer, which may have several lines."""
-        text = f"> {self.answers['prompt']}\n{when + ':':7} {self.answers[when]}"
-        self.console.print(*text.split("\n"), sep="\n")
+        if self.answers:
+            text = f"> {self.answers['prompt']}\n{when + ':':7} {self.answers[when]}"
+            self.console.print(*text.split("\n"), sep="\n")
 
     def score_texts(self, trainable: Any, when: str) -> dict[str, float]:
         """Generates texts for held-out inputs, writes them to a file and prints a few; returns their scores."""
@@ -219,24 +226,17 @@ class Trainer:
         return scores
 
     def between_batches(self, unit: str, rows: int, batch_size: int) -> Callable[[], None]:
-        """Returns what to call before each batch: it prints progress, and raises Stopped after a signal.
-
-        With several processes it does not raise: one that left would keep the others waiting in a collective.
-        """
+        """Returns what to call before each batch: it prints progress, and raises Stopped after a signal."""
         lines = ProgressLines(self.console, unit, -(-rows // batch_size))
         batches = itertools.count()
 
         def between() -> None:
             lines.update(next(batches))
+            # Of several processes, one that left would keep the others waiting in a collective.
             if jax.process_count() == 1:
                 self.check_stop()
 
         return between
-
-    def answer(self, trainable: Any) -> str:
-        """Returns the model's answer to `train.prompt`."""
-        assert self.run.sample_prompt is not None
-        return self.run.sample_prompt.ask(combine(trainable, self.frozen))
 
     def loop(self, step: int) -> None:
         """Runs the remaining steps, with evaluations, checkpoints and early stopping."""
@@ -246,19 +246,20 @@ class Trainer:
                 self.evaluate_and_save(step)
             self.clock, lines = time.perf_counter(), ProgressLines(self.console, "step", self.run.steps, step)
             while step < self.run.steps and not self.should_stop():
-                batch = next(self.batches)
-                before = (
-                    copy_adapters(self.state.trainable)
-                    if is_due(self.settings.theory_every, step + 1)
-                    else None
-                )
+                batch, every = next(self.batches), self.settings.theory_every
+                is_measured = every is not None and (step + 1) % every == 0
+                before = copy_adapters(self.state.trainable) if is_measured else None
                 rows = shard_batch(batch, self.run.mesh)
                 self.state, metrics = self.run.programs.step(self.state, self.frozen, rows)
+                # They stay on the devices: to read them here would wait for the step.
                 self.pending.append(metrics)
                 self.step = step = step + 1
                 stopping = self.stop.is_due(step)
-                if before is not None:
-                    self.log.write(step, self.measure_theory(before, batch))
+                if is_measured:
+                    part = first_rows(batch, self.run.mesh, self.settings.batch_size)
+                    rows = shard_batch(part, self.run.mesh)
+                    terms = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
+                    self.log.write(step, to_metrics(terms, self.run.parts.specs))
                 if step % self.settings.log_every == 0 or step == self.run.steps or self.has_too_many_skips():
                     loss, rate = self.log_row(step)
                     bar.update(task, completed=step, loss=loss, rate=rate)
@@ -273,12 +274,6 @@ class Trainer:
                     self.check_stop()
         if self.pending:
             self.log_row(step)
-
-    def measure_theory(self, before: Any, batch: Batch) -> dict[str, float]:
-        """Measures how the last step changed the layers' outputs, given the adapters before it."""
-        rows = shard_batch(first_rows(batch, self.run.mesh, self.settings.batch_size), self.run.mesh)
-        terms = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
-        return to_metrics(terms, self.run.parts.specs)
 
     def log_row(self, step: int) -> tuple[str, str]:
         """Logs the pending metrics as one row; returns loss and speed for the progress bar."""
@@ -299,23 +294,16 @@ class Trainer:
         return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
 
     def has_too_many_skips(self) -> bool:
-        """Whether too many consecutive steps were skipped, not counting the step in flight.
-
-        Waits only for the `skipped` flag of the step before it, so at most two steps are in flight.
-        """
+        """Whether too many consecutive steps were skipped, not counting the step in flight."""
         before = self.pending[:-1]
+        # Waits only for this flag, so that at most two steps are in flight.
         if not before or not before[-1]["skipped"]:
             return False
-        return (
-            index_of_skip_limit(self.history, metrics_to_host(before), self.settings.max_skipped) is not None
-        )
+        limit = self.settings.max_skipped
+        return index_of_skip_limit(self.history, metrics_to_host(before), limit) is not None
 
     def evaluate_and_save(self, step: int) -> None:
-        """Evaluates on the validation split, logs and prints the result, and saves a checkpoint.
-
-        If a signal interrupts the evaluation, the checkpoint is saved with a pending evaluation, which the resumed
-        run catches up on: evaluating a large split may take longer than the grace period before a kill.
-        """
+        """Evaluates on the validation split, logs and prints the result, and saves a checkpoint."""
         if jax.process_count() > 1 and not self.evaluation_pending:
             # No process may leave an evaluation that the others are in, so save the state first.
             self.save(None, evaluation_pending=True)
@@ -323,6 +311,7 @@ class Trainer:
         try:
             values = self.evaluate(self.state.trainable, "validation")
         except Stopped:
+            # The resumed run evaluates: a large split may take longer than the grace period before a kill.
             if not self.evaluation_pending:
                 self.save(None, evaluation_pending=True)
                 self.manager.wait_until_finished()
@@ -345,16 +334,18 @@ class Trainer:
         self.console.print(f"step {step}: {format_metrics(values)} (validation)")
 
     def save(self, metrics: Mapping[str, float] | None, *, evaluation_pending: bool = False) -> None:
-        """Saves a checkpoint with the input position and the metrics that are not logged yet.
-
-        Logged rows are flushed to disk first, since resuming needs them.
-        """
-        self.log.sync()
-        position = {"batches": self.batches.get_state(), "pending": metrics_to_host(self.pending)}
-        position |= {"rows": len(self.log.rows), "digest": self.log.digest()}
-        position |= {**self.history._asdict(), "due": evaluation_pending}
+        """Saves a checkpoint with the input position and the metrics that are not logged yet."""
+        self.log.sync()  # resuming needs the rows, so they are on disk before the checkpoint
         texts = [TEXTS["before"]] if self.run.held_out_texts is not None else []
-        position["files"] = file_digests(self.directory, texts)
+        position = {
+            "batches": self.batches.get_state(),
+            "pending": metrics_to_host(self.pending),
+            "rows": len(self.log.rows),
+            "digest": self.log.digest(),
+            **self.history._asdict(),
+            "due": evaluation_pending,
+            "files": file_digests(self.directory, texts),
+        }
         save_checkpoint(
             self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics
         )
@@ -367,70 +358,45 @@ class Trainer:
         if patience is None or len(values) <= patience:
             return False
         values = [-math.inf if math.isnan(value) else value for value in values]
-        best = max(values)
         # Among ties the latest counts, as in the checkpoint manager that keeps the best.
-        return values[::-1].index(best) >= patience
+        return values[::-1].index(max(values)) >= patience
 
     def finish(self) -> dict[str, float]:
         """Selects the final state, evaluates it on held-out data, and writes the adapter and the loss plot."""
         if self.settings.select == "best":
             self.manager.wait_until_finished()
-            self.choose_best()
-        after = self.evaluate(self.state.trainable, self.held_out)
-        after |= self.score_texts(self.state.trainable, "after")
-        if self.run.sample_prompt is not None:
-            self.answers["after"] = self.answer(self.state.trainable)
-        if self.run.settings.optimizer.target_rank is not None:
-            self.ranks = final_ranks(gather_to_host(self.state.trainable["lora"]), self.run.parts.specs)
-        self.write_results()
+            if (best := self.output.restore(self.state, self.run.metadata, best=True)) is not None:
+                self.state = best.state
+        trainable, settings, specs = self.state.trainable, self.run.settings, self.run.parts.specs
+        after = self.evaluate(trainable, self.held_out) | self.score_texts(trainable, "after")
+        self.ask_prompt("after", trainable)
+        # A collective, so every process takes part, though only the lead process writes.
+        trained = gather_to_host(trainable)
+        if settings.optimizer.target_rank is not None:
+            self.ranks = final_ranks(trained["lora"], specs)
+        self.log.sync()  # what the results follow from is on disk before them
+        if is_lead():
+            notes: dict[str, Any] = {name: self.run.metadata[name] for name in ("base", "task", "identity")}
+            notes["settings"] = {k: v for k, v in settings.to_json().items() if k != "output_dir"}
+            trained, specs, config, start = saved_form(trained, specs, settings.applied, self.run.start)
+            save_adapter(self.directory / ADAPTER, trained, specs, config, start=start, **notes)
+            source = ", ".join(Path(file).name for file in settings.data.sources)
+            title = f"{settings.method}, {settings.model.path} on {source}"
+            draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
         return after
-
-    def write_results(self) -> None:
-        """Writes the adapter and the loss plot, after all rows are on disk."""
-        trained = gather_to_host(self.state.trainable)
-        self.log.sync()
-        if not is_lead():
-            return
-        notes = {name: self.run.metadata[name] for name in ("base", "task", "identity")}
-        settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
-        specs, config, start = self.run.parts.specs, self.run.config, self.run.start
-        init = None if config is None else BASE_INITS.get(config.init)
-        if config is not None and start is not None and init is not None and init.subtracted:
-            lora, specs, config = as_difference(trained["lora"], start, specs, config)
-            trained, start = trained | {"lora": lora}, None
-        elif config is not None and config.init == "lora_one":  # is a step of training; the base stays whole
-            start = None
-        save_adapter(
-            self.directory / ADAPTER, trained, specs, config, start=start, settings=settings, **notes
-        )
-        if self.ranks:
-            draw_ranks(self.directory / RANKS, self.ranks)
-        data = self.run.settings.data
-        source = ", ".join(Path(file).name for file in data.sources)
-        title = f"{self.run.settings.method}, {self.run.settings.model.path} on {source}"
-        draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
-
-    def choose_best(self) -> None:
-        """Restores the best readable checkpoint; keeps the current state if there is none."""
-        if (restored := self.output.restore(self.state, self.run.metadata, best=True)) is not None:
-            self.state = restored.state
 
     def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
         """Writes `summary.json`, which marks the run as finished, and prints the results."""
-        trained, texts = count(self.run.parts.trainable), self.run.held_out_texts
-        theory = read_metrics(self.log.rows, self.run.config, self.run.settings.init_adapter is not None)
+        trained, texts, settings = count(self.run.parts.trainable), self.run.held_out_texts, self.run.settings
+        theory = read_metrics(self.log.rows, settings.applied, settings.init_adapter is not None)
+        optional = {"answers": self.answers, "theory": theory, "ranks": self.ranks}
+        held_out = {"split": self.held_out, "examples": self.run.data.examples[self.held_out]}
         summary = {
             "before": dict(before),
             "after": dict(after),
-            "held_out": {
-                "split": self.held_out,
-                "examples": self.run.data.examples[self.held_out],
-                **({} if texts is None else {"inputs": len(texts.inputs)}),
-            },
-            **({"answers": self.answers} if self.answers else {}),
-            **({"theory": theory} if theory else {}),
-            **({"ranks": self.ranks} if self.ranks else {}),
-            "method": self.run.settings.method,
+            "held_out": held_out | ({} if texts is None else {"inputs": len(texts.inputs)}),
+            **{name: value for name, value in optional.items() if value},
+            "method": settings.method,
             "steps": self.log.rows[-1]["step"],
             "skipped_steps": int(sum(value for _, value in self.log.values("skipped"))),
             "selected_step": int(self.state.step),
@@ -441,16 +407,15 @@ class Trainer:
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
         if is_lead():
+            # Last of all files: with it the run counts as finished.
             write_text(self.directory / SUMMARY, to_json(summary, indent=1) + "\n")
         chosen = "" if summary["selected_step"] == summary["steps"] else f", step {summary['selected_step']}"
         self.console.print(
-            f"after:  {format_metrics(after)} "
-            f"({summary['held_out']['examples']:,} {self.held_out} examples{chosen})"
+            f"after:  {format_metrics(after)} ({held_out['examples']:,} {self.held_out} examples{chosen})"
         )
         if theory:
             self.console.print(f"theory: {theory}")
-        if self.answers:
-            self.print_answer("after")
+        self.print_answer("after")
         self.console.print(
             f"results in {self.directory}: {ADAPTER}/, {SUMMARY}, {PICTURE}, metrics.jsonl, tensorboard/"
             + (f", {TEXTS['after']}" if texts else "")

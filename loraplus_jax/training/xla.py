@@ -15,21 +15,17 @@ from rich.console import Console
 
 
 def compiler_options(mesh: Mesh, *, unrolled: bool) -> dict[str, Any] | None:
-    """Options for a training step on TPUs with a loop over layers; None otherwise.
-
-    They let one all-gather of a weight serve both recomputation and gradient. By default XLA gathers again if many
-    operations are in between, such as attention for q, k and v. With unrolled layers, the options would keep every
-    layer's weights from the forward to the backward pass.
-    """
+    """Options for a training step on TPUs with a loop over layers; None otherwise."""
+    # They let one all-gather of a weight serve both recomputation and gradient. By default XLA gathers again if
+    # many operations are in between, such as attention for q, k and v. With unrolled layers, the options would
+    # keep every layer's weights from the forward to the backward pass.
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     return {"xla_tpu_spmd_threshold_for_allgather_cse": 10**6} if on_tpu and not unrolled else None
 
 
 def one_thread_per_device(mesh: Mesh) -> dict[str, Any] | None:
-    """Options for programs without communication where every core is a CPU device of its own; None otherwise.
-
-    They compute on the device's own thread. By default all CPU devices share one pool of threads and wait for it.
-    """
+    """Options for programs without communication where every core is a CPU device of its own; None otherwise."""
+    # They compute on the device's own thread. By default all CPU devices share one pool of threads and wait for it.
     devices = mesh.local_devices
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     is_one_each = devices[0].platform == "cpu" and 1 < cores <= len(devices)
@@ -38,10 +34,7 @@ def one_thread_per_device(mesh: Mesh) -> dict[str, Any] | None:
 
 @contextmanager
 def use_compilation_cache(directory: Path, console: Console) -> Iterator[None]:
-    """Caches compiled programs in a directory; prints a line if that fails.
-
-    Removes entries that a full disk truncated: JAX warns about them at every start and never replaces them.
-    """
+    """Caches compiled programs in a directory; prints a line if that fails, and removes damaged entries."""
     jax.config.update("jax_compilation_cache_dir", str(directory))
     # By default only programs that take a second; a start compiles dozens of small ones, together as slow.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -51,12 +44,9 @@ def use_compilation_cache(directory: Path, console: Console) -> Iterator[None]:
             yield
         finally:
             for text in (str(warning.message) for warning in caught):
-                _report_warning(text, directory, console)
-
-
-def _report_warning(text: str, directory: Path, console: Console) -> None:
-    entry = re.search(r"persistent compilation cache entry for '(.*?)'", text)
-    console.print(f"{directory}: {text}" if entry else text)
-    for path in directory.glob(f"{entry[1]}-*-cache") if entry else ():
-        with contextlib.suppress(OSError):
-            path.unlink()
+                entry = re.search(r"persistent compilation cache entry for '(.*?)'", text)
+                console.print(f"{directory}: {text}" if entry else text)
+                # JAX warns at every start about an entry that a full disk truncated, and never replaces it.
+                for path in directory.glob(f"{entry[1]}-*-cache") if entry else ():
+                    with contextlib.suppress(OSError):
+                        path.unlink()

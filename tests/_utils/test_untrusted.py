@@ -31,9 +31,8 @@ from loraplus_jax.models.checkpoints.name_table import NameTable
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.yaml_files import read_yaml
-from loraplus_jax.tasks.causal_lm import tokenizer_and_template
+from loraplus_jax.tasks.causal_lm import LanguageTask, tokenizer_and_template
 from loraplus_jax.tasks.interface import BaseModel
-from loraplus_jax.tasks.language_losses import LanguageTask
 from loraplus_jax.training.metrics_log import RunLog
 from loraplus_jax.training.saved_adapter import saved_config
 from loraplus_jax.training.setup import add_adapters

@@ -21,7 +21,7 @@ from loraplus_jax.models.gpt2.config import GPT2Config
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, stop_ids, tokenizer
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
-from loraplus_jax.tasks.language_losses import LanguageTask
+from loraplus_jax.tasks.causal_lm import LanguageTask
 from loraplus_jax.training.saved_adapter import read_notes, saved_config
 
 from ..data.chats import CHATML, INST, MARKED, chat

@@ -1,8 +1,6 @@
 """Our models in lm-eval against transformers' in lm-eval, and `loraplus eval --tasks` against lm-eval's tasks."""
 
 import json
-import os
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -178,8 +176,13 @@ def mmlu_task(root, shots):
     }
 
 
-def compare(monkeypatch, model, task, root, output, ours, *others, limit=None, **options):
-    """Both evaluations of a task: the same log-likelihoods of every choice, the same accuracy."""
+@pytest.mark.parametrize("name", ["arc_easy", "mmlu"])
+def test_tasks_agree_with_lm_eval_for_every_choice(directory, ours, theirs, name, monkeypatch, tmp_path):
+    """The same log-likelihoods of every choice, and the same accuracy."""
+    from lm_eval.tasks import TaskManager
+
+    options = {"shots": 3} if name == "mmlu" else {"template": str(directory / "template.jinja")}
+    task = mmlu_task(directory, 3) if name == "mmlu" else commonsense_task(directory, name)
     scores = []
 
     class Recorder(Scorer):
@@ -188,41 +191,17 @@ def compare(monkeypatch, model, task, root, output, ours, *others, limit=None, *
             return scores
 
     monkeypatch.setattr(eval_tasks, "Scorer", Recorder)
-    name = task["task"].removeprefix("local_")
-    results, _ = eval_tasks.evaluate_tasks(str(model), [name], root, output=output, limit=limit, **options)
-    from lm_eval.tasks import TaskManager
-
+    output = tmp_path / "results.json"
+    results, _ = eval_tasks.evaluate_tasks(
+        str(directory / "model"), [name], directory, output=output, **options
+    )
     # Without reading the files of all of lm-eval's own tasks.
     manager = TaskManager(include_defaults=False)
-    for lm in (ours, *others):
-        theirs = lm_eval.simple_evaluate(
-            model=lm, tasks=[task], limit=limit, log_samples=True, bootstrap_iters=0, task_manager=manager
+    for lm in (ours, theirs):
+        found = lm_eval.simple_evaluate(
+            model=lm, tasks=[task], log_samples=True, bootstrap_iters=0, task_manager=manager
         )
-        samples = sorted(theirs["samples"][task["task"]], key=lambda sample: sample["doc_id"])
-        found = np.array([float(x) for sample in samples for x, _ in sample["filtered_resps"]])
-        expected = np.array([score.log_likelihood for score in scores])
-        np.testing.assert_allclose(found, expected, atol=1e-4)
-        assert theirs["results"][task["task"]]["acc,none"] == pytest.approx(results.tasks[name].accuracy)
-
-
-@pytest.mark.parametrize("name", ["arc_easy", "mmlu"])
-def test_tasks_agree_with_lm_eval_for_every_choice(directory, ours, theirs, name, monkeypatch, tmp_path):
-    options = {"shots": 3} if name == "mmlu" else {"template": str(directory / "template.jinja")}
-    task = mmlu_task(directory, 3) if name == "mmlu" else commonsense_task(directory, name)
-    output = tmp_path / "results.json"
-    compare(monkeypatch, directory / "model", task, directory, output, ours, theirs, **options)
-
-
-@pytest.mark.skipif("LORAPLUS_COMMONSENSE" not in os.environ, reason="LORAPLUS_COMMONSENSE names the files")
-@pytest.mark.parametrize("name", WORDS)
-def test_the_real_files_agree_with_lm_eval(name, monkeypatch, tmp_path):
-    from loraplus_jax.data.fetch import resolve
-    from loraplus_jax.inference.lm_eval import LoRAPlusLM
-
-    root, template = Path(os.environ["LORAPLUS_COMMONSENSE"]), str(tmp_path / "template.jinja")
-    Path(template).write_text(TEMPLATE)
-    model = resolve("smollm2-135m", "model")
-    task = commonsense_task(root, name)
-    task["dataset_kwargs"]["cache_dir"] = str(tmp_path)
-    lm = LoRAPlusLM(model, template=template)
-    compare(monkeypatch, model, task, root, tmp_path / "a.json", lm, limit=10, template=template)
+        samples = sorted(found["samples"][task["task"]], key=lambda sample: sample["doc_id"])
+        likelihoods = np.array([float(x) for sample in samples for x, _ in sample["filtered_resps"]])
+        np.testing.assert_allclose(likelihoods, [score.log_likelihood for score in scores], atol=1e-4)
+        assert found["results"][task["task"]]["acc,none"] == pytest.approx(results.tasks[name].accuracy)

@@ -43,7 +43,6 @@ def test_a_run_lowers_its_ranks_resumes_and_exports(talk, tmp_path, capsys):
     ranks = {module: np.ravel(value) for module, value in summary["ranks"].items()}
     assert sum(map(sum, ranks.values())) == 2 * sum(map(len, ranks.values()))
     assert len({int(rank) for values in ranks.values() for rank in values}) > 1
-    assert (straight / "ranks.png").stat().st_size > 5000
     lora = load_adapter(straight / "adapter").lora["layers"]["self_attn"]
     for name, pair in lora.items():
         counts = (np.asarray(pair["lora_b"]) != 0).any(-1).sum(-1)

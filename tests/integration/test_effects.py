@@ -4,7 +4,6 @@
 something comparable, and a base on which it has an effect.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -35,6 +34,7 @@ from loraplus_jax.training.anomalies import TrainingFailed, check_skipped
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.trainer import Trainer, train
 
+from ..training.preparation import without_compiling
 from . import language_world as language
 from .test_decoder_families import write_family
 
@@ -55,15 +55,6 @@ def hashed(tree):
         path: (leaf.shape, str(leaf.dtype), hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest())
         for path, leaf in leaves_by_path(tree).items()
     }
-
-
-@contextlib.contextmanager
-def without_compiling():
-    """Preparation without step and evaluation, which take most of its time, for proofs that do not look at them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "compile_programs", lambda *_: setup.Programs(None, None))
-        patch.setattr(setup, "check_memory", lambda *_: None)
-        yield
 
 
 # Proofs: settings to something comparable.
@@ -211,8 +202,8 @@ def asked(settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample_answers, "make_generate", lambda *_, **options: options["new_tokens"])
         with without_compiling():
-            answer = setup.prepare(settings).sample_prompt
-    return answer and (answer.prompt, answer.speaker.generate)
+            chat_model = setup.prepare(settings).chat_model
+    return chat_model and (settings.train.prompt, chat_model.generate)
 
 
 def searched(settings):
@@ -462,7 +453,9 @@ def home(first_world, tmp_path_factory, cache):
     with without_compiling():
         run = setup.prepare(parse_settings(world.config, ("--seed", "5")))
     notes = {name: run.metadata[name] for name in ("base", "task", "settings")}
-    save_adapter(world.directory / "adapter", run.parts.trainable, run.parts.specs, run.config, **notes)
+    save_adapter(
+        world.directory / "adapter", run.parts.trainable, run.parts.specs, run.settings.applied, **notes
+    )
     template = language.TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
     (world.directory / "template.jinja").write_text(template)
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))

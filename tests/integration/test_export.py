@@ -49,36 +49,6 @@ def near(given, wanted, rel=1e-4):
     return {n: given[n] for n in numbers} == pytest.approx({n: wanted[n] for n in numbers}, rel=rel)
 
 
-def test_a_run_exported_for_peft_evaluates_the_same(finished, tmp_path, capsys, cache):
-    to = tmp_path / "peft"
-    assert "README.md" in printed(capsys, "export", finished.out, "--to", to)
-    assert {p.name for p in to.iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "README.md"),
-        *("loraplus.json", "loraplus.safetensors"),
-    }
-    assert evaluated(capsys, to) == evaluated(capsys, finished.out)
-    texts = ("--text", "this film was good")
-    assert printed(capsys, "predict", to, *texts) == printed(capsys, "predict", finished.out, *texts)
-    names = set(load_file(to / "adapter_model.safetensors"))
-    assert "base_model.model.encoder.layer.1.attention.self.query.lora_A.weight" in names
-    assert len(names) == 3 * 2 * 2  # three kinds of layers, two of each, two factors
-    readme = (to / "README.md").read_text()
-    assert "BertModel.from_pretrained" in readme
-    assert_mentions(readme, "'mean'", "no, yes")
-
-
-def test_a_merged_encoder_evaluates_the_same(finished, tmp_path, capsys, cache):
-    to = tmp_path / "merged"
-    printed(capsys, "export", finished.out, "--to", to, "--merged")
-    merged, run = evaluated(capsys, to), evaluated(capsys, finished.out)
-    assert merged["accuracy"] == run["accuracy"]
-    assert merged["loss"] == pytest.approx(run["loss"], abs=1e-5)
-    old, new = (load_file(d / "model.safetensors") for d in (finished.model, to))
-    adapted = {n for n in old if n.endswith(("query.weight", "value.weight", "intermediate.dense.weight"))}
-    assert {n for n in old if not np.array_equal(old[n], new[n])} == adapted
-    assert new.keys() == old.keys()
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("pooling", ["pooler", long("cls")])
 def test_a_head_that_transformers_has_goes_with_the_model(pooling, world, tmp_path, capsys):
@@ -226,25 +196,6 @@ def test_disagreement_with_the_settings_is_named_with_both_values(finished, tmp_
     capsys.readouterr()
     flags = ("--init_adapter", str(finished.out), "--init_adapter_rates", "new", "--lora.lr_ratio", "8")
     assert finished.train(*flags, "--train.steps", "3", out=tmp_path / "new") == 0
-
-
-def test_bad_exports_are_one_line_and_leave_nothing(finished, tmp_path, capsys, cache):
-    to = tmp_path / "to"
-    to.mkdir()
-    assert_mentions(rejected(capsys, "export", finished.out, "--to", to), to)
-    to.rmdir()
-    for flags, words in (
-        (("--format", "gguf"), ["--format", "--merged"]),
-        (("--base_model", ""), ["--base_model", "''"]),
-        (("--dequantized",), ["--dequantized", "--merged"]),
-        (("--merged", "--dequantized"), ["--dequantized", "model.quantize", "nf4"]),
-        (("--dtype", "float16"), ["--dtype", "--merged"]),
-        (("--merged", "--format", "gguf"), ["GGUF"]),
-        (("--merged", "--dtype", "q8_0"), ["--dtype", "hf", "float32", "bfloat16", "float16", "q8_0"]),
-    ):
-        assert_mentions(rejected(capsys, "export", finished.out, "--to", to, *flags), *words)
-    assert_mentions(rejected(capsys, "export", tmp_path, "--to", to), "run", tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_base_is_rejected(finished, tmp_path, capsys, cache):

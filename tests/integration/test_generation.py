@@ -5,7 +5,6 @@ import json
 import pytest
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.tasks import chat_model as sample_answers
 
 from ..messages import assert_mentions
 from . import language_world as tiny
@@ -109,26 +108,3 @@ def test_invalid_settings_are_one_error_and_nothing_is_written(e2e, capsys, flag
     assert len(error.strip().splitlines()) == 1
     assert_mentions(error, *words)
     assert not e2e.out.exists()
-
-
-def test_generate_searches_with_beams_where_it_is_asked_to(e2e, capsys, monkeypatch):
-    widths = []
-    search = sample_answers.make_beam_search
-    monkeypatch.setattr(
-        sample_answers, "make_beam_search", lambda *a, **k: widths.append(k["beams"]) or search(*a, **k)
-    )
-    asked = ("generate", e2e.model, "--prompt", "what colour is snow", "--max_tokens", "4")
-    greedy = printed(capsys, *asked)
-    assert widths == []
-    assert printed(capsys, *asked, "--beams", "1") == greedy
-    printed(capsys, *asked, "--beams", "3", "--length_penalty", "0.5", "--no_repeat_ngram", "2")
-    assert widths == [1, 3]
-    assert main([*map(str, asked), "--beams", "2", "--temperature", "1"]) == 2
-    assert_mentions(capsys.readouterr().err, "--beams", "--temperature")
-    for flags, words in {
-        ("--beams", "0"): ("beams", 0),
-        ("--beams", "1000"): ("--beams", 1000, "vocabulary"),
-        ("--length_penalty", "2"): ("--length_penalty 2", "--beams"),
-    }.items():
-        assert main([*map(str, asked), *flags]) == 2
-        assert_mentions(capsys.readouterr().err, *words)

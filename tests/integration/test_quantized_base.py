@@ -7,9 +7,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from loraplus_jax.cli.commands import main
+from loraplus_jax.data.fetch import resolve
 from loraplus_jax.quantization.packed_array import is_packed
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.training.setup import abstract_run, load_model
+from loraplus_jax.training.setup import build_model, load_model
 
 from ..messages import assert_mentions
 from . import language_world as tiny
@@ -35,8 +36,8 @@ SHORT = (
 def parts_of(world, *overrides):
     """The loaded model of the world's settings."""
     settings = parse_settings(world.config, [*overrides])
-    _, directory, _, _, shapes, _ = abstract_run(settings)
-    return load_model(settings, directory, shapes, settings.applied)
+    directory = resolve(settings.model.path, "model")
+    return load_model(settings, directory, build_model(settings, directory, None, settings.applied))
 
 
 def packed_paths(parts):

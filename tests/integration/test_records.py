@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.tasks.classification import EncoderTask
+from loraplus_jax.tasks.encoder import EncoderTask
 from loraplus_jax.training import trainer
 
 from ..marks import every, long, slow

@@ -16,8 +16,8 @@ from loraplus_jax.data.fetch import ASSETS, cache_dir
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.step.fingerprints import fingerprint
-from loraplus_jax.tasks.classification import EncoderTask
-from loraplus_jax.tasks.language_losses import LanguageTask
+from loraplus_jax.tasks.causal_lm import LanguageTask
+from loraplus_jax.tasks.encoder import EncoderTask
 from loraplus_jax.training.setup import build_model, load_model
 
 from .families import off, random
@@ -48,9 +48,7 @@ def run_of(name, folder, targets, **model):
         if is_causal
         else EncoderTask(kind="classification", names=("no", "yes"))
     )
-    parts = load_model(
-        settings, PLACES[name], build_model(settings, PLACES[name], task, settings.applied), settings.applied
-    )
+    parts = load_model(settings, PLACES[name], build_model(settings, PLACES[name], task, settings.applied))
     parts = parts._replace(trainable=random(parts.trainable, 0, 0.05))
     notes = {"settings": settings.to_json(), "task": task.notes(), "base": fingerprint(parts.frozen)}
     save_adapter(folder / "adapter", parts.trainable, parts.specs, settings.applied, **notes)

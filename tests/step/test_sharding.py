@@ -37,8 +37,8 @@ from loraplus_jax.step.sharding import (
     local_rows,
     make_shardings,
 )
-from loraplus_jax.tasks.classification import EncoderTask
-from loraplus_jax.tasks.language_losses import LanguageTask
+from loraplus_jax.tasks.causal_lm import LanguageTask
+from loraplus_jax.tasks.encoder import EncoderTask
 
 from ..marks import every
 from ..messages import mentions

@@ -1,17 +1,170 @@
-"""The digests that recognize the data of a run, and what becomes of the conversations of a file."""
+"""Losses and metrics of language models by hand, digests of their data, and what is left out of it."""
 
-import json
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 
 from loraplus_jax.data.batches import digest
 from loraplus_jax.data.conversations import Chat, Turn
 from loraplus_jax.data.data_to_text import Description
 from loraplus_jax.data.multiple_choice import Question
-from loraplus_jax.inference.generate import _chats
-from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
-from loraplus_jax.tasks.causal_lm import _digest, load_data
+from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.models.llama.model import Llama
+from loraplus_jax.tasks.causal_lm import LanguageTask, _digest
 
-from ..integration import language_world
-from ..messages import assert_mentions
+TALK, CHOICE = LanguageTask(kind="instruction"), LanguageTask(kind="multiple_choice")
+WORDS = 4
+
+
+class Counter(nn.Module):
+    """Says that the next id is one more, three times as likely as each other one of four."""
+
+    def __call__(self, input_ids, segment_ids):
+        return jnp.log(3.0) * jax.nn.one_hot((input_ids + 1) % WORDS, WORDS)
+
+
+RIGHT, WRONG = math.log(2), math.log(6)  # 3 of 6, and 1 of 6
+
+
+def talk(ids, mask, weight, segments=None):
+    ids = jnp.array(ids)
+    return {
+        "input_ids": ids,
+        "segment_ids": jnp.ones_like(ids) if segments is None else jnp.array(segments),
+        "loss_mask": jnp.array(mask, jnp.float32),
+        "weight": jnp.array(weight, jnp.float32),
+    }
+
+
+def both(pair):
+    return float(pair[0]), float(pair[1])
+
+
+@pytest.mark.parametrize(
+    ("mask", "total", "tokens"),
+    [
+        ([[0, 1, 0, 0]], RIGHT, 1),  # 1 from 0
+        ([[0, 0, 1, 0]], WRONG, 1),  # 3 from 1
+        ([[0, 0, 0, 1]], RIGHT, 1),  # 0 from 3
+        ([[0, 1, 1, 1]], 2 * RIGHT + WRONG, 3),
+        ([[0, 0, 0, 0]], 0, 0),
+        ([[1, 0, 0, 0]], 0, 0),  # nothing stands before the first
+    ],
+)
+def test_a_token_is_predicted_from_the_one_before(mask, total, tokens):
+    found, metrics = TALK.loss_fn(Counter(), chunk=None)({}, talk([[0, 1, 3, 0]], mask, [1]), None)
+    assert both(found) == pytest.approx((total, tokens), rel=1e-6)
+    assert metrics == {}
+
+
+def test_label_smoothing_moves_a_share_of_the_target_to_every_token():
+    found, _ = TALK.loss_fn(Counter(), chunk=None, label_smoothing=0.2)(
+        {}, talk([[0, 1]], [[0, 1]], [1]), None
+    )
+    # Counter finds 1 likely after 0, and the other three tokens equally unlikely.
+    assert both(found) == pytest.approx((0.85 * RIGHT + 0.15 * WRONG, 1), rel=1e-6)
+
+
+def test_the_mean_is_over_tokens_and_rows_without_weight_are_left_out():
+    batch = talk([[0, 1, 2], [0, 0, 0], [3, 3, 3]], [[0, 1, 1], [0, 0, 1], [0, 1, 1]], [1, 1, 0])
+    found, _ = TALK.loss_fn(Counter(), chunk=None)({}, batch, None)
+    assert both(found) == pytest.approx((2 * RIGHT + WRONG, 3), rel=1e-6)
+
+
+def choices():
+    """Two questions, of three choices and of two; the first choice of the second has the longer text."""
+    ids = [[[0, 1, 2], [0, 1, 1], [0, 0, 0]], [[1, 2, 3], [1, 3, 0], [0, 0, 0]]]
+    mask = [[[0, 1, 1], [0, 1, 1], [0, 1, 1]], [[0, 1, 1], [0, 0, 1], [0, 0, 0]]]
+    return {
+        "input_ids": jnp.array(ids),
+        "segment_ids": jnp.ones((2, 3, 3), jnp.int32).at[1, 2].set(0),
+        "loss_mask": jnp.array(mask, jnp.float32),
+        "byte_lengths": jnp.array([[2, 2, 2], [9, 1, 1]]),
+        "answer": jnp.array([0, 1]),
+        "n_choices": jnp.array([3, 2]),
+        "weight": jnp.array([1.0, 1.0]),
+    }
+
+
+# Log-likelihoods: of the first question's choices -2R, -R-W and -2W, of the second's -2R and -R.
+def test_the_likeliest_choice_and_the_likeliest_by_byte():
+    found, metrics = CHOICE.choice_fn(Counter(), chunk=None)({}, choices(), None)
+    assert both(found) == pytest.approx((2 * RIGHT + RIGHT, 3), rel=1e-6)
+    assert both(metrics["accuracy"]) == (2, 2)
+    assert both(metrics["accuracy_per_byte"]) == (1, 2)  # -2R / 9 is more than -R / 1
+
+
+def test_an_absent_choice_is_never_chosen_and_a_question_without_weight_never_counts():
+    data = choices() | {"answer": jnp.array([1, 0])}
+    _, metrics = CHOICE.choice_fn(Counter(), chunk=None)({}, data, None)
+    # The absent third choice of the second question has the log-likelihood 0, above all others.
+    assert both(metrics["accuracy"]) == (0, 2)
+    assert both(metrics["accuracy_per_byte"]) == (1, 2)
+    data |= {"weight": jnp.array([0.0, 1.0]), "answer": jnp.array([0, 0])}
+    found, metrics = CHOICE.choice_fn(Counter(), chunk=None)({}, data, None)
+    assert both(found) == pytest.approx((2 * RIGHT, 2), rel=1e-6)
+    assert both(metrics["accuracy"]) == (0, 1)
+    assert both(metrics["accuracy_per_byte"]) == (1, 1)
+
+
+def test_training_on_choices_takes_rows_like_any_conversation():
+    found, _ = CHOICE.loss_fn(Counter(), chunk=None)({}, talk([[0, 1, 3]], [[0, 1, 1]], [1]), None)
+    assert both(found) == pytest.approx((RIGHT + WRONG, 2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "perplexity"),
+    [(0.0, 1.0), (math.log(7), 7.0), (699.0, math.exp(699.0)), (700.0, math.inf), (math.inf, math.inf)],
+)
+def test_perplexity(loss, perplexity):
+    assert TALK.derived({"loss": loss}) == {"perplexity": pytest.approx(perplexity)}
+
+
+def test_perplexity_of_no_number_is_none():
+    assert math.isnan(TALK.derived({"loss": math.nan})["perplexity"])
+
+
+SIZES = LlamaConfig(
+    vocab_size=11,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    intermediate_size=12,
+    max_position_embeddings=16,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tied", "smoothing"), [(True, 0.1), (False, 0.0)])
+def test_without_logits_loss_and_gradient_are_the_same(tied, smoothing):
+    model = Llama(dataclasses.replace(SIZES, tie_word_embeddings=tied))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 11, (3, 6))
+    batch = talk(
+        ids, rng.integers(0, 2, (3, 6)), [1, 1, 0.5], [[1, 1, 1, 2, 2, 2]] * 2 + [[1, 1, 1, 1, 0, 0]]
+    )
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.array(ids))
+
+    def value_and_gradient(chunk, smoothing):
+        def mean(layers):
+            given = {"params": variables["params"] | {"layers": layers}}
+            loss_fn = TALK.loss_fn(model, chunk=chunk, label_smoothing=smoothing)
+            (total, weight), _ = loss_fn(given, batch, None)
+            return total / weight
+
+        return jax.jit(jax.value_and_grad(mean))(variables["params"]["layers"])
+
+    expected, found = value_and_gradient(None, smoothing), value_and_gradient(4, smoothing)
+    assert expected[0] > 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+
 
 TURNS = (Turn("user", "a"), Turn("assistant", "b"))
 PLAIN = [["user", "a"], ["assistant", "b"]]
@@ -32,30 +185,3 @@ def test_digests_see_weights_calls_and_tools_and_not_what_is_left_out():
         len({plain, *(_digest([Chat(turns)]) for turns in others), _digest([Chat(TURNS, tools="[]")])}) == 4
     )
     assert _digest([Chat(TURNS, "f:9", dropped=TURNS)]) == plain
-
-
-def test_what_training_leaves_out_is_counted_and_what_generate_answers(tmp_path):
-    language_world.write_model(tmp_path)
-    tool = {"name": "what"}
-    rows = []
-    for n in range(10):
-        said = [("system", " "), ("user", f"what {'is ' * n}"), ("assistant", "it"), ("user", "say")][
-            : 3 + n % 2
-        ]
-        rows.append({"messages": [{"role": role, "content": text} for role, text in said], "tools": [tool]})
-    path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    template = tmp_path / "tools.jinja"
-    template.write_text("{{ tools | tojson }}" + language_world.TEMPLATE)
-    settings = Settings(
-        model=ModelSettings(path=str(tmp_path)),
-        data=DataSettings(path=str(path), template=str(template), max_length=64),
-        task="instruction",
-        output_dir="out",
-    )
-    data = load_data(settings, tmp_path)
-    for line, words in zip(data.summary, (("system", 10), ("last answer", 5)), strict=True):
-        assert_mentions(line, *words)
-    chats = _chats((), str(path), None, settings)
-    assert [chat.turns[-1].text for chat in chats[1:3]] == ["say", "what is is "]
-    assert [json.loads(chat.tools) for chat in chats] == [[tool]] * 10

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from loraplus_jax.tasks.classification import EncoderTask
+from loraplus_jax.tasks.encoder import EncoderTask
 from loraplus_jax.tasks.metrics import SPLIT_METRICS
 
 from ..messages import mentions
@@ -73,11 +73,3 @@ def test_metrics_that_do_not_fit_the_task():
         EncoderTask(kind="classification", names=("a", "b"), metrics=("pearson",))
     with pytest.raises(ValueError, match=mentions("f1", "two classes", "a", "b", "c")):
         EncoderTask(kind="classification", names=("a", "b", "c"), metrics=("f1",))
-
-
-@pytest.mark.parametrize(
-    ("metrics", "mode"), [(("pearson", "spearman"), "max"), (("mae",), "min"), ((), "min")]
-)
-def test_the_first_metric_selects(metrics, mode):
-    task = EncoderTask(kind="regression", metrics=metrics)
-    assert (task.metric, task.mode) == ((*metrics, "mse")[0], mode)

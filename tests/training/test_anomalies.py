@@ -86,8 +86,7 @@ def test_metrics_of_a_checkpoint_and_of_a_device_are_floats_alike():
 )
 def test_advice_follows_from_what_was_not_finite(names, said, unsaid):
     optimizer = types.SimpleNamespace(learning_rate=0.1, max_grad_norm=None, warmup_steps=0)
-    settings = types.SimpleNamespace(optimizer=optimizer)
-    run = types.SimpleNamespace(settings=settings, config=types.SimpleNamespace(lr_ratio=4.0))
+    run = types.SimpleNamespace(settings=types.SimpleNamespace(optimizer=optimizer, lr_ratio=4.0))
     text = advice(run, names)  # pyright: ignore
     assert_mentions(text, *said)
     assert not any(words in text for words in unsaid)

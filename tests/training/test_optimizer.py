@@ -1,4 +1,4 @@
-"""Every optimizer setting's effect, and the schedules, by hand."""
+"""Every optimizer setting's effect by hand."""
 
 import math
 
@@ -27,32 +27,11 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"schedule": "constant"}, [2, 2, 2, 2, 2, 2]),
-        ({"schedule": "linear"}, [2, 1.8, 1.6, 1.0, 0.2, 0]),
-        ({"schedule": "linear", "final_fraction": 0.5}, [2, 1.9, 1.8, 1.5, 1.1, 1]),
-        ({"schedule": "constant", "warmup_steps": 4}, [0, 0.5, 1, 2, 2, 2]),
-        ({"schedule": "linear", "warmup_steps": 5}, [0, 0.4, 0.8, 2, 0.4, 0]),
-        ({"schedule": "linear", "warmup_steps": 5, "final_fraction": 0.5}, [0, 0.4, 0.8, 2, 1.2, 1]),
-        ({"schedule": "wsd"}, [2, 2, 2, 2, 1, 0]),
-        (
-            {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 5, "final_fraction": 0.5},
-            [0, 1, 2, 2, 1.2, 1],
-        ),
-        ({"schedule": "cosine"}, [2, *(1 + math.cos(math.pi * t / 10) for t in (1, 2, 5, 9)), 0]),
-        (
-            {"schedule": "cosine", "warmup_steps": 5, "final_fraction": 0.25},
-            [0, 0.4, 0.8, 2, 0.5 + 1.5 * (1 + math.cos(math.pi * 0.8)) / 2, 0.5],
-        ),
-    ],
-)
-def test_schedules_by_hand(fields, expected):
+def test_a_schedule_by_hand():
+    fields = {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 5, "final_fraction": 0.5}
     schedule = schedule_for(OptimizerSettings(**fields), 10, 2.0)
-    found = [float(schedule(step)) for step in (0, 1, 2, 5, 9, 10)]
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert float(schedule(11)) == pytest.approx(expected[-1], abs=1e-6)
+    found = [float(schedule(step)) for step in (0, 1, 2, 5, 9, 10, 11)]
+    assert found == pytest.approx([0, 1, 2, 2, 1.2, 1, 1], abs=1e-6)
 
 
 def updates(lr_ratio, **fields):
@@ -87,11 +66,11 @@ def test_every_setting_of_the_optimizer_has_its_effect():
         },
         rel=1e-5,
     )
-    assert updates(4.0, learning_rate=0.1, warmup_steps=2)["a"] == 0
+    assert set(updates(4.0, learning_rate=0.1, head_learning_rate=0.3, warmup_steps=2).values()) == {0}
 
 
-@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.5, 0.9)])
-def test_the_moments_decay_as_set(b1, b2):
+def test_the_moments_decay_as_set():
+    b1, b2 = 0.5, 0.9
     tx = make_optimizer(OptimizerSettings(schedule="constant", learning_rate=1.0, b1=b1, b2=b2), 1.0, 10, {})
     params = {"params": {"w": jnp.zeros(1)}}
     state = tx.init(params)
@@ -100,14 +79,6 @@ def test_the_moments_decay_as_set(b1, b2):
     m = (b1 * (1 - b1) + (1 - b1) * 3) / (1 - b1**2)
     v = (b2 * (1 - b2) + (1 - b2) * 9) / (1 - b2**2)
     assert float(found["params"]["w"][0]) == pytest.approx(-m / np.sqrt(v), rel=1e-4)
-
-
-def test_every_group_follows_the_schedule():
-    fields = OptimizerSettings(warmup_steps=2, final_fraction=0.5, learning_rate=0.1, head_learning_rate=0.2)
-    tx = make_optimizer(fields, 3.0, 12, {})
-    for step, share in ((0, 0.0), (1, 0.5), (2, 1.0), (7, 0.75), (12, 0.5)):
-        rates = {role: float(tx.rates(step)[role][0]) for role in ("a", "b", "extra")}
-        assert rates == pytest.approx({"a": 0.1 * share, "b": 0.3 * share, "extra": 0.2 * share}, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", ["riemannian", "lora_rite", "lora_muon"])

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from loraplus_jax.settings.parsing import settings_from_json
 from loraplus_jax.settings.schema import (
-    GENERATION,
     RESUMABLE_FIELDS,
     STOP_FIELDS,
     DataSettings,
@@ -38,9 +37,16 @@ from loraplus_jax.training.run_directory import (
 )
 from loraplus_jax.training.saved_adapter import require_adapter
 
-from ..marks import slow
 from ..messages import assert_mentions, mentions
+from ..settings.values import FILES, GENERATION, LANGUAGE, OTHER, PROCESSES
 
+PLAIN = {
+    "model": {"path": "m"},
+    "data": {"path": "d"},
+    "optimizer": {"schedule": "linear"},
+    "train": {"steps": 9, "batch_size": 32},
+    "output_dir": "o",
+}
 HOLD = """
 import pathlib, sys
 from loraplus_jax.training.run_directory import lock_directory
@@ -50,16 +56,22 @@ with lock_directory(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_a_second_process_is_rejected_with_the_pid_of_the_first(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+def test_a_second_process_is_rejected_with_the_pid_of_the_first_before_any_preparation(tmp_path):
+    directory = run_of(tmp_path / "out", PLAIN)
+    command = [sys.executable, "-c", HOLD, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=mentions(first.pid, tmp_path)), lock_directory(tmp_path):
+        with pytest.raises(ValueError, match=mentions(first.pid, directory)), lock_directory(directory):
             pass
+        for fresh in (False, True):
+            with pytest.raises(ValueError, match=mentions(first.pid, directory)):
+                check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
         first.kill()
-    with lock_directory(tmp_path):  # the system let go of the lock when the process was killed
-        assert (tmp_path / ".pid").read_text() == f"{os.getpid()}\n"
-    assert not (tmp_path / ".pid").exists()
+    # The system let go of the lock when the process was killed.
+    check_directory(directory, settings_from_json(PLAIN), fresh=False)
+    with lock_directory(directory):
+        assert (directory / ".pid").read_text() == f"{os.getpid()}\n"
+    assert not (directory / ".pid").exists()
 
 
 @pytest.mark.usefixtures("ten_seconds")
@@ -87,18 +99,6 @@ def test_a_check_writes_no_pid(tmp_path):
     assert (directory / ".pid").read_text() == "mine"
 
 
-@pytest.mark.parametrize("fresh", [False, slow(True)])
-def test_a_directory_in_use_is_seen_before_any_preparation(tmp_path, fresh):
-    directory = run_of(tmp_path / "out", PLAIN)
-    command = [sys.executable, "-c", HOLD, str(directory)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=mentions(first.pid, directory)):
-            check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
-        first.kill()
-    check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
-
-
 def test_a_directory_that_cannot_be_created_is_rejected_and_one_that_can_is_not_created(tmp_path):
     settings = settings_from_json(PLAIN)
     check_directory(tmp_path / "a/b/c", settings, fresh=False)
@@ -121,129 +121,20 @@ def test_a_run_killed_before_its_first_file_starts_over(tmp_path, names):
         check_directory(tmp_path / "out", settings, fresh=False)
 
 
-# Every field away from its default, that of `PLAIN` where it has one.
-PLAIN = {
-    "model": {"path": "m"},
-    "data": {"path": "d"},
-    "optimizer": {"schedule": "linear"},
-    "train": {"steps": 9, "batch_size": 32},
-    "output_dir": "o",
-}
-
-
-CHANGES = {
-    "model.path": "n",
-    "model.pooling": "cls",
-    "model.dtype": "bfloat16",
-    "model.param_dtype": "bfloat16",
-    "model.quantize": "nf4",
-    "model.dropout": 0.2,
-    "model.head_dropout": 0.3,
-    "model.unroll": True,
-    "model.split_fused": True,
-    "model.remat": "full",
-    "model.attention": "blocked",
-    "model.loss_chunk": 64,
-    "data.path": "e",
-    "data.text": "t",
-    "data.text_pair": "u",
-    "data.label": "l",
-    "data.quoting": "none",
-    "data.header": ["text", "label", "t", "l"],
+CHANGES = OTHER | LANGUAGE | GENERATION
+CHANGES |= {
     "data.root": "r",
-    "data.max_length": 32,
-    "data.validation_fraction": 0.2,
-    "data.test_fraction": 0.1,
-    "data.split_seed": 3,
-    "data.limit": 9,
-    "data.duplicates": "drop",
-    "data.template": "plain",
-    "data.answers": "last",
-    "data.packing": True,
-    "data.column_names": {"prompt": "p", "completion": "c"},
-    "lora.target_modules": ["key"],
-    "lora.rank": 3,
-    "lora.alpha": 7.0,
-    "lora.dropout": 0.1,
-    "lora.lr_ratio": 2.0,
-    "lora.init": "lora_b",
-    "lora.modules_to_save": ["pooler"],
-    "lora.exclude_modules": ["key"],
-    "lora.target_parameters": {"word/embedding": "io"},
-    "lora.layers_to_transform": [0],
-    "lora.rank_pattern": {"query": 2},
-    "lora.alpha_pattern": {"query": 2.0},
-    "lora.use_rslora": True,
-    "lora.variant": "dora",
-    "lora.bias": "all",
-    "optimizer.embedding_learning_rate": 1e-3,
     "optimizer.magnitude_learning_rate": 1e-3,
-    "optimizer.policy": "peft",
-    "optimizer.name": "riemannian",
-    "optimizer.learning_rate": 2e-3,
-    "optimizer.head_learning_rate": 1e-2,
-    "optimizer.schedule": "cosine",
-    "optimizer.warmup_steps": 4,
-    "optimizer.final_fraction": 0.1,
-    "optimizer.b1": 0.8,
-    "optimizer.b2": 0.9,
-    "optimizer.eps": 1e-6,
-    "optimizer.weight_decay": 0.1,
     "optimizer.decay": "equal",
-    "optimizer.max_grad_norm": 1.0,
-    "train.steps": 10,
-    "train.batch_size": 16,
-    "train.accumulate": 2,
-    "train.eval_batch_size": 8,
-    "train.eval_every": 7,
-    "train.log_every": 3,
-    "train.early_stopping": 2,
-    "train.select": "last",
-    "train.keep": 3,
-    "train.max_skipped": 2,
-    "train.compilation_cache": False,
-    "train.prompt": "Why?",
-    "train.label_smoothing": 0.1,
-    "train.theory_every": 5,
-    "mesh.data": 1,
-    "init_adapter": "old",
-    "mesh.fsdp": 2,
-    "mesh.tensor": 2,
     "distributed.start_timeout": 20,
     "distributed.lost_timeout": 20,
-    "generation.beams": 7,
-    "generation.length_penalty": 0.5,
-    "generation.no_repeat_ngram": 3,
     "generation.no_repeat_in": "all",
-    "generation.early_stopping": "never",
-    "generation.max_new_tokens": 9,
-    "generation.inputs": 5,
-    "generation.batch_size": 2,
-    "task": "regression",
-    "method": "lora",
-    "seed": 1,
-    "output_dir": "p",
 }
-
-
+del CHANGES["train.epochs"]
 # These replace another field or go with another, so they are not changed alone.
-INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
-
-
-INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates", "model.quantize_exclude"}
-INSTEAD |= {"optimizer.target_rank"}
-INSTEAD |= {"lora.init_iterations"}
-
-
-INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.process_id"}
-
-
-# These go with language models.
-TALK = {"model.remat", "model.attention", "model.loss_chunk", "train.prompt", "train.label_smoothing"}
-TALK |= {"model.split_fused"}
-
-
-TALK |= {"data.template", "data.answers", "data.packing", "data.column_names"}
+INSTEAD = {*FILES, *PROCESSES, "train.epochs", "train.prompt_tokens", "init_adapter_rates"}
+INSTEAD |= {"model.quantize_exclude", "lora.init_iterations"}
+INSTEAD |= {"optimizer.decay_steps", "optimizer.target_rank"}
 
 
 def fields(values):
@@ -252,15 +143,17 @@ def fields(values):
 
 
 def run_of(directory, values, *, finished=False):
+    """The directory of a run with these settings."""
     directory.mkdir()
-    (directory / "config.yaml").write_text(yaml.safe_dump(settings_from_json(values).to_json()))
+    settings = settings_from_json(values) if isinstance(values, dict) else values
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings.to_json()))
     if finished:
         (directory / "summary.json").write_text('{"steps": 9}')
     return directory
 
 
 def base_of(name):
-    needed = {name: {"task": "instruction"} for name in TALK}
+    needed = {name: {"task": "instruction"} for name in LANGUAGE}
     needed |= {name: {"task": "generation"} for name in GENERATION}
     needed["generation.no_repeat_in"] = {"task": "generation", "generation": {"no_repeat_ngram": 3}}
     needed["data.root"] = {"data": {"path": "glue/rte"}}
@@ -332,14 +225,6 @@ SETTINGS = Settings(
 )
 
 
-def run_in(directory, settings=SETTINGS, *, finished=False):
-    directory.mkdir()
-    (directory / "config.yaml").write_text(yaml.safe_dump(settings.to_json()))
-    if finished:
-        (directory / "summary.json").write_text("{}")
-    return directory
-
-
 @pytest.mark.parametrize("fresh", [False, True])
 def test_directories_where_a_run_may_start(tmp_path, fresh):
     assert check_directory(tmp_path / "absent", SETTINGS, fresh=fresh) == []
@@ -349,7 +234,7 @@ def test_directories_where_a_run_may_start(tmp_path, fresh):
 
 
 def test_an_unfinished_run_of_the_same_settings_resumes_in_any_directory(tmp_path):
-    directory = run_in(tmp_path / "run")
+    directory = run_of(tmp_path / "run", SETTINGS)
     assert check_directory(directory, SETTINGS, fresh=False) == []
     moved = Settings.to_json(SETTINGS) | {"output_dir": "another"}
     (directory / "config.yaml").write_text(yaml.safe_dump(moved))
@@ -357,13 +242,13 @@ def test_an_unfinished_run_of_the_same_settings_resumes_in_any_directory(tmp_pat
 
 
 def test_runs_that_are_rejected_and_pass_with_fresh(tmp_path):
-    finished = run_in(tmp_path / "finished", finished=True)
+    finished = run_of(tmp_path / "finished", SETTINGS, finished=True)
     with pytest.raises(ValueError, match=mentions(finished, "summary.json", "--fresh")):
         check_directory(finished, SETTINGS, fresh=False)
     other = Settings(
         model=ModelSettings(path="m", pooling="cls"), data=DataSettings(path="d"), output_dir="o", seed=4
     )
-    unlike = run_in(tmp_path / "unlike", other)
+    unlike = run_of(tmp_path / "unlike", other)
     with pytest.raises(ValueError, match=mentions(unlike)) as caught:
         check_directory(unlike, SETTINGS, fresh=False)
     assert_mentions(str(caught.value), "model.pooling", '"cls"', '"mean"', "seed", 4, 3)
@@ -378,7 +263,7 @@ def opened(directory, **how):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"\0" * 4096])
 def test_a_summary_that_is_empty_or_damaged_does_not_mark_a_run_as_finished(tmp_path, content):
-    directory = run_in(tmp_path / "run")
+    directory = run_of(tmp_path / "run", SETTINGS)
     (directory / "summary.json").write_bytes(content)
     assert check_directory(directory, SETTINGS, fresh=False) == []
     assert_mentions(describe_unfinished(directory), directory, "resume")
@@ -391,7 +276,7 @@ def test_a_summary_that_is_empty_or_damaged_does_not_mark_a_run_as_finished(tmp_
 
 @pytest.mark.parametrize("replacement", [None, "empty", "copy"])
 def test_a_directory_that_is_renamed_or_deleted_is_named_by_the_next_check(tmp_path, replacement):
-    directory = run_in(tmp_path / "run")
+    directory = run_of(tmp_path / "run", SETTINGS)
     with lock_directory(directory) as check:
         check()
         moved = directory.rename(tmp_path / "moved")
@@ -424,7 +309,7 @@ def test_an_older_run_gets_the_first_free_number(tmp_path):
     rename_run(directory, console)
     assert text.getvalue() == ""
     for number in (1, 2):
-        run_in(directory)
+        run_of(directory, SETTINGS)
         (directory / "mark").write_text(str(number))
         rename_run(directory, console)
         assert not directory.exists()
@@ -433,7 +318,7 @@ def test_an_older_run_gets_the_first_free_number(tmp_path):
 
 
 def test_a_run_whose_checkpoints_are_gone_is_rejected(tmp_path):
-    directory = run_in(tmp_path / "run")
+    directory = run_of(tmp_path / "run", SETTINGS)
     (directory / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=mentions(directory, "checkpoints", "--fresh")):
         check_directory(directory, SETTINGS, fresh=False)
@@ -538,7 +423,7 @@ def test_a_difference_is_allowed_where_there_is_something_to_compare_with(tmp_pa
     with opened(out, allow_different=("data",)) as output:
         output.open_manager()
         assert output.restore(state(0), changed)
-    run_in(part, finished=True)
+    run_of(part, SETTINGS, finished=True)
     for parts in ([part], [out]):
         with opened(new, allow_different=("data",), parts=parts):
             pass

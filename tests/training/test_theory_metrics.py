@@ -2,7 +2,7 @@
 
 from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.step.sharding import make_mesh
-from loraplus_jax.training.theory_metrics import count_rows, is_due, read_metrics, to_metrics
+from loraplus_jax.training.theory_metrics import count_rows, read_metrics, to_metrics
 
 from ..messages import assert_mentions
 
@@ -27,8 +27,3 @@ def test_a_quarter_of_the_rows_on_all_devices():
     sizes = ((32, 1), (30, 1), (32, 8), (4, 4), (1, 1))
     assert [count_rows(size, make_mesh(devices)) for size, devices in sizes] == [8, 8, 8, 4, 1]
     assert to_metrics({}, {}) == {}
-
-
-def test_every_kth_step_is_measured():
-    assert [step for step in range(1, 8) if is_due(3, step)] == [3, 6]
-    assert not is_due(None, 3)

@@ -1,4 +1,4 @@
-"""Evaluation over all rows once, batches over a mesh, early stopping, and which split is evaluated when."""
+"""Evaluation over all rows once, early stopping, and which split is evaluated when."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
-from loraplus_jax.step.sharding import make_mesh, shard_batch
+from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.step.train_step import Rows, jit_step, make_eval
 from loraplus_jax.tasks.interface import AdaptedModel, TaskData
 from loraplus_jax.training import trainer as training
@@ -35,14 +35,6 @@ def test_a_split_is_averaged_over_all_rows_once(size):
     found = evaluate(eval_fn, 2.0, 3.0, arrays, 4, make_mesh(4))
     assert found == pytest.approx({"loss": 6 * arrays["x"].mean(), "one": 1.0}, rel=1e-5, abs=1e-6)
     assert all(type(value) is float for value in found.values())
-
-
-def test_a_batch_is_split_over_the_mesh():
-    mesh = make_mesh(4)
-    placed = shard_batch({"x": np.arange(8)}, mesh)["x"]
-    assert {shard.data.shape for shard in placed.addressable_shards} == {(2,)}
-    assert len({shard.device for shard in placed.addressable_shards}) == 4
-    np.testing.assert_array_equal(placed, np.arange(8))
 
 
 def trainer(values, patience, mode="max"):
@@ -97,15 +89,6 @@ def test_rows_are_kept_in_order_without_padding(size):
     assert finish_metrics(Summed(), found) == {"x": mean, "both": mean + mean * size}  # pyright: ignore
 
 
-def test_sums_and_not_means_of_batches_are_averaged():
-    arrays = {"x": np.array([1.0, 1.0, 1.0, 5.0, 5.0], np.float32)}
-
-    def eval_fn(trainable, frozen, batch):
-        return {"x": (jnp.sum(batch["x"] * batch["weight"]), jnp.sum(batch["weight"]))}
-
-    assert evaluate(eval_fn, None, None, arrays, 3, make_mesh(1)) == {"x": pytest.approx(13 / 5)}
-
-
 TARGETS = {"train": 9.0, "validation": 2.0, "test": 4.0}
 
 
@@ -137,7 +120,7 @@ def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(
     parts = AdaptedModel(base, base, {}, {"params": {"w": jnp.zeros(())}}, {})
     programs = Programs(jit_step(descend, tx, mesh=mesh, skip_nonfinite=True), make_eval(distance, mesh=mesh))
     shardings, notes = state_shardings(parts, tx, mesh), {"base": None, "identity": {}, "task": {}}
-    run = Run(settings, None, data, parts, 5, tx, mesh, shardings, programs, None, None, notes, None)
+    run = Run(settings, data, parts, 5, tx, mesh, shardings, programs, None, None, notes, None)
     monkeypatch.setattr(training, "prepare", lambda *_, **__: run)
     monkeypatch.setattr(training, "draw_loss", lambda *_: None)
     summary = training.train(settings, console=LineConsole(quiet=True))

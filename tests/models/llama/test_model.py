@@ -11,7 +11,7 @@ import pytest
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, init_state, jit_step, lora_plus_adamw
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama
-from loraplus_jax.tasks.language_losses import LanguageTask
+from loraplus_jax.tasks.causal_lm import LanguageTask
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from step_time_model import ideal_flops

@@ -1,3 +1,7 @@
+"""Losses, labels and predictions of an encoder by hand, and its data."""
+
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -5,9 +9,11 @@ import numpy as np
 import pytest
 
 from loraplus_jax.data.splits import LabelledTexts
-from loraplus_jax.tasks.classification import EncoderTask, apply_model
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.tasks.encoder import EncoderTask, apply_model, load_data, load_split, model_config
+from loraplus_jax.training.setup import task_module
 
-from ..messages import mentions
+from ..messages import assert_mentions, mentions
 
 CLASSES = EncoderTask(kind="classification", names=("no", "yes"))
 NUMBERS = EncoderTask(kind="regression", mean=10.0, std=2.0)
@@ -132,3 +138,52 @@ def test_predictions_are_names_with_probabilities_or_numbers():
     assert sum(second["probabilities"].values()) == pytest.approx(1)
     found = NUMBERS.predictions(np.array([[0.0], [-1.5]], np.float32))
     assert found == [{"prediction": 10.0}, {"prediction": 7.0}]
+
+
+def test_dropout_rates_replace_the_models_own(world):
+    settings = parse_settings(world.config, ["--model.dropout", "0.3"]).model
+    config = model_config(settings, world.model)
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.3, 0.3)
+    own = model_config(dataclasses.replace(settings, dropout=None), world.model)
+    assert (own.hidden_dropout_prob, own.attention_probs_dropout_prob) == (0.1, 0.1)
+
+
+def test_long_texts_are_counted(world):
+    data = load_data(parse_settings(world.config, ["--data.max_length", "5"]), world.model)
+    assert data.truncated["train"] > 0
+    assert {name: arrays["input_ids"].shape for name, arrays in data.splits.items()} == {
+        "train": (112, 5),
+        "validation": (16, 5),
+        "test": (32, 5),
+    }
+
+
+def test_a_trial_on_few_texts_has_all_classes(world):
+    settings = parse_settings(world.config, ["--data.limit", "1"])
+    data = load_data(settings, world.model)
+    assert data.task.names == ("no", "yes")
+    assert data.examples == {"train": 1, "validation": 1, "test": 1}
+    split = load_split(settings, world.model, data.task, "test", None)
+    assert (split.examples, split.digest) == (1, data.digests["test"])
+    assert load_split(settings, world.model, data.task, None, str(world.data)).examples == 160
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "instruction", "multiple_choice"])
+@pytest.mark.parametrize("duplicates", ["warn", "drop", "error"])
+def test_every_task_tells_duplicates_before_training(first_world, first_talk, task, duplicates):
+    source = first_world if task in ("classification", "regression") else first_talk
+    data = source.directory / "questions.jsonl" if task == "multiple_choice" else source.data
+    args = ["--task", task, "--data.path", "null", "--data.train", str(data), "--data.test", str(data)]
+    args += ["--data.duplicates", duplicates]
+    args += ["--data.label", "rating"] if task == "regression" else []
+    settings = parse_settings(source.config, args)
+    load = task_module(settings).load_data
+    if duplicates == "warn":
+        loaded = load(settings, source.model)
+        (line,) = [line for line in loaded.summary if "data.train" in line]
+        assert_mentions(line, "warning", "data.test", "same", loaded.examples["test"], data.name)
+    else:
+        with pytest.raises(
+            ValueError, match=mentions("train", {"error": "test", "drop": "left"}[duplicates])
+        ):
+            load(settings, source.model)

@@ -1,0 +1,29 @@
+"""Tiny worlds, one of them with an adapter that was never trained: what opens adapters needs no run."""
+
+import jax
+import numpy as np
+import pytest
+
+from loraplus_jax.interop.adapter_files import save_adapter
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.training.setup import prepare
+
+from ..integration.conftest import cache, cache_directory, first_talk, first_world, talk, world  # noqa: F401
+from ..training.preparation import without_compiling
+
+
+@pytest.fixture(scope="module")
+def untrained(first_world, tmp_path_factory, cache):  # noqa: F811
+    """A world of texts whose output directory has a random adapter; to be read only."""
+    world = first_world.copy(tmp_path_factory.mktemp("untrained"))  # noqa: F811
+    with without_compiling():
+        run = prepare(parse_settings(world.config))
+    rng = np.random.default_rng(0)
+    trained = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), run.parts.trainable)
+    notes = {name: run.metadata[name] for name in ("base", "task", "identity")}
+    settings = {name: value for name, value in run.settings.to_json().items() if name != "output_dir"}
+    world.out.mkdir()
+    save_adapter(
+        world.out / "adapter", trained, run.parts.specs, run.settings.applied, settings=settings, **notes
+    )
+    return world

@@ -1,0 +1,86 @@
+"""Predictions and evaluations of an adapter that was never trained, against its model applied by hand."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from loraplus_jax.inference.predict import (
+    evaluate_run,
+    load_tuned,
+    predict_run,
+    settings_and_task,
+    write_predictions,
+    write_submissions,
+)
+
+from ..messages import mentions
+
+pytestmark = pytest.mark.usefixtures("cache")
+TEXTS = ["the film is so good", "bad play", "one quite bad tale that felt good"]
+
+
+def test_a_prediction_is_the_output_of_the_model_for_the_text_alone(untrained):
+    tuned = load_tuned(untrained.out)
+    vocabulary = json.loads((untrained.model / "tokenizer.json").read_text())["model"]["vocab"]
+    found = predict_run(untrained.out, texts=TEXTS)[0]
+    ids = np.array([[2, *(vocabulary[word] for word in TEXTS[0].split()), 3]], np.int32)  # [CLS], [SEP]
+    logits = jax.jit(tuned.parts.model.apply)(tuned.variables, ids, np.ones_like(ids), np.zeros_like(ids))
+    expected = np.asarray(jax.nn.softmax(logits))[0]
+    assert list(found["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
+    assert (found["text"], found["prediction"]) == (TEXTS[0], ("no", "yes")[expected.argmax()])
+
+
+def test_an_evaluation_counts_right_predictions_of_a_file(untrained):
+    rows = untrained.rows()
+    found = predict_run(untrained.out, data=str(untrained.data))
+    right = np.mean([a["prediction"] == b["label"] for a, b in zip(found, rows, strict=True)])
+    evaluated = evaluate_run(untrained.out, data=str(untrained.data))
+    assert evaluated["accuracy"] == pytest.approx(right)
+    assert 0 < right < 1
+    losses = [-np.log(a["probabilities"][b["label"]]) for a, b in zip(found, rows, strict=True)]
+    assert evaluated["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "words"),
+    [
+        (evaluate_run, {"split": "test", "data": "a.csv"}, ["--split test", "--data a.csv"]),
+        (evaluate_run, {"split": "tests"}, ["--split", "'tests'", "'test'"]),
+        (evaluate_run, {"output": "a.txt"}, ["--output", ".jsonl", "a.txt"]),
+        (evaluate_run, {"output": "a.jsonl"}, ["--output", "generation", "classification"]),
+        (predict_run, {}, ["--text", "--data"]),
+        (predict_run, {"texts": ["a", " "]}, ["empty"]),
+        (write_submissions, {"to": "glue"}, ["--glue", "glue/TASK"]),
+    ],
+)
+def test_invalid_arguments(untrained, tmp_path, function, options, words):
+    options = {name: tmp_path / x if name in ("output", "to") else x for name, x in options.items()}
+    with pytest.raises(ValueError, match=mentions(*words)):
+        function(untrained.out, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task": {"kind": "classification"}}, ["names"]),
+        ({"task": {"kind": "classification", "names": [1, 2]}}, ["task.names", "[1, 2]"]),
+        ({"task": {"kind": "instruction", "nosuch": 1}}, ["nosuch"]),
+        ({"settings": {"nosuch": 1}}, ["nosuch"]),
+    ],
+)
+def test_damaged_notes_name_their_file(untrained, change, words):
+    adapter = untrained.out / "adapter"
+    notes = json.loads((adapter / "adapter.json").read_text())
+    assert settings_and_task(adapter, notes)[1].names == ("no", "yes")
+    with pytest.raises(ValueError, match=mentions("adapter.json is damaged", *words)):
+        settings_and_task(adapter, notes | change)
+
+
+def test_predictions_replace_no_file(tmp_path):
+    write_predictions(tmp_path / "a.jsonl", [{"text": "ä", "loss": float("nan")}])
+    assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == '{"text": "ä", "loss": null}\n'
+    with pytest.raises(ValueError, match=mentions("a.jsonl", "exists")):
+        write_predictions(tmp_path / "a.jsonl", [])
