@@ -19,6 +19,7 @@ from loraplus_jax.cli.commands import main
 from loraplus_jax.training import trainer
 
 from . import language_world as language
+from .runs import ASKED, PROMPT
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 FILLERS = [
@@ -28,7 +29,6 @@ FILLERS = [
 MARKS = {"good": "yes", "bad": "no"}
 RATINGS = {"good": 3.0, "bad": -3.0}
 HIDDEN, LAYERS, INNER, POSITIONS = 16, 2, 32, 24
-PRODUCTS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,11 @@ class World:
     def printed(self):
         return self.directory / "printed.txt"
 
+    @property
+    def ask(self):
+        """The command that uses a run on a text."""
+        return ("predict", self.out, "--text", "the film was good")
+
     def train(self, *overrides, out=None):
         """`loraplus train`; later overrides win."""
         return main(["train", str(self.config), "--output_dir", str(out or self.out), *overrides])
@@ -66,15 +71,19 @@ class World:
         assert self.train(*overrides, out=out) == 0
         return out or self.out
 
+    def rejected(self, capsys, *overrides):
+        """The one line by which `loraplus train` ends before it has begun."""
+        capsys.readouterr()
+        assert self.train(*overrides) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
     def copy(self, directory):
         """The same world in another directory, a run in it included; all paths point there."""
         shutil.copytree(self.directory, directory, dirs_exist_ok=True)
-        for path in (
-            directory / "config.yaml",
-            directory / "out/config.yaml",
-            directory / "out/adapter/adapter.json",
-        ):
-            if path.exists():
+        for name in ("config.yaml", "out/config.yaml", "out/adapter/adapter.json"):
+            if (path := directory / name).exists():
                 path.write_text(path.read_text().replace(str(self.directory), str(directory)))
         return type(self)(directory)
 
@@ -118,8 +127,42 @@ class LanguageWorld(World):
     def data(self):
         return self.directory / "chats.jsonl"
 
+    @property
+    def ask(self):
+        return ("generate", self.out, *ASKED)
+
     def rows(self):
         return [json.loads(line) for line in self.data.read_text().splitlines()]
+
+    def describe(self, **generation):
+        """Changes the task to generation, with descriptions in separate files."""
+        rows = language.descriptions()
+        parts = {"train": rows[:96], "test": rows[96:]}
+        files = {name: str(self.write_rows(f"{name}.csv", part)) for name, part in parts.items()}
+        self.change_config("data", path=None, template="completion", max_length=48, **files)
+        self.change_config("train", prompt=None, prompt_tokens=None)
+        self.change_config("generation", **generation)
+        self.change_config(task="generation")
+
+
+def _write_config(world, batch_size, data, targets, **more):
+    content = {
+        "model": {"path": str(world.model)},
+        "data": {"path": str(world.data)} | data,
+        "lora": {"target_modules": targets, "rank": 4, "lr_ratio": 4},
+        # A constant rate: then runs of any length share their compiled programs.
+        "optimizer": {"learning_rate": 5e-3, "schedule": "constant", "warmup_steps": 2, "max_grad_norm": 1.0},
+        "train": {
+            "steps": 40,
+            "batch_size": batch_size,
+            "eval_every": 20,
+            "log_every": 5,
+            "eval_batch_size": 16,
+        },
+        "mesh": {"data": 1},
+        "output_dir": str(world.out),
+    }
+    world.config.write_text(yaml.safe_dump(content | more, sort_keys=False))
 
 
 @pytest.fixture(scope="session")
@@ -129,22 +172,8 @@ def first_world(tmp_path_factory):
     world.model.mkdir()
     _write_model(world.model)
     world.write_rows("texts.csv", _texts(160))
-    content = {
-        "model": {"path": str(world.model), "dropout": 0.0, "head_dropout": 0.0},
-        "data": {"path": str(world.data), "max_length": 12},
-        "lora": {"target_modules": ["query", "value", "up"], "rank": 4, "lr_ratio": 4},
-        # A constant rate: then runs of any length share their compiled programs.
-        "optimizer": {
-            "learning_rate": 5e-3,
-            "schedule": "constant",
-            "warmup_steps": 2,
-            "max_grad_norm": 1.0,
-        },
-        "train": {"steps": 40, "batch_size": 32, "eval_every": 20, "log_every": 5, "eval_batch_size": 16},
-        "mesh": {"data": 1},
-        "output_dir": str(world.out),
-    }
-    world.config.write_text(yaml.safe_dump(content, sort_keys=False))
+    _write_config(world, 32, {"max_length": 12}, ["query", "value", "up"])
+    world.change_config("model", dropout=0.0, head_dropout=0.0)
     return world
 
 
@@ -156,37 +185,8 @@ def first_talk(tmp_path_factory):
     language.write_model(world.model)
     world.write_rows("chats.jsonl", language.chats())
     world.write_rows("questions.jsonl", language.questions())
-    content = {
-        "task": "instruction",
-        "model": {"path": str(world.model)},
-        "data": {"path": str(world.data), "max_length": 32},
-        "lora": {"target_modules": PRODUCTS, "rank": 4, "lr_ratio": 4},
-        "optimizer": {"learning_rate": 5e-3, "schedule": "constant", "warmup_steps": 2, "max_grad_norm": 1.0},
-        "train": {"steps": 40, "batch_size": 16, "eval_every": 20, "log_every": 5, "eval_batch_size": 16},
-        "mesh": {"data": 1},
-        "output_dir": str(world.out),
-    }
-    content["train"] |= {"prompt": "say what colour is snow", "prompt_tokens": 8}
-    world.config.write_text(yaml.safe_dump(content, sort_keys=False))
-    return world
-
-
-@pytest.fixture
-def talk(first_talk, tmp_path, cache, monkeypatch):
-    """A fresh copy, as `world` is."""
-    monkeypatch.setattr(trainer, "draw_loss", lambda *_: None)
-    return first_talk.copy(tmp_path)
-
-
-@pytest.fixture(scope="session")
-def finished_talk(first_talk, tmp_path_factory, cache_directory):
-    """With a whole run in it, to be read only."""
-    world = first_talk.copy(tmp_path_factory.mktemp("finished_talk"))
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_cached(cache_directory))
-        stack.enter_context(pytest.MonkeyPatch.context()).setattr(trainer, "draw_loss", lambda *_: None)
-        stack.enter_context(contextlib.redirect_stdout(stack.enter_context(world.printed.open("w"))))
-        world.trained()
+    _write_config(world, 16, {"max_length": 32}, language.PRODUCTS, task="instruction")
+    world.change_config("train", prompt=PROMPT, prompt_tokens=8)
     return world
 
 
@@ -197,10 +197,28 @@ def world(first_world, tmp_path, cache, monkeypatch):
     return first_world.copy(tmp_path)
 
 
+@pytest.fixture
+def talk(first_talk, tmp_path, cache, monkeypatch):
+    """A fresh copy, as `world` is."""
+    monkeypatch.setattr(trainer, "draw_loss", lambda *_: None)
+    return first_talk.copy(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def finished(first_world, tmp_path_factory, cache_directory):
     """A world of its own with a whole run in it, to be read only."""
-    world = first_world.copy(tmp_path_factory.mktemp("finished"))
+    return _finished(first_world.copy(tmp_path_factory.mktemp("finished")), cache_directory)
+
+
+@pytest.fixture(scope="session")
+def finished_talk(first_talk, tmp_path_factory, cache_directory):
+    """That of language models, without a picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_loss", lambda *_: None)
+        return _finished(first_talk.copy(tmp_path_factory.mktemp("finished_talk")), cache_directory)
+
+
+def _finished(world, cache_directory):
     with world.printed.open("w") as file, contextlib.redirect_stdout(file), _cached(cache_directory):
         world.trained()
     return world

@@ -14,6 +14,7 @@ COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red"}
 FILLERS = ("the", "a", "this", "that", "tell", "me", "say", "now", "please", "just", "again", "only")
 WORDS = ("it", "is", "colour", "what", *COLOURS, *COLOURS.values(), *FILLERS)
 HIDDEN, LAYERS, INNER, HEADS, KEY_HEADS, HEAD, POSITIONS = 32, 2, 48, 4, 2, 8, 64
+PRODUCTS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -126,6 +127,21 @@ GGUF_NAMES = {
 }
 
 
+def gguf_tokenizer(bos, eos):
+    """The metadata of a GGUF file that hold the tokenizer."""
+    tokens, merges = vocabulary()
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+        "tokenizer.ggml.bos_token_id": bos,
+        "tokenizer.ggml.eos_token_id": eos,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
 def write_gguf_of(directory, path, arch="llama", raw=None, **changes):
     """The model of a directory as a GGUF file, float32.
 
@@ -140,7 +156,6 @@ def write_gguf_of(directory, path, arch="llama", raw=None, **changes):
             heads = HEADS if ".attn_q." in name else KEY_HEADS
             value = value.reshape(heads, 2, HEAD // 2, HIDDEN).swapaxes(1, 2).reshape(value.shape)
         content[name] = np.ascontiguousarray(value)
-    tokens, merges = vocabulary()
     values = {
         f"{arch}.embedding_length": HIDDEN,
         f"{arch}.block_count": LAYERS,
@@ -149,15 +164,8 @@ def write_gguf_of(directory, path, arch="llama", raw=None, **changes):
         f"{arch}.attention.head_count": HEADS,
         f"{arch}.attention.head_count_kv": KEY_HEADS,
         f"{arch}.attention.layer_norm_rms_epsilon": 1e-5,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)),
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": TEMPLATE,
+        **gguf_tokenizer(bos=1, eos=2),
     }
     values = {key: value for key, value in (values | changes).items() if value is not None}
     content |= {name: value for name, (_, value) in raw.items()}

@@ -1,4 +1,4 @@
-"""Whole runs with tiny Gemmas and Phi-3s: several devices, evaluation, generation, export, a packed base."""
+"""Whole runs with tiny Gemmas and Phi-3s: several devices, evaluation, generation, export, a quantized base."""
 
 import json
 
@@ -12,17 +12,23 @@ from loraplus_jax.models.checkpoints.name_table import expand, shape_in_file
 from loraplus_jax.models.families import family_of
 
 from ..marks import long
-from .test_export import evaluated, near, printed
-from .test_language import PROMPT, SHORT
-from .test_run import column, summary_of
+from .language_world import PRODUCTS
+from .runs import (
+    MESH,
+    SHORT_TALK,
+    assert_exports_answer_the_same,
+    assert_same_losses,
+    evaluated,
+    printed,
+    summary_of,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
-SPLIT = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 GEMMA = {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12}
 FAMILIES = {
-    "gemma2": (GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 9.0}, SPLIT),
-    "gemma3_text": (GEMMA, SPLIT),
+    "gemma2": (GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 9.0}, PRODUCTS),
+    "gemma3_text": (GEMMA, PRODUCTS),
     "phi3": ({"partial_rotary_factor": 0.5}, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
 }
 
@@ -57,31 +63,24 @@ def tiny(request, talk):
 
 @pytest.mark.parametrize("tiny", ["phi3", long("gemma3_text"), long("gemma2")], indirect=True)
 def test_a_run_on_eight_devices_and_its_exports(tiny, tmp_path, capsys):
-    one = tiny.trained(*SHORT, out=tmp_path / "one")
-    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
-    other = tiny.trained(*SHORT, *mesh, "--model.remat", "dots", "--model.loss_chunk", "7")
-    for step, loss in column(one, "loss").items():
-        assert column(other, "loss")[step] == pytest.approx(loss, rel=1e-4)
-    asked = ("--prompt", PROMPT, "--max_tokens", "8")
-    run, exact = printed(capsys, "generate", one, *asked), evaluated(capsys, one)
+    one = tiny.trained(*SHORT_TALK, out=tmp_path / "one")
+    other = tiny.trained(*SHORT_TALK, *MESH, *("--model.remat", "dots", "--model.loss_chunk", "7"))
+    assert_same_losses(other, one)
+    exact = assert_exports_answer_the_same(capsys, one, tmp_path)
     assert exact["loss"] < summary_of(one)["before"]["loss"]
-    for name, flags in (("peft", ()), ("merged", ("--merged",))):
-        printed(capsys, "export", one, "--to", tmp_path / name, *flags)
-        assert near(evaluated(capsys, tmp_path / name), exact)
-        assert printed(capsys, "generate", tmp_path / name, *asked) == run
     options = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     names = {name.rpartition(".")[2] for name in options["target_modules"]}
     assert names == set(yaml.safe_load(tiny.config.read_text())["lora"]["target_modules"])
     # The adapter starts a new run, also without our own notes, as PEFT would have written it.
     (tmp_path / "peft/loraplus.json").unlink()
-    more = tiny.trained(*SHORT, "--init_adapter", str(tmp_path / "peft"), out=tmp_path / "more")
+    more = tiny.trained(*SHORT_TALK, "--init_adapter", str(tmp_path / "peft"), out=tmp_path / "more")
     assert summary_of(more)["before"]["loss"] == pytest.approx(exact["loss"], rel=1e-4)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("tiny", ["gemma3_text", "gemma2", "phi3"], indirect=True)
-def test_a_packed_base_trains_and_merges_as_the_run_saw_it(tiny, tmp_path, capsys):
-    tiny.trained(*SHORT, "--model.quantize", "nf4")
+def test_a_quantized_base_trains_and_merges_as_the_run_saw_it(tiny, tmp_path, capsys):
+    tiny.trained(*SHORT_TALK, "--model.quantize", "nf4")
     assert summary_of(tiny.out)["after"]["loss"] < summary_of(tiny.out)["before"]["loss"]
     exact = evaluated(capsys, tiny.out)
     printed(capsys, "export", tiny.out, "--merged", "--dequantized", "--to", tmp_path / "same")

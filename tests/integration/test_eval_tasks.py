@@ -10,12 +10,12 @@ from loraplus_jax.training import trainer
 
 from ..inference.test_eval_tasks import write_tasks
 from ..messages import assert_mentions
-from .test_run import printed_json
+from .runs import evaluated, flags
 
 pytestmark = pytest.mark.usefixtures("cache")
 CHOICES = (
-    *("--task", "multiple_choice", "--data.path", "{dir}/questions.jsonl", "--data.max_length", "128"),
-    *("--train.prompt", "null", "--train.prompt_tokens", "64", "--train.steps", "4"),
+    "--task multiple_choice --data.path {dir}/questions.jsonl --data.max_length 128 --train.steps 4"
+    " --train.prompt null --train.prompt_tokens 64"
 )
 CONTEXT = 256
 
@@ -35,7 +35,7 @@ def long_talk(first_talk, tmp_path_factory):
 def run(long_talk, cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "draw_loss", lambda *_: None)
-        long_talk.trained(*[word.format(dir=long_talk.directory) for word in CHOICES])
+        long_talk.trained(*flags(CHOICES.format(dir=long_talk.directory)))
     return long_talk
 
 
@@ -59,15 +59,12 @@ def test_a_run_on_tasks(run, capsys):
     assert results["steps"] == 4
     assert results["shots"] == 3
     tasks = results["tasks"]
-    assert {name: task["examples"] for name, task in tasks.items()} == {
-        "arc_easy": 30,
-        "mmlu": 18,
-        "boolq": 30,
-    }
+    examples = {"arc_easy": 30, "mmlu": 18, "boolq": 30}
+    assert {name: task["examples"] for name, task in tasks.items()} == examples
     # The same answers as an evaluation of the file, whose batches hold all choices of a question.
     for name, folder in {"arc_easy": "ARC-Easy", "boolq": "boolq"}.items():
         data = run.directory / "tasks" / folder / "test.json"
-        found = printed_json(capsys, "eval", str(run.out), "--data", str(data))
+        found = evaluated(capsys, run.out, "--data", data)
         assert tasks[name]["accuracy"] == pytest.approx(found["accuracy"])
     subjects = tasks["mmlu"]["subjects"]
     assert {name: subject["fewer_shots"] for name, subject in subjects.items()} == dict.fromkeys(subjects, 1)
@@ -95,15 +92,14 @@ def test_a_run_on_tasks(run, capsys):
 
 @pytest.mark.slow
 def test_a_packed_run_a_merged_model_and_a_base(run, tmp_path, capsys):
-    args = [word.format(dir=run.directory) for word in CHOICES]
+    args = flags(CHOICES.format(dir=run.directory))
     packed = run.trained(*args, "--model.quantize", "nf4", out=tmp_path / "packed")
     merged, base = tmp_path / "merged", tmp_path / "base.json"
     assert main(["export", str(run.out), "--to", str(merged), "--merged"]) == 0
     data = run.directory / "tasks/ARC-Easy/test.json"
     for place in (packed, merged):
         assert evaluate(run, place, "arc_easy,boolq") == 0
-        capsys.readouterr()
-        found = printed_json(capsys, "eval", str(place), "--data", str(data))
+        found = evaluated(capsys, place, "--data", data)
         results = json.loads((place / "tasks.json").read_text())
         assert results["tasks"]["arc_easy"]["accuracy"] == pytest.approx(found["accuracy"])
     assert evaluate(run, run.model, "mmlu", "--shots", "1", "--output", str(base)) == 0

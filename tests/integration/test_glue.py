@@ -11,7 +11,7 @@ from loraplus_jax.inference import predict
 from loraplus_jax.sweep import run as sweeping
 
 from ..messages import assert_mentions
-from .test_run import SHORT, column, printed_json, summary_of
+from .runs import SHORT, column, evaluated, lines_of, printed, summary_of
 from .test_sweep import TINY
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -59,14 +59,11 @@ def test_classification_selects_by_its_own_metric_and_is_submitted(world, capsys
     # Among ties the latest counts.
     assert summary["selected_step"] == max(scores, key=lambda step: (scores[step], step))
     dev = world.directory / "glue/CoLA/dev.tsv"
-    assert (
-        printed_json(capsys, "eval", str(out), "--data", str(dev))["matthews"] == summary["after"]["matthews"]
-    )
+    assert evaluated(capsys, out, "--data", dev)["matthews"] == summary["after"]["matthews"]
     # Matthews' coefficient from the counts of single predictions.
-    capsys.readouterr()
     texts = [line.split("\t") for line in dev.read_text().splitlines()]
-    assert main(["predict", str(out), "--data", str(dev)]) == 0
-    predicted = [json.loads(line)["prediction"] for line in capsys.readouterr().out.splitlines()]
+    answers = printed(capsys, "predict", out, "--data", dev).splitlines()
+    predicted = [json.loads(line)["prediction"] for line in answers]
     pairs = list(zip(predicted, [row[1] for row in texts], strict=True))
     tp, fp, fn, tn = (pairs.count(pair) for pair in [("1", "1"), ("1", "0"), ("0", "1"), ("0", "0")])
     below = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
@@ -89,7 +86,7 @@ def test_a_sweep_reports_the_tasks_metric(world, monkeypatch):
     monkeypatch.setattr(sweeping, "write_report", lambda directory, report, page=False: None)
     args = [*TINY, *glue(world, "cola")]
     assert main(["sweep", str(world.config), "--output_dir", str(world.out), *args]) == 0
-    rows = [json.loads(line) for line in (world.out / "metrics.jsonl").read_text().splitlines()]
+    rows = lines_of(world.out / "metrics.jsonl")
     assert rows
     assert all(-1 <= row["matthews"] <= 1 for row in rows)
     assert len({row["matthews"] for row in rows}) > 1

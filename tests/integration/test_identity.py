@@ -1,21 +1,19 @@
 """A run's identity: whatever changes the base model's function or the data is an error on every command."""
 
-import contextlib
 import dataclasses
 import json
 import shutil
 
 import pytest
 
-from loraplus_jax.cli.commands import main
 from loraplus_jax.models.bert.config import BertConfig
-from loraplus_jax.models.gpt2.config import GPT2Config
 from loraplus_jax.models.llama.config import LlamaConfig
 
-from ..marks import every, long
+from ..marks import long
 from ..messages import assert_mentions
+from .runs import ASKED, printed, rejected
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 # A changed value of every field of a model's config, as in config.json: {our field: entries of the file}.
 ENCODER = {
@@ -59,27 +57,7 @@ LANGUAGE = {
 }
 
 
-GPT2 = {
-    "model_type": None,  # the only one
-    "vocab_size": None,
-    "hidden_size": {"n_embd": 64},
-    "num_hidden_layers": {"n_layer": 1},
-    "num_attention_heads": {"n_head": 8},
-    "intermediate_size": {"n_inner": 64},
-    "max_position_embeddings": {"n_positions": 60},
-    "activation_function": {"activation_function": "relu"},
-    "layer_norm_epsilon": {"layer_norm_epsilon": 1e-2},
-    "scale_attn_weights": {"scale_attn_weights": False},
-    "scale_attn_by_inverse_layer_idx": {"scale_attn_by_inverse_layer_idx": True},
-    "tie_word_embeddings": None,
-    "initializer_range": {"initializer_range": 0.5},
-    "split_fused": None,  # a setting of the run, not an entry of the file
-}
-
-
-@pytest.mark.parametrize(
-    ("config", "changes"), [(BertConfig, ENCODER), (LlamaConfig, LANGUAGE), (GPT2Config, GPT2)]
-)
+@pytest.mark.parametrize(("config", "changes"), [(BertConfig, ENCODER), (LlamaConfig, LANGUAGE)])
 def test_every_field_of_a_model_config_is_in_the_table(config, changes):
     assert {field.name for field in dataclasses.fields(config)} == changes.keys()
 
@@ -88,88 +66,61 @@ def change_json(path, entries):
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
-def error(capsys, *arguments):
-    """The message of a command that must fail."""
-    capsys.readouterr()
-    assert main([str(a) for a in arguments]) == 2
-    return capsys.readouterr().err
-
-
-def commands(world, tmp_path, predict):
+def commands(world, tmp_path):
     """Every command that reads a run's base model."""
-    steps = ("train", world.config, "--output_dir", world.out, "--train.steps", "60")
+    train = ("train", world.config, "--output_dir")
     return {
         "eval": ("eval", world.out),
-        "predict": predict,
+        "predict": world.ask,
         "export": ("export", world.out, "--to", tmp_path / "exported"),
         "export --merged": ("export", world.out, "--to", tmp_path / "exported", "--merged"),
-        "resume": steps,
-        "init_adapter": (
-            "train",
-            world.config,
-            "--output_dir",
-            tmp_path / "new",
-            "--init_adapter",
-            world.out,
-        ),
+        "resume": (*train, world.out, "--train.steps", "60"),
+        "init_adapter": (*train, tmp_path / "new", "--init_adapter", world.out),
     }
 
 
-def check(world, tmp_path, capsys, predict, field, entries):
-    change_json(world.model / "config.json", entries)
-    value = json.loads((world.out / "adapter/adapter.json").read_text())["identity"]["base"]["config"][field]
-    for name, arguments in commands(world, tmp_path, predict).items():
-        message = error(capsys, *arguments)
-        if name != "resume":  # there a changed shape or a batch too long is found first
-            assert_mentions(
-                message, f"base.config.{field}", json.dumps(value), "--allow_different base.config"
-            )
-    assert not (tmp_path / "exported").exists()
-    assert not (tmp_path / "new").exists()
-
-
-@contextlib.contextmanager
-def restored(world, tmp_path):
-    """The world, which a test may change: checkpoints know its paths, so a copy elsewhere is another run."""
+@pytest.fixture
+def run(request, tmp_path):
+    """A finished run that a test may change: checkpoints know its paths, so a copy elsewhere is another run."""
+    world = request.getfixturevalue(request.param)
     shutil.copytree(world.directory, tmp_path / "backup")
     yield world
     shutil.rmtree(world.directory)
     shutil.copytree(tmp_path / "backup", world.directory)
 
 
-@pytest.fixture
-def encoder(finished, tmp_path):
-    with restored(finished, tmp_path) as world:
-        yield world
+encoder = pytest.mark.parametrize("run", ["finished"], indirect=True)
+talk_model = pytest.mark.parametrize("run", ["finished_talk"], indirect=True)
 
 
-@pytest.fixture
-def talk_model(finished_talk, tmp_path):
-    with restored(finished_talk, tmp_path) as world:
-        yield world
+@pytest.mark.parametrize(
+    ("run", "field", "entries"),
+    [
+        (world, field, entries)
+        for world, table in {"finished": ENCODER, "finished_talk": LANGUAGE}.items()
+        for field, entries in table.items()
+        if entries
+    ],
+    indirect=["run"],
+)
+def test_a_changed_field_of_the_models_config(run, tmp_path, capsys, field, entries):
+    change_json(run.model / "config.json", entries)
+    value = json.loads((run.out / "adapter/adapter.json").read_text())["identity"]["base"]["config"][field]
+    words = (f"base.config.{field}", json.dumps(value), "--allow_different base.config")
+    for name, arguments in commands(run, tmp_path).items():
+        # All commands compare in one place: one field of each model shows that they do.
+        if name == "eval" or field in ("layer_norm_eps", "rms_norm_eps"):
+            assert_mentions(rejected(capsys, *arguments), *words)
+    assert not (tmp_path / "exported").exists()
+    assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("field", every(3, [name for name, entries in ENCODER.items() if entries]))
-def test_a_changed_encoder(encoder, tmp_path, capsys, field):
-    world = encoder
-    predict = ("predict", world.out, "--text", "the film was good")
-    check(world, tmp_path, capsys, predict, field, ENCODER[field])
-
-
-@pytest.mark.parametrize("field", every(3, [name for name, entries in LANGUAGE.items() if entries]))
-def test_a_changed_language_model(talk_model, tmp_path, capsys, field):
-    world = talk_model
-    predict = ("generate", world.out, "--prompt", "what colour is snow")
-    check(world, tmp_path, capsys, predict, field, LANGUAGE[field])
-
-
+@talk_model
 @pytest.mark.parametrize("size", [400, 999])
-def test_a_changed_vocabulary_size_of_a_language_model(talk_model, tmp_path, capsys, size):
-    world = talk_model
-    change_json(world.model / "config.json", {"vocab_size": size})
-    predict = ("generate", world.out, "--prompt", "what colour is snow")
-    for arguments in commands(world, tmp_path, predict).values():
-        assert_mentions(error(capsys, *arguments), size, 415 if size == 999 else 414)
+def test_a_changed_vocabulary_size_of_a_language_model(run, tmp_path, capsys, size):
+    change_json(run.model / "config.json", {"vocab_size": size})
+    for arguments in commands(run, tmp_path).values():
+        assert_mentions(rejected(capsys, *arguments), size, 415 if size == 999 else 414)
     assert not (tmp_path / "exported").exists()
     assert not (tmp_path / "new").exists()
 
@@ -199,6 +150,7 @@ def edit_weights(world):
     world.change_tensors(change)
 
 
+@encoder
 @pytest.mark.parametrize(
     ("part", "change", "names"),
     [
@@ -207,16 +159,15 @@ def edit_weights(world):
         ("data.test", swap_labels, ("eval", "resume")),
     ],
 )
-def test_other_parts_of_an_encoder(encoder, tmp_path, capsys, part, change, names):
-    world = encoder
-    change(world)
-    predict = ("predict", world.out, "--text", "the film was good")
-    for name, arguments in commands(world, tmp_path, predict).items():
+def test_other_parts_of_an_encoder(run, tmp_path, capsys, part, change, names):
+    change(run)
+    for name, arguments in commands(run, tmp_path).items():
         if names is None or name in names:
-            assert_mentions(error(capsys, *arguments), part, "--allow_different")
-    assert main(["eval", str(world.out), "--allow_different", part.partition(".test")[0]]) == 0
+            assert_mentions(rejected(capsys, *arguments), part, "--allow_different")
+    printed(capsys, "eval", run.out, "--allow_different", part.partition(".test")[0])
 
 
+@talk_model
 @pytest.mark.parametrize(
     ("part", "change"),
     [
@@ -231,51 +182,49 @@ def test_other_parts_of_an_encoder(encoder, tmp_path, capsys, part, change, name
         ),
     ],
 )
-def test_other_parts_of_a_language_model(talk_model, tmp_path, capsys, part, change):
-    world = talk_model
-    change(world)
-    predict = ("generate", world.out, "--prompt", "what colour is snow")
-    for arguments in commands(world, tmp_path, predict).values():
-        assert_mentions(error(capsys, *arguments), part, "--allow_different")
-    ask = (*predict, "--max_tokens", "8", "--allow_different", part)
-    assert main([str(a) for a in ask]) == 0
+def test_other_parts_of_a_language_model(run, tmp_path, capsys, part, change):
+    change(run)
+    for arguments in commands(run, tmp_path).values():
+        assert_mentions(rejected(capsys, *arguments), part, "--allow_different")
+    printed(capsys, *run.ask, "--allow_different", part)
 
 
 def test_a_merged_model_is_a_base_model_of_its_own(finished, tmp_path, capsys):
     merged = tmp_path / "merged"
-    assert main(["export", str(finished.out), "--to", str(merged), "--merged"]) == 0
-    assert main(["eval", str(merged)]) == 0
+    printed(capsys, "export", finished.out, "--to", merged, "--merged")
+    printed(capsys, "eval", merged)
     change_json(merged / "config.json", {"layer_norm_eps": 1e-3})
-    assert_mentions(error(capsys, "eval", merged), "base.config.layer_norm_eps", 1e-12, 0.001)
+    assert_mentions(rejected(capsys, "eval", merged), "base.config.layer_norm_eps", 1e-12, 0.001)
 
 
-def test_a_resumed_run_may_differ_in_what_it_is_allowed(encoder, capsys):
-    world = encoder
-    change_json(world.model / "config.json", {"layer_norm_eps": 1e-3})
-    longer = ("train", world.config, "--output_dir", world.out, "--train.steps", "60")
-    assert_mentions(error(capsys, *longer), "base.config.layer_norm_eps", "--allow_different")
-    assert main([*map(str, longer), "--allow_different", "base.config.layer_norm_eps"]) == 0
+@encoder
+def test_a_resumed_run_may_differ_in_what_it_is_allowed(run, capsys):
+    change_json(run.model / "config.json", {"layer_norm_eps": 1e-3})
+    error = run.rejected(capsys, "--train.steps", "60")
+    assert_mentions(error, "base.config.layer_norm_eps", "--allow_different")
+    run.trained("--train.steps", "60", "--allow_different", "base.config.layer_norm_eps")
     # From its checkpoint on, the run is one of the changed model.
-    assert main([*map(str, longer[:-1]), "80"]) == 0
+    run.trained("--train.steps", "80")
 
 
 @pytest.mark.parametrize("part", ["weights", "base", "base.config.nosuch", "data.bogus"])
 def test_an_unknown_part_is_named(finished, capsys, part):
-    message = error(capsys, "eval", finished.out, "--allow_different", part)
+    message = rejected(capsys, "eval", finished.out, "--allow_different", part)
     assert_mentions(message, "base.weights", f"'{part}'")
 
 
-def test_all_parts_that_differ_are_named_at_once(encoder, capsys):
-    edit_tokenizer(encoder)
-    change_json(encoder.model / "config.json", {"layer_norm_eps": 1e-3, "hidden_act": "gelu_new"})
-    message = error(capsys, "eval", encoder.out)
+@encoder
+def test_all_parts_that_differ_are_named_at_once(run, capsys):
+    edit_tokenizer(run)
+    change_json(run.model / "config.json", {"layer_norm_eps": 1e-3, "hidden_act": "gelu_new"})
+    message = rejected(capsys, "eval", run.out)
     parts = "--allow_different base.config --allow_different tokenizer"
     assert_mentions(message, "base.config.layer_norm_eps", "base.config.hidden_act", parts)
 
 
 def test_a_part_that_is_compared_with_nothing_has_no_effect(first_world, tmp_path, capsys):
     command = ("train", first_world.config, "--output_dir", tmp_path / "out", "--allow_different", "data")
-    assert_mentions(error(capsys, *command), "--allow_different data", "checkpoint", "init_adapter")
+    assert_mentions(rejected(capsys, *command), "--allow_different data", "checkpoint", "init_adapter")
     assert not (tmp_path / "out").exists()
 
 
@@ -293,6 +242,7 @@ def without_digest(**values):
     return edit
 
 
+@encoder
 @pytest.mark.parametrize(
     ("edit", "word"),
     [
@@ -304,17 +254,18 @@ def without_digest(**values):
         ),
     ],
 )
-def test_an_adapter_whose_description_was_changed_is_rejected(encoder, capsys, edit, word):
-    path = encoder.out / "adapter/adapter.json"
+def test_an_adapter_whose_description_was_changed_is_rejected(run, capsys, edit, word):
+    path = run.out / "adapter/adapter.json"
     notes = json.loads(path.read_text())
     edit(notes)
     path.write_text(json.dumps(notes))
-    assert_mentions(error(capsys, "eval", encoder.out), word)
+    assert_mentions(rejected(capsys, "eval", run.out), word)
 
 
-def test_an_adapter_of_peft_has_no_identity(talk_model, tmp_path):
+@talk_model
+def test_an_adapter_of_peft_has_no_identity(run, tmp_path, capsys):
     to = tmp_path / "peft"
-    assert main(["export", str(talk_model.out), "--to", str(to)]) == 0
+    printed(capsys, "export", run.out, "--to", to)
     (to / "loraplus.json").unlink()
-    change_json(talk_model.model / "config.json", {"rms_norm_eps": 1e-5})
-    assert main(["generate", str(to), "--prompt", "what colour is snow", "--max_tokens", "8"]) == 0
+    change_json(run.model / "config.json", {"rms_norm_eps": 1e-3})
+    printed(capsys, "generate", to, *ASKED)

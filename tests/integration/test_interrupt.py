@@ -11,32 +11,30 @@ from loraplus_jax.training.trainer import Trainer
 
 from ..marks import long
 from ..messages import assert_mentions
-from .disturbed import at_step, result_of, rows_of, undisturbed
-
-# Rows, evaluations and stops fall on different steps; dropout, shuffling and accumulation are on.
-ODD = [
-    *("--train.steps", "20", "--train.eval_every", "6", "--train.log_every", "4", "--train.accumulate", "2"),
-    *("--model.dropout", "0.1", "--lora.dropout", "0.1", "--model.head_dropout", "0.1"),
-]
-
-
-def signal_at(patch, step, number):
-    """The signal comes while that step's batch is being fetched."""
-    at_step(patch, step, lambda: signal.raise_signal(number))
+from .runs import (
+    ODD,
+    column,
+    cut_short,
+    flags,
+    result_of,
+    rows_of,
+    saved_steps,
+    stopped,
+    summary_of,
+    undisturbed,
+)
 
 
 @pytest.fixture(scope="module")
 def straight(first_world, tmp_path_factory, cache):
-    return undisturbed(first_world, tmp_path_factory, ODD)
+    return result_of(undisturbed(first_world, tmp_path_factory, ODD))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), long(signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_ends_bit_identical(world, straight, capsys, number, code):
+@pytest.mark.parametrize("number", [signal.SIGTERM, long(signal.SIGINT)])
+def test_a_signal_saves_and_the_same_command_ends_bit_identical(world, straight, capsys, number):
     for step in (7, 12, 15):
-        with pytest.MonkeyPatch.context() as patch:
-            signal_at(patch, step, number)
-            assert world.train(*ODD) == code
+        stopped(world, step, *ODD, number=number)
         assert_mentions(capsys.readouterr().err, f"step {step} of 20")
         assert (world.out / "checkpoints" / str(step)).is_dir()
     assert world.train(*ODD) == 0
@@ -46,9 +44,7 @@ def test_a_signal_saves_and_the_same_command_ends_bit_identical(world, straight,
 
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(world, straight, capsys):
-    with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, 15, signal.SIGTERM)
-        assert world.train(*ODD) == 143
+    stopped(world, 15, *ODD)
     cut_short(world.out / "checkpoints/15")
     assert world.train(*ODD) == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -82,7 +78,7 @@ SMALL = ("--train.eval_batch_size", "4")
 @pytest.mark.slow
 def test_a_signal_in_an_evaluation_breaks_it_off_and_the_resumed_run_makes_it_up(world, capsys):
     straight = result_of(world.trained(*ODD, *SMALL, out=world.directory / "straight"))
-    every_step = sorted(int(path.name) for path in (world.directory / "straight/checkpoints").iterdir())
+    every_step = saved_steps(world.directory / "straight")
     with pytest.MonkeyPatch.context() as patch:
         evaluated = signal_in(patch, 16, 1)  # the first of validation: at step 6
         assert world.train(*ODD, *SMALL) == 143
@@ -94,13 +90,9 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_the_resumed_run_makes_it_up
         signal_in(patch, 16, 3)  # in the evaluation that is made up
         assert world.train(*ODD, *SMALL) == 143
     assert_mentions(capsys.readouterr().err, "step 6 of 20")
-    with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, 7, signal.SIGTERM)  # after it
-        assert world.train(*ODD, *SMALL) == 143
+    stopped(world, 7, *ODD, *SMALL)  # after it
     shutil.rmtree(world.out / "checkpoints/7")  # so that it is made up once more
-    with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, 18, signal.SIGTERM)  # while the step before an evaluation is done
-        assert world.train(*ODD, *SMALL) == 143
+    stopped(world, 18, *ODD, *SMALL)  # while the step before an evaluation is done
     assert_mentions(capsys.readouterr().err, "step 18 of 20")
     with pytest.MonkeyPatch.context() as patch:
         evaluated = signal_in(patch, 32, 1)  # the end's, on the test split
@@ -109,7 +101,7 @@ def test_a_signal_in_an_evaluation_breaks_it_off_and_the_resumed_run_makes_it_up
     assert_mentions(capsys.readouterr().err, "step 20 of 20")
     assert world.train(*ODD, *SMALL) == 0
     assert result_of(world.out) == straight
-    assert sorted(int(path.name) for path in (world.out / "checkpoints").iterdir()) == every_step
+    assert saved_steps(world.out) == every_step
 
 
 @pytest.mark.slow
@@ -128,31 +120,21 @@ def test_a_signal_before_the_first_step_leaves_nothing_that_is_not_made_again(wo
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        long(lambda path: path.unlink(), ["0 complete rows"]),
-        long(
-            lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:2])),
-            ["2 complete rows"],
-        ),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b"}\n", b"}", 1)), ["rows", "changed"]),
-        long(lambda path: path.write_bytes(b"5\n" + path.read_bytes()), ["rows", "changed"]),
-        long(
-            lambda path: path.write_bytes(path.read_bytes().replace(b'"step": 0', b'"step": 1')),
-            ["rows", "changed"],
-        ),
+        long(lambda text: None, ["0 complete rows"]),
+        long(lambda text: b"".join(text.splitlines(True)[:2]), ["2 complete rows"]),
+        (lambda text: text.replace(b"}\n", b"}", 1), ["rows", "changed"]),
+        long(lambda text: b"5\n" + text, ["rows", "changed"]),
+        long(lambda text: text.replace(b'"step": 0', b'"step": 1'), ["rows", "changed"]),
     ],
 )
 def test_a_log_that_was_edited_is_rejected_and_left_as_it_is(world, straight, capsys, spoil, words):
-    with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, 9, signal.SIGTERM)
-        assert world.train(*ODD) == 143
+    stopped(world, 9, *ODD)
     path = world.out / "metrics.jsonl"
     rows = path.read_bytes()
-    spoil(path)
-    spoilt = path.read_bytes() if path.exists() else None
-    capsys.readouterr()
-    assert world.train(*ODD) == 2
-    error = capsys.readouterr().err
-    assert_mentions(error, path, *words)
+    path.unlink()
+    if (spoilt := spoil(rows)) is not None:
+        path.write_bytes(spoilt)
+    assert_mentions(world.rejected(capsys, *ODD), path, *words)
     assert (path.read_bytes() if path.exists() else None) == spoilt
     path.write_bytes(rows)
     assert world.train(*ODD) == 0
@@ -161,23 +143,10 @@ def test_a_log_that_was_edited_is_rejected_and_left_as_it_is(world, straight, ca
 
 @pytest.mark.slow
 def test_a_moved_run_resumes(world, straight):
-    with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, 8, signal.SIGTERM)
-        assert world.train(*ODD) == 143
+    stopped(world, 8, *ODD)
     moved = world.directory / "moved"
     shutil.move(world.out, moved)
     assert result_of(world.trained(*ODD, out=moved)) == straight
-
-
-@pytest.mark.slow
-def test_a_run_does_not_resume_on_other_data(world, capsys):
-    with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, 8, signal.SIGTERM)
-        assert world.train(*ODD) == 143
-    capsys.readouterr()
-    world.write_rows("texts.csv", world.rows()[:-10])
-    assert world.train(*ODD) == 2
-    assert_mentions(capsys.readouterr().err, "checkpoints/8", "data")
 
 
 @pytest.mark.slow
@@ -200,7 +169,7 @@ def test_an_update_that_is_not_finite_never_reaches_what_is_saved(world, capsys)
 
 @pytest.mark.slow
 def test_a_run_ends_at_the_step_that_it_says_however_seldom_it_logs(world, capsys):
-    seldom = ("--train.log_every", "20", "--train.eval_every", "20", "--train.max_skipped", "2")
+    seldom = flags("--train.log_every 20 --train.eval_every 20 --train.max_skipped 2")
     assert world.train(*ODD, *seldom, "--optimizer.learning_rate", "5e37") == 1
     # The first step has a rate of 0, and the fourth is under way when the third is checked.
     assert_mentions(capsys.readouterr().err, "2 steps", "step 3", "skipped")
@@ -211,9 +180,8 @@ def test_a_run_ends_at_the_step_that_it_says_however_seldom_it_logs(world, capsy
 @pytest.mark.long
 @pytest.mark.slow
 def test_spikes_are_logged_at_their_steps_also_by_a_resumed_run(world, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "loraplus_jax.training.anomalies.MIN_SPIKE_RATIO", 0.9
-    )  # so that a sound run has some
+    # So that a sound run has some.
+    monkeypatch.setattr("loraplus_jax.training.anomalies.MIN_SPIKE_RATIO", 0.9)
     monkeypatch.setattr("loraplus_jax.training.anomalies.NOISE", 0.0)
     straight = result_of(world.trained(*ODD, "--train.log_every", "7", out=world.directory / "straight"))
     spikes = [row for row in straight[1] if "spike/loss" in row]
@@ -224,18 +192,14 @@ def test_spikes_are_logged_at_their_steps_also_by_a_resumed_run(world, monkeypat
         assert row["spike/loss"] > 0.9 * row["spike/median"]
         assert {f"spike/grad_norm/{role}" for role in ("a", "b", "extra")} <= row.keys()
     for step in (8, 13):
-        with pytest.MonkeyPatch.context() as patch:
-            signal_at(patch, step, signal.SIGTERM)
-            assert world.train(*ODD, "--train.log_every", "7") == 143
+        stopped(world, step, *ODD, "--train.log_every", "7")
     assert result_of(world.trained(*ODD, "--train.log_every", "7")) == straight
 
 
 @pytest.mark.long
 def test_a_step_that_is_damaged_twice_is_quarantined_twice(world, straight):
     for _ in range(2):
-        with pytest.MonkeyPatch.context() as patch:
-            signal_at(patch, 15, signal.SIGTERM)
-            assert world.train(*ODD) == 143
+        stopped(world, 15, *ODD)
         cut_short(world.out / "checkpoints/15")
     assert world.train(*ODD) == 0
     assert {path.name for path in (world.out / "damaged_checkpoints").iterdir()} == {"15", "15.1"}
@@ -247,16 +211,12 @@ def test_a_tokenizer_with_more_words_than_the_model_is_rejected(world, capsys):
     content = json.loads(path.read_text())
     content["model"]["vocab"]["good"] = 500
     path.write_text(json.dumps(content))
-    assert world.train(*ODD) == 2
-    assert_mentions(capsys.readouterr().err, "'good'", 500)
-
-
-CONSTANT = ("--optimizer.schedule", "constant")
+    assert_mentions(world.rejected(capsys, *ODD), "'good'", 500)
 
 
 @pytest.mark.slow
 def test_a_finished_run_resumes_with_more_steps_as_if_never_ended(world, capsys):
-    short = (*ODD, *CONSTANT, "--train.select", "last")
+    short = (*ODD, "--train.select", "last")
     more = (*short, "--train.steps", "30")
     straight = result_of(world.trained(*more, out=world.directory / "straight"))
     world.trained(*short, "--train.eval_every", "10")
@@ -280,9 +240,7 @@ def test_a_finished_run_resumes_with_more_steps_as_if_never_ended(world, capsys)
 @pytest.mark.slow
 def test_logging_and_evaluation_may_change_half_way_and_training_does_not(world, straight, capsys):
     last = ("--train.select", "last")
-    with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, 9, signal.SIGTERM)
-        assert world.train(*ODD) == 143
+    stopped(world, 9, *ODD)
     changes = ("--train.log_every", "3", "--train.eval_every", "5", "--train.keep", "1", *last)
     assert world.train(*ODD, *changes, "--train.steps", "8") == 2
     assert_mentions(capsys.readouterr().err, "step 8", 9)
@@ -291,12 +249,6 @@ def test_logging_and_evaluation_may_change_half_way_and_training_does_not(world,
     last_of_straight = world.trained(*ODD, *last, out=world.directory / "last")
     assert result_of(world.out)[0] == result_of(last_of_straight)[0]
     assert {row["step"] for row in rows_of(world.out) if "loss" in row} == {4, 8, 12, 15, 18, 20}
-
-
-def cut_short(checkpoint):
-    for path in checkpoint.rglob("*"):
-        if path.is_file() and path.stat().st_size and "state" in str(path):
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.slow
@@ -313,9 +265,7 @@ def test_a_damaged_best_checkpoint_is_named_and_the_next_best_chosen(world, caps
     world.trained(*ODD, "--train.keep", "5")
     assert f"checkpoint of step {damaged[0]}" in " ".join(capsys.readouterr().out.split())
     assert (world.out / "damaged_checkpoints" / str(damaged[0])).is_dir()
-    chosen = json.loads((world.out / "summary.json").read_text())["selected_step"]
-    scores = {
-        row["step"]: row["validation/accuracy"] for row in rows_of(world.out) if "validation/accuracy" in row
-    }
+    chosen = summary_of(world.out)["selected_step"]
+    scores = column(world.out, "validation/accuracy")
     best = max(score for step, score in scores.items() if step != damaged[0])
     assert scores[chosen] == best

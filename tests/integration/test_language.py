@@ -15,50 +15,46 @@ from loraplus_jax.training import trainer
 from ..marks import long
 from ..messages import assert_mentions
 from . import language_world as tiny
-from .test_run import (
+from .runs import (
+    ASKED,
+    NO_PROMPT,
+    PROMPT,
+    SHORT,
+    SHORT_TALK,
+    assert_resumes,
     column,
-    interrupt_at,
-    printed_json,
+    evaluated,
+    flags,
+    interrupted,
+    printed,
     rows_of,
     summary_of,
     tensor_bytes,
     tensors_of,
-    timeless,
+    undisturbed,
 )
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
-NO_PROMPT = ("--train.prompt", "null", "--train.prompt_tokens", "64")
-# An epsilon far above rounding: else Adam makes whole steps of gradients that are all but zero.
-SHORT = (
-    *NO_PROMPT,
-    *("--train.steps", "8", "--train.eval_every", "4", "--train.log_every", "2", "--optimizer.eps", "1e-3"),
-)
 ONE = (*NO_PROMPT, "--train.steps", "3", "--train.log_every", "1")
-PROMPT = "say what colour is snow"
 
 
 @pytest.fixture(scope="module")
 def short(first_talk, tmp_path_factory, cache):
     """A short run that others are compared with."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_loss", lambda *_: None)
-        return first_talk.copy(tmp_path_factory.mktemp("short")).trained(*SHORT)
+    return undisturbed(first_talk, tmp_path_factory, SHORT_TALK)
 
 
 def answers_of(capsys, *args):
     """What `loraplus generate` prints, the answers alone."""
-    capsys.readouterr()
-    assert main(["generate", *map(str, args)]) == 0
-    printed = capsys.readouterr().out
-    assert printed.endswith("\n\n")
-    return [block.partition("\n")[2] for block in printed[:-2].split("\n\n")]
+    text = printed(capsys, "generate", *args)
+    assert text.endswith("\n\n")
+    return [block.partition("\n")[2] for block in text[:-2].split("\n\n")]
 
 
 # what a run leaves
 
 
-@pytest.mark.slow
 def test_a_run_learns_and_leaves_its_numbers_and_answers(finished_talk):
     summary, out = summary_of(finished_talk.out), finished_talk.out
     before, after = summary["before"], summary["after"]
@@ -71,10 +67,10 @@ def test_a_run_learns_and_leaves_its_numbers_and_answers(finished_talk):
     assert answers["prompt"] == PROMPT
     assert answers["after"] == "it is white"
     assert answers["before"] != answers["after"]
-    printed = finished_talk.printed.read_text()
+    text = finished_talk.printed.read_text()
     for when in ("before: ", "after:  "):
-        assert f"> {PROMPT}\n{when}{answers[when.strip(': ')]}" in printed
-    assert "data: 84 train, 12 validation, 24 test" in printed.splitlines()
+        assert f"> {PROMPT}\n{when}{answers[when.strip(': ')]}" in text
+    assert "data: 84 train, 12 validation, 24 test" in text.splitlines()
     assert list(column(out, "loss")) == [5, 10, 15, 20, 25, 30, 35, 40]
     assert list(column(out, "validation/perplexity")) == [20, 40]
     assert list(column(out, "test/perplexity")) == [0]
@@ -84,22 +80,20 @@ def test_a_run_learns_and_leaves_its_numbers_and_answers(finished_talk):
     assert summary["total"] == summary["trainable"] + base
 
 
-@pytest.mark.slow
 def test_eval_repeats_the_summary(finished_talk, capsys):
-    found = printed_json(capsys, "eval", str(finished_talk.out))
+    found = evaluated(capsys, str(finished_talk.out))
     assert (found.pop("data"), found.pop("examples")) == ("test", 24)
     assert found == pytest.approx(summary_of(finished_talk.out)["after"], rel=1e-5)
 
 
-@pytest.mark.slow
 def test_eval_of_another_split_and_another_file(finished_talk, tmp_path, capsys):
-    found = printed_json(capsys, "eval", str(finished_talk.out), "--split", "validation")
+    found = evaluated(capsys, str(finished_talk.out), "--split", "validation")
     selected = summary_of(finished_talk.out)["selected_step"]
     assert found["loss"] == pytest.approx(column(finished_talk.out, "validation/loss")[selected], rel=1e-5)
     file = tmp_path / "other.json"
     turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "it is green"}]
     file.write_text(json.dumps([{"messages": turns}] * 3))
-    wrong = printed_json(capsys, "eval", str(finished_talk.out), "--data", str(file))
+    wrong = evaluated(capsys, str(finished_talk.out), "--data", str(file))
     assert (wrong["data"], wrong["examples"]) == (str(file), 3)
     assert wrong["loss"] > found["loss"]
     assert main(["eval", str(finished_talk.out), "--data", str(finished_talk.model / "config.json")]) == 2
@@ -109,22 +103,19 @@ def test_eval_of_another_split_and_another_file(finished_talk, tmp_path, capsys)
 # generation
 
 
-@pytest.mark.slow
 def test_generate_repeats_the_answer_of_the_run(finished_talk, capsys):
-    args = (finished_talk.out, "--prompt", PROMPT, "--max_tokens", 8)
-    assert answers_of(capsys, *args) == [summary_of(finished_talk.out)["answers"]["after"]]
+    assert answers_of(capsys, finished_talk.out, *ASKED) == [
+        summary_of(finished_talk.out)["answers"]["after"]
+    ]
 
 
-@pytest.mark.slow
 def test_generate_with_a_model_as_it_is(finished_talk, capsys):
-    args = ("--prompt", PROMPT, "--max_tokens", 8)
     before = summary_of(finished_talk.out)["answers"]["before"]
-    assert answers_of(capsys, finished_talk.model, *args) == [before]
-    plain = answers_of(capsys, finished_talk.model, *args, "--template", "plain")
+    assert answers_of(capsys, finished_talk.model, *ASKED) == [before]
+    plain = answers_of(capsys, finished_talk.model, *ASKED, "--template", "plain")
     assert plain != [before]
 
 
-@pytest.mark.slow
 def test_generate_a_file_in_batches_of_any_size(finished_talk, tmp_path, capsys):
     rows = finished_talk.rows()[:7]
     finished_talk_file = tmp_path / "some.jsonl"
@@ -145,7 +136,6 @@ def test_generate_a_file_in_batches_of_any_size(finished_talk, tmp_path, capsys)
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_generate_draws_by_the_seed_and_heeds_the_system(finished_talk, capsys):
     prompts = [word for n in range(4) for word in ("--prompt", f"{PROMPT} {n}")]
     args = (finished_talk.model, *prompts, "--max_tokens", 12, "--temperature", 1.5)
@@ -155,60 +145,43 @@ def test_generate_draws_by_the_seed_and_heeds_the_system(finished_talk, capsys):
     narrow = answers_of(capsys, *args, "--seed", 1, "--top_p", 1e-6)
     greedy = answers_of(capsys, finished_talk.model, *prompts, "--max_tokens", 12)
     assert narrow == greedy != first
-    system = answers_of(
-        capsys, finished_talk.model, *prompts, "--max_tokens", 12, "--system", "just say green now"
-    )
-    assert system != greedy
+    more = ("--max_tokens", 12, "--system", "just say green now")
+    assert answers_of(capsys, finished_talk.model, *prompts, *more) != greedy
 
 
 # stop and resume
 
 NOISY = (
     *NO_PROMPT,
-    *("--data.packing", "true", "--data.max_length", "64", "--lora.dropout", "0.1"),
-    *("--train.batch_size", "8", "--train.accumulate", "2", "--train.eval_batch_size", "8"),
-    *("--train.steps", "20", "--train.eval_every", "8", "--train.log_every", "4"),
-    *("--optimizer.schedule", "linear", "--optimizer.weight_decay", "0.01"),
+    *flags("--data.packing true --data.max_length 64 --lora.dropout 0.1 --train.accumulate 2"),
+    *flags("--train.batch_size 8 --train.eval_batch_size 8 --train.steps 20 --train.eval_every 8"),
+    *flags("--train.log_every 4 --optimizer.schedule linear --optimizer.weight_decay 0.01"),
 )
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_an_interrupted_run_resumes_and_ends_bit_identical(talk, capsys):
     straight = talk.trained(*NOISY, out=talk.directory / "straight")
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 13)
-        assert talk.train(*NOISY) == 130
-    capsys.readouterr()
-    assert talk.train(*NOISY) == 0
-    printed = capsys.readouterr().out
-    assert_mentions(printed, "step 8 of 20", "packed")
-    assert tensor_bytes(talk.out) == tensor_bytes(straight)
-    assert timeless(rows_of(talk.out)) == timeless(rows_of(straight))
-    assert summary_of(talk.out) | {"seconds": 0} == summary_of(straight) | {"seconds": 0}
+    assert_resumes(talk, straight, *NOISY, step=13)
+    assert_mentions(capsys.readouterr().out, "step 8 of 20", "packed")
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_resumed_run_has_both_answers(talk):
-    args = ("--train.steps", "8", "--train.eval_every", "4", "--train.log_every", "2")
-    straight = talk.trained(*args, out=talk.directory / "straight")
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 6)
-        assert talk.train(*args) == 130
-    assert summary_of(talk.trained(*args))["answers"] == summary_of(straight)["answers"]
+    straight = talk.trained(*SHORT, out=talk.directory / "straight")
+    interrupted(talk, 6, *SHORT)
+    assert summary_of(talk.trained(*SHORT))["answers"] == summary_of(straight)["answers"]
 
 
 # the same numbers, however they are computed
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_lora_is_bitwise_lora_plus_with_ratio_1(talk, short):
-    lora = talk.trained(*SHORT, "--method", "lora", out=talk.directory / "lora")
-    plus = talk.trained(*SHORT, "--lora.lr_ratio", "1", out=talk.directory / "plus")
+    lora = talk.trained(*SHORT_TALK, "--method", "lora", out=talk.directory / "lora")
+    plus = talk.trained(*SHORT_TALK, "--lora.lr_ratio", "1", out=talk.directory / "plus")
     assert tensor_bytes(lora) == tensor_bytes(plus) != tensor_bytes(short)
-    assert timeless(rows_of(lora)) == timeless(rows_of(plus))
+    assert rows_of(lora) == rows_of(plus)
 
 
 def assert_same(out, expected):
@@ -221,42 +194,31 @@ def assert_same(out, expected):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
-        ("--mesh.data", "8"),
-        ("--mesh.data", "8", "--train.accumulate", "2"),
-        long(("--model.unroll", "true")),
-        long(("--model.remat", "dots")),
-        ("--model.remat", "full"),
-        long(("--model.attention", "xla")),
-        ("--model.attention", "blocked"),
-        ("--model.loss_chunk", "7"),
-        long(("--model.loss_chunk", "1")),
+        *("--mesh.data 8", "--mesh.data 8 --train.accumulate 2", "--model.unroll true"),
+        *("--model.remat dots", "--model.remat full", "--model.attention xla", "--model.attention blocked"),
+        *("--model.loss_chunk 7", "--model.loss_chunk 1"),
     ],
-    ids=" ".join,
 )
 def test_the_same_run_computed_otherwise(talk, short, args):
-    assert_same(talk.trained(*SHORT, *args), short)
+    assert_same(talk.trained(*SHORT_TALK, *flags(args)), short)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_with_the_logits_it_is_the_same_run(talk, short, monkeypatch):
     monkeypatch.setattr(language, "head_is_frozen", lambda parts: False)
-    assert_same(talk.trained(*SHORT), short)
+    assert_same(talk.trained(*SHORT_TALK), short)
 
 
-@pytest.mark.slow
 def test_a_gguf_file_gives_the_run_of_its_directory(talk, short):
     path = tiny.write_gguf_of(talk.model, talk.directory / "tiny.gguf")
-    out = talk.trained(*SHORT, "--model.path", str(path))
+    out = talk.trained(*SHORT_TALK, "--model.path", str(path))
     assert tensor_bytes(out) == tensor_bytes(short)
-    assert timeless(rows_of(out)) == timeless(rows_of(short))
+    assert rows_of(out) == rows_of(short)
 
 
-@pytest.mark.slow
 def test_packed_and_unpacked_evaluations_are_equal(talk):
     args = (*ONE, "--data.max_length", "64")
     whole = talk.trained(*args, out=talk.directory / "whole")
@@ -268,9 +230,8 @@ def test_packed_and_unpacked_evaluations_are_equal(talk):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_bf16_runs_near_float32_with_float32_adapters(talk, short):
-    out = talk.trained(*SHORT, "--model.dtype", "bfloat16", "--model.param_dtype", "bfloat16")
+    out = talk.trained(*SHORT_TALK, "--model.dtype", "bfloat16", "--model.param_dtype", "bfloat16")
     assert {tensor.dtype for tensor in tensors_of(out).values()} == {np.dtype("float32")}
     before, after = summary_of(out)["before"]["loss"], summary_of(out)["after"]["loss"]
     assert before == pytest.approx(summary_of(short)["before"]["loss"], abs=0.05)
@@ -278,7 +239,6 @@ def test_bf16_runs_near_float32_with_float32_adapters(talk, short):
     assert after < before - 1
 
 
-@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_steps(talk, monkeypatch):
     compiled, at = [], {}
 
@@ -292,8 +252,9 @@ def test_nothing_is_compiled_after_the_first_steps(talk, monkeypatch):
         "save",
         lambda self, m: at.update({int(self.state.step): len(compiled)}) or save(self, m),
     )
-    args = ("--train.steps", "12", "--train.eval_every", "4", "--train.log_every", "2", *NO_PROMPT)
-    talk.trained(*args, "--seed", "5")  # a program that no other test has kept
+    talk.trained(
+        *NO_PROMPT, *SHORT, "--train.steps", "12", "--seed", "5"
+    )  # a program that no other test has kept
     assert list(at) == [4, 8, 12]
     assert at[4] > 0
     assert at[12] == at[8]
@@ -302,7 +263,6 @@ def test_nothing_is_compiled_after_the_first_steps(talk, monkeypatch):
 # which parts are trained
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, long(False)], ids=["tied", "untied"])
 @pytest.mark.parametrize(
     ("args", "frozen"),
@@ -331,15 +291,5 @@ def test_head_and_embedding_may_be_trained(talk, capsys, monkeypatch, tied, args
     assert set(found) == {frozen[not tied]}
     summary = summary_of(talk.out)
     assert summary["after"]["loss"] < summary["before"]["loss"] - 0.3
-    again = printed_json(capsys, "eval", str(talk.out))
+    again = evaluated(capsys, str(talk.out))
     assert again["loss"] == pytest.approx(summary["after"]["loss"], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_conversations_in_separate_files_without_a_test_split(talk, capsys):
-    rows = talk.rows()
-    first, second = talk.write_rows("first.tsv", rows[:90]), talk.write_rows("second.csv", rows[90:])
-    files = ("--data.path", "null", "--data.train", str(first), "--data.validation", str(second))
-    out = talk.trained(*ONE, *files)
-    assert "data: 90 train, 30 validation" in capsys.readouterr().out
-    assert summary_of(out)["held_out"] == {"split": "validation", "examples": 30}

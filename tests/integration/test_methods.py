@@ -1,7 +1,5 @@
 """`sweep.methods` on the tiny world: equal budgets, resuming, a report whose first line answers."""
 
-import json
-
 import pytest
 import yaml
 
@@ -9,13 +7,12 @@ from loraplus_jax.cli.commands import main
 from loraplus_jax.sweep import methods as comparing
 
 from ..messages import assert_mentions
-from . import language_world as tiny
-from .test_run import summary_of
+from .runs import flags, report_of, summary_of
 
-FLAGS = [
-    *("--sweep.learning_rates", "[2e-3,5e-3]", "--sweep.lr_ratios", "[4]", "--sweep.report_seeds", "2"),
-    *("--train.steps", "8", "--train.eval_every", "4", "--sweep.rungs", "[0.5]", "--sweep.keep", "0.5"),
-]
+FLAGS = flags(
+    "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [4] --sweep.report_seeds 2 --sweep.rungs [0.5]"
+    " --sweep.keep 0.5 --train.steps 8 --train.eval_every 4"
+)
 SOME = "[lora_plus,pissa,adalora,lora_rite,full]"
 FEW = "[pissa,lora_rite,full]"
 
@@ -27,30 +24,14 @@ def compare(world, *flags, methods=SOME):
 
 @pytest.mark.slow
 def test_texts_of_each_method_are_those_of_its_single_runs(talk):
-    rows = tiny.descriptions()
-    files = {
-        name: str(talk.write_rows(f"{name}.csv", part))
-        for name, part in (("train", rows[:96]), ("test", rows[96:]))
-    }
-    talk.change_config("data", path=None, template="completion", max_length=48, **files)
-    talk.change_config("train", prompt=None, prompt_tokens=None)
-    talk.change_config("generation", beams=2, max_new_tokens=8, inputs=6, batch_size=4)
-    talk.change_config(task="generation")
+    talk.describe(beams=2, max_new_tokens=8, inputs=6, batch_size=4)
     assert compare(talk, "--sweep.curve_points", "1", methods="[lora_plus]") == 0
-    methods = json.loads((talk.out / "report.json").read_text())["methods"]
+    methods = report_of(talk.out)["methods"]
     seed, chosen = methods["lora_plus"]["runs"][0]["seed"], methods["lora_plus"]["chosen"]
-    flags = (
-        "--seed",
-        seed,
-        "--lora.lr_ratio",
-        chosen["lr_ratio"],
-        "--optimizer.learning_rate",
-        chosen["learning_rate"],
-    )
-    single = summary_of(talk.trained("--train.steps", "8", *map(str, flags), out=talk.directory / "single"))[
-        "after"
-    ]
-    own = {m: json.loads((talk.out / m / "report.json").read_text())["text_scores"] for m in methods}
+    args = ("--seed", seed, "--lora.lr_ratio", chosen["lr_ratio"])
+    args += ("--optimizer.learning_rate", chosen["learning_rate"], "--train.steps", 8)
+    single = summary_of(talk.trained(*map(str, args), out=talk.directory / "single"))["after"]
+    own = {method: report_of(talk.out / method)["text_scores"] for method in methods}
     assert own["lora_plus"][0] == {"seed": seed} | {
         n: pytest.approx(single[n]) for n in ("bleu", "chrf", "rouge_l", "nist")
     }
@@ -77,7 +58,7 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
     assert compare(world, "--allow_different", "data", methods=FEW) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert len(before) == 2
-    report = json.loads((world.out / "report.json").read_text())
+    report = report_of(world.out)
     assert list(report["methods"]) == ["lora", "pissa", "lora_rite", "full"]
     assert {m["settings"] for m in report["methods"].values()} == {2}
     full, lora = (report["methods"][name] for name in ("full", "lora"))
@@ -98,33 +79,31 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
     seed = report["protocol"]["report_seeds"][0]
     rate = report["methods"]["lora_rite"]["chosen"]["learning_rate"]
     head = str(yaml.safe_load((world.out / "config.yaml").read_text())["optimizer"]["learning_rate"])
-    flags = ("--method", "lora", "--optimizer.name", "lora_rite", "--optimizer.learning_rate", str(rate))
-    run = world.trained(
-        *(*flags, "--optimizer.head_learning_rate", head, "--seed", str(seed), "--train.select", "last"),
-        *("--train.steps", "8", "--train.eval_every", "4"),
-        out=world.directory / "one",
-    )
+    args = ("--method", "lora", "--optimizer.name", "lora_rite", "--optimizer.learning_rate", str(rate))
+    args += ("--optimizer.head_learning_rate", head, "--seed", str(seed))
+    args += flags("--train.select last --train.steps 8 --train.eval_every 4")
+    run = world.trained(*args, out=world.directory / "one")
     member = next(run for run in report["methods"]["lora_rite"]["runs"] if run["seed"] == seed)
     assert summary_of(run)["after"]["loss"] == pytest.approx(member["test"]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("methods", "flags", "words"),
+    ("methods", "args", "words"),
     [
-        ("[lora_pluss]", (), ("sweep.methods", "lora_pluss")),
-        (SOME, ("--sweep.ranks", "[2,4]"), ("ranks", "null", "methods")),
-        (SOME, ("--sweep.method_learning_rates", "{olora: [1e-3,2e-3]}"), ("method_learning_rates", "olora")),
-        (SOME, ("--sweep.method_learning_rates", "{pissa: [1e-3]}"), ("sweep.methods pissa", "2", "1")),
-        (SOME, ("--model.quantize", "nf4"), ("sweep.methods pissa", "model.quantize", "nf4")),
-        (SOME, ("--train.theory_every", "3"), ("sweep.methods full", "train.theory_every", "lora_plus")),
-        (SOME, ("--optimizer.name", "riemannian"), ("sweep.methods adalora", "optimizer.name", "adamw")),
-        (SOME, ("--data.path", "missing.csv"), ("missing.csv",)),
-        (SOME, ("--lora.rank", "14"), ("sweep.methods adalora", "lora.rank", "21")),
-        (SOME, ("--allow_different", "data"), ("--allow_different", "no effect")),
+        ("[lora_pluss]", "", ("sweep.methods", "lora_pluss")),
+        (SOME, "--sweep.ranks [2,4]", ("ranks", "null", "methods")),
+        (SOME, "--sweep.method_learning_rates '{olora: [1e-3,2e-3]}'", ("method_learning_rates", "olora")),
+        (SOME, "--sweep.method_learning_rates '{pissa: [1e-3]}'", ("sweep.methods pissa", "2", "1")),
+        (SOME, "--model.quantize nf4", ("sweep.methods pissa", "model.quantize", "nf4")),
+        (SOME, "--train.theory_every 3", ("sweep.methods full", "train.theory_every", "lora_plus")),
+        (SOME, "--optimizer.name riemannian", ("sweep.methods adalora", "optimizer.name", "adamw")),
+        (SOME, "--data.path missing.csv", ("missing.csv",)),
+        (SOME, "--lora.rank 14", ("sweep.methods adalora", "lora.rank", "21")),
+        (SOME, "--allow_different data", ("--allow_different", "no effect")),
     ],
 )
-def test_bad_input(world, capsys, methods, flags, words):
-    assert compare(world, *flags, methods=methods) == 2
+def test_bad_input(world, capsys, methods, args, words):
+    assert compare(world, *flags(args), methods=methods) == 2
     printed = capsys.readouterr().err
     assert_mentions(printed, *words)
     assert printed.count("\n") == 1

@@ -10,12 +10,11 @@ from loraplus_jax.inference.predict import load_tuned
 from loraplus_jax.training import trainer
 
 from . import language_world as tiny
-from .test_run import printed_json, summary_of
+from .runs import NO_PROMPT, evaluated, flags, summary_of
 
 pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.slow]
 
-CHOICES = ("--task", "multiple_choice", "--data.path", "{dir}/questions.jsonl")
-NO_PROMPT = ("--train.prompt", "null", "--train.prompt_tokens", "64")
+CHOICES = "--task multiple_choice --data.path {dir}/questions.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +23,7 @@ def chosen(first_talk, tmp_path_factory, cache):
     world = first_talk.copy(tmp_path_factory.mktemp("chosen"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "draw_loss", lambda *_: None)
-        choices = [word.format(dir=world.directory) for word in CHOICES]
-        world.trained(*choices, *NO_PROMPT, "--train.steps", "80")
+        world.trained(*flags(CHOICES.format(dir=world.directory)), *NO_PROMPT, "--train.steps", "80")
     return world
 
 
@@ -54,13 +52,13 @@ def test_multiple_choice_learns_and_is_what_full_logits_say(chosen, capsys):
     assert set(summary["after"]) == {"accuracy", "accuracy_per_byte", "loss", "perplexity"}
     assert summary["after"]["accuracy"] > 0.9
     assert summary["before"]["accuracy"] < 0.7
-    found = printed_json(capsys, "eval", str(chosen.out))
+    found = evaluated(capsys, chosen.out)
     assert found["accuracy"] == summary["after"]["accuracy"]
     rows = tiny.questions()
     rows = rows[::3] + [{**row, "prompt": row["prompt"].replace("is", "was")} for row in rows[1::3]]
     rows += [{**row, "answer": row["choices"][0]} for row in rows]  # not all of them right
     file = chosen.write_rows("mixed.jsonl", rows)
-    found = printed_json(capsys, "eval", str(chosen.out), "--data", str(file))
+    found = evaluated(capsys, chosen.out, "--data", file)
     scores = by_hand(chosen, rows)
     right = [row["choices"].index(row["answer"]) for row in rows]
     per_byte = [
@@ -93,7 +91,7 @@ def test_separate_files_whose_questions_have_other_numbers_of_choices(talk, caps
     )
     assert "data: 60 train, 9 validation, 7 test" in capsys.readouterr().out
     assert summary_of(out)["held_out"] == {"split": "test", "examples": 7}
-    found = printed_json(capsys, "eval", str(out))
+    found = evaluated(capsys, out)
     assert found["accuracy"] == summary_of(out)["after"]["accuracy"]
     assert found["loss"] == pytest.approx(summary_of(out)["after"]["loss"], rel=1e-5)
-    assert printed_json(capsys, "eval", str(out), "--split", "validation")["examples"] == 9
+    assert evaluated(capsys, out, "--split", "validation")["examples"] == 9

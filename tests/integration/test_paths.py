@@ -15,45 +15,10 @@ from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.trainer import train
 
 from ..messages import assert_mentions, mentions
-from .test_bad_input import contents
+from .runs import cut_short, flags
+from .test_bad_input import STRANGER, contents
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-STRANGER = "~nosuchuser/x"
-TEXT = ("--text", "a good film")
-
-
-@pytest.mark.parametrize(
-    ("args", "field"),
-    [
-        *((("train", "{config}", f"--{name}", STRANGER), name) for name in ("output_dir", "init_adapter")),
-        *((("sweep", "{config}", f"--{name}", STRANGER), name) for name in ("output_dir",)),
-        (("train", "{config}", "--model.path", STRANGER), "model"),
-        (("train", "{config}", "--data.path", STRANGER), "data"),
-        (("plan", "{config}", "--model.path", STRANGER), "model"),
-        (("plan", "{config}", "--json", STRANGER), "--json"),
-        (("inspect", "{config}", "--model.path", STRANGER), "model"),
-        *(((command, STRANGER), "config") for command in ("train", "sweep", "plan", "inspect")),
-        (("eval", STRANGER), "RUN"),
-        (("eval", "{out}", "--data", STRANGER), "data"),
-        (("predict", STRANGER, *TEXT), "RUN"),
-        (("predict", "{out}", *TEXT, "--output", f"{STRANGER}.jsonl"), "--output"),
-        (("generate", STRANGER, "--prompt", "hi"), "model"),
-        (("export", STRANGER, "--to", "to"), "RUN"),
-        (("export", "{out}", "--to", STRANGER), "--to"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
-)
-def test_an_unknown_user_is_named_and_nothing_is_written(
-    finished, tmp_path, monkeypatch, capsys, args, field
-):
-    monkeypatch.chdir(tmp_path)
-    places = {"config": finished.config, "out": finished.out}
-    assert main([word.format(**places) for word in args]) == 2
-    error = capsys.readouterr().err
-    assert_mentions(error, field, STRANGER, "~nosuchuser")
-    assert error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_cache_and_templates_of_an_unknown_user_are_named(talk, capsys, monkeypatch):
@@ -64,30 +29,6 @@ def test_the_cache_and_templates_of_an_unknown_user_are_named(talk, capsys, monk
     assert talk.train() == 2
     assert_mentions(capsys.readouterr().err, "LORAPLUS_CACHE", STRANGER)
     assert contents(talk.directory) == before
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        ("export", "{out}", "--to", "{link}"),
-        ("export", "{out}", "--merged", "--to", "{link}"),
-        ("predict", "{out}", *TEXT, "--output", "{link}.jsonl"),
-        ("plan", "{config}", "--json", "{link}"),
-        ("train", "{config}", "--output_dir", "{link}"),
-        ("train", "{config}", "--output_dir", "{link}/below"),
-        ("sweep", "{config}", "--output_dir", "{link}"),
-    ],
-    ids=" ".join,
-)
-def test_a_link_to_nothing_is_not_written_to(finished, tmp_path, capsys, args):
-    for name in ("link", "link.jsonl"):
-        (tmp_path / name).symlink_to(tmp_path / "nothing")
-    places = {"config": finished.config, "out": finished.out, "link": tmp_path / "link"}
-    assert main([word.format(**places) for word in args]) == 2
-    error = capsys.readouterr().err
-    assert_mentions(error, tmp_path / "link")
-    assert error.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"link", "link.jsonl"}
 
 
 @pytest.mark.parametrize("command", ["train", "sweep"])
@@ -123,25 +64,6 @@ def test_a_string_of_the_user_is_shown_as_it_is_but_for_what_steers_the_terminal
     assert capsys.readouterr().err == f"loraplus: error: config file not found: {shown}.yaml\n"
     assert main(["eval", str(tmp_path), f"--{text}"]) == 2
     assert capsys.readouterr().err == f"loraplus: error: eval does not accept --{shown}\n"
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (("train", "{config}", "--output_dir", "a\0b"), ("output_dir", "null")),
-        (("export", "{out}", "--to", "file/x"), ("--to", "file")),
-        (("predict", "{out}", *TEXT, "--output", "absent/x.jsonl"), ("--output", "absent")),
-    ],
-)
-def test_a_path_that_cannot_be_written_is_named_first(finished, tmp_path, monkeypatch, capsys, args, words):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("mine")
-    places = {"config": finished.config, "out": finished.out}
-    assert main([word.format(**places) for word in args]) == 2
-    error = capsys.readouterr().err
-    assert_mentions(error, *words)
-    assert error.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_console_that_would_interpret_strings_is_rejected(first_world):
@@ -189,18 +111,12 @@ def test_a_run_in_a_directory_with_an_awkward_name_resumes_evaluates_and_exports
     assert (to / "adapter_model.safetensors").exists()
 
 
-def damage(checkpoints):
-    for path in checkpoints.rglob("*"):
-        if path.is_file() and "state" in path.parts and path.stat().st_size:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_unreadable_never_starts_over(world, capsys):
     args = ("--train.steps", "6", "--train.eval_every", "2", "--train.select", "last")
     world.trained(*args[2:], "--train.steps", "4")
-    damage(world.out / "checkpoints")
+    cut_short(world.out / "checkpoints")
     kept = (world.out / "metrics.jsonl").read_bytes()
     for _ in range(2):
         capsys.readouterr()
@@ -216,20 +132,11 @@ def test_a_run_whose_checkpoints_are_all_unreadable_never_starts_over(world, cap
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_sweep_whose_checkpoints_are_all_unreadable_never_starts_over(world, capsys):
-    args = ["sweep", str(world.config), "--train.steps", "4", "--train.eval_every", "2"]
-    args += [
-        "--sweep.lr_ratios",
-        "[4]",
-        "--sweep.learning_rates",
-        "[0.001]",
-        "--sweep.report_seeds",
-        "2",
-        "--sweep.rungs",
-        "[0.75]",
-    ]
+    more = "--train.steps 4 --train.eval_every 2 --sweep.lr_ratios [4] --sweep.learning_rates [0.001]"
+    args = ["sweep", str(world.config), *flags(more), *flags("--sweep.report_seeds 2 --sweep.rungs [0.75]")]
     assert main(args) == 0
     (world.out / "summary.json").unlink()
-    damage(world.out / "checkpoints")
+    cut_short(world.out / "checkpoints")
     capsys.readouterr()
     assert main(args) == 2
     assert_mentions(capsys.readouterr().err, "no other checkpoint", "damaged_checkpoints", "--fresh")

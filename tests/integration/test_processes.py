@@ -18,27 +18,39 @@ from safetensors.numpy import load_file, save_file
 
 from ..marks import long
 from ..messages import assert_mentions
+from . import runs
+from .runs import (
+    DEADLINE,
+    PIPES,
+    assert_one_error,
+    flags,
+    rows_of,
+    summary_of,
+    tensors_of,
+    train_command,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
-DEADLINE, STEPS = 300, 60
-SETTINGS = (
-    *("--train.steps", str(STEPS), "--train.eval_every", "20", "--train.log_every", "5"),
-    *("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"),
+STEPS = 60
+SETTINGS = flags(
+    f"--train.steps {STEPS} --train.eval_every 20 --train.log_every 5"
+    " --mesh.data 2 --mesh.fsdp 2 --mesh.tensor 2"
 )
 # Its threads write into each other's lines.
 GLOO = re.compile(r"^\[Gloo\]|connected peer ranks")
 QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-def start(world, out, devices, *more, cwd=None, **environment):
+def start(world, out, devices, *more, cwd=None):
     """`loraplus train` in a process of its own, with so many devices."""
-    command = [sys.executable, "-m", "loraplus_jax.cli", "train", str(world.config)]
-    environment |= {**QUICK, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [*command, "--output_dir", str(out), *SETTINGS, *more], env=os.environ | environment, cwd=cwd, **pipes
-    )
+    return spawn(train_command(world, out, *SETTINGS, *more), devices, cwd=cwd)
+
+
+def spawn(command, devices, **options):
+    count = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(command, env=os.environ | QUICK | count, **PIPES, **options)
 
 
 def free_address():
@@ -75,25 +87,33 @@ def two(world, out, *more, own=((), ()), cwd=(None, None), devices=4):
 
 def ended(process, within=DEADLINE):
     """Exit code, stdout and stderr without the lines of the library that joins the processes."""
-    stdout, stderr = process.communicate(timeout=within)
-    return process.returncode, *(
-        "".join(x for x in text.splitlines(True) if not GLOO.search(x)) for text in (stdout, stderr)
-    )
-
-
-def wait_until(condition, processes):
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert all(process.poll() is None for process in processes), [ended(p) for p in processes]
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+    code, *texts = runs.ended(process, within)
+    return code, *("".join(x for x in text.splitlines(True) if not GLOO.search(x)) for text in texts)
 
 
 def result(out):
-    """All that must not depend on interruptions."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    bare = [{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows]
-    return load_file(out / "adapter/adapter.safetensors"), bare
+    return tensors_of(out), rows_of(out)
+
+
+def assert_both_end_well(pair):
+    ends = [ended(process) for process in pair]
+    assert [end[0] for end in ends] == [0, 0], ends
+    return ends
+
+
+def assert_near(out, expected):
+    """Two runs that compute the same by other programs."""
+    (adapter, rows), (wanted, wanted_rows) = result(out), result(expected)
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted_rows]
+    losses = [[row["loss"] for row in found if "loss" in row] for found in (rows, wanted_rows)]
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+    assert max(float(np.abs(adapter[name] - wanted[name]).max()) for name in adapter) < 1e-4
+
+
+def assert_equal(out, expected):
+    (adapter, rows), (wanted, wanted_rows) = result(out), result(expected)
+    assert rows == wanted_rows
+    assert all(np.array_equal(adapter[name], wanted[name]) for name in wanted)
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +131,8 @@ def home(first_world, tmp_path_factory, cache):
 def test_two_processes_learn_what_one_does(home, tmp_path):
     code, _, stderr = ended(start(home, tmp_path / "one", 8))
     assert code == 0, stderr
-    (adapter, rows), (expected, expected_rows) = result(home.out), result(tmp_path / "one")
-    assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
-    losses = [[row["loss"] for row in found if "loss" in row] for found in (rows, expected_rows)]
-    assert len(losses[0]) == STEPS // 5
-    np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
-    assert max(float(np.abs(adapter[name] - expected[name]).max()) for name in adapter) < 1e-4
+    assert_near(home.out, tmp_path / "one")
+    assert sum("loss" in row for row in rows_of(home.out)) == STEPS // 5
     files = {path.name for path in home.out.iterdir()}
     assert files == {path.name for path in (tmp_path / "one").iterdir()}
 
@@ -125,19 +141,16 @@ def test_two_processes_learn_what_one_does(home, tmp_path):
 def test_a_lost_process_ends_the_other_and_a_restart_resumes_to_bitwise_the_same(home, tmp_path, lost):
     out = tmp_path / "out"
     with two(home, out) as pair:
-        wait_until(lambda: (out / "checkpoints/20/metadata").exists(), pair)
+        wait_until((out / "checkpoints/20/metadata").exists, *pair)
         pair[lost].send_signal(signal.SIGKILL)
         code, _, stderr = ended(pair[1 - lost], within=60)
     assert code not in (0, 2)
     assert re.search("another (one|task|process)", stderr), stderr
     assert not (out / "summary.json").exists()
     with two(home, out) as pair:
-        ends = [ended(process) for process in pair]
-    assert [end[0] for end in ends] == [0, 0], ends
+        ends = assert_both_end_well(pair)
     assert re.search(r"step \d+ of \d+", ends[0][1])
-    (adapter, rows), (expected, expected_rows) = result(out), result(home.out)
-    assert rows == expected_rows
-    assert all(np.array_equal(adapter[name], expected[name]) for name in expected)
+    assert_equal(out, home.out)
 
 
 def lose_stdout(process):
@@ -168,7 +181,7 @@ def test_what_stops_one_process_stops_both_at_the_same_step(home, tmp_path, at, 
     out = tmp_path / "out"
     with two(home, out, "--train.steps", "5000") as pair:
         log = out / "metrics.jsonl"
-        wait_until(lambda: log.exists() and '"loss"' in log.read_text(), pair)
+        wait_until(lambda: log.exists() and '"loss"' in log.read_text(), *pair)
         act(pair[at])
         ends = [ended(process) for process in pair]
     assert [end[0] for end in ends] == codes, ends
@@ -180,12 +193,10 @@ def test_what_stops_one_process_stops_both_at_the_same_step(home, tmp_path, at, 
 @pytest.mark.parametrize("number", [long(0), 1])
 def test_a_start_that_nobody_joins_is_given_up_with_one_line(first_world, tmp_path, number):
     address = free_address()
-    flags = (*member(number, address), "--distributed.start_timeout", "3")
-    code, stdout, stderr = ended(start(first_world, tmp_path / "out", 1, *flags))
-    assert (code, stdout) == (2, "")
-    assert stderr.startswith("loraplus: error: ")
-    assert_mentions(stderr, f"process {number} of 2", "distributed.coordinator", address, "3 s")
-    assert stderr.count("\n") == 1
+    more = (*member(number, address), "--distributed.start_timeout", "3")
+    ending = ended(start(first_world, tmp_path / "out", 1, *more))
+    assert ending[1] == ""
+    assert_one_error(ending, f"process {number} of 2", "distributed.coordinator", address, "3 s")
     assert not (tmp_path / "out").exists()
 
 
@@ -194,9 +205,9 @@ def test_a_port_that_is_taken_is_named_with_one_line(first_world, tmp_path):
         taken.bind(("localhost", 0))
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
-        code, stdout, stderr = ended(start(first_world, tmp_path / "out", 1, *member(0, address)))
-    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-    assert_mentions(stderr, "distributed.coordinator", address, "Address already in use")
+        ending = ended(start(first_world, tmp_path / "out", 1, *member(0, address)))
+    assert ending[1] == ""
+    assert_one_error(ending, "distributed.coordinator", address, "Address already in use")
 
 
 AUTO = ("--distributed.coordinator", "auto", "--distributed.lost_timeout", "10")
@@ -233,122 +244,84 @@ def test_the_pages_slurm_file_trains_what_two_named_processes_do(home, tmp_path)
         timeout=DEADLINE,
     )
     assert_mentions(run.stdout, "using 0 of 8 GPUs", f"{socket.gethostname()} 0 of 8")
-    (adapter, rows), (expected, expected_rows) = result(tmp_path / "slurm"), result(home.out)
-    assert rows == expected_rows
-    assert all(np.array_equal(adapter[name], expected[name]) for name in expected)
+    assert_equal(tmp_path / "slurm", home.out)
 
 
 def test_an_environment_without_a_coordinator_is_rejected(first_world, tmp_path):
-    code, _, stderr = ended(start(first_world, tmp_path / "out", 1, *AUTO))
-    assert (code, stderr.count("\n")) == (2, 1)
-    assert_mentions(stderr, "distributed.coordinator", "auto", "environment")
+    ending = ended(start(first_world, tmp_path / "out", 1, *AUTO))
+    assert_one_error(ending, "distributed.coordinator", "auto", "environment")
 
 
-def unlike_settings(directories):
-    return ["train.steps", 50, "process 0", 60, "process 1"], None
+def edit(name, change):
+    """Changes a text file on one host."""
+    return lambda directory: (directory / name).write_text(change((directory / name).read_text()))
 
 
-def broken_data(directories):
-    path = directories[1] / "texts.csv"
-    path.write_text(path.read_text() + '"unclosed')
-    return ["process 1 of 2", "texts.csv"], ["texts.csv"]
+def edit_row(number):
+    """Changes one row of a matrix, which only who reads that part meets."""
+
+    def change(directory):
+        path = directory / "model/model.safetensors"
+        tensors = load_file(path)
+        name = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
+        tensors[name][number] += 1
+        save_file(tensors, path)
+
+    return change
 
 
-def unlike_data(directories):
-    path = directories[1] / "texts.csv"
-    path.write_text("".join(path.read_text().splitlines(True)[:-3]))
-    return ["processes", "data"], None
-
-
-def unlike_config(directories):
-    path = directories[1] / "model/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_norm_eps": 1e-3}))
-    return ["processes", "base.config.layer_norm_eps", "1e-12", "0.001"], None
-
-
-def unlike_tokenizer(directories):
-    path = directories[1] / "model/tokenizer.json"
-    path.write_text(path.read_text().replace('"good"', '"fine"'))
-    return ["processes", "tokenizer"], None
-
-
-def unlike_weights(directories):
-    """In one row, which only who reads the whole matrix meets."""
-    path = directories[1] / "model/model.safetensors"
-    tensors = load_file(path)
-    name = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
-    tensors[name][1] += 1
-    save_file(tensors, path)
-    return ["processes", "base"], None
-
-
-def unlike_split_weights(directories):
-    """Of these each process reads its own part alone, and the last row is in one part."""
-    path = directories[1] / "model/model.safetensors"
-    tensors = load_file(path)
-    name = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
-    tensors[name][-1] += 1
-    save_file(tensors, path)
-    return ["processes", "rows of the weights"], None
-
-
-def unlike_trained(directories):
-    unlike_weights(directories)
-    return ["processes", "trained"], None
-
-
-def leftover(directories):
+def leave_over(directory):
     """An older run's settings on the disk of one host alone are not what process 0 writes."""
-    (directories[1] / "out").mkdir(exist_ok=True)
-    (directories[1] / "out/config.yaml").write_text("left: over\n")
-    return (
-        ["process 1 of 2", "output_dir out"],
-        ["output_dir out"],
-    )
+    (directory / "out").mkdir(exist_ok=True)
+    (directory / "out/config.yaml").write_text("left: over\n")
 
 
-OWN_FLAGS = {unlike_settings: (("--train.steps", "50"), ())}
-MORE_FLAGS = {
-    unlike_trained: ("--method", "full"),
-    unlike_split_weights: ("--mesh.data", "1", "--mesh.fsdp", "8"),
-    leftover: ("--output_dir", "out"),
-}
+def with_epsilon(text):
+    return json.dumps(json.loads(text) | {"layer_norm_eps": 1e-3})
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "words", "own_words", "more"),
     [
-        long(unlike_settings),
-        long(broken_data),
-        long(unlike_data),
-        unlike_config,
-        long(unlike_tokenizer),
-        long(unlike_weights),
-        long(unlike_split_weights),
-        long(unlike_trained),
-        long(leftover),
+        (
+            edit("model/config.json", with_epsilon),
+            *(["processes", "base.config.layer_norm_eps", "1e-12", "0.001"], None, ""),
+        ),
+        long(None, ["train.steps", 50, "process 0", 60, "process 1"], None, ""),
+        long(edit("texts.csv", '{}"unclosed'.format), ["process 1 of 2", "texts.csv"], ["texts.csv"], ""),
+        long(edit("texts.csv", lambda t: "".join(t.splitlines(True)[:-3])), ["processes", "data"], None, ""),
+        long(
+            edit("model/tokenizer.json", lambda text: text.replace('"good"', '"fine"')),
+            *(["processes", "tokenizer"], None, ""),
+        ),
+        long(edit_row(1), ["processes", "base"], None, ""),
+        # Of these each process reads its own part alone, and the last row is in one part.
+        long(edit_row(-1), ["processes", "rows of the weights"], None, "--mesh.data 1 --mesh.fsdp 8"),
+        long(edit_row(1), ["processes", "trained"], None, "--method full"),
+        long(leave_over, ["process 1 of 2", "output_dir out"], ["output_dir out"], "--output_dir out"),
     ],
 )
-def test_every_process_raises_the_error_of_one(first_world, tmp_path, change):
+def test_every_process_raises_the_error_of_one(first_world, tmp_path, change, words, own_words, more):
     """Each finds the same paths in a directory of its own, as hosts with disks of their own do."""
     directories = [tmp_path / f"host{n}" for n in range(2)]
     for directory in directories:
         first_world.copy(directory)
-    said, by_one = change(directories)
+    own = ((), ())
+    if change is None:  # unlike settings
+        own = (("--train.steps", "50"), ())
+    else:
+        change(directories[1])
     out = tmp_path / "out"
-    here = ("--model.path", "model", "--data.path", "texts.csv", "--mesh.data", "8")
-    here += ("--mesh.fsdp", "1", "--mesh.tensor", "1")
-    here += MORE_FLAGS.get(change, ())
-    own = OWN_FLAGS.get(change, ((), ()))
-    with two(first_world, out, *here, own=own, cwd=directories) as pair:
+    here = flags("--model.path model --data.path texts.csv --mesh.data 8 --mesh.fsdp 1 --mesh.tensor 1")
+    with two(first_world, out, *here, *flags(more), own=own, cwd=directories) as pair:
         ends = [ended(process) for process in pair]
-    assert [end[0] for end in ends] == [2, 2], ends
-    for (_, stdout, stderr), words in zip(ends, (said, by_one or said), strict=True):
-        assert (stdout, stderr.count("\n")) == ("", 1), stderr
-        assert_mentions(stderr, *words)
+    for ending, said in zip(ends, (words, own_words or words), strict=True):
+        assert ending[1] == ""
+        assert_one_error(ending, *said)
     assert not out.exists()
 
 
+TALK = flags("--train.steps 10 --train.eval_every 5 --mesh.data 1 --mesh.tensor 1 --mesh.fsdp 8")
 PACKED, DORA = ("--model.quantize", "nf4"), ("--lora.variant", "dora")
 TWICE = ("--lora.rank", "8", "--lora.alpha", "32")
 """The adapter that a run with rank 4 saves if its start was taken off the base."""
@@ -367,47 +340,27 @@ TWICE = ("--lora.rank", "8", "--lora.alpha", "32")
 )
 def test_two_processes_share_a_language_model_and_start_from_an_adapter(first_talk, tmp_path, kind, then):
     """Weights, adapters and their fingerprints lie over both; so do those of a second run from the first."""
-    more = ("--train.steps", "10", "--train.eval_every", "5", "--mesh.data", "1", "--mesh.tensor", "1")
-    found = {}
+    ends = {}
     for name, own in (
         ("first", kind),
         ("second", (*then, "--init_adapter", str(tmp_path / "first/adapter"))),
     ):
-        flags = (*more, "--mesh.fsdp", "2", *own)
-        with two(first_talk, tmp_path / name, *flags, devices=1) as pair:
-            ends = [ended(process) for process in pair]
-        assert [end[0] for end in ends] == [0, 0], ends
-        assert ended(start(first_talk, tmp_path / f"{name} alone", 2, *flags))[0] == 0
-        found[name] = result(tmp_path / name), result(tmp_path / f"{name} alone")
-    for (adapter, rows), (expected, expected_rows) in found.values():
-        losses = [[row["loss"] for row in r if "loss" in row] for r in (rows, expected_rows)]
-        np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
-        assert max(float(np.abs(adapter[name] - expected[name]).max()) for name in adapter) < 1e-4
-    first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in found)
-    assert abs(first["after"]["loss"] - second["before"]["loss"]) < 1e-6
-
-
-TALK = (
-    "--train.steps",
-    "10",
-    "--train.eval_every",
-    "5",
-    "--mesh.data",
-    "1",
-    "--mesh.tensor",
-    "1",
-    "--mesh.fsdp",
-    "8",
-)
+        more = (*TALK, "--mesh.fsdp", "2", *own)
+        with two(first_talk, tmp_path / name, *more, devices=1) as pair:
+            assert_both_end_well(pair)
+        assert ended(start(first_talk, tmp_path / f"{name} alone", 2, *more))[0] == 0
+        assert_near(tmp_path / name, tmp_path / f"{name} alone")
+        ends[name] = summary_of(tmp_path / name)
+    assert abs(ends["first"]["after"]["loss"] - ends["second"]["before"]["loss"]) < 1e-6
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("when", ["preparing", long("training")])
+@pytest.mark.parametrize("when", ["preparing", "training"])
 def test_a_process_lost_at_any_time_is_called_lost(first_talk, tmp_path, when):
     out = tmp_path / "out"
     with two(first_talk, out, *TALK, "--train.steps", "5000") as pair:
         if when == "training":
-            wait_until((out / "metrics.jsonl").exists, pair)
+            wait_until((out / "metrics.jsonl").exists, *pair)
         else:
             time.sleep(8)
         pair[1].send_signal(signal.SIGKILL)
@@ -421,10 +374,9 @@ def test_a_part_that_one_process_cannot_read_sets_the_checkpoint_aside_in_both(f
     import tensorstore
 
     out = tmp_path / "out"
-    flags = (*TALK, "--mesh.fsdp", "2", "--lora.rank", "16")
-    with two(first_talk, out, *flags, devices=1) as pair:
-        ends = [ended(process) for process in pair]
-    assert [end[0] for end in ends] == [0, 0], ends
+    more = (*TALK, "--mesh.fsdp", "2", "--lora.rank", "16")
+    with two(first_talk, out, *more, devices=1) as pair:
+        assert_both_end_well(pair)
     state = out / "checkpoints/10/state"
     store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{state}"}).result()
     # The second of two chunks, which process 1 reads alone.
@@ -432,9 +384,8 @@ def test_a_part_that_one_process_cannot_read_sets_the_checkpoint_aside_in_both(f
     file = next(path for path in state.rglob("d/*") if chunk in path.read_bytes())
     content = file.read_bytes()
     file.write_bytes(content.replace(chunk, bytes(8) + chunk[8:]))
-    with two(first_talk, out, *flags, "--train.steps", "12", devices=1) as pair:
-        ends = [ended(process) for process in pair]
-    assert [end[0] for end in ends] == [0, 0], ends
+    with two(first_talk, out, *more, "--train.steps", "12", devices=1) as pair:
+        ends = assert_both_end_well(pair)
     assert (out / "damaged_checkpoints/10").is_dir()
     assert_mentions(ends[0][1], "step 5 of 12")
 
@@ -450,22 +401,9 @@ def test_a_fault_of_one_process_ends_both_at_once(first_talk, tmp_path):
         "trainer.Trainer.log_row = look\nsys.argv[0] = 'loraplus'\nloraplus_command.run()\n"
     )
     address = free_address()
-    command = [
-        sys.executable,
-        str(broken),
-        "train",
-        str(first_talk.config),
-        "--output_dir",
-        str(out),
-        *SETTINGS,
-    ]
-    flags = [[*TALK, *member(n, address)] for n in range(2)]
-    environment = os.environ | QUICK | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    pair = [
-        start(first_talk, out, 4, *flags[0]),
-        subprocess.Popen([*command, *flags[1]], env=environment, **pipes),
-    ]
+    own = [[*TALK, *member(n, address)] for n in range(2)]
+    command = [sys.executable, str(broken), *train_command(first_talk, out, *SETTINGS, *own[1])[3:]]
+    pair = [start(first_talk, out, 4, *own[0]), spawn(command, 4)]
     with ending(pair):
         ends = [ended(process, within=120) for process in pair]
     assert ends[1][0] == 1

@@ -1,4 +1,4 @@
-"""Runs on a packed base: they learn, resume, spread over devices and export as runs on a wide one do."""
+"""Runs on a quantized base: they learn, resume, spread over devices and export as runs on a wide one do."""
 
 import gguf
 import jax
@@ -12,25 +12,24 @@ from loraplus_jax.quantization.packed_array import is_packed
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.training.setup import build_model, load_model
 
+from ..marks import long
 from ..messages import assert_mentions
 from . import language_world as tiny
-from .test_run import column, interrupt_at, printed_json, summary_of, tensor_bytes
-from .test_sweep import report_of
+from .runs import (
+    MESH,
+    SHORT_TALK,
+    assert_resumes,
+    assert_same_losses,
+    evaluated,
+    flags,
+    printed,
+    report_of,
+    summary_of,
+)
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-NF4 = ("--model.quantize", "nf4", "--train.prompt", "null", "--train.prompt_tokens", "64")
-SHORT = (
-    *NF4,
-    "--train.steps",
-    "8",
-    "--train.eval_every",
-    "4",
-    "--train.log_every",
-    "2",
-    "--optimizer.eps",
-    "1e-3",
-)
+NF4 = (*SHORT_TALK, "--model.quantize", "nf4")
 
 
 def parts_of(world, *overrides):
@@ -47,22 +46,17 @@ def packed_paths(parts):
 
 @pytest.mark.slow
 def test_a_run_learns_resumes_and_exports(talk, tmp_path, capsys):
-    straight = talk.trained(*SHORT, out=tmp_path / "straight")
+    straight = talk.trained(*NF4, out=tmp_path / "straight")
     summary = summary_of(straight)
     assert summary["after"]["loss"] < 0.9 * summary["before"]["loss"]
     wide = sum(tensor.size for tensor in load_file(talk.model / "model.safetensors").values())
     assert summary["total"] == summary["trainable"] + wide
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 6)
-        assert talk.train(*SHORT) == 130
-    assert talk.train(*SHORT) == 0
-    assert tensor_bytes(talk.out) == tensor_bytes(straight)
-    capsys.readouterr()
-    found = printed_json(capsys, "eval", str(talk.out))
-    assert found["loss"] == pytest.approx(summary["after"]["loss"], rel=1e-5)
-    assert main(["export", str(talk.out), "--to", str(tmp_path / "peft")]) == 0
+    assert_resumes(talk, straight, *NF4)
+    found = evaluated(capsys, talk.out)["loss"]
+    assert found == pytest.approx(summary["after"]["loss"], rel=1e-5)
+    printed(capsys, "export", talk.out, "--to", tmp_path / "peft")
     # Merged into the original weights, which the packed ones round.
-    assert main(["export", str(talk.out), "--merged", "--to", str(tmp_path / "merged")]) == 0
+    printed(capsys, "export", talk.out, "--merged", "--to", tmp_path / "merged")
     merged, original = (load_file(d / "model.safetensors") for d in (tmp_path / "merged", talk.model))
     name = "model.layers.0.mlp.up_proj.weight"
     peft = load_file(tmp_path / "peft/adapter_model.safetensors")
@@ -70,27 +64,16 @@ def test_a_run_learns_resumes_and_exports(talk, tmp_path, capsys):
     delta = 4.0 * peft[f"{key}.lora_B.weight"] @ peft[f"{key}.lora_A.weight"]
     np.testing.assert_allclose(merged[name], original[name] + delta, rtol=0, atol=1e-5)
     # Merged into the packed weights, it is the model that was trained.
-    capsys.readouterr()
-    assert main(["export", str(talk.out), "--merged", "--dequantized", "--to", str(tmp_path / "same")]) == 0
+    text = printed(capsys, "export", talk.out, "--merged", "--dequantized", "--to", tmp_path / "same")
     same = load_file(tmp_path / "same/model.safetensors")
-    lost, of = zip(
-        *(
-            (np.square(same[n] - merged[n]).sum(), np.square(x).sum())
-            for n, x in original.items()
-            if "proj" in n
-        ),
-        strict=True,
-    )
-    assert_mentions(capsys.readouterr().out, f"{np.sqrt(sum(lost) / sum(of)):.2%}", "packed")
-    assert printed_json(capsys, "eval", str(tmp_path / "same"))["loss"] == pytest.approx(
-        found["loss"], rel=1e-5
-    )
-    assert printed_json(capsys, "eval", str(tmp_path / "merged"))["loss"] != pytest.approx(
-        found["loss"], rel=1e-4
-    )
+    names = [name for name in original if "proj" in name]
+    lost = sum(np.square(same[n] - merged[n]).sum() for n in names)
+    assert_mentions(text, f"{np.sqrt(lost / sum(np.square(original[n]).sum() for n in names)):.2%}", "packed")
+    assert evaluated(capsys, tmp_path / "same")["loss"] == pytest.approx(found, rel=1e-5)
+    assert evaluated(capsys, tmp_path / "merged")["loss"] != pytest.approx(found, rel=1e-4)
 
 
-def test_what_is_packed(talk):
+def test_what_is_quantized(talk):
     packed = packed_paths(parts_of(talk, *NF4))
     names = [f"self_attn/{n}_proj" for n in "qkvo"] + [f"mlp/{n}_proj" for n in ("gate", "up", "down")]
     assert set(packed) == {f"params/layers/{name}/kernel" for name in names}
@@ -98,53 +81,32 @@ def test_what_is_packed(talk):
     some = packed_paths(parts_of(talk, *NF4, "--model.quantize_exclude", "[o_proj, mlp/down_proj]"))
     assert set(some) - set(packed) == {"params/embed_tokens/embedding", "params/lm_head/kernel"}
     assert set(packed) - set(some) == {f"params/layers/{n}_proj/kernel" for n in ("self_attn/o", "mlp/down")}
-    trained = packed_paths(
-        parts_of(talk, *NF4, "--lora.target_modules", "[q_proj]", "--lora.modules_to_save", "[o_proj]")
-    )
-    assert "params/layers/self_attn/o_proj/kernel" not in trained
+    saved = flags("--lora.target_modules [q_proj] --lora.modules_to_save [o_proj]")
+    assert "params/layers/self_attn/o_proj/kernel" not in packed_paths(parts_of(talk, *NF4, *saved))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"),
-        pytest.param(("--mesh.data", "1", "--mesh.fsdp", "4"), marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.parametrize("mesh", [MESH, long(("--mesh.data", "1", "--mesh.fsdp", "4"))], ids=" ".join)
 def test_eight_devices_and_one_agree(talk, tmp_path, mesh):
-    one = talk.trained(*SHORT, out=tmp_path / "one")
-    many = talk.trained(*SHORT, *mesh)
-    for step, loss in column(one, "loss").items():
-        assert column(many, "loss")[step] == pytest.approx(loss, rel=1e-4)
+    one = talk.trained(*NF4, out=tmp_path / "one")
+    assert_same_losses(talk.trained(*NF4, *mesh), one)
 
 
 @pytest.mark.long
-@pytest.mark.slow
-def test_a_sweep_over_one_packed_base(talk, tmp_path):
-    """A member of its population is the run with the same settings."""
-    search = (
-        "--sweep.learning_rates",
-        "[2e-3,5e-3]",
-        "--sweep.lr_ratios",
-        "[4]",
-        "--sweep.report_seeds",
-        "2",
-    )
-    flags = (*SHORT, *search, "--sweep.rungs", "[0.5]", "--sweep.keep", "0.5")
-    assert main(["sweep", str(talk.config), "--output_dir", str(tmp_path / "sweep"), *flags]) == 0
-    report = report_of(tmp_path / "sweep")
-    run, _ = [run for run in report["runs"] if run["arm"] == "lora_plus"]
-    rate = report["chosen"]["lora_plus"]["learning_rate"]
-    one = talk.trained(
-        *SHORT, "--seed", str(run["seed"]), "--optimizer.learning_rate", str(rate), "--lora.lr_ratio", "4"
-    )
+def test_a_member_of_a_sweep_over_one_quantized_base_is_the_run_with_its_settings(talk, tmp_path):
+    assert_member_is_its_run(talk, tmp_path / "sweep", *NF4)
+
+
+def assert_member_is_its_run(talk, out, *args):
+    """A sweep's member on a language model ends with the loss of the single run with its settings."""
+    search = "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [4] --sweep.report_seeds 2"
+    search += " --sweep.rungs [0.5] --sweep.keep 0.5 --sweep.control false"
+    assert main(["sweep", str(talk.config), "--output_dir", str(out), *args, *flags(search)]) == 0
+    report = report_of(out)
+    run = next(run for run in report["runs"] if run["arm"] == "lora_plus")
+    rate = str(report["chosen"]["lora_plus"]["learning_rate"])
+    one = talk.trained(*args, "--seed", str(run["seed"]), "--optimizer.learning_rate", rate)
     assert summary_of(one)["after"]["loss"] == pytest.approx(run["curve"][-1][1], rel=1e-5)
-
-
-def quantized(value, kind):
-    number = gguf.GGMLQuantizationType[kind]
-    return kind, gguf.quants.quantize(value, number)
 
 
 def gguf_of(talk, kinds):
@@ -152,8 +114,9 @@ def gguf_of(talk, kinds):
     weights, raw = load_file(talk.model / "model.safetensors"), {}
     for layer in range(tiny.LAYERS):
         for (ours, theirs), types in kinds.items():
+            number = gguf.GGMLQuantizationType[types[layer]]
             weight = weights[f"model.layers.{layer}.{ours}.weight"]
-            raw[f"blk.{layer}.{theirs}.weight"] = quantized(weight, types[layer])
+            raw[f"blk.{layer}.{theirs}.weight"] = types[layer], gguf.quants.quantize(weight, number)
     return tiny.write_gguf_of(talk.model, talk.directory / "tiny.gguf", raw=raw)
 
 
@@ -162,8 +125,7 @@ BLOCKS = {("self_attn.v_proj", "attn_v"): ("Q4_1", "Q4_1"), ("mlp.up_proj", "ffn
 
 @pytest.mark.slow
 def test_the_blocks_of_a_gguf_file_are_trained_on_as_they_are(talk, tmp_path):
-    path = gguf_of(talk, BLOCKS)
-    options = (*SHORT, "--model.path", str(path))
+    options = (*SHORT_TALK, "--model.path", str(gguf_of(talk, BLOCKS)))
     packed = packed_paths(parts_of(talk, *options, "--model.quantize", "file"))
     assert {name: leaf.kind for name, leaf in packed.items()} == {
         "params/layers/self_attn/v_proj/kernel": "q4_1",
@@ -176,8 +138,7 @@ def test_the_blocks_of_a_gguf_file_are_trained_on_as_they_are(talk, tmp_path):
     runs = [
         talk.trained(*options, "--model.quantize", kind, out=tmp_path / kind) for kind in ("file", "none")
     ]
-    losses = [column(run, "loss") for run in runs]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_same_losses(*runs, rel=1e-5)
 
 
 def test_loading_holds_one_layer_s_values(talk, monkeypatch):
@@ -193,26 +154,7 @@ def test_loading_holds_one_layer_s_values(talk, monkeypatch):
     assert max(sizes) == (tiny.INNER, tiny.HIDDEN)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (("--model.quantize", "nf5"), ("model.quantize", "nf5", "nf4", "int8", "file")),
-        (("--model.quantize", "file"), ("model.quantize", "GGUF", "nf4")),
-        (("--model.quantize", "nf4", "--method", "full"), ("model.quantize", "method", "full")),
-        (("--model.quantize_exclude", "[o_proj]"), ("model.quantize_exclude", "model.quantize")),
-        (
-            ("--model.quantize", "nf4", "--model.quantize_exclude", "[o_prj]"),
-            ("model.quantize_exclude", "o_prj", "o_proj"),
-        ),
-    ],
-)
-def test_bad_settings(talk, capsys, overrides, words):
-    assert talk.train(*overrides) == 2
-    assert_mentions(capsys.readouterr().err, *words)
-    assert not talk.out.exists()
-
-
 def test_a_file_with_mixed_layers_is_named(talk, capsys):
     path = gguf_of(talk, {("self_attn.v_proj", "attn_v"): ("Q4_1", "Q8_0")})
-    assert talk.train("--model.path", str(path), "--model.quantize", "file") == 2
-    assert_mentions(capsys.readouterr().err, "v_proj", "Q4_1", "Q8_0", "model.quantize_exclude")
+    error = talk.rejected(capsys, "--model.path", str(path), "--model.quantize", "file")
+    assert_mentions(error, "v_proj", "Q4_1", "Q8_0", "model.quantize_exclude")

@@ -18,36 +18,26 @@ from loraplus_jax.sweep.run import Sweep
 
 from ..marks import long
 from . import language_world as language
+from .runs import NO_PROMPT, SHORT_TALK, flags, interrupt_at, interrupted, report_of
 from .test_methods import compare
-from .test_run import interrupt_at
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
-SHORT = (
-    *("--train.steps", "8", "--train.eval_every", "4", "--train.log_every", "2", "--lora.rank", "4"),
-    *("--train.prompt", "null", "--train.prompt_tokens", "64", "--optimizer.eps", "1e-3"),
-)
+SHORT = (*SHORT_TALK, "--lora.rank", "4")
 PISSA = (*SHORT, "--lora.init", "pissa")
 NF4 = (*SHORT, "--model.quantize", "nf4")
 LOFTQ = (*NF4, "--lora.init", "loftq")
-SWEEP = (
-    *("--sweep.learning_rates", "[2e-3,5e-3]", "--sweep.lr_ratios", "[4]", "--sweep.report_seeds", "2"),
-    *("--sweep.rungs", "[0.5]", "--sweep.keep", "0.5", "--train.steps", "8", "--train.eval_every", "4"),
-    *("--train.prompt", "null", "--train.prompt_tokens", "64"),
+SWEEP = flags(
+    "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [4] --sweep.report_seeds 2 --sweep.rungs [0.5]"
+    " --sweep.keep 0.5 --train.steps 8 --train.eval_every 4"
 )
 NOT_READ = {"checkpoints", "tensorboard", ".lock"}
 """Parts of a run without a change here: tests/fuzz/test_checkpoints.py has the checkpoints."""
 
 
-def describe_data(talk):
-    """Makes it a world of task generation, whose runs keep the texts from before training."""
-    rows = language.descriptions()
-    files = {"train": rows[:96], "test": rows[96:]}
-    files = {name: str(talk.write_rows(f"{name}.csv", part)) for name, part in files.items()}
-    talk.change_config("data", path=None, template="completion", max_length=48, **files)
-    talk.change_config("train", prompt=None, prompt_tokens=None)
-    talk.change_config("generation", beams=1, max_new_tokens=4, inputs=2, batch_size=2)
-    talk.change_config(task="generation")
+def describe(talk):
+    """Runs of this task keep the texts from before training."""
+    talk.describe(beams=1, max_new_tokens=4, inputs=2, batch_size=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +66,12 @@ def train(*flags, stop, prepare=lambda world: None):
 
 
 def sweep(world):
-    return main(["sweep", str(world.config), "--output_dir", str(world.out), *SWEEP])
+    return main(["sweep", str(world.config), "--output_dir", str(world.out), *SWEEP, *NO_PROMPT])
 
 
 def numbers(world):
     """The report without seconds and digest."""
-    report = json.loads((world.out / "report.json").read_text())
+    report = report_of(world.out)
     if "runs" in report:
         return report["runs"]
     return {name: method["runs"] for name, method in report["methods"].items()}
@@ -104,30 +94,30 @@ def stopped_methods(world, patch):
         return result(run, *rest)
 
     patch.setattr(methods, "_result", stop)
-    assert (
-        compare(world, "--train.prompt", "null", "--train.prompt_tokens", "64", methods="[lora_plus]") == 130
-    )
+    assert resume_methods(world) == 130
 
 
 def resume_methods(world):
-    return compare(world, "--train.prompt", "null", "--train.prompt_tokens", "64", methods="[lora_plus]")
+    return compare(world, *NO_PROMPT, methods="[lora_plus]")
 
 
 KINDS = {
     "pissa, before a checkpoint": train(*PISSA, stop=2),
     "pissa, after one": train(*PISSA, stop=6),
     "loftq, before a checkpoint": train(*LOFTQ, stop=2),
-    "texts": train(*SHORT, stop=6, prepare=describe_data),
+    "texts": train(*SHORT, stop=6, prepare=describe),
     "sweep": Kind(stopped_sweep, sweep, numbers),
     "methods": Kind(stopped_methods, resume_methods, numbers),
     "lora": train(*SHORT, stop=6),
     "dora": train(*SHORT, "--lora.variant", "dora", stop=6),
-    "full": train(*SHORT[:-4], "--method", "full", stop=6),
+    "full": train(*SHORT_TALK[:-2], "--method", "full", stop=6),
     "lora_ga, before a checkpoint": train(*SHORT, "--lora.init", "lora_ga", stop=2),
     "nf4": train(*NF4, stop=6),
 }
-QUICK = ("pissa, before a checkpoint", "texts", "methods")
-CASES = [name if name in QUICK else long(name) for name in KINDS]
+
+
+def cases(*quick):
+    return [name if name in quick else long(name) for name in KINDS]
 
 
 @pytest.fixture
@@ -164,7 +154,7 @@ def change_a_bit(path: Path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("stopped", CASES, indirect=True)
+@pytest.mark.parametrize("stopped", cases("pissa, before a checkpoint", "texts"), indirect=True)
 def test_a_changed_bit_of_any_file_is_an_error_or_changes_nothing(stopped, capsys):
     kind, world, restore = stopped
     assert kind.resume(world) == 0
@@ -207,7 +197,7 @@ def edit_a_projection(world):
     world.change_tensors(change)
 
 
-@pytest.mark.parametrize("stopped", [c for c in CASES if c != "full"], indirect=True)
+@pytest.mark.parametrize("stopped", cases("pissa, before a checkpoint", "texts", "methods"), indirect=True)
 def test_what_is_behind_a_stopped_run_is_the_same_when_it_resumes(stopped, capsys):
     kind, world, restore = stopped
     changes = {"base.weights": edit_a_projection, "data": swap_answers, "tokenizer": edit_tokenizer}
@@ -236,7 +226,7 @@ def evaluate(world, where, capsys):
         (SHORT, ("--merged",)),
         long(NF4, ("--merged",)),
         long(LOFTQ, None),
-        long((*SHORT[:-4], "--method", "full"), None),
+        long((*SHORT_TALK[:-2], "--method", "full"), None),
         long((*SHORT, "--lora.modules_to_save", "[lm_head]"), ()),
     ],
 )
@@ -278,9 +268,7 @@ def test_a_small_change_of_an_unquantized_weight_is_not_merged(talk, tmp_path, c
 def test_another_precision_on_resumption_is_an_error(talk, capsys, monkeypatch):
     import jax
 
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 6)
-        assert talk.train(*SHORT) == 130
+    interrupted(talk, 6, *SHORT)
     with jax.enable_x64(True):
         assert talk.train(*SHORT) == 2
     assert "jax_enable_x64" in capsys.readouterr().err

@@ -16,34 +16,18 @@ from loraplus_jax.cli.commands import main
 from loraplus_jax.tasks.encoder import EncoderTask
 from loraplus_jax.training import trainer
 
-from ..marks import every, long, slow
+from ..marks import diagonal, every, long, slow
 from ..messages import assert_mentions
-from .disturbed import at_step, result_of, undisturbed
+from .runs import ODD, PROMPT, at_step, flags, result_of, stopped, undisturbed
 
-# Rows, evaluations and stops fall on different steps; dropout, shuffling and accumulation are on.
-SETTINGS = [
-    *("--train.steps", "20", "--train.eval_every", "6", "--train.log_every", "4", "--train.accumulate", "2"),
-    *("--model.dropout", "0.1", "--lora.dropout", "0.1", "--train.keep", "3", "--train.early_stopping", "9"),
-]
+SETTINGS = (*ODD, *flags("--model.head_dropout 0 --train.keep 3 --train.early_stopping 9"))
 STEP = 15
 """The step at which runs are disturbed; there are checkpoints of steps 6 and 12, of which the second is better."""
 
 
 @pytest.fixture(scope="module")
 def straight(first_world, tmp_path_factory, cache):
-    return undisturbed(first_world, tmp_path_factory, SETTINGS)
-
-
-def stop(world):
-    """A run that was stopped after `STEP` steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, STEP, lambda: signal.raise_signal(signal.SIGTERM), saved=True)
-        assert world.train(*SETTINGS) == 143
-    return world.out
-
-
-def edit(path, change):
-    path.write_text(change(path.read_text()))
+    return result_of(undisturbed(first_world, tmp_path_factory, SETTINGS))
 
 
 # Damage between two starts: who spoils what, which exit code it has and what the user is told.
@@ -51,14 +35,9 @@ def edit(path, change):
 
 def change_metric(out):
     """The metric of the best checkpoint, so that another one would be chosen."""
-    edit(
-        out / "checkpoints/12/metrics/metrics",
-        lambda text: re.sub(r'accuracy": [\d.]+', 'accuracy": 0.0', text),
-    )
-    edit(
-        out / "checkpoints/6/metrics/metrics",
-        lambda text: re.sub(r'accuracy": [\d.]+', 'accuracy": 1.0', text),
-    )
+    for step, value in ((12, 0.0), (6, 1.0)):
+        path = out / f"checkpoints/{step}/metrics/metrics"
+        path.write_text(re.sub(r'accuracy": [\d.]+', f'accuracy": {value}', path.read_text()))
 
 
 def remove_metrics(out):
@@ -66,28 +45,23 @@ def remove_metrics(out):
         path.unlink()
 
 
-def change_row(out):
-    edit(
-        out / "metrics.jsonl",
-        lambda text: re.sub(r'(validation/accuracy": )[\d.]+', r"\g<1>0.99", text, count=1),
-    )
+def edit_log(change):
+    return lambda out: (out / "metrics.jsonl").write_text(change((out / "metrics.jsonl").read_text()))
 
 
-def drop_row(out):
-    edit(out / "metrics.jsonl", lambda text: "".join(text.splitlines(keepends=True)[1:]))
+def change_row(text):
+    return re.sub(r'(validation/accuracy": )[\d.]+', r"\g<1>0.99", text, count=1)
 
 
-def write_summary(content):
-    return lambda out: (out / "summary.json").write_bytes(content)
+def drop_row(text):
+    return "".join(text.splitlines(keepends=True)[1:])
 
 
 DAMAGE = {
     "metrics changed": (change_metric, 0, ["metrics", "checkpoint", 12, "restored"]),
     "metrics removed": (remove_metrics, 0, ["metrics", "checkpoint", 12, "restored"]),
-    "row changed": (change_row, 2, ["metrics.jsonl", "changed", "--fresh"]),
-    "row removed": (drop_row, 2, ["metrics.jsonl", "changed", "--fresh"]),
-    "summary empty": (write_summary(b""), 0, ["summary.json", "resumes"]),
-    "summary cut": (write_summary(b'{"steps": 2'), 0, ["summary.json", "resumes"]),
+    "row changed": (edit_log(change_row), 2, ["metrics.jsonl", "changed", "--fresh"]),
+    "row removed": (edit_log(drop_row), 2, ["metrics.jsonl", "changed", "--fresh"]),
 }
 
 
@@ -95,7 +69,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", every(6, DAMAGE))
 def test_damage_between_two_starts_ends_in_an_error_or_in_the_same_result(world, straight, capsys, damage):
     spoil, code, words = DAMAGE[damage]
-    out = stop(world)
+    out = stopped(world, STEP, *SETTINGS, saved=True)
     rows = (out / "metrics.jsonl").read_bytes()
     capsys.readouterr()
     spoil(out)
@@ -150,15 +124,10 @@ def test_a_command_that_cannot_print_says_so_in_one_line(capsys, how, arguments)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", LOST_STDOUT)
-@pytest.mark.parametrize("command", ["eval", "predict", "generate"])
+@pytest.mark.parametrize(("how", "command"), diagonal(LOST_STDOUT, ["eval", "predict", "generate"]))
 def test_results_that_cannot_be_printed_are_one_line(finished, finished_talk, capsys, how, command):
     world = finished_talk if command == "generate" else finished
-    more = {
-        "eval": [],
-        "predict": ["--text", "good"],
-        "generate": ["--prompt", "say what colour is snow", "--max_tokens", "8"],
-    }
+    more = {"eval": [], "predict": ["--text", "good"], "generate": ["--prompt", PROMPT, "--max_tokens", "8"]}
     with lost(how) as words:
         assert main([command, str(world.out), *more[command]]) == 141
     error = capsys.readouterr().err

@@ -14,51 +14,36 @@ from loraplus_jax import jit_step, load_adapter
 from loraplus_jax.cli.commands import main
 from loraplus_jax.training import console
 from loraplus_jax.training import setup as prepare
-from loraplus_jax.training.metrics_log import RunLog
 from loraplus_jax.training.trainer import Trainer
 
+from ..marks import long
 from ..messages import assert_mentions
+from .runs import (
+    SHORT,
+    column,
+    evaluated,
+    flags,
+    interrupted,
+    lines_of,
+    printed,
+    result_of,
+    rows_of,
+    saved_steps,
+    summary_of,
+    tensor_bytes,
+    tensors_of,
+    undisturbed,
+)
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-SHORT = ("--train.steps", "8", "--train.eval_every", "4", "--train.log_every", "2")
-RATING = ("--task", "regression", "--data.label", "rating")
-
-
-def summary_of(out):
-    return json.loads((out / "summary.json").read_text())
-
-
-def rows_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(rows):
-    return [{name: value for name, value in row.items() if name != "steps_per_second"} for row in rows]
-
-
-def column(out, name):
-    return {row["step"]: row[name] for row in rows_of(out) if name in row}
-
-
-def tensors_of(out):
-    return load_file(out / "adapter" / "adapter.safetensors")
-
-
-def tensor_bytes(out):
-    return (out / "adapter" / "adapter.safetensors").read_bytes()
-
-
-def printed_json(capsys, *args):
-    capsys.readouterr()
-    assert main(list(args)) == 0
-    return json.loads(capsys.readouterr().out)
+RATING = flags("--task regression --data.label rating")
 
 
 @pytest.fixture(scope="module")
 def short(first_world, tmp_path_factory, cache):
     """A short run that others are compared with."""
-    return first_world.copy(tmp_path_factory.mktemp("short")).trained(*SHORT)
+    return undisturbed(first_world, tmp_path_factory, SHORT)
 
 
 # what a run leaves
@@ -68,11 +53,9 @@ def test_output_files_of_a_run(finished):
     names = {path.name for path in finished.out.iterdir()}
     files = {"config.yaml", "loss.png", "metrics.jsonl", "summary.json"}
     assert names == files | {"adapter", "checkpoints", "tensorboard", ".lock"}
-    assert {path.name for path in (finished.out / "adapter").iterdir()} == {
-        "adapter.json",
-        "adapter.safetensors",
-    }
-    assert {path.name for path in (finished.out / "checkpoints").iterdir()} == {"20", "40"}
+    adapter = {path.name for path in (finished.out / "adapter").iterdir()}
+    assert adapter == {"adapter.json", "adapter.safetensors"}
+    assert saved_steps(finished.out) == [20, 40]
     assert (finished.out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -92,7 +75,7 @@ def test_the_summary_says_before_and_after(finished):
 
 
 def test_the_rows_of_metrics(finished):
-    rows = rows_of(finished.out)
+    rows = lines_of(finished.out / "metrics.jsonl")
     assert list(column(finished.out, "loss")) == [5, 10, 15, 20, 25, 30, 35, 40]
     assert list(column(finished.out, "validation/accuracy")) == [20, 40]
     assert list(column(finished.out, "test/accuracy")) == [0]
@@ -123,7 +106,7 @@ def test_tensorboard_events_hold_the_same_numbers(finished):
             place += 12 + size + 4
     expected = {
         (name if "/" in name else f"train/{name}", row["step"]): value
-        for row in rows_of(finished.out)
+        for row in lines_of(finished.out / "metrics.jsonl")
         for name, value in row.items()
         if name != "step"
     }
@@ -178,7 +161,7 @@ def test_a_log_file_gets_lines_between_and_during_evaluations(world, short, caps
         *(f"step {step} of 8" for step in range(1, 9)),
         "test batch 1 of 2",
     ]
-    assert timeless(rows_of(out)) == timeless(rows_of(short))
+    assert rows_of(out) == rows_of(short)
     first, second = (float(re.search(r"loss (\d\.\d{4}), ", line)[1]) for line in lines[1:3])
     assert (first + second) / 2 == pytest.approx(column(out, "loss")[2], abs=1e-4)
 
@@ -188,20 +171,19 @@ def test_a_log_file_gets_lines_between_and_during_evaluations(world, short, caps
 
 def test_eval_repeats_the_summary(finished, capsys):
     after = summary_of(finished.out)["after"]
-    found = printed_json(capsys, "eval", str(finished.out))
+    found = evaluated(capsys, finished.out)
     assert (found.pop("data"), found.pop("examples")) == ("test", 32)
     assert found == pytest.approx(after, abs=1e-6)
-    alone = printed_json(capsys, "eval", str(finished.out / "adapter"), "--split", "validation")
+    alone = evaluated(capsys, finished.out / "adapter", "--split", "validation")
     assert alone["examples"] == 16
     selected = column(finished.out, "validation/loss")[summary_of(finished.out)["selected_step"]]
     assert alone["loss"] == pytest.approx(selected, abs=1e-6)
 
 
 def test_predict_texts(finished, capsys):
-    capsys.readouterr()
     texts = ["the film is so good", "bad play"]
-    assert main(["predict", str(finished.out), "--text", texts[0], "--text", texts[1]]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    lines = printed(capsys, "predict", finished.out, "--text", texts[0], "--text", texts[1]).splitlines()
+    found = [json.loads(line) for line in lines]
     assert [(row["text"], row["prediction"]) for row in found] == list(zip(texts, ["yes", "no"], strict=True))
     for row in found:
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
@@ -214,12 +196,12 @@ def test_predict_a_file_into_a_file(finished, tmp_path, capsys):
     output = tmp_path / "found.jsonl"
     args = ["predict", str(finished.out), "--data", str(tmp_path / "texts.jsonl"), "--output", str(output)]
     assert main(args) == 0
-    found = [json.loads(line) for line in output.read_text().splitlines()]
+    found = lines_of(output)
     assert [row["text"] for row in found] == [row["text"] for row in rows]
     right = sum(a["prediction"] == b["label"] for a, b in zip(found, rows, strict=True))
     assert right > 0.9 * len(rows)
     assert main(args) == 2
-    assert [json.loads(line) for line in output.read_text().splitlines()] == found
+    assert lines_of(output) == found
 
 
 # methods
@@ -230,7 +212,7 @@ def test_lora_is_bitwise_lora_plus_with_ratio_1(world, short):
     lora = world.trained(*SHORT, "--method", "lora", out=world.directory / "lora")
     plus = world.trained(*SHORT, "--lora.lr_ratio", "1", out=world.directory / "plus")
     assert tensor_bytes(lora) == tensor_bytes(plus)
-    assert timeless(rows_of(lora)) == timeless(rows_of(plus))
+    assert rows_of(lora) == rows_of(plus)
     assert column(lora, "rate/a") == column(lora, "rate/b")
     assert load_adapter(lora / "adapter").config.lr_ratio == 1  # pyright: ignore
     assert tensor_bytes(lora) != tensor_bytes(short)
@@ -249,7 +231,7 @@ def test_full_trains_every_weight_and_is_used_like_an_adapter(world, capsys):
         name = next(name for name in tensors if name.endswith(f"{ours}/kernel"))
         moved = tensors[name][0].T - old[f"encoder.layer.0.{theirs}.weight"]
         assert np.all(moved != 0)
-    found = printed_json(capsys, "eval", str(out), "--data", str(world.data))
+    found = evaluated(capsys, out, "--data", world.data)
     assert (found["data"], found["examples"]) == (str(world.data), 160)
     assert found["accuracy"] == pytest.approx(summary["after"]["accuracy"], abs=0.2)
 
@@ -261,19 +243,16 @@ def test_full_trains_every_weight_and_is_used_like_an_adapter(world, capsys):
 @pytest.mark.parametrize(
     "args",
     [
-        ("--mesh.data", "8", "--train.accumulate", "4"),
-        pytest.param(("--mesh.data", "8"), marks=pytest.mark.long),
-        pytest.param(("--train.accumulate", "4"), marks=pytest.mark.long),
-        pytest.param(("--model.unroll", "true"), marks=pytest.mark.long),
+        "--mesh.data 8 --train.accumulate 4",
+        *(long("--mesh.data 8"), long("--train.accumulate 4"), long("--model.unroll true")),
     ],
-    ids=" ".join,
 )
 def test_the_same_run_cut_otherwise(world, short, args, monkeypatch):
     seen = []
     monkeypatch.setattr(
         prepare, "jit_step", lambda *a, **options: seen.append(options) or jit_step(*a, **options)
     )
-    out = world.trained(*SHORT, *args)
+    out = world.trained(*SHORT, *flags(args))
     # The results are the same, so the step itself is checked.
     assert seen[0]["accumulate"] == (4 if "--train.accumulate" in args else 1)
     expected = tensors_of(short)
@@ -309,9 +288,8 @@ def test_regression_in_units_of_the_labels(world, capsys):
     assert set(summary["before"]) == {"loss", "mse", "mae"}
     assert summary["after"]["mse"] < 2 < 6 < summary["before"]["mse"]  # the ratings are 3 and -3
     assert summary["after"]["mse"] == pytest.approx(9 * summary["after"]["loss"], rel=0.02)
-    capsys.readouterr()
-    assert main(["predict", str(out), "--text", "a good film", "--text", "a bad film"]) == 0
-    high, low = [json.loads(line)["prediction"] for line in capsys.readouterr().out.splitlines()]
+    lines = printed(capsys, "predict", out, "--text", "a good film", "--text", "a bad film").splitlines()
+    high, low = [json.loads(line)["prediction"] for line in lines]
     assert low < -1 < 1 < high
 
 
@@ -332,9 +310,7 @@ def test_pairs_of_texts(world, capsys):
     rows = [{"a": row["text"], "b": "a film", "label": row["label"]} for row in world.rows()]
     pairs = world.write_rows("pairs.csv", rows)
     out = world.trained(*SHORT, "--data.path", str(pairs), "--data.text", "a", "--data.text_pair", "b")
-    capsys.readouterr()
-    assert main(["predict", str(out), "--data", str(pairs)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 160
+    assert len(printed(capsys, "predict", out, "--data", pairs).splitlines()) == 160
     assert main(["predict", str(out), "--text", "alone"]) == 2
     assert "text pairs" in capsys.readouterr().err
 
@@ -343,17 +319,7 @@ def test_pairs_of_texts(world, capsys):
 
 
 # The mean square error, unlike the accuracy, has no ties.
-EARLY = (
-    *RATING,
-    "--train.steps",
-    "200",
-    "--train.eval_every",
-    "5",
-    "--train.early_stopping",
-    "1",
-    "--train.keep",
-    "1",
-)
+EARLY = (*RATING, *flags("--train.steps 200 --train.eval_every 5 --train.early_stopping 1 --train.keep 1"))
 
 
 @pytest.mark.slow
@@ -364,49 +330,31 @@ def test_early_stopping_and_the_best_state(world):
     summary = summary_of(out)
     assert summary["steps"] == max(scores) == best + 5 < 200
     assert summary["selected_step"] == best
-    assert {int(path.name) for path in (out / "checkpoints").iterdir()} == {best, best + 5}
+    assert saved_steps(out) == [best, best + 5]
     last = world.trained(*EARLY, "--train.select", "last", out=world.directory / "last")
-    assert timeless(rows_of(last))[:-1] == timeless(rows_of(out))[:-1]
+    assert rows_of(last)[:-1] == rows_of(out)[:-1]
     assert summary_of(last)["selected_step"] == summary["steps"]
     assert tensor_bytes(last) != tensor_bytes(out)
 
 
 # interrupted, and started over
 
-NOISY = (
-    *("--model.dropout", "0.1", "--model.head_dropout", "0.1", "--lora.dropout", "0.1"),
-    *("--train.steps", "20", "--train.eval_every", "8", "--train.log_every", "4"),
-    *("--optimizer.schedule", "linear", "--optimizer.weight_decay", "0.01"),
+NOISY = flags(
+    "--model.dropout 0.1 --model.head_dropout 0.1 --lora.dropout 0.1 --train.steps 20 --train.eval_every 8"
+    " --train.log_every 4 --optimizer.schedule linear --optimizer.weight_decay 0.01"
 )
-
-
-def interrupt_at(monkeypatch, step):
-    """Ctrl-C at the first row that is logged at a step or later."""
-    write = RunLog.write
-
-    def interrupted(self, at, values):
-        if at >= step:
-            raise KeyboardInterrupt
-        write(self, at, values)
-
-    monkeypatch.setattr(RunLog, "write", interrupted)
 
 
 def test_an_interrupted_run_resumes_and_ends_bit_identical(world, capsys):
     straight = world.trained(*NOISY, out=world.directory / "straight")
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 13)
-        assert world.train(*NOISY) == 130
+    interrupted(world, 13, *NOISY)
     assert "interrupted" in capsys.readouterr().err
     assert not (world.out / "summary.json").exists()
     with (world.out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')
     assert world.train(*NOISY) == 0
     assert_mentions(capsys.readouterr().out, "step 8 of 20")
-    assert tensor_bytes(world.out) == tensor_bytes(straight)
-    assert timeless(rows_of(world.out)) == timeless(rows_of(straight))
-    one, other = summary_of(world.out), summary_of(straight)
-    assert one | {"seconds": 0} == other | {"seconds": 0}
+    assert result_of(world.out) == result_of(straight)
 
 
 @pytest.mark.slow
@@ -417,21 +365,6 @@ def test_a_run_that_lacks_only_its_end_trains_no_more(world, monkeypatch):
     monkeypatch.setattr("loraplus_jax.training.trainer.shard_batch", lambda batch, mesh: batch)
     assert world.train(*SHORT) == 0
     assert list(column(world.out, "loss")) == [2, 4, 6, 8]
-
-
-@pytest.mark.slow
-def test_a_run_does_not_resume_with_a_damaged_base_or_other_settings(world, capsys):
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 6)
-        assert world.train(*SHORT) == 130
-    assert world.train(*SHORT, "--optimizer.b1", "0.5") == 2
-    assert_mentions(capsys.readouterr().err, "optimizer.b1", 0.9, 0.5)
-    world.change_tensors(lambda tensors: tensors["embeddings.LayerNorm.weight"].__setitem__(0, 3.0))
-    rows = rows_of(world.out)
-    assert world.train(*SHORT) == 2
-    error = capsys.readouterr().err
-    assert_mentions(error, "checkpoints/4", "base.weights")
-    assert rows_of(world.out) == rows
 
 
 def test_fresh_renames_the_older_run(finished, tmp_path, capsys):

@@ -1,12 +1,11 @@
 """The sweep on the tiny world: what it leaves, interruptions, members that diverge, and its page."""
 
 import base64
+import contextlib
 import html.parser
 import json
 import re
 import signal
-import struct
-import zlib
 
 import jax
 import pytest
@@ -20,26 +19,19 @@ from loraplus_jax.sweep.report import format_number, format_steps
 from loraplus_jax.training import console
 
 from ..messages import assert_mentions
+from .runs import flags, lines_of, report_of, summary_of
 
 pytestmark = pytest.mark.slow
 
-TINY = [
-    *("--sweep.learning_rates", "[2e-3,5e-3]", "--sweep.lr_ratios", "[2,4]", "--sweep.report_seeds", "2"),
-    *("--train.max_skipped", "2", "--train.steps", "16", "--train.eval_every", "4"),
-    *("--sweep.rungs", "[0.25]", "--sweep.keep", "0.5"),
-]
+TINY = flags(
+    "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [2,4] --sweep.report_seeds 2 --sweep.rungs [0.25]"
+    " --sweep.keep 0.5 --train.max_skipped 2 --train.steps 16 --train.eval_every 4"
+)
 
 
-def one_pixel():
-    """The smallest PNG."""
-
-    def part(kind, data):
-        content = kind + data
-        return struct.pack(">I", len(data)) + content + struct.pack(">I", zlib.crc32(content))
-
-    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
-    body = part(b"IHDR", header) + part(b"IDAT", zlib.compress(b"\0\0")) + part(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+SMALLEST_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
 
 
 @pytest.fixture
@@ -48,7 +40,7 @@ def undrawn(monkeypatch):
 
     def draw(directory, report):
         for name in PICTURES:
-            (directory / f"{name}.png").write_bytes(one_pixel())
+            (directory / f"{name}.png").write_bytes(SMALLEST_PNG)
 
     monkeypatch.setattr(sweeping, "draw_figures", draw)
 
@@ -57,16 +49,15 @@ def undrawn(monkeypatch):
 def swept(first_world, tmp_path_factory, cache):
     """A whole sweep, to be read only."""
     world = first_world.copy(tmp_path_factory.mktemp("swept"))
-    assert run_sweep(world) == 0
+    with pytest.MonkeyPatch.context() as patch, world.printed.open("w") as file:
+        patch.setattr(console, "SECONDS_PER_LINE", 0.0)
+        with contextlib.redirect_stdout(file):
+            assert run_sweep(world) == 0
     return world.out
 
 
 def run_sweep(world, *overrides, out=None):
     return main(["sweep", str(world.config), "--output_dir", str(out or world.out), *TINY, *overrides])
-
-
-def report_of(out):
-    return json.loads((out / "report.json").read_text())
 
 
 def result_of(out):
@@ -85,7 +76,7 @@ def test_output_files_of_a_sweep(swept):
     ]
     assert all([step for step, _ in run["curve"]] == [0, 4, 8, 10, 11, 13, 14, 16] for run in report["runs"])
     # Each member is evaluated once at a step: 8 and 4 in the search, 6 at eight steps of the report.
-    rows = [json.loads(line) for line in (swept / "metrics.jsonl").read_text().splitlines()]
+    rows = lines_of(swept / "metrics.jsonl")
     keys = {(row["stage"], row["arm"], *row["trial"], row["seed"], row["step"]) for row in rows}
     assert len(rows) == len(keys) == 8 + 4 + 6 * 8
     assert all(run["test"]["loss"] == run["curve"][-1][1] for run in report["runs"])
@@ -93,7 +84,7 @@ def test_output_files_of_a_sweep(swept):
         last = [row for row in report["search"] if row["step"] == 16 and row["arm"] == arm]
         best = min(last, key=lambda row: row["loss"])
         assert report["chosen"][arm] == {name: best[name] for name in report["chosen"][arm]}
-    assert json.loads((swept / "summary.json").read_text())["verdict"] == report["verdict"]
+    assert summary_of(swept)["verdict"] == report["verdict"]
 
 
 class Page(html.parser.HTMLParser):
@@ -127,10 +118,9 @@ def value_at(report, path):
     return report
 
 
-def test_a_sweep_prints_lines_between_its_comparisons(world, undrawn, capsys, monkeypatch):
-    monkeypatch.setattr(console, "SECONDS_PER_LINE", 0.0)
-    assert run_sweep(world) == 0
-    names = re.findall(r"^((?:search|report) step \d+ of \d+): .* left$", capsys.readouterr().out, flags=re.M)
+def test_a_sweep_prints_lines_between_its_comparisons(swept):
+    text = (swept.parent / "printed.txt").read_text()
+    names = re.findall(r"^((?:search|report) step \d+ of \d+): .* left$", text, flags=re.M)
     search = [f"search step {step} of {4 if step <= 4 else 16}" for step in range(1, 17)]
     assert names[:16] == search
     assert {name.split()[0] for name in names[16:]} == {"report"}
@@ -195,11 +185,16 @@ def killed():
     raise Killed
 
 
+def stopped_at(count, world, *options):
+    """A sweep that SIGTERM stops at the population's step of this number."""
+    with pytest.MonkeyPatch.context() as patch:
+        stopping(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run_sweep(world, *options) == 143
+
+
 def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept, capsys, undrawn):
     for count in (3, 3, 12):  # before the rung, after it, amid the report
-        with pytest.MonkeyPatch.context() as patch:
-            stopping(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
-            assert run_sweep(world) == 143
+        stopped_at(count, world)
         assert_mentions(capsys.readouterr().err, "stopped", "same command")
     with pytest.MonkeyPatch.context() as patch:
         stopping(patch, 3, killed)
@@ -217,9 +212,7 @@ def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept,
 def test_a_report_in_groups_trains_the_same_runs_and_resumes_in_each(world, swept, capsys, undrawn):
     options = ("--sweep.report_seeds", "3", "--sweep.interim_seeds", "[2]")
     for count in (16 + 3, 13 + 1):  # in the first group, and in the second after the rest of the first
-        with pytest.MonkeyPatch.context() as patch:
-            stopping(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
-            assert run_sweep(world, *options) == 143
+        stopped_at(count, world, *options)
     assert not report_of(world.out)["complete"]
     assert run_sweep(world, *options) == 0
     report, whole = report_of(world.out), report_of(swept)
@@ -246,7 +239,7 @@ def test_a_decided_report_ends_early(world, capsys, undrawn, monkeypatch):
     assert report["ended"] == {"seeds": 4, "reason": "decided"}
     assert [run["seed"] for run in report["runs"]] == [1, 2, 3, 4] * 2
     assert report["member_steps"]["report"] == 8 * 16
-    assert json.loads((world.out / "summary.json").read_text())["ended"] == report["ended"]
+    assert summary_of(world.out)["ended"] == report["ended"]
     assert_mentions((world.out / "report.html").read_text(), "end early", "decided", "97.5 %")
     assert_mentions(capsys.readouterr().out, "4 of 8 report seeds", "decided")
     assert all(ready)  # a signal waits for one step, not for all that were dispatched
@@ -257,11 +250,9 @@ def test_the_only_remaining_setting_is_selected_without_further_training(world, 
     """LoRA keeps one of its two at step 4; of LoRA+'s four one is kept there, too, or one of two at step 8."""
     rates = ("--sweep.lora_learning_rates", "[2e-3,5e-3]", "--sweep.control", "false")
     for keep, rungs, taken in (("0.25", "[0.25]", 6 * 4), ("0.5", "[0.25,0.5]", 6 * 4 + 2 * 4)):
-        with pytest.MonkeyPatch.context() as patch:
-            stopping(patch, taken // 6 + 1, lambda: signal.raise_signal(signal.SIGTERM))
-            code = run_sweep(world, *rates, "--sweep.keep", keep, "--sweep.rungs", rungs, "--fresh")
-        assert code == 143
-        assert run_sweep(world, *rates, "--sweep.keep", keep, "--sweep.rungs", rungs) == 0
+        options = (*rates, "--sweep.keep", keep, "--sweep.rungs", rungs)
+        stopped_at(taken // 6 + 1, world, *options, "--fresh")
+        assert run_sweep(world, *options) == 0
         assert_mentions(capsys.readouterr().out, "step")
         report = report_of(world.out)
         assert report["member_steps"]["search"] == taken
@@ -274,13 +265,9 @@ def test_the_only_remaining_setting_is_selected_without_further_training(world, 
 
 @pytest.mark.long
 def test_a_sweep_stopped_on_one_device_resumes_on_others(world, swept, undrawn):
-    if jax.device_count() < 8:
-        pytest.skip("needs eight devices")
     # 8 members before the rung, and 4 of them after it: 8 devices have 8 places for them.
     for devices, count in (("1", 3), ("8", 3), ("2", 12)):
-        with pytest.MonkeyPatch.context() as patch:
-            stopping(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
-            assert run_sweep(world, "--mesh.data", devices) == 143
+        stopped_at(count, world, "--mesh.data", devices)
     assert run_sweep(world, "--mesh.data", "8") == 0
     ours, theirs = report_of(world.out), report_of(swept)
     assert ours["chosen"] == theirs["chosen"]
@@ -325,15 +312,8 @@ def test_when_all_diverge_it_says_so_and_keeps_what_there_is(world, capsys):
 def test_what_diverges_in_the_report_is_no_winner(world, capsys, undrawn):
     # Chosen after one step, before anything went wrong.
     rates = ("--sweep.learning_rates", "[1e30]", "--sweep.lora_learning_rates", "[1e30]")
-    options = (
-        *rates,
-        "--sweep.lr_ratios",
-        "[2]",
-        "--sweep.rungs",
-        "[0.0625]",
-        "--optimizer.warmup_steps",
-        "0",
-    )
+    more = "--sweep.lr_ratios [2] --sweep.rungs [0.0625] --optimizer.warmup_steps 0"
+    options = (*rates, *flags(more))
     assert run_sweep(world, *options) == 1
     assert_mentions(capsys.readouterr().err, "LoRA+", "LoRA", "diverged", 2)
     report = report_of(world.out)
@@ -344,13 +324,8 @@ def test_what_diverges_in_the_report_is_no_winner(world, capsys, undrawn):
 
 @pytest.mark.long
 def test_a_language_model(talk, undrawn):
-    options = ("--sweep.learning_rates", "[5e-3]", "--sweep.lr_ratios", "[4]", "--train.steps", "8")
-    assert (
-        run_sweep(
-            talk, *options, "--sweep.method", "grid", "--sweep.rungs", "[0.125]", "--sweep.keep", "0.125"
-        )
-        == 0
-    )
+    options = "--sweep.learning_rates [5e-3] --sweep.lr_ratios [4] --train.steps 8 --sweep.method grid"
+    assert run_sweep(talk, *flags(options), *flags("--sweep.rungs [0.125] --sweep.keep 0.125")) == 0
     report = report_of(talk.out)
     assert report["member_steps"] == {"search": 16, "grid": 16, "report": 48}
     assert len(report["runs"]) == 6
@@ -364,22 +339,14 @@ def test_a_language_model(talk, undrawn):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            ("--optimizer.warmup_steps", "4"),
-            ["sweep.rungs", 0.25, "step 4", 16, "optimizer.warmup_steps"],
-        ),
-        (("--sweep.rungs", "[0.2,0.25]"), ["sweep.rungs", 0.2, 0.25, "step 4", 16]),
+        ("--optimizer.warmup_steps 4", ["sweep.rungs", 0.25, "step 4", 16, "optimizer.warmup_steps"]),
+        ("--sweep.rungs [0.2,0.25]", ["sweep.rungs", 0.2, 0.25, "step 4", 16]),
+        ("--data.test_fraction 0", ["test split"]),
     ],
 )
-def test_rungs_that_compare_nothing_are_rejected(world, capsys, options, words):
-    assert run_sweep(world, *options) == 2
-    printed = capsys.readouterr().err
-    assert_mentions(printed, *words)
-    assert printed.count("\n") == 1
-    assert not world.out.exists()
-
-
-def test_a_sweep_needs_a_test_split(world, capsys):
-    assert run_sweep(world, "--data.test_fraction", "0") == 2
-    assert "test split" in capsys.readouterr().err
+def test_rungs_that_compare_nothing_and_no_test_split_are_rejected(world, capsys, options, words):
+    assert run_sweep(world, *flags(options)) == 2
+    error = capsys.readouterr().err
+    assert_mentions(error, *words)
+    assert error.count("\n") == 1
     assert not world.out.exists()

@@ -5,21 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from .runs import flags
+
 pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.slow]
-SMALL = [
-    *(
-        "--data.max_length",
-        "12",
-        "--train.steps",
-        "8",
-        "--train.batch_size",
-        "8",
-        "--train.eval_batch_size",
-        "32",
-    ),
-    *("--optimizer.warmup_steps", "1", "--sweep.report_seeds", "2", "--sweep.learning_rates", "[2e-3,5e-3]"),
-    *("--sweep.method_learning_rates", "{lora: [2e-3,5e-3]}", "--sweep.curve_points", "2"),
-]
+SMALL = flags(
+    "--data.max_length 12 --train.steps 8 --train.batch_size 8 --train.eval_batch_size 32"
+    " --optimizer.warmup_steps 1 --sweep.report_seeds 2 --sweep.learning_rates [2e-3,5e-3]"
+    " --sweep.method_learning_rates '{lora: [2e-3,5e-3]}' --sweep.curve_points 2"
+)
 
 
 def test_a_table_from_a_recipe_to_its_file_and_resumed(world, monkeypatch):

@@ -1,18 +1,13 @@
 """The theory's terms as metrics of whole runs."""
 
-import json
-import signal
-
 import jax
 import pytest
 
 from loraplus_jax.settings.parsing import parse_settings
 
-from ..messages import assert_mentions
-from .disturbed import rows_of
-from .test_interrupt import signal_at
+from .runs import NO_PROMPT, flags, rows_of, stopped, summary_of, tensor_bytes
 
-SHORT = ("--train.steps", "8", "--train.eval_every", "4", "--train.log_every", "4")
+SHORT = flags("--train.steps 8 --train.eval_every 4 --train.log_every 4")
 LAYERS = [
     f"encoder/layers/{name}/{n}" for name in ("attention/query", "attention/value", "mlp/up") for n in (0, 1)
 ]
@@ -38,74 +33,39 @@ def test_terms_are_logged_at_every_kth_step_and_read_at_the_end(world, capsys):
     }
     assert all(row.keys() == names | {"step"} for row in theory)
     assert all(value > 0 for row in theory for value in row.values())
-    summary = json.loads((out / "summary.json").read_text())
-    assert line == f"theory: {summary['theory']}"
+    assert line == f"theory: {summary_of(out)['theory']}"
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_measurements_may_change_on_resume_and_the_adapter_is_that_without_any(world):
     straight = world.trained(*SHORT, out=world.directory / "straight")
-    with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, 5, signal.SIGTERM)
-        assert world.train(*SHORT, "--train.theory_every", "2") == 143
+    stopped(world, 5, *SHORT, "--train.theory_every", "2")
     assert world.train(*SHORT, "--train.theory_every", "1") == 0
     theory, others = apart(rows_of(world.out))
     assert [row["step"] for row in theory] == [2, 4, 6, 7, 8]
     assert others == rows_of(straight)
-    assert "theory" not in json.loads((straight / "summary.json").read_text())
-    files = [(out / "adapter/adapter.safetensors").read_bytes() for out in (world.out, straight)]
-    assert files[0] == files[1]
+    assert "theory" not in summary_of(straight)
+    assert tensor_bytes(world.out) == tensor_bytes(straight)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "axes",
-    [pytest.param(("--mesh.data", "4"), marks=pytest.mark.long), ("--mesh.data", "2", "--mesh.fsdp", "2")],
-)
 @pytest.mark.long
+@pytest.mark.parametrize("axes", ["--mesh.data 4", "--mesh.data 2 --mesh.fsdp 2"])
 def test_a_batch_and_weights_split_over_devices_are_measured_alike(world, axes):
     one = world.trained(*SHORT, "--train.theory_every", "8", out=world.directory / "one")
-    four = world.trained(*SHORT, "--train.theory_every", "8", *axes, out=world.directory / "four")
+    four = world.trained(*SHORT, "--train.theory_every", "8", *flags(axes), out=world.directory / "four")
     (first,), (second,) = apart(rows_of(one))[0], apart(rows_of(four))[0]
     assert first == pytest.approx(second, rel=1e-3)
 
 
 @pytest.mark.slow
 def test_language_models_are_measured_through_their_own_loss(talk):
-    out = talk.trained(
-        *SHORT, "--train.theory_every", "4", "--train.prompt", "null", "--train.prompt_tokens", "64"
-    )
+    out = talk.trained(*SHORT, *NO_PROMPT, "--train.theory_every", "4")
     theory, _ = apart(rows_of(out))
     assert [row["step"] for row in theory] == [4, 8]
     assert all(value > 0 for row in theory for value in row.values())
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (("--train.theory_every", "0"), ["train.theory_every", 0]),
-        (
-            ("--train.theory_every", "3", "--method", "full"),
-            ["train.theory_every", "method full"],
-        ),
-        (("--train.theory_every", "often"), ["train.theory_every", "null", "'often'"]),
-    ],
-)
-def test_bad_settings_are_rejected_before_anything_is_written(world, capsys, overrides, words):
-    assert world.train(*overrides) == 2
-    assert_mentions(capsys.readouterr().err, *words)
-    assert not world.out.exists()
-
-
-def test_adapters_of_only_embeddings_cannot_be_measured(world, capsys):
-    assert world.train("--train.theory_every", "3", "--lora.target_modules", "[word]") == 2
-    assert_mentions(capsys.readouterr().err, "embeddings", "encoder/embeddings/word")
-    assert not world.out.exists()
-
-
 @pytest.mark.long
-@pytest.mark.slow
 def test_at_every_tenth_step_it_takes_less_than_a_twentieth_of_the_training(world):
     """By the FLOPs of the compiled programs, all layers counted."""
     from loraplus_jax.training.setup import prepare

@@ -154,10 +154,7 @@ def test_the_head_is_all_gathered_once_for_all_pieces_of_the_loss(tmp_path):
 @pytest.mark.long
 def test_an_evaluation_that_is_too_large_for_the_compiler(tmp_path):
     settings = settings_of(
-        tmp_path,
-        LLAMA | {"num_hidden_layers": 1},
-        task="instruction",
-        train={"eval_batch_size": 400_000_000},
+        tmp_path, LLAMA | {"num_hidden_layers": 1}, task="instruction", train={"eval_batch_size": 400_000_000}
     )
     plan = make_plan(settings, "v5e:1x1")
     assert plan.needed < plan.room < plan.evaluation
