@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from common import report
 
 from loraplus_jax.models.attention import causal_attention
-from loraplus_jax.plan.kernels import kernel_work
+from loraplus_jax.plan.kernel_costs import kernel_work
 from loraplus_jax.plan.tpu import tpu_devices
 
 HEADS, HEAD = 32, 128

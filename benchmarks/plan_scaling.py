@@ -20,7 +20,7 @@ from common import machine, read_json, table, write_json
 
 from loraplus_jax.plan.hlo import Collective
 from loraplus_jax.plan.plan import Plan, make_plan
-from loraplus_jax.plan.text import format_plan
+from loraplus_jax.plan.render import format_plan
 from loraplus_jax.settings.parsing import parse_settings
 
 CONFIGS = Path(__file__).parent / "plan"

@@ -32,7 +32,7 @@ from loraplus_jax._utils.atomic import to_json, write_text
 from loraplus_jax._utils.records import DIGEST, read_record
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.yaml_files import read_yaml
-from loraplus_jax.sweep.methods import compare_methods, compare_runs, method_run
+from loraplus_jax.sweep.method_comparison import compare_methods, compare_runs, method_run
 from loraplus_jax.sweep.report import REPORT
 from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.sweep.statistics import ratio_interval, steps_to, t_interval

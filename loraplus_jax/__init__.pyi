@@ -6,8 +6,8 @@ from .adapter.merge import merge as merge
 from .adapter.merge import unmerge as unmerge
 from .adapter.tree import combine as combine
 from .adapter.tree import split_trainable as split_trainable
-from .interop.adapter_files import load_adapter as load_adapter
-from .interop.adapter_files import save_adapter as save_adapter
+from .interop.adapter_directory import load_adapter as load_adapter
+from .interop.adapter_directory import save_adapter as save_adapter
 from .interop.peft_files import load_peft as load_peft
 from .interop.peft_files import save_peft as save_peft
 from .linen.layers import LoRAPlusConv as LoRAPlusConv

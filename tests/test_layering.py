@@ -77,6 +77,12 @@ def test_every_folder_is_in_the_table():
     assert folders == set(FOLDERS)
 
 
+def test_every_module_over_80_lines_has_a_test_file_of_its_name():
+    modules = [path for path in PACKAGE.rglob("[!_]*.py") if len(path.read_text("utf-8").splitlines()) > 80]
+    tests = [path.relative_to(PACKAGE).with_name(f"test_{path.name}") for path in modules]
+    assert not [str(path) for path in tests if not (Path(__file__).parent / path).exists()]
+
+
 def test_no_two_files_import_each_other():
     graph = {module: set(imports_of(module)) & FILES.keys() for module in FILES}
     while leaves := {module for module, targets in graph.items() if not targets & graph.keys()}:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from .._utils.validation import check_choice, check_int, check_number, suggest, to_plain
-from .letters import LETTERS, factor_letters, layer_axis, with_stacked
+from .einsum_letters import LETTERS, factor_letters, layer_axis, with_stacked
 
 LAYER_KINDS = ("dense", "dense_general", "einsum", "conv", "conv_transpose", "embed", "parameter")
 LINEAR_KINDS = ("dense", "dense_general", "einsum")

@@ -151,7 +151,7 @@ def _plan(
     json: Path | None = None,
 ) -> int:
     from ..plan.plan import make_plan
-    from ..plan.text import format_plan, write_json
+    from ..plan.render import format_plan, write_json
 
     if json is not None:
         check_new_file("--json", json)
@@ -165,8 +165,8 @@ def _plan(
 
 
 def _search(settings: Any, words: Sequence[str], topology: str | None, json: Path | None) -> int:
+    from ..plan.render import explain_no_fit, format_plan, format_search, write_search
     from ..plan.search import Search
-    from ..plan.text import explain_no_fit, format_plan, format_search, write_search
     from ..plan.tpu import tpu_devices
 
     if topology is None:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from .._utils.validation import check_int
 from .batches import Batch
-from .chat import Tokens, find_answers, tokenize
 from .chat_template import ChatTemplate
+from .chat_tokens import Tokens, find_answers, tokenize
 from .conversations import Chat, Turn, choose_columns, take_list, take_text
 from .readers import Problems, has_lone_surrogate, location_of, raise_problems, read_records
 

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from .._utils.atomic import to_json, write_text
 from .._utils.validation import check_int, check_new_file, expand_path, suggest
-from ..data.chat import Tokens, tokenize
 from ..data.chat_template import ChatTemplate
+from ..data.chat_tokens import Tokens, tokenize
 from ..data.commonsense import COMMONSENSE, read_commonsense
 from ..data.mmlu import Subject, read_mmlu
 from ..data.multiple_choice import Question, tokenize_choices

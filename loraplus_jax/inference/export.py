@@ -14,7 +14,7 @@ from .._utils.validation import check_choice, check_new_path, expand_path
 from ..adapter.tree import flatten, leaves_by_path, unflatten
 from ..data.fetch import ASSETS
 from ..inits.from_weights import as_difference
-from ..interop.adapter_files import Adapter, tensor_bytes
+from ..interop.adapter_directory import Adapter, tensor_bytes
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, save_peft
 from ..models.checkpoints import export
 from ..models.checkpoints.gguf import export as gguf_export

@@ -15,7 +15,7 @@ from ..models.checkpoints.hf import load_params
 from ..models.decoding.generate import Sampling, check_sampling
 from ..settings.schema import DataSettings, Dtype, GenerationSettings, ModelSettings, Settings
 from ..step.sharding import make_mesh, replicate
-from ..tasks.chat_model import ChatModel
+from ..tasks.chat_generation import ChatModel
 from ..training.run_directory import describe_unfinished
 from ..training.saved_adapter import find_adapter, is_peft, read_notes
 from ..training.setup import base_parts, build_model

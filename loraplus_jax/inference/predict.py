@@ -17,7 +17,7 @@ from ..data.batches import eval_batches
 from ..data.fetch import resolve
 from ..data.glue import find_file, find_task, submission
 from ..data.tokenize import encode_texts
-from ..interop.adapter_files import read_tensors
+from ..interop.adapter_directory import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
 from ..models.checkpoints.hf import load_params
 from ..settings.parsing import parse_settings, settings_from_json
@@ -27,7 +27,7 @@ from ..step.sharding import make_mesh, replicate, shard_batch
 from ..step.train_step import make_eval
 from ..tasks.causal_lm import LanguageTask
 from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tokenizer_for
-from ..tasks.held_out_texts import HeldOutTexts
+from ..tasks.held_out_generation import HeldOutTexts
 from ..tasks.interface import AdaptedModel, Split
 from ..training.evaluation import evaluate, finish_metrics
 from ..training.provenance import SPLITS, check_allowed, check_identity, model_identity

@@ -21,9 +21,9 @@ from .._utils.validation import check_choice
 from ..adapter.config import LoRAPlusConfig, pattern_of
 from ..adapter.spec import Specs
 from ..adapter.tree import flat_factors, flatten, unflatten
-from ..optim.ranks import alpha_for
+from ..optim.trained_ranks import alpha_for
 from ..step.checkpoint import describe_run
-from .adapter_files import (
+from .adapter_directory import (
     Adapter,
     check_config_matches_specs,
     check_ranks,
@@ -49,7 +49,7 @@ from .path_map import (
 )
 from .peft_adapter_config import PeftOptions, make_options, raise_problems, read_options
 from .peft_modules_to_save import assign_tensors, drop_copies, name_leaves, slice_leaves, stack_slices
-from .servers import SERVERS, Server, find_problems
+from .serving_checks import SERVERS, Server, find_problems
 
 OPTIONS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOTES_FILE, OWN_TENSORS_FILE = "loraplus.json", "loraplus.safetensors"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .adapter_files import host_array
+from .adapter_directory import host_array
 from .path_map import (
     Index,
     Outputs,

@@ -11,14 +11,14 @@ from flax.core import lift, meta
 
 from ..adapter.config import LoRAPlusConfig, matches
 from ..adapter.lora import SCALE
-from ..adapter.rules import is_target, parameter_rule, parameter_spec
 from ..adapter.spec import EMBEDDING_FACTORS, FACTORS, LEAVES, MAGNITUDE
 from ..adapter.taps import PREVIOUS_FACTORS, TAP
+from ..adapter.target_rules import is_target, parameter_rule, parameter_spec
 from ..adapter.tree import rebox
 from ..interpreter.low_rank import LowRankWeight, evaluate
 from ..quantization.packed_array import dense_shapes, is_packed
-from .adapter import TRACING, Adapter, FactorBox, is_box, new_factors, read_factors
 from .discovery import Discovery
+from .layer_adapter import TRACING, Adapter, FactorBox, is_box, new_factors, read_factors
 
 COLLECTIONS = ["params", "lora", SCALE]
 Path = tuple[str, ...]

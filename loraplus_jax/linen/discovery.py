@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from ..adapter.config import ALL_LINEAR, LoRAPlusConfig
-from ..adapter.letters import factor_letters, layer_axis
-from ..adapter.rules import TracedModule, check_coverage, is_target, layer_index, matching_rule
+from ..adapter.einsum_letters import factor_letters, layer_axis
 from ..adapter.spec import check_layers_of
-from .adapter import OURS, FactorBox, LoRAPlusLayer, adapter_of, make_factors
+from ..adapter.target_rules import TracedModule, check_coverage, is_target, layer_index, matching_rule
+from .layer_adapter import OURS, FactorBox, LoRAPlusLayer, adapter_of, make_factors
 from .layer_table import METHODS
 
 _NORMS = (nn.WeightNorm, nn.SpectralNorm)

@@ -18,7 +18,7 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from opt_einsum.parser import parse_einsum_input
 
-from ..adapter.letters import LETTERS, factor_letters, split_equation
+from ..adapter.einsum_letters import LETTERS, factor_letters, split_equation
 from ..adapter.lora import low_rank_output
 from ..interpreter.low_rank import Term
 

@@ -8,7 +8,7 @@ import jax
 from flax.core import meta
 
 from ..adapter.config import LoRAPlusConfig
-from .adapter import LoRAPlusLayer, adapter_of, add_low_rank_term, make_factors
+from .layer_adapter import LoRAPlusLayer, adapter_of, add_low_rank_term, make_factors
 from .layer_table import METHODS
 
 

@@ -29,7 +29,10 @@ from ..adapter.spec import MAGNITUDE, AdapterSpec
 from ..adapter.tree import flatten, leaves_by_path
 from ..interpreter.dataflow import trace_dataflow
 from ..quantization.packed_array import is_packed
-from .adapter import (
+from .collections import COLLECTIONS, CollectionMap, keep_low_rank
+from .discovery import Discovery
+from .from_qwix import is_from_qwix
+from .layer_adapter import (
     OURS,
     TRACING,
     FactorBox,
@@ -39,9 +42,6 @@ from .adapter import (
     add_low_rank_term,
     is_box,
 )
-from .collections import COLLECTIONS, CollectionMap, keep_low_rank
-from .discovery import Discovery
-from .from_qwix import is_from_qwix
 from .layer_table import METHODS
 
 

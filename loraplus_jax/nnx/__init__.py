@@ -3,7 +3,7 @@
 from .adapt import apply_lora_plus
 from .adapted_module import remove_adapters
 from .check_reads import check_reads
-from .other_adapters import specs_of
+from .foreign_adapters import specs_of
 from .quantize import from_qwix, quantize_base
 from .variables import base_variables, disabled, functional, lora_tree, merge, set_lora, unmerge
 

@@ -12,8 +12,9 @@ from flax import nnx
 
 from ..adapter.config import ALL_LINEAR, LoRAPlusConfig, matches
 from ..adapter.dora import output_norms
-from ..adapter.letters import layer_axis
-from ..adapter.rules import (
+from ..adapter.einsum_letters import layer_axis
+from ..adapter.spec import AdapterSpec, check_rank
+from ..adapter.target_rules import (
     TracedModule,
     check_coverage,
     is_adapted,
@@ -22,7 +23,6 @@ from ..adapter.rules import (
     parameter_rule,
     parameter_spec,
 )
-from ..adapter.spec import AdapterSpec, check_rank
 from ..inits.random import factor_inits
 from .adapted_module import (
     ADAPTERS,

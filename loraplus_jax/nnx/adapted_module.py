@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ..adapter.letters import factor_letters
+from ..adapter.einsum_letters import factor_letters
 from ..adapter.lora import SCALE
 from ..adapter.spec import AdapterSpec
 from ..adapter.taps import PREVIOUS_FACTORS, TAP

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from ..adapter.letters import split_equation
+from ..adapter.einsum_letters import split_equation
 
 
 class LayerWeight(NamedTuple):

@@ -18,7 +18,7 @@ from .._utils.validation import check_int, check_number
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path, replace_paths
 from .keep_float32 import widen
-from .pairs import Layout, pair_layouts
+from .pair_state import Layout, pair_layouts
 from .roles import LoRAPlusTransform
 
 _Q_STD = 0.02

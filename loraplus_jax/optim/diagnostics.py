@@ -13,7 +13,7 @@ import optax
 from .._utils.validation import check_choice
 from ..adapter.spec import Specs
 from ..adapter.tree import count, leaves_by_path, replace_paths
-from .factor_pairs import spec_path
+from .find_pairs import spec_path
 from .lora_plus import check_floating
 from .roles import LoRAPlusState, LoRAPlusTransform, Role, find_states, labels_of, leaves_by_role
 

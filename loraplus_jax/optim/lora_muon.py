@@ -6,7 +6,7 @@ import optax
 
 from .._utils.validation import check_number
 from ..adapter.spec import Specs
-from .pairs import corrected_average, inverse_root, transform_pairs
+from .pair_state import corrected_average, inverse_root, transform_pairs
 
 
 def scale_by_lora_muon(b1: float = 0.95, *, specs: Specs | None = None) -> optax.GradientTransformation:

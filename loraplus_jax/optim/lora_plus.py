@@ -20,7 +20,7 @@ from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path
 from .adalora import AdaLoRAState
 from .keep_float32 import KeepFloat32State
-from .pairs import PairState
+from .pair_state import PairState
 from .roles import ROLES, LoRAPlusState, LoRAPlusTransform, Policy, Role, find_states, label_params
 from .schedules import Rate
 

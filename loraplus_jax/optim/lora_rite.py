@@ -15,7 +15,7 @@ import optax
 
 from .._utils.validation import check_number
 from ..adapter.spec import Specs
-from .pairs import corrected_average, inverse_root, transform_pairs
+from .pair_state import corrected_average, inverse_root, transform_pairs
 
 
 class RiteFactor(NamedTuple):

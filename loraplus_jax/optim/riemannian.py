@@ -8,7 +8,7 @@ import optax
 from .._utils.validation import check_number
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path, replace_paths
-from .pairs import pair_layouts
+from .pair_state import pair_layouts
 
 
 def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> optax.GradientTransformation:

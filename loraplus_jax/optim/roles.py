@@ -10,7 +10,7 @@ from flax import struct
 from .._utils.validation import check_choice
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path, replace_paths
-from .factor_pairs import factor_pairs, is_embedding_factor, is_magnitude, spec_path
+from .find_pairs import factor_pairs, is_embedding_factor, is_magnitude, spec_path
 
 Role = Literal["a", "b", "embedding", "magnitude", "extra", "vector"]
 ROLES: tuple[Role, ...] = ("a", "b", "embedding", "magnitude", "extra", "vector")

@@ -26,7 +26,7 @@ from ..training.memory import free_bytes
 from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
 from .hlo import Collective, collectives, count_looped_matmuls
-from .kernels import kernel_work
+from .kernel_costs import kernel_work
 from .programs import LoweredStep, bytes_between_steps, local_bytes, memory_sizes, plan_step, try_compile
 from .tpu import Chip, tpu_devices
 

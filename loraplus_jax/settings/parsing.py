@@ -166,7 +166,7 @@ _ARTICLES: dict[Any, str] = {int: "an ", float: "a "}
 def describe_type(annotation: Any) -> str:
     """Describes the values that a field accepts, with their bounds.
 
-    >>> from loraplus_jax.settings.types import Count
+    >>> from loraplus_jax.settings.field_types import Count
     >>> describe_type(Count | None), describe_type(tuple[float, ...])
     ('an integer of at least 1 or null', 'a list of numbers')
     """

@@ -16,7 +16,20 @@ from ..optim.lora_plus import MIN_EPS
 from ..optim.roles import Policy
 from ..optim.schedules import Schedule
 from .choices import Attention, EarlyStopping, NoRepeatIn, Quantize, Remat
-from .types import SECTION, Count, Decay, Distinct, Fraction, Index, Int, Number, Rate, Share, Switch, Text
+from .field_types import (
+    SECTION,
+    Count,
+    Decay,
+    Distinct,
+    Fraction,
+    Index,
+    Int,
+    Number,
+    Rate,
+    Share,
+    Switch,
+    Text,
+)
 
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice", "generation"]
 Method = Literal["lora", "lora_plus", "full"]

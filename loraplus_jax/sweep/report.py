@@ -15,7 +15,7 @@ from .._utils.records import write_record
 from .._utils.validation import expand_path
 from .figures import PICTURES
 from .halving import comparison_steps, mean_losses, member_steps
-from .sequential import interval_confidence, reason_to_end, seed_groups
+from .interim_report import interval_confidence, reason_to_end, seed_groups
 from .settings import ARM_LABELS, METHODS, SweepRun, Trial
 from .statistics import compare_arms, lora_label, recommended_arm, report_runs, verdict
 

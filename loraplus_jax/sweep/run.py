@@ -37,9 +37,9 @@ from .halving import (
     planned_members,
     split_at_rung,
 )
+from .interim_report import seed_groups
 from .population import Members, Population, prepare_population
 from .report import PAGE, RATE_OPTIONS, REPORT, WINNER, make_report, write_report
-from .sequential import seed_groups
 from .settings import ARM_LABELS, SweepRun, Trial
 
 MEMBERS_FILE = "members_at_once.json"

@@ -9,8 +9,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ..adapter.config import BASE_INITS
+from ..settings.field_types import SECTION, Count, Distinct, Fraction, Index, Int, Number, Rate, Switch
 from ..settings.schema import INVARIANT, OptimizerSettings, Settings
-from ..settings.types import SECTION, Count, Distinct, Fraction, Index, Int, Number, Rate, Switch
 
 Arm = Literal["lora", "lora_plus", "control"]
 METHODS = ("lora", "lora_plus")

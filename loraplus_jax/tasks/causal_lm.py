@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 
 from ..adapter.tree import leaves_by_path
 from ..data.batches import Batch, digest
-from ..data.chat import tokenize_chats
 from ..data.chat_template import BUILT_IN, ChatTemplate, load_template
+from ..data.chat_tokens import tokenize_chats
 from ..data.conversations import Chat, Turn, describe_dropped, read_chats
 from ..data.data_to_text import group_references, read_descriptions, select_inputs
 from ..data.duplicates import handle_duplicates

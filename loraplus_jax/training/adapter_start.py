@@ -16,7 +16,7 @@ from ..adapter.spec import Specs
 from ..adapter.tree import combine, flatten, replace_leaves
 from ..data.batches import train_batches
 from ..inits.from_weights import as_difference, make_factors, subtract_start
-from ..interop.adapter_files import check_factors, load_adapter, read_adapter_json, save_adapter
+from ..interop.adapter_directory import check_factors, load_adapter, read_adapter_json, save_adapter
 from ..models.checkpoints.hf import check_params, read_leaf
 from ..quantization.packed_array import PackedArray, is_packed
 from ..settings.schema import Settings

@@ -15,8 +15,8 @@ from ..adapter.config import LoRAPlusConfig
 from ..adapter.spec import specs_from_json
 from ..adapter.tree import combine, flatten, unflatten
 from ..data.batches import digest
-from ..interop import adapter_files, peft_files
-from ..interop.adapter_files import Adapter, load_adapter, read_adapter_json
+from ..interop import adapter_directory, peft_files
+from ..interop.adapter_directory import Adapter, load_adapter, read_adapter_json
 from ..interop.path_map import PathMap
 from ..interop.peft_files import load_peft, peft_config, peft_names, peft_notes
 from ..models.checkpoints import export
@@ -33,7 +33,7 @@ RATES = ("policy", "decay", "weight_decay")
 
 def find_adapter(path: Path) -> Path | None:
     """Finds the adapter directory in a run's directory, or the path itself if it is one; None if there is none."""
-    names = (adapter_files.DESCRIPTION_FILE, peft_files.OPTIONS)
+    names = (adapter_directory.DESCRIPTION_FILE, peft_files.OPTIONS)
     candidates = (path / ADAPTER, path)
     return next(
         (directory for directory in candidates for name in names if (directory / name).is_file()), None
@@ -48,15 +48,15 @@ def require_adapter(path: Path, also: str = "") -> Path:
         raise FileNotFoundError(f"{path} does not exist")
     raise FileNotFoundError(
         describe_unfinished(path)
-        or f"{path} contains no finished run, no adapter ({adapter_files.DESCRIPTION_FILE}) and no PEFT adapter "
-        f"({peft_files.OPTIONS}){also}"
+        or f"{path} contains no finished run, no adapter ({adapter_directory.DESCRIPTION_FILE}) and no PEFT "
+        f"adapter ({peft_files.OPTIONS}){also}"
     )
 
 
 def is_peft(directory: Path) -> bool:
     """Whether an adapter directory is in PEFT's format."""
     # By our own file: an adapter that we export for PEFT has PEFT's files only.
-    return not (directory / adapter_files.DESCRIPTION_FILE).is_file()
+    return not (directory / adapter_directory.DESCRIPTION_FILE).is_file()
 
 
 def read_notes(directory: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def read_notes(directory: Path) -> dict[str, Any]:
 
 def notes_path(directory: Path) -> Path:
     """The file that holds the metadata."""
-    return directory / (peft_files.NOTES_FILE if is_peft(directory) else adapter_files.DESCRIPTION_FILE)
+    return directory / (peft_files.NOTES_FILE if is_peft(directory) else adapter_directory.DESCRIPTION_FILE)
 
 
 def saved_config(directory: Path) -> LoRAPlusConfig | None:
@@ -77,9 +77,9 @@ def saved_config(directory: Path) -> LoRAPlusConfig | None:
         config = LoRAPlusConfig.from_json(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{notes_path(directory)}: {error}") from None
-    file = peft_files.WEIGHTS if is_peft(directory) else adapter_files.TENSORS_FILE
-    adapter_files.check_ranks(
-        f"{notes_path(directory)}", config, adapter_files.read_tensors(directory / file)
+    file = peft_files.WEIGHTS if is_peft(directory) else adapter_directory.TENSORS_FILE
+    adapter_directory.check_ranks(
+        f"{notes_path(directory)}", config, adapter_directory.read_tensors(directory / file)
     )
     return config
 

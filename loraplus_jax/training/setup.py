@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from .._utils.validation import expand_path
 from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.dora import set_magnitudes
-from ..adapter.rules import try_rules
+from ..adapter.target_rules import try_rules
 from ..adapter.tree import combine, flatten, split_trainable, unflatten
 from ..data.batches import Batch
 from ..data.fetch import resolve
@@ -39,8 +39,8 @@ from ..step.sharding import (
 from ..step.train_step import TrainState, init_state, jit_step, make_eval
 from ..tasks import causal_lm, encoder
 from ..tasks.causal_lm import LanguageTask
-from ..tasks.chat_model import ChatModel, prompt_chat
-from ..tasks.held_out_texts import HeldOutTexts
+from ..tasks.chat_generation import ChatModel, prompt_chat
+from ..tasks.held_out_generation import HeldOutTexts
 from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, params_of, row_count
 from .adapter_start import begin_from, first_gradients, make_start, read_start
 from .distributed import check_same_everywhere, raise_together

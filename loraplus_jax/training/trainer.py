@@ -16,13 +16,13 @@ from .._utils.multihost import allgather, gather_to_host, is_lead
 from .._utils.records import check_digests, file_digests
 from ..adapter.tree import combine, count
 from ..data.batches import train_batches
-from ..interop.adapter_files import save_adapter
-from ..optim.ranks import final_ranks
+from ..interop.adapter_directory import save_adapter
+from ..optim.trained_ranks import final_ranks
 from ..settings.schema import Settings
 from ..step.checkpoint import PACKAGES, add_metrics, save_checkpoint
 from ..step.sharding import distribute, local_rows, shard_batch
 from ..step.train_step import TrainState, init_state
-from ..tasks.chat_model import prompt_chat
+from ..tasks.chat_generation import prompt_chat
 from ..tasks.interface import held_out_split, row_count
 from .adapter_start import saved_form, write_start
 from .anomalies import (

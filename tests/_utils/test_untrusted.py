@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 from loraplus_jax import LoRAPlusConfig, load_adapter, save_adapter
 from loraplus_jax._utils.json_files import read_json
-from loraplus_jax.adapter.rules import try_rules
 from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax.adapter.target_rules import try_rules
 from loraplus_jax.data.chat_template import load_template
 from loraplus_jax.data.conversations import read_chats
 from loraplus_jax.data.fetch import resolve

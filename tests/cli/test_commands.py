@@ -9,7 +9,7 @@ from loraplus_jax.inference.eval_tasks import evaluate_tasks
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.inference.generate import generate_answers
 from loraplus_jax.inference.predict import evaluate_run, predict_run, write_submissions
-from loraplus_jax.sweep.methods import sweep_or_compare
+from loraplus_jax.sweep.method_comparison import sweep_or_compare
 from loraplus_jax.training.trainer import train
 
 TARGETS = {

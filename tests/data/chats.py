@@ -4,8 +4,8 @@ import json
 
 from tokenizers import AddedToken
 
-from loraplus_jax.data.chat import tokenize_chats
 from loraplus_jax.data.chat_template import ChatTemplate
+from loraplus_jax.data.chat_tokens import tokenize_chats
 from loraplus_jax.data.conversations import Chat, Turn
 
 BOS, EOS = "<|start|>", "<|end|>"

@@ -9,8 +9,8 @@ from tokenizers import (
 )
 
 from loraplus_jax._utils.untrusted_child import DATE
-from loraplus_jax.data.chat import tokenize_chats
 from loraplus_jax.data.chat_template import load_template
+from loraplus_jax.data.chat_tokens import tokenize_chats
 from loraplus_jax.data.conversations import Turn
 
 from ..messages import mentions

@@ -11,7 +11,7 @@ from safetensors.numpy import save, save_file
 
 from loraplus_jax import LoRAPlusConfig, load_adapter, save_adapter
 from loraplus_jax.adapter.spec import AdapterSpec
-from loraplus_jax.interop.adapter_files import read_adapter_json
+from loraplus_jax.interop.adapter_directory import read_adapter_json
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.checkpoints.hf import INDEX_FILE, SINGLE_FILE, load_config, load_params
 from loraplus_jax.models.checkpoints.name_table import NameTable, embedding_rules, linear_rules

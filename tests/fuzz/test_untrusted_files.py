@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 from loraplus_jax import LoRAPlusConfig, save_adapter
 from loraplus_jax._utils import untrusted
 from loraplus_jax.adapter.spec import AdapterSpec
-from loraplus_jax.data.chat import find_answers
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
+from loraplus_jax.data.chat_tokens import find_answers
 from loraplus_jax.inference.predict import settings_and_task
 from loraplus_jax.interop.peft_files import peft_config
 from loraplus_jax.models.bert.config import BertConfig

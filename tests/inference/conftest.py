@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from loraplus_jax.interop.adapter_files import save_adapter
+from loraplus_jax.interop.adapter_directory import save_adapter
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.training.setup import prepare
 

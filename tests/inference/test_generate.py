@@ -7,7 +7,7 @@ import pytest
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference.generate import _chats
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
-from loraplus_jax.tasks import chat_model
+from loraplus_jax.tasks import chat_generation
 from loraplus_jax.tasks.causal_lm import load_data
 
 from ..integration import language_world
@@ -46,9 +46,9 @@ def test_what_training_leaves_out_is_counted_and_what_generate_answers(tmp_path)
 @pytest.mark.usefixtures("cache")
 def test_generate_searches_with_beams_where_it_is_asked_to(talk, capsys, monkeypatch):
     widths = []
-    search = chat_model.make_beam_search
+    search = chat_generation.make_beam_search
     monkeypatch.setattr(
-        chat_model, "make_beam_search", lambda *a, **k: widths.append(k["beams"]) or search(*a, **k)
+        chat_generation, "make_beam_search", lambda *a, **k: widths.append(k["beams"]) or search(*a, **k)
     )
     asked = ("generate", talk.model, "--prompt", "what colour is snow", "--max_tokens", "4")
     greedy = printed(capsys, *asked)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from loraplus_jax.interop.adapter_files import load_adapter
+from loraplus_jax.interop.adapter_directory import load_adapter
 
 from ..messages import assert_mentions
 from .runs import NO_PROMPT, evaluated, flags, interrupted, printed, result_of, summary_of

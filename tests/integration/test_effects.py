@@ -28,8 +28,8 @@ from loraplus_jax.data.fetch import resolve
 from loraplus_jax.plan.programs import _adapter_shapes
 from loraplus_jax.settings.parsing import parse_settings, setting_fields
 from loraplus_jax.settings.schema import Settings
-from loraplus_jax.tasks import chat_model
-from loraplus_jax.tasks.held_out_texts import HeldOutTexts
+from loraplus_jax.tasks import chat_generation
+from loraplus_jax.tasks.held_out_generation import HeldOutTexts
 from loraplus_jax.training import distributed, setup
 from loraplus_jax.training import trainer as training
 from loraplus_jax.training.anomalies import TrainingFailed, check_skipped
@@ -232,7 +232,7 @@ def asked(settings):
     """What the run asks its model before and after, and for how many tokens of answer."""
     prompts = []
     with pytest.MonkeyPatch.context() as patch, without_compiling():
-        patch.setattr(chat_model, "make_generate", lambda *_, **options: options["new_tokens"])
+        patch.setattr(chat_generation, "make_generate", lambda *_, **options: options["new_tokens"])
         patch.setattr(setup, "prompt_chat", lambda prompt: prompts.append(prompt) or PROMPT_CHAT(prompt))
         return setup.prepare(settings).chat_model.generate, prompts
 
@@ -242,7 +242,7 @@ def searched(settings):
     directory, data = loaded(settings)
     model = setup.base_parts(settings, directory, data.task).model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_model, "make_beam_search", lambda *_, **options: lambda *_: [options])
+        patch.setattr(chat_generation, "make_beam_search", lambda *_, **options: lambda *_: [options])
         texts = HeldOutTexts.from_settings(settings, directory, data.task, model, data.inputs)
     return texts.model.generate(), texts.batch_size, len(texts.inputs)
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.interop.adapter_files import load_adapter
+from loraplus_jax.interop.adapter_directory import load_adapter
 from loraplus_jax.interop.peft_files import load_peft
 
 from ..marks import long

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.sweep import methods as comparing
+from loraplus_jax.sweep import method_comparison as comparing
 
 from ..messages import assert_mentions
 from .runs import flags, report_of, summary_of

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.sweep import methods
+from loraplus_jax.sweep import method_comparison
 from loraplus_jax.sweep.run import Sweep
 
 from ..marks import long
@@ -86,14 +86,14 @@ def stopped_sweep(world, patch):
 
 
 def stopped_methods(world, patch):
-    result = methods._result
+    result = method_comparison._result
 
     def stop(run, *rest):
         if run.name == "lora_plus":
             raise KeyboardInterrupt
         return result(run, *rest)
 
-    patch.setattr(methods, "_result", stop)
+    patch.setattr(method_comparison, "_result", stop)
     assert resume_methods(world) == 130
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from loraplus_jax.interop.adapter_files import load_adapter
+from loraplus_jax.interop.adapter_directory import load_adapter
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.training.setup import prepare
 

@@ -14,7 +14,7 @@ from loraplus_jax.models.attention import causal_attention
 from loraplus_jax.plan.hlo import collectives
 from loraplus_jax.plan.plan import make_plan
 from loraplus_jax.plan.programs import plan_step, try_compile
-from loraplus_jax.plan.text import advice, format_plan
+from loraplus_jax.plan.render import advice, format_plan
 from loraplus_jax.plan.tpu import CHIPS, tpu_devices
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.step.sharding import with_mesh

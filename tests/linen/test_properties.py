@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
-from loraplus_jax.adapter.letters import split_equation
+from loraplus_jax.adapter.einsum_letters import split_equation
 from loraplus_jax.adapter.spec import AdapterSpec
 
 from .models import KEY, drawn

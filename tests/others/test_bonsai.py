@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from loraplus_jax import LoRAPlusConfig, lora_plus_adamw, save_peft
-from loraplus_jax.interop import load_peft, name_maps
+from loraplus_jax.interop import library_path_maps, load_peft
 from loraplus_jax.nnx import apply_lora_plus, check_reads, lora_tree, merge, set_lora
 
 from ..messages import mentions
@@ -98,7 +98,7 @@ def qwen3():
         rules={"target_modules": [*projections, "gate_proj", "down_proj", "lm_head"]},
         leaves={f"layers//attn/{name}/kernel" for name in projections}
         | {"layers//mlp/gate_proj/kernel", "layers//mlp/down_proj/kernel", "lm_head/kernel"},
-        names=name_maps.BONSAI_QWEN3,
+        names=library_path_maps.BONSAI_QWEN3,
         files=qwen3_params._get_key_and_transform_mapping(config),
     )
 
@@ -174,7 +174,7 @@ def gemma3():
             *(f"vision_tower/encoder/layers//{n}/kernel" for n in ("self_attn/q_proj", "mlp/fc2")),
             "embed_tokens/weight/embedding",
         },
-        names=name_maps.BONSAI_GEMMA3,
+        names=library_path_maps.BONSAI_GEMMA3,
         files=gemma3_params._get_key_and_transform_mapping(),
         renamed=(
             ("model.language_model.", "language_model.model."),
@@ -207,7 +207,7 @@ def vit():
         rules={"target_modules": "all-linear"},
         leaves={f"layers//{name}/kernel" for name in (*attention, "linear1", "linear2")}
         | {"classifier/kernel"},
-        names=name_maps.BONSAI_VIT,
+        names=library_path_maps.BONSAI_VIT,
         files=vit_params._get_key_and_transform_mapping(config),
         renamed=(
             ("vit.layers", "vit.encoder.layer"),

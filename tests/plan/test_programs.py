@@ -7,7 +7,7 @@ import pytest
 
 from loraplus_jax import make_mesh
 from loraplus_jax.plan.programs import bytes_between_steps, memory_sizes, plan_step
-from loraplus_jax.plan.text import advice, format_plan
+from loraplus_jax.plan.render import advice, format_plan
 
 from ..messages import assert_mentions
 from .tiny import fake, parts_of

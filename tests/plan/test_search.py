@@ -9,8 +9,8 @@ import pytest
 
 from loraplus_jax.plan import search as module
 from loraplus_jax.plan.plan import Plan, Work, plan_for
+from loraplus_jax.plan.render import explain_no_fit, format_search, search_command
 from loraplus_jax.plan.search import COUNTED, SETTINGS, TOO_LARGE, Layout, Search
-from loraplus_jax.plan.text import explain_no_fit, format_search, search_command
 from loraplus_jax.plan.tpu import Chip
 from loraplus_jax.settings.parsing import parse_settings
 

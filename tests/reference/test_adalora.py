@@ -12,7 +12,7 @@ from peft.tuners.adalora.layer import RankAllocator
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
 from loraplus_jax.interop.peft_files import load_peft, save_peft
 from loraplus_jax.optim.adalora import adalora
-from loraplus_jax.optim.ranks import final_ranks
+from loraplus_jax.optim.trained_ranks import final_ranks
 
 from .families import Pair, off, random
 

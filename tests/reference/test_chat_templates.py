@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import transformers
 
-from loraplus_jax.data.chat import tokenize_chats
+from loraplus_jax.data.chat_tokens import tokenize_chats
 from loraplus_jax.data.conversations import read_chats
 
 from ..data.chats import BOS, EOS, MARKED, TOOL_TALK, TOOLS, template, write_json

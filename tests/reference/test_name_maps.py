@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from loraplus_jax.interop import name_maps
+from loraplus_jax.interop import library_path_maps
 
 SIZES = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 TEXT = SIZES | {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 32}
@@ -32,6 +32,6 @@ def test_every_rule_names_a_module(name):
     with torch.device("meta"):
         model = MODELS[name]()
     modules = [path for path, module in model.named_modules() if hasattr(module, "weight")]
-    for _, theirs, *_ in getattr(name_maps, name):
+    for _, theirs, *_ in getattr(library_path_maps, name):
         pattern = re.sub(r"\\{\w+\\}", r"[^.]+", re.escape(theirs))
         assert any(re.fullmatch(pattern, path) for path in modules), theirs

@@ -6,9 +6,9 @@ import pytest
 
 from loraplus_jax.cli.commands import main
 from loraplus_jax.sweep.halving import comparison_steps, curve_steps, survivors
-from loraplus_jax.sweep.methods import method_run
+from loraplus_jax.sweep.interim_report import seed_groups
+from loraplus_jax.sweep.method_comparison import method_run
 from loraplus_jax.sweep.run import ignored_fields
-from loraplus_jax.sweep.sequential import seed_groups
 from loraplus_jax.sweep.settings import SweepSettings, Trial
 from loraplus_jax.sweep.statistics import report_runs
 

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, load_adapter, save_adapter
 from loraplus_jax.adapter.lora import weight_delta
-from loraplus_jax.optim.ranks import final_ranks, prune
+from loraplus_jax.optim.trained_ranks import final_ranks, prune
 
 
 class Block(nn.Module):

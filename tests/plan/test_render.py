@@ -9,7 +9,7 @@ import pytest
 from loraplus_jax import make_mesh
 from loraplus_jax.plan.hlo import Collective
 from loraplus_jax.plan.plan import Work, roofline
-from loraplus_jax.plan.text import advice, format_plan
+from loraplus_jax.plan.render import advice, format_plan
 from loraplus_jax.plan.tpu import CHIPS
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.training.setup import check_mesh

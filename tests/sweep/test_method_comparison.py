@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from loraplus_jax.settings.schema import OptimizerSettings
-from loraplus_jax.sweep.methods import TABLE, method_run
+from loraplus_jax.sweep.method_comparison import TABLE, method_run
 from loraplus_jax.sweep.settings import MethodName
 
 

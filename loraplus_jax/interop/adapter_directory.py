@@ -19,8 +19,8 @@ from .._utils.atomic import atomic_write
 from .._utils.json_files import check_file
 from .._utils.records import check_files, read_record, record_text
 from ..adapter.config import LoRAPlusConfig
-from ..adapter.rules import try_rules
 from ..adapter.spec import AdapterSpec, Specs, specs_from_json
+from ..adapter.target_rules import try_rules
 from ..adapter.tree import flatten, unflatten, with_collection
 from ..optim.roles import lr_ratio_of
 from ..step.checkpoint import FORMAT, describe_run

@@ -14,7 +14,7 @@ from .._utils.validation import check_number, suggest
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.spec import LEAVES, AdapterSpec
 from ..adapter.tree import leaves_by_path, unflatten
-from ..optim.factor_pairs import factor_pairs
+from ..optim.find_pairs import factor_pairs
 from .adapted_module import join
 from .layers import layer_weight
 

@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, models
 
 from loraplus_jax.data.chat_template import ChatTemplate
-from loraplus_jax.tasks.chat_model import end_of_turn_ids
+from loraplus_jax.tasks.chat_generation import end_of_turn_ids
 
 
 def test_a_template_that_hides_the_end_of_answers_has_no_end_of_turn():

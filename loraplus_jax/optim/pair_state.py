@@ -11,7 +11,7 @@ import optax
 
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path, replace_paths
-from .factor_pairs import Pair, factor_pairs, spec_path
+from .find_pairs import Pair, factor_pairs, spec_path
 from .keep_float32 import widen
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax.models.attention import causal_attention
-from loraplus_jax.plan.kernels import kernel_work
+from loraplus_jax.plan.kernel_costs import kernel_work
 from loraplus_jax.plan.tpu import tpu_devices
 
 TEXT = """\

@@ -12,7 +12,7 @@ import numpy as np
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.spec import AdapterSpec, Specs
 from ..adapter.tree import flat_factors, unflatten
-from .pairs import layouts_of
+from .pair_state import layouts_of
 
 
 def final_ranks(lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loraplus_jax.sweep.methods_report import compare
+from loraplus_jax.sweep.method_comparison_report import compare
 
 from ..messages import assert_mentions
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from loraplus_jax import LoRAPlusConfig, load_adapter, lora_plus_adamw, save_adapter
 from loraplus_jax.adapter.spec import AdapterSpec
-from loraplus_jax.interop.adapter_files import read_adapter_json
+from loraplus_jax.interop.adapter_directory import read_adapter_json
 
 from ..messages import mentions
 

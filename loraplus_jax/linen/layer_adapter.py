@@ -15,9 +15,9 @@ from flax.core.scope import LazyRng
 from ..adapter.config import Init, LoRAPlusConfig, Variant
 from ..adapter.dora import output_norms
 from ..adapter.lora import SCALE
-from ..adapter.rules import is_adapted, is_target, matching_rule
 from ..adapter.spec import MAGNITUDE, AdapterSpec, check_rank
 from ..adapter.taps import PREVIOUS_FACTORS, TAP
+from ..adapter.target_rules import is_adapted, is_target, matching_rule
 from ..inits.random import factor_inits
 from ..interpreter.dataflow import mark_weight
 from ..interpreter.low_rank import LowRankWeight

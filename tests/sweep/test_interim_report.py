@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loraplus_jax.sweep.sequential import interval_confidence, reason_to_end, seed_groups
+from loraplus_jax.sweep.interim_report import interval_confidence, reason_to_end, seed_groups
 from loraplus_jax.sweep.statistics import compare_arms
 
 ENDS = (3, 5, 8)

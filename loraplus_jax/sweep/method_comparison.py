@@ -23,21 +23,21 @@ from .._utils.validation import expand_path
 from ..adapter.tree import combine, count
 from ..data.fetch import resolve
 from ..models.checkpoints.hf import load_params
-from ..optim.ranks import alpha_for
+from ..optim.trained_ranks import alpha_for
+from ..settings.field_types import SECTION
 from ..settings.parsing import settings_from_json
 from ..settings.schema import OptimizerSettings, Settings
-from ..settings.types import SECTION
 from ..step.checkpoint import PACKAGES
 from ..step.fingerprints import fingerprint
 from ..tasks.causal_lm import LanguageTask
-from ..tasks.held_out_texts import HeldOutTexts
+from ..tasks.held_out_generation import HeldOutTexts
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ignored_lines, lines_only
 from ..training.metrics_log import SUMMARY
 from ..training.provenance import check_identity, model_identity
 from ..training.run_directory import open_output_directory, read_summary, saved_steps
 from ..training.setup import params_of
-from .methods_report import PICTURES, compare, draw
+from .method_comparison_report import PICTURES, compare, draw
 from .population import Population, abstract_population, add_scales
 from .report import PAGE, REPORT, render_page, write_report
 from .run import Sweep, sweep

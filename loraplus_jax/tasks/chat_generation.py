@@ -12,8 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .._utils.multihost import gather_to_host
-from ..data.chat import tokenize, tokenize_chats
 from ..data.chat_template import ChatTemplate
+from ..data.chat_tokens import tokenize, tokenize_chats
 from ..data.conversations import Chat, Turn
 from ..models.decoding.beam_search import make_beam_search
 from ..models.decoding.generate import (

@@ -3,7 +3,7 @@
 import pytest
 
 from loraplus_jax import LoRAPlusConfig
-from loraplus_jax.adapter.rules import (
+from loraplus_jax.adapter.target_rules import (
     TracedModule,
     check_coverage,
     layer_index,

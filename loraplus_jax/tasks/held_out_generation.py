@@ -11,7 +11,7 @@ from ..data.conversations import Chat
 from ..data.data_to_text import Input
 from ..settings.schema import Settings
 from .causal_lm import LanguageTask
-from .chat_model import ChatModel
+from .chat_generation import ChatModel
 from .text_scores import load_scorers, score_texts
 
 

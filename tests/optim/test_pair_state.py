@@ -9,7 +9,7 @@ from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.optim.adalora import adalora
 from loraplus_jax.optim.lora_muon import lora_muon
 from loraplus_jax.optim.lora_rite import lora_rite
-from loraplus_jax.optim.pairs import inverse_root, pair_layouts
+from loraplus_jax.optim.pair_state import inverse_root, pair_layouts
 from loraplus_jax.optim.riemannian import scale_by_riemannian
 
 from ..messages import mentions

@@ -13,8 +13,8 @@ from tokenizers import (
     normalizers,
 )
 
-from loraplus_jax.data.chat import find_answers, tokenize_chats
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
+from loraplus_jax.data.chat_tokens import find_answers, tokenize_chats
 from loraplus_jax.data.conversations import Chat, Turn, read_chats
 from loraplus_jax.data.packed_rows import pad
 
