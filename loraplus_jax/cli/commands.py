@@ -352,7 +352,10 @@ EXPORT = {
     **ALLOW,
 }
 FETCH = {"name": value("model or dataset to download", nargs="?", metavar="NAME")}
-_train, _sweep = partial(_run, "training.trainer:train"), partial(_run, "sweep.methods:sweep_or_compare")
+_train, _sweep = (
+    partial(_run, "training.trainer:train"),
+    partial(_run, "sweep.method_comparison:sweep_or_compare"),
+)
 _inspect, _export = partial(_call, "training.inspect:inspect"), partial(_call, "inference.export:export_run")
 _SETTINGS, _SWEEP = "settings.schema:Settings", "sweep.settings:SweepRun"
 COMMANDS = {

@@ -243,7 +243,9 @@ CASES = [
     Case("seed negative", ("seed", -1), ASK + " --temperature 1 --seed -1"),
     Case("a seed without a temperature", ("--seed", "--temperature"), ASK + " --seed 1"),
     Case("generate from nothing", ("--prompt", "--data"), "generate {dir}/model"),
-    Case("generate from both", ("--prompt or --data",), ASK + " --data {dir}/chats.jsonl"),
+    Case(
+        "generate from both", ("--prompt TEXT or --data FILE", "not both"), ASK + " --data {dir}/chats.jsonl"
+    ),
     Case("generate for an empty prompt", ("prompt", "empty"), "generate {dir}/model --prompt ' '"),
     Case(
         "generate for a prompt too long",

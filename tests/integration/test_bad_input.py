@@ -165,7 +165,7 @@ CASES = [
     Case("theory_every a word", ("train.theory_every", "null", "'often'"), "--train.theory_every often"),
     Case(
         "theory of embeddings",
-        ("embeddings", "encoder/embeddings/word"),
+        ("nothing to measure", "embeddings"),
         "--train.theory_every 3 --lora.target_modules [word]",
     ),
     # the config file

@@ -180,8 +180,9 @@ def test_every_task_tells_duplicates_before_training(first_world, first_talk, ta
     load = task_module(settings).load_data
     if duplicates == "warn":
         loaded = load(settings, source.model)
-        (line,) = [line for line in loaded.summary if "data.train" in line]
-        assert_mentions(line, "warning", "data.test", "same", loaded.examples["test"], data.name)
+        (line,) = [line for line in loaded.summary if "also in train" in line]
+        count, whole = loaded.examples["train"], loaded.examples["test"]
+        assert_mentions(line, "warning", f"{count} of {whole} test examples", data.name)
     else:
         with pytest.raises(
             ValueError, match=mentions("train", {"error": "test", "drop": "left"}[duplicates])
