@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ..integration.test_export import evaluated, printed, rejected
+from ..integration.runs import evaluated, printed, rejected
 from ..messages import assert_mentions
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 
+@pytest.mark.slow
 def test_a_run_exported_for_peft_evaluates_the_same(untrained, tmp_path, capsys):
     to = tmp_path / "peft"
     assert "README.md" in printed(capsys, "export", untrained.out, "--to", to)

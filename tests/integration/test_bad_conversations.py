@@ -179,26 +179,6 @@ CASES = [
         "--model.quantize nf4 --model.quantize_exclude [o_prj]",
     ),
     # starts from the base
-    Case(
-        "pissa on a quantized base",
-        ("lora.init", "pissa", "model.quantize", "loftq"),
-        "--lora.init pissa --model.quantize nf4",
-    ),
-    Case("loftq alone", ("lora.init", "loftq", "model.quantize", "nf4", "int8"), "--lora.init loftq"),
-    Case(
-        "loftq on what is not quantized",
-        ("lora.init", "loftq", "q_proj", "quantize_exclude"),
-        "--lora.init loftq --model.quantize nf4 --model.quantize_exclude [q_proj]",
-    ),
-    Case("two starts", ("lora.init", "olora", "init_adapter"), "--lora.init olora --init_adapter {dir}"),
-    Case("iterations of lora", ("init_iterations", "lora"), "--lora.init lora --lora.init_iterations 2"),
-    Case("rank of pissa", ("lora.rank", "8", "pissa", "12", "twice"), "--lora.init pissa --lora.rank 12"),
-    Case(
-        "pissa of one layer",
-        ("lora.layers_to_transform", "pissa"),
-        "--lora.init pissa --lora.layers_to_transform [1]",
-    ),
-    Case("odd rank of orthogonal", ("lora.rank", "even", "3"), "--lora.init orthogonal --lora.rank 3"),
     Case("sweep with a control of pissa", ("sweep.control", "false", "pissa"), SWEEP + " --lora.init pissa"),
     Case("sweep of lora_ga", ("lora.init", "lora_ga", "seed"), SWEEP + " --lora.init lora_ga"),
     Case(

@@ -49,6 +49,7 @@ def glue(world, name):
     return ("--data.path", f"glue/{name}", "--data.root", str(world.directory / "glue"))
 
 
+@pytest.mark.slow
 def test_classification_selects_by_its_own_metric_and_is_submitted(world, capsys):
     write_cola(world)
     out = world.trained(*glue(world, "cola"), "--train.steps", "30", "--train.eval_every", "10")

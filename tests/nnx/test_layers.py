@@ -10,6 +10,7 @@ from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.interpreter.low_rank import LowRankWeight
 from loraplus_jax.nnx import apply_lora_plus, lora_tree, merge
 
+from ..marks import slow
 from ..messages import mentions
 from .models import ATTENTION, IDS, LINEAR, PARAMETERS, One, Row, X, assert_close, build, linear, randomise
 
@@ -76,7 +77,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", ["lora", slow("dora")])
 @pytest.mark.parametrize("name", ROWS)
 def test_a_layer_starts_as_the_plain_one_and_then_equals_the_merged_one(name, variant, monkeypatch):
     row, sums = ROWS[name], []

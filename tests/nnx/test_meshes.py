@@ -12,6 +12,8 @@ from jax.sharding import AxisType, PartitionSpec
 from loraplus_jax import LoRAPlusConfig, lora_plus_adamw
 from loraplus_jax.nnx import apply_lora_plus, lora_tree, merge
 
+from ..marks import slow
+
 X = jax.random.normal(jax.random.key(3), (8, 8))
 CONFIG = LoRAPlusConfig(target_modules=["up", "down"], rank=2, lr_ratio=4.0)
 DORA = dataclasses.replace(CONFIG, variant="dora")
@@ -70,7 +72,7 @@ def layout(model):
     return {key: (*spec, *(None,) * (2 - len(spec))) for key, spec in specs.items()}
 
 
-@pytest.mark.parametrize("config", [CONFIG, DORA], ids=lambda config: config.variant)
+@pytest.mark.parametrize("config", [CONFIG, slow(DORA)], ids=lambda config: config.variant)
 def test_one_device_and_a_mesh_agree(mesh, config):
     explicit = AxisType.Explicit in mesh.axis_types
     expected = train(one := make(named=False, config=config), X)

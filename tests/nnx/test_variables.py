@@ -90,6 +90,7 @@ def trained(apply, variables, specs, devices):
     return state.trainable, losses
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_linen_on_one_device_and_on_two(pair):
     linen, (functional, _, specs) = pair
     variables = linen[1]

@@ -78,6 +78,7 @@ def test_evaluation_of_choices_is_reported_as_not_counted(planned):
     assert "evaluation is not counted" in format_plan(fake(plan, evaluation=None), choices)
 
 
+@pytest.mark.slow
 def test_the_beam_search_is_reported_as_not_counted(planned):
     plan, settings = planned
     assert "not counted" not in format_plan(plan, settings)
