@@ -71,6 +71,7 @@ def location_of(path: Path, number: int) -> str:
 def read_rows(
     path: str | Path,
     columns: Sequence[str],
+    delimiter: str | None = None,
     *,
     quoting: Quoting = "minimal",
     header: Sequence[str] = (),
@@ -80,14 +81,14 @@ def read_rows(
     """Reads the rows of a .csv, .tsv, .jsonl or .parquet file.
 
     Text files are UTF-8, with or without a byte order mark, LF or CRLF. CSV and TSV have a header and may quote
-    fields with `"`, doubled inside. The fields of CSV are separated by the first of `,`, `;`, tab and `|` that the
-    header has. JSON lines hold one object each. Strings, numbers and booleans in JSON and
+    fields with `"`, doubled inside. JSON lines hold one object each. Strings, numbers and booleans in JSON and
     Parquet become strings. Blank lines are skipped. Only `columns` are returned, but the values of an `id` column,
     if there is one, must be unique.
 
     Args:
       path: the file.
       columns: the columns to return.
+      delimiter: of a .csv or .tsv file; by default a comma or a tab.
       quoting: of a .csv or .tsv file: minimal, or none, where `"` is a character like any other.
       header: names of the columns of a .csv or .tsv file that has no header line; a first line that has all
         `columns` is one.
@@ -101,7 +102,7 @@ def read_rows(
         `SHOWN_PROBLEMS` with `file:line`.
     """
     path, problems = Path(path), Problems()
-    found, text = _read(path, SUFFIXES, columns, problems, quoting, header, short_rows)
+    found, text = _read(path, SUFFIXES, columns, problems, delimiter, quoting, header, short_rows)
     records = list(_string_records(found, columns, problems))
     for line, what in _value_problems(records, columns, may_be_empty):
         problems.add(line, what)
@@ -201,13 +202,12 @@ def _table_records(
     text: str,
     columns: Sequence[str],
     problems: Problems,
+    delimiter: str | None = None,
     quoting: Quoting = "minimal",
     header: Sequence[str] = (),
     short_rows: Problems | None = None,
 ) -> Iterator[Record]:
-    first_line = text.lstrip().partition("\n")[0]
-    separators = "\t" if path.suffix.lower() == ".tsv" else ",;\t|"
-    delimiter = next((x for x in separators if x in first_line), separators[0])
+    delimiter = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
     style = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
     # Line ends as they are: a quoted field may hold some.
     lines = io.StringIO(text, newline="")
@@ -220,8 +220,14 @@ def _table_records(
     else:
         top, header = first
     faults = [f"column {c!r} appears twice" for c in dict.fromkeys(header) if header.count(c) > 1]
+    other = next((d for d in _DELIMITERS if d != delimiter and len(header) == 1 and d in header[0]), None)
+    hint = (
+        f"; {header[0]!r:.60} looks {_DELIMITERS[other]}-separated: set data.delimiter {other!r}"
+        if other
+        else None
+    )
     bare = "" if {*columns} & {*header} else "; if the file has no header line, set data.header"
-    faults += [f"no column {c!r}{suggest(c, header)}{bare}" for c in columns if c not in header]
+    faults += [f"no column {c!r}{hint or suggest(c, header) + bare}" for c in columns if c not in header]
     for fault in faults:
         problems.add(top, fault)
     for line, fields in rows if not faults else ():
@@ -234,6 +240,7 @@ def _table_records(
 
 
 QUOTING_HINT = "if quotes are part of the text, set data.quoting none"
+_DELIMITERS = {";": "semicolon", "\t": "tab", "|": "pipe", ",": "comma"}
 
 
 def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str]]]:

@@ -57,8 +57,8 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
       resolve: turns a setting's value into a path, as `fetch.resolve` does.
 
     Raises:
-      ValueError: a file is invalid (see `read_rows`) or cannot be split (see `split_files`), or `quoting` or
-        `header` is set but no file is a table.
+      ValueError: a file is invalid (see `read_rows`) or cannot be split (see `split_files`), or `delimiter`,
+        `quoting` or `header` is set but no file is a table.
     """
     files = [file for files in settings.files.values() for file in files]
     for name in settings.table_options:

@@ -118,7 +118,7 @@ class ModelSettings:
 
 Files = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
 """A data file, or several."""
-GLUE_SETS = ("text", "text_pair", "label", "quoting", "header", "test_fraction")
+GLUE_SETS = ("text", "text_pair", "label", "delimiter", "quoting", "header", "test_fraction")
 """Fields of `DataSettings` that a GLUE task brings itself."""
 
 
@@ -139,6 +139,7 @@ class DataSettings:
       test: test file, or a list (optional); only with train.
       text: column with the text (encoders).
       text_pair: column with the second text, for tasks on text pairs (encoders).
+      delimiter: field delimiter of .csv and .tsv files (encoders); comma or tab if not set.
       quoting: quoting of .csv and .tsv files (encoders): minimal ("..." where a field needs it) or none (a quote is
         part of the text).
       header: names of the columns of .csv and .tsv files without a header line (encoders), such as [label, text]; a
@@ -173,6 +174,7 @@ class DataSettings:
     text: Text = "text"
     text_pair: Text | None = None
     label: Text = "label"
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     quoting: Literal["minimal", "none"] = "minimal"
     header: Annotated[tuple[Text, ...], Distinct] | None = None
     max_length: Annotated[Int, Field(ge=2)] = 128
@@ -234,7 +236,7 @@ class DataSettings:
     @property
     def table_options(self) -> dict[str, Any]:
         """How .csv and .tsv files are written, as far as it is set: arguments of `readers.read_rows`."""
-        names = ("quoting", "header")
+        names = ("delimiter", "quoting", "header")
         return {
             x: getattr(self, x) for x in names if getattr(self, x) != self.__dataclass_fields__[x].default
         }
@@ -253,6 +255,7 @@ class OptimizerSettings:
       name: adamw; riemannian, AdamW on gradients that each factor preconditions for the other (arXiv 2402.02347);
         lora_rite (arXiv 2410.20625) and lora_muon (arXiv 2606.12921), whose steps do not depend on how A B is split
         and which need lora.lr_ratio 1, as method lora has.
+      reg: what riemannian adds to the diagonal of A'A and BB'.
       learning_rate: eta_A, peak learning rate of A and all else except B; B's is lora.lr_ratio times it.
       head_learning_rate: peak learning rate of the head and other fully trained parameters; null uses eta_A.
       embedding_learning_rate: peak learning rate of embedding adapters; null uses eta_A, or 1e-6 with policy peft.
@@ -275,6 +278,7 @@ class OptimizerSettings:
     """
 
     name: OptimizerName = "adamw"
+    reg: Rate = 1e-2
     learning_rate: Rate = 1e-4
     head_learning_rate: Rate | None = None
     embedding_learning_rate: Rate | None = None
@@ -385,7 +389,7 @@ GENERATION = tuple(f"generation.{field.name}" for field in dataclasses.fields(Ge
 REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
     (("data.text", "data.text_pair", "data.label"), "task", ENCODER_TASKS),
-    (("data.quoting", "data.header", "data.root"), "task", ENCODER_TASKS),
+    (("data.delimiter", "data.quoting", "data.header", "data.root"), "task", ENCODER_TASKS),
     (("model.quantize",), "method", ("lora_plus", "lora")),
     (("model.quantize_exclude",), "model.quantize", ("int8", "nf4", "file")),
     (("model.split_fused", "model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
@@ -401,6 +405,7 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
     (("optimizer.decay",), "optimizer.weight_decay", ()),
     (("optimizer.name",), "method", ("lora_plus", "lora")),
+    (("optimizer.reg",), "optimizer.name", ("riemannian",)),
     (("optimizer.target_rank",), "method", ("lora_plus", "lora")),
     (("optimizer.target_rank",), "optimizer.name", ("adamw",)),
     (("optimizer.target_rank",), "train.select", ("last",)),

@@ -42,7 +42,7 @@ def make_optimizer(
     }
     precondition = direction = None
     if settings.name == "riemannian":
-        precondition = scale_by_riemannian(specs=specs)
+        precondition = scale_by_riemannian(settings.reg, specs=specs)
     elif settings.name == "lora_rite":
         direction = scale_by_lora_rite(settings.b1, settings.b2, settings.eps, specs=specs)
     elif settings.name == "lora_muon":

@@ -108,7 +108,7 @@ def test_conversations_and_questions_are_split_by_the_first_user_message():
         split_files(DataSettings(path="a.jsonl"), lambda _: chats[:2])
 
 
-@pytest.mark.parametrize("option", [{"header": ("text", "label")}, {"quoting": "none"}])
+@pytest.mark.parametrize("option", [{"header": ("text", "label")}, {"quoting": "none"}, {"delimiter": ";"}])
 def test_options_of_tables_require_one(tmp_path, option):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x"}')
     with pytest.raises(ValueError, match=mentions(f"data.{next(iter(option))}", ".csv", ".tsv", "a.jsonl")):

@@ -315,6 +315,7 @@ PROCESSES = flags(
 )
 WIDE = ("--data.path", "{dir}/wide.csv")
 BARE = ("--data.path", "{dir}/bare.csv", "--data.header", "[text, second, label]")
+BOTH = ("--data.path", "{dir}/both.csv")
 LAST = ("--train.select", "last")
 FILES = ("--data.path", "null", "--data.train", "{dir}/first.csv")
 TALK = flags(
@@ -352,6 +353,7 @@ CHANGES = [
     Change("data.text", "text2", arrays, WIDE),
     Change("data.text_pair", "second", arrays, WIDE),
     Change("data.label", "label2", arrays, WIDE),
+    Change("data.delimiter", ";", arrays, BOTH),
     Change("data.quoting", "none", arrays, ("--data.path", "{dir}/quoted.csv")),
     Change("data.header", "[second, text, label]", arrays, BARE),
     Change("data.limit", "20", arrays),
@@ -391,6 +393,7 @@ CHANGES = [
     Change("optimizer.name", "lora_rite", updates, ("--method", "lora")),
     Change("optimizer.name", "lora_muon", updates, ("--method", "lora")),
     Change("optimizer.target_rank", "1", ranks_over_time, LAST),
+    Change("optimizer.reg", "0.5", updates, ("--optimizer.name", "riemannian")),
     Change("optimizer.decay_steps", "3", updates, ("--optimizer.schedule", "wsd")),
     Change("optimizer.learning_rate", "2e-3", updates),
     Change("optimizer.head_learning_rate", "1e-2", updates),
@@ -467,6 +470,9 @@ def home(first_world, tmp_path_factory, cache):
     lines = [f"a {row['text']},so {row['text']},{row['label']}" for row in rows]
     (world.directory / "bare.csv").write_text("\n".join(lines) + "\n")
     texts = [row["text"].replace(",", "").replace(";", "") for row in rows]
+    # A table with commas and, of other values, with semicolons.
+    lines = [f"{t},{row['label']},so;{t} so;{row['label']}" for t, row in zip(texts, rows, strict=True)]
+    (world.directory / "both.csv").write_text("\n".join(["text,label,x;text;label", *lines]) + "\n")
     lines = [f'"{text}",{row["label"]}' for text, row in zip(texts, rows, strict=True)]
     (world.directory / "quoted.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     for root, part in {"glue": rows[:100], ".": rows[60:]}.items():

@@ -26,7 +26,7 @@ def test_the_tables_here_name_every_field():
     alone = {"optimizer.decay_steps", "optimizer.decay", "train.prompt_tokens", "init_adapter_rates"}
     alone |= {"generation.no_repeat_in"}
     alone |= {"model.quantize_exclude", "lora.init_iterations", "data.root"}
-    alone |= {"optimizer.magnitude_learning_rate", "optimizer.target_rank"}
+    alone |= {"optimizer.reg", "optimizer.magnitude_learning_rate", "optimizer.target_rank"}
     alone |= {"distributed.start_timeout", "distributed.lost_timeout", *PROCESSES}
     assert OTHER.keys() | LANGUAGE.keys() | GENERATION.keys() | FILES.keys() | alone == set(dotted())
 

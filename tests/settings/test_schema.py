@@ -29,6 +29,7 @@ GLUE_FIELDS = {
     "text": "sentence",
     "text_pair": "second",
     "label": "class",
+    "delimiter": ";",
     "quoting": "none",
     "header": "[text, label]",
     "test_fraction": "0.3",
@@ -40,6 +41,7 @@ OF_ENCODERS = {
     "model.dropout": "0.3",
     "model.head_dropout": "0.3",
     "data.text_pair": "second",
+    "data.delimiter": ";",
     "data.quoting": "none",
     "data.header": "[text, label]",
 }

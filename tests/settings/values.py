@@ -23,6 +23,7 @@ OTHER = {
     "data.text": "sentence",
     "data.text_pair": "second",
     "data.label": "class",
+    "data.delimiter": ";",
     "data.quoting": "none",
     "data.header": ["text", "label", "sentence", "second", "class"],
     "data.max_length": 32,

@@ -134,7 +134,7 @@ del CHANGES["train.epochs"]
 # These replace another field or go with another, so they are not changed alone.
 INSTEAD = {*FILES, *PROCESSES, "train.epochs", "train.prompt_tokens", "init_adapter_rates"}
 INSTEAD |= {"model.quantize_exclude", "lora.init_iterations"}
-INSTEAD |= {"optimizer.decay_steps", "optimizer.target_rank"}
+INSTEAD |= {"optimizer.decay_steps", "optimizer.target_rank", "optimizer.reg"}
 
 
 def fields(values):
