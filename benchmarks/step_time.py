@@ -1,4 +1,4 @@
-"""One training step of the same adapters on the same Llama, beside other packages', on packed weights, or as DoRA.
+"""A training step of the same adapters on the same Llama, beside other packages', on quantized weights, or as DoRA.
 
     python benchmarks/step_time.py                            # PEFT on torch, qwix and tunix; 2 CPU cores, float32
     python benchmarks/step_time.py --layers 4 --name quick    # a quick look, in a file of its own
@@ -12,8 +12,8 @@ step, in random order, and ratios are medians over the rounds' own ratios. The l
 are compared: they are equal only if all did the same work.
 
 Peak memory is the process's highest resident set (VmHWM) from its start on a CPU, and what the framework's
-allocator reached on a GPU. No network is used. What is not installed is left out. With `quantized`, all products of
-the layers are packed, and the tied embedding stays wide.
+allocator reached on a GPU. No network is used. What is not installed is left out. With `quantized`, the weights
+of all products of the layers are quantized; the tied embedding is not.
 """
 
 from collections.abc import Mapping

@@ -194,6 +194,8 @@ class LoRAPlusConfig:
         Raises:
           ValueError, TypeError: a key is unknown (the message suggests the closest one) or a value is invalid.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"LoRAPlusConfig must be a mapping with target_modules, got {values!r:.80}")
         fields = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in fields:
@@ -228,7 +230,7 @@ def _distinct(field: str, value: Any, what: str) -> tuple[Any, ...]:
         raise TypeError(f"{field} must be a sequence of {what}, got {value!r}")
     items = tuple(value)
     if len(set(map(str, items))) < len(items):
-        raise ValueError(f"{field} must contain distinct {what}, got {list(items)}")
+        raise ValueError(f"{field} must be distinct, got {list(items)}")
     return items
 
 

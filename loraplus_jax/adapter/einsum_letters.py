@@ -46,9 +46,8 @@ def split_equation(equation: str) -> tuple[str, tuple[str, str]]:
     middle = "".join(c for c in result if c not in outputs) + rank
     a = "".join(c for c in w if c not in outputs) + rank
     first, second = f"{x},{a}->{middle}", f"{middle},{batch}{rank}{outputs}->{result}"
-    spare = iter(
-        c for c in string.ascii_lowercase[4:] + "abcd" if c not in "io"
-    )  # a letter for each batch axis
+    # A letter for each batch axis.
+    spare = iter(c for c in string.ascii_lowercase[4:] + "abcd" if c not in "io")
     roles = "".join("o" if c in outputs else next(spare) if c in batch else "i" for c in w)
     return roles, (first, second)
 

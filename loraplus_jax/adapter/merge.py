@@ -55,7 +55,10 @@ def merge(
 def check_dequantize(weight: Any, path: str, *, allowed: bool) -> jax.Array:
     """The values of a packed weight for a merge; raises ValueError unless they were asked for."""
     if not allowed:
-        raise ValueError(f"{path} is packed in {weight.kind}: pass the original weights, or dequantize=True")
+        raise ValueError(
+            f"{path} is packed in {weight.kind}: merge into the original weights, or into the quantized ones with "
+            "dequantize=True"
+        )
     return weight.dequantize()
 
 

@@ -85,7 +85,9 @@ class AdapterSpec:
         check_layers_of(self.leaf, self)
         size = self.shape[layer_axis(self.base_letters, self.stacked)] if self.stacked else 0
         if not self.layers or any(not isinstance(n, int) or not 0 <= n < size for n in self.layers):
-            raise ValueError(f"{self.leaf}: layers must be among {size} stacked ones, got {self.layers}")
+            raise ValueError(
+                f"{self.leaf}: layers must be indices of stacked layers, below {size}, got {self.layers}"
+            )
 
     @property
     def base_letters(self) -> str:
@@ -140,10 +142,14 @@ class AdapterSpec:
         Raises:
           ValueError, TypeError: a key is unknown or missing, or a value is invalid.
         """
-        fields = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping):
+            raise ValueError(f"AdapterSpec must be a mapping, got {values!r:.80}")
+        fields = dataclasses.fields(cls)
         for name in values:
-            if name not in fields:
-                raise ValueError(f"AdapterSpec: unknown key {name!r}{suggest(name, fields)}")
+            if name not in (names := [field.name for field in fields]):
+                raise ValueError(f"AdapterSpec: unknown key {name!r}{suggest(name, names)}")
+        if missing := [f.name for f in fields if f.name not in values and f.default is dataclasses.MISSING]:
+            raise ValueError(f"AdapterSpec: missing keys: {', '.join(missing)}")
         return cls(**values)
 
 

@@ -17,9 +17,8 @@ class TracedModule:
     """What tracing a model found at a module's path."""
 
     type: str  # the module's class name
-    weights: list[str] = dataclasses.field(
-        default_factory=list
-    )  # with two or more axes, of an unsupported type
+    # Those with two or more axes, of an unsupported type.
+    weights: list[str] = dataclasses.field(default_factory=list)
     kind: str | None = None  # as in `AdapterSpec`; None until a rule matches the layer
     axes: str | None = None
     adaptable: bool = False  # whether the type is supported
@@ -35,6 +34,8 @@ class TracedModule:
         self.kind, self.axes = kind, axes
 
 
+# Every call of a layer in every trace asks, and the answer is the same each time.
+@functools.lru_cache(maxsize=4096)
 def is_target(config: LoRAPlusConfig, path: str) -> bool:
     """Whether `target_modules` matches a path; `"all-linear"` matches all paths outside `modules_to_save`."""
     if config.target_modules == ALL_LINEAR:
@@ -61,7 +62,10 @@ def layer_index(path: str) -> int | None:
     *above, last = path.split("/")
     numbers = [int(match[0]) for segment in above if (match := re.search(r"\d+$", segment))]
     if len(numbers) > 1:
-        raise ValueError(f"layers_to_transform: the layer of {path!r} is ambiguous: {numbers}; use a regex")
+        raise ValueError(
+            f"layers_to_transform: the layer of {path!r} is ambiguous: {numbers}; use a regular expression in "
+            "target_modules"
+        )
     own = re.search(r"\d+$", last)
     return numbers[0] if numbers else int(own[0]) if own else None
 

@@ -87,7 +87,7 @@ def split_trainable(
     if isinstance(trained, LoRAPlusConfig):
         if bias is not None:
             raise ValueError(
-                f"pass bias or a config, not both; the config has {trained.bias!r}, not {bias!r}"
+                f"pass bias or a config, not both; the config has bias={trained.bias!r}, not {bias!r}"
             )
         trained, bias = trained.modules_to_save, trained.bias
     bias = "none" if bias is None else bias

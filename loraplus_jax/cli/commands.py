@@ -278,8 +278,8 @@ TASKS = {
 PLAN = SETTINGS | {
     "--topology": value("TPU topology to compile for, such as v5e:16x16", metavar="NAME"),
     "--search": flag(
-        "search for mesh, micro-batches, remat, attention and loss chunk of the fastest step that fits, and print "
-        "the command; settings on the command line stay fixed; requires --topology"
+        "search for mesh, micro-batches and remat of a fast step that fits, and print the command; settings on the "
+        "command line stay fixed; requires --topology"
     ),
     "--json": value("also write the plan to FILE as JSON; FILE must not exist", path, metavar="FILE"),
 }

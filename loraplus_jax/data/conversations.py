@@ -184,7 +184,11 @@ def choose_columns(
     if columns is not None:
         if any(set(required) <= set(columns) <= {*required, *optional} for required, optional in layouts):
             return dict(columns)
-        raise ValueError(f"columns must name {allowed}; got {', '.join(columns) or 'none'}")
+        others = ", ".join(sorted({name for _, optional in layouts for name in optional}))
+        raise ValueError(
+            f"data.column_names must name {allowed}{f', and may name {others}' if others else ''}; got "
+            f"{', '.join(columns) or 'none'}"
+        )
     counts = Counter(name for _, values in records for name in values)
     matches = [sum(set(required.values()) <= row.keys() for _, row in records) for required, _ in layouts]
     if records and not max(matches):

@@ -196,7 +196,7 @@ def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
     complete, and concurrent downloads of the same asset are safe.
 
     To read the metadata of a source distribution, pip would download its build backend and run the package's code
-    with it. Instead, it gets `STUB`.
+    with it. pip gets `STUB` as the backend instead.
 
     Args:
       name: a name in `ASSETS`.

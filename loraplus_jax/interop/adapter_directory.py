@@ -148,11 +148,12 @@ def read_description(path: Path) -> dict[str, Any]:
     """
 
     def check(notes: dict[str, Any]) -> None:
-        if not {"format", "config", "specs"} <= notes.keys() or notes["format"] != FORMAT:
+        if notes.get("format") != FORMAT:
             raise ValueError(
-                f"{path}: format must be {FORMAT}, with config and specs, got {notes.get('format')!r:.80}; use the "
-                "version that wrote it"
+                f"{path}: format must be {FORMAT}, got {notes.get('format')!r:.80}; use the version that wrote it"
             )
+        if missing := {"config", "specs"} - notes.keys():
+            raise ValueError(f"{path}: {' and '.join(sorted(missing))} missing")
         specs, settings = notes["specs"], notes.get("settings")
         for config in (notes["config"], settings.get("lora") if isinstance(settings, Mapping) else None):
             try_rules(str(path), config, specs if isinstance(specs, Mapping) else ())

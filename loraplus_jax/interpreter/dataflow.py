@@ -1,6 +1,6 @@
 """Follows weights through a program, from a jaxpr's inputs to its outputs, without computing anything.
 
-A model whose adapted layers return only their low-rank terms (`Mode.LOW_RANK_ONLY`) does not need the adapted
+A model whose adapted layers return only their low-rank terms (`Tracing.low_rank_only`) does not need the adapted
 weights. If one still reaches an output, the model reads it outside its layer, where no adapter acts.
 """
 
@@ -100,11 +100,12 @@ def _propagate_eqn(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
         flow.changed.update(n for tags in inputs for n, unchanged in tags if not unchanged)
         if _MARK_WHOLE in called:
             flow.whole.update(n for tags in inputs for n, _ in tags)
-    for inner in (value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)):
-        jaxpr: Any = getattr(inner, "jaxpr", inner)
+    inner = [value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
+    if len(inner) == 1:
+        jaxpr: Any = getattr(inner[0], "jaxpr", inner[0])
         # A call, whatever its name: jax has many, and users may add their own.
         if (len(jaxpr.invars), len(jaxpr.outvars)) == (len(eqn.invars), len(eqn.outvars)):
-            return _propagate(inner, inputs, flow)
+            return _propagate(inner[0], inputs, flow)
     tags = NOTHING.union(*inputs)
     return [tags if name in _MOVES else _as_changed(tags)] * len(eqn.outvars)
 

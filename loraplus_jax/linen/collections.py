@@ -18,7 +18,7 @@ from ..adapter.tree import rebox
 from ..interpreter.low_rank import LowRankWeight, evaluate
 from ..quantization.packed_array import dense_shapes, is_packed
 from .discovery import Discovery
-from .layer_adapter import TRACING, Adapter, FactorBox, is_box, new_factors, read_factors
+from .layer_adapter import TRACING, FactorBox, LayerAdapter, is_box, new_factors, read_factors
 
 COLLECTIONS = ["params", "lora", SCALE]
 Path = tuple[str, ...]
@@ -144,7 +144,7 @@ class CollectionMap:
         """The rule of `target_parameters` that matches a parameter, or None."""
         return parameter_rule(self.config, "/".join(path)) if self.config.target_parameters else None
 
-    def _adapter(self, path: Path, leaf: Any) -> Adapter:
+    def _adapter(self, path: Path, leaf: Any) -> LayerAdapter:
         """The adapter of a parameter in `target_parameters`."""
         name, rule, value = "/".join(path), self._rule(path), meta.unbox(leaf)
         if not hasattr(value, "shape"):
@@ -153,7 +153,7 @@ class CollectionMap:
                 f"{type(value).__name__} of arrays; let the model store each under its own name"
             )
         spec = parameter_spec(self.config, name, str(rule), tuple(value.shape), "")
-        return Adapter.of(spec, self.config, f"{name!r} (target_parameters: {rule!r})")
+        return LayerAdapter.of(spec, self.config, f"{name!r} (target_parameters: {rule!r})")
 
     def _factors_of(self, path: Path, leaf: Any) -> dict[Path, Any]:
         adapter = self._adapter(path, leaf)

@@ -34,7 +34,7 @@ class Tracing:
     Attributes:
       boxed: whether new factors are `FactorBox` objects, from which `init_lora` reads the specs, or bare arrays.
       low_rank_only: whether adapted layers return only their low-rank term, and `mark_weight` of their weight.
-      discoveries: collects the `Discovery` of each wrapped model that is initialized; None for no collection.
+      discoveries: collects the `Discovery` of each wrapped model that is initialized; None: not collected.
     """
 
     boxed: bool = False
@@ -100,7 +100,7 @@ class LoRAPlusLayer(nn.Module):
     variant: Variant = "lora"
 
 
-class Adapter(NamedTuple):
+class LayerAdapter(NamedTuple):
     """The adapter of a layer or parameter: what every call reads of it, computed once.
 
     Attributes:
@@ -119,7 +119,7 @@ class Adapter(NamedTuple):
     where: str
 
     @classmethod
-    def of(cls, spec: AdapterSpec, config: LoRAPlusConfig, where: str) -> "Adapter":
+    def of(cls, spec: AdapterSpec, config: LoRAPlusConfig, where: str) -> "LayerAdapter":
         """The adapter with this spec."""
         shapes = dict(zip(spec.factors, spec.factor_shapes, strict=True))
         return cls(spec, shapes, spec.base_letters, spec.factor_letters, config, where)
@@ -129,7 +129,7 @@ class Adapter(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def adapter_of(
     config: LoRAPlusConfig, path: str | None, kind: str, leaf: str, axes: str, shape: tuple[int, ...]
-) -> Adapter | None:
+) -> LayerAdapter | None:
     """The adapter of a layer, or None if the config does not adapt it.
 
     Args:
@@ -152,11 +152,11 @@ def adapter_of(
         scale=config.scale_of(path or ""),
         magnitude=config.variant == "dora",
     )
-    return Adapter.of(spec, config, where)
+    return LayerAdapter.of(spec, config, where)
 
 
 def new_factors(
-    adapter: Adapter, rng: LazyRng, names: tuple[str, ...], weight: jax.Array
+    adapter: LayerAdapter, rng: LazyRng, names: tuple[str, ...], weight: jax.Array
 ) -> dict[str, FactorBox]:
     """Makes initial factors, by name; raises ValueError if the rank is above the input size or the output size.
 
@@ -181,7 +181,7 @@ def new_factors(
     return {name: FactorBox(value, spec) for name, value in factors.items()}
 
 
-def read_factors(adapter: Adapter, get: Callable[[str], Any]) -> list[jax.Array]:
+def read_factors(adapter: LayerAdapter, get: Callable[[str], Any]) -> list[jax.Array]:
     """Reads A, B and, if the adapter has them, magnitudes; `get` returns a factor by name, or None.
 
     Raises:
@@ -202,7 +202,7 @@ def read_factors(adapter: Adapter, get: Callable[[str], Any]) -> list[jax.Array]
     return factors
 
 
-def make_factors(scope: Any, adapter: Adapter, collection: str, weight: jax.Array) -> None:
+def make_factors(scope: Any, adapter: LayerAdapter, collection: str, weight: jax.Array) -> None:
     """Adds a layer's initial factors to its scope unless they exist."""
     # They do if an Embed's lookup and attend share them, or if the layer is called again.
     if not any(scope.has_variable(collection, name) for name in adapter.shapes):
@@ -212,7 +212,7 @@ def make_factors(scope: Any, adapter: Adapter, collection: str, weight: jax.Arra
 
 
 def add_low_rank_term(
-    y: jax.Array, module: nn.Module, call: LayerCall, adapter: Adapter, collection: str, w: jax.Array
+    y: jax.Array, module: nn.Module, call: LayerCall, adapter: LayerAdapter, collection: str, w: jax.Array
 ) -> jax.Array:
     """Adds s (dropout(x) A) B, computed in the layer's `dtype`, to a layer's output `y` and keeps its dtype.
 

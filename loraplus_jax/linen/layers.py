@@ -31,6 +31,7 @@ def _add_term(y: jax.Array, layer: LoRAPlusLayer, method: Any, *args: Any, modul
     weight = meta.unbox(scope.get_variable("params", call.leaf))
     path = "/".join(module.path) or type(module).__name__
     adapter: Any = adapter_of(config, path, call.kind, call.leaf, call.axes, weight.shape)
+    adapter = adapter._replace(where=repr(path))  # the rule is not the user's
     if scope.is_mutable_collection("lora"):
         make_factors(scope, adapter, "lora", weight)
     return add_low_rank_term(y, module, call, adapter, "lora", weight)

@@ -23,9 +23,10 @@ from flax.linen.transforms import decorator_lift_transform, get_module_scopes
 from jax.extend.core import jaxpr_as_fun
 
 from .._utils.validation import suggest
-from ..adapter.config import LoRAPlusConfig
+from ..adapter.config import ALL_LINEAR, LoRAPlusConfig
 from ..adapter.dora import set_magnitudes
 from ..adapter.spec import MAGNITUDE, AdapterSpec
+from ..adapter.target_rules import is_target, matching_rule
 from ..adapter.tree import flatten, leaves_by_path
 from ..interpreter.dataflow import trace_dataflow
 from ..quantization.packed_array import is_packed
@@ -208,10 +209,15 @@ class _Call:
         if describe is None:
             return y
         self.called |= {path} - {None}
+        if path is not None and not is_target(config, path):
+            return y
         try:
             call = describe(module, *args, **kwargs)
-        except ValueError:  # which `Discovery` raised for all rules but all-linear
-            return y
+        except ValueError as error:
+            if path is None or config.target_modules == ALL_LINEAR:
+                return y
+            rule = matching_rule(config, path)
+            raise ValueError(f"target_modules: {rule!r} matches {path!r}: {error}") from None
         weight = meta.unbox(scope.get_variable("params", call.leaf))
         adapter = adapter_of(config, path, call.kind, call.leaf, call.axes, weight.shape)
         if adapter is None:

@@ -90,14 +90,14 @@ class ModelConfig:
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
 
     def size_problems(self) -> list[str]:
-        """One line per size that does not go with another one; called if every field is valid by itself."""
+        """One line per pair of sizes that do not fit; called once all fields are valid."""
         heads, width = (getattr(self, name) for name in ("num_attention_heads", "hidden_size"))
         names = [self.NAMES.get(name, name) for name in ("num_attention_heads", "hidden_size")]
         return [f"{' must divide '.join(names)}, got {heads} and {width}"] if width % heads else []
 
     def _field_problems(self) -> list[str]:
         """One line per invalid field, by its type: an int is a size of at least 1."""
-        choices = {"model_type": self.MODEL_TYPES, self.ACTIVATION: ACTIVATIONS}
+        choices = {"model_type": self.MODEL_TYPES, self.ACTIVATION: tuple(ACTIVATIONS)}
         problems = []
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             name, value = field.name, getattr(self, field.name)

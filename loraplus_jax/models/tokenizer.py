@@ -59,7 +59,7 @@ def tokenizer(path: str | Path) -> "Tokenizer":
         file = gguf.read(gguf_path)
         result, rows = _from_gguf(file), gguf.embedding_rows(file)
     else:
-        _tokenizer_config(path)
+        _check_directory(path)
         result = read_tokenizer_json(path)
         result.no_padding()
         result.no_truncation()
@@ -109,10 +109,10 @@ def read_chat_template(path: str | Path) -> str | None:
     if (gguf_path := gguf.find(path)) is not None:
         source, template = gguf_path, gguf.read(gguf_path).one("tokenizer.chat_template")
     else:
-        settings, source = _tokenizer_config(path), path / "tokenizer_config.json"
+        _check_directory(path)
         if (jinja := path / "chat_template.jinja").exists():
             return read_text(jinja)
-        template = settings.get("chat_template")
+        template, source = _tokenizer_config(path).get("chat_template"), path / "tokenizer_config.json"
         if isinstance(template, list):
             named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
             template = named[0].get("template") if named else None
@@ -171,9 +171,13 @@ def stop_ids(path: str | Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
+def _check_directory(path: Path) -> None:
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory or GGUF file")
+
+
 def _tokenizer_config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory or GGUF file")
+    _check_directory(directory)
     path = directory / "tokenizer_config.json"
     return read_json(path) if path.exists() else {}
 

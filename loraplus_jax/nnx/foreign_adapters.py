@@ -19,7 +19,7 @@ from .adapted_module import join
 from .layers import layer_weight
 
 
-class OtherAdapters(NamedTuple):
+class ForeignAdapters(NamedTuple):
     """Adapters of another library.
 
     Attributes:
@@ -33,8 +33,8 @@ class OtherAdapters(NamedTuple):
     config: LoRAPlusConfig
 
 
-def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None) -> OtherAdapters:
-    """Reads the adapters of qwix (so of tunix), `nnx.LoRA`, `nnx.LoRALinear`, gemma or keras.
+def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None) -> ForeignAdapters:
+    """Reads the adapters of qwix (so of tunix), `nnx.LoRA`, `nnx.LoRALinear`, gemma, keras or lorax.
 
     With the result `save_peft` writes a PEFT directory from their runs, `merge` merges them, and `describe` shows
     them. Factors that the library flattens, such as (in, heads · size), get the axes of their weight.
@@ -99,7 +99,7 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
     weights = [spec.leaf.removeprefix("params/") for spec in specs.values()]
     if unused := [rule for rule in axes or {} if not any(re.fullmatch(rule, path) for path in weights)]:
         raise ValueError(f"axes: {unused[0]!r} matches no adapted weight{suggest(unused[0], weights)}")
-    return OtherAdapters(unflatten(lora), specs, _config(specs, scale))
+    return ForeignAdapters(unflatten(lora), specs, _config(specs, scale))
 
 
 def _config(specs: Mapping[str, AdapterSpec], scale: float) -> LoRAPlusConfig:

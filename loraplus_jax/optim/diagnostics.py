@@ -127,7 +127,10 @@ def describe(
             for path, role in state.roles
         }
     if not groups.keys() & leaves_by_path(trainable).keys():
-        raise TypeError(f"{type(optimizer).__name__} has no lora_plus_adamw of these trainable variables")
+        raise TypeError(
+            "optimizer must contain lora_plus or lora_plus_adamw for these trainable variables, got "
+            f"{type(optimizer).__name__}"
+        )
     for name in merged or ():
         check_choice("merged", name, sorted(specs or {}))
     rows = []

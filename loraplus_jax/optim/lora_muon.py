@@ -44,7 +44,7 @@ def lora_muon(
     """The optimizer LoRA-Muon: `scale_by_lora_muon` with one rate of A and B, and decay.
 
     To first order the rate is the spectral norm of a step of A B, and `weight_decay` is that of A B: each factor
-    decays by half of it.
+    decays by half of it. `b1` decays the momentum; `specs` as for `scale_by_lora_muon`.
     """
     return optax.chain(
         scale_by_lora_muon(b1, specs=specs),

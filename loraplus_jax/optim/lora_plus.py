@@ -256,12 +256,12 @@ def _check_wrapped(state: Any, ratio: Any) -> None:
     """Raises ValueError if a ratio does not belong around an optimizer, by the optimizer's state."""
     for inner in find_states(state, PairState, LoRAPlusState, *_RIGHT_ORDERS):
         if isinstance(inner, LoRAPlusState):
-            raise ValueError("lr_ratio applies twice: lora_plus must not wrap a LoRA+ optimizer")
+            raise ValueError("lr_ratio applies twice: a LoRA+ optimizer must not wrap another")
         if not isinstance(inner, PairState):
             name, right_order = type(inner).__name__.removesuffix("State"), _RIGHT_ORDERS[type(inner)]
             raise ValueError(
-                f"lora_plus must not wrap {name}, which keeps parameters in its state: B, moved lr_ratio times as "
-                f"far, would no longer match them; instead use {right_order}"
+                f"a LoRA+ optimizer must not wrap {name}, which keeps parameters in its state: B, moved lr_ratio "
+                f"times as far, would no longer match them; instead use {right_order}"
             )
         if not isinstance(ratio, Tracer) and not np.isclose(ratio, 1, rtol=1e-5):
             raise ValueError(

@@ -70,7 +70,6 @@ class LoRAPlusState(struct.PyTreeNode):
       decays: weight decay by role, likewise; empty with `lora_plus`, where the wrapped optimizer sets it.
       roles: `(path, role)` of every leaf.
       relative: whether rates are multiples of a wrapped optimizer's, as with `lora_plus`.
-
     """
 
     inner_state: Any

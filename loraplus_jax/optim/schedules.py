@@ -44,7 +44,9 @@ def make_schedule(
     if name != "wsd" and decay_steps is not None:
         raise ValueError(f"decay_steps requires schedule wsd, got {name} and decay_steps {decay_steps}")
     if name == "constant" and final_fraction:
-        raise ValueError(f"final_fraction requires another schedule than constant, got {final_fraction}")
+        raise ValueError(
+            f"final_fraction requires schedule linear, cosine or wsd, got constant and {final_fraction}"
+        )
     check_int("steps", steps, at_least=1)
     check_int("warmup_steps", warmup_steps, at_least=0)
     check_number("final_fraction", final_fraction, at_least=0.0, below=1.0)

@@ -39,7 +39,8 @@ def prune(
     Returns:
       Factors, table and config. The config's `rank_pattern` and `alpha_pattern` name every module.
     """
-    factors, ranks = dict(flat_factors(lora, specs)), {}
+    flat, ranks = flat_factors(lora, specs), {}
+    factors = {path: flat[path] for module, spec in specs.items() for path in spec.factor_paths(module)}
     for module, spec in specs.items():
         in_use = _in_use(factors, module, spec)
         rank = ranks[module] = max(1, int(in_use.sum(-1).max()))

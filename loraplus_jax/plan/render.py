@@ -64,10 +64,11 @@ def explain_no_fit(search: Search) -> str:
     """Why a search found no layout that fits."""
     if not search.complete:
         return "the search was interrupted before a layout was known to fit"
-    least = min(trial.needed for trial in search.trials)
+    compiled = [trial.needed for trial in search.trials if trial.plan is not None]
+    least = min(compiled or [trial.needed for trial in search.trials])
     return (
-        f"no layout fits: every one needs at least {_size(least)} per device; use a larger topology, a smaller "
-        "data.max_length, or for the weights model.param_dtype bfloat16 or model.quantize"
+        f"no layout that was tried fits: each needs at least {_size(least)} per device; use a larger topology, a "
+        "smaller data.max_length, or for the weights model.param_dtype bfloat16 or model.quantize"
     )
 
 

@@ -34,6 +34,7 @@ rounding and for the masks of dropout, which differ between micro-batches."""
 COUNTED = 6
 """Layouts that are counted, and then compiled, at a time."""
 TOO_LARGE = "needs more memory than available"
+LARGER = "not compiled: one with a smaller estimate does not fit"
 UNCOUNTED = "the programs that count its work need more memory than available"
 
 
@@ -110,7 +111,7 @@ class Search:
     Attributes:
       current: the layout of the settings.
       rejected: why training would reject that layout; None if it would not.
-      trials: the layouts that training accepts, smallest estimate first: all weights split over `fsdp`, or none.
+      trials: the layouts that training accepts, with all weights split over `fsdp` or none, by their estimates.
       complete: whether the search ended by itself.
     """
 
@@ -193,16 +194,18 @@ class Search:
             trial.times |= counts | {"memory": trial.work.bytes / self._chip.hbm_rate}
 
     def _compile(self, trial: Trial) -> None:
-        """Plans a trial; if it does not fit, neither do those of the same remat with as large an estimate."""
+        """Plans a trial; if it does not fit, leaves out those alike with as large an estimate and micro-batches."""
         settings, estimate = trial.layout.apply(self._settings), trial.needed
         trial.plan = plan = plan_for(settings, self._chip, self._devices, self._counted)
         trial.work, trial.needed, trial.times = plan.work, plan.needed, plan.roofline or trial.times
         if not plan.fits:
             trial.problem = "does not fit"
             for other in self.trials:
-                is_as_large = other.layout.remat == trial.layout.remat and other.needed >= estimate
-                if is_as_large and other.plan is None and other.problem is None:
-                    other.problem = TOO_LARGE
+                is_alike = other.layout.remat == trial.layout.remat
+                # More micro-batches are smaller ones, which may fit.
+                is_as_large = other.needed >= estimate and other.layout.accumulate <= trial.layout.accumulate
+                if is_alike and is_as_large and other.plan is None and other.problem is None:
+                    other.problem = LARGER
         elif plan.work is None:
             trial.problem = UNCOUNTED
 

@@ -51,12 +51,17 @@ def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 def part_shapes(kind: Kind, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of the parts of a matrix."""
-    size = columns // FORMATS[kind].block * BLOCK_BYTES.get(kind, 1)
-    one = np.zeros((1, size), np.uint8 if kind in BLOCK_BYTES else np.float32)
-    shapes = {
-        name: jax.ShapeDtypeStruct((rows, *part.shape[1:]) if part.ndim == 2 else part.shape, part.dtype)
-        for name, part in pack_matrix(kind, one).items()
-    }
+    # A short row shows the shapes of any: a config.json may name sizes for which a whole row would not fit.
+    sample = min(columns, 1024)
+    size = sample // FORMATS[kind].block * BLOCK_BYTES.get(kind, 1)
+    parts = pack_matrix(kind, np.zeros((1, size), np.uint8 if kind in BLOCK_BYTES else np.float32))
+
+    def shape(part: np.ndarray) -> tuple[int, ...]:
+        if part.ndim != 2 or part.shape[1] == 1:  # one scale for each row
+            return (rows, 1) if part.ndim == 2 else part.shape
+        return (rows, -(-columns * part.shape[1] // sample))
+
+    shapes = {name: jax.ShapeDtypeStruct(shape(part), part.dtype) for name, part in parts.items()}
     if "steps" in shapes:
         groups = -(-math.prod(shapes["scales"].shape) // _GROUP)
         shapes["steps"] = jax.ShapeDtypeStruct((groups,), np.float32)

@@ -103,7 +103,7 @@ def _section_fields(section: Any, prefix: str) -> Iterator[SettingField]:
             yield from _section_fields(inner, f"{field.name}.")
             continue
         default = field.default
-        # That of a run, but for None, which stands for what follows from other fields.
+        # The run's default. None stays: other fields determine the value.
         if section is LoRAPlusConfig and default is not None:
             default = getattr(DEFAULT_LORA, field.name)
         required = default is dataclasses.MISSING

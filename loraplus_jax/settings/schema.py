@@ -463,7 +463,7 @@ class DistributedSettings:
             if (getattr(self, name) is not None) != has_address:
                 given = ("null" if x is None else x for x in (self.coordinator, getattr(self, name)))
                 raise ValueError(
-                    f"distributed.coordinator HOST:PORT and distributed.{name} require each other, got "
+                    f"distributed.coordinator HOST:PORT (not auto) and distributed.{name} require each other, got "
                     f"{' and '.join(map(str, given))}"
                 )
         if not has_address:

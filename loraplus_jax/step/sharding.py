@@ -81,11 +81,14 @@ def make_mesh(
         others = used // fixed[largest]
         allowed = [n for n in range(1, count + 1) if count % (n * others) == 0]
         allowed = [n for n in allowed if not needs_all or n * others == count]
-        raise ValueError(
-            f"mesh {product} uses {used} devices, which must {'be all' if needs_all else 'divide the'} {count} "
-            f"devices; change mesh.{largest} to {', '.join(map(str, allowed)) or 'another size'}"
-            + ("" if free else ", or to -1")
+        rule = (
+            f"but several processes must use all {count} devices"
+            if needs_all
+            else f"which must divide the {count} devices"
         )
+        sizes_allowed = ", ".join([*map(str, allowed), *([] if free else ["-1"])])
+        advice = f"; change mesh.{largest} to {sizes_allowed}" if allowed else ""
+        raise ValueError(f"mesh {product} uses {used} devices, {rule}{advice}")
     shape = [count // used if size == -1 else size for size in sizes.values()]
     grid = mesh_utils.create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
     return Mesh(grid, AXES)

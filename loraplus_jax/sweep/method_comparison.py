@@ -237,6 +237,11 @@ class MethodRun(SweepRun):
         rates = self.sweep.method_learning_rates.get(self.name)  # pyright: ignore[reportCallIssue, reportArgumentType]
         if rates is None:
             rates = tuple(float(f"{TABLE[self.name].rate * rate:.3g}") for rate in even)
+            if len(rates) != len(pairs):
+                raise ValueError(
+                    f"sweep.learning_rates and sweep.lr_ratios give {self.name} only {len(rates)} rates that "
+                    f"differ in three digits; set sweep.method_learning_rates of {self.name} to {len(pairs)} rates"
+                )
         if len(rates) != len(pairs):
             raise ValueError(
                 f"sweep.method_learning_rates of {self.name} must be {len(pairs)} rates, as many as LoRA+ has "

@@ -58,7 +58,11 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
                 Trial(*row["trial"])._asdict() | {key: row[key] for key in ("seed", "step", "loss")}
                 for row in last.values()
             ],
-            "at_the_edge": [] if chosen is None else list(edges(trials, Trial(**chosen))),
+            "at_the_edge": [
+                name
+                for name, end in (edges(trials, Trial(**chosen)) if chosen else {}).items()
+                if end != "only one"
+            ],
             "runs": own,
             "loss": float(np.mean([end["loss"] for end in ends])) if ends else None,
             "metric": float(np.mean([end[metric] for end in ends])) if ends else None,

@@ -158,14 +158,18 @@ def values_at_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list
 
     >>> tried = [Trial(rate, 1.0, 16.0, 8) for rate in (1e-4, 1e-3, 1e-2)]
     >>> values_at_edge(tried, {"lora": tried[2]})
-    ['LoRA: learning_rate 0.01 is the largest tried; widen: --sweep.lora_learning_rates']
+    ['LoRA: learning_rate 0.01 is the largest tried of [0.0001, 0.001, 0.01]; widen: --sweep.lora_learning_rates']
     """
-    return [
-        f"{ARM_LABELS[arm]}: {name} {getattr(best, name):g} is the {end} tried; widen: "
-        f"--sweep.{RATE_OPTIONS[arm, name]}"
-        for arm, best in chosen.items()
-        for name, end in edges([trial for trial in trials if trial.arm == arm], best).items()
-    ]
+    lines = []
+    for arm, best in chosen.items():
+        tried = [trial for trial in trials if trial.arm == arm]
+        for name, end in edges(tried, best).items():
+            values = sorted({getattr(trial, name) for trial in tried})
+            lines.append(
+                f"{ARM_LABELS[arm]}: {name} {getattr(best, name):g} is the {end} tried of {values}; widen: "
+                f"--sweep.{RATE_OPTIONS[arm, name]}"
+            )
+    return lines
 
 
 def _protocol(run: SweepRun, steps: int, metric: str) -> ReportRow:

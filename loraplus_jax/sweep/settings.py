@@ -206,16 +206,24 @@ class SweepRun(Settings):
                 )
         if self.lora.init in BASE_INITS:
             self._check_start()
-        count, seeds = len(trials := self.trials), len(self.seeds)
+        self._check_size()
+        for trial in self.trials:
+            self.settings_of(trial, self.seed)
+            if self.sweep.control:
+                self.settings_of(trial.control, self.seed)
+
+    def _check_size(self) -> None:
+        # Before the lists are expanded, whose product may be of any size.
+        sweep, seeds = self.sweep, len(self.seeds)
+        pairs = len(_rates(self)) * len(sweep.lr_ratios)
+        lora_rates = len(sweep.lora_learning_rates or ()) or pairs
+        grid = (pairs + lora_rates) * len(sweep.alphas or (self.lora.alpha,)) * len(self.ranks)
+        count = grid if sweep.samples is None else 2 * sweep.samples
         if (members := count * seeds) > MOST_MEMBERS:
             raise ValueError(
                 f"a sweep trains at most {MOST_MEMBERS:,} runs, got {members:,} ({count:,} settings x {seeds:,} of "
                 "sweep.seeds); shorten the lists or set a smaller sweep.samples"
             )
-        for trial in trials:
-            self.settings_of(trial, self.seed)
-            if self.sweep.control:
-                self.settings_of(trial.control, self.seed)
 
     def _check_one_process(self) -> None:
         if (self.mesh.fsdp, self.mesh.tensor) != (1, 1) or self.distributed.coordinator is not None:

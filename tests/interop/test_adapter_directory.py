@@ -139,7 +139,7 @@ def test_missing_files_are_named(adapter, name):
         (cut("adapter.json", 50), "adapter.json.*JSON"),
         (write("[]"), mentions("adapter.json", "JSON object", "list")),
         (write("[" * 3000 + "]" * 3000), "adapter.json.*(recursion|100|JSON object)"),
-        (notes(lambda n: n.pop("specs")), mentions("adapter.json", "format", "config", "specs")),
+        (notes(lambda n: n.pop("specs")), mentions("adapter.json", "specs", "missing")),
         (notes(lambda n: n.update(format=2)), mentions("format", 2, 1)),
         (notes(lambda n: n["config"].update(rnk=2)), mentions("'rnk'", "'rank'")),
         (notes(lambda n: n["config"].update(rank=0)), mentions("adapter.json", "rank", 0)),

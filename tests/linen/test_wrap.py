@@ -586,3 +586,37 @@ def test_unusual_models_start_as_without_adapters_and_then_equal_their_merged_we
 def test_patterns_for_a_module_taken_apart_are_rejected():
     with pytest.raises(ValueError, match=mentions("alpha_pattern", "Dense")):
         prepared(Unbound(), config("up", alpha_pattern={"up": 50.0}))
+
+
+class Equation(nn.Module):
+    """Runs an Einsum with the equation that a caller names."""
+
+    @nn.compact
+    def __call__(self, x, equation="bi,io->bo"):
+        return nn.Einsum((4, 4), None, name="layer")(x, equation)
+
+
+def test_an_equation_without_an_adapter_is_rejected_in_every_call():
+    model = apply_lora_plus(Equation(), LoRAPlusConfig(target_modules=["layer"], rank=2))
+    x = jnp.ones((4, 4))
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=mentions("target_modules", "layer", "bi,bi->b")):
+        model.apply(variables, x, "bi,bi->b")
+
+
+class Renamed(nn.Dense):
+    """A Dense layer whose weight has another name than the layer table knows."""
+
+    def param(self, name, *args, **kwargs):
+        return super().param(f"my_{name}", *args, **kwargs)
+
+
+def test_a_layer_that_no_rule_matches_may_be_of_any_kind():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Renamed(3, name="other")(nn.Dense(4, name="layer")(x))
+
+    model = apply_lora_plus(Two(), LoRAPlusConfig(target_modules=["layer"], rank=2))
+    variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+    assert set(variables["lora"]) == {"layer"}

@@ -505,7 +505,7 @@ def test_the_ratio_belongs_inside_a_transform_that_keeps_parameters(name):
 
 @pytest.mark.parametrize("name", ["madgrad", "cocob"])
 def test_optimizers_that_keep_parameters_are_rejected(name):
-    with pytest.raises(ValueError, match=mentions("lora_plus", "label_params")):
+    with pytest.raises(ValueError, match=mentions("lr_ratio", "label_params")):
         lora_plus(getattr(optax.contrib, name)(0.1), 8.0).init(PARAMS)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax.quantization.formats import NF4, pack_matrix
+from loraplus_jax.quantization.formats import NF4, pack_matrix, part_shapes
 from loraplus_jax.quantization.packed_array import packed_shape, quantize
 
 
@@ -128,3 +128,18 @@ def test_gguf_blocks_are_bit_identical(kind, platform, monkeypatch):
         found = jax.jit(lambda p: p.dequantize())(packed)
         np.testing.assert_array_equal(found.T if transposed else found, expected)
     assert packed.nbytes == data.nbytes + (6 * 3 * 4 if kind == "q4_k" else 0)  # whose 6 bits take 8 here
+
+
+@pytest.mark.parametrize("columns", [1, 63, 1023, 1024, 1025, 1087, 4099])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_shapes_are_those_of_packed_parts(kind, columns):
+    parts = pack_matrix(kind, draw(3, columns))
+    shapes = part_shapes(kind, 3, columns)
+    assert {name: (part.shape, part.dtype) for name, part in parts.items()} == {
+        name: (x.shape, x.dtype) for name, x in shapes.items()
+    }
+
+
+def test_shapes_of_any_size_take_no_memory():
+    assert part_shapes("nf4", 2, 2**45)["codes"].shape == (2, 2**44)
+    assert part_shapes("q4_k", 2, 2**45)["d"].shape == (2, 2**37)
