@@ -128,7 +128,7 @@ CASES = [
     ),
     Case(
         "column_names that are none of ours",
-        ("columns", "question"),
+        ("data.column_names", "question"),
         '--data.column_names \'{{"question": "instruction"}}\'',
     ),
     Case(
