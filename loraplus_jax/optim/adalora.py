@@ -71,7 +71,7 @@ def adalora(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains P, Λ and Q of all pairs, and keeps only the most important triplets (arXiv 2303.10512, algorithm 1).
 
-    A weight's importance is the product of two moving averages: of its sensitivity |w g|, and of how far that is
+    A weight's importance is the product of two moving averages: of its sensitivity `|w g|`, and of how far that is
     from its average. A triplet's is that of its value in Λ plus the means over its column of P and its row of Q
     (section 3.2). For `initial_steps` all triplets train. Then the budget falls by a cubic to `target_rank` a
     module: every `every` steps Λ becomes 0 in all triplets except the most important ones of all modules, layers
