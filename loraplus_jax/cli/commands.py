@@ -171,7 +171,7 @@ def _search(settings: Any, words: Sequence[str], topology: str | None, json: Pat
 
     if topology is None:
         raise ValueError("plan --search compares times at a chip's rates; pass --topology, such as v5e:16x16")
-    # A setting on the command line stays as it is.
+    # The search leaves a setting on the command line unchanged.
     fixed = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     search, code = Search(settings, *tpu_devices(topology), fixed), 0
     search.run(lambda line: print(escape_controls(line), file=sys.stderr, flush=True))

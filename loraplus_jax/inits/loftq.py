@@ -46,7 +46,7 @@ def loftq(
         if spec.stacked != (0,) * len(spec.stacked):
             raise ValueError(f"{spec.leaf}: stacked axes of a packed weight must lead, got {spec.stacked}")
         weight = meta.unbox(flat[spec.leaf])
-        # Layer by layer: the decomposition of a stack would take the memory of all its layers at once.
+        # Layer by layer: the decomposition of a stack would take the memory of all its layers together.
         one = dataclasses.replace(spec, shape=spec.shape[len(spec.stacked) :], stacked=(), layers=None)
         layers = np.asarray(weight, np.float32).reshape(-1, *one.shape)
         residuals, *factors = zip(*(_alternate(layer, kind, one, steps) for layer in layers), strict=True)

@@ -223,7 +223,7 @@ def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:
 
 def host_array(leaf: Any) -> Any:
     """A leaf as a contiguous numpy array."""
-    # safetensors writes the buffer as it lies, so a transposed array would come back with its values mixed up.
+    # safetensors writes the buffer as it is stored, so a transposed array would come back with its values mixed up.
     return np.ascontiguousarray(jax.device_get(leaf))
 
 

@@ -444,7 +444,7 @@ def _low_rank_outputs(
         variables, rngs=dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}, mutable=mutable
     )
     assert bound.scope is not None
-    # Only `init` sets this flag, and it would also make the parameters anew.
+    # Only `init` sets this flag, and it would also initialize the parameters again.
     bound.scope.flags = freeze({**bound.scope.flags, "initializing": True})
     forward = model._forward(method) if isinstance(model, LoRAPlusModel) else method
     with TRACING(Tracing(low_rank_only=True)):

@@ -186,6 +186,8 @@ def _describe_member(annotation: Any) -> str:
     if get_origin(type_) is dict:
         return "a mapping"
     if type_ is str:
+        if limits.get("max_length") == 1:
+            return "one character"
         return "non-empty text" if "pattern" in limits else "text"
     bounds = [
         f"{text} {_format_value(limits[key])}"

@@ -279,3 +279,9 @@ def test_the_tokens_that_end_a_text_come_from_both_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
     with pytest.raises(ValueError, match=mentions("config.json", "eos_token_id", "'</s>'")):
         stop_ids(tmp_path)
+
+
+def test_a_template_of_its_own_file_needs_no_tokenizer_config(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert read_chat_template(tmp_path) == "{{ messages }}"

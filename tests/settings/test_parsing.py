@@ -116,6 +116,7 @@ def test_what_words_of_the_command_line_mean(tmp_path, name, words, found):
         ({"model": {"path": "m"}, "data": {"path": "d"}}, ["output_dir"]),
         ("- a list\n", ["mapping", "a list"]),
         (nested("train.steps", "many"), ["train.steps", "null", "'many'"]),
+        (nested("data.delimiter", ";;"), ["data.delimiter", "one character", "';;'"]),
     ],
 )
 def test_keys_and_values_that_are_rejected(tmp_path, content, words):

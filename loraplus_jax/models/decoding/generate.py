@@ -102,7 +102,7 @@ def make_generate(
             tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
             return i + 1, done, tokens, cache
 
-        # Not a scan, which would go on after all rows have ended.
+        # Not a scan, which would continue after all rows have ended.
         tokens = jnp.full((rows, new_tokens), PAD_AFTER_END, jnp.int32)
         token, done = choose(logits, jnp.zeros(rows, bool), 0)
         carry = (jnp.int32(1), done, tokens.at[:, 0].set(token), cache)

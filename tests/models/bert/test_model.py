@@ -226,3 +226,8 @@ def test_unknown_pooling_is_rejected():
         jax.eval_shape(BertForSequence(TINY, 2, "max").init, jax.random.key(0), IDS, MASK)
     with pytest.raises(ValueError, match=mentions("pooling", "'max'")):
         name_table("max")
+
+
+def test_an_activation_of_another_type_names_its_field():
+    with pytest.raises(ValueError, match=mentions("hidden_act", "gelu")):
+        dataclasses.replace(TINY, hidden_act=["gelu"])  # pyright: ignore[reportArgumentType]
