@@ -208,9 +208,8 @@ def _split_annotated(annotation: Any) -> tuple[Any, dict[str, Any]]:
     limits = {}
     for note in notes:
         for limit in getattr(note, "metadata", [note]):
-            limits |= {
-                key: getattr(limit, key) for key in (*_BOUNDS, "min_length", "pattern") if hasattr(limit, key)
-            }
+            names = (*_BOUNDS, "min_length", "max_length", "pattern")
+            limits |= {key: getattr(limit, key) for key in names if hasattr(limit, key)}
     return type_, limits
 
 
