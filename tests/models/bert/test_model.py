@@ -230,4 +230,4 @@ def test_unknown_pooling_is_rejected():
 
 def test_an_activation_of_another_type_names_its_field():
     with pytest.raises(ValueError, match=mentions("hidden_act", "gelu")):
-        dataclasses.replace(TINY, hidden_act=["gelu"])  # pyright: ignore[reportArgumentType]
+        dataclasses.replace(TINY, hidden_act=["gelu"])
