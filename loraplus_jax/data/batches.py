@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -13,14 +13,22 @@ from .._utils.validation import check_int
 Batch = dict[str, np.ndarray]
 
 
+def take_rows(arrays: Mapping[str, np.ndarray], indices: np.ndarray) -> Batch:
+    """The rows with these indices, and a float32 `weight` of ones."""
+    return {name: array[indices] for name, array in arrays.items()} | {
+        "weight": np.ones(len(indices), np.float32)
+    }
+
+
 def train_batches(
     arrays: Mapping[str, np.ndarray],
     *,
     batch_size: int,
     seed: int,
-    rows: Sequence[int] | np.ndarray | None = None,
+    arrange: Callable[[Mapping[str, np.ndarray], np.ndarray], Batch] = take_rows,
+    rows: Callable[[int], Sequence[int] | np.ndarray] | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Returns an endless iterator over batches, reshuffled every epoch; each epoch's incomplete batch is dropped.
+    """Returns an endless iterator over batches, in the order of `batch_order`.
 
     Every process draws the same global batches and keeps the rows for its own devices, so training does not depend
     on the number of processes. There is no prefetch (a batch takes less than a millisecond). So the iterator's
@@ -28,31 +36,47 @@ def train_batches(
     `set_state()` restores that position.
 
     Args:
-      arrays: columns of N rows each.
-      batch_size: rows in a global batch.
+      arrays: columns of N examples each.
+      batch_size: examples in a global batch.
       seed: seed of the shuffles.
-      rows: rows of each global batch to keep, as `sharding.local_rows` returns them; all by default.
+      arrange: makes a global batch of the columns and the indices of its examples.
+      rows: maps the number of rows of a global batch to the rows to keep, as `sharding.local_rows` returns them;
+        all by default.
 
     Returns:
       A grain iterator over batches of these columns, plus a float32 `weight` column of ones.
 
     Raises:
-      ValueError: the columns differ in length, one is named `weight`, or the batch is larger than the data.
+      ValueError: the columns differ in length, or the batch is larger than the data.
     """
-    size = _row_count(arrays, batch_size)
+
+    def take(indices: np.ndarray) -> Batch:
+        batch = arrange(arrays, indices)
+        if rows is None:
+            return batch
+        kept = rows(len(batch["weight"]))
+        return {name: column[kept] for name, column in batch.items()}
+
+    order = batch_order(_row_count(arrays, batch_size), batch_size=batch_size, seed=seed)
+    # A prefetching iterator's state would be ahead of the batch that it returned last.
+    return iter(order.map(take).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def batch_order(size: int, *, batch_size: int, seed: int) -> grain.MapDataset[np.ndarray]:
+    """The endless sequence of batches, each as the indices of its examples, int `(batch_size,)`.
+
+    Examples are shuffled anew every epoch; each epoch's incomplete batch is dropped.
+    """
     if batch_size > size:
         raise ValueError(f"batch_size must be at most {size}, the number of training rows, got {batch_size}")
     check_int("seed", seed, at_least=0)
+    return grain.MapDataset.range(size).seed(seed).shuffle().batch(batch_size, drop_remainder=True).repeat()
 
-    def take(indices: np.ndarray) -> Batch:
-        local = indices if rows is None else indices[rows]
-        return _take(arrays, local, np.ones(len(local), np.float32))
 
-    # A prefetching iterator's state would be ahead of the batch that it returned last.
-    indices = grain.MapDataset.range(size).seed(seed).shuffle().batch(batch_size, drop_remainder=True)
-    return iter(
-        indices.map(take).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    )
+def first_batches(size: int, *, batch_size: int, seeds: Sequence[int], count: int) -> np.ndarray:
+    """The first batches of `batch_order` for each of the seeds, int `(seeds * count, batch_size)`."""
+    orders = [batch_order(size, batch_size=batch_size, seed=seed) for seed in seeds]
+    return np.array([order[n] for order in orders for n in range(count)])
 
 
 def eval_batches(
@@ -60,27 +84,43 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yields every row once, in order, in batches of `batch_size` rows; with `rows`, only these rows of each batch.
 
-    Pads the last batch with copies of the last row at float32 `weight` 0; all other rows have weight 1.
+    Pads the last batch with copies of the last row at float32 `weight` 0; all other rows have weight 1, or that of
+    a column `weight`, whose first axis is that of the rows.
 
     Raises:
-      ValueError: the columns differ in length, one is named `weight`, or the batch size is below 1.
+      ValueError: the columns differ in length, or the batch size is below 1.
     """
     size = _row_count(arrays, batch_size)
     for start in range(0, size, batch_size):
         indices = start + (np.arange(batch_size) if rows is None else np.asarray(rows))
         # The last row again and again: XLA compiles a program for each shape of a batch.
-        yield _take(arrays, np.minimum(indices, size - 1), (indices < size).astype(np.float32))
+        batch = {name: array[np.minimum(indices, size - 1)] for name, array in arrays.items()}
+        weight = batch.setdefault("weight", np.ones(len(indices), np.float32))
+        weight[indices >= size] = 0
+        yield batch
 
 
-def _take(arrays: Mapping[str, np.ndarray], indices: np.ndarray, weight: np.ndarray) -> Batch:
-    return {name: array[indices] for name, array in arrays.items()} | {"weight": weight}
+def add_rows(batch: Batch, rows: int) -> Batch:
+    """The batch with empty rows at its end, of weight 0, so that it has so many."""
+    missing = rows - len(batch["weight"])
+    return {name: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for name, x in batch.items()}
+
+
+def even_batch_size(rows: int, at_most: int, multiple: int) -> int:
+    """The smallest batch that takes all rows in as few batches as the largest does, a multiple of a number.
+
+    >>> even_batch_size(65, 64, 1), even_batch_size(65, 64, 8), even_batch_size(10, 64, 8)
+    (33, 40, 16)
+    """
+    batches = -(-rows // at_most)
+    return min(at_most, -(-rows // batches // multiple) * multiple)
 
 
 def _row_count(arrays: Mapping[str, np.ndarray], batch_size: int) -> int:
     check_int("batch_size", batch_size, at_least=1)
     sizes = {name: len(array) for name, array in arrays.items()}
-    if len(set(sizes.values())) != 1 or "weight" in sizes:
-        raise ValueError(f"columns must have the same number of rows, none named weight, got {sizes}")
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"columns must have the same number of rows, got {sizes}")
     return next(iter(sizes.values()))
 
 

@@ -13,9 +13,10 @@ from .._utils.atomic import to_json, write_text
 from .._utils.records import check_files
 from .._utils.validation import check_new_file, suggest
 from ..adapter.tree import combine, flatten, unflatten
-from ..data.batches import eval_batches
+from ..data.batches import eval_batches, even_batch_size
 from ..data.fetch import resolve
 from ..data.glue import find_file, find_task, submission
+from ..data.text_rows import TextRows, text_lengths
 from ..data.tokenize import encode_texts
 from ..interop.adapter_directory import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
@@ -28,7 +29,7 @@ from ..step.train_step import make_eval
 from ..tasks.causal_lm import LanguageTask
 from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tokenizer_for
 from ..tasks.held_out_generation import HeldOutTexts
-from ..tasks.interface import AdaptedModel, Split
+from ..tasks.interface import AdaptedModel, Split, row_count
 from ..training.evaluation import evaluate, finish_metrics
 from ..training.provenance import SPLITS, check_allowed, check_identity, model_identity
 from ..training.saved_adapter import (
@@ -218,7 +219,8 @@ def evaluate_run(
     mesh = make_mesh(1)
     trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
     eval_fn = make_eval(module.make_losses(settings, tuned.task, tuned.parts).evaluate, mesh=mesh)
-    values = evaluate(eval_fn, trainable, frozen, evaluated.columns, settings.train.eval_batch_size, mesh)
+    size = even_batch_size(row_count(evaluated.columns), settings.train.eval_batch_size, 1)
+    values = evaluate(eval_fn, trainable, frozen, evaluated.columns, size, mesh)
     results = {"data": data or split or "test", "examples": evaluated.examples}
     results |= finish_metrics(tuned.task, values)
     if texts is not None:
@@ -292,9 +294,10 @@ def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None
 
 def _compute_outputs(tuned: TunedModel, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
     arrays, _ = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
+    rows, places = TextRows.fitting(text_lengths(arrays)).arrange_all(arrays)
     mesh, variables = make_mesh(1), tuned.variables
     apply = jax.jit(functools.partial(apply_model, tuned.parts.model))
+    size = even_batch_size(row_count(rows), tuned.settings.train.eval_batch_size, 1)
     # eval_batches pads the last batch to the shape of the others, so one program serves all.
-    batches = eval_batches(arrays, min(tuned.settings.train.eval_batch_size, len(texts)))
-    outputs = [np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in batches]
-    return np.concatenate(outputs)[: len(texts)]
+    outputs = [np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in eval_batches(rows, size)]
+    return np.concatenate(outputs)[places[:, 0], places[:, 1]]

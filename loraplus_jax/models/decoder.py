@@ -185,7 +185,7 @@ class CausalLM(Part):
         Raises:
           ValueError: shapes differ.
         """
-        return self._logits(self.hidden(input_ids, segment_ids, positions))
+        return self.logits(self.hidden(input_ids, segment_ids, positions))
 
     def hidden(
         self,
@@ -207,7 +207,7 @@ class CausalLM(Part):
           positions: int32 (B, S), indices into T.
         """
         hidden = self.hidden(input_ids, segment_ids)
-        return self._logits(jnp.take_along_axis(hidden, positions[..., None], axis=1))
+        return self.logits(jnp.take_along_axis(hidden, positions[..., None], axis=1))
 
     def extend(
         self, input_ids: jax.Array, segment_ids: jax.Array, cache: Cache, *, first: bool
@@ -231,13 +231,14 @@ class CausalLM(Part):
         # Positions of padding matter only to dynamic rotary scaling, which uses the largest of all.
         positions, cache = jnp.maximum(positions, 0), cache._replace(segment_ids=segments)
         x, cache = self.run(input_ids, positions, shared, cache)
-        return self._logits(x[:, -1:])[:, 0], cache._replace(length=cache.length + input_ids.shape[1])
+        return self.logits(x[:, -1:])[:, 0], cache._replace(length=cache.length + input_ids.shape[1])
 
     def run(self, input_ids: jax.Array, positions: jax.Array, shared: Shared, cache: Any) -> tuple[Any, Any]:
         """The input of the head (B, T, D), and the updated cache, from ids (B, T) and positions (B or 1, T)."""
         raise NotImplementedError
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The logits, float32 (..., vocabulary), of inputs of the head (..., D)."""
         # Its modules are made by the family's `setup`.
         me: Any = self
         logits = me.embed_tokens.attend(x) if self.config.tie_word_embeddings else me.lm_head(x)

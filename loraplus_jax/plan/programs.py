@@ -13,18 +13,18 @@ from ..linen.wrap import init_lora
 from ..settings.schema import Settings
 from ..step.sharding import Shardings, batch_sharding
 from ..step.train_step import TrainState, make_eval
-from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData
+from ..tasks.interface import AdaptedModel, BaseModel, BatchPlan, Losses, TaskData, full_batches
 from ..training.optimizer import check_rates, make_optimizer
 from ..training.setup import (
     add_adapters,
-    batch_shapes,
     count_steps,
     state_shapes,
     state_shardings,
     task_module,
+    theory_rows,
     trace_step,
 )
-from ..training.theory_metrics import count_rows, lower_theory
+from ..training.theory_metrics import lower_theory
 
 ASSUMED_STEPS = 10**9
 """Training steps assumed if the settings count in epochs, whose length depends on the data."""
@@ -36,6 +36,7 @@ class LoweredStep(NamedTuple):
     Attributes:
       parts: the model, with shapes for all values.
       state: shapes of the training state.
+      batches: shapes of the batches.
       jaxpr: the traced step.
       lowered: the lowered step.
       held: the step's inputs by purpose: trees of shapes and of shardings.
@@ -44,6 +45,7 @@ class LoweredStep(NamedTuple):
 
     parts: AdaptedModel
     state: TrainState
+    batches: BatchPlan
     jaxpr: Any
     lowered: jax.stages.Lowered
     held: dict[str, tuple[Any, Any]]
@@ -60,15 +62,16 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
     check_rates(settings.optimizer, tx, parts.trainable)
     shardings = state_shardings(parts, tx, mesh)
     state = state_shapes(parts, tx)
-    batch = batch_shapes(data.splits["train"], train.batch_size)
+    batches = full_batches(data.splits["train"], train.batch_size, train.eval_batch_size)
+    (batch,) = batches.train
     held = {
         "frozen weights": (parts.frozen, shardings.frozen),
         "trained": (state.trainable, shardings.state.trainable),
         "optimizer": (state.opt_state, shardings.state.opt_state),
         "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
     }
-    traced = trace_step(settings, data, parts, tx, mesh, shardings)
-    return LoweredStep(parts, state, traced.jaxpr, traced.lower(), held, shardings)
+    traced = trace_step(settings, data, batches, parts, tx, mesh, shardings, batch)
+    return LoweredStep(parts, state, batches, traced.jaxpr, traced.lower(), held, shardings)
 
 
 def bytes_between_steps(
@@ -93,10 +96,10 @@ def bytes_between_steps(
 
     if settings.task != "multiple_choice":
         evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
-        batch = batch_shapes(data.splits["train"], settings.train.eval_batch_size)
+        batch = step.batches.evaluate
         add("evaluation", evaluate.lower(step.held["trained"][0], step.parts.frozen, batch))
     if settings.train.theory_every is not None:
-        rows = batch_shapes(data.splits["train"], count_rows(settings.train.batch_size, mesh))
+        rows = theory_rows(step.batches, mesh)
         arguments = losses.train, step.parts.specs, step.state, step.parts.frozen, rows
         add("theory", lower_theory(*arguments, mesh=mesh, shardings=step.places))
     return needed

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..data.batches import Batch, eval_batches
+from ..data.batches import Batch, add_rows, eval_batches
 from ..step.train_step import Rows, TrainState, weighted_means
 from ..training.evaluation import join_rows, separate_rows
 from .population import Members, Population
@@ -62,7 +62,7 @@ class DeviceSlots:
         """Puts arrays of all slots, shaped `(slots, ...)`, on the devices, one chunk per program call."""
         # A compiled program moves no arguments, as jit would. It names their places as (args, kwargs); members are
         # the first of args.
-        shardings = self.programs.step.input_shardings[0][0]
+        shardings = self.programs.step.largest.input_shardings[0][0]
         chunks = (
             jax.tree.map(lambda leaf, start=start: np.asarray(leaf)[start : start + self.chunk], members)
             for start in range(0, len(self.slots), self.chunk)
@@ -77,11 +77,12 @@ class DeviceSlots:
     def step(self, batches: Mapping[int, Batch]) -> None:
         """Runs one training step of every member, each on its own batch."""
         programs, frozen = self.programs, self.population.parts.frozen
-        shardings = programs.step.input_shardings[0][2]
+        shardings = programs.step.largest.input_shardings[0][2]
         filler = next(iter(batches.values()))  # any batch will do for an empty slot
+        rows = max(len(batch["weight"]) for batch in batches.values())
         for chunk in range(len(self.chunks)):
             parts = [batches.get(number, filler) for number in self.slots_in(chunk)]
-            batch = jax.tree.map(lambda *columns: np.stack(columns), *parts)
+            batch = jax.tree.map(lambda *columns: np.stack(columns), *(add_rows(x, rows) for x in parts))
             batch = jax.device_put(batch, shardings)
             # The step donates its members: the old arrays are gone once it is called.
             self.chunks[chunk] = programs.step(self.chunks[chunk], frozen, batch)
@@ -92,7 +93,7 @@ class DeviceSlots:
         shardings = programs.evaluate.input_shardings[0][2]
         totals: dict[int, Any] = {}
         kept: dict[int, list[dict[str, Rows]]] = {}
-        for batch in eval_batches(split, self.population.run.train.eval_batch_size):
+        for batch in eval_batches(split, self.population.batches.eval_rows):
             batch = jax.device_put(batch, shardings)
             for chunk in range(len(self.chunks)):
                 pairs, rows = separate_rows(programs.evaluate(self.chunks[chunk], frozen, batch))

@@ -28,13 +28,13 @@ from ..step.checkpoint import describe_run
 from ..step.fingerprints import fingerprint
 from ..step.sharding import make_mesh, replicate
 from ..step.train_step import LossFn, TrainState, init_state, make_eval, make_step
-from ..tasks.interface import AdaptedModel, Losses, TaskData, row_count
+from ..tasks.interface import AdaptedModel, BatchPlan, Losses, Shapes, TaskData, row_count
 from ..training.adapter_start import begin_from, make_start
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
 from ..training.provenance import model_identity
 from ..training.setup import build_model, count_steps, params_of, set_weights, start_magnitudes, task_module
-from ..training.xla import one_thread_per_device
+from ..training.xla import ProgramByShape, one_thread_per_device
 from .halving import check_rungs
 from .settings import SweepRun, Trial
 
@@ -70,7 +70,7 @@ class Programs(NamedTuple):
     Attributes:
       at_once: members that a device computes in parallel.
       chunk: members per program call.
-      step: `(members, frozen, batches) -> members`, one batch per member.
+      step: `(members, frozen, batches) -> members`, one batch per member; a `ProgramByShape`.
       evaluate: `(members, frozen, batch) -> {name: (sums, weights)}`, one batch for all members.
     """
 
@@ -88,6 +88,7 @@ class Population(NamedTuple):
       data: data of the sweep.
       parts: the model with adapters of the largest rank.
       steps: optimizer steps of a full run.
+      batches: the shapes of a member's batches.
       mesh: the devices, along the axis `"members"`.
       programs: the compiled step and evaluation for all members.
       programs_for: maps a number of members to the programs that compute them with the fewest empty slots.
@@ -99,6 +100,7 @@ class Population(NamedTuple):
     data: TaskData
     parts: AdaptedModel
     steps: int
+    batches: BatchPlan
     mesh: Mesh
     programs: Programs
     programs_for: Callable[[int], Programs]
@@ -164,7 +166,9 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     directory, data, steps, widest, shapes = abstract
     config = widest.applied
     # From shapes, before weights are read: what is too large is known in seconds.
-    programs, programs_for = _compile_programs(abstract, mesh, places, at_once)
+    seeds = (*run.seeds, *run.report_seeds)
+    batches = task_module(run).plan_batches(widest, data, steps, seeds, mesh)
+    programs, programs_for = _compile_programs(abstract, batches, mesh, places, at_once)
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     # Of all weights: members begin with them in both stages, with what is trained in full too.
     base = fingerprint(weights)
@@ -198,7 +202,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
         identity=model_identity(run, directory, data.task) | {"data": data.digests},
         **({} if start is None else {"start": fingerprint(start)}),
     )
-    return Population(run, data, parts, steps, mesh, programs, programs_for, first, metadata)
+    return Population(run, data, parts, steps, batches, mesh, programs, programs_for, first, metadata)
 
 
 def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) -> Callable[..., Members]:
@@ -320,11 +324,11 @@ def _pad_to(leaf: Any, like: Any) -> np.ndarray:
 
 
 def _compile_programs(
-    abstract: AbstractPopulation, mesh: Mesh, capacity: int, at_once: int | None
+    abstract: AbstractPopulation, batches: BatchPlan, mesh: Mesh, capacity: int, at_once: int | None
 ) -> tuple[Programs, Callable[[int], Programs]]:
     """Compiles, from shapes, the programs for all members; also returns a function that does for fewer."""
     run, (_, data, steps, _, shapes) = abstract.widest, abstract
-    losses = task_module(run).make_losses(run, data.task, shapes)
+    losses = task_module(run).make_losses(run, data.task, shapes, scored=batches.scored)
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)  # noqa: E731
     # eval_shape traces without computing; asarray, as NumPy's scalars have no place in a trace's outputs.
     member = jax.eval_shape(
@@ -335,31 +339,34 @@ def _compile_programs(
     def chunk_of(size: int) -> int:
         return mesh.size * (size if size > 1 else per_device)
 
-    def compiled(one: Callable[..., Any], size: int, rows: tuple[int, ...], split: str) -> Any:
-        # Batches have a column more than the split: rows that only fill up a batch weigh nothing.
-        columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
-        batch = {name: jax.ShapeDtypeStruct((*rows, *x.shape[1:]), x.dtype) for name, x in columns.items()}
+    def compiled(one: Callable[..., Any], size: int, batch: Shapes, *, own_batch: bool) -> Any:
         members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk_of(size), *x.shape), x.dtype), member)
-        mapped = map_members(one, mesh, size, own_batch=len(rows) == 2)
+        mapped = map_members(one, mesh, size, own_batch=own_batch)
         return mapped.lower(members, shapes.frozen, batch).compile(one_thread_per_device(mesh))
 
     @functools.cache
-    def compile_step(size: int) -> Any:
+    def compile_step(size: int) -> ProgramByShape:
         one = make_member_step(run, losses, shapes.specs, steps)
-        return compiled(one, size, (chunk_of(size), run.train.batch_size), "train")
+        stacked = [
+            {name: jax.ShapeDtypeStruct((chunk_of(size), *x.shape), x.dtype) for name, x in batch.items()}
+            for batch in batches.train
+        ]
+        return ProgramByShape(functools.partial(compiled, one, size, own_batch=True), stacked)
 
     @functools.cache
     def compile_for(size: int) -> Programs:
         one = make_member_eval(losses.evaluate, shapes.specs)
-        evaluate = compiled(one, size, (run.train.eval_batch_size,), "validation")
+        evaluate = compiled(one, size, batches.evaluate, own_batch=False)
         programs = Programs(size, chunk_of(size), compile_step(size), evaluate)
-        check_memory((programs.step, programs.evaluate), device, len(mesh.local_devices))
+        check_memory((programs.step.largest, programs.evaluate), device, len(mesh.local_devices))
         return programs
 
     if at_once is None and skips_measurement(device):
         at_once = 1
     if at_once is None:
-        at_once = fastest_batch_size(lambda size: _measured(compile_step(size), mesh, size), per_device)
+        at_once = fastest_batch_size(
+            lambda size: _measured(compile_step(size).largest, mesh, size), per_device
+        )
     most = at_once
     return compile_for(most), lambda count: compile_for(parallel_members(count, most, mesh.size))
 

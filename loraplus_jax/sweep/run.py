@@ -211,8 +211,11 @@ class Sweep:
         """
         self.entries = list(entries)
         split, size = self.population.data.splits["train"], self.run.train.batch_size
-        seeds = dict.fromkeys(entry.seed for entry in entries)
-        self.batches = {seed: train_batches(split, batch_size=size, seed=seed) for seed in seeds}
+        arrange = self.population.batches.arrange
+        self.batches = {
+            seed: train_batches(split, batch_size=size, seed=seed, arrange=arrange)
+            for seed in dict.fromkeys(entry.seed for entry in entries)
+        }
         return {n: self.population.first(entry.trial, entry.seed) for n, entry in enumerate(entries)}
 
     def begin_report(self) -> None:
@@ -347,7 +350,7 @@ class Sweep:
         metric = self.population.data.task.metric
         curve = {
             "curve_steps": curve_steps(self.population.steps, self.run.sweep.curve_points),
-            "test_rows": len(next(iter(self.population.data.splits["test"].values()))),
+            "test_rows": self.population.data.examples["test"],
         }
         report = make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)
         return report | self.source()

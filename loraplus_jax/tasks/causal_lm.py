@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from ..adapter.tree import leaves_by_path
-from ..data.batches import Batch, digest
+from ..data.batches import Batch, digest, first_batches
 from ..data.chat_template import BUILT_IN, ChatTemplate, load_template
 from ..data.chat_tokens import tokenize_chats
 from ..data.conversations import Chat, Turn, describe_dropped, read_chats
@@ -33,15 +33,31 @@ from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
 from ..step.losses import chunked_cross_entropy
-from ..step.sharding import batch_parts, gather_over_fsdp
+from ..step.sharding import batch_parts, constrain_rows, gather_over_fsdp
 from ..step.train_step import LossFn
-from .interface import AdaptedModel, BaseModel, Losses, Split, TaskData, held_out_split
+from .interface import (
+    ANY_POSITION,
+    AdaptedModel,
+    BaseModel,
+    BatchPlan,
+    Losses,
+    Scored,
+    Split,
+    TaskData,
+    batch_shapes,
+    eval_shapes,
+    held_out_split,
+)
 
 Kind = Literal["instruction", "multiple_choice", "generation"]
 HEADS = {True: "embed_tokens", False: "lm_head"}
 """Name of the output head, by whether it is tied to the embedding."""
 TEMPLATES = ("model", *BUILT_IN)
 """Values of `data.template` that are not files."""
+SIMULATED_BATCHES = 50_000
+"""The most batches that `plan_batches` draws beforehand; of more it takes the largest that could occur."""
+MAX_SCORED_SHARE = 0.95
+"""The head computes all positions if more than this share of them may have a loss."""
 READERS = {"instruction": read_chats, "multiple_choice": read_questions, "generation": read_descriptions}
 
 
@@ -79,37 +95,51 @@ class LanguageTask:
         """Returns the task as JSON values."""
         return dataclasses.asdict(self)
 
-    def loss_fn(self, model: nn.Module, *, chunk: int | None, label_smoothing: float = 0.0) -> LossFn:
+    def loss_fn(
+        self,
+        model: nn.Module,
+        *,
+        chunk: int | None,
+        label_smoothing: float = 0.0,
+        scored: int | None = None,
+        parts: int = 1,
+    ) -> LossFn:
         """Returns the loss on batches of `input_ids`, `segment_ids` and `loss_mask` (B, T), and `weight` (B,).
 
         Args:
           model: a `CausalLM`, with or without adapters.
           chunk: tokens per chunk of the cross-entropy, for a frozen head; None to compute all logits at once.
           label_smoothing: share of each target that is spread evenly over the vocabulary.
+          scored: the head computes so many positions of each part of the rows, those with a loss; the loss is NaN
+            if there are more. None: it computes all positions.
+          parts: number of parts of the rows, by the devices of a mesh that hold them.
         """
-        token_losses = functools.partial(_token_losses, model, chunk, label_smoothing)
+        token_losses = functools.partial(_token_losses, model, chunk, label_smoothing, scored, parts)
 
         def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
             mask = _shift_mask(batch["loss_mask"]) * batch["weight"][:, None]
-            losses = token_losses(variables, batch["input_ids"], batch["segment_ids"], rng)
+            losses = token_losses(variables, batch["input_ids"], batch["segment_ids"], mask, rng)
             return (jnp.sum(losses * mask), jnp.sum(mask)), {}
 
         return loss_fn
 
-    def choice_fn(self, model: nn.Module, *, chunk: int | None) -> LossFn:
-        """Returns the loss and metrics on batches from `encode_choices`, with `weight` (B,).
+    def choice_fn(
+        self, model: nn.Module, *, chunk: int | None, scored: int | None = None, parts: int = 1
+    ) -> LossFn:
+        """Returns the loss and metrics on batches from `encode_choices`, with `weight` (B,); see `loss_fn`.
 
         The loss is that of the correct choices' tokens. `accuracy` is the share of questions whose correct choice
         has the largest log-likelihood; `accuracy_per_byte` compares the log-likelihood per byte of text.
         """
-        token_losses = functools.partial(_token_losses, model, chunk, 0.0)
+        token_losses = functools.partial(_token_losses, model, chunk, 0.0, scored, parts)
 
         def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
             ids = batch["input_ids"]
             rows, choices, length = ids.shape
             ids, segments = (x.reshape(rows * choices, length) for x in (ids, batch["segment_ids"]))
             mask = _shift_mask(batch["loss_mask"])
-            losses = token_losses(variables, ids, segments, rng).reshape(mask.shape) * mask
+            losses = token_losses(variables, ids, segments, mask.reshape(ids.shape), rng)
+            losses = losses.reshape(mask.shape) * mask
             weight, answer = batch["weight"], batch["answer"]
             total = -jnp.sum(losses, axis=-1)
             # A choice that pads has no tokens, so its log-likelihood is 0, above that of all others.
@@ -141,23 +171,49 @@ def _token_losses(
     model: nn.Module,
     chunk: int | None,
     label_smoothing: float,
+    scored: int | None,
+    parts: int,
     variables: Any,
     input_ids: jax.Array,
     segment_ids: jax.Array,
+    mask: jax.Array,
     rng: Any,
 ) -> jax.Array:
-    """The cross-entropy of the next token at each position, float32 (B, T); the last is meaningless."""
+    """The cross-entropy of the next token at each position, float32 (B, T); meaningless where the mask is 0."""
     rngs = None if rng is None else {"dropout": rng}
+    hidden: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs, method="hidden")
     # The last position gets the first token as its label, but the shifted mask is 0 there.
     labels = jnp.roll(input_ids, -1, axis=1)
+    head_losses = functools.partial(_head_losses, model, chunk, label_smoothing, variables, rngs)
+    if scored is None:
+        return head_losses(hidden, labels)
+    # Each part apart, so that no position leaves its device.
+    hidden, labels, mask = (x.reshape(parts, -1, *x.shape[2:]) for x in (hidden, labels, mask))
+    index = jnp.argsort(mask == 0, axis=1, stable=True)[:, :scored]
+    take = jax.vmap(lambda values, at: values[at])
+    losses = head_losses(constrain_rows(take(hidden, index)), take(labels, index))
+    losses = jax.vmap(lambda at, values: jnp.zeros(mask.shape[1]).at[at].set(values))(index, losses)
+    left_out = jnp.count_nonzero(mask, axis=1, keepdims=True) > index.shape[1]
+    return jnp.where(left_out, jnp.nan, losses).reshape(input_ids.shape)
+
+
+def _head_losses(
+    model: nn.Module,
+    chunk: int | None,
+    label_smoothing: float,
+    variables: Any,
+    rngs: Any,
+    hidden: jax.Array,
+    labels: jax.Array,
+) -> jax.Array:
+    """The cross-entropy (B, T) of labels (B, T), for inputs of the head (B, T, D)."""
     if chunk is None:
-        logits: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs)
+        logits: Any = model.apply(variables, hidden, rngs=rngs, method="logits")
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if not label_smoothing:
             return losses
         uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
         return (1 - label_smoothing) * losses + label_smoothing * uniform
-    hidden: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs, method="hidden")
     kernel, transposed = head_kernel(variables["params"])
     axes = ("tensor", "fsdp") if transposed else ("fsdp", "tensor")
     # Gathered here, once. In the loop over chunks, GSPMD would gather the kernel for each of them.
@@ -195,6 +251,54 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     dropped = describe_dropped(x for examples in rows.values() for x in examples if isinstance(x, Chat))
     inputs = group_references(rows[held_out_split(rows)]) if task.kind == "generation" else ()
     return TaskData(task, splits, sizes, truncated, digests, (*dropped, *duplicates), tuple(inputs))
+
+
+def plan_batches(
+    settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
+) -> BatchPlan:
+    """The shapes of the batches of a run, or of several runs with these seeds; see `encoder.plan_batches`."""
+    columns, train, parts = data.splits["train"], settings.train, batch_parts(mesh)
+    counts, size = _scored_positions(columns), train.batch_size
+    length = columns["input_ids"].shape[1]
+    per_part = size // train.accumulate // parts
+    if steps * len(seeds) <= SIMULATED_BATCHES:
+        batches = first_batches(len(counts), batch_size=size, seeds=seeds, count=steps)
+        # Row i goes to micro-batch i mod `accumulate`, and to the part that holds it.
+        most = counts[batches].reshape(-1, parts, per_part, train.accumulate).sum(axis=2).max()
+    else:
+        most = np.sort(counts)[-per_part:].sum()
+    evaluate = eval_shapes(data.splits["validation"], train.eval_batch_size, parts)
+    rows = evaluate["weight"].shape[0] // parts
+    evaluated = [x for name, x in data.splits.items() if name != "train"]
+    # Batches follow each other, and a batch's parts too.
+    sums = [
+        np.add.reduceat(at, np.arange(0, len(at), rows))
+        for at in map(_scored_positions, evaluated)
+        if len(at)
+    ]
+    positions = rows * math.prod(evaluate["input_ids"].shape[1:])
+    scored = Scored(
+        _worth_choosing(int(most), per_part * length),
+        _worth_choosing(int(max(map(np.max, sums))), positions),
+    )
+    packed = "packed into " if len(counts) != data.examples["train"] else ""
+    tokens = np.count_nonzero(columns["segment_ids"])
+    full, share = 100 * tokens / columns["segment_ids"].size, 100 * counts.sum() / tokens
+    rows_line = f"{packed}{len(counts):,} training rows of {length} tokens, {full:.0f} % full"
+    summary = (f"{rows_line}; the loss is of {share:.0f} % of the tokens",)
+    return BatchPlan((batch_shapes(columns, size),), evaluate, scored=scored, summary=summary)
+
+
+def _scored_positions(columns: Batch) -> np.ndarray:
+    """The number of tokens with a loss, in each row of the columns."""
+    mask = columns["loss_mask"][..., 1:]
+    return np.count_nonzero(mask.reshape(len(mask), -1), axis=1)
+
+
+def _worth_choosing(scored: int, positions: int) -> int | None:
+    """The number of positions that the head computes; None if nearly all are scored, so all are."""
+    scored = -(-max(scored, 1) // 8) * 8
+    return scored if scored < MAX_SCORED_SHARE * positions else None
 
 
 def placeholder_data(settings: Settings) -> TaskData:
@@ -309,15 +413,21 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
 
 
 def make_losses(
-    settings: Settings, task: LanguageTask, parts: AdaptedModel, mesh: Mesh | None = None
+    settings: Settings,
+    task: LanguageTask,
+    parts: AdaptedModel,
+    mesh: Mesh | None = None,
+    scored: Scored = ANY_POSITION,
 ) -> Losses:
     """Returns the loss functions; with a frozen head they never store the full logits."""
+    count = 1 if mesh is None else batch_parts(mesh)
     # A chunk is split over the mesh as the batch is, so this leaves each part `model.loss_chunk` tokens.
-    chunk = settings.model.loss_chunk * (1 if mesh is None else batch_parts(mesh))
-    chunk = chunk if head_is_frozen(parts) else None
-    train = task.loss_fn(parts.model, chunk=chunk, label_smoothing=settings.train.label_smoothing)
+    chunk = settings.model.loss_chunk * count if head_is_frozen(parts) else None
+    options: Any = {"chunk": chunk, "parts": count}
+    smoothing = settings.train.label_smoothing
+    train = task.loss_fn(parts.model, label_smoothing=smoothing, scored=scored.train, **options)
     evaluate = task.choice_fn if task.kind == "multiple_choice" else task.loss_fn
-    return Losses(train, evaluate(parts.model, chunk=chunk))
+    return Losses(train, evaluate(parts.model, scored=scored.evaluate, **options))
 
 
 def head_is_frozen(parts: AdaptedModel) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +15,14 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from .._utils.validation import check_choice, to_plain
-from ..data.batches import Batch, digest
+from ..data.batches import Batch, digest, first_batches
 from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.glue import find_task, load_glue, read_glue, read_glue_texts
 from ..data.labels import class_labels, label_names, label_summary, regression_labels
 from ..data.readers import read_rows
 from ..data.splits import LabelledTexts, limit_splits, load_rows, load_splits
+from ..data.text_rows import TextRows, text_lengths
 from ..data.tokenize import encode_texts, load_tokenizer
 from ..models.bert.config import BertConfig
 from ..models.bert.model import SHARDING, BertForSequence, name_table, tensor_sizes
@@ -29,8 +30,20 @@ from ..models.checkpoints.hf import load_config
 from ..models.checkpoints.quantized import choose_formats
 from ..models.tokenizer import check_ids
 from ..settings.schema import DataSettings, ModelSettings, Settings
+from ..step.sharding import batch_parts
 from ..step.train_step import LossFn, Rows
-from .interface import AdaptedModel, BaseModel, Losses, Split, TaskData
+from .interface import (
+    ANY_POSITION,
+    AdaptedModel,
+    BaseModel,
+    BatchPlan,
+    Losses,
+    Scored,
+    Split,
+    TaskData,
+    batch_shapes,
+    eval_shapes,
+)
 from .metrics import SPLIT_METRICS
 
 Kind = Literal["classification", "regression"]
@@ -39,6 +52,10 @@ METRICS = {
     "regression": ("mse", "mae", "pearson", "spearman"),
 }
 """The metrics of each kind of task; the first is the default."""
+STEPS_PER_SHAPE = {"cpu": 20, "accelerator": 500}
+"""How many steps another number of rows has to save in a run, for which a program has to be compiled."""
+SAMPLED_BATCHES = 1000
+"""The most batches for which `plan_batches` chooses numbers of rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +136,8 @@ class EncoderTask:
     def loss_fn(self, model: nn.Module, *, keep_rows: bool = False) -> LossFn:
         """Returns the loss on batches of `input_ids`, `attention_mask`, `token_type_ids`, `label` and `weight`.
 
+        The last two are `(B,)`, or `(B, S)` where a row holds up to S texts, as `data.text_rows` makes them.
+
         For classification: cross-entropy, with the metric accuracy. For regression: squared error of standardized
         labels, with the metrics mse and mae in the labels' own units.
 
@@ -138,13 +157,13 @@ class EncoderTask:
                 values = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
                 metrics = {"accuracy": (jnp.argmax(outputs, axis=-1) == labels).astype(jnp.float32)}
             else:
-                error = outputs[:, 0] - labels
+                error = outputs[..., 0] - labels
                 values = error**2
                 metrics = {"mse": (error * self.std) ** 2, "mae": jnp.abs(error) * self.std}
             total = jnp.sum(weight)
             sums = {name: (jnp.sum(v * weight), total) for name, v in metrics.items()}
             if keep_rows:
-                predicted = jnp.argmax(outputs, axis=-1) if self.names else outputs[:, 0]
+                predicted = jnp.argmax(outputs, axis=-1) if self.names else outputs[..., 0]
                 sums |= {"predicted": Rows(predicted, weight), "label": Rows(labels, weight)}
             return (jnp.sum(values * weight), total), sums
 
@@ -165,10 +184,14 @@ class EncoderTask:
 
 
 def apply_model(model: nn.Module, variables: Any, batch: Mapping[str, Any], rng: Any = None) -> Any:
-    """Returns the head's outputs `(B, num_outputs)` for a batch of token arrays, with dropout if `rng` is set."""
+    """Returns the head's outputs `(B, num_outputs)` for a batch, with dropout if `rng` is set.
+
+    They are `(B, S, num_outputs)` if its `weight` is `(B, S)`, where a row holds up to S texts.
+    """
     rngs = None if rng is None else {"dropout": rng}
     inputs = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
-    return model.apply(variables, *inputs, rngs=rngs)
+    texts = batch["weight"].shape[1] if batch["weight"].ndim == 2 else None
+    return model.apply(variables, *inputs, texts, rngs=rngs)
 
 
 def load_data(settings: Settings, directory: Path) -> TaskData:
@@ -181,11 +204,45 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     rows, limited = limit_splits(rows, settings.data)
     encoded = {name: encode_texts(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
     splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
+    evaluated = {name: columns for name, columns in splits.items() if name != "train"}
+    # Of all of them, since one program evaluates every split.
+    shape = TextRows.fitting(np.concatenate([text_lengths(columns) for columns in evaluated.values()]))
+    splits |= {name: shape.arrange_all(columns)[0] for name, columns in evaluated.items()}
     sizes = {name: len(split) for name, split in rows.items()}
     truncated = {name: count for name, (_, count) in encoded.items()}
     digests = {name: _digest(split) for name, split in rows.items()}
     classes = label_summary(rows, task.names) if task.names else ()
     return TaskData(task, splits, sizes, truncated, digests, (*limited, *classes, *duplicates))
+
+
+def plan_batches(
+    settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
+) -> BatchPlan:
+    """Chooses the shapes of the batches of a run, or of several runs with these seeds.
+
+    Args:
+      settings: the settings of the run.
+      data: its data.
+      steps: number of training steps.
+      seeds: seeds of the order of the examples.
+      mesh: the mesh, whose parts divide the rows of a batch.
+    """
+    columns, train, parts = data.splits["train"], settings.train, batch_parts(mesh)
+    lengths, size = text_lengths(columns), train.batch_size
+    count = min(len(lengths) // size, max(1, SAMPLED_BATCHES // len(seeds)))
+    batches = first_batches(len(lengths), batch_size=size, seeds=seeds, count=count)
+    kind = "cpu" if mesh.devices.flat[0].platform == "cpu" else "accelerator"
+    least_saving = STEPS_PER_SHAPE[kind] / steps
+    rows = TextRows.fitting(lengths).for_batches(lengths, batches, parts * train.accumulate, least_saving)
+    first = rows.arrange(columns, batches[0])
+    counts = " or ".join(map(str, rows.counts))
+    summary = f"{size} texts a step in {counts} rows of {rows.length} tokens, {100 * rows.full:.0f} % full"
+    return BatchPlan(
+        train=tuple(batch_shapes(first, count) for count in rows.counts),
+        evaluate=eval_shapes(data.splits["validation"], train.eval_batch_size, parts),
+        arrange=rows.arrange,
+        summary=(summary,),
+    )
 
 
 def placeholder_data(settings: Settings) -> TaskData:
@@ -218,7 +275,9 @@ def load_split(
         glue, path = find_task(settings.data), resolve(data, "data")
         rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
     arrays, _ = encode_texts(rows.texts, rows.pairs, tokenizer_for(settings, directory))
-    return Split(arrays | {"label": task.labels(rows)}, len(rows), _digest(rows))
+    columns = arrays | {"label": task.labels(rows)}
+    columns, _ = TextRows.fitting(text_lengths(columns)).arrange_all(columns)
+    return Split(columns, len(rows), _digest(rows))
 
 
 def _load_splits(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list[str]]:
@@ -295,6 +354,12 @@ def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseMod
     return BaseModel(model, table, ("head",), inputs, SHARDING, tensor_sizes(config), formats)
 
 
-def make_losses(settings: Settings, task: Any, parts: AdaptedModel, mesh: Mesh | None = None) -> Losses:
+def make_losses(
+    settings: Settings,
+    task: Any,
+    parts: AdaptedModel,
+    mesh: Mesh | None = None,
+    scored: Scored = ANY_POSITION,
+) -> Losses:
     """Returns the loss functions; the one for evaluation keeps the predictions if the task's metrics need them."""
     return Losses(task.loss_fn(parts.model), task.loss_fn(parts.model, keep_rows=bool(task.metrics)))

@@ -1,14 +1,15 @@
 """What training needs to know about a kind of model: an encoder with a head, or a language model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from ..adapter.spec import Specs
 from ..adapter.tree import combine
-from ..data.batches import Batch
+from ..data.batches import Batch, even_batch_size, take_rows
 from ..data.data_to_text import Input
 from ..models.checkpoints.name_table import NameTable
 from ..quantization.formats import Kind
@@ -123,6 +124,67 @@ class AdaptedModel(NamedTuple):
 def params_of(parts: AdaptedModel) -> dict[str, Any]:
     """All parameters of the model, without adapters."""
     return combine(parts.trainable, parts.frozen)["params"]
+
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+class Scored(NamedTuple):
+    """The most positions with a loss in a device's part of a micro-batch; None if any position may have one.
+
+    Attributes:
+      train, evaluate: in training and in evaluation.
+    """
+
+    train: int | None = None
+    evaluate: int | None = None
+
+
+ANY_POSITION = Scored()
+
+
+class BatchPlan(NamedTuple):
+    """The static shapes of a run's batches.
+
+    Attributes:
+      train: shapes of training batches with a column `weight`, ascending; the largest is the last.
+      evaluate: shapes of an evaluation batch.
+      arrange: makes a training batch of the columns of the split and the indices of its examples.
+      scored: positions of language models that have a loss.
+      summary: lines about how full the rows are, to print before training.
+    """
+
+    train: tuple[Shapes, ...]
+    evaluate: Shapes
+    arrange: Callable[[Mapping[str, np.ndarray], np.ndarray], Batch] = take_rows
+    scored: Scored = ANY_POSITION
+    summary: tuple[str, ...] = ()
+
+    @property
+    def fewest_rows(self) -> int:
+        """Rows of the smallest training batch."""
+        return self.train[0]["weight"].shape[0]
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows of an evaluation batch."""
+        return self.evaluate["weight"].shape[0]
+
+
+def batch_shapes(columns: Mapping[str, np.ndarray], rows: int) -> Shapes:
+    """The shapes of a batch of these columns, with a weight per row if they have none."""
+    weighted = {"weight": np.ones(1, np.float32)} | dict(columns)
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in weighted.items()}
+
+
+def full_batches(columns: Mapping[str, np.ndarray], batch_size: int, eval_batch_size: int) -> BatchPlan:
+    """Batches of so many full rows, each an example: the most that data of such columns may need."""
+    return BatchPlan((batch_shapes(columns, batch_size),), batch_shapes(columns, eval_batch_size))
+
+
+def eval_shapes(columns: Mapping[str, np.ndarray], at_most: int, parts: int) -> Shapes:
+    """The shapes of an evaluation batch of at most so many rows, a multiple of the parts of a mesh."""
+    return batch_shapes(columns, even_batch_size(row_count(columns), at_most, parts))
 
 
 class Losses(NamedTuple):

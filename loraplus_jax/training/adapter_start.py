@@ -1,5 +1,6 @@
 """Adapters that start from the base: made once, kept in the run, and subtracted from it if the init says so."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..models.checkpoints.hf import check_params, read_leaf
 from ..quantization.packed_array import PackedArray, is_packed
 from ..settings.schema import Settings
 from ..step.sharding import Shardings, local_rows, shard_batch
-from ..tasks.interface import AdaptedModel, LossFn, TaskData
+from ..tasks.interface import AdaptedModel, BatchPlan, LossFn, TaskData
 from .provenance import check_identity
 from .run_directory import START
 
@@ -123,6 +124,7 @@ def _read_errors(parts: AdaptedModel, directory: Path) -> Callable[[str], np.nda
 def first_gradients(
     settings: Settings,
     data: TaskData,
+    batches: BatchPlan,
     parts: AdaptedModel,
     loss_fn: LossFn,
     mesh: Mesh,
@@ -132,10 +134,16 @@ def first_gradients(
     init = BASE_INITS.get(settings.lora.init)
     if init is None or init.source != "gradients":
         return {}
-    columns, size = data.splits["train"], settings.train.batch_size
-    rows = local_rows(mesh, size)
-    batch = next(train_batches(columns, batch_size=size, seed=settings.seed, rows=rows))
-    count = len(rows) // settings.train.accumulate
+    batch = next(
+        train_batches(
+            data.splits["train"],
+            batch_size=settings.train.batch_size,
+            seed=settings.seed,
+            arrange=batches.arrange,
+            rows=functools.partial(local_rows, mesh),
+        )
+    )
+    count = len(batch["weight"]) // settings.train.accumulate
     batch = shard_batch({name: column[:count] for name, column in batch.items()}, mesh)
     flat, places = flatten(parts.frozen), flatten(shardings.frozen)
     weights = {spec.leaf: flat[spec.leaf] for spec in parts.specs.values()}

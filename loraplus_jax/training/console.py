@@ -12,7 +12,7 @@ from .._utils.validation import escape_controls
 from ..adapter.tree import count
 from ..settings.schema import IGNORED, Settings
 from ..tasks.causal_lm import head_is_frozen
-from ..tasks.interface import AdaptedModel, TaskData, row_count
+from ..tasks.interface import AdaptedModel, TaskData
 from .setup import Run
 
 SECONDS_PER_LINE = 30.0
@@ -51,8 +51,7 @@ def header(run: Run, step: int) -> Iterator[str]:
     yield from ignored_lines(settings, run.parts)
     yield from data_lines(run.data)
     length = settings.data.max_length
-    if (rows := row_count(run.data.splits["train"])) != sizes["train"]:
-        yield f"packed into {rows:,} training rows of {length} tokens"
+    yield from run.batches.summary
     if truncated := sum(run.data.truncated.values()):
         yield f"truncated {truncated:,} of {sum(sizes.values()):,} examples to data.max_length {length}"
     if step:

@@ -17,7 +17,6 @@ from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.dora import set_magnitudes
 from ..adapter.target_rules import try_rules
 from ..adapter.tree import combine, flatten, split_trainable, unflatten
-from ..data.batches import Batch
 from ..data.fetch import resolve
 from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.attention import KERNEL_PLATFORMS
@@ -41,7 +40,16 @@ from ..tasks import causal_lm, encoder
 from ..tasks.causal_lm import LanguageTask
 from ..tasks.chat_generation import ChatModel, prompt_chat
 from ..tasks.held_out_generation import HeldOutTexts
-from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, params_of, row_count
+from ..tasks.interface import (
+    AdaptedModel,
+    BaseModel,
+    BatchPlan,
+    Losses,
+    Shapes,
+    TaskData,
+    params_of,
+    row_count,
+)
 from .adapter_start import begin_from, first_gradients, make_start, read_start
 from .distributed import check_same_everywhere, raise_together
 from .memory import check_memory
@@ -49,14 +57,14 @@ from .optimizer import check_rates, make_optimizer, schedule_for
 from .provenance import model_identity
 from .saved_adapter import adapter_digest, check_init_adapter, check_init_identity, load_init_adapter
 from .theory_metrics import count_rows, lower_theory
-from .xla import compiler_options
+from .xla import ProgramByShape, compiler_options
 
 
 class Programs(NamedTuple):
     """The compiled programs of a run.
 
     Attributes:
-      step: `(state, frozen, batch) -> (state, metrics)`, see `step.make_step`.
+      step: `(state, frozen, batch) -> (state, metrics)`, see `step.make_step`; a `ProgramByShape`.
       evaluate: `(trainable, frozen, batch) -> pairs`, see `step.make_eval`.
       theory: `(trainable, before, frozen, batch) -> terms`, see `step.make_theory`; None if disabled.
     """
@@ -64,6 +72,11 @@ class Programs(NamedTuple):
     step: Any
     evaluate: Any
     theory: Any = None
+
+    @property
+    def compiled(self) -> list[Any]:
+        """The programs that need the most memory."""
+        return [p for p in (self.step and self.step.largest, self.evaluate, self.theory) if p is not None]
 
 
 class Run(NamedTuple):
@@ -73,6 +86,7 @@ class Run(NamedTuple):
       settings: the settings; `settings.applied` is the effective config of the adapters.
       data, parts: see `TaskData` and `AdaptedModel`.
       steps: the total number of optimizer steps.
+      batches: the shapes of the batches.
       tx: the optimizer.
       mesh: the device mesh.
       shardings: the shardings of the state and the frozen variables.
@@ -87,6 +101,7 @@ class Run(NamedTuple):
     data: TaskData
     parts: AdaptedModel
     steps: int
+    batches: BatchPlan
     tx: LoRAPlusTransform
     mesh: Mesh
     shardings: Shardings
@@ -131,8 +146,9 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         # Compiled from shapes: a program that does not fit is an error before the weights are read, which takes
         # minutes.
         shardings = state_shardings(shapes, tx, mesh)
-        programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
-        check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
+        batches = task_module(settings).plan_batches(settings, data, steps, (settings.seed,), mesh)
+        programs = compile_programs(settings, data, batches, shapes, tx, mesh, shardings)
+        check_memory(programs.compiled, mesh.local_devices[0], len(mesh.local_devices))
         parts = load_model(settings, directory, shapes, mesh)
         inputs = {
             **identity,
@@ -166,15 +182,16 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             output = expand_path("output_dir", settings.output_dir)
             start = read_start(output, parts.specs, metadata, allow_different)
         if start is None:
-            losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
-            gradients = first_gradients(settings, data, parts, losses.train, mesh, shardings)
+            losses = task_module(settings).make_losses(settings, data.task, parts, mesh, batches.scored)
+            gradients = first_gradients(settings, data, batches, parts, losses.train, mesh, shardings)
             start = make_start(settings, parts, directory, gradients)
         parts = begin_from(parts, start, settings.applied)
         metadata["start"] = fingerprint(start)
     if is_distributed:
         check_same_everywhere({"base": base, "trained": fingerprint(parts.trainable)})
     generators = chat_model, held_out_texts
-    return Run(settings, data, parts, steps, tx, mesh, shardings, programs, *generators, metadata, start)
+    run = (settings, data, parts, steps, batches, tx, mesh, shardings, programs)
+    return Run(*run, *generators, metadata, start)
 
 
 def abstract_run(
@@ -312,24 +329,29 @@ def state_shardings(parts: AdaptedModel, tx: LoRAPlusTransform, mesh: Mesh) -> S
 def compile_programs(
     settings: Settings,
     data: TaskData,
+    batches: BatchPlan,
     parts: AdaptedModel,
     tx: LoRAPlusTransform,
     mesh: Mesh,
     shardings: Shardings,
 ) -> Programs:
-    """Compiles step, evaluation and, if enabled, theory measurement from shapes; nothing is compiled later."""
-    losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
+    """Compiles step, evaluation and, if enabled, theory measurement from shapes."""
+    losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh, batches.scored)
     layout = {"mesh": mesh, "shardings": shardings}
     evaluate = make_eval(losses.evaluate, **layout)
-    batch = batch_shapes(data.splits["validation"], settings.train.eval_batch_size)
     state, theory = state_shapes(parts, tx), None
     if settings.train.theory_every is not None:
-        rows = batch_shapes(data.splits["train"], count_rows(settings.train.batch_size, mesh))
+        rows = theory_rows(batches, mesh)
         theory = lower_theory(losses.train, parts.specs, state, parts.frozen, rows, **layout).compile()
     options = compiler_options(mesh, unrolled=settings.model.unroll)
+
+    def compile_step(batch: Shapes) -> jax.stages.Compiled:
+        traced = trace_step(settings, data, batches, parts, tx, mesh, shardings, batch)
+        return traced.lower().compile(options)
+
     return Programs(
-        trace_step(settings, data, parts, tx, mesh, shardings).lower().compile(options),
-        evaluate.lower(state.trainable, parts.frozen, batch).compile(),
+        ProgramByShape(compile_step, batches.train),
+        evaluate.lower(state.trainable, parts.frozen, batches.evaluate).compile(),
         theory,
     )
 
@@ -337,13 +359,15 @@ def compile_programs(
 def trace_step(
     settings: Settings,
     data: TaskData,
+    batches: BatchPlan,
     parts: AdaptedModel,
     tx: LoRAPlusTransform,
     mesh: Mesh,
     shardings: Shardings,
+    batch: Shapes,
 ) -> jax.stages.Traced:
-    """Traces the training step; only the shapes of the data's columns matter."""
-    losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
+    """Traces the training step for a batch of one of the shapes."""
+    losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh, batches.scored)
     step = jit_step(
         losses.train,
         tx,
@@ -352,14 +376,14 @@ def trace_step(
         accumulate=settings.train.accumulate,
         skip_nonfinite=True,
     )
-    batch = batch_shapes(data.splits["train"], settings.train.batch_size)
     return step.trace(state_shapes(parts, tx), parts.frozen, batch)
 
 
-def batch_shapes(columns: Batch, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch of these columns, with a weight per row."""
-    weighted = columns | {"weight": np.ones(1, np.float32)}
-    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in weighted.items()}
+def theory_rows(batches: BatchPlan, mesh: Mesh) -> Shapes:
+    """The shapes of the rows of a batch, of the smallest if there are several shapes, to measure for the theory."""
+    batch = batches.train[0]
+    count = count_rows(batch["weight"].shape[0], mesh)
+    return {name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in batch.items()}
 
 
 def state_shapes(parts: AdaptedModel, tx: LoRAPlusTransform) -> TrainState:

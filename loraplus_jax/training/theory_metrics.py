@@ -23,10 +23,10 @@ BATCH_FRACTION = 4
 METRIC_PREFIX = "theory"
 
 
-def count_rows(batch_size: int, mesh: Mesh) -> int:
+def count_rows(batch_rows: int, mesh: Mesh) -> int:
     """The number of rows of a batch to measure: a quarter, rounded up to a multiple of the batch shards."""
     parts = batch_parts(mesh)
-    return parts * math.ceil(batch_size / BATCH_FRACTION / parts)
+    return parts * math.ceil(batch_rows / BATCH_FRACTION / parts)
 
 
 def lower_theory(
@@ -49,9 +49,9 @@ def copy_adapters(trainable: Mapping[str, Any]) -> Any:
     return jax.tree.map(jnp.copy, trainable["lora"])
 
 
-def first_rows(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
-    """The rows to measure of this process's part of a batch."""
-    count = len(local_rows(mesh, count_rows(batch_size, mesh)))
+def first_rows(batch: Batch, mesh: Mesh, rows: int) -> Batch:
+    """The rows to measure of this process's part of a batch; `rows` are those of the smallest batch."""
+    count = len(local_rows(mesh, count_rows(rows, mesh)))
     return {name: column[:count] for name, column in batch.items()}
 
 

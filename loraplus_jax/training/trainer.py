@@ -1,5 +1,6 @@
 """The training loop: steps, evaluations, checkpoints, resuming, and the files in the output directory."""
 
+import functools
 import importlib.metadata
 import itertools
 import math
@@ -107,7 +108,8 @@ class Trainer:
             run.data.splits["train"],
             batch_size=self.settings.batch_size,
             seed=run.settings.seed,
-            rows=local_rows(run.mesh, self.settings.batch_size),
+            arrange=run.batches.arrange,
+            rows=functools.partial(local_rows, run.mesh),
         )
         self.held_out = held_out_split(run.data.splits)
         self.answers: dict[str, str] = {}
@@ -256,7 +258,7 @@ class Trainer:
                 self.step = step = step + 1
                 stopping = self.stop.is_due(step)
                 if is_measured:
-                    part = first_rows(batch, self.run.mesh, self.settings.batch_size)
+                    part = first_rows(batch, self.run.mesh, self.run.batches.fewest_rows)
                     rows = shard_batch(part, self.run.mesh)
                     terms = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
                     self.log.write(step, to_metrics(terms, self.run.parts.specs))
@@ -424,7 +426,7 @@ class Trainer:
 
     def evaluate(self, trainable: Any, split: str) -> dict[str, float]:
         """Returns the metrics on a split: means, and the task's metrics derived from them."""
-        arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
+        arrays, size = self.run.data.splits[split], self.run.batches.eval_rows
         program = self.run.programs.evaluate
         between = self.between_batches(f"{split} batch", row_count(arrays), size)
         values = evaluate(program, trainable, self.frozen, arrays, size, self.run.mesh, between=between)

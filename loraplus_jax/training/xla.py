@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,32 @@ def one_thread_per_device(mesh: Mesh) -> dict[str, Any] | None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     is_one_each = devices[0].platform == "cpu" and 1 < cores <= len(devices)
     return {"xla_cpu_multi_thread_eigen": False} if is_one_each else None
+
+
+class ProgramByShape:
+    """A program for each shape of a batch, which is the last argument and has a column `weight`.
+
+    Attributes:
+      programs: the compiled programs, by the shape of `weight`.
+    """
+
+    def __init__(self, compile_for: Callable[[Any], Any], shapes: Sequence[Any]) -> None:
+        """Compiles `compile_for(batch)` for these shapes, and for others when the first such batch comes."""
+        self._compile_for = compile_for
+        self.programs = {batch["weight"].shape: compile_for(batch) for batch in shapes}
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the program for the batch."""
+        batch = args[-1]
+        if (shape := batch["weight"].shape) not in self.programs:
+            shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+            self.programs[shape] = self._compile_for(shapes)
+        return self.programs[shape](*args)
+
+    @property
+    def largest(self) -> Any:
+        """The program of the largest batch."""
+        return self.programs[max(self.programs)]
 
 
 @contextmanager

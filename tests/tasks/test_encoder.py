@@ -24,7 +24,7 @@ class Echo(nn.Module):
 
     width: int
 
-    def __call__(self, input_ids, attention_mask, token_type_ids):
+    def __call__(self, input_ids, attention_mask, token_type_ids, texts):
         noise = jax.random.normal(self.make_rng("dropout"), ()) if self.has_rng("dropout") else 0.0
         return input_ids[:, : self.width].astype(jnp.float32) + attention_mask[:, :1] * noise
 

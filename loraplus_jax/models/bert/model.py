@@ -45,24 +45,31 @@ class BertEmbeddings(BertPart):
     """The normalized sum of word, position and token type embeddings."""
 
     @nn.compact
-    def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array | None) -> jax.Array:
-        """The first hidden states (B, T, D) for ids (B, T)."""
+    def __call__(
+        self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None
+    ) -> jax.Array:
+        """The first hidden states (B, T, D) for ids and mask (B, T)."""
         c = self.config
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         x = self.embed(c.vocab_size, "word")(input_ids) + self.embed(c.type_vocab_size, "token_type")(types)
-        x = x + self.embed(c.max_position_embeddings, "position")(_positions(c, input_ids))
+        x = x + self.embed(c.max_position_embeddings, "position")(_positions(c, input_ids, attention_mask))
         return self.drop(self.norm("norm")(x))
 
 
-def _positions(config: BertConfig, input_ids: jax.Array) -> jax.Array:
-    """Position ids: (1, T) for BERT; (B, T) for RoBERTa, where all padding has the position `pad_token_id`.
+def _positions(config: BertConfig, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    """Position ids (B, T), counted anew in each text of a row; RoBERTa's padding has the position `pad_token_id`.
 
     RoBERTa's follow from the ids, not from the attention mask, as in transformers and fairseq's `make_positions`.
     """
-    if config.model_type == "bert":
-        return jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
-    is_token = (input_ids != config.pad_token_id).astype(jnp.int32)
-    return jnp.cumsum(is_token, axis=1) * is_token + config.pad_token_id
+    is_token = jnp.ones_like(input_ids)
+    if config.model_type != "bert":
+        is_token = (input_ids != config.pad_token_id).astype(jnp.int32)
+    count = jnp.cumsum(is_token, axis=1)
+    # Only the second and later texts begin anew, so that a plain mask, with padding anywhere, changes no position.
+    before = jnp.pad(attention_mask, ((0, 0), (1, 0)))[:, :-1]
+    begins = (attention_mask != before) & (attention_mask > 1)
+    count -= jax.lax.cummax(jnp.where(begins, count - is_token, 0), axis=1)
+    return count - 1 if config.model_type == "bert" else count * is_token + config.pad_token_id
 
 
 class BertAttention(BertPart):
@@ -70,7 +77,7 @@ class BertAttention(BertPart):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """(B, T, D) from hidden states (B, T, D) and a boolean mask (B, 1, 1, T)."""
+        """(B, T, D) from hidden states (B, T, D) and a boolean mask (B, 1, T, T)."""
         c = self.config
         heads = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
@@ -137,7 +144,8 @@ class BertEncoder(BertPart):
 
         Args:
           input_ids: int32 (B, T). An id outside the vocabulary gives NaN.
-          attention_mask: bool or int (B, T), nonzero on tokens, zero on padding.
+          attention_mask: bool or int (B, T), zero on padding. A row may hold several texts, one after the other,
+            with the number of its text, from 1, at each token; a token attends to the tokens of its own text only.
           token_type_ids: int32 (B, T), zeros by default.
 
         Returns:
@@ -152,7 +160,8 @@ class BertEncoder(BertPart):
                 f"input_ids has {length} tokens, the model takes at most {limit}; truncate the input"
             )
         args = (self.config, self.dtype, self.param_dtype)
-        x = BertEmbeddings(*args, name="embeddings")(input_ids, token_type_ids)
+        segments = attention_mask.astype(jnp.int32)
+        x = BertEmbeddings(*args, name="embeddings")(input_ids, segments, token_type_ids)
         layers = nn.scan(
             BertLayer,
             variable_axes={"params": 0},
@@ -161,7 +170,7 @@ class BertEncoder(BertPart):
             length=self.config.num_hidden_layers,
             unroll=self.config.num_hidden_layers if self.unroll else 1,
         )
-        mask = attention_mask.astype(bool)[:, None, None, :]
+        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
         return constrain_rows(layers(*args, name="layers")(x, mask)[0])
 
 
@@ -197,11 +206,27 @@ class BertForSequence(nn.Module):
         self.head = nn.Dense(self.num_outputs, dtype=jnp.float32, kernel_init=init)
 
     def __call__(
-        self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        token_type_ids: jax.Array | None = None,
+        texts: int | None = None,
     ) -> jax.Array:
-        """The head's outputs, float32 (B, num_outputs); arguments as for `BertEncoder`."""
+        """The head's outputs.
+
+        Args:
+          input_ids, attention_mask, token_type_ids: as for `BertEncoder`.
+          texts: S, the most texts in a row; None if every row is one text.
+
+        Returns:
+          float32 (B, num_outputs), or (B, S, num_outputs) with `texts`, of which those beyond the number of a row's
+          texts are meaningless.
+        """
         hidden = self.encode(input_ids, attention_mask, token_type_ids)
-        pooled = masked_mean(hidden, attention_mask) if self.pooling == "mean" else hidden[:, 0]
+        if texts is not None:
+            pooled = pool_texts(hidden, attention_mask, texts, first=self.pooling != "mean")
+        else:
+            pooled = masked_mean(hidden, attention_mask) if self.pooling == "mean" else hidden[:, 0]
         if self.pooling == "pooler":
             pooled = jnp.tanh(self.pooler(pooled))
         return self.head(self.dropout(pooled, deterministic=not self.has_rng("dropout")))
@@ -222,6 +247,32 @@ def masked_mean(hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
     keep = attention_mask.astype(bool)[:, :, None]
     total = jnp.sum(jnp.where(keep, hidden.astype(jnp.float32), 0.0), axis=1)
     return total / jnp.maximum(jnp.sum(keep, axis=1), 1)
+
+
+def pool_texts(hidden: jax.Array, attention_mask: jax.Array, texts: int, *, first: bool) -> jax.Array:
+    """The mean over the tokens of each text of a row, or the first token; zeros beyond the last text.
+
+    Args:
+      hidden: (B, T, D).
+      attention_mask: int (B, T), the number of each token's text, from 1, and 0 at padding.
+      texts: S, the most texts in a row.
+      first: whether to take the first token instead of the mean.
+
+    Returns:
+      float32 (B, S, D).
+
+    >>> hidden = jnp.array([[[1.0], [3.0], [9.0], [5.0]]])
+    >>> pool_texts(hidden, jnp.array([[1, 1, 2, 0]]), 3, first=False).ravel()
+    Array([2., 9., 0.], dtype=float32)
+    """
+    share = (attention_mask[:, None] == jnp.arange(1, texts + 1)[None, :, None]).astype(jnp.float32)
+    if first:
+        share *= jnp.cumsum(share, axis=2) == 1
+    else:
+        share /= jnp.maximum(jnp.sum(share, axis=2, keepdims=True), 1)
+    # A product, whose gradient is one too: gathers of rows that are split over devices would move them. At full
+    # precision, which an accelerator would not give a float32 product.
+    return jnp.einsum("bst,btd->bsd", share, hidden.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 _LAYER, _LAYERS = "encoder.layer.{layer}", "encoder/layers"
