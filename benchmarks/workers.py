@@ -311,7 +311,7 @@ def load_here(job: dict[str, Any]) -> Worker:
         path = Path(job["directory"])
         config = LlamaConfig.from_hf(load_config(path))
         ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-        expected = jax.eval_shape(Llama(config).init, jax.random.key(0), ids)["params"]
+        expected = jax.eval_shape(lambda ids: Llama(config).init(jax.random.key(0), ids), ids)["params"]
         return [np.asarray(leaf) for leaf in jax.tree.leaves(load_params(path, name_table(config), expected))]
 
     return _loader(load)

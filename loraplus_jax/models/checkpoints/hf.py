@@ -6,6 +6,8 @@ Nothing is guessed: before reading any weight, one error lists every missing, ex
 import contextlib
 import functools
 import hashlib
+import itertools
+import json
 import math
 import os
 import re
@@ -13,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -31,10 +34,11 @@ from .quantized import read_packed
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _SHOWN = 20
 _THREADS = 4
 _PIECE = 2**22  # bytes per read, counted as float32
+_ROWS = 128  # of a tensor, copied at a time: transposing more leaves a core's cache
 
 
 MAX_LAYERS, MAX_SIZE = 1_000, 2**24
@@ -292,7 +296,7 @@ def weight_files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[st
         raise ValueError(f"{path}: files in the index are missing: {', '.join(missing)}")
     for name in sorted(set(weight_map.values())) or [SINGLE_FILE]:
         index_names = {tensor for tensor, owner in weight_map.items() if owner == name}
-        yield name, _open(path / name), _FLOATS, index_names
+        yield name, _open(path / name), tuple(_FLOATS), index_names
 
 
 def _compare_shapes(
@@ -376,13 +380,23 @@ def _read(
     if rule.part is not None:
         *inputs, outputs = window
         window = [*inputs, slice(rule.part.start + outputs.start, rule.part.start + outputs.stop)]
+    # From here on in the file's layout.
+    window = window[::-1] if rule.transposed else window
 
-    def fill(index: int) -> None:
-        _fill(slots[index : index + 1], tensors[names[index]], window, transposed=rule.transposed)
+    def fill(job: tuple[int, Any]) -> None:
+        index, part = job
+        tensor = tensors[names[index]]
+        if not window:
+            slots[index] = tensor.view[()]
+            return
+        rows = slice(window[0].start + part.start, window[0].start + part.stop)
+        slot = slots[index].T if rule.transposed else slots[index]
+        _copy(tensor.view[(rows, *window[1:])], slot[part])
 
+    parts = _pieces(tuple(s.stop - s.start for s in window))
     # Most of the time is spent in copies by NumPy, which other threads need not wait for.
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(fill, range(len(names))))
+    with ThreadPoolExecutor(min(_THREADS, 1 + out.nbytes // _PIECE)) as pool:
+        list(pool.map(fill, itertools.product(range(len(names)), parts)))
     return out
 
 
@@ -394,15 +408,11 @@ def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return spare[start : start + size].view(dtype).reshape(shape)
 
 
-def _fill(slot: np.ndarray, tensor: _Tensor, window: list[slice], *, transposed: bool) -> None:
-    if not tensor.shape:
-        slot[0] = tensor.view[()]
-        return
-    target = slot[0].T if transposed else slot[0]
-    first, *columns = reversed(window) if transposed else window
-    for part in _pieces(target.shape):
-        rows = slice(first.start + part.start, first.start + part.stop)
-        target[part] = tensor.view[(rows, *columns)]
+def _copy(values: np.ndarray, target: np.ndarray) -> None:
+    for start in range(0, len(target), _ROWS):
+        rows = slice(start, start + _ROWS)
+        # Converted before it is transposed: NumPy is slow at both in one pass.
+        target[rows] = values[rows].astype(target.dtype, copy=False)
 
 
 def _check_directory(directory: Path) -> Path:
@@ -455,9 +465,52 @@ def _open(path: Path) -> Any:
         raise ValueError(f"{path} is missing, but the index lists it")
     check_file(path)
     try:
-        return safetensors.safe_open(path, framework="np")
+        return _SafetensorsFile(path, safetensors.safe_open(path, framework="np"))
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}; "
             "download it again (truncated, or a Git LFS pointer?)"
         ) from error
+
+
+@dataclass(frozen=True)
+class _SafetensorsFile:
+    """A file that safetensors has opened and checked, with the interface of what it returned."""
+
+    path: Path
+    opened: Any
+
+    def keys(self) -> list[str]:
+        return self.opened.keys()
+
+    def get_slice(self, name: str) -> "_View":
+        return _View(self, name, self.opened.get_slice(name))
+
+    @cached_property
+    def header_and_data(self) -> tuple[dict[str, Any], np.ndarray]:
+        """The JSON header, and the mapped bytes that its offsets refer to."""
+        mapped = np.memmap(self.path, np.uint8, "r").view(np.ndarray)
+        start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+        return json.loads(mapped[8:start].tobytes()), mapped[start:]
+
+
+@dataclass(frozen=True)
+class _View:
+    """A lazy tensor: floats are read-only views of the mapped file, where safetensors makes copies."""
+
+    file: _SafetensorsFile
+    name: str
+    slice: Any
+
+    def get_shape(self) -> list[int]:
+        return self.slice.get_shape()
+
+    def get_dtype(self) -> str:
+        return self.slice.get_dtype()
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if (dtype := _FLOATS.get(self.get_dtype())) is None:
+            return self.slice[index]
+        header, data = self.file.header_and_data
+        start, stop = header[self.name]["data_offsets"]
+        return data[start:stop].view(dtype).reshape(self.get_shape())[index]

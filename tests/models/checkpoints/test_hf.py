@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from loraplus_jax import make_mesh
 from loraplus_jax.adapter.tree import flatten
@@ -68,13 +68,13 @@ def load(folder, table=TABLE, **kwargs):
 
 def counted(monkeypatch):
     """The numbers of values read of each tensor, as they are asked for."""
-    read, get = [], hf._fill
+    read, copy = [], hf._copy
 
-    def fill(slot, tensor, window, **how):
-        read.append(int(np.prod([s.stop - s.start for s in window])))
-        get(slot, tensor, window, **how)
+    def count(values, target):
+        read.append(values.size)
+        copy(values, target)
 
-    monkeypatch.setattr(hf, "_fill", fill)
+    monkeypatch.setattr(hf, "_copy", count)
     return read
 
 
@@ -166,6 +166,58 @@ def test_dtypes_come_from_expected_or_param_dtype(tmp_path, given):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(low)} == {"bfloat16"}
     expected = content["h.1.fc.weight"].T.astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(low["layers"]["up"]["kernel"][1], expected)
+
+
+@pytest.mark.parametrize("wanted", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("given", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_bits_are_those_of_numpy(tmp_path, monkeypatch, given, wanted, padding):
+    """More rows than are copied at a time, in several pieces, also at an odd place in the file."""
+    monkeypatch.setattr(hf, "_PIECE", 4 * 5 * 200)
+    rng = np.random.default_rng(0)
+    with np.errstate(over="ignore"):
+        content = {
+            name: rng.normal(scale=1e3, size=(300, 5)).astype(given) for name in ("fc.weight", "tok.weight")
+        }
+    for value in content.values():
+        value[:3, 0] = np.inf, np.nan, -0.0
+    data = save(content)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end].rstrip() + b" " * padding
+    header += b" " * ((padding - len(header)) % 8)
+    (tmp_path / SINGLE_FILE).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    table = NameTable(rules=(*linear_rules("fc", "up", bias=False), *embedding_rules("tok", "embed")))
+    shapes = {"up": {"kernel": (5, 300)}, "embed": {"embedding": (300, 5)}}
+    expected = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, wanted), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    params = load_params(tmp_path, table, expected)
+    for value, name in (
+        (params["up"]["kernel"].T, "fc.weight"),
+        (params["embed"]["embedding"], "tok.weight"),
+    ):
+        assert np.asarray(value).tobytes() == content[name].astype(wanted).tobytes()
+
+
+def test_a_file_that_changes_later_does_not_change_what_was_loaded(tmp_path):
+    params = load(write(tmp_path, tensors()))
+    before = jax.tree.map(np.array, params)
+    path = tmp_path / SINGLE_FILE
+    with path.open("r+b") as file:
+        file.seek(8 + int.from_bytes(path.read_bytes()[:8], "little"))
+        file.write(bytes(path.stat().st_size - file.tell()))
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+@pytest.mark.parametrize("given", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_read_of_floats_makes_no_copy(tmp_path, given):
+    content = {name: value.astype(given) for name, value in tensors().items() if name != "lm_head.bias"}
+    write(tmp_path, content)
+    _, found = hf.check_params(tmp_path, TABLE, EXPECTED, new=("head",))
+    for name, tensor in found.items():
+        read = tensor.view[1:]
+        assert np.shares_memory(read, tensor.view[:])
+        assert read.tobytes() == content[name][1:].tobytes()
 
 
 def test_place_gets_each_leaf_on_the_host(tmp_path):
