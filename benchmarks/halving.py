@@ -42,7 +42,10 @@ def train(run: SweepRun) -> dict[str, dict[str, float]]:
     members, losses, data = DeviceSlots(population, len(entries)), {}, population.data.splits
     members.fill({n: population.first(*entry) for n, entry in enumerate(entries)})
     size = run.train.batch_size
-    batches = {seed: train_batches(data["train"], batch_size=size, seed=seed) for seed in run.seeds}
+    arrange = population.batches.arrange
+    batches = {
+        seed: train_batches(data["train"], batch_size=size, seed=seed, arrange=arrange) for seed in run.seeds
+    }
     stops = {math.ceil(share * population.steps) for share in EVALUATED}
     for step in range(1, population.steps + 1):
         by_seed = {seed: next(stream) for seed, stream in batches.items()}

@@ -71,10 +71,11 @@ def timing(rounds: int, backend: str) -> None:
     run = parse_settings(CONFIG, [*options, "1"], SweepRun)
     single = prepare(run.settings_of(run.trials[-1], 0))
     data, frozen, count = single.data, replicate(single.mesh, single.parts.frozen), len(run.trials)
-    batch = next(train_batches(data.splits["train"], batch_size=run.train.batch_size, seed=0))
-    two_batches = {
-        n: column[: 2 * run.train.eval_batch_size] for n, column in data.splits["validation"].items()
-    }
+    arrange, rows = single.batches.arrange, single.batches.eval_rows
+    batch = next(
+        train_batches(data.splits["train"], batch_size=run.train.batch_size, seed=0, arrange=arrange)
+    )
+    two_batches = {n: column[: 2 * rows] for n, column in data.splits["validation"].items()}
     states = [replicate(single.mesh, init_state(single.parts.trainable, single.tx, jax.random.key(0)))]
 
     def single_steps() -> Any:
@@ -83,7 +84,7 @@ def timing(rounds: int, backend: str) -> None:
         return states[0]
 
     def single_evaluation() -> Any:
-        batches = [shard_batch(b, single.mesh) for b in eval_batches(two_batches, run.train.eval_batch_size)]
+        batches = [shard_batch(b, single.mesh) for b in eval_batches(two_batches, rows)]
         return [single.programs.evaluate(states[0].trainable, frozen, b) for b in batches]
 
     def population_step(slots: DeviceSlots) -> Any:
@@ -193,8 +194,9 @@ def sizes(rounds: int, backend: str) -> None:
         for size in SIZES:
             slots = ways[name, size] = DeviceSlots(population, most)
             slots.fill({n: population.first(run.trials[n], 0) for n in range(size)})
-    train = next(iter(ways.values())).population.data.splits["train"]
-    batch = next(train_batches(train, batch_size=run.train.batch_size, seed=0))
+    population = next(iter(ways.values())).population
+    train, arrange = population.data.splits["train"], population.batches.arrange
+    batch = next(train_batches(train, batch_size=run.train.batch_size, seed=0, arrange=arrange))
 
     def step(slots: DeviceSlots) -> Any:
         slots.step(dict.fromkeys(slots.member_ids, batch))
@@ -203,7 +205,9 @@ def sizes(rounds: int, backend: str) -> None:
     seconds = interleaved({way: functools.partial(step, slots) for way, slots in ways.items()}, rounds)
     rows = []
     for (name, size), slots in ways.items():
-        temporaries = slots.programs.step.memory_analysis().temp_size_in_bytes * slots.population.mesh.size
+        temporaries = (
+            slots.programs.step.largest.memory_analysis().temp_size_in_bytes * slots.population.mesh.size
+        )
         row = {"way": name, "members": size}
         row["step_seconds_per_member"] = round(float(np.median(seconds[name, size])) / size, 4)
         rows.append({**row, "temporaries_mb": round(temporaries / 1e6, 1)})

@@ -70,7 +70,7 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
         "optimizer": (state.opt_state, shardings.state.opt_state),
         "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
     }
-    traced = trace_step(settings, data, batches, parts, tx, mesh, shardings, batch)
+    traced = trace_step(settings, data, batches, parts, tx, mesh, shardings)
     return LoweredStep(parts, state, batches, traced.jaxpr, traced.lower(), held, shardings)
 
 

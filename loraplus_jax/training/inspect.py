@@ -25,7 +25,7 @@ def inspect(settings: Settings) -> str:
     check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
     data = task_module(settings).load_data(settings, directory)
-    steps, parts, tx = abstract_run(settings, directory, data, mesh)
+    steps, batches, parts, tx = abstract_run(settings, directory, data, mesh)
     if settings.init_adapter is not None:
         check_init_adapter(settings, parts, data.task)
     peak = settings.optimizer.warmup_steps
@@ -39,4 +39,4 @@ def inspect(settings: Settings) -> str:
     lines.append(
         f"{steps} steps of batch size {settings.train.batch_size}; learning rates at step {peak}; data: {sizes}"
     )
-    return "\n".join(lines)
+    return "\n".join((*lines, *batches.summary))

@@ -124,7 +124,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         check_mesh(settings, mesh)
         directory = resolve(settings.model.path, "model")
         data = task_module(settings).load_data(settings, directory)
-        steps, shapes, tx = abstract_run(settings, directory, data, mesh)
+        steps, batches, shapes, tx = abstract_run(settings, directory, data, mesh)
         identity = model_identity(settings, directory, data.task) | {"data": data.digests}
         if settings.init_adapter is not None:
             check_init_identity(settings, identity, None, allow_different)
@@ -146,7 +146,6 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         # Compiled from shapes: a program that does not fit is an error before the weights are read, which takes
         # minutes.
         shardings = state_shardings(shapes, tx, mesh)
-        batches = task_module(settings).plan_batches(settings, data, steps, (settings.seed,), mesh)
         programs = compile_programs(settings, data, batches, shapes, tx, mesh, shardings)
         check_memory(programs.compiled, mesh.local_devices[0], len(mesh.local_devices))
         parts = load_model(settings, directory, shapes, mesh)
@@ -196,8 +195,8 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
 
 def abstract_run(
     settings: Settings, directory: Path, data: TaskData, mesh: Mesh
-) -> tuple[int, AdaptedModel, LoRAPlusTransform]:
-    """The number of steps, the model with shapes as variables, and the optimizer, which must fit together."""
+) -> tuple[int, BatchPlan, AdaptedModel, LoRAPlusTransform]:
+    """Number of steps, shapes of batches, model of shapes, and optimizer, which must fit together."""
     steps = count_steps(settings, row_count(data.splits["train"]))
     shapes = build_model(settings, directory, data.task, settings.applied)
     check_tensor(mesh, shapes.base.tensor_sizes)
@@ -209,11 +208,12 @@ def abstract_run(
             jax.eval_shape(tx.init, shapes.trainable)
         except ValueError as error:
             raise ValueError(f"optimizer.{error}") from None
-    return steps, shapes, tx
+    batches = task_module(settings).plan_batches(settings, data, steps, (settings.seed,), mesh)
+    return steps, batches, shapes, tx
 
 
 def task_module(settings: Settings) -> Any:
-    """The module for the kind of model, with `load_data`, `load_split`, `make_base` and `make_losses`."""
+    """The module for the kind of model: `load_data`, `load_split`, `plan_batches`, `make_base`, `make_losses`."""
     return causal_lm if settings.is_language else encoder
 
 
@@ -364,9 +364,9 @@ def trace_step(
     tx: LoRAPlusTransform,
     mesh: Mesh,
     shardings: Shardings,
-    batch: Shapes,
+    batch: Shapes | None = None,
 ) -> jax.stages.Traced:
-    """Traces the training step for a batch of one of the shapes."""
+    """Traces the training step for a batch of these shapes, by default the largest of the run."""
     losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh, batches.scored)
     step = jit_step(
         losses.train,
@@ -376,7 +376,7 @@ def trace_step(
         accumulate=settings.train.accumulate,
         skip_nonfinite=True,
     )
-    return step.trace(state_shapes(parts, tx), parts.frozen, batch)
+    return step.trace(state_shapes(parts, tx), parts.frozen, batch or batches.train[-1])
 
 
 def theory_rows(batches: BatchPlan, mesh: Mesh) -> Shapes:

@@ -98,19 +98,20 @@ def described(settings):
 
 def shapes(settings):
     """The specs of the adapters, and the shapes of what is trained and what is frozen."""
-    _, _, parts, _ = described(settings)
+    _, _, _, parts, _ = described(settings)
     return parts.specs, str(parts.trainable), str(parts.frozen)
 
 
 def shardings(settings):
-    mesh, _, parts, tx = described(settings)
+    mesh, _, _, parts, tx = described(settings)
     return str(setup.state_shardings(parts, tx, mesh))
 
 
 def program(settings):
     """The training step that is given to the compiler."""
-    mesh, data, parts, tx = described(settings)
-    traced = setup.trace_step(settings, data, parts, tx, mesh, setup.state_shardings(parts, tx, mesh))
+    mesh, data, batches, parts, tx = described(settings)
+    places = setup.state_shardings(parts, tx, mesh)
+    traced = setup.trace_step(settings, data, batches, parts, tx, mesh, places)
     return str(traced.jaxpr)
 
 
@@ -282,12 +283,12 @@ def goes_elsewhere(settings):
 def theory(settings):
     """Whether a program that measures the theory's terms is compiled first."""
 
-    mesh, data, parts, tx = described(settings)
+    mesh, data, batches, parts, tx = described(settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "lower_theory", ending("theory"))
         patch.setattr(setup, "trace_step", ending("step"))
         with pytest.raises(Found) as found:
-            setup.compile_programs(settings, data, parts, tx, mesh, None)
+            setup.compile_programs(settings, data, batches, parts, tx, mesh, None)
     return found.value.args
 
 

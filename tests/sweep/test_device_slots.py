@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loraplus_jax.settings.schema import TrainSettings
 from loraplus_jax.step.train_step import TrainState
 from loraplus_jax.sweep.device_slots import DeviceSlots, assign_slots
 from loraplus_jax.sweep.population import Members
@@ -20,7 +19,7 @@ class Program:
     input_shardings = ((None, None, None),)
 
     def __init__(self, function):
-        self.function = function
+        self.function, self.largest = function, self
 
     def __call__(self, *args):
         return self.function(*args)
@@ -43,7 +42,7 @@ def test_rows_of_the_members_of_a_sweep():
     slots = types.SimpleNamespace(
         population=types.SimpleNamespace(
             parts=types.SimpleNamespace(frozen=None),
-            run=types.SimpleNamespace(train=TrainSettings(eval_batch_size=4)),
+            batches=types.SimpleNamespace(eval_rows=4),
         ),
         programs=types.SimpleNamespace(evaluate=Program(both)),
         chunks=[types.SimpleNamespace(alive=np.array([True, True]))],

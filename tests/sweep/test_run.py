@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 
+from loraplus_jax.data.batches import take_rows
 from loraplus_jax.sweep import run as sweeping
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.signals import StopSignal
@@ -48,10 +49,13 @@ def test_the_search_selects_on_validation_and_the_report_tests(tmp_path, monkeyp
     run = parsed(f"--sweep.{option}", "--train.steps=8", "--train.batch_size=2")
     splits = {name: {"slope": np.full(2, slope)} for name, slope in SLOPES.items()}
     task = types.SimpleNamespace(metric="loss", derived=lambda values: {})
-    data = types.SimpleNamespace(task=task, splits={**splits, "train": {"x": np.zeros(4)}})
+    data = types.SimpleNamespace(
+        task=task, splits={**splits, "train": {"x": np.zeros(4)}}, examples={"test": 4}
+    )
     metadata = {"base": None, "identity": {}}
+    batches = types.SimpleNamespace(arrange=take_rows)
     population = types.SimpleNamespace(
-        run=run, data=data, steps=8, first=lambda trial, seed: trial, metadata=metadata
+        run=run, data=data, steps=8, batches=batches, first=lambda trial, seed: trial, metadata=metadata
     )
     monkeypatch.setattr(sweeping, "DeviceSlots", Slots)
     monkeypatch.setattr(sweeping.Sweep, "save", lambda self: None)

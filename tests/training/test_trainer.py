@@ -14,7 +14,7 @@ import pytest
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
 from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.step.train_step import Rows, jit_step, make_eval
-from loraplus_jax.tasks.interface import AdaptedModel, TaskData
+from loraplus_jax.tasks.interface import AdaptedModel, TaskData, full_batches
 from loraplus_jax.training import trainer as training
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.evaluation import evaluate, finish_metrics
@@ -120,7 +120,8 @@ def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(
     parts = AdaptedModel(base, base, {}, {"params": {"w": jnp.zeros(())}}, {})
     programs = Programs(jit_step(descend, tx, mesh=mesh, skip_nonfinite=True), make_eval(distance, mesh=mesh))
     shardings, notes = state_shardings(parts, tx, mesh), {"base": None, "identity": {}, "task": {}}
-    run = Run(settings, data, parts, 5, tx, mesh, shardings, programs, None, None, notes, None)
+    batches = full_batches(splits["train"], 2, 64)
+    run = Run(settings, data, parts, 5, batches, tx, mesh, shardings, programs, None, None, notes, None)
     monkeypatch.setattr(training, "prepare", lambda *_, **__: run)
     monkeypatch.setattr(training, "draw_loss", lambda *_: None)
     summary = training.train(settings, console=LineConsole(quiet=True))
