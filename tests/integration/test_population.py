@@ -227,7 +227,7 @@ def test_where_there_is_no_cpu_a_short_measurement_chooses_the_members_at_once(h
     assert asked == [1, 2, 4]
     assert population.programs_for(2) is population.programs_for(2)
     # Members on zeros have no finite loss; they would stop, and cost nothing, before the last timed call.
-    recorded = Recorded(population.programs_for(2).step)
+    recorded = Recorded(population.programs_for(2).step.largest)
     assert measured(recorded, population.mesh, 2) > 0
     assert recorded.alive == [[True, True]] * 4
 

@@ -15,7 +15,11 @@ from loraplus_jax.data.data_to_text import Description
 from loraplus_jax.data.multiple_choice import Question
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama
+from loraplus_jax.step.sharding import batch_sharding, make_mesh
+from loraplus_jax.step.train_step import make_eval
 from loraplus_jax.tasks.causal_lm import LanguageTask, _digest
+
+from ..marks import slow
 
 TALK, CHOICE = LanguageTask(kind="instruction"), LanguageTask(kind="multiple_choice")
 WORDS = 4
@@ -188,3 +192,80 @@ def test_digests_see_weights_calls_and_tools_and_not_what_is_left_out():
         len({plain, *(_digest([Chat(turns)]) for turns in others), _digest([Chat(TURNS, tools="[]")])}) == 4
     )
     assert _digest([Chat(TURNS, "f:9", dropped=TURNS)]) == plain
+
+
+def scored_batch(rows=8, length=12):
+    """Rows of 5 to 8 tokens with a loss, after prompts of other lengths."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((rows, length), np.float32)
+    for n, start in enumerate(rng.integers(2, 5, rows)):
+        mask[n, start : start + rng.integers(5, 8)] = 1
+    return talk(rng.integers(0, 11, (rows, length)), mask, [1] * (rows - 1) + [0])
+
+
+@pytest.mark.parametrize(
+    ("chunk", "parts", "frozen"), [(4, 1, True), (4, 8, True), (None, 1, False), slow(None, 8, False)]
+)
+def test_the_head_at_scored_positions_gives_the_loss_and_gradients_of_all(chunk, parts, frozen):
+    model, batch = Llama(dataclasses.replace(SIZES, tie_word_embeddings=not frozen)), scored_batch()
+    params = jax.jit(model.init)(jax.random.key(0), batch["input_ids"])["params"]
+    counted = batch["loss_mask"] * batch["weight"][:, None]
+    most = int(counted.reshape(parts, -1).sum(axis=1).max())
+
+    def run(scored):
+        loss_fn = TALK.loss_fn(model, chunk=chunk, label_smoothing=0.1, scored=scored, parts=parts)
+
+        def mean(trained):
+            (total, weight), _ = loss_fn({"params": params | trained}, batch, None)
+            return total / weight
+
+        trained = {name: x for name, x in params.items() if not frozen or name == "layers"}
+        return jax.jit(jax.value_and_grad(mean))(trained)
+
+    expected, found, spare = run(None), run(most), run(most + 3)
+    for other in (found, spare):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other, expected)
+    assert np.isnan(run(most - 1)[0])
+
+
+def test_choices_at_scored_positions_have_the_metrics_of_all():
+    model, rng = Llama(SIZES), np.random.default_rng(1)
+    ids = rng.integers(0, 11, (4, 3, 10))
+    mask = np.zeros(ids.shape, np.float32)
+    mask[..., 7:9] = 1
+    batch = {
+        "input_ids": jnp.array(ids),
+        "segment_ids": jnp.ones_like(ids),
+        "loss_mask": jnp.array(mask),
+        "answer": jnp.array([0, 1, 2, 1]),
+        "n_choices": jnp.array([3, 2, 3, 3]),
+        "byte_lengths": jnp.array(rng.integers(1, 9, (4, 3))),
+        "weight": jnp.array([1.0, 1.0, 1.0, 0.0]),
+    }
+    variables = jax.jit(model.init)(jax.random.key(0), batch["input_ids"][0])
+    all_positions, scored = (
+        jax.jit(CHOICE.choice_fn(model, chunk=chunk, scored=count, parts=2))(variables, batch, None)
+        for chunk, count in ((8, None), (8, 12))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scored, all_positions)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_flops_of_the_head_follow_the_scored_positions(devices):
+    sizes = dataclasses.replace(SIZES, vocab_size=4096)
+    model, batch, mesh = Llama(sizes, unroll=True), scored_batch(16, 16), make_mesh(devices)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch["input_ids"])
+
+    def flops(scored):
+        loss_fn = TALK.loss_fn(model, chunk=10**9, scored=scored and scored // devices, parts=devices)
+        run = make_eval(loss_fn, mesh=mesh)
+        compiled = run.lower({}, shapes, jax.device_put(batch, batch_sharding(mesh))).compile()
+        # The head's product is local: nothing of the vocabulary or the hidden states moves.
+        assert "all-gather" not in compiled.as_text()
+        return devices * compiled.cost_analysis()["flops"]
+
+    positions = 16 * 16
+    head = flops(positions) - flops(8)
+    per_position = 2 * sizes.hidden_size * sizes.vocab_size
+    assert head == pytest.approx((positions - 8) * per_position, rel=0.35)
+    assert (flops(128) - flops(64)) / 64 == pytest.approx(head / (positions - 8), rel=0.1)
