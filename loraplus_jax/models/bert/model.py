@@ -17,6 +17,7 @@ from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
 from ..checkpoints.name_table import NameTable, embedding_rules, linear_rules, norm_rules
 from ..part import Part, check_inputs
+from .attention import text_attention, text_mask
 from .config import BertConfig
 
 Pooling = Literal["mean", "cls", "pooler"]
@@ -73,11 +74,11 @@ def _positions(config: BertConfig, input_ids: jax.Array, attention_mask: jax.Arr
 
 
 class BertAttention(BertPart):
-    """Multi-head attention from every token to all unmasked tokens."""
+    """Multi-head attention from every token to all tokens of its text."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """(B, T, D) from hidden states (B, T, D) and a boolean mask (B, 1, T, T)."""
+    def __call__(self, x: jax.Array, segments: jax.Array) -> jax.Array:
+        """(B, T, D) from hidden states (B, T, D) and the number of each token's text, int (B, T)."""
         c = self.config
         heads = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
@@ -85,17 +86,17 @@ class BertAttention(BertPart):
         )
         rate = c.attention_probs_dropout_prob
         if rate > 0.0 and self.has_rng("dropout"):
+            mask = text_mask(segments)[:, None]
             y = _attend(query, key, value, mask, partial(_dropout, self, rate=rate))
         else:
-            y = jax.nn.dot_product_attention(query, key, value, mask=mask)
+            y = text_attention(query, key, value, segments)
         return self.dense(c.hidden_size, "out")(y.reshape(x.shape))
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, drop: _Map) -> jax.Array:
-    # Written out, as `jax.nn.dot_product_attention` has no dropout of the probabilities (B, N, T, T).
+    # Written out, as `text_attention` has no dropout of the probabilities (B, N, T, T).
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(query.shape[-1])
-    # A finite minimum: a row of only padding gets a mean instead of NaN.
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
@@ -115,11 +116,11 @@ class BertLayer(BertPart):
     """Attention and MLP, each with a residual connection and post-norm; the body of an `nn.scan`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, None]:
         """Hidden states (B, T, D) to hidden states; None is the scan's empty output."""
         x = constrain_rows(x)
         args = (self.config, self.dtype, self.param_dtype)
-        y = self.drop(BertAttention(*args, name="attention")(x, mask))
+        y = self.drop(BertAttention(*args, name="attention")(x, segments))
         x = self.norm("attention_norm")(x + y)
         y = self.drop(BertMLP(*args, name="mlp")(x))
         return self.norm("mlp_norm")(x + y), None
@@ -170,8 +171,7 @@ class BertEncoder(BertPart):
             length=self.config.num_hidden_layers,
             unroll=self.config.num_hidden_layers if self.unroll else 1,
         )
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
-        return constrain_rows(layers(*args, name="layers")(x, mask)[0])
+        return constrain_rows(layers(*args, name="layers")(x, segments)[0])
 
 
 class BertForSequence(nn.Module):
