@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ..._utils.validation import check_choice
 from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
+from ..attention_common import target_platform
 from ..checkpoints.name_table import NameTable, embedding_rules, linear_rules, norm_rules
 from ..part import Part, check_inputs
 from .attention import text_attention, text_mask
@@ -132,10 +133,10 @@ class BertEncoder(BertPart):
     Attributes:
       config, dtype, param_dtype: see `Part`.
       unroll: unroll the loop over layers (same stacked parameters), so that XLA's cost analysis counts every
-        layer, not just one.
+        layer, not just one. None unrolls it on CPUs only, where a loop copies all that the backward pass needs.
     """
 
-    unroll: bool = False
+    unroll: bool | None = None
 
     @nn.compact
     def __call__(
@@ -163,13 +164,14 @@ class BertEncoder(BertPart):
         args = (self.config, self.dtype, self.param_dtype)
         segments = attention_mask.astype(jnp.int32)
         x = BertEmbeddings(*args, name="embeddings")(input_ids, segments, token_type_ids)
+        unroll = target_platform() == "cpu" if self.unroll is None else self.unroll
         layers = nn.scan(
             BertLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.config.num_hidden_layers,
-            unroll=self.config.num_hidden_layers if self.unroll else 1,
+            unroll=self.config.num_hidden_layers if unroll else 1,
         )
         return constrain_rows(layers(*args, name="layers")(x, segments)[0])
 
@@ -190,7 +192,7 @@ class BertForSequence(nn.Module):
     pooling: Pooling = "mean"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    unroll: bool = False
+    unroll: bool | None = None
     head_dropout: float = 0.1
 
     def setup(self) -> None:
