@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from .._utils.validation import check_choice
 from ..settings.choices import Attention
-from .attention_common import ATTENTION_NAMES, token_mask
+from .attention_common import ATTENTION_NAMES, target_platform, token_mask
 
 # From here on blocked is faster on CPU (benchmarks/step_time.py); it needs less memory on every device.
 MIN_BLOCKED_LENGTH = 64
@@ -108,8 +108,7 @@ def causal_attention(
 def _kernels(query: jax.Array, window: int | jax.Array | None, softcap: float | None) -> dict[str, Any]:
     """The kernel that `"auto"` uses, by its platform; empty without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    # A plan compiles for the devices of the mesh, which this machine may not have.
-    platform = jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform
+    platform = target_platform()
     # GSPMD cannot partition a kernel, and without a mesh, this program may be partitioned.
     is_opaque = jax.device_count() > 1 if mesh.empty else jax.sharding.AxisType.Explicit in mesh.axis_types
     if platform == "cpu" or is_opaque or query.shape[1] < MIN_KERNEL_LENGTH:

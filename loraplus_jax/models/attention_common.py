@@ -1,4 +1,4 @@
-"""What the implementations of attention share: masks, and the names of what the forward pass saves."""
+"""What implementations of attention share: masks, the platform, and the names of what the forward pass saves."""
 
 import jax
 import jax.numpy as jnp
@@ -17,3 +17,10 @@ def window_mask(queries: jax.Array, keys: int, window: int | jax.Array | None) -
     """Boolean (T, S): whether the key at each index below `keys` is at most a query's index, and in its window."""
     distance = queries[:, None] - jnp.arange(keys)[None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def target_platform() -> str:
+    """The platform that the program being traced is for: that of the ambient mesh, or JAX's default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # A plan compiles for the devices of the mesh, which this machine may not have.
+    return jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform

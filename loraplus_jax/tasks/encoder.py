@@ -339,13 +339,17 @@ def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseMod
     """Creates the encoder with a new head; its inputs are `input_ids`, `attention_mask` and `token_type_ids`."""
     model_settings = settings.model
     config = model_config(model_settings, directory)
+    # In an unrolled program, XLA on CPU would keep the unpacked weights of all layers at once.
+    unroll = (
+        None if model_settings.quantize == "none" and not model_settings.unroll else model_settings.unroll
+    )
     model = BertForSequence(
         config,
         task.num_outputs,
         model_settings.pooling,
         jnp.dtype(model_settings.dtype),
         jnp.dtype(model_settings.param_dtype),
-        model_settings.unroll,
+        unroll,
         model_settings.head_dropout,
     )
     inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)

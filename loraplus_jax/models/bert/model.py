@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from ..._utils.validation import check_choice
 from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
+from ..attention_common import target_platform
 from ..checkpoints.name_table import NameTable, embedding_rules, linear_rules, norm_rules
 from ..part import Part, check_inputs
+from .attention import text_attention, text_mask
 from .config import BertConfig
 
 Pooling = Literal["mean", "cls", "pooler"]
@@ -73,11 +75,11 @@ def _positions(config: BertConfig, input_ids: jax.Array, attention_mask: jax.Arr
 
 
 class BertAttention(BertPart):
-    """Multi-head attention from every token to all unmasked tokens."""
+    """Multi-head attention from every token to all tokens of its text."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """(B, T, D) from hidden states (B, T, D) and a boolean mask (B, 1, T, T)."""
+    def __call__(self, x: jax.Array, segments: jax.Array) -> jax.Array:
+        """(B, T, D) from hidden states (B, T, D) and the number of each token's text, int (B, T)."""
         c = self.config
         heads = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         query, key, value = (
@@ -85,17 +87,17 @@ class BertAttention(BertPart):
         )
         rate = c.attention_probs_dropout_prob
         if rate > 0.0 and self.has_rng("dropout"):
+            mask = text_mask(segments)[:, None]
             y = _attend(query, key, value, mask, partial(_dropout, self, rate=rate))
         else:
-            y = jax.nn.dot_product_attention(query, key, value, mask=mask)
+            y = text_attention(query, key, value, segments)
         return self.dense(c.hidden_size, "out")(y.reshape(x.shape))
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, drop: _Map) -> jax.Array:
-    # Written out, as `jax.nn.dot_product_attention` has no dropout of the probabilities (B, N, T, T).
+    # Written out, as `text_attention` has no dropout of the probabilities (B, N, T, T).
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(query.shape[-1])
-    # A finite minimum: a row of only padding gets a mean instead of NaN.
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
@@ -115,11 +117,11 @@ class BertLayer(BertPart):
     """Attention and MLP, each with a residual connection and post-norm; the body of an `nn.scan`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, None]:
         """Hidden states (B, T, D) to hidden states; None is the scan's empty output."""
         x = constrain_rows(x)
         args = (self.config, self.dtype, self.param_dtype)
-        y = self.drop(BertAttention(*args, name="attention")(x, mask))
+        y = self.drop(BertAttention(*args, name="attention")(x, segments))
         x = self.norm("attention_norm")(x + y)
         y = self.drop(BertMLP(*args, name="mlp")(x))
         return self.norm("mlp_norm")(x + y), None
@@ -131,10 +133,10 @@ class BertEncoder(BertPart):
     Attributes:
       config, dtype, param_dtype: see `Part`.
       unroll: unroll the loop over layers (same stacked parameters), so that XLA's cost analysis counts every
-        layer, not just one.
+        layer, not just one. None unrolls it on CPUs only, where a loop copies all that the backward pass needs.
     """
 
-    unroll: bool = False
+    unroll: bool | None = None
 
     @nn.compact
     def __call__(
@@ -162,16 +164,16 @@ class BertEncoder(BertPart):
         args = (self.config, self.dtype, self.param_dtype)
         segments = attention_mask.astype(jnp.int32)
         x = BertEmbeddings(*args, name="embeddings")(input_ids, segments, token_type_ids)
+        unroll = target_platform() == "cpu" if self.unroll is None else self.unroll
         layers = nn.scan(
             BertLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.config.num_hidden_layers,
-            unroll=self.config.num_hidden_layers if self.unroll else 1,
+            unroll=self.config.num_hidden_layers if unroll else 1,
         )
-        mask = (segments[:, :, None] == segments[:, None, :])[:, None]
-        return constrain_rows(layers(*args, name="layers")(x, mask)[0])
+        return constrain_rows(layers(*args, name="layers")(x, segments)[0])
 
 
 class BertForSequence(nn.Module):
@@ -190,7 +192,7 @@ class BertForSequence(nn.Module):
     pooling: Pooling = "mean"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    unroll: bool = False
+    unroll: bool | None = None
     head_dropout: float = 0.1
 
     def setup(self) -> None:
