@@ -47,7 +47,7 @@ def encode_texts(
       and the number of truncated texts. Special tokens are never truncated.
 
     Raises:
-      ValueError: `max_length` leaves no room for the text.
+      ValueError: `max_length` leaves no room for the text, or a text has no tokens.
     """
     if tokenizer.truncation is None:
         raise ValueError("the tokenizer has no max_length: load it with load_tokenizer")
@@ -65,4 +65,9 @@ def encode_texts(
         truncated += sum(bool(e.overflowing) for e in encodings)
         for name, attribute in columns.items():
             arrays[name][start : start + 1024] = [getattr(e, attribute) for e in encodings]
+    if (empty := np.flatnonzero(~arrays["attention_mask"].any(axis=1))).size:
+        raise ValueError(
+            f"{empty.size} texts have no tokens, the first is {inputs[empty[0]]!r:.80}: remove them, or use a "
+            "tokenizer that adds special tokens"
+        )
     return arrays, truncated

@@ -308,10 +308,9 @@ class TrainSettings:
     Attributes:
       steps: optimizer steps; set this or epochs.
       epochs: passes over the training data; 3 if steps is not set either.
-      batch_size: examples per optimizer step, over all devices and micro-batches.
+      batch_size: examples per optimizer step, over all devices and micro-batches; of packed conversations, rows.
       accumulate: gradient accumulation, micro-batches per step; must divide batch_size.
-      eval_batch_size: examples per evaluation batch; a sweep on a GPU or TPU takes more where they fit into the
-        memory of its training step.
+      eval_batch_size: maximum rows per evaluation batch: texts of encoders share rows; of multiple choice, questions.
       eval_every: steps between evaluations on the validation split; each evaluation saves a checkpoint.
       log_every: steps between rows of metrics.jsonl.
       early_stopping: stop after this many consecutive evaluations worse than the best; null never stops early.
@@ -321,7 +320,7 @@ class TrainSettings:
         finite is skipped.
       compilation_cache: cache compiled programs on disk, so that later starts are faster.
       theory_every: steps between measurements of how A's and B's updates change each layer's output (theory/... in
-        metrics.jsonl), on a quarter of a batch; null disables them.
+        metrics.jsonl), on a quarter of a batch's rows; null disables them.
       prompt: prompt that a language model answers before and after training; printed and saved in summary.json.
       prompt_tokens: maximum tokens of each of these answers.
       label_smoothing: share of every training target that is spread evenly over the vocabulary (language models);

@@ -339,10 +339,8 @@ def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseMod
     """Creates the encoder with a new head; its inputs are `input_ids`, `attention_mask` and `token_type_ids`."""
     model_settings = settings.model
     config = model_config(model_settings, directory)
-    # In an unrolled program, XLA on CPU would keep the unpacked weights of all layers at once.
-    unroll = (
-        None if model_settings.quantize == "none" and not model_settings.unroll else model_settings.unroll
-    )
+    # Unpacked weights of all layers at once, as XLA on CPU keeps them in an unrolled program, are not small.
+    unroll = model_settings.unroll or (None if model_settings.quantize == "none" else False)
     model = BertForSequence(
         config,
         task.num_outputs,
