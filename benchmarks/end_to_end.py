@@ -74,11 +74,14 @@ class Run(NamedTuple):
       settings: further settings of ours, by dotted name; None for a peer.
       packing: whether batches are packed rows; for encoders not looked at.
       by_length: whether a peer groups examples by length.
+      by_row: whether a peer's batch goes through the model row by row, by gradient accumulation: TRL joins packed
+        rows to one, whose attention masks all pairs of tokens of different rows.
     """
 
     settings: Mapping[str, Any] | None = None
     packing: bool = False
     by_length: bool = False
+    by_row: bool = False
 
 
 class Case(NamedTuple):
@@ -104,6 +107,7 @@ def glue(task: str, **settings: Any) -> Case:
 ENCODERS = {"here": Run({}), "PEFT": Run(), "PEFT, by length": Run(by_length=True)}
 TRL = {
     "PEFT, TRL's packing": Run(packing=True),
+    "PEFT, TRL's packing, by row": Run(packing=True, by_row=True),
     "PEFT, TRL": Run(),
     "PEFT, TRL, by length": Run(by_length=True),
 }
@@ -285,12 +289,15 @@ def measure(prepared: Prepared, name: str) -> dict[str, Any]:
     """Does a run in a process of its own and returns what was measured."""
     run = prepared.case.runs[name]
     steps, factor = steps_of(prepared, run)
-    every = max(1, round(prepared.settings.train.eval_every * factor))
+    # At a row of the log, from which an evaluation's time counts.
+    log_every = prepared.settings.train.log_every
+    every = max(1, round(prepared.settings.train.eval_every * factor / log_every)) * log_every
     with tempfile.TemporaryDirectory(dir=prepared.directory) as directory:
         result = Path(directory) / "result"
         if run.settings is None:
             job = prepared.job | {"directory": f"{directory}/run", "result": str(result), "steps": steps}
             job |= {"eval_every": every, "packing": run.packing, "by_length": run.by_length}
+            job["accumulate"] = prepared.settings.train.batch_size if run.by_row else 1
             (Path(directory) / "job.json").write_text(json.dumps(job))
             script = Path(__file__).with_name("end_to_end_peer.py")
             started, seconds = execute([str(script), f"{directory}/job.json"])
@@ -352,28 +359,29 @@ def our_rows(
             text, size = (sum(n) for n in zip(*tokens[done:step], strict=True))
             row |= {"seconds": (step - done) / rate, "text": text, "size": size}
             done = step
-        elif "validation/loss" in values:
-            row["metrics"] = {f"eval_{k.removeprefix('validation/')}": v for k, v in values.items()}
+        for split, prefix in (("validation", "eval"), ("test", "test")):
+            if (loss := values.get(f"{split}/loss")) is not None:
+                row["metrics"] = {f"{prefix}_loss": loss}
         rows.append(row)
     return rows
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], started: float) -> dict[str, float]:
-    """What a run's rows say; the first row is written just before training.
+    """What a run's rows say; those of step 0 are written before training.
 
     The first row of steps is left out where there are more, as a first step is slower than others.
     """
     trained = [row for row in rows if "seconds" in row]
     steps = trained[-1]["step"]
     evaluated = [
-        (after["wall"] - before["wall"], after["metrics"]["eval_loss"])
+        (after.get("evaluation_s", after["wall"] - before["wall"]), after["metrics"]["eval_loss"])
         for before, after in itertools.pairwise(rows)
-        if "seconds" in before and "eval_loss" in after.get("metrics", {})
+        if "eval_loss" in after.get("metrics", {})
     ]
     kept = trained[1:] or trained
     seconds, text, size = (sum(row[name] for row in kept) for name in ("seconds", "text", "size"))
     return {
-        "ready_s": rows[0]["wall"] - started,
+        "ready_s": max(row["wall"] for row in rows if row["step"] == 0) - started,
         "steps": steps,
         "train_s": sum(row["seconds"] for row in trained),
         "step_s": seconds / (steps - trained[0]["step"] if len(trained) > 1 else steps),
@@ -381,6 +389,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], started: float) -> dict[str, fl
         "text": text / size,
         "tokens": sum(row["text"] for row in trained),
         "evaluation_s": float(np.median([seconds for seconds, _ in evaluated])),
+        "loss_before": next(row["metrics"]["test_loss"] for row in rows if "metrics" in row),
         "loss": evaluated[-1][1],
     }
 

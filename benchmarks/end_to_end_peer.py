@@ -27,7 +27,7 @@ def recorder(log_every: int) -> tuple[type, Any]:
     """A class to mix into a Trainer, and the callback that keeps the rows of a run.
 
     A row has the time and the step; one about training, of all steps since the last, also their seconds and tokens,
-    of text and in all; one about an evaluation its metrics.
+    of text and in all; one about an evaluation its seconds and metrics.
     """
     from transformers import TrainerCallback  # pyright: ignore[reportMissingImports]
 
@@ -37,6 +37,12 @@ def recorder(log_every: int) -> tuple[type, Any]:
             # TRL's packed batches have neither padding nor a mask.
             callback.tokens.append((size if mask is None else int(mask.sum()), size))
             return super().training_step(model, inputs, *rest, **more)  # pyright: ignore[reportAttributeAccessIssue]
+
+        def evaluate(self, *rest: Any, **more: Any) -> Any:
+            start = time.perf_counter()
+            metrics = super().evaluate(*rest, **more)  # pyright: ignore[reportAttributeAccessIssue]
+            callback.rows[-1]["evaluation_s"] = time.perf_counter() - start
+            return metrics
 
     class Rows(TrainerCallback):
         def __init__(self) -> None:
@@ -76,7 +82,8 @@ def arguments(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "output_dir": job["directory"],
         "max_steps": job["steps"],
-        "per_device_train_batch_size": train["batch_size"],
+        "per_device_train_batch_size": train["batch_size"] // job["accumulate"],
+        "gradient_accumulation_steps": job["accumulate"],
         "per_device_eval_batch_size": train["eval_batch_size"],
         "learning_rate": optimizer["learning_rate"],
         "lr_scheduler_type": optimizer["schedule"],
@@ -203,7 +210,7 @@ def language(job: dict[str, Any]) -> tuple[list[dict[str, Any]], Callable[[], Se
     model, tx = adapt(job, base, task_type="CAUSAL_LM")
     counting, callback = recorder(job["settings"]["train"]["log_every"])
 
-    class Choices(counting, SFTTrainer):
+    class Choices(SFTTrainer):
         """Evaluates by the likelier choice where the examples have choices."""
 
         def evaluate(
@@ -225,7 +232,7 @@ def language(job: dict[str, Any]) -> tuple[list[dict[str, Any]], Callable[[], Se
         "gradient_checkpointing": False,
         "max_length": job["settings"]["data"]["max_length"],
     }
-    trainer = Choices(
+    trainer = type("Counted", (counting, Choices), {})(
         model,
         SFTConfig(**arguments(job), **own, packing=job["packing"]),
         train_dataset=chats["train"],

@@ -30,7 +30,7 @@ def test_rows_of_a_run_by_hand():
     from end_to_end import our_rows, summarize
 
     events = [
-        (110.0, 0, {"test/loss": 2.0}),
+        (110.0, 0, {"test/loss": 2.0, "test/accuracy": 0.5}),
         (114.0, 2, {"train/loss": 1.5, "train/steps_per_second": 0.5}),
         (117.0, 3, {"train/loss": 1.5, "train/steps_per_second": 1.0}),
         (119.5, 3, {"validation/loss": 1.25}),
@@ -48,6 +48,7 @@ def test_rows_of_a_run_by_hand():
         "text": 40 / 60,
         "tokens": 60,
         "evaluation_s": 1.5,
+        "loss_before": 2.0,
         "loss": 0.75,
     }
 
