@@ -95,7 +95,6 @@ def arguments(job: dict[str, Any]) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": every,
         "save_total_limit": train["keep"],
-        "dataloader_drop_last": True,  # as here
         "train_sampling_strategy": "group_by_length" if job["by_length"] else "random",
         "label_names": ["labels"],  # which Trainer does not find in a PEFT model's signature
         "seed": job["settings"]["seed"],
