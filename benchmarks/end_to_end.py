@@ -1,0 +1,478 @@
+"""Training commands beside the peers' on the same real files, to the end of training and of evaluation.
+
+    python benchmarks/end_to_end.py --data DATA                  # all cases, 3 rounds; hours of 2 CPU cores
+    python benchmarks/end_to_end.py --data DATA --cases quickstart,cola --rounds 5
+    python benchmarks/end_to_end.py --data DATA --rounds 1 --steps 10 --limit 64 --name quick    # a quick look
+
+DATA holds `glue` (GLUE's own folders) and `commonsense` (LLM-Adapters' folders). Needs peft, transformers and
+accelerate; chat and boolq also trl. In results/NAME.json, cases measured before on the same machine stay.
+
+Ours is `loraplus train` with the case's config. Peers are PEFT's LoRA+ in transformers' Trainer, its batches padded
+to their longest text, drawn at random or grouped by length; and in TRL's SFTTrainer, with its packing or without.
+All have the same weights, examples, split, truncation, batch size, schedule and rates, in float32 without dropout;
+the tokens of the training split are compared. All evaluate the test split, train, evaluate the validation split
+every so many steps, and evaluate the test split at the end. Packed batches hold more examples, so the other runs
+take more steps, to train on as many.
+
+Each run is a process of its own; a round does each once, in random order, and ratios are medians over the rounds'
+own. Steps are timed by rows of the log, without the first; their ratio is of seconds per 1,000 tokens of text. Ours
+has no compiled programs of an earlier run. Peak memory is the process's highest resident set.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import itertools
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from common import machine, median_ratio, parse_options, read_json, report, take_turns, use_backend
+from end_to_end_peer import fingerprint
+from processes import ENVIRONMENT
+
+from loraplus_jax import save_adapter
+from loraplus_jax.data.batches import train_batches
+from loraplus_jax.data.fetch import resolve
+from loraplus_jax.data.glue import load_glue
+from loraplus_jax.data.labels import class_labels, label_names
+from loraplus_jax.data.multiple_choice import Question
+from loraplus_jax.data.splits import limit_splits, load_splits, split_files
+from loraplus_jax.inference.export import export_run
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.settings.schema import Settings
+from loraplus_jax.step.fingerprints import fingerprint as weights_fingerprint
+from loraplus_jax.tasks import causal_lm, encoder
+from loraplus_jax.training.setup import build_model, load_model
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets")
+COMMAND = """
+import atexit, sys
+sys.path[:0] = {paths}
+from workers import peak_bytes
+atexit.register(lambda: open({result!r}, "w").write(str(peak_bytes())))
+from loraplus_jax.cli.__main__ import run
+run()
+"""
+"""The command `loraplus`, which at its end writes its peak memory."""
+
+
+class Run(NamedTuple):
+    """One implementation of a case.
+
+    Attributes:
+      settings: further settings of ours, by dotted name; None for a peer.
+      packing: whether batches are packed rows; for encoders not looked at.
+      by_length: whether a peer groups examples by length.
+      by_row: whether a peer's batch goes through the model row by row, by gradient accumulation: TRL joins packed
+        rows to one, whose attention masks all pairs of tokens of different rows.
+    """
+
+    settings: Mapping[str, Any] | None = None
+    packing: bool = False
+    by_length: bool = False
+    by_row: bool = False
+
+
+class Case(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      config: training config in configs/.
+      settings: those that differ from it, by dotted name; `{data}` stands for DATA.
+      runs: by name, ours first.
+    """
+
+    config: str
+    settings: Mapping[str, Any]
+    runs: Mapping[str, Run]
+
+
+def glue(task: str, **settings: Any) -> Case:
+    """A task of GLUE with MiniLM and the quickstart's settings, at 128 tokens."""
+    own = {"data.path": f"glue/{task}", "data.root": "{data}/glue", "data.max_length": 128}
+    return Case("quickstart.yaml", own | {"train.steps": 100} | settings, ENCODERS)
+
+
+ENCODERS = {"here": Run({}), "PEFT": Run(), "PEFT, by length": Run(by_length=True)}
+TRL = {
+    "PEFT, TRL's packing": Run(packing=True),
+    "PEFT, TRL's packing, by row": Run(packing=True, by_row=True),
+    "PEFT, TRL": Run(),
+    "PEFT, TRL, by length": Run(by_length=True),
+}
+BOOLQ = {
+    "data.train": None,
+    "data.test": None,
+    "data.path": "{data}/commonsense/boolq/train.json",
+    "data.validation_fraction": 0.01,
+    "data.test_fraction": 0.01,
+    "train.epochs": None,
+    "train.steps": 60,
+    "train.log_every": 5,
+}
+CASES = {
+    "quickstart": Case("quickstart.yaml", {}, ENCODERS),
+    "cola": glue("cola"),
+    "sst2": glue("sst2", **{"data.validation_fraction": 0.01}),
+    "mrpc": glue("mrpc"),
+    "chat": Case("smollm2_chat.yaml", {"train.prompt": None}, {"here": Run({}, packing=True)} | TRL),
+    "boolq": Case(
+        "smollm2_commonsense.yaml",
+        BOOLQ,
+        {
+            "here": Run({"data.packing": True}, packing=True),
+            "here, no packing": Run({"data.packing": False}),
+            **TRL,
+        },
+    ),
+}
+
+
+class Prepared(NamedTuple):
+    """A case with its data.
+
+    Attributes:
+      case: the case.
+      directory: where its files are.
+      settings: settings of our first run.
+      options: these on the command line.
+      job: what its peers have in common.
+      examples_per_row: examples of a packed row, on average.
+    """
+
+    case: Case
+    directory: Path
+    settings: Settings
+    options: list[str]
+    job: dict[str, Any]
+    examples_per_row: float
+
+
+def arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Settings on the command line."""
+    return [
+        part
+        for name, value in settings.items()
+        for part in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+    ]
+
+
+def options_of(case: Case, options: Any, **more: Any) -> list[str]:
+    """The case's options of `loraplus train`; --steps and --limit replace its own unless 0."""
+    data = str(Path(options.data).absolute())
+    own = {k: v.replace("{data}", data) if isinstance(v, str) else v for k, v in case.settings.items()}
+    if options.steps:
+        own |= {"train.steps": options.steps, "optimizer.warmup_steps": options.steps // 10}
+    if options.limit:
+        own |= {"data.limit": options.limit}
+    return arguments(own | more)
+
+
+def settings_of(case: Case, options: Sequence[str], run: Run) -> Settings:
+    """The settings of one of our runs."""
+    return parse_settings(ROOT / "configs" / case.config, [*options, *arguments(run.settings or {})])
+
+
+def examples_of(settings: Settings) -> tuple[dict[str, list[Any]], int]:
+    """The splits as a peer reads them, and the number of classes, 0 for a language model."""
+    if settings.is_language:
+        kind = causal_lm.READERS[settings.task]
+        splits = split_files(
+            settings.data, lambda file: kind(resolve(file, "data"), settings.data.column_names)
+        )
+        splits, _ = limit_splits(splits, settings.data)
+        return {name: list(map(language_example, rows)) for name, rows in splits.items()}, 0
+    read = functools.partial(resolve, kind="data")
+    splits = load_glue(settings.data)[0] if settings.data.glue else load_splits(settings.data, read)
+    names = label_names(splits)
+    splits, _ = limit_splits(splits, settings.data)
+    columns = {
+        name: zip(
+            rows.texts, rows.pairs or [None] * len(rows), class_labels(rows, names).tolist(), strict=True
+        )
+        for name, rows in splits.items()
+    }
+    return {name: list(rows) for name, rows in columns.items()}, len(names)
+
+
+def language_example(example: Any) -> dict[str, Any]:
+    """A conversation or a question as messages for TRL, a question with its choices."""
+    if isinstance(example, Question):
+        correct = {"role": "assistant", "content": example.choices[example.answer]}
+        chat = {"prompt": [{"role": "user", "content": example.prompt}], "completion": [correct]}
+        return {"chat": chat, "choices": example.choices, "answer": example.answer}
+    messages = [turn.message for turn in example.turns]
+    if [message["role"] for message in messages].count("assistant") > 1:
+        raise ValueError(f"{example.place}: one answer expected")
+    return {"chat": {"prompt": messages[:-1], "completion": messages[-1:]}}
+
+
+def sequences(columns: Mapping[str, np.ndarray]) -> Iterator[list[int]]:
+    """The texts' tokens in arrays of padded or packed rows."""
+    segments = columns["segment_ids"] if "segment_ids" in columns else columns["attention_mask"]
+    for ids, row in zip(columns["input_ids"], segments, strict=True):
+        for segment in range(1, row.max() + 1):
+            yield ids[row == segment].tolist()
+
+
+def count_tokens(settings: Settings, columns: Mapping[str, np.ndarray], steps: int) -> list[tuple[int, int]]:
+    """Tokens of text, and with padding, of each batch that a run of ours trains on."""
+    batches = train_batches(columns, batch_size=settings.train.batch_size, seed=settings.seed)
+    name = "segment_ids" if "segment_ids" in columns else "attention_mask"
+    return [(int((b[name] > 0).sum()), b[name].size) for b in itertools.islice(batches, steps)]
+
+
+def load_columns(settings: Settings) -> dict[str, np.ndarray]:
+    """The arrays that a run of ours trains on."""
+    task = causal_lm if settings.is_language else encoder
+    return task.load_data(settings, resolve(settings.model.path, "model")).splits["train"]
+
+
+def prepare(case: Case, options: Any, directory: Path) -> Prepared:
+    """Writes the examples and, from a GGUF file, the weights for transformers, which ours then reads too."""
+    run, more = next(iter(case.runs.values())), {}
+    settings = settings_of(case, options_of(case, options), run)
+    if settings.is_language:
+        more["model.path"] = str(as_directory(settings, directory / "model"))
+    given = options_of(case, options, **more)
+    settings = settings_of(case, given, run)
+    model = resolve(settings.model.path, "model")
+    examples, classes = examples_of(settings)
+    (directory / "examples.json").write_text(json.dumps(examples))
+    columns = load_columns(settings)
+    job = {
+        "language": settings.is_language,
+        "model": str(model),
+        "examples": str(directory / "examples.json"),
+        "classes": classes,
+        "settings": settings.to_json(),
+        "train": fingerprint(sequences(columns)),
+    }
+    if settings.is_language:
+        job["template"] = causal_lm.tokenizer_and_template(settings, model, None)[1].source
+    per_row = len(examples["train"]) / len(columns["input_ids"]) if run.packing else 1.0
+    return Prepared(case, directory, settings, given, job, per_row)
+
+
+def as_directory(settings: Settings, to: Path) -> Path:
+    """Exports a language model to a directory that transformers loads: its weights with an adapter that is zero."""
+    source = resolve(settings.model.path, "model")
+    task = causal_lm.LanguageTask(kind="instruction")
+    parts = load_model(settings, source, build_model(settings, source, task, settings.applied))
+    parts = parts._replace(trainable=jax.tree.map(np.zeros_like, parts.trainable))
+    notes = {"settings": settings.to_json(), "task": task.notes(), "base": weights_fingerprint(parts.frozen)}
+    save_adapter(to.parent / "zero/adapter", parts.trainable, parts.specs, settings.applied, **notes)
+    export_run(to.parent / "zero", to, merged=True)
+    return to
+
+
+def steps_of(prepared: Prepared, run: Run) -> tuple[int, float]:
+    """Steps in which a run trains on as many examples as our first, and these steps for one of its."""
+    first = next(iter(prepared.case.runs.values()))
+    factor = prepared.examples_per_row if first.packing and not run.packing else 1.0
+    assert prepared.settings.train.steps is not None
+    return max(1, round(prepared.settings.train.steps * factor)), factor
+
+
+def measure(prepared: Prepared, name: str) -> dict[str, Any]:
+    """Does a run in a process of its own and returns what was measured."""
+    run = prepared.case.runs[name]
+    steps, factor = steps_of(prepared, run)
+    # At a row of the log, from which an evaluation's time counts.
+    log_every = prepared.settings.train.log_every
+    every = max(1, round(prepared.settings.train.eval_every * factor / log_every)) * log_every
+    with tempfile.TemporaryDirectory(dir=prepared.directory) as directory:
+        result = Path(directory) / "result"
+        if run.settings is None:
+            job = prepared.job | {"directory": f"{directory}/run", "result": str(result), "steps": steps}
+            job |= {"eval_every": every, "packing": run.packing, "by_length": run.by_length}
+            job["accumulate"] = prepared.settings.train.batch_size if run.by_row else 1
+            (Path(directory) / "job.json").write_text(json.dumps(job))
+            script = Path(__file__).with_name("end_to_end_peer.py")
+            started, seconds = execute([str(script), f"{directory}/job.json"])
+            found = json.loads(result.read_text())
+            if found["train"] != prepared.job["train"]:
+                raise SystemExit(f"{name}: its training tokens are not ours")
+            rows, peak, seconds = found["rows"], found["peak_bytes"], seconds - found["extra_s"]
+        else:
+            own = {"train.steps": steps, "train.eval_every": every, "output_dir": f"{directory}/run"}
+            given = [*prepared.options, *arguments({**run.settings, **own})]
+            code = COMMAND.format(paths=[str(ROOT), str(Path(__file__).parent)], result=str(result))
+            config = str(ROOT / "configs" / prepared.case.config)
+            started, seconds = execute(["-c", code, "train", config, *given])
+            settings = settings_of(prepared.case, prepared.options, run)
+            tokens = count_tokens(settings, load_columns(settings), steps)
+            rows = our_rows(read_events(Path(directory) / "run/tensorboard"), tokens)
+            peak = int(result.read_text())
+    return {"command_s": seconds, "peak_bytes": peak, **summarize(rows, started)}
+
+
+def execute(command: list[str]) -> tuple[float, float]:
+    """Runs a Python process; returns the time of its start, and its seconds."""
+    variables = {**os.environ, **ENVIRONMENT, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "true"}
+    started = time.time()
+    done = subprocess.run(
+        [sys.executable, *command], env=variables, capture_output=True, text=True, check=False
+    )
+    seconds = time.time() - started
+    if done.returncode:
+        raise SystemExit(f"{done.stderr[-4000:]}\na run ended with status {done.returncode}")
+    return started, seconds
+
+
+def read_events(directory: Path) -> list[tuple[float, int, dict[str, float]]]:
+    """(time, step, values) of the rows of TensorBoard events, which say when they were written."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    rows = []
+    for path in sorted(directory.iterdir()):
+        content = path.read_bytes()
+        while content:
+            # Length, its checksum, the event, its checksum.
+            (size,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            if values := {value.tag: value.simple_value for value in event.summary.value}:
+                rows.append((event.wall_time, event.step, values))
+    return rows
+
+
+def our_rows(
+    events: Sequence[tuple[float, int, Mapping[str, float]]], tokens: Sequence[tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Rows of a run as a peer writes them, from its events and the tokens of its batches."""
+    rows, done = [], 0
+    for wall, step, values in events:
+        row: dict[str, Any] = {"step": step, "wall": wall}
+        if (rate := values.get("train/steps_per_second")) is not None:
+            text, size = (sum(n) for n in zip(*tokens[done:step], strict=True))
+            row |= {"seconds": (step - done) / rate, "text": text, "size": size}
+            done = step
+        for split, prefix in (("validation", "eval"), ("test", "test")):
+            if (loss := values.get(f"{split}/loss")) is not None:
+                row["metrics"] = {f"{prefix}_loss": loss}
+        rows.append(row)
+    return rows
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], started: float) -> dict[str, float]:
+    """What a run's rows say; those of step 0 are written before training.
+
+    The first row of steps is left out where there are more, as a first step is slower than others.
+    """
+    trained = [row for row in rows if "seconds" in row]
+    steps = trained[-1]["step"]
+    evaluated = [
+        (after.get("evaluation_s", after["wall"] - before["wall"]), after["metrics"]["eval_loss"])
+        for before, after in itertools.pairwise(rows)
+        if "eval_loss" in after.get("metrics", {})
+    ]
+    kept = trained[1:] or trained
+    seconds, text, size = (sum(row[name] for row in kept) for name in ("seconds", "text", "size"))
+    return {
+        "ready_s": max(row["wall"] for row in rows if row["step"] == 0) - started,
+        "steps": steps,
+        "train_s": sum(row["seconds"] for row in trained),
+        "step_s": seconds / (steps - trained[0]["step"] if len(trained) > 1 else steps),
+        "token_s": seconds / text * 1000,
+        "text": text / size,
+        "tokens": sum(row["text"] for row in trained),
+        "evaluation_s": float(np.median([seconds for seconds, _ in evaluated])),
+        "loss_before": next(row["metrics"]["test_loss"] for row in rows if "metrics" in row),
+        "loss": evaluated[-1][1],
+    }
+
+
+def rows_of(title: str, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[dict[str, str]]:
+    """The table's lines; each run is a list of what its rounds measured, ours first."""
+    rows = []
+    for name, rounds in runs.items():
+        one = {key: float(np.median([values[key] for values in rounds])) for key in rounds[0]}
+        rows.append(
+            {
+                "case": title,
+                "run": name,
+                "steps": f"{one['steps']:.0f}",
+                "text, %": f"{100 * one['text']:.0f}",
+                "step, s": f"{one['step_s']:.3f}",
+                "1,000 tokens of text, s": f"{one['token_s']:.3f}",
+                "here / it": f"{ratio(runs, name, 'token_s'):.2f}",
+                "training, s": f"{one['train_s']:.1f}",
+                "evaluation, s": f"{one['evaluation_s']:.1f}",
+                "command, s": f"{one['command_s']:.1f}",
+                "command, here / it": f"{ratio(runs, name, 'command_s'):.2f}",
+                "peak, GB": f"{one['peak_bytes'] / 1e9:.2f}",
+                "validation loss": f"{one['loss']:.4f}",
+            }
+        )
+    return rows
+
+
+def ratio(runs: Mapping[str, Sequence[Mapping[str, float]]], name: str, key: str) -> float:
+    """Our first run over a run."""
+    ours, its = ([values[key] for values in rounds] for rounds in (next(iter(runs.values())), runs[name]))
+    return median_ratio(ours, its)
+
+
+def best_ratios(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, float]:
+    """Our first run over the best peer's, per 1,000 tokens of text and of the command."""
+    peers = [name for name in runs if not name.startswith("here")]
+    keys = {
+        "training": "token_s",
+        "command": "command_s",
+        "evaluation": "evaluation_s",
+        "memory": "peak_bytes",
+    }
+    return {label: round(max(ratio(runs, name, key) for name in peers), 3) for label, key in keys.items()}
+
+
+def main() -> None:
+    options = parse_options(
+        __doc__, data="data", cases=",".join(CASES), rounds=3, steps=0, limit=0, name="end_to_end"
+    )
+    if unknown := [name for name in options.cases.split(",") if name not in CASES]:
+        raise SystemExit(f"--cases must be of {', '.join(CASES)}, got {', '.join(unknown)}")
+    use_backend("cpu")
+    saved = read_json(f"{options.name}.json")
+    kept: dict[str, Any] = saved["runs"] if saved.get("machine") == machine() else {}
+    for title in options.cases.split(","):
+        with tempfile.TemporaryDirectory() as directory:
+            prepared = prepare(CASES[title], options, Path(directory))
+
+            def one(name: str, prepared: Prepared = prepared) -> dict[str, Any]:
+                found = measure(prepared, name)
+                print(f"{name}: {found}", flush=True)
+                return found
+
+            turns: dict[str, Callable[[], Any]] = {
+                name: functools.partial(one, name) for name in CASES[title].runs
+            }
+            kept[title] = take_turns(turns, options.rounds, warmup=0)
+        ordered = {name: kept[name] for name in CASES if name in kept}
+        versions = {}
+        for name in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
+        report(
+            options.name,
+            [row for name, runs in ordered.items() for row in rows_of(name, runs)],
+            best={name: best_ratios(runs) for name, runs in ordered.items()},
+            versions=versions,
+            options=vars(options),
+            unprinted={"runs": ordered},
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The parts of `benchmarks/end_to_end.py` that need no long run: settings, examples, rows and ratios."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+CASES = ("quickstart", "cola", "sst2", "mrpc", "chat", "boolq")
+OPTIONS = SimpleNamespace(data="data", steps=40, limit=0)
+
+
+@pytest.mark.parametrize("title", CASES)
+def test_every_case_has_settings_that_the_command_takes(title):
+    import end_to_end
+
+    case = end_to_end.CASES[title]
+    first, *peers = case.runs.values()
+    ours = [run for run in case.runs.values() if run.settings is not None]
+    assert first in ours
+    assert any(run.settings is None for run in peers)
+    for run in ours:
+        settings = end_to_end.settings_of(case, end_to_end.options_of(case, OPTIONS), run)
+        assert (settings.train.steps, settings.optimizer.warmup_steps) == (40, 4)
+        assert settings.model.dtype == "float32"
+        assert settings.lora.dropout == 0.0
+        assert settings.data.packing == run.packing
+
+
+def test_rows_of_a_run_by_hand():
+    from end_to_end import our_rows, summarize
+
+    events = [
+        (110.0, 0, {"test/loss": 2.0, "test/accuracy": 0.5}),
+        (114.0, 2, {"train/loss": 1.5, "train/steps_per_second": 0.5}),
+        (117.0, 3, {"train/loss": 1.5, "train/steps_per_second": 1.0}),
+        (119.5, 3, {"validation/loss": 1.25}),
+        (121.5, 5, {"train/loss": 1.0, "train/steps_per_second": 1.0}),
+        (122.0, 5, {"validation/loss": 0.75}),
+    ]
+    tokens = [(10, 20), (10, 20), (12, 20), (13, 20), (15, 20)]
+    found = summarize(our_rows(events, tokens), started=100.0)
+    assert found == {
+        "ready_s": 10.0,
+        "steps": 5,
+        "train_s": 7.0,
+        "step_s": 1.0,  # of three steps after the first row
+        "token_s": 75.0,
+        "text": 40 / 60,
+        "tokens": 60,
+        "evaluation_s": 1.5,
+        "loss_before": 2.0,
+        "loss": 0.75,
+    }
+
+
+def test_ratios_are_ours_over_a_peers_and_the_best_is_the_fastest():
+    from end_to_end import best_ratios, rows_of
+
+    def rounds(*seconds, command):
+        same = {
+            "steps": 5,
+            "text": 0.5,
+            "evaluation_s": 1,
+            "train_s": 9,
+            "step_s": 2,
+            "peak_bytes": 2e9,
+            "loss": 1,
+        }
+        return [same | {"token_s": s, "command_s": command} for s in seconds]
+
+    runs = {
+        "here": rounds(1.0, 8.0, 9.0, command=10),
+        "here, no packing": rounds(1.0, 1.0, 1.0, command=1),
+        "slow": rounds(2.0, 10.0, 9.0, command=8),
+        "fast": rounds(1.0, 4.0, 6.0, command=20),
+    }
+    assert [row["here / it"] for row in rows_of("a", runs)] == ["1.00", "8.00", "0.80", "1.50"]
+    assert best_ratios(runs) == {"training": 1.5, "command": 1.25, "evaluation": 1.0, "memory": 1.0}
+
+
+def test_texts_of_padded_and_packed_rows_are_the_same():
+    from end_to_end import sequences
+    from end_to_end_peer import fingerprint
+
+    ids = np.array([[5, 6, 0, 0], [7, 8, 9, 0]])
+    padded = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int32)}
+    packed = {"input_ids": np.array([[7, 8, 9, 5, 6, 0]]), "segment_ids": np.array([[1, 1, 1, 2, 2, 0]])}
+    assert [*sequences(padded)] == [[5, 6], [7, 8, 9]]
+    assert fingerprint(sequences(padded)) == fingerprint(sequences(packed))
+    assert fingerprint([[5, 6], [7, 8, 9]]) != fingerprint([[5, 6, 7], [8, 9]])
+
+
+def test_tokens_of_batches_are_counted_with_their_padding():
+    from end_to_end import count_tokens
+
+    settings = SimpleNamespace(train=SimpleNamespace(batch_size=2), seed=0)
+    mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0]])
+    counted = count_tokens(settings, {"input_ids": mask, "attention_mask": mask}, steps=4)
+    assert [size for _, size in counted] == [6, 6, 6, 6]
+    # Two batches are an epoch.
+    assert sum(text for text, _ in counted) == 2 * mask.sum()
+
+
+def test_a_question_and_a_conversation_as_trl_reads_them():
+    from end_to_end import language_example
+
+    from loraplus_jax.data.conversations import Chat, Turn
+    from loraplus_jax.data.multiple_choice import Question
+
+    user, assistant = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "no"}
+    chat = Chat((Turn("user", "Is it?"), Turn("assistant", "no")))
+    assert language_example(chat) == {"chat": {"prompt": [user], "completion": [assistant]}}
+    question = language_example(Question("Is it?", ("yes", "no"), 1))
+    assert question == language_example(chat) | {"choices": ("yes", "no"), "answer": 1}
+    with pytest.raises(ValueError, match="one answer"):
+        language_example(Chat(chat.turns + chat.turns))
+
+
+def test_runs_without_packing_take_as_many_examples():
+    from end_to_end import CASES, Prepared, Run, steps_of
+
+    settings = SimpleNamespace(train=SimpleNamespace(steps=60))
+    prepared = Prepared(CASES["chat"], None, settings, [], {}, examples_per_row=2.5)
+    assert steps_of(prepared, Run(packing=True)) == (60, 1.0)
+    assert steps_of(prepared, Run()) == (150, 2.5)
+    prepared = prepared._replace(case=CASES["cola"])
+    assert steps_of(prepared, Run()) == (60, 1.0)
