@@ -132,8 +132,9 @@ def test_inspect_reads_no_weights_and_shows_what_would_be_trained(world, monkeyp
     assert roles["lora_a"] == ["a", "4", "0.005"]
     assert roles["lora_b"] == ["b", "4", "0.02"]
     assert roles["kernel"] == ["extra", "-", "0.005"]
-    assert_mentions(lines[-2], 930, "6,242", "14.9 %")
-    assert_mentions(lines[-1], "40 steps", 32, "step 2", "112 train", "16 validation", "32 test")
+    assert_mentions(lines[-3], 930, "6,242", "14.9 %")
+    assert_mentions(lines[-1], "32 texts a step", "rows of", "% full")
+    assert_mentions(lines[-2], "40 steps", 32, "step 2", "112 train", "16 validation", "32 test")
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
