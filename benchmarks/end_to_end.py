@@ -51,7 +51,9 @@ from loraplus_jax.inference.export import export_run
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import Settings
 from loraplus_jax.step.fingerprints import fingerprint as weights_fingerprint
+from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.tasks import causal_lm, encoder
+from loraplus_jax.tasks.interface import TaskData
 from loraplus_jax.training.setup import build_model, load_model
 
 ROOT = Path(__file__).parents[1]
@@ -226,17 +228,20 @@ def sequences(columns: Mapping[str, np.ndarray]) -> Iterator[list[int]]:
             yield ids[row == segment].tolist()
 
 
-def count_tokens(settings: Settings, columns: Mapping[str, np.ndarray], steps: int) -> list[tuple[int, int]]:
+def count_tokens(settings: Settings, data: TaskData, steps: int) -> list[tuple[int, int]]:
     """Tokens of text, and with padding, of each batch that a run of ours trains on."""
-    batches = train_batches(columns, batch_size=settings.train.batch_size, seed=settings.seed)
+    module, seed = (causal_lm if settings.is_language else encoder), settings.seed
+    plan = module.plan_batches(settings, data, steps, (seed,), make_mesh(1))
+    columns, size = data.splits["train"], settings.train.batch_size
+    batches = train_batches(columns, batch_size=size, seed=seed, arrange=plan.arrange)
     name = "segment_ids" if "segment_ids" in columns else "attention_mask"
     return [(int((b[name] > 0).sum()), b[name].size) for b in itertools.islice(batches, steps)]
 
 
-def load_columns(settings: Settings) -> dict[str, np.ndarray]:
-    """The arrays that a run of ours trains on."""
-    task = causal_lm if settings.is_language else encoder
-    return task.load_data(settings, resolve(settings.model.path, "model")).splits["train"]
+def load(settings: Settings) -> TaskData:
+    """The data of a run of ours."""
+    module = causal_lm if settings.is_language else encoder
+    return module.load_data(settings, resolve(settings.model.path, "model"))
 
 
 def prepare(case: Case, options: Any, directory: Path) -> Prepared:
@@ -250,7 +255,7 @@ def prepare(case: Case, options: Any, directory: Path) -> Prepared:
     model = resolve(settings.model.path, "model")
     examples, classes = examples_of(settings)
     (directory / "examples.json").write_text(json.dumps(examples))
-    columns = load_columns(settings)
+    columns = load(settings).splits["train"]
     job = {
         "language": settings.is_language,
         "model": str(model),
@@ -312,7 +317,7 @@ def measure(prepared: Prepared, name: str) -> dict[str, Any]:
             config = str(ROOT / "configs" / prepared.case.config)
             started, seconds = execute(["-c", code, "train", config, *given])
             settings = settings_of(prepared.case, prepared.options, run)
-            tokens = count_tokens(settings, load_columns(settings), steps)
+            tokens = count_tokens(settings, load(settings), steps)
             rows = our_rows(read_events(Path(directory) / "run/tensorboard"), tokens)
             peak = int(result.read_text())
     return {"command_s": seconds, "peak_bytes": peak, **summarize(rows, started)}

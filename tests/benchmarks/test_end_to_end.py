@@ -1,6 +1,7 @@
 """The parts of `benchmarks/end_to_end.py` that need no long run: settings, examples, rows and ratios."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,10 +94,15 @@ def test_texts_of_padded_and_packed_rows_are_the_same():
 def test_tokens_of_batches_are_counted_with_their_padding():
     from end_to_end import count_tokens
 
-    settings = SimpleNamespace(train=SimpleNamespace(batch_size=2), seed=0)
-    mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0]])
-    counted = count_tokens(settings, {"input_ids": mask, "attention_mask": mask}, steps=4)
-    assert [size for _, size in counted] == [6, 6, 6, 6]
+    train = SimpleNamespace(batch_size=2, accumulate=1, eval_batch_size=2)
+    settings: Any = SimpleNamespace(train=train, seed=0, is_language=False)
+    mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0]], np.int32)
+    columns = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), mask)
+    columns["label"] = np.zeros(4, np.int32)
+    data: Any = SimpleNamespace(splits={"train": columns, "validation": {"weight": np.ones((2, 1))}})
+    counted = count_tokens(settings, data, steps=4)
+    # The first two texts fill 2 rows of 3 tokens, or share none.
+    assert {size for _, size in counted} <= {3, 6}
     # Two batches are an epoch.
     assert sum(text for text, _ in counted) == 2 * mask.sum()
 
