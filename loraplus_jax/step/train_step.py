@@ -23,7 +23,7 @@ SumAndWeight = tuple[jax.Array, jax.Array]
 
 
 class Rows(NamedTuple):
-    """Values of each row of a batch, `(B,)`, and the rows' weights: an evaluation keeps them, without a sum."""
+    """Values of each row of a batch, or of each text in it, and their weights, `(B,)` or `(B, S)`, which are kept."""
 
     values: jax.Array
     weights: jax.Array
