@@ -23,7 +23,7 @@ SumAndWeight = tuple[jax.Array, jax.Array]
 
 
 class Rows(NamedTuple):
-    """Values of each row of a batch, or of each text in it, and their weights, `(B,)` or `(B, S)`, which are kept."""
+    """Values to keep, without a sum: of each row of a batch `(B,)`, or text in it `(B, S)`, and their weights."""
 
     values: jax.Array
     weights: jax.Array
