@@ -169,7 +169,7 @@ def plan_for(
     step = plan_step(settings, base, data, mesh)
     start = time.perf_counter()
     # With the options of `train`: they change memory and collectives.
-    program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=settings.model.unroll))
+    program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=bool(settings.model.unroll)))
     seconds = time.perf_counter() - start
     memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
     memory["temporaries"], needed, peak = memory_sizes(program, problem, sum(memory.values()))

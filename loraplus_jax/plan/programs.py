@@ -13,7 +13,7 @@ from ..linen.wrap import init_lora
 from ..settings.schema import Settings
 from ..step.sharding import Shardings, batch_sharding
 from ..step.train_step import TrainState, make_eval
-from ..tasks.interface import AdaptedModel, BaseModel, BatchPlan, Losses, TaskData, full_batches
+from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, full_batches
 from ..training.optimizer import check_rates, make_optimizer
 from ..training.setup import (
     add_adapters,
@@ -36,7 +36,6 @@ class LoweredStep(NamedTuple):
     Attributes:
       parts: the model, with shapes for all values.
       state: shapes of the training state.
-      batches: shapes of the batches.
       jaxpr: the traced step.
       lowered: the lowered step.
       held: the step's inputs by purpose: trees of shapes and of shardings.
@@ -45,7 +44,6 @@ class LoweredStep(NamedTuple):
 
     parts: AdaptedModel
     state: TrainState
-    batches: BatchPlan
     jaxpr: Any
     lowered: jax.stages.Lowered
     held: dict[str, tuple[Any, Any]]
@@ -71,7 +69,7 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
         "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
     }
     traced = trace_step(settings, data, batches, parts, tx, mesh, shardings)
-    return LoweredStep(parts, state, batches, traced.jaxpr, traced.lower(), held, shardings)
+    return LoweredStep(parts, state, traced.jaxpr, traced.lower(), held, shardings)
 
 
 def bytes_between_steps(
@@ -84,6 +82,8 @@ def bytes_between_steps(
     each a row, depends on the data.
     """
     losses: Losses = task_module(settings).make_losses(settings, data.task, step.parts, mesh)
+    train = settings.train
+    batches = full_batches(data.splits["train"], train.batch_size, train.eval_batch_size)
     weights, trained, optimizer = (
         local_bytes(*step.held[name]) for name in ("frozen weights", "trained", "optimizer")
     )
@@ -96,10 +96,9 @@ def bytes_between_steps(
 
     if settings.task != "multiple_choice":
         evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
-        batch = step.batches.evaluate
-        add("evaluation", evaluate.lower(step.held["trained"][0], step.parts.frozen, batch))
-    if settings.train.theory_every is not None:
-        rows = theory_rows(step.batches, mesh)
+        add("evaluation", evaluate.lower(step.held["trained"][0], step.parts.frozen, batches.evaluate))
+    if train.theory_every is not None:
+        rows = theory_rows(batches, mesh)
         arguments = losses.train, step.parts.specs, step.state, step.parts.frozen, rows
         add("theory", lower_theory(*arguments, mesh=mesh, shardings=step.places))
     return needed

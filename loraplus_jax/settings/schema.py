@@ -91,8 +91,8 @@ class ModelSettings:
         v_attn; Phi-3's qkv_proj as q_proj, k_proj and v_proj, and gate_up_proj as gate_proj and up_proj.
       dropout: hidden and attention dropout rate of an encoder; null keeps the rates of its config.
       head_dropout: dropout rate before an encoder's new head.
-      unroll: unroll the loop over the layers; slower to compile. Encoders that are not quantized always are on
-        CPUs, where a step is then faster.
+      unroll: unroll the loop over the layers; slower to compile. null unrolls only encoders on CPUs that are not
+        quantized, whose steps are then faster.
       remat: activation checkpointing (language models): none; dots keeps only large matmul outputs; full keeps only
         layer inputs. Both save memory; full costs more time.
       attention: attention implementation (language models): xla; blocked, which uses less memory and is faster on a
@@ -111,7 +111,7 @@ class ModelSettings:
     split_fused: Switch = False
     dropout: Share | None = None
     head_dropout: Share = 0.1
-    unroll: Switch = False
+    unroll: Switch | None = None
     remat: Remat = "none"
     attention: Attention = "auto"
     loss_chunk: Count = 512

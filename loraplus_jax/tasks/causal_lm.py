@@ -137,7 +137,8 @@ class LanguageTask:
             ids = batch["input_ids"]
             rows, choices, length = ids.shape
             ids, segments = (x.reshape(rows * choices, length) for x in (ids, batch["segment_ids"]))
-            mask = _shift_mask(batch["loss_mask"])
+            # Without the rows that fill up a batch, whose weight is 0: of these there may be any number.
+            mask = _shift_mask(batch["loss_mask"]) * (batch["weight"] > 0)[:, None, None]
             losses = token_losses(variables, ids, segments, mask.reshape(ids.shape), rng)
             losses = losses.reshape(mask.shape) * mask
             weight, answer = batch["weight"], batch["answer"]
@@ -395,7 +396,7 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
         config,
         jnp.dtype(model_settings.dtype),
         jnp.dtype(model_settings.param_dtype),
-        model_settings.unroll,
+        bool(model_settings.unroll),
         model_settings.remat,
         model_settings.attention,
     )

@@ -340,7 +340,11 @@ def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseMod
     model_settings = settings.model
     config = model_config(model_settings, directory)
     # Unpacked weights of all layers at once, as XLA on CPU keeps them in an unrolled program, are not small.
-    unroll = model_settings.unroll or (None if model_settings.quantize == "none" else False)
+    unroll = (
+        False
+        if model_settings.unroll is None and model_settings.quantize != "none"
+        else model_settings.unroll
+    )
     model = BertForSequence(
         config,
         task.num_outputs,

@@ -343,7 +343,7 @@ def compile_programs(
     if settings.train.theory_every is not None:
         rows = theory_rows(batches, mesh)
         theory = lower_theory(losses.train, parts.specs, state, parts.frozen, rows, **layout).compile()
-    options = compiler_options(mesh, unrolled=settings.model.unroll)
+    options = compiler_options(mesh, unrolled=bool(settings.model.unroll))
 
     def compile_step(batch: Shapes) -> jax.stages.Compiled:
         traced = trace_step(settings, data, batches, parts, tx, mesh, shardings, batch)

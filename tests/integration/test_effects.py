@@ -185,16 +185,9 @@ def random_key(settings):
 
 
 def evaluation_batches(settings):
-    """The sizes of the batches in which a split is evaluated."""
-    one, seen = trainer(settings), []
-
-    def evaluate(trainable, frozen, batch):
-        seen.append(batch["weight"].shape)
-        return {"loss": (1.0, 1.0)}
-
-    one.run = one.run._replace(programs=one.run.programs._replace(evaluate=evaluate))
-    one.evaluate(one.state.trainable, "test")
-    return seen
+    """The shape of the batches in which a split is evaluated."""
+    _, _, batches, _, _ = described(settings)
+    return batches.evaluate["weight"].shape
 
 
 def patience(settings):
@@ -341,7 +334,7 @@ CHANGES = [
     Change("model.quantize_exclude", "[query]", shapes, ("--model.quantize", "int8")),
     Change("model.dropout", "0.2", program),
     Change("model.head_dropout", "0.3", program),
-    Change("model.unroll", "true", program),
+    Change("model.unroll", "false", program),
     Change("model.split_fused", "true", shapes, PHI),
     Change("model.remat", "full", program, TALK),
     Change("model.attention", "xla", program, TALK),

@@ -240,12 +240,12 @@ def test_choices_at_scored_positions_have_the_metrics_of_all():
         "answer": jnp.array([0, 1, 2, 1]),
         "n_choices": jnp.array([3, 2, 3, 3]),
         "byte_lengths": jnp.array(rng.integers(1, 9, (4, 3))),
-        "weight": jnp.array([1.0, 1.0, 1.0, 0.0]),
+        "weight": jnp.array([1.0, 0.0, 1.0, 0.0]),
     }
     variables = jax.jit(model.init)(jax.random.key(0), batch["input_ids"][0])
     all_positions, scored = (
         jax.jit(CHOICE.choice_fn(model, chunk=chunk, scored=count, parts=2))(variables, batch, None)
-        for chunk, count in ((8, None), (8, 12))
+        for chunk, count in ((8, None), (8, 6))  # rows of weight 0 do not count
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scored, all_positions)
 
