@@ -65,7 +65,7 @@ def train_batches(
 def batch_order(size: int, *, batch_size: int, seed: int) -> grain.MapDataset[np.ndarray]:
     """The endless sequence of batches, each as the indices of its examples, int `(batch_size,)`.
 
-    Examples are shuffled anew every epoch; each epoch's incomplete batch is dropped.
+    Examples are reshuffled every epoch; each epoch's incomplete batch is dropped.
     """
     if batch_size > size:
         raise ValueError(f"batch_size must be at most {size}, the number of training rows, got {batch_size}")
@@ -113,7 +113,16 @@ def even_batch_size(rows: int, at_most: int, multiple: int) -> int:
     (33, 40, 16)
     """
     batches = -(-rows // at_most)
-    return min(at_most, -(-rows // batches // multiple) * multiple)
+    return min(at_most, round_up(-(-rows // batches), multiple))
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple.
+
+    >>> round_up(9, 4)
+    12
+    """
+    return -(-number // multiple) * multiple
 
 
 def _row_count(arrays: Mapping[str, np.ndarray], batch_size: int) -> int:

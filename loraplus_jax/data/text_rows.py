@@ -1,4 +1,4 @@
-"""Stands the texts of a batch in rows of tokens, several to a row, so that few tokens are padding."""
+"""Packs the texts of a batch into rows of tokens, so that few tokens are padding."""
 
 import dataclasses
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .batches import Batch
+from .batches import Batch, round_up
 from .packed_rows import plan_packing
 
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")
@@ -17,7 +17,7 @@ MOST_SHAPES = 4
 
 @dataclasses.dataclass(frozen=True)
 class TextRows:
-    """The shape of the rows in which the texts of any batch stand.
+    """The shape of the rows that the texts of a batch are packed into.
 
     Attributes:
       length: tokens in a row, as many as the longest text has.
@@ -54,34 +54,25 @@ class TextRows:
         return dataclasses.replace(self, counts=counts, multiple=multiple, full=full)
 
     def arrange(self, columns: Mapping[str, np.ndarray], indices: np.ndarray) -> Batch:
-        """Stands the texts with these indices in R rows of T tokens with room for S texts each; see `fill_rows`."""
+        """Packs the texts with these indices into R rows of T tokens and up to S texts each; see `fill_rows`."""
         batch = {name: column[indices] for name, column in columns.items()}
         rows = plan_packing(text_lengths(batch).tolist(), self.length)
         count = next((n for n in self.counts if n >= len(rows)), round_up(len(rows), self.multiple))
         return fill_rows(batch, rows, count, self.length, self.texts)
 
     def arrange_all(self, columns: Mapping[str, np.ndarray]) -> tuple[Batch, np.ndarray]:
-        """Stands all texts in as few rows as they fill; also returns the row and the slot in it of each, (N, 2)."""
+        """Packs all texts into as few rows as they fill; also returns the row and slot of each, int (N, 2)."""
         rows = plan_packing(text_lengths(columns).tolist(), self.length)
         batch = fill_rows(columns, rows, len(rows), self.length, self.texts)
-        places = np.zeros((sum(map(len, rows)), 2), np.int64)
+        slots = np.zeros((sum(map(len, rows)), 2), np.int64)
         for r, row in enumerate(rows):
-            places[row] = [(r, slot) for slot in range(len(row))]
-        return batch, places
+            slots[row] = [(r, slot) for slot in range(len(row))]
+        return batch, slots
 
 
 def text_lengths(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """The number of tokens of each text, `(N,)`."""
     return np.count_nonzero(columns["attention_mask"], axis=1)
-
-
-def round_up(number: int, multiple: int) -> int:
-    """The next multiple.
-
-    >>> round_up(9, 4)
-    12
-    """
-    return -(-number // multiple) * multiple
 
 
 def choose_counts(needed: Mapping[int, int], least_saving: float) -> tuple[int, ...]:

@@ -26,10 +26,10 @@ from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
 from ..step.fingerprints import fingerprint
 from ..step.sharding import make_mesh, replicate, shard_batch
 from ..step.train_step import make_eval
-from ..tasks.causal_lm import LanguageTask
+from ..tasks.causal_lm import LanguageTask, most_scored
 from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tokenizer_for
 from ..tasks.held_out_generation import HeldOutTexts
-from ..tasks.interface import AdaptedModel, Split, row_count
+from ..tasks.interface import AdaptedModel, Scored, Split, row_count
 from ..training.evaluation import evaluate, finish_metrics
 from ..training.provenance import SPLITS, check_allowed, check_identity, model_identity
 from ..training.saved_adapter import (
@@ -218,8 +218,10 @@ def evaluate_run(
         raise ValueError(f"--output requires a run of task generation, got one of task {settings.task}")
     mesh = make_mesh(1)
     trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
-    eval_fn = make_eval(module.make_losses(settings, tuned.task, tuned.parts).evaluate, mesh=mesh)
     size = even_batch_size(row_count(evaluated.columns), settings.train.eval_batch_size, 1)
+    scored = Scored(evaluate=most_scored([evaluated.columns], size) if settings.is_language else None)
+    losses = module.make_losses(settings, tuned.task, tuned.parts, scored=scored)
+    eval_fn = make_eval(losses.evaluate, mesh=mesh)
     values = evaluate(eval_fn, trainable, frozen, evaluated.columns, size, mesh)
     results = {"data": data or split or "test", "examples": evaluated.examples}
     results |= finish_metrics(tuned.task, values)
@@ -294,10 +296,10 @@ def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None
 
 def _compute_outputs(tuned: TunedModel, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
     arrays, _ = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
-    rows, places = TextRows.fitting(text_lengths(arrays)).arrange_all(arrays)
+    rows, slots = TextRows.fitting(text_lengths(arrays)).arrange_all(arrays)
     mesh, variables = make_mesh(1), tuned.variables
     apply = jax.jit(functools.partial(apply_model, tuned.parts.model))
     size = even_batch_size(row_count(rows), tuned.settings.train.eval_batch_size, 1)
     # eval_batches pads the last batch to the shape of the others, so one program serves all.
     outputs = [np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in eval_batches(rows, size)]
-    return np.concatenate(outputs)[places[:, 0], places[:, 1]]
+    return np.concatenate(outputs)[slots[:, 0], slots[:, 1]]

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from ..adapter.tree import leaves_by_path
-from ..data.batches import Batch, digest, first_batches
+from ..data.batches import Batch, digest, first_batches, round_up
 from ..data.chat_template import BUILT_IN, ChatTemplate, load_template
 from ..data.chat_tokens import tokenize_chats
 from ..data.conversations import Chat, Turn, describe_dropped, read_chats
@@ -269,18 +269,10 @@ def plan_batches(
     else:
         most = np.sort(counts)[-per_part:].sum()
     evaluate = eval_shapes(data.splits["validation"], train.eval_batch_size, parts)
-    rows = evaluate["weight"].shape[0] // parts
     evaluated = [x for name, x in data.splits.items() if name != "train"]
-    # Batches follow each other, and a batch's parts too.
-    sums = [
-        np.add.reduceat(at, np.arange(0, len(at), rows))
-        for at in map(_scored_positions, evaluated)
-        if len(at)
-    ]
-    positions = rows * math.prod(evaluate["input_ids"].shape[1:])
     scored = Scored(
         _worth_choosing(int(most), per_part * length),
-        _worth_choosing(int(max(map(np.max, sums))), positions),
+        most_scored(evaluated, evaluate["weight"].shape[0] // parts),
     )
     packed = "packed into " if len(counts) != data.examples["train"] else ""
     tokens = np.count_nonzero(columns["segment_ids"])
@@ -288,6 +280,15 @@ def plan_batches(
     rows_line = f"{packed}{len(counts):,} training rows of {length} tokens, {full:.0f} % full"
     summary = (f"{rows_line}; the loss is of {share:.0f} % of the tokens",)
     return BatchPlan((batch_shapes(columns, size),), evaluate, scored=scored, summary=summary)
+
+
+def most_scored(splits: Sequence[Batch], rows: int) -> int | None:
+    """The most positions with a loss in so many consecutive rows of any split; None if any may have one."""
+    sums = [
+        np.add.reduceat(counts, np.arange(0, len(counts), rows)).max()
+        for counts in map(_scored_positions, splits)
+    ]
+    return _worth_choosing(int(max(sums)), rows * math.prod(splits[0]["input_ids"].shape[1:]))
 
 
 def _scored_positions(columns: Batch) -> np.ndarray:
@@ -298,7 +299,7 @@ def _scored_positions(columns: Batch) -> np.ndarray:
 
 def _worth_choosing(scored: int, positions: int) -> int | None:
     """The number of positions that the head computes; None if nearly all are scored, so all are."""
-    scored = -(-max(scored, 1) // 8) * 8
+    scored = round_up(max(scored, 1), 8)
     return scored if scored < MAX_SCORED_SHARE * positions else None
 
 

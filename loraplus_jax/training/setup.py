@@ -181,7 +181,8 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             output = expand_path("output_dir", settings.output_dir)
             start = read_start(output, parts.specs, metadata, allow_different)
         if start is None:
-            losses = task_module(settings).make_losses(settings, data.task, parts, mesh, batches.scored)
+            # Its micro-batch is not one of the step's, so it may have more positions with a loss.
+            losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
             gradients = first_gradients(settings, data, batches, parts, losses.train, mesh, shardings)
             start = make_start(settings, parts, directory, gradients)
         parts = begin_from(parts, start, settings.applied)
