@@ -1,0 +1,32 @@
+"""The allocator of host memory: pages that fault, counted in processes of their own."""
+
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import resource, sys
+if sys.argv[1] == "kept":
+    from loraplus_jax._utils.allocator import keep_memory
+    keep_memory()
+import jax, jax.numpy as jnp
+step = jax.jit(lambda x: jnp.sin(x))
+x = jnp.ones(2**24)
+for _ in range(2):
+    step(x).block_until_ready()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_a_program_writes_into_the_memory_of_the_one_before():
+    # A result of 64 MiB, which is 16,384 pages.
+    faults = [
+        int(subprocess.run([sys.executable, "-c", CODE, mode], capture_output=True, check=True).stdout)
+        for mode in ("kept", "plain")
+    ]
+    assert faults[0] < 16384 < 10 * 16384 <= faults[1]
