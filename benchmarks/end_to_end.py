@@ -474,7 +474,9 @@ def main() -> None:
             [row for name, runs in ordered.items() for row in rows_of(name, runs)],
             best={name: best_ratios(runs) for name, runs in ordered.items()},
             versions=versions,
-            options=vars(options),
+            options={
+                name: value for name, value in vars(options).items() if name != "data"
+            },  # of this machine
             unprinted={"runs": ordered},
         )
 

@@ -20,7 +20,7 @@ def tables(page):
 
 def figures(row, columns):
     """The values of some columns but for names, which the page spells out."""
-    return [str(row[name]) for name in columns if name not in ("run", "what", "over")]
+    return [str(row.get(name, "-")) for name in columns if name not in ("run", "what", "over")]
 
 
 def test_the_rows_of_the_performance_page_are_those_of_the_files(benchmarks):
@@ -28,11 +28,11 @@ def test_the_rows_of_the_performance_page_are_those_of_the_files(benchmarks):
     compared = 0
     for table in tables("performance.md"):
         table = [{name.replace("loraplus_jax", "here"): cell for name, cell in row.items()} for row in table]
-        files = [rows for rows in kept if rows and table[0].keys() <= rows[0].keys()]
+        files = [rows for rows in kept if rows and table[0].keys() <= set().union(*rows)]
         known = [figures(row, table[0]) for rows in files for row in rows]
         compared += bool(known)
         assert not known or all(figures(row, table[0]) in known for row in table)
-    assert compared == 8
+    assert compared == 9
 
 
 def test_the_results_page_has_every_method_of_every_table(benchmarks):
