@@ -208,7 +208,7 @@ def adalora(
         )
 
     if isinstance(tx, LoRAPlusTransform):
-        return LoRAPlusTransform(init, update, tx.labels, tx.rates, tx.relative)
+        return LoRAPlusTransform(init, update, tx.labels, tx.rates, tx.relative, tx.undecayed)
     return optax.GradientTransformationExtraArgs(init, update)
 
 

@@ -110,8 +110,9 @@ def describe(
     check_floating(trainable)
     if isinstance(optimizer, LoRAPlusTransform):
         rates, relative = optimizer.rates(step), optimizer.relative
+        undecayed = optimizer.undecayed(trainable)
         groups: dict[str, Any] = {
-            path: (role, *rates[role], relative)
+            path: (role, rates[role][0], 0.0 if path in undecayed else rates[role][1], relative)
             for path, role in leaves_by_path(optimizer.labels(trainable)).items()
         }
     else:
@@ -122,7 +123,12 @@ def describe(
         else:
             states = find_states(optimizer)
         groups = {
-            path: (role, state.rates[role], state.decays.get(role), state.relative)
+            path: (
+                role,
+                state.rates[role],
+                0.0 if path in state.undecayed else state.decays.get(role),
+                state.relative,
+            )
             for state in states
             for path, role in state.roles
         }

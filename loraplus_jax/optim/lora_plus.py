@@ -17,11 +17,11 @@ from jax.core import Tracer
 from .._utils.validation import check_choice, check_number
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.spec import Specs
-from ..adapter.tree import leaves_by_path
+from ..adapter.tree import leaves_by_path, replace_paths
 from .adalora import AdaLoRAState
 from .keep_float32 import KeepFloat32State
 from .pair_state import PairState
-from .roles import ROLES, LoRAPlusState, LoRAPlusTransform, Policy, Role, find_states, label_params
+from .roles import ROLES, LoRAPlusState, LoRAPlusTransform, Policy, Role, find_states, is_kernel, label_params
 from .schedules import Rate
 
 FAST: tuple[Role, ...] = ("b", "vector")
@@ -55,12 +55,13 @@ def _with_record(
     *,
     ratio: Any,
     relative: bool,
+    undecayed: Callable[[Any], frozenset[str]] = lambda _: frozenset(),
 ) -> LoRAPlusTransform:
     """Wraps `tx` to store its roles and rates in its state."""
     # So that `update` may always pass them on, such as the loss that optax's reduce_on_plateau needs.
     inner = optax.with_extra_args_support(tx)
 
-    def record(state: Any, count: Any, step: Any, roles: tuple) -> Any:
+    def record(state: Any, count: Any, step: Any, roles: tuple, undecayed: frozenset[str]) -> Any:
         used = {role for _, role in roles}
         used_rates = {role: pair for role, pair in rates(step).items() if role in used}
         # Copies, since a step that donates its state must not donate a hyperparameter's buffer twice.
@@ -72,19 +73,22 @@ def _with_record(
             decays={role: as_float(decay) for role, (_, decay) in used_rates.items() if decay is not None},
             roles=roles,
             relative=relative,
+            undecayed=undecayed,
         )
 
     def init(params: Any) -> Any:
         check_floating(params)
         zero, state = jnp.zeros((), jnp.int32), inner.init(params)
         _check_wrapped(state, ratio)
-        return record(state, zero, zero, tuple(leaves_by_path(labels(params)).items()))
+        roles = tuple(leaves_by_path(labels(params)).items())
+        return record(state, zero, zero, roles, undecayed(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
-        return updates, record(inner_state, optax.safe_increment(state.count), state.count, state.roles)
+        count = optax.safe_increment(state.count)
+        return updates, record(inner_state, count, state.count, state.roles, state.undecayed)
 
-    return LoRAPlusTransform(init, update, labels, rates, relative)
+    return LoRAPlusTransform(init, update, labels, rates, relative, undecayed)
 
 
 def lora_plus_adamw(
@@ -96,6 +100,7 @@ def lora_plus_adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decay: Literal["coupled", "equal"] = "coupled",
+    decay_mask: Any = None,
     embedding_learning_rate: Rate | None = None,
     head_learning_rate: Rate | None = None,
     magnitude_learning_rate: Rate | None = None,
@@ -119,6 +124,10 @@ def lora_plus_adamw(
       weight_decay: w; a step shrinks a parameter by rate * w.
       decay: `"coupled"` shrinks B lambda times faster than A, as AdamW in PyTorch and optax does with such groups;
         `"equal"` shrinks both as fast as A.
+      decay_mask: which leaves decay: `"kernels"` for factors and kernels, but not biases, the scales of norms and
+        DoRA's magnitudes; or as in `optax.adamw` a tree of booleans, which may be a prefix of the parameters', or a
+        function that returns one. None for all. A function needs `static_args="decay_mask"` in
+        `optax.inject_hyperparams`.
       embedding_learning_rate: of embedding adapters; defaults to eta_A, or to 1e-6 with policy `"peft"`.
       head_learning_rate: of fully trained parameters (role `"extra"`); defaults to eta_A.
       magnitude_learning_rate: of DoRA's magnitudes; defaults to eta_A, and is B's with policy `"peft"`.
@@ -143,6 +152,8 @@ def lora_plus_adamw(
     """
     labels = _checked_labels(lr_ratio, specs, policy)
     check_choice("decay", decay, ("coupled", "equal"))
+    if isinstance(decay_mask, str):
+        check_choice("decay_mask", decay_mask, ("kernels",))
     check_number("b1", b1, at_least=0.0, below=1.0, allow_arrays=True)
     check_number("b2", b2, at_least=0.0, below=1.0, allow_arrays=True)
     check_number("eps", eps, at_least=MIN_EPS, allow_arrays=True)
@@ -177,22 +188,37 @@ def lora_plus_adamw(
     for role in ROLES:
         rate = learning_rate if own_rates[role] is None else own_rates[role]
         groups[role] = rate, own_decays.get(role, weight_decay)
+    undecayed = functools.partial(_undecayed, decay_mask)
+    keys = {(role, True): group for role, group in groups.items()}
+    if decay_mask is not None:
+        keys |= {(role, False): (rate, 0.0) for role, (rate, _) in groups.items()}
     # Roles with equal settings share one AdamW, so that with lr_ratio 1 there is one, as in plain LoRA. A traced
     # number or a schedule equals only itself: the state's structure must not depend on values that jit hides.
-    first: dict[Any, Role] = {}
-    chain_of: dict[Role, Role] = {
-        role: first.setdefault(tuple(x if isinstance(x, int | float) else id(x) for x in group), role)
-        for role, group in groups.items()
+    first: dict[Any, str] = {}
+    chain_of = {
+        (role, decays): first.setdefault(
+            tuple(x if isinstance(x, int | float) else id(x) for x in group),
+            role if decays else f"{role}, no decay",
+        )
+        for (role, decays), group in keys.items()
     }
     chains: dict[Any, Any] = {}
-    for role in first.values():
-        rate, w = groups[role]
-        chains[role] = (
+    for key, name in chain_of.items():
+        rate, w = keys[key]
+        if name in chains:
+            continue
+        chains[name] = (
             optax.adamw(rate, b1, b2, eps, weight_decay=w)
             if direction is None
             else optax.chain(optax.add_decayed_weights(w), optax.scale_by_learning_rate(rate))
         )
-    tx = optax.multi_transform(chains, lambda tree: jax.tree.map(chain_of.__getitem__, labels(tree)))
+
+    def names(tree: Any) -> Any:
+        without = undecayed(tree)
+        roles = leaves_by_path(labels(tree))
+        return replace_paths(tree, {p: chain_of[role, p not in without] for p, role in roles.items()})
+
+    tx = optax.multi_transform(chains, names)
     before = [transform for transform in (precondition, direction) if transform is not None]
     if max_grad_norm is not None:
         check_number("max_grad_norm", max_grad_norm, above=0.0, allow_arrays=True)
@@ -205,6 +231,7 @@ def lora_plus_adamw(
         lambda step: {r: (rate(step) if callable(rate) else rate, w) for r, (rate, w) in groups.items()},
         ratio=lr_ratio,
         relative=False,
+        undecayed=undecayed,
     )
 
 
@@ -275,6 +302,18 @@ def check_floating(trainable: Any) -> None:
     for path, leaf in leaves_by_path(trainable).items():
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise TypeError(f"{path} must be floating point, got {leaf.dtype}; pass trainable variables only")
+
+
+def _undecayed(mask: Any, tree: Any) -> frozenset[str]:
+    """The paths of the leaves that a `decay_mask` exempts; see `lora_plus_adamw`."""
+    if mask is None:
+        return frozenset()
+    leaves = leaves_by_path(tree)
+    if isinstance(mask, str):
+        return frozenset(path for path, leaf in leaves.items() if not is_kernel(path, leaf))
+    mask = mask(tree) if callable(mask) else mask
+    full = jax.tree.map(lambda keep, part: jax.tree.map(lambda _: keep, part), mask, tree)
+    return frozenset(path for path, keep in leaves_by_path(full).items() if not keep)
 
 
 def _checked_labels(lr_ratio: Any, specs: Specs | None, policy: Policy) -> Callable[[Any], Any]:

@@ -70,6 +70,7 @@ class LoRAPlusState(struct.PyTreeNode):
       decays: weight decay by role, likewise; empty with `lora_plus`, where the wrapped optimizer sets it.
       roles: `(path, role)` of every leaf.
       relative: whether rates are multiples of a wrapped optimizer's, as with `lora_plus`.
+      undecayed: paths of the leaves without weight decay, whatever their role's.
     """
 
     inner_state: Any
@@ -78,6 +79,7 @@ class LoRAPlusState(struct.PyTreeNode):
     decays: dict[str, jax.Array]
     roles: tuple[tuple[str, Role], ...] = struct.field(pytree_node=False)
     relative: bool = struct.field(pytree_node=False)
+    undecayed: frozenset[str] = struct.field(pytree_node=False, default=frozenset())
 
     # As a chain's state does: tunix looks among these parts for an injected learning rate, to log it.
     def __iter__(self) -> Iterator[Any]:
@@ -91,20 +93,28 @@ class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
       labels: function from a tree to a tree of roles.
       rates: function from a step to `(learning rate, weight decay)` by role; the decay is None with `lora_plus`.
       relative: whether the rates are multiples of a wrapped optimizer's.
+      undecayed: function from a tree to the paths of its leaves without weight decay.
     """
 
     labels: Callable[[Any], Any]
     rates: Callable[[Any], dict[Role, tuple[Any, Any]]]
     relative: bool
+    undecayed: Callable[[Any], frozenset[str]]
 
     # Defaults, since copy.copy of a NamedTuple, as optax's transforms are, passes only the fields `init` and
     # `update` here and sets the attributes afterwards.
     def __new__(
-        cls, init: Any, update: Any, labels: Any = None, rates: Any = None, relative: bool = False
+        cls,
+        init: Any,
+        update: Any,
+        labels: Any = None,
+        rates: Any = None,
+        relative: bool = False,
+        undecayed: Any = None,
     ) -> "LoRAPlusTransform":
         """Makes a transform from its functions."""
         self = super().__new__(cls, init, update)
-        self.labels, self.rates, self.relative = labels, rates, relative
+        self.labels, self.rates, self.relative, self.undecayed = labels, rates, relative, undecayed
         return self
 
 
@@ -145,6 +155,13 @@ def _peft_role(path: str, leaves: Mapping[str, Any]) -> Role:
     if name == "bias" or (name == "scale" and f"{module}/bias{value}".lstrip("/") in leaves):
         return "vector"
     return "b" if name == "scale" or len(leaves[path].shape) == 1 else "extra"
+
+
+def is_kernel(path: str, leaf: Any) -> bool:
+    """Whether a leaf is a factor or a kernel, and no bias, scale of a norm or magnitude, by its name and axes."""
+    # Only names show it of stacked layers, whose biases have two axes.
+    name = path.removesuffix("/value").rpartition("/")[2]
+    return len(leaf.shape) > 1 and name not in ("bias", "scale") and not is_magnitude(path)
 
 
 def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:

@@ -21,6 +21,8 @@ from loraplus_jax.optim.roles import lr_ratio_of
 from ..messages import mentions
 from .toy import ONES, PARAMS, SCHEDULES, gradients, leaves, run
 
+inject = optax.inject_hyperparams
+
 
 @pytest.mark.parametrize("make", [
     lambda: lora_plus(optax.sgd(1e-3), lr_ratio=16.0),
@@ -190,6 +192,70 @@ def test_decay_by_hand(fields, expected):
     np.testing.assert_allclose([x.ravel()[0] for x in updates], expected, rtol=1e-6, atol=1e-9)
 
 
+LAYERS = {
+    "lora": {
+        "q": {
+            "lora_a": jnp.ones((3, 4, 2)),
+            "lora_b": jnp.ones((3, 2, 4)),
+            "lora_magnitude": jnp.ones((3, 4)),
+        }
+    },
+    "params": {
+        "norm": {"scale": jnp.ones((3, 4)), "bias": jnp.ones((3, 4))},
+        "head": {"kernel": jnp.ones((4, 2))},
+    },
+}
+KEPT = ("norm", "magnitude")
+"""Leaves, of stacked layers too, that `"kernels"` leaves out."""
+
+
+def is_decayed(tree):
+    return jax.tree.map_with_path(
+        lambda path, _: not any(x in jax.tree_util.keystr(path) for x in KEPT), tree
+    )
+
+
+@pytest.mark.parametrize(
+    "mask", ["kernels", is_decayed, is_decayed(LAYERS)], ids=["rule", "function", "tree"]
+)
+@pytest.mark.parametrize("decay", ["coupled", "equal"])
+def test_a_mask_says_which_leaves_decay_and_the_table_shows_it(mask, decay):
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, decay=decay, decay_mask=mask)
+    state = tx.init(LAYERS)
+    found, state = tx.update(jax.tree.map(jnp.zeros_like, LAYERS), state, LAYERS)
+    for table in (describe(LAYERS, tx), describe(LAYERS, state), describe(LAYERS, optax.chain(tx))):
+        for row in table.rows:
+            none = any(name in row.path for name in KEPT)
+            assert row.decay == (0 if none else 0.125 if (decay, row.role) == ("equal", "b") else 0.5)
+            # With no gradient a step is -rate * decay * parameter alone.
+            step = -leaves_by_path(found)[row.path]
+            np.testing.assert_allclose(step, np.full(row.shape, row.rate * row.decay), rtol=1e-6)
+
+
+def test_a_mask_with_lambda_one_is_bitwise_optaxs():
+    mask = lambda tree: jax.tree.map(lambda x: x.ndim > 2, tree)  # noqa: E731
+    tx = lora_plus_adamw(0.1, lr_ratio=1.0, weight_decay=0.5, decay_mask=mask)
+    plain = optax.adamw(0.1, weight_decay=0.5, mask=mask)
+    grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), LAYERS)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        tx.update(grads, tx.init(LAYERS), LAYERS)[0],
+        plain.update(grads, plain.init(LAYERS), LAYERS)[0],
+    )
+
+
+def test_a_mask_may_be_a_prefix_and_decay_may_change_in_a_run():
+    prefix = {"lora": True, "params": {"norm": False, "head": True}}
+    tx = inject(lora_plus_adamw, static_args="decay_mask")(
+        0.1, lr_ratio=4.0, weight_decay=0.5, decay_mask=lambda _: prefix
+    )
+    state = optax.tree.set(tx.init(LAYERS), weight_decay=jnp.float32(0.25))
+    _, state = tx.update(LAYERS, state, LAYERS)
+    decays = {row.path: row.decay for row in describe(LAYERS, state).rows}
+    assert decays["params/norm/bias"] == 0
+    assert decays["params/head/kernel"] == decays["lora/q/lora_magnitude"] == 0.25
+
+
 def test_the_least_epsilon_leaves_parameters_without_gradient_unchanged():
     tx = lora_plus_adamw(0.1, 4.0, eps=1e-30, b1=1 - 1e-7)
     updates = leaves(run(tx, 1, grads=lambda _: ZEROS)[0][1])
@@ -246,6 +312,7 @@ def test_bad_numbers_are_rejected(make, field, value):
         ({"weight_decay": math.nan}, mentions("weight_decay", 0, "nan")),
         ({"b1": 1.0}, mentions("b1", 0, 1, 1.0)),
         ({"decay": "none"}, mentions("decay", "coupled", "equal", "'none'")),
+        ({"decay_mask": "all"}, mentions("decay_mask", "kernels", "'all'")),
         ({"policy": "torch"}, mentions("policy", "lora_plus", "peft", "'torch'")),
         # B starts at zero, so A has no gradient in the first step, and 0 / (0 + 0) would be its direction.
         *[({"eps": eps}, mentions("eps", 1e-30, eps)) for eps in (0.0, 9e-31, 1e-60)],
@@ -343,7 +410,6 @@ def test_adapters_of_embeddings_move_at_their_own_rate(specs, fields, rate):
 
 
 PAIR = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
-inject = optax.inject_hyperparams
 
 
 def test_rates_can_be_read_and_changed_in_a_run_without_compiling_again():
