@@ -8,10 +8,20 @@ import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+
+
+def variants(text):
+    """A page as its reader sees it with each of its tabs, by the tab's name."""
+    names = sorted(set(re.findall(r"^:::{tab-item} (\w+)$", text, flags=re.M)))
+    others = r"^:::{{tab-item}} (?!{}$).*?^:::$"
+    return {name: re.sub(others.format(name), "", text, flags=re.M | re.S) for name in names} or {"": text}
+
+
 BLOCKS = {
-    page.stem: blocks
+    f"{page.stem} {name}".strip(): blocks
     for page in PAGES
-    if (blocks := re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S))
+    for name, text in variants(page.read_text(encoding="utf-8")).items()
+    if (blocks := re.findall(r"```python\n(.*?)```", text, flags=re.S))
 }
 
 
