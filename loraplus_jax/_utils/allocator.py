@@ -1,4 +1,8 @@
-"""The allocator of host memory, which programs on a CPU use too."""
+"""The allocator of host memory: on a CPU, a step writes into the memory of the step before.
+
+By default glibc gives large blocks back to the system, and their pages fault anew in every step. It can keep them,
+but only those of the main thread: the heaps of other threads hold no large blocks.
+"""
 
 import ctypes
 import sys
@@ -6,13 +10,13 @@ import sys
 import jax
 
 
-def keep_memory() -> None:
-    """Lets a program on a CPU write into the memory of the one before it; call it before JAX has devices.
+def run_on_main_thread() -> None:
+    """Lets JAX run programs of one CPU device on the thread that calls them; call it before JAX has devices."""
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
-    Otherwise glibc gives large blocks back to the system, and their pages fault anew in every step.
-    """
+
+def keep_memory() -> None:
+    """Keeps what was freed for later blocks, where the allocator is glibc's."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
         mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own
-    # The heaps of other threads hold no large blocks, so programs run on the main thread.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)

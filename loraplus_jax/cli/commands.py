@@ -81,7 +81,7 @@ class Output:
 def _run_command(arguments: list[str]) -> int:
     try:
         command, keywords = parse(COMMANDS, arguments)
-        load("_utils.allocator:keep_memory")()
+        load("_utils.allocator:run_on_main_thread")()
         result = command.run(**keywords)
         if isinstance(result, str):
             _print(result)

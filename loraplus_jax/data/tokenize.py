@@ -67,7 +67,7 @@ def encode_texts(
             arrays[name][start : start + 1024] = [getattr(e, attribute) for e in encodings]
     if (empty := np.flatnonzero(~arrays["attention_mask"].any(axis=1))).size:
         raise ValueError(
-            f"{empty.size} texts have no tokens, the first is {inputs[empty[0]]!r:.80}: remove them, or use a "
+            f"texts without tokens: {empty.size}, the first is {inputs[empty[0]]!r:.80}; remove them, or use a "
             "tokenizer that adds special tokens"
         )
     return arrays, truncated

@@ -54,7 +54,7 @@ HEADS = {True: "embed_tokens", False: "lm_head"}
 """Name of the output head, by whether it is tied to the embedding."""
 TEMPLATES = ("model", *BUILT_IN)
 """Values of `data.template` that are not files."""
-SIMULATED_BATCHES = 50_000
+SIMULATED_BATCHES = 10_000
 """The most batches that `plan_batches` draws beforehand; of more it takes the largest that could occur."""
 MAX_SCORED_SHARE = 0.95
 """The head computes all positions if more than this share of them may have a loss."""
@@ -268,7 +268,7 @@ def plan_batches(
         most = counts[batches].reshape(-1, parts, per_part, train.accumulate).sum(axis=2).max()
     else:
         most = np.sort(counts)[-per_part:].sum()
-    evaluate = eval_shapes(data.splits["validation"], train.eval_batch_size, parts)
+    evaluate = eval_shapes(data.splits, train.eval_batch_size, parts)
     evaluated = [x for name, x in data.splits.items() if name != "train"]
     scored = Scored(
         _worth_choosing(int(most), per_part * length),

@@ -53,7 +53,7 @@ METRICS = {
 }
 """The metrics of each kind of task; the first is the default."""
 STEPS_PER_SHAPE = {"cpu": 20, "accelerator": 500}
-"""How many steps another number of rows has to save in a run, for which a program has to be compiled."""
+"""Steps of a run that another number of rows must save to be worth a program of its own."""
 SAMPLED_BATCHES = 1000
 """The most batches for which `plan_batches` chooses numbers of rows."""
 
@@ -229,7 +229,7 @@ def plan_batches(
     """
     columns, train, parts = data.splits["train"], settings.train, batch_parts(mesh)
     lengths, size = text_lengths(columns), train.batch_size
-    count = min(len(lengths) // size, max(1, SAMPLED_BATCHES // len(seeds)))
+    count = min(steps, max(1, SAMPLED_BATCHES // len(seeds)))
     batches = first_batches(len(lengths), batch_size=size, seeds=seeds, count=count)
     kind = "cpu" if mesh.devices.flat[0].platform == "cpu" else "accelerator"
     least_saving = STEPS_PER_SHAPE[kind] / steps
@@ -239,7 +239,7 @@ def plan_batches(
     summary = f"{size} texts a step in {counts} rows of {rows.length} tokens, {100 * rows.full:.0f} % full"
     return BatchPlan(
         train=tuple(batch_shapes(first, count) for count in rows.counts),
-        evaluate=eval_shapes(data.splits["validation"], train.eval_batch_size, parts),
+        evaluate=eval_shapes(data.splits, train.eval_batch_size, parts),
         arrange=rows.arrange,
         summary=(summary,),
     )

@@ -182,8 +182,12 @@ def full_batches(columns: Mapping[str, np.ndarray], batch_size: int, eval_batch_
     return BatchPlan((batch_shapes(columns, batch_size),), batch_shapes(columns, eval_batch_size))
 
 
-def eval_shapes(columns: Mapping[str, np.ndarray], at_most: int, parts: int) -> Shapes:
-    """The shapes of an evaluation batch of at most so many rows, a multiple of the parts of a mesh."""
+def eval_shapes(splits: Mapping[str, Mapping[str, np.ndarray]], at_most: int, parts: int) -> Shapes:
+    """The shapes of an evaluation batch of at most so many rows, a multiple of the parts of a mesh.
+
+    Its rows are for the largest split, as one program evaluates all of them.
+    """
+    columns = max((columns for name, columns in splits.items() if name != "train"), key=row_count)
     return batch_shapes(columns, even_batch_size(row_count(columns), at_most, parts))
 
 

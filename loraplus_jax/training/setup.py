@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from .._utils.allocator import keep_memory
 from .._utils.validation import expand_path
 from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.dora import set_magnitudes
@@ -122,6 +123,10 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     with raise_together():
         mesh = make_mesh(**dataclasses.asdict(settings.mesh))
         check_mesh(settings, mesh)
+        if (
+            mesh.devices.flat[0].platform == "cpu"
+        ):  # where others compute, the host should not keep the weights
+            keep_memory()
         directory = resolve(settings.model.path, "model")
         data = task_module(settings).load_data(settings, directory)
         steps, batches, shapes, tx = abstract_run(settings, directory, data, mesh)
@@ -181,7 +186,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             output = expand_path("output_dir", settings.output_dir)
             start = read_start(output, parts.specs, metadata, allow_different)
         if start is None:
-            # Its micro-batch is not one of the step's, so it may have more positions with a loss.
+            # Its rows are no micro-batch of a step, so they may have more positions with a loss.
             losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
             gradients = first_gradients(settings, data, batches, parts, losses.train, mesh, shardings)
             start = make_start(settings, parts, directory, gradients)
@@ -343,7 +348,9 @@ def compile_programs(
     state, theory = state_shapes(parts, tx), None
     if settings.train.theory_every is not None:
         rows = theory_rows(batches, mesh)
-        theory = lower_theory(losses.train, parts.specs, state, parts.frozen, rows, **layout).compile()
+        # Its rows are no micro-batch of a step, so they may have more positions with a loss.
+        unbounded = task_module(settings).make_losses(settings, data.task, parts, mesh)
+        theory = lower_theory(unbounded.train, parts.specs, state, parts.frozen, rows, **layout).compile()
     options = compiler_options(mesh, unrolled=bool(settings.model.unroll))
 
     def compile_step(batch: Shapes) -> jax.stages.Compiled:

@@ -8,7 +8,8 @@ import pytest
 CODE = """
 import resource, sys
 if sys.argv[1] == "kept":
-    from loraplus_jax._utils.allocator import keep_memory
+    from loraplus_jax._utils.allocator import keep_memory, run_on_main_thread
+    run_on_main_thread()
     keep_memory()
 import jax, jax.numpy as jnp
 step = jax.jit(lambda x: jnp.sin(x))

@@ -80,7 +80,7 @@ def test_tokenizers_that_are_rejected(tmp_path):
         encode_texts(["w0"], ["w1"], tokenizer)
     bare = load_tokenizer(_tokenizer(tmp_path), 6)
     bare.post_processor = None
-    with pytest.raises(ValueError, match=r"1 texts have no tokens.*' '"):
+    with pytest.raises(ValueError, match=r"texts without tokens: 1.*' '"):
         encode_texts(["w0", " "], None, bare)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json"):
