@@ -39,7 +39,7 @@ nb_execution_mode = "off"  # tests/test_docs.py runs the blocks
 autosummary_generate = True
 autosummary_ignore_module_all = True
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"
+autodoc_typehints = "signature"
 napoleon_numpy_docstring = False
 
 PUBLIC = ("quantization", "adapter", "optim", "inits", "linen", "nnx", "step", "interop")

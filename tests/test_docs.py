@@ -1,6 +1,7 @@
 """The documentation: python blocks run, pages and links exist, the reference names every public symbol."""
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -102,3 +103,14 @@ def test_files_and_calls_that_contributing_names_exist():
     for name, call in steps:
         source = (root / "loraplus_jax" / name).read_text(encoding="utf-8")
         assert re.search(rf"^ *(def|class) {call}\b", source, flags=re.M), (name, call)
+
+
+def test_every_public_function_says_what_it_returns(conf):
+    silent = []
+    for module in conf.public_modules():
+        for name in conf.public_names(module):
+            function = getattr(importlib.import_module(module), name)
+            returns = inspect.isfunction(function) and inspect.signature(function).return_annotation
+            if returns and not re.search(r"^ *(Returns|Yields):$", function.__doc__ or "", flags=re.M):
+                silent.append(f"{module}.{name}")
+    assert not silent

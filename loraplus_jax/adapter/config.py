@@ -204,7 +204,10 @@ class LoRAPlusConfig:
 
 
 def pattern_of(patterns: Mapping[str, Any], path: str) -> str | None:
-    """The first pattern that matches the end of a path, whole segments only, as in PEFT.
+    """Finds the first pattern that matches the end of a path, whole segments only, as in PEFT.
+
+    Returns:
+      The key of `patterns`, or None if no pattern matches.
 
     >>> pattern_of({"query": 4, "layers_1/.*": 2}, "layers_1/query"), pattern_of({"query": 4}, "my_query")
     ('query', None)
@@ -213,7 +216,11 @@ def pattern_of(patterns: Mapping[str, Any], path: str) -> str | None:
 
 
 def matches(rule: str | tuple[str, ...], path: str) -> bool:
-    """Whether a rule of `LoRAPlusConfig` matches a module path, with segments joined by "/".
+    """Matches a rule of `LoRAPlusConfig` with a module path, with segments joined by "/".
+
+    Returns:
+      Whether the whole path matches a string as a regular expression, or ends in one of the names, whole segments
+      only.
 
     >>> matches(("query",), "layers/attention/query"), matches(("query",), "layers/my_query")
     (True, False)

@@ -19,9 +19,12 @@ from .tree import flatten, replace_leaves
 
 
 def output_norms(weight: Any, letters: str, factor_letters: tuple[str, str]) -> jax.Array:
-    """The norms of the weights of the outputs, over the input axes, in B's axes with 1 for the rank.
+    """Computes the norms of the weights of the outputs, over the input axes.
 
-    Float32 or wider; `weight` is an array or `PackedArray`, the letters are those of its `AdapterSpec`.
+    `weight` is an array or `PackedArray`; the letters are those of its `AdapterSpec`.
+
+    Returns:
+      float32 or wider, in B's axes with 1 for the rank.
     """
     return jnp.sqrt(_output_squares(_wide(weight), letters, factor_letters[1]))
 
@@ -90,6 +93,9 @@ def set_magnitudes(lora: Mapping[str, Any], base: Mapping[str, Any], specs: Spec
     Args:
       lora, specs: the tree of adapters and their table.
       base: variables without adapters, `{"params": ...}`; weights may be packed or sharded.
+
+    Returns:
+      A tree like `lora` with the new magnitudes, float32 or wider; other leaves are the same.
 
     Raises:
       ValueError: a weight is missing or has another shape.

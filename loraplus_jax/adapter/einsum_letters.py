@@ -6,7 +6,11 @@ LETTERS = "abcdefghijklmnopqstuvwxyz"  # without r, which stands for the rank
 
 
 def factor_letters(axes: str, stacked: tuple[int, ...] = ()) -> tuple[str, str]:
-    """The einsum letters of A and B: A has the batch and input axes, B the batch and output axes; the rank is `r`.
+    """Chooses the einsum letters of A and B from the roles of the weight's axes, as in `AdapterSpec`.
+
+    Returns:
+      The letters of A (batch and input axes) and of B (batch and output axes), with `r` for the rank and capitals
+      for stacked axes.
 
     >>> factor_letters("io"), factor_letters("eio"), factor_letters("io", stacked=(1,))
     (('ar', 'rb'), ('abr', 'arc'), ('aAr', 'rAb'))
@@ -19,10 +23,14 @@ def factor_letters(axes: str, stacked: tuple[int, ...] = ()) -> tuple[str, str]:
 
 
 def split_equation(equation: str) -> tuple[str, tuple[str, str]]:
-    """Returns the roles of the axes of an einsum's second operand, and the two einsums of its low-rank term.
+    """Finds the roles of the axes of an einsum's second operand, and the two einsums of its low-rank term.
 
     An axis of the weight that is in the result is a batch axis, kept in both factors, if the input has it, and an
     output axis otherwise. All other axes are contracted (input axes).
+
+    Returns:
+      The roles of the weight's axes, as `axes` in `AdapterSpec`, and two equations, the first for the input and A,
+      the second for their product and B.
 
     Raises:
       ValueError: there is no contracted axis or no output axis, or an operand has a letter twice.
@@ -53,12 +61,20 @@ def split_equation(equation: str) -> tuple[str, tuple[str, str]]:
 
 
 def layer_axis(letters: str, stacked: tuple[int, ...]) -> int:
-    """The position of the outermost stacked axis among einsum letters."""
+    """Finds the outermost stacked axis among einsum letters.
+
+    Returns:
+      Its index in `letters`.
+    """
     return letters.index(chr(ord("A") + len(stacked) - 1))
 
 
 def with_stacked(letters: str, stacked: tuple[int, ...]) -> str:
-    """Inserts a capital for each axis stacked by `nn.scan` or `nn.vmap`, innermost first."""
+    """Inserts a capital for each axis stacked by `nn.scan` or `nn.vmap`, innermost first.
+
+    Returns:
+      The letters with `A`, `B`, ... at the axes in `stacked`.
+    """
     result = list(letters)
     for n, axis in enumerate(stacked):
         result.insert(axis if axis >= 0 else len(result) + 1 + axis, chr(ord("A") + n))

@@ -24,14 +24,17 @@ def low_rank_output(
     precision: Any = None,
     out_shardings: tuple[Any, Any] = (None, None),
 ) -> jax.Array:
-    """The low-rank term s (x A) B of a dense layer, for x `(..., in)`, a `(in, r)`, b `(r, out)` of one dtype.
+    """Computes the low-rank term s (x A) B of a dense layer, for x `(..., in)`, a `(in, r)`, b `(r, out)`.
 
     Args:
-      x, a, b: input and factors.
+      x, a, b: input and factors, of one dtype.
       scale: s, which may be traced.
       equations: for other layers, the two einsums of the term: of x and A, and of the result and B.
       precision: as in `jnp.einsum`.
       out_shardings: those of the two products, for a mesh with explicit axis types.
+
+    Returns:
+      An array `(..., out)` of that dtype; with `equations`, with the axes of the second one's result.
     """
     # The scale multiplies the r-wide product, where it is cheapest.
     first, second = ({"precision": precision, "out_sharding": sharding} for sharding in out_shardings)
@@ -46,17 +49,24 @@ def low_rank_output(
 
 
 def is_explicit(*arrays: Any) -> bool:
-    """Whether arrays are sharded over a mesh with explicit axis types, where a product must tell its sharding."""
+    """Detects arrays that are sharded over a mesh with explicit axis types, where a product must tell its sharding.
+
+    Returns:
+      Whether one of the arrays, or of the leaves of trees, has an axis split over such a mesh.
+    """
     return any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(arrays))
 
 
 def weight_delta(
     a: jax.Array, b: jax.Array, spec: AdapterSpec, scale: jax.Array | float | None = None
 ) -> jax.Array:
-    """s A B in the shape of the base leaf, with stacked and batch axes, in float32 or wider.
+    """Computes s A B, the product of an adapter's factors times its scale.
 
     With magnitudes this is not all that the adapter changes; see `adapted_weight`.
     `scale` overrides the spec's scale.
+
+    Returns:
+      float32 or wider, in the shape of the base leaf, with stacked and batch axes.
     """
     left, right = spec.factor_letters
     highest = jax.lax.Precision.HIGHEST
@@ -70,12 +80,15 @@ def weight_delta(
 
 
 def adapted_weight(weight: Any, factors: Sequence[jax.Array], spec: AdapterSpec) -> jax.Array:
-    """W + s A B, or with magnitudes c (W + s A B), in the shape of the base leaf, in float32 or wider.
+    """Computes W + s A B, or with magnitudes c (W + s A B).
 
     Args:
       weight: W, with stacked and batch axes.
       factors: A, B and with `spec.magnitude` m.
       spec: the spec.
+
+    Returns:
+      float32 or wider, in the shape of the base leaf.
     """
     a, b, *magnitude = factors
     total = weight + weight_delta(a, b, spec)
@@ -87,11 +100,14 @@ def adapted_weight(weight: Any, factors: Sequence[jax.Array], spec: AdapterSpec)
 
 
 def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) -> dict[str, Any]:
-    """The optional read-only collection `"lora_scale"`, which overrides the scale s of every adapter at apply time.
+    """Makes the optional read-only collection `"lora_scale"`, which overrides each adapter's scale s at apply time.
 
     With a traced `s`, `model.apply({"params": base, "lora": lora, "lora_scale": scale_variables(specs, s)}, x)`
     runs many scales in one compiled program. `scale` is s (alpha / rank, not alpha), a scalar or broadcastable to
     the stacked layers, or a mapping from module path to s.
+
+    Returns:
+      A tree with a leaf `lora_scale` for each adapter, an array with A's axes, all but the stacked ones of size 1.
     """
     flat = {}
     for module, spec in specs.items():
@@ -103,7 +119,10 @@ def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) 
 
 
 def disabled(lora: Any) -> Any:
-    """Returns adapters without effect: zeros of the same shapes, so a compiled model does not recompile.
+    """Turns adapters off without a recompilation of a compiled model.
+
+    Returns:
+      A tree like `lora`, all zeros, of the same shapes and dtypes.
 
     >>> disabled({"fc": {"lora_a": jnp.ones(2)}})["fc"]["lora_a"].tolist()
     [0.0, 0.0]

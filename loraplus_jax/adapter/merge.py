@@ -20,7 +20,7 @@ def merge(
     dtype: Any = None,
     dequantize: bool = False,
 ) -> dict[str, Any]:
-    """Adds every adapter to its base weight, in float32; returns base variables that need no adapter.
+    """Adds every adapter to its base weight, in float32.
 
     Args:
       base: variables without adapters, `{"params": ...}`.
@@ -29,6 +29,9 @@ def merge(
       dtype: dtype of the merged leaves; by default each keeps its dtype.
       dequantize: whether to merge into the values that a packed weight stands for, which differ from the original
         ones by the rounding. By default pass the original weights.
+
+    Returns:
+      Variables like `base` that need no adapter; only the adapted leaves are new.
 
     Raises:
       ValueError: `base`, `lora` and `specs` do not match, or a weight is packed; the message names the path.
@@ -53,7 +56,11 @@ def merge(
 
 
 def check_dequantize(weight: Any, path: str, *, allowed: bool) -> jax.Array:
-    """The values of a packed weight for a merge; raises ValueError unless they were asked for."""
+    """Dequantizes a packed weight for a merge; raises ValueError unless that is `allowed`.
+
+    Returns:
+      The weight's values, an array of its shape and dtype.
+    """
     if not allowed:
         raise ValueError(
             f"{path} is packed in {weight.kind}: merge into the original weights, or into the quantized ones with "
@@ -71,6 +78,9 @@ def unmerge(merged: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) ->
       merged: from `merge`.
       base: the base variables that were merged, or any part of them with the adapted leaves.
       specs: the specs that were merged.
+
+    Returns:
+      Variables like `merged` with the adapted leaves of `base`.
 
     Raises:
       ValueError: an adapted leaf is missing in `merged` or `base`, or has another shape.

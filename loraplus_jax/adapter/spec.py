@@ -177,12 +177,20 @@ Specs = Mapping[str, AdapterSpec]
 
 
 def specs_to_json(specs: Specs) -> dict[str, Any]:
-    """The table as plain JSON values."""
+    """Converts the table to plain JSON values.
+
+    Returns:
+      A dict from path to the spec's fields by name.
+    """
     return {path: spec.to_json() for path, spec in specs.items()}
 
 
 def specs_from_json(values: Mapping[str, Any]) -> dict[str, AdapterSpec]:
-    """The inverse of `specs_to_json`; an error names the path of the invalid entry."""
+    """The inverse of `specs_to_json`; an error names the path of the invalid entry.
+
+    Returns:
+      The table, a dict from path to `AdapterSpec`.
+    """
     if not isinstance(values, Mapping):
         raise ValueError(f"specs must be a mapping, got {values!r:.40}")
     table = {}

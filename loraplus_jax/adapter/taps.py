@@ -61,7 +61,11 @@ def update_squares(
 # over layers, shared weights, rematerialization. Flax's sow needs a mutable collection in all of them.
 @jax.custom_vjp
 def inject_gradient(y: jax.Array, tap: jax.Array, value: jax.Array) -> jax.Array:
-    """Returns `y`; in the backward pass the gradient of `tap` is `value`, which has the shape of `tap`."""
+    """Makes `value`, which has the shape of `tap`, the gradient of `tap` in the backward pass of `y`.
+
+    Returns:
+      `y`, unchanged.
+    """
     return y
 
 

@@ -37,21 +37,32 @@ class TracedModule:
 # Every call of a layer in every trace asks, and the answer is the same each time.
 @functools.lru_cache(maxsize=4096)
 def is_target(config: LoRAPlusConfig, path: str) -> bool:
-    """Whether `target_modules` matches a path; `"all-linear"` matches all paths outside `modules_to_save`."""
+    """Matches `target_modules` with a path; `"all-linear"` matches all paths outside `modules_to_save`.
+
+    Returns:
+      Whether a rule matches.
+    """
     if config.target_modules == ALL_LINEAR:
         return saved_module_of(config, path) is None
     return matches(config.target_modules, path)
 
 
 def is_adapted(config: LoRAPlusConfig, path: str, kind: str) -> bool:
-    """Whether to adapt a layer that `target_modules` matches, regardless of `layers_to_transform`."""
+    """Checks a layer that `target_modules` matches against `exclude_modules` and the kinds of `"all-linear"`.
+
+    Returns:
+      Whether to adapt the layer, regardless of `layers_to_transform`.
+    """
     if config.target_modules == ALL_LINEAR and kind not in LINEAR_KINDS:
         return False
     return not (config.exclude_modules and matches(config.exclude_modules, path))
 
 
 def layer_index(path: str) -> int | None:
-    """The layer number in a path: the number that ends a segment above the module, or else the module's own name.
+    """Finds the layer number in a path: it ends a segment above the module, or else the module's own name.
+
+    Returns:
+      The number, or None if there is none.
 
     Raises:
       ValueError: several segments above the module end in a number.
@@ -71,14 +82,22 @@ def layer_index(path: str) -> int | None:
 
 
 def matching_rule(config: LoRAPlusConfig, path: str) -> str:
-    """The rule of `target_modules` that matches a path, for messages."""
+    """Finds the rule of `target_modules` that matches a path, for messages.
+
+    Returns:
+      The first of the names that matches, or `target_modules` itself if it is a string.
+    """
     if isinstance(config.target_modules, str):
         return config.target_modules
     return next(rule for rule in config.target_modules if matches((rule,), path))
 
 
 def parameter_rule(config: LoRAPlusConfig, path: str) -> str | None:
-    """The rule of `target_parameters` that matches a parameter's path, or None; raises ValueError if two match."""
+    """Finds the rule of `target_parameters` that matches a parameter's path; raises ValueError if two match.
+
+    Returns:
+      The rule, a regular expression, or None if none matches.
+    """
     rules: Any = config.target_parameters
     matching = [rule for rule in rules if re.fullmatch(rule, path)]
     if len(matching) > 1:
@@ -89,7 +108,10 @@ def parameter_rule(config: LoRAPlusConfig, path: str) -> str | None:
 def parameter_spec(
     config: LoRAPlusConfig, path: str, rule: str, shape: tuple[int, ...], leaf: str
 ) -> AdapterSpec:
-    """The spec of a parameter at `path` that a rule of `target_parameters` matches; `leaf` is that of the spec.
+    """Makes the spec of a parameter at `path` that a rule of `target_parameters` matches; `leaf` is the spec's.
+
+    Returns:
+      The spec, of kind `parameter`, with the axes of the rule and the config's rank and scale for `path`.
 
     Raises:
       ValueError: the rule has another number of letters than the parameter has axes.
@@ -106,7 +128,11 @@ def parameter_spec(
 
 
 def saved_module_of(config: LoRAPlusConfig, path: str) -> str | None:
-    """The name in `modules_to_save` that matches a module's path or a parent's, or None."""
+    """Finds the name in `modules_to_save` that matches a module's path or a parent's.
+
+    Returns:
+      The name, or None if none matches.
+    """
     segments = path.split("/")
     above = ["/".join(segments[:n]) for n in range(1, len(segments) + 1)]
     return next((name for name in config.modules_to_save if any(matches((name,), p) for p in above)), None)

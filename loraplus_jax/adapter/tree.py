@@ -15,12 +15,19 @@ from .spec import Specs
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:
-    """Formats a key path of `jax.tree_util`, its segments joined by "/"."""
+    """Formats a key path of `jax.tree_util`.
+
+    Returns:
+      The segments of the path, joined by "/".
+    """
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """Maps each path to its leaf, in the tree's order; `is_leaf` as in `jax.tree.leaves`.
+    """Lists the leaves of any tree by their paths; `is_leaf` as in `jax.tree.leaves`.
+
+    Returns:
+      A dict from "/"-joined path to leaf, in the tree's order.
 
     >>> leaves_by_path({"params": {"head": {"bias": 1.0}}})
     {'params/head/bias': 1.0}
@@ -31,6 +38,9 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Flattens nested dicts to "/"-joined paths; `unflatten` is the inverse if no key contains "/".
 
+    Returns:
+      A dict from path to leaf. A box of metadata or a packed weight is one leaf; empty dicts are dropped.
+
     >>> flatten({"layers": {0: {"kernel": 1.0}}})
     {'layers/0/kernel': 1.0}
     """
@@ -39,12 +49,19 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def join_path(path: tuple[Any, ...]) -> str:
-    """Joins the keys of nested dicts, which may be integers, with "/"."""
+    """Joins the keys of nested dicts, which may be integers, with "/".
+
+    Returns:
+      The path as one string.
+    """
     return "/".join(map(str, path))
 
 
 def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Copies nested dicts, replacing the leaves at some "/"-joined paths; keys may contain "/".
+
+    Returns:
+      New nested dicts; paths in `leaves` that `tree` lacks are ignored.
 
     >>> replace_leaves({"a": {"b": 1, "c/d": 2}}, {"a/c/d": 3})
     {'a': {'b': 1, 'c/d': 3}}
@@ -58,6 +75,9 @@ def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[s
 def replace_paths(tree: Any, leaves: Mapping[str, Any]) -> Any:
     """Replaces the leaves at some paths of any tree, such as a module's state.
 
+    Returns:
+      A tree like `tree`; paths in `leaves` that it lacks are ignored.
+
     >>> replace_paths({"a": (1, 2)}, {"a/1": 3})
     {'a': (1, 3)}
     """
@@ -65,14 +85,18 @@ def replace_paths(tree: Any, leaves: Mapping[str, Any]) -> Any:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`.
+
+    Returns:
+      Nested dicts with strings as keys.
+    """
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def split_trainable(
     variables: Mapping[str, Any], trained: LoRAPlusConfig | tuple[str, ...] = (), *, bias: Bias | None = None
 ) -> tuple[dict, dict]:
-    """Splits variables into `(trainable, frozen)`; trainable are adapters and fully trained parameters.
+    """Splits variables into those to train, which are adapters and fully trained parameters, and all others.
 
     Args:
       variables: `{"params": ..., "lora": ..., ...}`.
@@ -80,6 +104,9 @@ def split_trainable(
         like those in `modules_to_save`.
       bias: without a config, which biases to train: `"none"` (the default), `"all"`, or `"lora_only"` (those of
         modules with an adapter).
+
+    Returns:
+      `(trainable, frozen)`, nested dicts like `variables` that share no leaf; `combine` is the inverse.
 
     Raises:
       ValueError: a name matches no module, `bias` matches no bias, or both `bias` and a config are passed.
@@ -117,7 +144,11 @@ def split_trainable(
 
 
 def with_collection(lora: Mapping[str, Any], specs: Specs) -> Mapping[str, Any]:
-    """Returns variables `{"lora": factors, ...}`, from such variables or from the bare tree of factors."""
+    """Puts a bare tree of factors into the collection `"lora"`; variables with that collection pass unchanged.
+
+    Returns:
+      Variables with the factors in the collection `"lora"`; without specs, `lora` itself.
+    """
     # A module may be called "lora", so the key alone does not tell.
     flat = flatten(lora)
     is_bare = any(path in flat for module, spec in specs.items() for path in spec.factor_paths(module))
@@ -125,7 +156,10 @@ def with_collection(lora: Mapping[str, Any], specs: Specs) -> Mapping[str, Any]:
 
 
 def flat_factors(lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
-    """Maps each path to its factor, from the tree of factors or `{"lora": factors}`.
+    """Flattens the tree of factors, or `{"lora": factors}`.
+
+    Returns:
+      A dict from path, such as `layers_0/query/lora_a`, to factor.
 
     Raises:
       ValueError: the tree also contains fully trained parameters, which the caller would lose.
@@ -143,6 +177,9 @@ def flat_factors(lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
 def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
     """Combines disjoint trees, the inverse of `split_trainable`; raises ValueError if two share a leaf.
 
+    Returns:
+      Nested dicts with the leaves of all trees.
+
     >>> combine({"lora": {"q": 1}}, {"params": {"q": 2}})
     {'lora': {'q': 1}, 'params': {'q': 2}}
     """
@@ -154,7 +191,11 @@ def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count(tree: Any) -> int:
-    """Counts the values in a tree of arrays or shapes."""
+    """Counts the values in a tree of arrays or shapes.
+
+    Returns:
+      The number of values; a packed weight counts as the array that it stands for.
+    """
     return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_packed))
 
 
@@ -165,5 +206,9 @@ def _modules_above(path: str) -> list[str]:
 
 
 def rebox(box: Any, value: Any) -> Any:
-    """Puts a value into the metadata box of the old value, if it has one."""
+    """Puts a value into the metadata box of the old value, if it has one.
+
+    Returns:
+      A copy of `box` with `value`, or `value` itself if `box` is not a box.
+    """
     return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value

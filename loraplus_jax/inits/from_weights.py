@@ -39,6 +39,10 @@ def pissa(base: Mapping[str, Any], specs: Specs, *, iterations: int | None = Non
       iterations: power iterations of a randomized decomposition (arXiv 0909.4061, algorithm 4.4); None: exact.
       seed: of its random start.
 
+    Returns:
+      Variables like `base` with W - s A B for the adapted weights, in their dtype, and the tree of factors,
+      float32, for `"lora"`.
+
     Raises:
       ValueError: a weight is missing, packed, or has layers without adapters; an adapter is of variant dora; or
         `iterations` is below 0.
@@ -55,6 +59,9 @@ def olora(base: Mapping[str, Any], specs: Specs) -> Start:
 
     Args:
       base, specs: as for `pissa`.
+
+    Returns:
+      As `pissa`.
 
     Raises:
       ValueError: as `pissa`.
@@ -84,6 +91,9 @@ def lora_ga(
       gamma: how small the factors start.
       iterations: as for `pissa`.
 
+    Returns:
+      As `pissa`; for `lora_one` with the weights of `base` unchanged.
+
     Raises:
       ValueError: as `pissa`; or a gradient is missing, of another shape or not finite, or a weight has fewer than
         2 r singular values.
@@ -102,10 +112,13 @@ def make_factors(
     gamma: float = GAMMA,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The tree of factors for `"lora"`, float32 NumPy arrays, by one of `BASE_INITS`.
+    """Makes the factors of all specs by one of `BASE_INITS`.
 
     `read` returns by a weight's path what the init makes its factors of, `BASE_INITS[init].source`: an array of the
     weight's shape, which may be sharded over processes, or None if it is missing. Raises ValueError as `lora_ga`.
+
+    Returns:
+      The tree of factors for `"lora"`, float32 NumPy arrays.
     """
     reject_magnitude(f"init {init}", specs)
     lora = {}
@@ -150,9 +163,12 @@ def _pair(
 def subtract_start(
     init: str, base: Mapping[str, Any], start: Mapping[str, Any], specs: Specs
 ) -> dict[str, Any]:
-    """The base with W - s A B for its adapted weights, in their dtype and sharding, if the init subtracts s A B.
+    """Subtracts s A B from the adapted weights of a base, if the init does so.
 
-    Only the adapted leaves are new. `start` and `specs` are the tree of factors and their table.
+    `start` and `specs` are the tree of factors and their table.
+
+    Returns:
+      Variables like `base`; only the adapted leaves are new, W - s A B in their dtype and sharding.
     """
     flat, factors, rest = flatten(base), flatten(start), {}
 
@@ -171,7 +187,7 @@ def subtract_start(
 def as_difference(
     lora: Mapping[str, Any], start: Mapping[str, Any], specs: Specs, config: LoRAPlusConfig
 ) -> tuple[dict[str, Any], dict[str, AdapterSpec], LoRAPlusConfig]:
-    """The adapter of twice the rank that does on the untouched base what A and B do on the rest of it.
+    """Makes the adapter of twice the rank that does on the untouched base what A and B do on the rest of it.
 
     s A B - s A₀ B₀ = s [A, A₀] [B; -B₀], for `save_peft`, `save_adapter` and `merge`.
 
@@ -179,6 +195,9 @@ def as_difference(
       lora: the trained factors.
       start: the factors that `pissa`, `olora` or `lora_ga` returned.
       specs, config: theirs; the result has its own.
+
+    Returns:
+      The tree of factors in the dtypes of `lora`, their table and config, with twice the rank and `init="lora"`.
     """
     now, then, new = flat_factors(lora, specs), flat_factors(start, specs), {}
     for module, spec in specs.items():
@@ -203,14 +222,22 @@ def as_difference(
 
 
 def to_matrix(weight: Any, spec: AdapterSpec) -> np.ndarray:
-    """A weight as float32 matrices (batch..., inputs, outputs)."""
+    """Arranges a weight as matrices.
+
+    Returns:
+      float32 `(batch..., inputs, outputs)`, with stacked axes among the batch axes.
+    """
     batch, inputs, outputs = _sides(spec)
     array = np.einsum(f"{spec.base_letters}->{batch}{inputs}{outputs}", np.asarray(weight, np.float32))
     return array.reshape(*array.shape[: len(batch)], *spec.sides)
 
 
 def to_factors(a: np.ndarray, b: np.ndarray, spec: AdapterSpec) -> tuple[jax.Array, jax.Array]:
-    """Float32 factors of matrices, (batch..., inputs, r) and (batch..., r, outputs), in the shapes of a spec."""
+    """Arranges matrices (batch..., inputs, r) and (batch..., r, outputs) as the factors of a spec.
+
+    Returns:
+      A and B, float32, in the shapes of the spec.
+    """
     batch, inputs, outputs = _sides(spec)
     sizes = dict(zip(spec.base_letters, spec.shape, strict=True)) | {"r": spec.rank}
     made = []

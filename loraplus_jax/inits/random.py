@@ -13,7 +13,7 @@ Axes = list[int] | range
 
 
 def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, Initializer]:
-    """Returns the initializers of A `(in, r)` and B `(r, out)`, or of factors with more axes.
+    """Chooses the initializers of A `(in, r)` and B `(r, out)`, or of factors with more axes.
 
     `"lora"`: A ~ U(-sqrt(1/in), sqrt(1/in)), B = 0; PEFT's default, and Init[1] of arXiv 2402.12354, section 3.
     `"he_uniform"`: A ~ U(-sqrt(6/in), sqrt(6/in)), B = 0.
@@ -27,6 +27,9 @@ def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, 
       rank: r.
       axes: the weight's axes, as in `AdapterSpec`; `in` is the product of its input axes: for a convolution, the
         window times the inputs of a group; for an embedding, the number of rows.
+
+    Returns:
+      The initializers of A and of B, functions of a key, a shape and a dtype, as in `jax.nn.initializers`.
 
     Raises:
       ValueError: `init` needs the base's weights, or an odd rank cannot be halved.

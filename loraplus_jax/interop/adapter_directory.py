@@ -104,6 +104,9 @@ def save_adapter(
 def load_adapter(directory: str | Path) -> Adapter:
     """Reads an adapter directory.
 
+    Returns:
+      An `Adapter`, with arrays in their stored dtypes.
+
     Raises:
       FileNotFoundError: the directory contains no adapter.
       ValueError: a file is damaged or has another format version, or tensors and specs differ; the message names
@@ -128,7 +131,12 @@ def load_adapter(directory: str | Path) -> Adapter:
 
 
 def read_adapter_json(directory: str | Path) -> dict[str, Any]:
-    """Reads an adapter's complete JSON, including base fingerprint, versions and your own fields.
+    """Reads the complete `adapter.json` of an adapter.
+
+    Returns:
+      A dict of JSON values, with the keys of `step.describe_run` (`"format"`, `"config"`, `"specs"`, `"base"`,
+      `"jax_config"`, `"versions"`), your own fields, and the digests of the files. `"config"` is None for a fully
+      trained model, and `"base"` if no fingerprint was saved.
 
     Raises:
       FileNotFoundError, ValueError: as in `load_adapter`.
@@ -141,6 +149,9 @@ def read_adapter_json(directory: str | Path) -> dict[str, Any]:
 
 def read_description(path: Path) -> dict[str, Any]:
     """Reads a description that `step.describe_run` made, `adapter.json` or `loraplus.json`.
+
+    Returns:
+      A dict of JSON values, as from `read_adapter_json`.
 
     Raises:
       ValueError: the file is damaged, has another format version, or a regular expression that is invalid or takes
@@ -162,7 +173,14 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Reads a safetensors file as JAX arrays in their stored dtypes; raises ValueError if it is damaged."""
+    """Reads a safetensors file.
+
+    Returns:
+      A dict from names to JAX arrays in their stored dtypes.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
     flax = _safetensors("flax")
     check_file(path)
     try:
@@ -216,15 +234,24 @@ def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:
 
 
 def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:
-    """The bytes of a safetensors file."""
+    """Serializes named arrays in the format of safetensors.
+
+    Returns:
+      The content of a file, for `read_tensors`.
+    """
     # Not save_file, which writes files that only their owner can read.
     return _safetensors("numpy").save({name: host_array(leaf) for name, leaf in tensors.items()})
 
 
 def host_array(leaf: Any) -> Any:
-    """A leaf as a contiguous numpy array."""
+    """Converts a leaf to a contiguous numpy array.
+
+    Returns:
+      An array of the leaf's dtype and shape.
+    """
     # safetensors writes the buffer as it is stored, so a transposed array would come back with its values mixed up.
-    return np.ascontiguousarray(jax.device_get(leaf))
+    # ascontiguousarray would give a scalar an axis.
+    return np.asarray(jax.device_get(leaf), order="C")
 
 
 def _safetensors(module: str) -> Any:

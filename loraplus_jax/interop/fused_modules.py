@@ -32,7 +32,11 @@ class Part(NamedTuple):
 
 
 def fuse(parts: Sequence[Part], scale: float) -> Factors:
-    """The factors of a module, for a scale; a part's own scale, if it differs, goes into its B.
+    """Makes one adapter for a module from those of its parts; a part's own scale, if it differs, goes into its B.
+
+    Returns:
+      A (r, in) and B (out, r) in A's dtype, and with DoRA the magnitudes (out,). r is the sum of the parts' ranks,
+      and out the number of the module's outputs.
 
     Raises:
       ValueError: the parts have magnitudes, but are not all of the module.
@@ -67,10 +71,16 @@ def fuse(parts: Sequence[Part], scale: float) -> Factors:
 
 
 def split(factors: Factors, parts: Sequence[tuple[Outputs, int]]) -> list[Factors]:
-    """The factors of parts of a module, by outputs and highest rank; the inverse of `fuse` but for the scales.
+    """Splits the adapter of a module into those of its parts; the inverse of `fuse` but for the scales.
+
+    `parts` are the outputs and highest rank of each part.
 
     If the ranks add up to the module's, each part gets its own components. Otherwise it gets all, as of an adapter
     made for the whole module, or those that it uses if they are too many.
+
+    Returns:
+      The factors of each part, in the order of `parts`: A (r, in) and B (out, r), and with DoRA the magnitudes
+      (out,). out is the number of the part's outputs, and r at most its rank.
 
     Raises:
       ValueError: the shapes do not fit the outputs, or a part uses more components than its rank, or one of another

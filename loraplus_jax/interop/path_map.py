@@ -106,10 +106,14 @@ def check_path_map(path_map: PathMap) -> None:
 
 
 def torch_module_of(path_map: PathMap, module: str) -> TorchModule | None:
-    """Returns the PyTorch module for a module of ours, or None if no rule matches.
+    """Finds the PyTorch module for a module of ours, by the first rule that matches.
 
-    >>> torch_module_of([("layers/{name}", "model.layers.{layer}.{name}")], "layers/up")
-    TorchModule(name='model.layers.{layer}.up', holes=('layer',), kind=None, outputs=None)
+    Returns:
+      A `TorchModule`, or None if no rule matches.
+
+    Example:
+      >>> torch_module_of([("layers/{name}", "model.layers.{layer}.{name}")], "layers/up")
+      TorchModule(name='model.layers.{layer}.up', holes=('layer',), kind=None, outputs=None)
     """
     for rule in path_map:
         if (values := _match(rule[0], "[^/]+", module)) is not None:
@@ -121,14 +125,18 @@ def torch_module_of(path_map: PathMap, module: str) -> TorchModule | None:
 
 
 def modules_of(path_map: PathMap, name: str) -> list[tuple[str, Index]]:
-    """Returns our module for a PyTorch module, and the index of its slice; or all of ours that have its outputs.
+    """Finds our module for a PyTorch module, or all of ours that have some of its outputs.
 
     A `Parameter` is looked up by the module that owns it, since PEFT stores its factors under that name.
 
-    >>> modules_of([("layers/{name}", "model.layers.{layer}.{name}")], "model.layers.3.up")
-    [('layers/up', (3,))]
-    >>> modules_of([("q", "qkv[0:8 of 24]"), ("k", "qkv[8:16 of 24]"), ("v", "qkv[16:24 of 24]")], "qkv")
-    [('q', ()), ('k', ()), ('v', ())]
+    Returns:
+      A list of each path and the index of its slice, `()` for a whole module; empty if no rule matches.
+
+    Example:
+      >>> modules_of([("layers/{name}", "model.layers.{layer}.{name}")], "model.layers.3.up")
+      [('layers/up', (3,))]
+      >>> modules_of([("q", "qkv[0:8 of 24]"), ("k", "qkv[8:16 of 24]"), ("v", "qkv[16:24 of 24]")], "qkv")
+      [('q', ()), ('k', ()), ('v', ())]
     """
     modules: list[tuple[str, Index]] = []
     for rule in path_map:
@@ -190,7 +198,12 @@ class Target(NamedTuple):
 
 
 def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], list[str]]:
-    """Finds the PyTorch modules for all specs; also returns one line per spec without a counterpart."""
+    """Finds the PyTorch modules for all specs.
+
+    Returns:
+      A dict from the path in `specs` to a `Target`; and a list of problems, one line per spec without a counterpart
+      and per PyTorch module to which two specs map their factors.
+    """
     targets: dict[str, Target] = {}
     problems = []
     owners: dict[tuple[str, Outputs | None], str] = {}
@@ -290,10 +303,13 @@ def _index_letters(spec: AdapterSpec, torch_module: TorchModule, kind: str) -> s
 def factors_to_peft(
     factors: Sequence[np.ndarray], target: Target, *, prune: bool = False
 ) -> Iterator[tuple[Index, tuple[np.ndarray, ...]]]:
-    """Yields each slice's index and its factors in PEFT's layout, with the shapes of `factor_shapes`.
+    """Converts factors to PEFT's layout, slice by slice.
 
     `factors` are A, B and, if the spec has them, the magnitudes. With `prune`, without the components that are 0 in
     B, unless all are: then one is kept. Slices with one A keep the same components.
+
+    Yields:
+      The slice's index, and its A, B and magnitudes if any, with the shapes of `factor_shapes` for the kept rank.
     """
     for index in target.names:
         kept = _components_in_use(factors[1], index, target) if prune else np.arange(target.spec.rank)
@@ -301,14 +317,25 @@ def factors_to_peft(
 
 
 def rank_of_slice(a: np.ndarray, target: Target) -> int:
-    """The rank of a slice, from its A in PEFT's layout."""
+    """Computes the rank of a slice from its A in PEFT's layout.
+
+    Returns:
+      The rank; below the spec's if the slice is pruned.
+    """
     return a.shape[0] * target.spec.rank // factor_shapes(target)[0][0]
 
 
 def factors_from_peft(
     slices: Mapping[Index, tuple[np.ndarray, ...]], target: Target
 ) -> tuple[np.ndarray, ...]:
-    """The inverse of `factors_to_peft`; what is missing becomes zeros. Copies of a shared A must be equal."""
+    """Converts slices in PEFT's layout to factors; the inverse of `factors_to_peft`.
+
+    Copies of a shared A must be equal.
+
+    Returns:
+      A, B and, if the spec has them, the magnitudes, with the spec's `factor_shapes` and the dtype of the first
+      slice's A. What is missing in the slices is 0.
+    """
     dtype = next(iter(slices.values()))[0].dtype
     factors = tuple(np.zeros(shape, dtype) for shape in target.spec.factor_shapes)
     # The entries' numbers, in PEFT's layout, say where each of its entries belongs: no second set of layouts.
@@ -348,7 +375,12 @@ def _slice_to_peft(
 
 
 def factor_shapes(target: Target, rank: int | None = None) -> tuple[tuple[int, ...], ...]:
-    """The shapes of one slice of each factor in PEFT's layout, for the spec's rank or another."""
+    """Computes the shapes of one slice of each factor in PEFT's layout, for the spec's rank or another.
+
+    Returns:
+      The shapes of A and B, and of the magnitudes if there are any: (r, in), (out, r), (out,). For a `Conv`
+      (r, in, window...), (out, r, 1...), (1, out, 1...); for a `Parameter` (r · experts, in), (out, r · experts).
+    """
     spec, kind, r = target.spec, target.kind, rank or target.spec.rank
     size = dict(zip(spec.base_letters, spec.shape, strict=True))
     unstacked = [c for c in spec.base_letters if c.islower()]
@@ -369,6 +401,9 @@ def factor_shapes(target: Target, rank: int | None = None) -> tuple[tuple[int, .
 def leaf_to_torch(name: str, array: np.ndarray, kind: str | None) -> tuple[str, np.ndarray]:
     """Converts a fully trained leaf without stacked axes to PyTorch's name and layout.
 
+    Returns:
+      `"weight"` or `"bias"`, and the array; a bias has one axis.
+
     Raises:
       ValueError: the leaf's name is unsupported, or the layout of its kernel is ambiguous.
     """
@@ -382,7 +417,11 @@ def leaf_to_torch(name: str, array: np.ndarray, kind: str | None) -> tuple[str, 
 
 
 def leaf_from_torch(name: str, array: np.ndarray, shape: tuple[int, ...], kind: str | None) -> np.ndarray:
-    """The inverse of `leaf_to_torch`, for a leaf with this shape."""
+    """Converts an array in PyTorch's layout to a leaf with this shape; the inverse of `leaf_to_torch`.
+
+    Returns:
+      An array of shape `shape` and the dtype of `array`.
+    """
     if name == "bias":
         return array.reshape(shape)
     if name != "kernel" or kind == "Conv1D":
@@ -402,7 +441,11 @@ def _kernel_axes(ndim: int, kind: str | None) -> tuple[int, ...]:
 
 
 def output_axis(suffix: str, kind: str | None) -> int:
-    """The axis of outputs in PyTorch's layout, of a weight or bias."""
+    """Finds the axis of outputs in PyTorch's layout, of a weight or bias.
+
+    Returns:
+      1 for the weight of a `Conv1D`, otherwise 0.
+    """
     return int(suffix == "weight" and kind == "Conv1D")
 
 

@@ -106,6 +106,10 @@ class PeftOptions:
 def read_options(path: Path) -> PeftOptions:
     """Reads an `adapter_config.json`.
 
+    Returns:
+      A `PeftOptions`. Options that are null or not in the file have PEFT's defaults, except `r` and `lora_alpha`,
+      which are required.
+
     Raises:
       ValueError: the file is not the config of a LoRA adapter, a value is invalid, or options are unsupported; the
         message names them all.
@@ -199,6 +203,10 @@ def make_options(
       transposed: whether weights are stored as (in, out).
       tied: whether an adapted or fully trained embedding is also the head.
       base_model, task_type: the base model and the task, if known.
+
+    Returns:
+      A dict of JSON values with PEFT's option names as keys. `"target_parameters"`, `"ensure_weight_tying"` and
+      `"use_dora"` are in it only if needed.
     """
     if task_type == "SEQ_CLS":
         saved = list(dict.fromkeys(first if (first := n.split(".")[0]) in _CLASSIFIERS else n for n in saved))

@@ -212,6 +212,9 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
       path_map: as for `save_peft`.
       layers: number of layers in a stack; by default the file is assumed to contain all of them.
 
+    Returns:
+      A `LoRAPlusConfig` whose rules are for our paths.
+
     Raises:
       FileNotFoundError, ValueError: as in `load_peft`; or layers of one stack differ in rank or alpha.
     """
@@ -232,6 +235,9 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
 def peft_options(directory: str | Path) -> PeftOptions:
     """Reads the options in `adapter_config.json`.
 
+    Returns:
+      A `PeftOptions`, as from `read_options`.
+
     Raises:
       FileNotFoundError, ValueError: as in `load_peft`.
     """
@@ -239,7 +245,11 @@ def peft_options(directory: str | Path) -> PeftOptions:
 
 
 def peft_names(directory: str | Path) -> list[str]:
-    """Reads the names of an adapter's tensors, in the naming of the base model.
+    """Reads the names of an adapter's tensors.
+
+    Returns:
+      The names in the naming of the base model, without the prefix of PEFT's wrapper, and without the tensors under
+      `modules_to_save` and `original_module`.
 
     Raises:
       FileNotFoundError, ValueError: as in `load_peft`.
@@ -248,7 +258,10 @@ def peft_names(directory: str | Path) -> list[str]:
 
 
 def peft_notes(directory: str | Path) -> dict[str, Any] | None:
-    """Reads `loraplus.json`; returns None if it does not exist.
+    """Reads `loraplus.json`.
+
+    Returns:
+      A dict of JSON values, as from `read_description`; None if the file does not exist.
 
     Raises:
       ValueError: the file is damaged or has another format version.

@@ -26,10 +26,14 @@ LeafSlices = dict[str, dict[Index, Any]]
 
 
 def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str, Any], list[str]]:
-    """Drops duplicate tensors of PEFT's file; also returns one line per invalid duplicate.
+    """Drops duplicate tensors of PEFT's file.
 
     PEFT also writes the biases of a fully trained module under its wrapper's names, along with the biases from
     before training, and repeats the factors of a tied embedding as the head's.
+
+    Returns:
+      The other tensors by name; and a list of problems, one line per invalid duplicate and per tied head whose
+      weight is missing.
     """
     kept, problems = {}, []
     heads = _tied_heads(path_map)
@@ -72,7 +76,11 @@ _OF_HEAD = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embeddin
 
 
 def slice_leaves(leaves: Mapping[str, Any], path_map: PathMap) -> tuple[LeafSlices, list[str]]:
-    """Slices fully trained leaves whose rule has an index; also returns one line per leaf without a valid rule."""
+    """Slices fully trained leaves whose rule has an index.
+
+    Returns:
+      The slices as numpy arrays, by path and index; and a list of problems, one line per leaf without a valid rule.
+    """
     slots, problems = {}, []
     for path, leaf in leaves.items():
         module = path.removeprefix("params/").rpartition("/")[0]
@@ -98,9 +106,13 @@ def slice_leaves(leaves: Mapping[str, Any], path_map: PathMap) -> tuple[LeafSlic
 def name_leaves(
     slots: LeafSlices, adapted: set[str], path_map: PathMap
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Converts leaves to tensors with PyTorch's names; also returns the names of the fully trained modules.
+    """Converts leaves to tensors with PyTorch's names.
 
     An embedding that is also the head gives two tensors and two modules: PEFT loads neither from the other.
+
+    Returns:
+      The tensors in PyTorch's layout, by name; and the names of the fully trained modules, without those of which
+      only the bias is trained.
     """
     tensors, modules, problems = {}, {}, []
     heads = _tied_heads(path_map)
@@ -150,7 +162,12 @@ def name_leaves(
 def assign_tensors(
     tensors: Mapping[str, Any], path_map: PathMap, params: Mapping[str, Any]
 ) -> tuple[LeafSlices, list[str]]:
-    """Converts tensors other than factors to slices of our leaves; also returns one line per invalid tensor."""
+    """Converts tensors other than factors to slices of our leaves.
+
+    Returns:
+      The slices as numpy arrays in our layout, by path and index; and a list of problems, one line per invalid
+      tensor and module of ours.
+    """
     slots: LeafSlices = {}
     problems = []
     for name, tensor in tensors.items():
@@ -205,7 +222,12 @@ def _to_leaf_layout(array: np.ndarray, path: str, index: Index, path_map: PathMa
 
 
 def stack_slices(slots: LeafSlices, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Combines slices into leaves; layers missing in a stack come from `params`, or the leaf stays a shape."""
+    """Combines slices into leaves; layers missing in a stack come from `params`.
+
+    Returns:
+      A dict from paths to JAX arrays with the shapes in `params`; where layers are missing and the leaf of `params`
+      is a `jax.ShapeDtypeStruct`, that leaf.
+    """
     leaves = {}
     for path, parts in slots.items():
         leaf = params[path]

@@ -38,11 +38,15 @@ SERVERS: Mapping[Server, Sequence[Rule]] = {
 
 
 def find_problems(server: Server, options: Mapping[str, Any]) -> list[str]:
-    """What a server would not do as PEFT does, for the content of an `adapter_config.json`.
+    """Finds what a server would not do as PEFT does, for the content of an `adapter_config.json`.
 
-    >>> options = {"r": 8, "rank_pattern": {}, "alpha_pattern": {"q_proj": 4}, "bias": "none",
-    ...            "modules_to_save": None, "use_rslora": False}
-    >>> find_problems("vllm", options)
-    ["alpha_pattern {'q_proj': 4} is ignored: every layer gets the scale of r and lora_alpha"]
+    Returns:
+      A list of problems, one line per option; empty if there are none.
+
+    Example:
+      >>> options = {"r": 8, "rank_pattern": {}, "alpha_pattern": {"q_proj": 4}, "bias": "none",
+      ...            "modules_to_save": None, "use_rslora": False}
+      >>> find_problems("vllm", options)
+      ["alpha_pattern {'q_proj': 4} is ignored: every layer gets the scale of r and lora_alpha"]
     """
     return [text.format(value) for rule, text in SERVERS[server] if (value := rule(options))]

@@ -172,6 +172,9 @@ def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A lifted transform, like that of `nn.jit`: runs `fn` as a program that keeps `LowRankWeight` variables apart.
 
     Inside, `fn` sees plain arrays, which it may change and pass on as it likes.
+
+    Returns:
+      A function of a scope and the arguments of `fn`, with the result of `fn`.
     """
 
     def run(scope_fn: Any, repack: Any, variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:

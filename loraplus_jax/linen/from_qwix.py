@@ -60,7 +60,11 @@ def check_rules(rules: Sequence[Any]) -> None:
 
 
 def stack_counts(stacked: Mapping[str, int] | None, paths: Collection[str]) -> dict[str, int]:
-    """The number of stacked axes of each weight; ValueError if there is no weight or an entry matches none."""
+    """Counts the stacked axes of each weight; raises ValueError if there is no weight or an entry matches none.
+
+    Returns:
+      The number by path; 0 where no entry matches.
+    """
     if not paths:
         raise ValueError("found no weight that qwix quantized")
     for pattern in stacked or {}:
@@ -73,12 +77,20 @@ def stack_counts(stacked: Mapping[str, int] | None, paths: Collection[str]) -> d
 
 
 def is_from_qwix(value: Any) -> bool:
-    """Whether a value is a quantized weight of qwix."""
+    """Detects a quantized weight of qwix.
+
+    Returns:
+      Whether `value` is one.
+    """
     return hasattr(getattr(value, "array", None), "qvalue")
 
 
 def packed(weight: Any, name: str, stacked: int = 0) -> PackedArray:
-    """A quantized weight of qwix with the same values; `name` is for errors."""
+    """Packs a quantized weight of qwix, code by code; `name` is for errors.
+
+    Returns:
+      A `PackedArray` of the same values in `nf4`, `q4_0` (2 to 4 bits) or `int8`, with the dtype of the scales.
+    """
     array = weight.array
     codes, scale = (np.asarray(meta.unbox(x)) for x in (array.qvalue, array.scale))
     kinds: dict[str, Kind] = {"nf4": "nf4"}

@@ -80,7 +80,11 @@ class FactorBox(struct.PyTreeNode, meta.AxisMetadata):  # pyright: ignore[report
 
 
 def is_box(_: Any, value: Any) -> bool:
-    """Whether a value is a box; an `is_leaf` for `flax.traverse_util.flatten_dict`."""
+    """Detects a box of a new factor; an `is_leaf` for `flax.traverse_util.flatten_dict`.
+
+    Returns:
+      Whether `value` is a `FactorBox`.
+    """
     return isinstance(value, FactorBox)
 
 
@@ -130,13 +134,16 @@ class LayerAdapter(NamedTuple):
 def adapter_of(
     config: LoRAPlusConfig, path: str | None, kind: str, leaf: str, axes: str, shape: tuple[int, ...]
 ) -> LayerAdapter | None:
-    """The adapter of a layer, or None if the config does not adapt it.
+    """Makes the adapter of a layer by the rules of a config.
 
     Args:
       config: the rules.
       path: path of the layer; None matches every rule.
       kind, leaf, axes: as in `LayerCall`.
       shape: shape of the weight in the call, without stacked axes.
+
+    Returns:
+      The adapter, or None if the config does not adapt the layer.
     """
     where = "a layer that the model runs with its own apply"
     if path is not None:
@@ -158,13 +165,16 @@ def adapter_of(
 def new_factors(
     adapter: LayerAdapter, rng: LazyRng, names: tuple[str, ...], weight: jax.Array
 ) -> dict[str, FactorBox]:
-    """Makes initial factors, by name; raises ValueError if the rank is above the input size or the output size.
+    """Makes initial factors; raises ValueError if the rank is above the input size or the output size.
 
     Args:
       adapter: the adapter.
       rng: key of the scope; `names` is the path within it.
       weight: the weight, whose dtype the factors get (float32 if it holds integers), and whose norms the
         magnitudes.
+
+    Returns:
+      A dict from the name to the box of A, B and, if there are any, magnitudes, in the adapter's shapes.
     """
     spec = adapter.spec
     check_rank(spec, adapter.where)
@@ -183,6 +193,9 @@ def new_factors(
 
 def read_factors(adapter: LayerAdapter, get: Callable[[str], Any]) -> list[jax.Array]:
     """Reads A, B and, if the adapter has them, magnitudes; `get` returns a factor by name, or None.
+
+    Returns:
+      The arrays in this order, without boxes, in the adapter's shapes.
 
     Raises:
       ValueError: a factor is missing or has another shape.
@@ -214,7 +227,7 @@ def make_factors(scope: Any, adapter: LayerAdapter, collection: str, weight: jax
 def add_low_rank_term(
     y: jax.Array, module: nn.Module, call: LayerCall, adapter: LayerAdapter, collection: str, w: jax.Array
 ) -> jax.Array:
-    """Adds s (dropout(x) A) B, computed in the layer's `dtype`, to a layer's output `y` and keeps its dtype.
+    """Adds s (dropout(x) A) B, computed in the layer's `dtype`, to a layer's output `y`.
 
     With magnitudes, multiplies all but the bias by DoRA's factor.
 
@@ -224,6 +237,9 @@ def add_low_rank_term(
       adapter: its adapter.
       collection: collection of its factors.
       w: its weight.
+
+    Returns:
+      An array of the shape and dtype of `y`; with `Tracing.low_rank_only`, the term alone and the weight's mark.
     """
     scope: Any = module.scope
     get = functools.partial(scope.get_variable, collection)

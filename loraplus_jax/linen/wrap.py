@@ -243,9 +243,11 @@ class _Call:
 def apply_lora_plus(model: nn.Module, config: LoRAPlusConfig) -> LoRAPlusModel:
     """Adds adapters to the layers of an existing Linen model that the config selects.
 
-    The result has the same `init`, `apply` and base parameters; the factors are in the collection `"lora"`. The
-    rules are checked when the model is first traced by `init` or `init_lora`, which raise ValueError for a rule
+    The rules are checked when the model is first traced by `init` or `init_lora`, which raise ValueError for a rule
     that matches nothing.
+
+    Returns:
+      A module with the `init`, `apply` and base parameters of `model`; the factors are in the collection `"lora"`.
 
     Raises:
       TypeError: `model` is not a Linen module.

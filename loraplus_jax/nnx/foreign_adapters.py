@@ -46,6 +46,9 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
       axes: one letter per axis of weights of which neither layer nor shapes tell, by a regular expression for the
         weight's path, as in `target_parameters`: `{".*/q_einsum/w": "oio"}`.
 
+    Returns:
+      A `ForeignAdapters`: the tree of factors, with the shapes in the specs; the table of specs; and a config.
+
     Raises:
       ValueError: there are no adapters, a weight's axes are unknown (the message proposes letters), a rule of
         `axes` matches no adapted weight, or factors do not fit their weight.

@@ -26,10 +26,13 @@ class LayerWeight(NamedTuple):
 
 
 def layer_weight(module: nnx.Module) -> LayerWeight | None:
-    """The weight of a supported layer, or None for another module.
+    """Finds the weight of a supported layer.
 
     Besides Flax's layers, it knows modules with one weight and its equation in `einsum_str` (tunix, bonsai), and
     with the shapes of its two sides in `in_features_shape` and `out_features_shape` (maxtext).
+
+    Returns:
+      A `LayerWeight`, or None for another module.
 
     Raises:
       ValueError: an Einsum's equation cannot be adapted, or is given only in the call.
@@ -60,7 +63,11 @@ def layer_weight(module: nnx.Module) -> LayerWeight | None:
 
 
 def matrices(module: nnx.Module) -> list[str]:
-    """The attributes of a module that hold a parameter with two or more axes, be it quantized by qwix."""
+    """Finds the parameters of a module with two or more axes, also those that qwix quantized.
+
+    Returns:
+      The names of their attributes; an empty list if there are none.
+    """
     return [
         name
         for name, value in vars(module).items()

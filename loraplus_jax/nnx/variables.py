@@ -56,7 +56,12 @@ def set_lora(model: nnx.Module, lora: Mapping[str, Any]) -> None:
 
 
 def base_variables(model: nnx.Module) -> dict[str, Any]:
-    """The parameters without adapters as `{"params": tree}` with string keys."""
+    """Collects the parameters of a model without its adapters.
+
+    Returns:
+      Variables like those of a Linen model, with string keys in the collection `"params"`. A packed weight is a
+      `PackedArray`.
+    """
     params = nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
     return {"params": unflatten({join_path(path): variable.get_value() for path, variable in params})}
 
@@ -105,14 +110,16 @@ def functional(model: nnx.Module) -> Callable[..., Any]:
 
 
 def merge(model: nnx.Module, *, dequantize: bool = False) -> nnx.Module:
-    """A model of the original class with its adapters in its weights and no adapters; `model` stays unchanged.
-
-    All other variables share their arrays with `model`.
+    """Merges the adapters of a model into the weights of a copy; `model` is unchanged.
 
     Args:
       model: a model with adapters.
       dequantize: whether to merge into the values that a packed weight stands for, which differ from the original
         ones by the rounding.
+
+    Returns:
+      A model of the original class without adapters. The merged weights keep their dtypes, and a packed one becomes
+      a dense array; all other variables share their arrays with `model`.
 
     Raises:
       ValueError: the model has no adapters, or a weight is packed.
@@ -143,9 +150,11 @@ def unmerge(merged: nnx.Module, model: nnx.Module) -> None:
 
 
 def disabled(model: nnx.Module) -> nnx.Module:
-    """A copy of a model whose adapters have no effect, with the same graph definition, so nothing is recompiled.
+    """Makes a copy of a model whose adapters have no effect.
 
-    All other variables share their arrays with `model`.
+    Returns:
+      A model with the same graph definition, so that nothing is recompiled. Its factors are zeros; all other
+      variables share their arrays with `model`.
     """
     copy = nnx.clone(model)
     set_lora(copy, disabled_tree(lora_tree(copy)))

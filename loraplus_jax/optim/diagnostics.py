@@ -25,11 +25,17 @@ class LeafRow:
     """One trainable leaf.
 
     Attributes:
-      path, shape, role, rank, count: what it is, and its number of values.
-      rate: learning rate, or the multiple of a wrapped optimizer's; None if another optimizer trains the leaf.
-      decay: weight decay; None if a wrapped optimizer sets it.
-      relative: whether `rate` is a multiple.
-      merged: whether each call adds up W + s A B for the leaf's layer; None if `describe` was not told.
+      path: path in the trainable variables, str.
+      shape: shape, tuple of int.
+      role: a `Role`, str.
+      rank: rank of the factor, int; None for other leaves, and without specs.
+      rate: learning rate, or the multiple of a wrapped optimizer's, float; None if another optimizer trains the
+        leaf.
+      decay: weight decay, float; None if a wrapped or another optimizer sets it.
+      count: number of values, int.
+      relative: whether `rate` is a multiple, bool.
+      merged: whether each call adds up W + s A B for the leaf's layer, bool; None if `merged` was not passed to
+        `describe` or `rank` is None.
     """
 
     path: str
@@ -48,9 +54,9 @@ class Description:
     """A table of all trainable leaves; `str()` formats it.
 
     Attributes:
-      rows: one row per leaf.
-      trainable: number of trainable values.
-      total: number of values in the whole model; None if `frozen` was not passed.
+      rows: one `LeafRow` per leaf, tuple.
+      trainable: number of trainable values, int.
+      total: number of values in the whole model, int; None if `frozen` was not passed.
     """
 
     rows: tuple[LeafRow, ...]
@@ -101,6 +107,9 @@ def describe(
       step: step at which to evaluate a transform's schedules.
       merged: the paths of adapters whose weight each call adds up, from `loraplus_jax.nnx.check_reads`; the table
         then says how each layer's product is computed.
+
+    Returns:
+      A `Description` with one row per leaf, in the order of `trainable`.
 
     Raises:
       ValueError: `merged` names a path that the specs lack, or `step` is not 0 with a state, or with a
@@ -186,6 +195,9 @@ def probe(
       tx, opt_state: optimizer and its state.
       params: trainable variables.
       grads: gradients, with the structure of `params`; by default all ones.
+
+    Returns:
+      Scalars by role, for the roles that occur, and under `"b/a"` if both A and B occur.
     """
     grads = jax.tree.map(jnp.ones_like, params) if grads is None else grads
     updates, _ = tx.update(grads, opt_state, params)

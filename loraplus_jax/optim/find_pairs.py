@@ -32,26 +32,42 @@ _NOT_FACTOR = re.compile(r"(?:^|/)lora_scale(?:/|$)|magnitude")
 
 
 class Pair(NamedTuple):
-    """The paths of an adapter's factors on the input side, A, and on the output side, B."""
+    """The paths of an adapter's factors.
+
+    Attributes:
+      a: path of the factor on the input side, str.
+      b: path of the factor on the output side, str.
+    """
 
     a: str
     b: str
 
 
 def is_embedding_factor(path: str) -> bool:
-    """Whether a factor's name marks its weight as an embedding, as our names and those of PEFT and keras do."""
+    """Recognizes the factors of embeddings by name: ours, PEFT's and keras's.
+
+    Returns:
+      Whether `path` is that of such a factor.
+    """
     return re.search(r"(?:^|[./])lora_embeddings?_[abAB]\b", path) is not None
 
 
 def is_magnitude(path: str) -> bool:
-    """Whether a name is that of DoRA's magnitudes, ours or PEFT's."""
+    """Recognizes DoRA's magnitudes by name: ours and PEFT's.
+
+    Returns:
+      Whether `path` is that of magnitudes.
+    """
     return re.search(r"(?:^|[/._])lora_magnitude(?:_vector)?(?:[/.]|$)", path) is not None
 
 
 def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[str, Pair]:
-    """Maps each module to the paths of its factors, in a tree given as path to leaf.
+    """Finds the pairs of factors in a tree, passed as path to leaf.
 
     A name or else the weight `w` next to the factors determines the side. Raises ValueError as `label_params`.
+
+    Returns:
+      The `Pair` of each module, by the module's path in the tree, such as `"lora/query"`; empty if there is none.
     """
     pairs = {}
     for module, sides in _pairs_by_name(leaves).items():
@@ -180,5 +196,9 @@ def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, *, m
 
 
 def spec_path(module: str) -> str:
-    """A module's path in the specs, from its path in a tree that may start with the collection's name."""
+    """Removes the collection's name from a module's path in a tree, if it starts with it.
+
+    Returns:
+      The module's path in the specs; `""` for the whole tree.
+    """
     return "" if module == "lora" else module.removeprefix("lora/")

@@ -20,6 +20,10 @@ def keep_float32(tx: optax.GradientTransformation) -> optax.GradientTransformati
     bfloat16 has 8 bits of precision, so an update below 1/512 of a parameter is lost when it is added. Here it is
     added to a float32 copy, and the parameters are that copy rounded. Libraries that make factors in the base's
     dtype, such as qwix and tunix, train so. Costs 4 bytes a parameter, and as many more for each moment.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with the state `KeepFloat32State`. Its `update` requires `params`,
+      and its updates are float32 or wider.
     """
     inner = optax.with_extra_args_support(tx)
 
@@ -43,5 +47,9 @@ def keep_float32(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def widen(x: Any) -> Any:
-    """An array in float32 or wider."""
+    """Casts an array to float32, unless it is wider.
+
+    Returns:
+      The array in the dtype to which its own and float32 promote.
+    """
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -19,6 +19,10 @@ def scale_by_lora_muon(b1: float = 0.95, *, specs: Specs | None = None) -> optax
       b1: decay of the momentum.
       specs: the table from `init_lora`, as for `scale_by_riemannian`.
 
+    Returns:
+      An `optax.GradientTransformation` with the state `PairState`. It applies no learning rate, and its `update`
+      requires `params`.
+
     Raises:
       ValueError: as `scale_by_lora_rite`.
     """
@@ -45,6 +49,9 @@ def lora_muon(
 
     To first order the rate is the spectral norm of a step of A B, and `weight_decay` is that of A B: each factor
     decays by half of it. `b1` decays the momentum; `specs` as for `scale_by_lora_muon`.
+
+    Returns:
+      An `optax.GradientTransformation`, whose `update` requires `params`.
     """
     return optax.chain(
         scale_by_lora_muon(b1, specs=specs),

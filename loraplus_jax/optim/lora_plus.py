@@ -140,6 +140,10 @@ def lora_plus_adamw(
         stacked ones named `bias` or `scale`, use B's learning rate; biases and the scales of LayerNorms (a `scale`
         next to a `bias`) have no weight decay.
 
+    Returns:
+      A `LoRAPlusTransform` with the state `LoRAPlusState`; its rates are absolute, of A, of B and of the other
+      roles.
+
     Raises:
       TypeError: a value is not a number; on `init`, a leaf is not floating point.
       ValueError: a number is out of range, eps is below `MIN_EPS`, or the policy is unknown; on `init`, lambda is
@@ -260,6 +264,10 @@ def lora_plus(
       specs: the table from `init_lora`.
       policy: as in `lora_plus_adamw`, but only for learning rates: the wrapped optimizer sets decay and the rate of
         embeddings.
+
+    Returns:
+      A `LoRAPlusTransform` with the state `LoRAPlusState`; its rates are multiples of the rate of `tx`, `lr_ratio`
+      for B and the role `"vector"`, and 1 for all others.
 
     Raises:
       ValueError, TypeError: lambda is not a number above 0; on `init`, the wrapped optimizer is a LoRA+ one, or one

@@ -40,6 +40,10 @@ def scale_by_lora_rite(
       eps: added to the root of the second moment.
       specs: the table from `init_lora`, as for `scale_by_riemannian`.
 
+    Returns:
+      An `optax.GradientTransformation` with the state `PairState`. It applies no learning rate, and its `update`
+      requires `params`.
+
     Raises:
       ValueError: a number is out of range, the tree has no pair, or a pair's axes are ambiguous.
     """
@@ -83,7 +87,11 @@ def lora_rite(
     *,
     specs: Specs | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer LoRA-RITE: `scale_by_lora_rite` with a rate, that of A and of B alike, and decoupled decay."""
+    """The optimizer LoRA-RITE: `scale_by_lora_rite` with a rate, that of A and of B alike, and decoupled decay.
+
+    Returns:
+      An `optax.GradientTransformation`, whose `update` requires `params`.
+    """
     return optax.chain(
         scale_by_lora_rite(b1, b2, eps, specs=specs),
         optax.add_decayed_weights(weight_decay),

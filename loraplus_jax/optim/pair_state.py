@@ -16,7 +16,12 @@ from .keep_float32 import widen
 
 
 class Layout(NamedTuple):
-    """How a factor becomes rows, (batch..., r, all other axes as one): its axes in that order, first a batch."""
+    """How a factor becomes rows, (batch..., r, all other axes as one).
+
+    Attributes:
+      order: the factor's axes in that order, tuple of int.
+      batch: number of batch axes, int.
+    """
 
     order: tuple[int, ...]
     batch: int
@@ -36,7 +41,10 @@ class Layout(NamedTuple):
 
 
 def pair_layouts(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[Pair, tuple[Layout, Layout]]:
-    """The pairs of a tree, given as path to leaf, with the layouts of A and B.
+    """Finds the pairs of a tree, passed as path to leaf, and the roles of their axes.
+
+    Returns:
+      By `Pair`, the layouts of A and B.
 
     Raises:
       ValueError: there is no pair, or shapes leave open which axes are a batch.
@@ -55,7 +63,10 @@ def pair_layouts(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[
 
 
 def layouts_of(letters: tuple[str, str]) -> tuple[Layout, Layout]:
-    """The layouts of A and B from their einsum letters, such as those of a spec.
+    """Makes layouts from the einsum letters of A and B, such as those of a spec.
+
+    Returns:
+      The layouts of A and B.
 
     >>> layouts_of(("lir", "lro"))
     (Layout(order=(0, 2, 1), batch=1), Layout(order=(0, 1, 2), batch=1))
@@ -98,7 +109,11 @@ class PairState(NamedTuple):
 
 
 def inverse_root(matrix: jax.Array) -> jax.Array:
-    """S^(-1/2) of symmetric matrices (..., r, r), zero in the directions in which S is zero."""
+    """Computes S^(-1/2) of symmetric matrices S, zero in the directions in which S is zero.
+
+    Returns:
+      (..., r, r), with the shape and dtype of `matrix`.
+    """
     values, vectors = jnp.linalg.eigh(matrix)
     floor = jnp.maximum(_TINY * values[..., -1:], jnp.finfo(values.dtype).tiny)
     # The inner `where` keeps the unused branch finite.
@@ -112,7 +127,12 @@ def transform_pairs(
     others: optax.GradientTransformation,
     specs: Specs | None,
 ) -> optax.GradientTransformation:
-    """A transform from one of a factor's gradient and the other factor, and one for leaves in no pair."""
+    """Makes a transform from one of a factor's gradient and the other factor, and one for leaves in no pair.
+
+    Returns:
+      An `optax.GradientTransformation` with the state `PairState`. Its `update` requires `params`, and keeps the
+      dtypes of the factors' gradients.
+    """
 
     def factors_of(leaves: Any) -> tuple[dict[str, tuple[str, Layout]], dict[str, jax.Array]]:
         """By a factor's path: the other factor's path and its own layout; and its rows."""
@@ -151,6 +171,10 @@ def transform_pairs(
 
 
 def corrected_average(old: jax.Array, new: jax.Array, decay: float, count: jax.Array) -> jax.Array:
-    """A moving average with Adam's correction for its start at zero: over the first `count` values alone."""
+    """Updates a moving average with Adam's correction for its start at zero: over the first `count` values alone.
+
+    Returns:
+      The new average, in the dtype of `old`.
+    """
     corrected = decay * (1 - decay ** (count - 1.0)) / (1 - decay**count)
     return (corrected * old + (1 - corrected) * new).astype(old.dtype)

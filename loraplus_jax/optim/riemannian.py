@@ -23,6 +23,9 @@ def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> opt
       reg: added to the diagonal of both; PEFT's default.
       specs: the table from `init_lora`; needed where shapes do not tell which axes of a factor are a batch.
 
+    Returns:
+      An `optax.GradientTransformation`, whose `update` requires `params` and keeps the gradients' dtypes.
+
     Raises:
       ValueError: `reg` is not above 0, the tree has no pair, or a pair's axes are ambiguous.
     """

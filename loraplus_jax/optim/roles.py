@@ -18,7 +18,7 @@ Policy = Literal["lora_plus", "peft"]
 
 
 def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lora_plus") -> Any:
-    """Labels every leaf with its role; returns a tree of the same structure.
+    """Labels every leaf with its role.
 
     `"a"` is the factor on the input side, `"b"` the factor on the output side, whichever is initialized to zero.
     Factors of embeddings are `"embedding"`, DoRA's magnitudes `"magnitude"`, all other leaves `"extra"`. Roles
@@ -33,6 +33,9 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
       specs: the table from `init_lora`, to check shapes; optional.
       policy: `"peft"` groups as PEFT does: biases and LayerNorms are `"vector"`, magnitudes and other leaves with
         one axis are `"b"`. Leaves named `bias` or `scale` count as having one axis, also in stacked layers.
+
+    Returns:
+      A tree like `tree`, with a `Role`, str, in place of each leaf.
 
     Raises:
       ValueError: a factor has no partner, factors do not match each other or the specs, the sides are ambiguous, or
@@ -119,14 +122,22 @@ class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
 
 
 def find_states(opt_state: Any, *kinds: type) -> list[Any]:
-    """Finds states by type, by default those of LoRA+ transforms, inside `optax.chain` and other wrappers."""
+    """Finds states by type, by default those of LoRA+ transforms, inside `optax.chain` and other wrappers.
+
+    Returns:
+      The states, in the order of `opt_state`; empty if there is none.
+    """
     # Several, if optax.multi_transform or optax.masked gives each transform a part of the tree.
     is_kind = lambda x: isinstance(x, kinds or LoRAPlusState)  # noqa: E731
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
 
 
 def lr_ratio_of(opt_state: Any) -> float | None:
-    """Lambda of the last update; None if no LoRA+ transform updates both factors, or if both rates are 0."""
+    """Reads the ratio of the last update, or initially of the first, from an optimizer state.
+
+    Returns:
+      Lambda, to six significant digits; None if no LoRA+ transform updates both factors, or if both rates are 0.
+    """
     ratios = {
         float(state.rates["b"] / state.rates["a"])
         for state in find_states(opt_state)
@@ -138,7 +149,11 @@ def lr_ratio_of(opt_state: Any) -> float | None:
 
 
 def labels_of(opt_state: Any, tree: Any) -> Any:
-    """The role that an optimizer gives to every leaf; for an optimizer without LoRA+, as by `label_params`."""
+    """Reads the roles of leaves from an optimizer state; for an optimizer without LoRA+, as by `label_params`.
+
+    Returns:
+      A tree like `tree`, with a `Role`, str, in place of each leaf; `"extra"` for those that LoRA+ does not update.
+    """
     states = find_states(opt_state)
     if not states:
         return label_params(tree)
@@ -158,14 +173,21 @@ def _peft_role(path: str, leaves: Mapping[str, Any]) -> Role:
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
-    """Whether a leaf is a factor or a kernel, and no bias, scale of a norm or magnitude, by its name and axes."""
+    """Distinguishes factors and kernels from biases, scales of norms and magnitudes, by name and axes.
+
+    Returns:
+      Whether the leaf is a factor or a kernel.
+    """
     # Only names show it of stacked layers, whose biases have two axes.
     name = path.removesuffix("/value").rpartition("/")[2]
     return len(leaf.shape) > 1 and name not in ("bias", "scale") and not is_magnitude(path)
 
 
 def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
-    """The global norm of the leaves of each role that occurs; `labels` is a tree of roles from `label_params`.
+    """Computes the global norm of the leaves of each role; `labels` is a tree of roles from `label_params`.
+
+    Returns:
+      Scalars by role, in the dtype of the leaves, for the roles that occur.
 
     >>> import jax.numpy as jnp
     >>> role_norms({"x": jnp.array([3.0, 4.0])}, {"x": "extra"})["extra"].item()
@@ -175,7 +197,11 @@ def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
 
 
 def leaves_by_role(tree: Any, labels: Any) -> dict[str, list[Any]]:
-    """Groups leaves by role, in the order of `ROLES`, without roles that do not occur."""
+    """Groups leaves by role; `labels` is a tree of roles from `label_params`.
+
+    Returns:
+      Lists of leaves by role, in the order of `ROLES`, without roles that do not occur.
+    """
     roles, leaves = jax.tree.leaves(labels), jax.tree.leaves(tree)
     groups = {role: [leaf for leaf, r in zip(leaves, roles, strict=True) if r == role] for role in ROLES}
     return {role: group for role, group in groups.items() if group}

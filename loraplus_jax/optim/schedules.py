@@ -33,6 +33,9 @@ def make_schedule(
       final_fraction: final learning rate as a fraction of the peak; not for constant.
       decay_steps: steps of decay at the end, a fifth of all steps by default; only for wsd.
 
+    Returns:
+      An `optax.Schedule`, from the step, which counts from 0, to the learning rate; it is constant after `steps`.
+
     Raises:
       ValueError: the name is unknown, or warmup and decay do not fit into the steps.
 

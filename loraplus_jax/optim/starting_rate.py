@@ -25,7 +25,7 @@ def suggest_learning_rate(init: str, alpha: float, rank: int, width: int) -> flo
       width: inputs of the adapted layers, such as the model's hidden size.
 
     Returns:
-      η_A = η_B. It knows neither data nor length of training: sweep a factor of 4 or more to both sides.
+      η_A = η_B. It knows neither data nor length of training, so sweep a factor of 4 or more to both sides.
 
     Raises:
       TypeError, ValueError: an argument has the wrong type or is out of range.

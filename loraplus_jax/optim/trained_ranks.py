@@ -16,10 +16,12 @@ from .pair_state import layouts_of
 
 
 def final_ranks(lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
-    """The number of components of every module whose row of B is not 0.
+    """Counts every module's components whose row of B is not 0.
 
-    For stacked layers and batch axes a list, nested by axis. `lora` is the tree of factors, `specs` the table from
-    `init_lora`.
+    `lora` is the tree of factors, `specs` the table from `init_lora`.
+
+    Returns:
+      By module path an int, or for stacked layers and batch axes a list of int, nested by axis.
     """
     flat = flat_factors(lora, specs)
     return {module: _in_use(flat, module, spec).sum(-1).tolist() for module, spec in specs.items()}
@@ -69,7 +71,10 @@ def prune(
 
 
 def alpha_for(scale: float, rank: int, config: LoRAPlusConfig) -> float:
-    """The alpha that gives a scale at a rank.
+    """Computes the alpha that gives a scale at a rank.
+
+    Returns:
+      `scale * rank`, or with rsLoRA `scale * rank^(1/2)`.
 
     >>> alpha_for(2.0, 3, LoRAPlusConfig(target_modules=["query"]))
     6.0

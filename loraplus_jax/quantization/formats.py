@@ -40,9 +40,12 @@ class Format(NamedTuple):
 
 
 def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """The parts of one matrix: of floating values (rows, columns), or for a format of GGUF uint8 (rows, bytes).
+    """Packs one matrix: floating values (rows, columns), or for a format of GGUF uint8 (rows, bytes).
 
     Bytes are only sorted into parts, and keep their bits.
+
+    Returns:
+      A dict with `codes`, (rows, columns or bytes), and the scales of the format by name, as in `PackedArray`.
     """
     if size := BLOCK_BYTES.get(kind):
         matrix = matrix.reshape(len(matrix), -1, size)
@@ -50,7 +53,11 @@ def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def part_shapes(kind: Kind, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of the parts of a matrix."""
+    """Computes the shapes of the parts of a matrix (rows, columns).
+
+    Returns:
+      A dict from the names of the parts, as from `pack_matrix`, to shape and dtype.
+    """
     # A short row shows the shapes of any: a config.json may name sizes for which a whole row would not fit.
     sample = min(columns, 1024)
     size = sample // FORMATS[kind].block * BLOCK_BYTES.get(kind, 1)
@@ -69,19 +76,26 @@ def part_shapes(kind: Kind, rows: int, columns: int) -> dict[str, jax.ShapeDtype
 
 
 def packed_values(kind: Kind, matrix: np.ndarray) -> np.ndarray:
-    """The values (rows, columns) that a matrix of them has once it is packed, float32."""
+    """Computes the values that a matrix has once it is packed.
+
+    Returns:
+      float32 `(rows, columns)`; for a format of GGUF `matrix` itself.
+    """
     if kind in BLOCK_BYTES:  # values from a GGUF file, where they were packed
         return matrix
     return np.array(FORMATS[kind].values(pack_matrix(kind, matrix), matrix.shape[1]))
 
 
 def pack_codes(kind: Kind, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
-    """The parts of a weight in the codes and float scales of another library, every value the same.
+    """Makes the parts of a weight from the codes and float scales of another library, every value the same.
 
     Args:
       kind: `nf4`, or `q4_0` and `int8` for integers.
       codes: (..., rows, columns), integers.
       scales: (..., rows, blocks), floating.
+
+    Returns:
+      A dict with `codes`, packed by twos except for `int8`, and the scales under `scales` or for `q4_0` under `d`.
     """
     if kind == "int8":
         return {"codes": codes.astype(np.int8), "scales": scales}

@@ -95,12 +95,20 @@ class PackedArray:
 
 
 def is_packed(value: Any) -> bool:
-    """Whether a value is a `PackedArray`; an `is_leaf` for `jax.tree.map`."""
+    """Detects a packed weight; an `is_leaf` for `jax.tree.map`.
+
+    Returns:
+      Whether `value` is a `PackedArray`.
+    """
     return isinstance(value, PackedArray)
 
 
 def dense_shapes(tree: Any) -> Any:
-    """A tree with the shape of the array that it stands for in place of each packed weight."""
+    """Replaces each packed weight in a tree by the shape of the array that it stands for.
+
+    Returns:
+      A tree like `tree` with a `jax.ShapeDtypeStruct` for each `PackedArray`; other leaves are the same.
+    """
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_packed(x) else x  # noqa: E731
     return jax.tree.map(shape, tree, is_leaf=is_packed)
 
@@ -127,6 +135,9 @@ def quantize(
       stacked: number of stacked axes, which lead.
       dtype: `dtype` of the result; by default the weight's.
 
+    Returns:
+      A `PackedArray` with the shape of `weight` and JAX arrays as parts.
+
     Raises:
       ValueError: unknown `kind`, or the weight has another number of axes or values that are not finite.
     """
@@ -148,12 +159,15 @@ def quantize(
 def packed_shape(
     kind: Kind, shape: Sequence[int], *, transposed: bool, stacked: int = 0, dtype: Any = jnp.float32
 ) -> PackedArray:
-    """A `PackedArray` of shapes instead of arrays.
+    """Describes a packed weight by shapes instead of arrays.
 
     Args:
       kind, stacked, dtype: as for `quantize`.
       shape: of the weight, with stacked axes first and then two.
       transposed: whether it is a kernel (columns, rows), or an embedding (rows, columns).
+
+    Returns:
+      A `PackedArray` with `jax.ShapeDtypeStruct` as parts.
     """
     lead, sizes = tuple(shape[:stacked]), tuple(shape[stacked:])
     rows, columns = sizes[::-1] if transposed else sizes
@@ -167,7 +181,10 @@ def packed_shape(
 
 
 def storage_order(axes: str, *, embedding: bool = False) -> tuple[tuple[int, ...], int]:
-    """The order in which the axes of a weight are stored, and how many from the last make up a row.
+    """Orders the axes of a weight as they are stored, those that make up a row last.
+
+    Returns:
+      The axes in this order, and how many of them make up a row, as `order` and `inner` of `PackedArray`.
 
     >>> storage_order("ioo"), storage_order("io", embedding=True)
     (((1, 2, 0), 1), ((0, 1), 1))

@@ -53,7 +53,13 @@ class DamagedCheckpoint(Exception):
 
 
 class Restored(NamedTuple):
-    """Result of `restore_checkpoint`: the state, sharded as `like`, and position and metadata as saved."""
+    """Result of `restore_checkpoint`.
+
+    Attributes:
+      state: `TrainState`, sharded as `like`.
+      input_position: JSON value as saved; None if none was.
+      metadata: dict from `describe_run`, as saved.
+    """
 
     state: TrainState
     input_position: Any
@@ -69,6 +75,10 @@ def describe_run(
       specs, config: those of the adapters; the config is None if the whole model is trained.
       base: `fingerprint` of the frozen variables.
       **more: your own JSON-serializable fields; restoring a checkpoint compares them like the others.
+
+    Returns:
+      A dict: `format`, int; `config`, dict or None; `specs`, a dict by path; `base`, str or None; `jax_config`, the
+      value of each option in `NUMERICS`; `versions`, str by package; and the fields of `more`.
     """
     return {
         "format": FORMAT,
@@ -96,6 +106,9 @@ def open_manager(
       best: name of a metric passed to `save_checkpoint`; the checkpoint with the best value is kept as well. None
         keeps only the newest. A checkpoint with damaged metrics is never the best.
       mode: `"min"` if the smallest value is the best, `"max"` if the largest is.
+
+    Returns:
+      An `orbax.checkpoint.CheckpointManager`; as a context manager it closes itself.
 
     Raises:
       ValueError: `keep` is below 1, or checkpoints cannot be written to a directory of this name.
@@ -197,7 +210,11 @@ def save_checkpoint(
 
 
 def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The metadata of a checkpoint; raises DamagedCheckpoint if it cannot be read."""
+    """Reads the metadata of a checkpoint; raises DamagedCheckpoint if it cannot be read.
+
+    Returns:
+      The dict from `describe_run`, as saved.
+    """
     return _read_json_items(manager, step)["metadata"]
 
 
@@ -226,6 +243,9 @@ def restore_checkpoint(
       like: a state with the structure, shapes and shardings of the result.
       metadata: from `describe_run`; every field except `versions` must equal the checkpoint's.
       step: by default the newest.
+
+    Returns:
+      A `Restored`: the state, the input position and the metadata.
 
     Raises:
       FileNotFoundError: the checkpoint does not exist.
@@ -263,7 +283,10 @@ def field_differences(
     labels: tuple[str, str] = ("in the checkpoint", "here"),
     prefix: str = "",
 ) -> list[str]:
-    """Lists the fields that differ, by their innermost names and with both values; ignores package versions.
+    """Lists the fields that differ, also in nested mappings; ignores package versions.
+
+    Returns:
+      One text per field, with its dotted name and both values, `"absent"` for a missing one; empty if none differs.
 
     >>> field_differences({"config": {"rank": 8}}, {"config": {"rank": 4}})
     ['config.rank is 8 in the checkpoint and 4 here']
@@ -282,7 +305,11 @@ def field_differences(
 
 
 def join_first(problems: Sequence[str]) -> str:
-    """The first five problems and how many more there are."""
+    """Joins the first five problems, and says how many more there are.
+
+    Returns:
+      The problems with `"; "` between them; `""` if there is none.
+    """
     rest = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
     return "; ".join([*problems[:5], *rest])
 
@@ -348,6 +375,10 @@ def _digest(items: Any) -> str:
 
 
 def leaf_dtypes_and_shapes(tree: Any) -> dict[str, str]:
-    """Maps each path to the leaf's dtype and shape as text, such as `"float32 (2, 3)"`."""
+    """Describes the leaves of a tree of arrays or shapes.
+
+    Returns:
+      By path, the leaf's dtype and shape as text, such as `"float32 (2, 3)"`.
+    """
     leaves = leaves_by_path(tree)
     return {path: f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in leaves.items()}

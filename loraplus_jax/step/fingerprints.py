@@ -11,9 +11,12 @@ from ..adapter.tree import leaves_by_path
 
 
 def fingerprint(tree: Any) -> str:
-    """A short hex digest of a tree's paths, shapes, dtypes and bits, independent of the sharding.
+    """Computes a digest of a tree's paths, shapes, dtypes and bits, independent of the sharding.
 
     Computed on the device: no weight is copied to the host.
+
+    Returns:
+      16 hexadecimal digits.
     """
     # One leaf at a time: processes may start concurrent programs in different orders, and deadlock.
     return digest_of_lines(
@@ -22,12 +25,20 @@ def fingerprint(tree: Any) -> str:
 
 
 def fingerprint_line(path: str, leaf: jax.Array) -> str:
-    """The line of one leaf in the `fingerprint` of its tree, to compute the fingerprint leaf by leaf."""
+    """Makes the line of one leaf in the `fingerprint` of its tree, to compute the fingerprint leaf by leaf.
+
+    Returns:
+      Path, shape, dtype and two checksums of the leaf, as text.
+    """
     return f"{path} {leaf.shape} {leaf.dtype} {jax.device_get(_checksum(leaf)).tolist()}"
 
 
 def digest_of_lines(lines: Mapping[str, str]) -> str:
-    """The `fingerprint` of a tree, from the `fingerprint_line` of each path."""
+    """Computes the `fingerprint` of a tree from the `fingerprint_line` of each path, in any order.
+
+    Returns:
+      16 hexadecimal digits.
+    """
     return hashlib.sha256("\n".join(lines[path] for path in sorted(lines)).encode()).hexdigest()[:16]
 
 

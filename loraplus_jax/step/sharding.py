@@ -57,6 +57,9 @@ def make_mesh(
       data, fsdp, tensor: sizes of the axes; one of them may be -1, for the remaining devices.
       devices: by default those of all processes, which must all be used; a single process may use 1/n of them.
 
+    Returns:
+      A `jax.sharding.Mesh` with all three axes, also those of size 1.
+
     Raises:
       ValueError: the sizes do not match the devices; the message says which size to change.
 
@@ -110,7 +113,11 @@ def check_tensor(mesh: Mesh, sizes: Mapping[str, int]) -> None:
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Replicates a tree on every device of the mesh."""
+    """Replicates a tree on every device of the mesh.
+
+    Returns:
+      A tree like `tree` of `jax.Array`.
+    """
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -118,6 +125,9 @@ def distribute(tree: Any, shardings: Any) -> Any:
     """Moves each array of a tree to its sharding in `shardings`, a tree of the same structure.
 
     All processes must pass the same values. Each process copies only the parts that its own devices hold.
+
+    Returns:
+      A tree like `tree` of `jax.Array`; those that have their sharding already are not copied.
     """
 
     def put(array: Any, sharding: NamedSharding) -> jax.Array:
@@ -132,18 +142,29 @@ def distribute(tree: Any, shardings: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: splits its rows over the axes `"data"` and `"fsdp"` that the mesh has."""
+    """Makes the sharding of a batch, whose rows are split over the axes `"data"` and `"fsdp"` that the mesh has.
+
+    Returns:
+      A `NamedSharding` for arrays with the rows as first axis; it splits no other axis.
+    """
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Moves a process's rows of a batch (see `local_rows`) to its devices, as arrays over the whole mesh."""
+    """Moves a process's rows of a batch (see `local_rows`) to its devices.
+
+    Returns:
+      A tree like `batch` of `jax.Array` over the whole mesh, with the rows of all processes.
+    """
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:
-    """The indices of the rows that this process's devices hold, in order, for a batch of `size` rows.
+    """Finds the rows of a batch of `size` rows that this process's devices hold.
+
+    Returns:
+      Indices of the rows, int (n,), in ascending order.
 
     >>> local_rows(make_mesh(1), 3).tolist()
     [0, 1, 2]
@@ -153,7 +174,11 @@ def local_rows(mesh: Mesh, size: int) -> np.ndarray:
 
 
 def with_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Wraps a function so that `constrain_rows` and `gather_over_fsdp` see the mesh while it is traced."""
+    """Wraps a function so that `constrain_rows` and `gather_over_fsdp` see the mesh while it is traced.
+
+    Returns:
+      A function with the same result, which takes only positional arguments.
+    """
 
     @functools.wraps(function)
     def inside(*args: Any) -> Any:
@@ -164,7 +189,11 @@ def with_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Shards the leading axis like a batch and no other axis; has no effect without a mesh."""
+    """Shards the leading axis like a batch and no other axis; has no effect without a mesh.
+
+    Returns:
+      An array equal to `x`.
+    """
     # For models, where rows meet weights that are split over the same axis: GSPMD may all-gather either of them,
     # and without this constraint it often gathers the rows.
     mesh = jax.sharding.get_abstract_mesh()
@@ -175,7 +204,11 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def gather_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:
-    """All-gathers over `"fsdp"` an array that a rule splits over it; has no effect without a mesh."""
+    """All-gathers over `"fsdp"` an array that a rule splits over it; has no effect without a mesh.
+
+    Returns:
+      An array equal to `x`, which may still be split over `"tensor"`.
+    """
     # For weights that a loop uses: otherwise GSPMD gathers them in every iteration.
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -189,7 +222,11 @@ def gather_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """The number of parts that a batch is split into."""
+    """Counts the parts that a batch is split into.
+
+    Returns:
+      The product of the sizes of `"data"` and `"fsdp"`; 1 for an axis that the mesh lacks.
+    """
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names)
 
 
@@ -222,11 +259,15 @@ def make_shardings(
 def base_shardings(
     mesh: Mesh, variables: Any, rules: Rules | None = None, *, specs: Specs | None = None
 ) -> dict[str, NamedSharding]:
-    """Shardings by path for a base `{"params": ...}` of arrays or shapes.
+    """Makes shardings for a base `{"params": ...}` of arrays or shapes.
 
     A dimension that its mesh axis does not divide is not split. Without rules, every leaf of at least
     `MIN_SHARDED_SIZE` values is split over `"fsdp"` along its longest, last such dimension, but never along one
     that `nn.scan` stacked according to `specs`.
+
+    Returns:
+      A `NamedSharding` by path, such as `"params/head/kernel"`; for a packed leaf also by the path of each part,
+      `LEAF/parts/NAME`.
 
     Raises:
       ValueError: no rule matches a leaf, or a rule has more axes than its leaf.
@@ -245,10 +286,13 @@ def base_shardings(
 
 
 def adapter_shardings(specs: Specs, base: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
-    """Shardings by path for the factors of every adapter.
+    """Makes shardings for the factors of every adapter, from those of the base by path.
 
     A is split like the input side of its base weight, B and magnitudes like the output side, the rank not at all:
     the product A B has the base's sharding, and no factor has to move.
+
+    Returns:
+      A `NamedSharding` by the path of each factor, such as `"lora/query/lora_a"`.
     """
     shardings = {}
     for module, spec in specs.items():

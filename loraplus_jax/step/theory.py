@@ -83,9 +83,13 @@ def make_theory(loss_fn: LossFn, specs: Specs) -> MeasureFn:
 
 
 def terms_by_layer(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str, dict[str, float]]:
-    """What `measure` found as plain numbers, one entry a layer: stacked layers apart, their index last in the path.
+    """Converts what `measure` found to plain numbers, with one entry a layer, also for stacked ones.
 
     Left out is what has no features: layers of a stack without an adapter of their own, and what was not run.
+
+    Returns:
+      By the layer's path, with a stacked layer's index last, a dict of its terms `delta1`, `delta2`, `delta3`,
+      `z_a` and `z_b`.
     """
     result: dict[str, dict[str, float]] = {}
     for path, terms in found.items():
@@ -102,9 +106,10 @@ class Balance:
     """Which factor's steps move the layers' outputs less, and the rates that would even them out; `str()` says it.
 
     Attributes:
-      ratio: the geometric mean of delta1 / delta2 over layers; None where a factor has not moved any output yet.
-      learning_rate_factor: what to multiply `learning_rate` by.
-      lr_ratio: the suggested ratio. Both are None where no change is suggested.
+      ratio: the geometric mean of delta1 / delta2 over layers, float; None where a factor has not moved any output
+        yet.
+      learning_rate_factor: what to multiply `learning_rate` by, float; None where it should not change.
+      lr_ratio: the suggested ratio, float; None where no change is suggested.
     """
 
     ratio: float | None
@@ -130,7 +135,7 @@ class Balance:
 
 
 def balance(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: str | None) -> Balance:
-    """The balance of A's and B's steps, and which rate to change.
+    """Compares A's and B's steps, and suggests which rate to change.
 
     With Adam delta1 is proportional to eta_A and B's size, delta2 to eta_B and A's. A factor that starts at zero
     grows with its own rate and the number of steps, so its rate is in both terms: delta1 / delta2 follows
@@ -141,6 +146,10 @@ def balance(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: st
       layers: from `terms_by_layer`.
       lr_ratio: lambda of the run.
       init: of the run's factors (`LoRAPlusConfig.init`); None if it started from an adapter, neither factor zero.
+
+    Returns:
+      A `Balance`. It suggests no change if the ratio is unknown or within `BALANCED_RATIO`, or below 1 while
+      `lr_ratio` is at most `MIN_LR_RATIO`.
 
     >>> print(balance({"q": {"delta1": 0.9, "delta2": 0.1}}, 4.0, "lora_b"))
     δ1/δ2 = 9: B is under-updated. To balance, use lr_ratio 36

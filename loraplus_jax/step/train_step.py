@@ -23,7 +23,12 @@ SumAndWeight = tuple[jax.Array, jax.Array]
 
 
 class Rows(NamedTuple):
-    """Values to keep, without a sum: of each row of a batch `(B,)`, or text in it `(B, S)`, and their weights."""
+    """Values to keep, without a sum: one for each row of a batch, or for each text in its rows.
+
+    Attributes:
+      values: values, `(B,)`, or `(B, S)` for texts.
+      weights: their weights, of the same shape.
+    """
 
     values: jax.Array
     weights: jax.Array
@@ -39,10 +44,10 @@ class TrainState(struct.PyTreeNode):
     """Everything that training changes, as arrays.
 
     Attributes:
-      trainable: adapters, and fully trained parameters under their own paths.
+      trainable: tree of adapters, and fully trained parameters under their own paths.
       opt_state: optimizer state.
-      step: number of completed steps, int32.
-      rng: base key; each step folds its number into it.
+      step: number of completed steps, int32 scalar.
+      rng: base key, from `jax.random.key` or `PRNGKey`; each step folds its number into it.
     """
 
     trainable: Any
@@ -52,7 +57,11 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(trainable: Any, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
-    """The state before the first step. Copies the arrays, since a step donates the memory of its state."""
+    """Makes the state before the first step. Copies the arrays, since a step donates the memory of its state.
+
+    Returns:
+      A `TrainState` with `step` 0 and the new state of `tx`.
+    """
     trainable = jax.tree.map(jnp.array, trainable)
     return TrainState(
         trainable=trainable, opt_state=tx.init(trainable), step=jnp.zeros((), jnp.int32), rng=jnp.array(rng)
@@ -80,9 +89,9 @@ def make_step(
       axis_name: pmap axis to sum over, if any.
 
     Returns:
-      A step with float32 scalars as metrics: `loss`, the means of the loss function's metrics, and for each role
-      that occurs `grad_norm/ROLE`, `update_norm/ROLE` and, with an optimizer from `lora_plus_adamw`, the learning
-      rate `rate/ROLE`. With `skip_nonfinite` also `skipped`, 1 or 0.
+      A step with float32 scalars as metrics, which are `loss`, the means of the loss function's metrics, and for each
+      role that occurs `grad_norm/ROLE`, `update_norm/ROLE` and, with an optimizer from `lora_plus_adamw`, the
+      learning rate `rate/ROLE`. With `skip_nonfinite` also `skipped`, 1 or 0.
 
     Raises:
       ValueError: `accumulate` is below 1 or, when traced, does not divide the batch size.
@@ -141,6 +150,9 @@ def jit_step(
       mesh: device mesh; by default a single device.
       shardings: shardings from `make_shardings` for the same mesh.
 
+    Returns:
+      A `jax.jit` function with the signature of `StepFn`; its metrics are those of `make_step`.
+
     Raises:
       ValueError: the mesh has no `"data"` axis, or shardings are passed without a mesh.
     """
@@ -172,6 +184,9 @@ def pmap_step(
 
     State and frozen variables need a leading device axis (`flax.jax_utils.replicate`); a batch has the shape
     `(devices, batch / devices, ...)`. Without dropout, whose masks differ, each step equals that of `jit_step`.
+
+    Returns:
+      A `StepFn`, whose new state and metrics also have the leading device axis.
     """
     step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite, axis_name=DATA_AXIS)
     return jax.pmap(step, axis_name=DATA_AXIS, donate_argnums=0)
@@ -180,10 +195,14 @@ def pmap_step(
 def make_eval(
     loss_fn: LossFn, *, mesh: Mesh | None = None, shardings: Shardings | None = None
 ) -> jax.stages.Wrapped:
-    """Compiles an evaluation `(trainable, frozen, batch) -> {name: (sum, weight)}`.
+    """Compiles an evaluation of one batch.
 
     It calls the loss function with `rng=None`, which must turn off dropout. Add the pairs of all batches and
     concatenate `Rows`, then call `weighted_means`. `mesh` and `shardings` are as for `jit_step`.
+
+    Returns:
+      A `jax.jit` function of `(trainable, frozen, batch)` to a dict of `(sum, weight)` by name, with `"loss"` and
+      the loss function's metrics, some of which may be `Rows`.
     """
 
     def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, SumAndWeight]:
@@ -203,6 +222,9 @@ def make_eval(
 
 def weighted_means(totals: Mapping[str, SumAndWeight]) -> dict[str, jax.Array]:
     """Divides every sum by its weight; 0 where the weight is 0.
+
+    Returns:
+      The means by name, float32.
 
     >>> weighted_means({"loss": (jnp.array(6.0), jnp.array(4.0))})["loss"].item()
     1.5

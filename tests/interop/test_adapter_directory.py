@@ -69,10 +69,12 @@ def test_round_trip_of_a_model_that_is_one_layer_and_of_no_adapters(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, extras["params"], trainable()["params"])
 
 
-def test_a_transposed_array_keeps_its_values(tmp_path):
-    tree = {"params": {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3).T}}
-    save_adapter(tmp_path, tree, {}, None)
-    np.testing.assert_array_equal(load_adapter(tmp_path).extras["params"]["w"], tree["params"]["w"])
+def test_a_transposed_array_keeps_its_values_and_a_scalar_its_shape(tmp_path):
+    tree = {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3).T, "temperature": np.float32(2)}
+    save_adapter(tmp_path, {"params": tree}, {}, None)
+    saved = load_adapter(tmp_path).extras["params"]
+    np.testing.assert_array_equal(saved["w"], tree["w"])
+    assert (saved["temperature"].shape, saved["temperature"]) == ((), 2)
 
 
 def test_the_files_say_what_they_are(adapter):
