@@ -89,8 +89,8 @@ def make_step(
       axis_name: pmap axis to sum over, if any.
 
     Returns:
-      A step with float32 scalars as metrics, which are `loss`, the means of the loss function's metrics, and for each
-      role that occurs `grad_norm/ROLE`, `update_norm/ROLE` and, with an optimizer from `lora_plus_adamw`, the
+      A step with float32 scalars as metrics, which are `loss`, the means of the loss function's metrics, and for
+      each role that occurs `grad_norm/ROLE`, `update_norm/ROLE` and, with an optimizer from `lora_plus_adamw`, the
       learning rate `rate/ROLE`. With `skip_nonfinite` also `skipped`, 1 or 0.
 
     Raises:
