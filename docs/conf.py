@@ -17,6 +17,7 @@ project = "loraplus_jax"
 author = "the loraplus_jax authors"
 extensions = [
     "myst_nb",
+    "sphinx_copybutton",
     "sphinx_design",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
