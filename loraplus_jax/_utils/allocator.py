@@ -1,7 +1,7 @@
 """The allocator of host memory: on a CPU, a step writes into the memory of the step before.
 
-By default glibc gives large blocks back to the system, and their pages fault anew in every step. It can keep them,
-but only those of the main thread: the heaps of other threads hold no large blocks.
+By default glibc gives large blocks back to the system, and every step faults in new pages. It can keep the blocks
+of the main thread; the heaps of other threads hold no large ones.
 """
 
 import ctypes
