@@ -1,6 +1,7 @@
 """Losses, labels and predictions of an encoder by hand, and its data."""
 
 import dataclasses
+import itertools
 
 import flax.linen as nn
 import jax
@@ -8,9 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loraplus_jax.data.batches import train_batches
 from loraplus_jax.data.splits import LabelledTexts
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.tasks.encoder import EncoderTask, apply_model, load_data, load_split, model_config
+from loraplus_jax.step.sharding import make_mesh
+from loraplus_jax.tasks.encoder import (
+    EncoderTask,
+    apply_model,
+    load_data,
+    load_split,
+    model_config,
+    plan_batches,
+)
 from loraplus_jax.training.setup import task_module
 
 from ..messages import assert_mentions, mentions
@@ -156,6 +166,22 @@ def test_long_texts_are_counted(world):
         "validation": (16, 5),
         "test": (32, 5),
     }
+
+
+def test_every_batch_of_all_epochs_and_the_largest_split_have_a_shape(world):
+    settings = parse_settings(world.config, ["--train.batch_size", "16", "--train.eval_batch_size", "32"])
+    data, rng = load_data(settings, world.model), np.random.default_rng(0)
+    columns = data.splits["train"]
+    lengths = rng.integers(1, 1 + columns["input_ids"].shape[1], (len(columns["label"]), 1))
+    columns["attention_mask"] = (np.arange(columns["input_ids"].shape[1]) < lengths).astype(np.int32)
+    data.splits["validation"] = {name: column[:2] for name, column in data.splits["validation"].items()}
+    plan = plan_batches(settings, data, 100, (0, 1), make_mesh(1))
+    planned = {shapes["weight"].shape for shapes in plan.train}
+    for seed in (0, 1):
+        batches = train_batches(columns, batch_size=16, seed=seed, arrange=plan.arrange)
+        assert {batch["weight"].shape for batch in itertools.islice(batches, 100)} <= planned
+    assert len(plan.evaluate["weight"].shape) == 2
+    assert plan.evaluate["weight"].shape[0] == min(32, len(data.splits["test"]["weight"]))
 
 
 def test_a_trial_on_few_texts_has_all_classes(world):
