@@ -1,12 +1,13 @@
 """The site: the pages of this folder, and a reference that is generated from the package itself."""
 
-import importlib
-import inspect
+import contextlib
 import json
-import pkgutil
+import re
 import shutil
 import sys
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -21,10 +22,13 @@ extensions = [
     "sphinx_design",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
 html_theme = "sphinx_book_theme"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = "LoRA+ for JAX and Flax"
 html_theme_options = {
     "show_toc_level": 2,
@@ -34,6 +38,7 @@ html_theme_options = {
     "use_fullscreen_button": False,
 }
 exclude_patterns = ["_build"]
+templates_path = ["_templates"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # tests/test_docs.py runs the blocks
@@ -41,55 +46,31 @@ autosummary_generate = True
 autosummary_ignore_module_all = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_mock_imports = ["lm_eval"]  # of an extra
 napoleon_numpy_docstring = False
-
-PUBLIC = ("quantization", "adapter", "optim", "inits", "linen", "nnx", "step", "interop")
-"""The folders whose modules are the public API; the rest is the application."""
-
-
-def public_modules() -> list[str]:
-    """Dotted names of the public modules."""
-    package = importlib.import_module("loraplus_jax")
-    names = []
-    for folder in PUBLIC:
-        path = Path(package.__file__).parent / folder
-        prefix = f"loraplus_jax.{folder}."
-        modules = [
-            m.name for m in pkgutil.iter_modules([str(path)]) if not m.ispkg and not m.name.startswith("_")
-        ]
-        names += [prefix + name for name in modules]
-    return names
+napoleon_use_ivar = True  # `members` lists the attributes
+default_role = "py:obj"  # a link where the name is public, else code
+maximum_signature_line_length = 80
 
 
-def public_names(module: str) -> list[str]:
-    """Functions and classes that a module defines, in order."""
-    loaded = importlib.import_module(module)
-    own = [(n, x) for n, x in vars(loaded).items() if inspect.isclass(x) or inspect.isfunction(x)]
-    return [n for n, x in own if not n.startswith("_") and x.__module__ == module]
+def reachable(inventories: dict[str, str]) -> dict[str, tuple[str, None]]:
+    """The inventories that answer: without a network the site is built without links into them."""
+    found = {}
+    for name, address in inventories.items():
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}objects.inv", timeout=5):
+            found[name] = (address, None)
+    return found
 
 
-def write_api(directory: Path) -> None:
-    """Every public symbol by autosummary, and the names at the package's root."""
-    import loraplus_jax
-
-    lines = ["# API", "", "`from loraplus_jax import ...` gives:", ""]
-    names = loraplus_jax.__all__
-    lines += [", ".join(f"{{py:obj}}`~{getattr(loraplus_jax, n).__module__}.{n}`" for n in names), ""]
-    for module in public_modules():
-        summary = (importlib.import_module(module).__doc__ or "").strip().splitlines()[0]
-        names = public_names(module)
-        if not names:
-            continue
-        lines += [f"## {module}", "", summary, "", "```{eval-rst}", f".. currentmodule:: {module}", ""]
-        lines += [
-            ".. autosummary::",
-            "   :toctree: generated",
-            "",
-            *(f"   {name}" for name in names),
-            "```",
-            "",
-        ]
-    (directory / "api.md").write_text("\n".join(lines) + "\n")
+intersphinx_mapping = reachable(
+    {
+        "python": "https://docs.python.org/3/",
+        "jax": "https://docs.jax.dev/en/latest/",
+        "flax": "https://flax.readthedocs.io/en/latest/",
+        "optax": "https://optax.readthedocs.io/en/latest/",
+        "orbax": "https://orbax.readthedocs.io/en/latest/",
+    }
+)
 
 
 def write_settings(directory: Path) -> None:
@@ -168,11 +149,29 @@ def generate(directory: Path = HERE / "reference") -> None:
     """Writes the generated pages anew: a page of a name that is gone would stay."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    for write in (write_api, write_commands, write_settings, write_errors):
+    for write in (write_commands, write_settings, write_errors):
         write(directory)
     (directory / "changelog.md").write_text("```{include} ../../CHANGELOG.md\n```\n")
 
 
-def setup(app: object) -> None:
+ARRAY = "~jax.Array | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex"
+TYPES = {
+    "~jax.jaxlib._jax.Array": "~jax.Array",
+    ARRAY: "~jax.typing.ArrayLike",
+    "~collections.abc.Callable[[~jax.typing.ArrayLike], ~jax.typing.ArrayLike]": "~optax.Schedule",
+}
+"""The public names of types in signatures, applied in order."""
+
+
+def name_types(app: object, what: str, name: str, thing: object, options: object, *signature: Any) -> Any:
+    """A signature with the names of `TYPES`; a default without a literal becomes `...`."""
+    signature = tuple(text and re.sub(r" = <.*?>(?=[,)])", " = ...", text) for text in signature)
+    for long, short in TYPES.items():
+        signature = tuple(text and text.replace(long, short) for text in signature)
+    return signature
+
+
+def setup(app: Any) -> None:
     """Called by Sphinx."""
     generate()
+    app.connect("autodoc-process-signature", name_types)
