@@ -20,6 +20,7 @@ extensions = [
     "myst_nb",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_llms_txt",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
@@ -37,8 +38,11 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
 }
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "reference/errors"]
 templates_path = ["_templates"]
+llms_txt_full_file = False  # the sources of the pages stand beside them in _sources
+llms_txt_uri_template = "_sources/{docname}{suffix}{sourcelink_suffix}"
+llms_txt_exclude = ["reference/generated/*"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # tests/test_docs.py runs the blocks
@@ -84,20 +88,9 @@ def write_settings(directory: Path) -> None:
         first = field.name.partition(".")[0] if "." in field.name else "run"
         if first != section:
             section = first
-            lines += [
-                "",
-                f"## {section}",
-                "",
-                "| setting | takes | default | meaning |",
-                "| --- | --- | --- | --- |",
-            ]
-        cells = (
-            f"`{field.name}`",
-            describe_type(field.type),
-            "required" if field.required else f"`{json.dumps(field.default)}`",
-            field.text,
-        )
-        lines.append(_format_row(*cells))
+            lines += ["", f"## {section}", "", "| setting | takes | meaning |", "| --- | --- | --- |"]
+        default = "required" if field.required else f"default `{json.dumps(field.default)}`"
+        lines.append(_format_row(f"`{field.name}`", f"{describe_type(field.type)}; {default}", field.text))
     (directory / "settings.md").write_text("\n".join(lines) + "\n")
 
 
@@ -122,21 +115,34 @@ def write_commands(directory: Path) -> None:
     (directory / "commands.md").write_text("\n".join(lines) + "\n")
 
 
+ERRORS = {
+    "runs": ("training", "tasks", "_utils"),
+    "settings": ("settings", "cli"),
+    "data": ("data",),
+    "models": ("models",),
+    "adapters": ("adapter", "linen", "nnx", "quantization"),
+    "optimizers": ("optim", "inits"),
+    "steps": ("step",),
+    "files": ("interop",),
+    "inference": ("inference",),
+    "sweeps": ("sweep",),
+    "plans": ("plan",),
+}
+"""The folders of the package whose messages stand in each section of troubleshooting.md."""
+
+
 def write_errors(directory: Path) -> None:
-    """The messages of all errors, by module, from the source."""
+    """The messages of all errors from the source, one file a section of the page."""
     package = HERE.parent / "loraplus_jax"
-    lines = [
-        "# Error index",
-        "",
-        "Every message that the package raises, and the parts of those it joins; `{...}` stands for a value.",
-        "[Runs](../runs.md) says what to do about damaged checkpoints and runs that stop early.",
-        "",
-    ]
-    for path, messages in Index(package).messages.items():
-        name = path.relative_to(package.parent).with_suffix("").as_posix().replace("/", ".")
-        lines += [f"## {name}", "", "| error | message |", "| --- | --- |"]
-        lines += [f"| {errors} | {_escape(text)} |" for errors, text in messages] + [""]
-    (directory / "errors.md").write_text("\n".join(lines) + "\n")
+    messages = Index(package).messages
+    (directory / "errors").mkdir()
+    for section, folders in ERRORS.items():
+        lines = [":::{dropdown} All messages", "", "| message | error | raised in |", "| --- | --- | --- |"]
+        for path, found in messages.items():
+            name = path.relative_to(package)
+            if name.parts[0] in folders:
+                lines += [f"| {_escape(text)} | {errors} | `{name}` |" for errors, text in found]
+        (directory / "errors" / f"{section}.md").write_text("\n".join([*lines, ":::"]) + "\n")
 
 
 def _escape(text: str) -> str:
@@ -151,7 +157,8 @@ def generate(directory: Path = HERE / "reference") -> None:
     directory.mkdir()
     for write in (write_commands, write_settings, write_errors):
         write(directory)
-    (directory / "changelog.md").write_text("```{include} ../../CHANGELOG.md\n```\n")
+    for name in ("changelog", "contributing"):
+        (directory / f"{name}.md").write_text(f"```{{include}} ../../{name.upper()}.md\n```\n")
 
 
 ARRAY = "~jax.Array | ~numpy.ndarray | ~numpy.bool | ~numpy.number | bool | int | float | complex"

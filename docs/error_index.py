@@ -18,6 +18,8 @@ FEWEST_WORDS = 3
 """Shorter texts are names and separators, except in a `raise` itself."""
 WORD = re.compile(r"(?<![^\s(])[\w.-]*[a-z]{2}[\w'.-]*(?=[,;:)\s]|\{\.\.\.\}|$)")
 ADDS = ("add", "append", "extend", "insert", "setdefault")
+TEXTS = ("value", "flag", "Command", "Asset", "ArgumentParser")
+"""Calls whose texts are help and descriptions."""
 COLLECTED = ("problems", "faults", "collector")
 """Variables of problems that are raised together, far from where they are found."""
 
@@ -114,6 +116,8 @@ class Index:
         """Where the value of an expression comes from: its parts, a variable's values, a function's results."""
         match node:
             case ast.Compare():
+                return
+            case ast.Call() if _name(node) in TEXTS:
                 return
             case ast.IfExp():
                 yield from (node.body, node.orelse)

@@ -13,6 +13,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 PUBLIC = ("adapter", "inits", "interop", "linen", "nnx", "optim", "quantization", "step")
 """The packages whose functions users call; the rest is the application."""
+OTHER_LINES = "using 2 of 16 GPUs, out of memory, is not installed; run pip install 'loraplus_jax[train]'"
+"""What commands print beside errors; other tests pin it."""
 
 
 def variants(text):
@@ -82,17 +84,47 @@ def test_the_reference_has_every_setting_and_error(conf, tmp_path):
     settings = (tmp_path / "settings.md").read_text()
     assert "| `lora.lr_ratio` |" in settings
     assert "| `sweep.lr_ratios` |" in settings
-    errors = (tmp_path / "errors.md").read_text().splitlines()
-    assert len(errors) > 700
+
+
+@pytest.fixture(scope="module")
+def messages(conf):
+    return conf.Index(DOCS.parent / "loraplus_jax").messages
+
+
+def test_the_index_has_messages_of_every_form(messages):
     # In the raise itself; in a variable; returned by a helper; passed to one; in a list of problems.
-    for row in (
-        "| FileNotFoundError | no checkpoint\\{...\\} in \\{...\\} |",
-        "| DamagedCheckpoint | the arrays or the metadata have changed since they were saved |",
-        "| ValueError | distributed.coordinator is \\{...\\}, but the environment does not describe ",
-        "| ValueError | \\{...\\}: cannot convert the adapter to PEFT |",
-        "| ValueError | column \\{...\\} appears twice |",
+    texts = [text for found in messages.values() for row in found for text in [" ".join(row)]]
+    assert len(texts) > 700
+    for start in (
+        "FileNotFoundError no checkpoint{...} in {...}",
+        "DamagedCheckpoint the arrays or the metadata have changed since they were saved",
+        "ValueError distributed.coordinator is {...}, but the environment does not describe ",
+        "ValueError {...}: cannot convert the adapter to PEFT",
+        "ValueError column {...} appears twice",
     ):
-        assert any(line.startswith(row) for line in errors), row
+        assert any(text.startswith(start) for text in texts), start
+    assert not any("JSON FILE" in text or "Apache-2.0, sentence" in text for text in texts)  # help
+
+
+def test_troubleshooting_has_every_message_in_one_section(conf, messages, tmp_path):
+    page = (DOCS / "troubleshooting.md").read_text()
+    folders = [folder for section in conf.ERRORS.values() for folder in section]
+    package = DOCS.parent / "loraplus_jax"
+    assert {path.relative_to(package).parts[0] for path in messages} == set(folders)
+    assert len(folders) == len(set(folders))
+    for section in conf.ERRORS:
+        assert f"{{include}} reference/errors/{section}.md" in page
+
+
+def test_messages_that_troubleshooting_quotes_exist(messages):
+    page = (DOCS / "troubleshooting.md").read_text()
+    known = "\n".join(text for found in messages.values() for _, text in found) + OTHER_LINES
+    cells = re.findall(r"^\| (`[^|]*?) \|", page, flags=re.M)
+    assert len(cells) > 30
+    for cell in cells:
+        for quoted in re.findall(r"`([^`]+)`", cell):
+            for part in re.split(r" ?\.\.\. ?", quoted):
+                assert part.strip(" :") in known, part
 
 
 def test_files_and_calls_that_contributing_names_exist():
