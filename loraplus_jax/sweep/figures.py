@@ -62,11 +62,11 @@ def heat_map(axes: Any, report: Report) -> None:
     for (x, y), loss in zip(points, losses, strict=True):
         colour = "black" if loss < midpoint else "white"
         axes.annotate(
-            f"{loss:.3f}" if loss < 100 else f"{loss:.0e}",
+            f"{loss:.3f}".removeprefix("0") if loss < 100 else f"{loss:.0e}",
             (x, y),
             ha="center",
             va="center",
-            fontsize=7 if len(cells) <= 16 else 5.5,
+            fontsize=7 if len(cells) <= 16 else 6.5,
             color=colour,
             zorder=3,
         )

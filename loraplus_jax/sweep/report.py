@@ -17,7 +17,7 @@ from .figures import PICTURES
 from .halving import comparison_steps, mean_losses, member_steps
 from .interim_report import interval_confidence, reason_to_end, seed_groups
 from .settings import ARM_LABELS, METHODS, SweepRun, Trial
-from .statistics import compare_arms, lora_label, recommended_arm, report_runs, verdict
+from .statistics import compare_arms, decision, lora_label, recommended_arm, report_runs, verdict
 
 REPORT, PAGE, WINNER = "report.json", "report.html", "winner.yaml"
 RATE_OPTIONS = {
@@ -67,16 +67,16 @@ def make_report(
     report["comparisons"] = comparisons
     if (reason := reason_to_end(run, comparisons[0])) is None:
         return report
-    best, why = recommended_arm(comparisons[0])
+    best, _ = recommended_arm(comparisons[0])
     lora = lora_label(report["protocol"]["settings"], report["at_the_edge"])
     path = expand_path("output_dir", run.output_dir) / WINNER
     return {
         **report,
         "complete": True,
         "ended": {"seeds": comparisons[0]["pairs"], "reason": reason},
+        "decision": decision(comparisons[0], chosen),
         "verdict": verdict(comparisons[0], chosen, run.sweep.target, lora),
         "winner": None if best is None else {"arm": best, **chosen[best]._asdict()},
-        "why": why,
         "command": None if best is None else f"loraplus train {shlex.quote(str(path))}",
     }
 

@@ -366,15 +366,14 @@ class Sweep:
         draw_figures(self.directory, report)
         write_report(self.directory, report, page=True)
         if report["winner"] is None:
-            raise TrainingFailed(
-                f"{report['verdict']} Try lower learning rates; the results are in {PAGE} and {REPORT}"
-            )
+            raise TrainingFailed(f"{report['decision']} The results are in {PAGE} and {REPORT}")
         best = self.chosen[report["winner"]["arm"]]
         winner = self.run.settings_of(best, self.run.seed, str(self.directory / "winner"))
         text = yaml.safe_dump(winner.to_json(), sort_keys=False)
         write_text(self.directory / WINNER, text)
         summary = {
-            name: report[name] for name in ("verdict", "winner", "why", "command", "member_steps", "ended")
+            name: report[name]
+            for name in ("decision", "verdict", "winner", "command", "member_steps", "ended")
         }
         summary["seconds"] = round(self.seconds + time.perf_counter() - self.started, 1)
         summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
@@ -394,9 +393,7 @@ class Sweep:
                 f"unequal budgets: {settings['lora']} settings of LoRA, {settings['lora_plus']} of LoRA+"
             )
         self.console.print(
-            report["verdict"],
-            f"train with {self.labels[best.arm]} ({report['why']}): {report['command']}",
-            sep="\n",
+            report["verdict"], report["decision"], f"the winner's config: {report['command']}", sep="\n"
         )
         self.console.print(f"{self.directory}: {PAGE}, {REPORT}, {WINNER}, {SUMMARY}, {METRICS}")
         return report

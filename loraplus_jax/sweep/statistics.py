@@ -250,10 +250,23 @@ def recommended_arm(comparison: RunRow) -> tuple[str | None, str]:
         return best, f"{ARM_LABELS[worse]} diverged on {diverged[worse]} of {pairs} seeds"
     if reason == "test_loss":
         is_slower = faster not in (None, lower)
-        return lower, f"significantly lower test loss{', but more steps to the target' if is_slower else ''}"
+        by = comparison["test_loss"]
+        low, high = sorted(map(abs, (by["low"], by["high"])))
+        text = f"significantly lower test loss, by {abs(by['mean']):.4f} [{low:.4f}, {high:.4f}]"
+        return lower, text + (", but more steps to the target" if is_slower else "")
     if reason == "steps":
         return faster, "significantly fewer steps to the target"
     return "lora", "no significant difference, and plain LoRA has one fewer hyperparameter"
+
+
+def decision(comparison: RunRow, chosen: Mapping[str, Trial]) -> str:
+    """One sentence: which of the two to train with, and why."""
+    best, why = recommended_arm(comparison)
+    if best is None:
+        return f"There is no winner: {why}. Try lower learning rates."
+    name = "plain LoRA" if best == "lora" else f"LoRA+, lambda {chosen[best].lr_ratio:g}"
+    pairs, level = comparison["pairs"], f"{100 * comparison['confidence']:.4g} % intervals"
+    return f"Train with {name}: {why} ({level}, {pairs} paired seeds)."
 
 
 def lora_label(counts: Mapping[str, int], edges: Sequence[str]) -> str:

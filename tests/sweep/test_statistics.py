@@ -7,6 +7,7 @@ import pytest
 from loraplus_jax.sweep.settings import Trial
 from loraplus_jax.sweep.statistics import (
     compare_arms,
+    decision,
     faster_arm,
     lora_label,
     ratio_interval,
@@ -126,7 +127,12 @@ def test_a_significant_difference_has_its_ratio_and_interval_either_way():
     ("tests", "winner", "why", "first"),
     [
         ((0.4, 0.4), "lora_plus", ["fewer steps"], "LoRA+ with lambda=4 needs"),
-        ((0.3, 0.4), "lora_plus", ["test loss", "lower"], "LoRA+ with lambda=4 ends with"),
+        (
+            (0.3, 0.4),
+            "lora_plus",
+            ["lower test loss, by 0.1002 [0.1000, 0.1004]"],
+            "LoRA+ with lambda=4 ends with",
+        ),
         ((0.5, 0.4), "lora", ["test loss", "lower", "more steps"], "Tuned LoRA ends with"),
     ],
 )
@@ -135,6 +141,9 @@ def test_the_winner_ends_lower_or_else_is_faster(tests, winner, why, first):
     arm, reason = recommended_arm(comparison)
     assert arm == winner
     assert_mentions(reason, *why)
+    name = "LoRA+, lambda 4" if winner == "lora_plus" else "plain LoRA"
+    assert decision(comparison, CHOSEN).startswith(f"Train with {name}: ")
+    assert_mentions(decision(comparison, CHOSEN), *why, "95 % intervals", "3 paired seeds")
     assert verdict(comparison, CHOSEN, None).startswith(first)
 
 
@@ -195,6 +204,7 @@ def test_where_both_always_diverge_nothing_wins():
     arm, reason = recommended_arm(comparison)
     assert arm is None
     assert "diverged" in reason
+    assert decision(comparison, CHOSEN).startswith("There is no winner: both diverged")
 
 
 def test_lora_is_called_tuned_only_where_it_was():
