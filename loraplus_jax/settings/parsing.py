@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 
 from pydantic import TypeAdapter, ValidationError
 
-from .._utils.validation import expand_path, suggest
+from .._utils.validation import suggest
 from ..adapter.config import LoRAPlusConfig
+from .recipes import find_config
 from .schema import DEFAULT_LORA, Settings
 from .yaml_files import read_word, read_yaml
 
@@ -43,7 +44,7 @@ def parse_settings(
     """Reads settings from a YAML file and `--section.field value` arguments, which take precedence.
 
     Args:
-      config: the YAML file.
+      config: the YAML file, or the name of a recipe.
       overrides: the arguments.
       kind: `Settings` or a subclass with more sections.
 
@@ -51,9 +52,7 @@ def parse_settings(
       ValueError: the file cannot be read, a key is unknown (the message suggests the closest one), or a value has
         the wrong type or is out of range.
     """
-    config = expand_path("config", config)
-    if not config.exists():
-        raise ValueError(f"config file not found: {config}")
+    config = find_config(config)
     values = read_yaml(config)
     if not isinstance(values, Mapping):
         raise ValueError(f"{config} must contain a mapping of settings, got {values!r:.80}")
