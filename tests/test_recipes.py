@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.settings.recipes import find_config
 from loraplus_jax.settings.schema import Settings
 from loraplus_jax.sweep.settings import SweepRun
 
@@ -18,8 +19,21 @@ def test_a_recipe(path):
     settings = parse_settings(path, (), kind)
     assert settings.output_dir == f"runs/{path.stem}"
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert f"loraplus {command} configs/{path.name}" in head
+    assert f"loraplus {command} {path.stem}" in head
+    assert path.read_text().splitlines()[0].endswith(".")  # what `loraplus recipes` prints
     assert bool(re.search(r"Measured\b.*\d", head, re.DOTALL)) != ("Not run here" in head)
+
+
+def test_a_word_is_a_recipe_unless_it_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()
+    assert find_config("quickstart") in CONFIGS
+    for absent in ("quickstart.yaml", "./quickstart.yml", "elsewhere/quickstart"):
+        with pytest.raises(ValueError, match=f"not found: {Path(absent)}"):
+            find_config(absent)
+    Path("quickstart").rmdir()
+    Path("quickstart").write_text("seed: 1")
+    assert find_config("quickstart") == Path("quickstart")
 
 
 def test_the_recipes_are_seen():

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from .._utils.validation import check_choice, check_int, check_number, suggest, to_plain
@@ -108,21 +108,22 @@ class LoRAPlusConfig:
       (4, 8, 2.0)
     """
 
-    target_modules: str | tuple[str, ...] = ()
-    exclude_modules: str | tuple[str, ...] = ()
-    target_parameters: dict[str, str] | tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] | None = None
+    # The types say what the constructor accepts; the fields hold tuples and hashable dicts.
+    target_modules: str | Sequence[str] = ()
+    exclude_modules: str | Sequence[str] = ()
+    target_parameters: Mapping[str, str] | Sequence[str] = ()
+    layers_to_transform: Sequence[int] | None = None
     rank: int = 8
     alpha: float = 16.0
-    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
-    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False
     dropout: float = 0.0
     lr_ratio: float = None  # pyright: ignore[reportAssignmentType] # __post_init__ sets a number
     init: Init = "lora"
     init_iterations: int | None = None
     variant: Variant = "lora"
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: Sequence[str] = ()
     bias: Bias = "none"
 
     def __post_init__(self) -> None:
@@ -215,7 +216,7 @@ def pattern_of(patterns: Mapping[str, Any], path: str) -> str | None:
     return next((key for key in patterns if re.fullmatch(rf"(.*/)?({key})", path)), None)
 
 
-def matches(rule: str | tuple[str, ...], path: str) -> bool:
+def matches(rule: str | Sequence[str], path: str) -> bool:
     """Matches a rule of `LoRAPlusConfig` with a module path, with segments joined by "/".
 
     Returns:

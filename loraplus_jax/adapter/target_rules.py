@@ -244,17 +244,17 @@ def _check_adaptable(rule: str, hits: Mapping[str, TracedModule], targeted: Sequ
         )
 
 
-def _split_rules(field: str | tuple[str, ...]) -> dict[str, str | tuple[str, ...]]:
+def _split_rules(field: str | Sequence[str]) -> dict[str, str | tuple[str, ...]]:
     # Each rule of a field, and a field with only that rule, for `matches`.
     return {field: field} if isinstance(field, str) else {rule: (rule,) for rule in field}
 
 
-def _name_hint(field: str | tuple[str, ...], paths: Iterable[str]) -> str:
+def _name_hint(field: str | Sequence[str], paths: Iterable[str]) -> str:
     # For a regular expression that looks like a name.
     if not isinstance(field, str) or not any(matches((field,), path) for path in paths):
         return ""
     return f"; a string is a regular expression over the whole path, for a name write [{field}]"
 
 
-def _any(rule: str | tuple[str, ...], paths: Iterable[str]) -> bool:
+def _any(rule: str | Sequence[str], paths: Iterable[str]) -> bool:
     return any(rule == ALL_LINEAR or matches(rule, path) for path in paths)

@@ -1,7 +1,7 @@
 """Trees of variables: paths, flattening, and splitting trainable from frozen variables."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
@@ -94,8 +94,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_trainable(
-    variables: Mapping[str, Any], trained: LoRAPlusConfig | tuple[str, ...] = (), *, bias: Bias | None = None
-) -> tuple[dict, dict]:
+    variables: Mapping[str, Any], trained: LoRAPlusConfig | Sequence[str] = (), *, bias: Bias | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits variables into those to train, which are adapters and fully trained parameters, and all others.
 
     Args:

@@ -1,4 +1,4 @@
-"""The command line: `loraplus train | sweep | inspect | plan | eval | predict | generate | export | fetch`."""
+"""The commands of `loraplus`: what they run, and their arguments."""
 
 import contextlib
 import errno
@@ -242,6 +242,12 @@ def _fetch(name: str | None = None) -> str:
     return "\n".join(f"{known:16} {asset.kind:6} {asset.about}" for known, asset in ASSETS.items())
 
 
+def _recipes(name: str | None = None) -> str:
+    from ..settings.recipes import list_recipes, read_recipe
+
+    return list_recipes() if name is None else read_recipe(name).removesuffix("\n")
+
+
 ALLOW = {
     "--allow_different": value(
         "part that may differ from what the run or adapter was made with, such as base.config or tokenizer; "
@@ -259,7 +265,7 @@ MODEL = {
 OUTPUT = {"--output": value("new .jsonl file to write, instead of stdout", path)}
 # Settings are no arguments of argparse: their row is only for the usage and the help.
 SETTINGS = {
-    "config": value("YAML file of settings", metavar="CONFIG"),
+    "config": value("YAML file of settings, or the name of a recipe", metavar="CONFIG"),
     "overrides": value(
         "settings that replace the file's", nargs="*", default=(), metavar="--section.field VALUE"
     ),
@@ -352,6 +358,7 @@ EXPORT = {
     ),
     **ALLOW,
 }
+RECIPES = {"name": value("recipe to print", nargs="?", metavar="NAME")}
 FETCH = {"name": value("model or dataset to download", nargs="?", metavar="NAME")}
 _train, _sweep = (
     partial(_run, "training.trainer:train"),
@@ -375,5 +382,6 @@ COMMANDS = {
     "generate": Command("answer prompts with a language model, fine-tuned or not", _generate, GENERATE),
     "export": Command("export a run's adapter for PEFT, or the merged model", _export, EXPORT),
     "fetch": Command("download a model or dataset by name; without a name, list all", _fetch, FETCH),
+    "recipes": Command("list the recipes, or print one to start a config from", _recipes, RECIPES),
 }
 """Every command: the parser, the help and the reference come from this table."""

@@ -3,7 +3,9 @@
 import argparse
 import itertools
 import pkgutil
+import platform
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -106,6 +108,9 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         description="Fine-tune pretrained models with LoRA+.",
         epilog=f"Set {TRACEBACK}=1 to show tracebacks.",
     )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("loraplus_jax", "jax", "flax"))
+    versions += f", Python {platform.python_version()}"
+    parser.add_argument("--version", action="version", version=versions, help="show versions and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, _, arguments, settings) in commands.items():
         command = subparsers.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from .adapted_module import (
     part_of,
     remove_adapters,
 )
+
+AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 
 def lora_tree(model: nnx.Module) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def functional(model: nnx.Module) -> Callable[..., Any]:
     return apply
 
 
-def merge(model: nnx.Module, *, dequantize: bool = False) -> nnx.Module:
+def merge(model: AnyModule, *, dequantize: bool = False) -> AnyModule:
     """Merges the adapters of a model into the weights of a copy; `model` is unchanged.
 
     Args:
@@ -149,7 +151,7 @@ def unmerge(merged: nnx.Module, model: nnx.Module) -> None:
         getattr(modules[path], own.leaf).set_value(getattr(module, own.leaf).get_value())
 
 
-def disabled(model: nnx.Module) -> nnx.Module:
+def disabled(model: AnyModule) -> AnyModule:
     """Makes a copy of a model whose adapters have no effect.
 
     Returns:

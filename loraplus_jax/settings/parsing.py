@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 
 from pydantic import TypeAdapter, ValidationError
 
-from .._utils.validation import expand_path, suggest
+from .._utils.validation import suggest
 from ..adapter.config import LoRAPlusConfig
+from .recipes import find_config
 from .schema import DEFAULT_LORA, Settings
 from .yaml_files import read_word, read_yaml
 
@@ -43,7 +44,7 @@ def parse_settings(
     """Reads settings from a YAML file and `--section.field value` arguments, which take precedence.
 
     Args:
-      config: the YAML file.
+      config: the YAML file, or the name of a recipe.
       overrides: the arguments.
       kind: `Settings` or a subclass with more sections.
 
@@ -51,9 +52,7 @@ def parse_settings(
       ValueError: the file cannot be read, a key is unknown (the message suggests the closest one), or a value has
         the wrong type or is out of range.
     """
-    config = expand_path("config", config)
-    if not config.exists():
-        raise ValueError(f"config file not found: {config}")
+    config = find_config(config)
     values = read_yaml(config)
     if not isinstance(values, Mapping):
         raise ValueError(f"{config} must contain a mapping of settings, got {values!r:.80}")
@@ -147,7 +146,7 @@ def _parse_value(annotation: Any, text: str) -> Any:
     if not accepts_text or text == "null":
         return value
     is_container = isinstance(value, list | dict) and any(
-        get_origin(type_) in (tuple, dict) for type_ in types
+        get_origin(type_) in (*_LISTS, *_MAPPINGS) for type_ in types
     )
     return value if is_container else text
 
@@ -158,6 +157,7 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
     return tuple(member for member in members if member is not type(None))
 
 
+_LISTS, _MAPPINGS = (tuple, Sequence), (dict, Mapping)
 _NOUNS: dict[Any, str] = {bool: "true or false", int: "integer", float: "number", str: "text"}
 _METAVARS: dict[Any, str] = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
 _ARTICLES: dict[Any, str] = {int: "an ", float: "a "}
@@ -178,12 +178,12 @@ def _describe_member(annotation: Any) -> str:
     type_, limits = _split_annotated(annotation)
     if get_origin(type_) is Literal:
         return f"one of {', '.join(get_args(type_))}"
-    if get_origin(type_) is tuple:
+    if get_origin(type_) in _LISTS:
         inner, _ = _split_annotated(get_args(type_)[0])
         of_names = inner is str or get_origin(inner) is Literal
         items = "names" if of_names else f"{_NOUNS[inner]}s"
         return f"a {'non-empty ' if 'min_length' in limits else ''}list of {items}"
-    if get_origin(type_) is dict:
+    if get_origin(type_) in _MAPPINGS:
         return "a mapping"
     if type_ is str:
         if limits.get("max_length") == 1:
@@ -219,7 +219,7 @@ def _metavar(annotation: Any) -> str:
         if get_origin(type_) is Literal:
             words.append("|".join(get_args(type_)))
         else:
-            words.append(_METAVARS.get(type_) or ("{...}" if get_origin(type_) is dict else "[...]"))
+            words.append(_METAVARS.get(type_) or ("{...}" if get_origin(type_) in _MAPPINGS else "[...]"))
     return "|".join(words)
 
 
@@ -317,7 +317,7 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
         return f"{name} {problem['ctx']['error']}"
     if index:
         container = _bare_types(annotation)[0]
-        of_value = get_origin(container) is dict and problem["loc"][-1] != _KEY
+        of_value = get_origin(container) in _MAPPINGS and problem["loc"][-1] != _KEY
         annotation = get_args(container)[-1 if of_value else 0]
     hint = ""
     if cause == "literal_error":

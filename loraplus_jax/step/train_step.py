@@ -6,7 +6,7 @@ does not depend on how a batch is split.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,24 @@ LossFn = Callable[[dict[str, Any], Any, jax.Array], tuple[SumAndWeight, Mapping[
 """`loss_fn(variables, batch, rng) -> (sum, weight), {name: (sum, weight)}`."""
 StepFn = Callable[["TrainState", Any, Any], tuple["TrainState", dict[str, jax.Array]]]
 """`step(state, frozen, batch) -> state, metrics`."""
+
+
+class CompiledStep(jax.stages.Wrapped, Protocol):
+    """A compiled `StepFn`."""
+
+    def __call__(
+        self, state: "TrainState", frozen: Any, batch: Any
+    ) -> tuple["TrainState", dict[str, jax.Array]]:
+        """Makes one step."""
+        ...
+
+
+class CompiledEval(jax.stages.Wrapped, Protocol):
+    """A compiled evaluation of one batch."""
+
+    def __call__(self, trainable: Any, frozen: Any, batch: Any) -> dict[str, SumAndWeight]:
+        """Returns `(sum, weight)` by name."""
+        ...
 
 
 class TrainState(struct.PyTreeNode):
@@ -139,7 +157,7 @@ def jit_step(
     shardings: Shardings | None = None,
     accumulate: int = 1,
     skip_nonfinite: bool = False,
-) -> jax.stages.Wrapped:
+) -> CompiledStep:
     """Compiles the `StepFn`, which donates its state. With a mesh, the batch is split over `"data"` and `"fsdp"`.
 
     State and frozen variables are sharded by `shardings`, or replicated over the mesh. Move them there before the
@@ -194,7 +212,7 @@ def pmap_step(
 
 def make_eval(
     loss_fn: LossFn, *, mesh: Mesh | None = None, shardings: Shardings | None = None
-) -> jax.stages.Wrapped:
+) -> CompiledEval:
     """Compiles an evaluation of one batch.
 
     It calls the loss function with `rng=None`, which must turn off dropout. Add the pairs of all batches and

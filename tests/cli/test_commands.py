@@ -1,6 +1,7 @@
 """The table of commands fits the functions that they run."""
 
 import inspect
+import re
 
 import pytest
 
@@ -9,6 +10,7 @@ from loraplus_jax.inference.eval_tasks import evaluate_tasks
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.inference.generate import generate_answers
 from loraplus_jax.inference.predict import evaluate_run, predict_run, write_submissions
+from loraplus_jax.settings.recipes import RECIPES
 from loraplus_jax.sweep.method_comparison import sweep_or_compare
 from loraplus_jax.training.trainer import train
 
@@ -22,6 +24,7 @@ TARGETS = {
     "generate": [generate_answers],
     "export": [export_run],
     "fetch": [],
+    "recipes": [],
 }
 
 
@@ -35,6 +38,24 @@ def test_every_argument_is_a_parameter(name):
     assert {
         more.get("dest", argument.removeprefix("--")) for argument, more in arguments.items()
     } <= parameters
+
+
+def test_recipes_are_listed_and_printed_as_they_are(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert main(["recipes", "quickstart"]) == 0
+    assert capsys.readouterr().out.encode() == RECIPES["quickstart"].read_bytes()
+    for command in ("recipes", "inspect"):
+        assert main([command, "quickstrat"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert all(word in line for word in ("'quickstrat'", *RECIPES, ".yaml"))
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"loraplus_jax \S+, jax \S+, flax \S+, Python \S+\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
