@@ -39,7 +39,8 @@ from .console import LineConsole, ProgressLines, format_metrics, header, lines_o
 from .distributed import idle_gpus, join_processes, raise_together
 from .evaluation import evaluate, finish_metrics
 from .metrics_log import PICTURE, SUMMARY, TEXTS, RunLog, draw_loss
-from .run_directory import ADAPTER, OutputDirectory, archive_results, open_output_directory, write_config
+from .run_directory import OutputDirectory, archive_results, open_output_directory, write_config
+from .run_files import ADAPTER
 from .setup import Run, prepare
 from .signals import Stopped, StopSignal
 from .theory_metrics import copy_adapters, first_rows, read_metrics, to_metrics
