@@ -36,7 +36,7 @@ from loraplus_jax.sweep.method_comparison import compare_methods, compare_runs, 
 from loraplus_jax.sweep.report import REPORT
 from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.sweep.statistics import ratio_interval, steps_to, t_interval
-from loraplus_jax.training.run_directory import CONFIG, read_summary
+from loraplus_jax.training.run_files import CONFIG, read_summary
 from loraplus_jax.training.signals import Stopped
 
 REPOSITORY = Path(__file__).parents[1]

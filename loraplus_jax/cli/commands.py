@@ -81,7 +81,8 @@ class Output:
 def _run_command(arguments: list[str]) -> int:
     try:
         command, keywords = parse(COMMANDS, arguments)
-        load("_utils.allocator:run_on_main_thread")()
+        if command.uses_jax:
+            load("_utils.allocator:run_on_main_thread")()
         result = command.run(**keywords)
         if isinstance(result, str):
             _print(result)
@@ -139,7 +140,7 @@ def _run(training: str, settings: object, words: Sequence[str], **options: Any) 
     return 0
 
 
-def _call(function: str, words: Sequence[str] = (), **options: Any) -> str:
+def _call(function: str, words: Sequence[str] = (), **options: Any) -> str | None:
     """Calls a function, `module:function`, that returns what to print."""
     return load(function)(**options)
 
@@ -359,12 +360,17 @@ EXPORT = {
     **ALLOW,
 }
 RECIPES = {"name": value("recipe to print", nargs="?", metavar="NAME")}
+RUNS = {
+    "directory": value("directory of runs, or a run (default: runs)", path, nargs="?", metavar="DIRECTORY"),
+    "--json": flag("print a JSON object a line"),
+}
 FETCH = {"name": value("model or dataset to download", nargs="?", metavar="NAME")}
 _train, _sweep = (
     partial(_run, "training.trainer:train"),
     partial(_run, "sweep.method_comparison:sweep_or_compare"),
 )
 _inspect, _export = partial(_call, "training.inspect:inspect"), partial(_call, "inference.export:export_run")
+_runs = partial(_call, "training.list_runs:list_runs")
 _SETTINGS, _SWEEP = "settings.schema:Settings", "sweep.settings:SweepRun"
 COMMANDS = {
     "train": Command("fine-tune and evaluate a model", _train, TRAINING, _SETTINGS),
@@ -381,7 +387,12 @@ COMMANDS = {
     "predict": Command("predict classes or numbers for texts", _predict, PREDICT),
     "generate": Command("answer prompts with a language model, fine-tuned or not", _generate, GENERATE),
     "export": Command("export a run's adapter for PEFT, or the merged model", _export, EXPORT),
-    "fetch": Command("download a model or dataset by name; without a name, list all", _fetch, FETCH),
-    "recipes": Command("list the recipes, or print one to start a config from", _recipes, RECIPES),
+    "runs": Command("list runs with their state, result and how to resume them", _runs, RUNS, uses_jax=False),
+    "fetch": Command(
+        "download a model or dataset by name; without a name, list all", _fetch, FETCH, uses_jax=False
+    ),
+    "recipes": Command(
+        "list the recipes, or print one to start a config from", _recipes, RECIPES, uses_jax=False
+    ),
 }
 """Every command: the parser, the help and the reference come from this table."""

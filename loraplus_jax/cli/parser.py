@@ -24,12 +24,14 @@ class Command(NamedTuple):
       arguments: what argparse's `add_argument` takes, by option or by name of a positional argument.
       settings: class of the settings that the command accepts, as `module:class`; `run` gets `settings`, and
         `words`, what they were read from: the config file and the settings on the command line.
+      uses_jax: whether the command computes; it then imports JAX, which takes a second.
     """
 
     text: str
     run: Callable[..., str | int | None]
     arguments: Mapping[str, Mapping[str, Any]]
     settings: str = ""
+    uses_jax: bool = True
 
 
 def path(text: str) -> Path:
@@ -112,7 +114,7 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     versions += f", Python {platform.python_version()}"
     parser.add_argument("--version", action="version", version=versions, help="show versions and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (text, _, arguments, settings) in commands.items():
+    for name, (text, _, arguments, settings, _) in commands.items():
         command = subparsers.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
         command.settings = settings
         for argument, more in arguments.items():

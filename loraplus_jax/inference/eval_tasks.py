@@ -23,7 +23,8 @@ from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Dtype
 from ..step.sharding import make_mesh, replicate
 from ..tasks.causal_lm import model_config, tokenizer_and_template
-from ..training.run_directory import describe_unfinished, first_free, read_summary
+from ..training.run_directory import describe_unfinished, first_free
+from ..training.run_files import read_summary
 from ..training.saved_adapter import find_adapter
 from .generate import open_model
 from .scoring import Continuation, Score, Scorer

@@ -1,6 +1,7 @@
 """Assigns population members to device slots and compacts them as members are pruned."""
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -113,6 +114,21 @@ class DeviceSlots:
                     results[number] = row if alive[slot] else dict.fromkeys(row, math.nan)
                     results[number] |= join_rows(jax.tree.map(lambda x, slot=slot: x[slot], rows))
         return dict(sorted(results.items()))
+
+    def time_evaluation(self, split: Batch) -> float:
+        """Seconds that all devices together take for a member's evaluation batch, measured on the second of two."""
+        programs, frozen = self.programs, self.population.parts.frozen
+        devices, members = self.population.mesh.size, self.chunks[0]
+        # One member on each device; a device that computes several in parallel computes all its slots.
+        alive = np.arange(self.chunk) % (self.chunk // devices) == 0
+        members = members.replace(alive=jax.device_put(alive, members.alive.sharding))
+        batch = next(eval_batches(split, self.population.batches.eval_rows))
+        batch = jax.device_put(batch, programs.evaluate.input_shardings[0][2])
+        for _ in range(2):
+            began = time.perf_counter()
+            jax.block_until_ready(programs.evaluate(members, frozen, batch))
+            seconds = time.perf_counter() - began
+        return seconds / (devices * programs.at_once)
 
     def retire(self, numbers: Iterable[int]) -> None:
         """Stops training these members."""

@@ -35,7 +35,8 @@ from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ignored_lines, lines_only
 from ..training.metrics_log import SUMMARY
 from ..training.provenance import check_identity, model_identity
-from ..training.run_directory import open_output_directory, read_summary, saved_steps
+from ..training.run_directory import open_output_directory
+from ..training.run_files import read_summary, saved_steps
 from ..training.setup import params_of
 from .method_comparison_report import PICTURES, compare, draw
 from .population import Population, abstract_population, add_scales

@@ -30,6 +30,7 @@ from ..step.sharding import make_mesh, replicate
 from ..step.train_step import LossFn, TrainState, init_state, make_eval, make_step
 from ..tasks.interface import AdaptedModel, BatchPlan, Losses, Shapes, TaskData, row_count
 from ..training.adapter_start import begin_from, make_start
+from ..training.estimate import count_flops
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
 from ..training.provenance import model_identity
@@ -72,12 +73,14 @@ class Programs(NamedTuple):
       chunk: members per program call.
       step: `(members, frozen, batches) -> members`, one batch per member; a `ProgramByShape`.
       evaluate: `(members, frozen, batch) -> {name: (sums, weights)}`, one batch for all members.
+      step_work: FLOPs of a training step over those of an evaluation batch.
     """
 
     at_once: int
     chunk: int
     step: Any
     evaluate: Any
+    step_work: float
 
 
 class Population(NamedTuple):
@@ -335,14 +338,16 @@ def _compile_programs(
         lambda: jax.tree.map(jnp.asarray, _first_member(abstract, run.trials[0], 0, zeros()))
     )
     device, per_device = mesh.devices.flat[0], -(-capacity // mesh.size)
+    flops: dict[bool, list[float]] = {True: [], False: []}
 
     def chunk_of(size: int) -> int:
         return mesh.size * (size if size > 1 else per_device)
 
     def compiled(one: Callable[..., Any], size: int, batch: Shapes, *, own_batch: bool) -> Any:
         members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk_of(size), *x.shape), x.dtype), member)
-        mapped = map_members(one, mesh, size, own_batch=own_batch)
-        return mapped.lower(members, shapes.frozen, batch).compile(one_thread_per_device(mesh))
+        traced = map_members(one, mesh, size, own_batch=own_batch).trace(members, shapes.frozen, batch)
+        flops[own_batch].append(count_flops(traced.jaxpr) / chunk_of(size))
+        return traced.lower().compile(one_thread_per_device(mesh))
 
     @functools.cache
     def compile_step(size: int) -> ProgramByShape:
@@ -357,7 +362,9 @@ def _compile_programs(
     def compile_for(size: int) -> Programs:
         one = make_member_eval(losses.evaluate, shapes.specs)
         evaluate = compiled(one, size, batches.evaluate, own_batch=False)
-        programs = Programs(size, chunk_of(size), compile_step(size), evaluate)
+        step = compile_step(size)
+        step_work = float(np.mean(flops[True]) / np.mean(flops[False]))
+        programs = Programs(size, chunk_of(size), step, evaluate, step_work)
         check_memory((programs.step.largest, programs.evaluate), device, len(mesh.local_devices))
         return programs
 

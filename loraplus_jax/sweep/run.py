@@ -22,7 +22,9 @@ from ..step.checkpoint import PACKAGES, save_checkpoint
 from ..step.train_step import TrainState
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
+from ..training.estimate import Estimate, batches_of
 from ..training.evaluation import finish_metrics
+from ..training.memory import expected_peak
 from ..training.metrics_log import METRICS, SUMMARY
 from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.signals import Stopped, StopSignal
@@ -115,7 +117,7 @@ def sweep(
 
 
 TIMED_STEP = 3
-"""The step that is timed for the estimate of minutes; the first ones are slower."""
+"""The step that is timed for a second estimate; the first ones are slower."""
 
 
 class Sweep:
@@ -139,6 +141,8 @@ class Sweep:
         """Runs everything that is left and returns the report."""
         self.start()
         self.print_head()
+        if self.stage == "search" and self.step < TIMED_STEP:
+            self.measure()
         with StopSignal() as stop:
             self.run_stage(stop)
             while self.report_continues():
@@ -167,7 +171,7 @@ class Sweep:
                 lines.update(self.step)
                 if self.stage == "search" and self.step == TIMED_STEP:
                     jax.block_until_ready(self.slots.chunks)
-                    self.print_estimate(time.perf_counter() - began)
+                    self.print_estimate((time.perf_counter() - began) / len(self.entries))
                 should_save = self.step % self.run.train.eval_every == 0 or signal.received is not None
                 if should_save and self.step < stop:
                     self.save()
@@ -177,15 +181,26 @@ class Sweep:
                 self.save()
                 self.end_if(signal)
 
-    def print_estimate(self, seconds: float) -> None:
-        """Prints how long training will take, from the seconds of one step of all members of the search."""
-        run, steps = self.run, self.population.steps
-        stops = comparison_steps(run.sweep, steps)
-        total = member_steps(planned_members(run.trials, len(run.seeds), stops, run.sweep.keep), stops)
-        total += len(run.arms) * len(run.report_seeds) * steps
-        minutes = total * seconds / len(self.entries) / 60
+    def measure(self) -> None:
+        """Measures an evaluation batch, and prints from its time how long the sweep will take."""
+        programs, devices = self.slots.programs, self.population.mesh.local_devices
+        self.memory = expected_peak((programs.step.largest, programs.evaluate), devices[0], len(devices))
+        self.batch_seconds = self.slots.time_evaluation(self.population.data.splits["validation"])
+        self.print_estimate(programs.step_work * self.batch_seconds)
+
+    def print_estimate(self, step_seconds: float) -> None:
+        """Prints how long the sweep will take, from the seconds of a member's step and of its evaluation batch."""
+        run, steps, rows = self.run, self.population.steps, self.population.batches.eval_rows
+        stops, reported = comparison_steps(run.sweep, steps), len(run.arms) * len(run.report_seeds)
+        members = planned_members(run.trials, len(run.seeds), stops, run.sweep.keep)
+        batches = {name: batches_of(columns, rows) for name, columns in self.population.data.splits.items()}
+        evaluations = sum(members) * batches["validation"]
+        evaluations += reported * len(curve_steps(steps, run.sweep.curve_points)) * batches["test"]
+        total = member_steps(members, stops) + reported * steps
+        seconds = total * step_seconds + evaluations * self.batch_seconds
+        counts = {"training steps": total, "evaluation batches": evaluations}
         bound = "at most" if run.sweep.interim_seeds else "about"
-        self.console.print(f"{bound} {minutes:.0f} minutes for {total:,} training steps, plus evaluations")
+        self.console.print(f"{Estimate(seconds, self.memory, counts, bound)}")
 
     # Stages.
 

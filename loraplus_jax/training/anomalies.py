@@ -7,16 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from .run_files import TrainingFailed
 from .setup import Run
 
 MIN_SPIKE_RATIO, NOISE, HISTORY_STEPS = 2.0, 6.0, 20
 """A loss is a spike if it is above MIN_SPIKE_RATIO times the median of the previous HISTORY_STEPS losses, and above
 that median by more than NOISE times their median absolute deviation: losses of small batches are noisy.
 """
-
-
-class TrainingFailed(Exception):
-    """Training diverged and was aborted; earlier checkpoints are kept."""
 
 
 class SpikeHistory(NamedTuple):

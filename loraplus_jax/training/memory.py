@@ -24,14 +24,7 @@ def check_memory(programs: Sequence[Any], device: Any, local_devices: int) -> No
       device: one of the `jax.Device`s that they run on.
       local_devices: the number of devices of this process; on a CPU they share the host's memory.
     """
-    sizes = [program.memory_analysis() for program in programs]
-    resident = max(size.argument_size_in_bytes for size in sizes)
-    # A donated argument's memory is an output's: it counts once.
-    temporary = max(
-        size.temp_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes for size in sizes
-    )
-    copies = local_devices if device.platform == "cpu" else 1
-    resident, temporary, free = resident * copies, temporary * copies, free_bytes(device)
+    (resident, temporary), free = needed_bytes(programs, device, local_devices), free_bytes(device)
     if resident + temporary > free:
         needed, weights, passing, free = (
             f"{size / 1e9:.2f} GB" for size in (resident + temporary, resident, temporary, free)
@@ -40,6 +33,26 @@ def check_memory(programs: Sequence[Any], device: Any, local_devices: int) -> No
             f"not enough memory on {device.device_kind}: the run needs about {needed} (weights, optimizer state "
             f"and batch {weights}, activations and gradients {passing}), {free} are free; {MEMORY_ADVICE}"
         )
+
+
+def needed_bytes(programs: Sequence[Any], device: Any, local_devices: int) -> tuple[int, int]:
+    """Bytes that the programs' arguments take, and that a program takes while it runs; as for `check_memory`."""
+    sizes = [program.memory_analysis() for program in programs]
+    resident = max(size.argument_size_in_bytes for size in sizes)
+    # A donated argument's memory is an output's: it counts once.
+    temporary = max(
+        size.temp_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes for size in sizes
+    )
+    copies = local_devices if device.platform == "cpu" else 1
+    return resident * copies, temporary * copies
+
+
+def expected_peak(programs: Sequence[Any], device: Any, local_devices: int) -> int:
+    """Peak memory in bytes of the programs, once their arguments are loaded: on a CPU that of the process."""
+    resident, temporary = needed_bytes(programs, device, local_devices)
+    if device.platform == "cpu":
+        resident = psutil.Process().memory_info().rss
+    return resident + temporary
 
 
 def free_bytes(device: Any) -> int:

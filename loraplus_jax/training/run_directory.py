@@ -17,12 +17,11 @@ import yaml
 from rich.console import Console
 
 from .._utils.atomic import STAGING, add_path_to_errors, write_text
-from .._utils.json_files import check_file, read_json, read_text
+from .._utils.json_files import check_file, read_text
 from .._utils.multihost import allgather, is_lead
 from .._utils.validation import expand_path
 from ..data.fetch import cache_dir
 from ..settings.schema import STOP_FIELDS, Settings, split_settings
-from ..settings.yaml_files import read_yaml
 from ..step.checkpoint import (
     PACKAGES,
     DamagedCheckpoint,
@@ -36,12 +35,23 @@ from ..step.train_step import TrainState
 from .distributed import check_same_everywhere, raise_together
 from .metrics_log import METRICS, PICTURE, SUMMARY, TEXTS
 from .provenance import check_allowed, checked_metadata
+from .run_files import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG,
+    FAILURE,
+    LOCK,
+    OWNER,
+    TrainingFailed,
+    read_summary,
+    saved_settings,
+    saved_steps,
+)
 from .xla import use_compilation_cache
 
-CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 START = "start"
 """The directory of the adapter before the first step, with an init that takes it from the base."""
-CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
+DAMAGED = "damaged_checkpoints"
 PER_PROCESS_PREFIXES = ("output_dir ", "distributed.")
 """Settings that depend on where a run is started; changes to them are not reported."""
 DIFFERENCE_LABELS = ("in that run", "here")
@@ -118,7 +128,7 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
     if fresh:
         return []
     remedy = "choose another --output_dir, or start over with --fresh (the old run is renamed, not deleted)"
-    old = _saved_settings(directory, remedy)
+    old = saved_settings(directory, remedy)
     if ("sweep" in old) != ("sweep" in settings.to_json()):
         kind = "sweep" if "sweep" in old else "single run"
         raise ValueError(f"output_dir {directory} contains a {kind}; {remedy}")
@@ -145,34 +155,14 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
     return changed
 
 
-def read_summary(directory: Path) -> dict[str, Any] | None:
-    """The summary of a finished run, or None: an empty or damaged file does not mark a run as finished."""
-    try:
-        return read_json(directory / SUMMARY)
-    except ValueError:
-        return None
-
-
 def describe_unfinished(directory: Path) -> str | None:
     """How far an unfinished run in a directory got, or None if there is no such run."""
     if not (directory / CONFIG).is_file() or read_summary(directory) is not None:
         return None
     done = max(saved_steps(directory), default=0)
-    steps = _saved_settings(directory, "restore it").get("train", {}).get("steps")  # or they count epochs
+    steps = saved_settings(directory, "restore it").get("train", {}).get("steps")  # or they count epochs
     progress = f"{done} of {steps} steps" if steps else f"step {done}"
     return f"the run in {directory} has not finished ({progress}); rerun the train command to resume"
-
-
-def saved_steps(directory: Path) -> list[int]:
-    """The steps of the checkpoints in a run's directory."""
-    return [int(path.name) for path in (directory / CHECKPOINTS).glob("*") if path.name.isdigit()]
-
-
-def _saved_settings(directory: Path, remedy: str) -> dict[str, Any]:
-    values = read_yaml(directory / CONFIG)
-    if not isinstance(values, dict) or not isinstance(values.get("train", {}), dict):
-        raise ValueError(f"{directory / CONFIG} contains no settings of a run; {remedy}")
-    return values
 
 
 def write_config(directory: Path, settings: Settings) -> None:
@@ -240,6 +230,7 @@ class OutputDirectory:
                     rename_run(self.path, self.console)
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.check = self._stack.enter_context(lock_directory(self.path))
+                self._stack.enter_context(self._record_failure())
                 if not (self.path / CONFIG).exists():
                     # Written first: it marks the directory as a run, however early the run is killed.
                     write_config(self.path, self.settings)
@@ -256,6 +247,16 @@ class OutputDirectory:
                     f"output_dir {self.path} must be on a file system shared by all processes, but process "
                     f"{jax.process_index()} cannot see the files of process 0 there"
                 )
+
+    @contextmanager
+    def _record_failure(self) -> Iterator[None]:
+        """Keeps the message of a TrainingFailed in a file, which the next run here removes."""
+        (self.path / FAILURE).unlink(missing_ok=True)
+        try:
+            yield
+        except TrainingFailed as failure:
+            write_text(self.path / FAILURE, f"{failure}\n")
+            raise
 
     def open_manager(self, **how: Any) -> None:
         """Opens the checkpoints with `train.keep` until the context ends; `how` as for `step.open_manager`."""

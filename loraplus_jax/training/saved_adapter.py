@@ -24,7 +24,8 @@ from ..models.checkpoints.name_table import NameTable, linear_rules
 from ..settings.schema import Settings
 from ..tasks.interface import AdaptedModel, params_of
 from .provenance import Identity, check_identity
-from .run_directory import ADAPTER, describe_unfinished
+from .run_directory import describe_unfinished
+from .run_files import ADAPTER
 
 PREFIXES = ("model.", "transformer.", "bert.", "roberta.")
 """The prefixes that transformers puts before module names in models with a head, by model family."""

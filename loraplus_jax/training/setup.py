@@ -53,6 +53,7 @@ from ..tasks.interface import (
 )
 from .adapter_start import begin_from, first_gradients, make_start, read_start
 from .distributed import check_same_everywhere, raise_together
+from .estimate import count_flops
 from .memory import check_memory
 from .optimizer import check_rates, make_optimizer, schedule_for
 from .provenance import model_identity
@@ -68,11 +69,13 @@ class Programs(NamedTuple):
       step: `(state, frozen, batch) -> (state, metrics)`, see `step.make_step`; a `ProgramByShape`.
       evaluate: `(trainable, frozen, batch) -> pairs`, see `step.make_eval`.
       theory: `(trainable, before, frozen, batch) -> terms`, see `step.make_theory`; None if disabled.
+      step_work: FLOPs of a training step over those of an evaluation batch.
     """
 
     step: Any
     evaluate: Any
     theory: Any = None
+    step_work: float = 1.0
 
     @property
     def compiled(self) -> list[Any]:
@@ -353,15 +356,17 @@ def compile_programs(
         theory = lower_theory(unbounded.train, parts.specs, state, parts.frozen, rows, **layout).compile()
     options = compiler_options(mesh, unrolled=bool(settings.model.unroll))
 
+    flops: list[float] = []
+
     def compile_step(batch: Shapes) -> jax.stages.Compiled:
         traced = trace_step(settings, data, batches, parts, tx, mesh, shardings, batch)
+        flops.append(count_flops(traced.jaxpr))
         return traced.lower().compile(options)
 
-    return Programs(
-        ProgramByShape(compile_step, batches.train),
-        evaluate.lower(state.trainable, parts.frozen, batches.evaluate).compile(),
-        theory,
-    )
+    step = ProgramByShape(compile_step, batches.train)
+    traced = evaluate.trace(state.trainable, parts.frozen, batches.evaluate)
+    step_work = sum(flops) / len(flops) / count_flops(traced.jaxpr)
+    return Programs(step, traced.lower().compile(), theory, step_work)
 
 
 def trace_step(

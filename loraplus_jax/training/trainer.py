@@ -37,9 +37,12 @@ from .anomalies import (
 )
 from .console import LineConsole, ProgressLines, format_metrics, header, lines_only, progress
 from .distributed import idle_gpus, join_processes, raise_together
+from .estimate import batches_of, estimate_rest, estimate_run
 from .evaluation import evaluate, finish_metrics
+from .memory import expected_peak
 from .metrics_log import PICTURE, SUMMARY, TEXTS, RunLog, draw_loss
-from .run_directory import ADAPTER, OutputDirectory, archive_results, open_output_directory, write_config
+from .run_directory import OutputDirectory, archive_results, open_output_directory, write_config
+from .run_files import ADAPTER
 from .setup import Run, prepare
 from .signals import Stopped, StopSignal
 from .theory_metrics import copy_adapters, first_rows, read_metrics, to_metrics
@@ -184,7 +187,7 @@ class Trainer:
         # A resumed run has it in the log; its own state is past the first step.
         row = next((row for row in self.log.rows if row["step"] == 0), None)
         if row is None:
-            values = self.evaluate(self.state.trainable, self.held_out)
+            values = self.evaluate_timed()
             if not math.isfinite(values["loss"]):
                 raise TrainingFailed(
                     "the loss is not finite before training: check the weights, model.dtype and model.param_dtype"
@@ -192,11 +195,27 @@ class Trainer:
             values |= self.score_texts(self.state.trainable, "before")
             self.log.write(0, {prefix + key: value for key, value in values.items()})
             row = self.log.rows[-1]
+        elif (left := self.run.steps - self.step) and (speeds := self.log.values("steps_per_second")):
+            self.console.print(f"{estimate_rest(left, [speed for _, speed in speeds], self.expected_peak())}")
         before = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
         self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
         self.ask_prompt("before", self.initial)
         self.print_answer("before")
         return before
+
+    def evaluate_timed(self) -> dict[str, float]:
+        """Evaluates on held-out data, and prints from its time how long the run will take."""
+        run, memory, began = self.run, self.expected_peak(), time.perf_counter()
+        values = self.evaluate(self.state.trainable, self.held_out)
+        batches = batches_of(run.data.splits[self.held_out], run.batches.eval_rows)
+        seconds = (time.perf_counter() - began) / batches
+        self.console.print(f"{estimate_run(run, self.held_out, seconds, memory)}")
+        return values
+
+    def expected_peak(self) -> int:
+        """The expected peak memory in bytes."""
+        devices = self.run.mesh.local_devices
+        return expected_peak(self.run.programs.compiled, devices[0], len(devices))
 
     def ask_prompt(self, when: str, trainable: Any) -> None:
         """Stores the model's answer to `train.prompt`, if there is one."""

@@ -12,6 +12,7 @@ from loraplus_jax.inference.generate import generate_answers
 from loraplus_jax.inference.predict import evaluate_run, predict_run, write_submissions
 from loraplus_jax.settings.recipes import RECIPES
 from loraplus_jax.sweep.method_comparison import sweep_or_compare
+from loraplus_jax.training.list_runs import list_runs
 from loraplus_jax.training.trainer import train
 
 TARGETS = {
@@ -23,6 +24,7 @@ TARGETS = {
     "predict": [predict_run, write_submissions],
     "generate": [generate_answers],
     "export": [export_run],
+    "runs": [list_runs],
     "fetch": [],
     "recipes": [],
 }

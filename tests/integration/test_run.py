@@ -146,7 +146,10 @@ def test_what_is_printed(finished):
     assert re.match(r"lora_plus \(rank 4, lr_ratio 4\): training 930 of [\d,]+ parameters \(\d", lines[0])
     assert "data: 112 train, 16 validation, 32 test" in lines
     assert sum(line.startswith("before: accuracy 0.") and line.endswith("(test)") for line in lines) == 1
-    assert [line.split(":")[0] for line in lines if "(validation)" in line] == ["step 20", "step 40"]
+    # The estimate comes before the first step.
+    names = [line.split(":")[0] for line in lines if line.startswith(("estimate:", "before:", "step "))]
+    assert names == ["estimate", "before", "step 20", "step 40"]
+    assert_mentions(next(line for line in lines if line.startswith("estimate:")), "40 steps", "3 evaluations")
     assert sum(line.startswith("after:  accuracy ") for line in lines) == 1
 
 

@@ -124,6 +124,11 @@ def test_a_sweep_prints_lines_between_its_comparisons(swept):
     search = [f"search step {step} of {4 if step <= 4 else 16}" for step in range(1, 17)]
     assert names[:16] == search
     assert {name.split()[0] for name in names[16:]} == {"report"}
+    # Before the first step and after the third: 80 steps of the search and 96 of the report, as in the test of
+    # the output files; a batch for each of 12 evaluations of the search, and two for 6 x 8 of the report.
+    lines = [line for line in text.splitlines() if line.startswith(("estimate:", "search step"))]
+    assert [n for n, line in enumerate(lines) if line.startswith("estimate:")] == [0, 4]
+    assert all("176 training steps and 108 evaluation batches" in line for line in (lines[0], lines[4]))
 
 
 def test_the_pages_numbers_are_the_reports_and_it_needs_no_network(swept):

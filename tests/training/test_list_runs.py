@@ -1,0 +1,193 @@
+"""`loraplus runs`: state, result and resume command of runs, sweeps and comparisons, read without JAX."""
+
+import contextlib
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from loraplus_jax.cli.commands import main
+from loraplus_jax.settings.parsing import parse_settings, settings_from_json
+from loraplus_jax.settings.schema import Settings
+from loraplus_jax.sweep.settings import SweepRun
+from loraplus_jax.training.anomalies import TrainingFailed
+from loraplus_jax.training.console import LineConsole
+from loraplus_jax.training.list_runs import best_row, describe_run, find_runs, list_runs
+from loraplus_jax.training.run_directory import lock_directory, open_output_directory, write_config
+
+from ..messages import assert_mentions, mentions
+
+PLAIN = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"steps": 40}}
+EVALUATIONS = [(10, 0.7, 0.5), (20, 0.8, 0.4), (30, 0.6, 0.3), (40, math.nan, math.nan)]
+
+
+def run_of(directory, values=PLAIN, kind=Settings, steps=(), rows=(), summary=None):
+    directory.mkdir(parents=True)
+    write_config(directory, settings_from_json(values | {"output_dir": str(directory)}, kind))
+    for step in steps:
+        (directory / "checkpoints" / str(step)).mkdir(parents=True)
+    if rows:
+        lines = (json.dumps(row).replace("NaN", "null") + "\n" for row in rows)
+        (directory / "metrics.jsonl").write_text("".join(lines) + '{"st')
+    if summary is not None:
+        (directory / "summary.json").write_text(json.dumps(summary))
+    return directory
+
+
+def validations(rows, metric="accuracy"):
+    return [{"step": n, f"validation/{metric}": a, "validation/loss": b} for n, a, b in rows]
+
+
+def sweep_rows(arms, step=40, stage="report"):
+    return [
+        {
+            "stage": stage,
+            "arm": arm,
+            "trial": [0.1, 1.0, 16.0, 8],
+            "seed": n,
+            "step": step,
+            "split": "test",
+            "loss": x,
+        }
+        for arm, losses in arms.items()
+        for n, x in enumerate(losses)
+    ]
+
+
+def test_a_finished_run_shows_its_held_out_result_and_no_command(tmp_path):
+    after = {"loss": 0.5, "accuracy": 0.9}
+    held_out = {"split": "test", "examples": 3}
+    summary = {"after": after, "held_out": held_out, "steps": 40, "selected_step": 20}
+    row = describe_run(run_of(tmp_path / "a", steps=[20, 40], rows=validations(EVALUATIONS), summary=summary))
+    assert (row["state"], row["step"], row["steps"], row["resume"]) == ("finished", 40, 40, None)
+    assert row["best"] == {"name": "accuracy", "value": 0.9, "split": "test", "step": 20}
+
+
+def test_a_stopped_run_shows_its_best_validation_and_the_command_that_resumes_it(tmp_path):
+    run = run_of(tmp_path / "a b", steps=[20, 30], rows=validations(EVALUATIONS))
+    row = describe_run(run)
+    assert (row["state"], row["step"], row["steps"]) == ("stopped", 30, 40)
+    assert row["best"] == {"name": "accuracy", "value": 0.8, "split": "validation", "step": 20}
+    assert row["resume"] == f"loraplus train '{run}/config.yaml'"
+    moved = run.rename(tmp_path / "c")
+    assert describe_run(moved)["resume"] == f"loraplus train {moved}/config.yaml --output_dir {moved}"
+
+
+@pytest.mark.parametrize("kind", [Settings, SweepRun])
+def test_the_settings_of_a_directory_are_those_of_its_run(tmp_path, kind):
+    run = run_of(tmp_path / "a", kind=kind)
+    settings = parse_settings(run / "config.yaml", [], kind)
+    assert settings == settings_from_json(PLAIN | {"output_dir": str(run)}, kind)
+
+
+def test_a_run_in_progress_shows_its_pid_and_a_killed_one_does_not(tmp_path):
+    run = run_of(tmp_path / "a")
+    code = """
+import pathlib, sys
+from loraplus_jax.training.run_directory import lock_directory
+with lock_directory(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        row = describe_run(run)
+        assert (row["state"], row["pid"], row["resume"]) == ("running", str(holder.pid), None)
+        holder.kill()
+    assert (run / ".pid").exists()
+    assert describe_run(run)["state"] == "stopped"
+    with lock_directory(run):  # listing did not keep the lock
+        pass
+
+
+def test_a_failed_run_shows_why_until_it_runs_again(tmp_path):
+    settings = settings_from_json(PLAIN | {"output_dir": str(tmp_path / "a")})
+    with (
+        contextlib.suppress(TrainingFailed),
+        open_output_directory(settings, LineConsole(quiet=True)) as output,
+    ):
+        output.claim()
+        raise TrainingFailed("the loss is not finite at step 7")
+    row = describe_run(tmp_path / "a")
+    assert (row["state"], row["problem"]) == ("failed", "the loss is not finite at step 7")
+    assert row["resume"]
+    with open_output_directory(settings, LineConsole(quiet=True)) as output:
+        output.claim()
+    assert describe_run(tmp_path / "a")["state"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"), [("accuracy", 0.8), ("matthews", 0.8), ("mse", 0.6), ("perplexity", 0.6)]
+)
+def test_the_decisive_metric_decides_the_best(metric, best):
+    assert best_row(validations(EVALUATIONS, metric))["value"] == best
+
+
+def test_a_sweep_shows_its_lowest_mean_loss_and_its_winner_s_run(tmp_path):
+    rows = sweep_rows({"lora": [9.0]}, 5, "search") + sweep_rows(
+        {"lora": [0.5, 0.7], "lora_plus": [0.1, math.nan]}
+    )
+    sweep = run_of(tmp_path / "s", kind=SweepRun, rows=rows)
+    run_of(sweep / "winner", steps=[3])
+    run_of(sweep / "checkpoints" / "1", steps=[3])  # nothing of a run is a run
+    assert [*find_runs(tmp_path)] == [sweep, sweep / "winner"]
+    row = describe_run(sweep)
+    assert (row["kind"], row["state"], row["step"]) == ("sweep", "stopped", 40)
+    assert row["resume"] == f"loraplus sweep {sweep}/config.yaml"
+    assert row["best"]["value"] == pytest.approx(0.6)
+    assert (row["best"]["split"], row["best"]["setting"]["arm"]) == ("test", "lora")
+
+
+def test_a_comparison_is_one_line_and_counts_its_methods(tmp_path):
+    values = PLAIN | {"sweep": {"methods": ["lora_plus", "dora"]}}
+    comparison = run_of(tmp_path / "c", values, SweepRun)
+    run_of(comparison / "lora", kind=SweepRun, rows=sweep_rows({"lora": [0.5]}), summary={"method": "lora"})
+    run_of(comparison / "lora_plus", kind=SweepRun, rows=sweep_rows({"lora_plus": [0.4]}))
+    assert [*find_runs(tmp_path)] == [comparison]
+    row = describe_run(comparison)
+    assert (row["kind"], row["step"], row["steps"], row["best"]["value"]) == ("comparison", 1, 3, 0.4)
+
+
+def test_an_unreadable_directory_does_not_end_the_list(tmp_path):
+    run_of(tmp_path / "a", steps=[10])
+    (run_of(tmp_path / "b") / "config.yaml").write_text("{")
+    (tmp_path / "c" / "checkpoints").mkdir(parents=True)
+    (run_of(tmp_path / "d") / "metrics.jsonl").write_text("[]\n")
+    run_of(tmp_path / "e", PLAIN | {"train": {"epochs": 2.0}}, steps=[10])
+    (tmp_path / "f").mkdir()
+    lines = list_runs(tmp_path).splitlines()
+    assert len(lines) == 5
+    for line, words in zip(
+        lines,
+        [("10 of 40 steps", "stopped"), *[("unreadable",)] * 3, ("step 10", "2 epochs", "stopped")],
+        strict=True,
+    ):
+        assert_mentions(line, *words)
+    assert_mentions(lines[2], "config.yaml", "is missing")
+
+
+def test_json_lines_on_the_command_line(tmp_path, capsys):
+    (tmp_path / "none").mkdir()
+    run_of(tmp_path / "runs" / "a", steps=[10])
+    (run_of(tmp_path / "runs" / "b") / "config.yaml").write_text("{")
+    assert main(["runs", str(tmp_path / "runs"), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["state"] for row in rows] == ["stopped", "unreadable"]
+    assert (main(["runs", str(tmp_path / "none"), "--json"]), capsys.readouterr().out) == (0, "")
+    assert (main(["runs", str(tmp_path / "none")]), "no runs" in capsys.readouterr().out) == (0, True)
+    with pytest.raises(ValueError, match=mentions("absent", "loraplus runs DIRECTORY")):
+        list_runs(tmp_path / "absent")
+
+
+def test_the_list_loads_no_jax(tmp_path):
+    run_of(tmp_path / "a", steps=[10])
+    code = f"""
+import sys
+from loraplus_jax.cli.commands import main
+assert main(["runs", {str(tmp_path)!r}]) == 0
+assert not {{"jax", "pydantic", "tensorboardX"}} & {{name.split(".")[0] for name in sys.modules}}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
