@@ -1,6 +1,7 @@
 """Uploads an export to the Hugging Face Hub, without anything that says where the files were on this machine."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def push(directory: Path, repository: str, *, public: bool) -> str:
     """
     import huggingface_hub
 
-    api = huggingface_hub.HfApi(library_name="loraplus_jax")
+    api = huggingface_hub.HfApi(library_name="loraplus_jax", library_version=version("loraplus_jax"))
     try:
         url = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(
