@@ -345,7 +345,12 @@ GENERATE = {
 }
 EXPORT = {
     "place": value("finished run or adapter directory", path, metavar="RUN"),
-    "--to": value("new directory to write", path, metavar="DIR", required=True),
+    "--to": value("new directory to write; may be left out with --push", path, metavar="DIR"),
+    "--push": value(
+        "upload the export and a model card to this repository on the Hugging Face Hub; a new one is private",
+        metavar="ORG/NAME",
+    ),
+    "--public": flag("make a new repository of --push public"),
     "--merged": flag("write the full model, with the adapter merged into its weights"),
     "--dequantized": flag("merge into the weights as model.quantize packed them, not the original ones"),
     "--format": value("format of a merged model (default: hf)", choices=("hf", "gguf")),
@@ -354,7 +359,8 @@ EXPORT = {
         choices=("float32", "bfloat16", "float16", "q8_0"),
     ),
     "--base_model": value(
-        "Hub id or path of the base in adapter_config.json (default: the run's model, as a local path)",
+        "Hub id or path of the base in adapter_config.json; with --push always a Hub id (default: the run's model, "
+        "which is a local path unless the run names a Hub id)",
         metavar="NAME",
     ),
     **ALLOW,

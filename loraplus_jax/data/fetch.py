@@ -343,6 +343,12 @@ _NOUNS = {"model": "a model", "data": "data"}
 _HUB_FORMS = {"model": "org/name", "data": "org/name/path/in/repository.csv"}
 
 
+def is_public(value: str, kind: Kind) -> bool:
+    """Whether `resolve` finds a model or data of this name on other machines too: it is no path here."""
+    is_name = value in ASSETS or _HUB_IDS[kind].fullmatch(value) is not None
+    return is_name and not os.path.exists(os.path.expanduser(value))
+
+
 def _allowed(kind: Kind, value: str) -> str:
     names = [a.name for a in ASSETS.values() if a.kind == kind]
     usage = f": use an existing path, a name ({', '.join(names)}) or a hub id {_HUB_FORMS[kind]}"

@@ -1,6 +1,9 @@
 """`loraplus export`: writes a PEFT adapter, or a merged model with the adapter in its weights."""
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,9 @@ import numpy as np
 
 from .._utils.atomic import atomic_write
 from .._utils.records import record_text
-from .._utils.validation import check_choice, check_new_path, expand_path
+from .._utils.validation import check_choice, check_new_path
 from ..adapter.tree import flatten, leaves_by_path, unflatten
-from ..data.fetch import ASSETS
+from ..data.fetch import ASSETS, is_public
 from ..inits.from_weights import as_difference
 from ..interop.adapter_directory import Adapter, tensor_bytes
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, save_peft
@@ -25,16 +28,24 @@ from ..step.checkpoint import describe_run
 from ..step.fingerprints import digest_of_lines, fingerprint_line
 from ..tasks.interface import params_of
 from ..training.provenance import Identity, check_allowed, check_identity, model_identity
+from ..training.run_directory import ADAPTER, read_summary
 from ..training.saved_adapter import read_adapter, read_notes, require_adapter, transformers_class_of
+from . import model_card
 from .predict import TunedModel, describe_adapter
+from .push import check_push, hub_base, public_settings
+from .push import push as upload
 
+Card = Callable[..., str]
+"""`model_card` without the kind of export and the transformers class."""
 DTYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": tuple(gguf_export.DTYPES)}
 
 
 def export_run(
     place: Path,
-    to: Path,
+    to: Path | None = None,
     *,
+    push: str | None = None,
+    public: bool = False,
     merged: bool = False,
     dequantized: bool = False,
     format: str | None = None,
@@ -42,24 +53,33 @@ def export_run(
     base_model: str | None = None,
     allow_different: Sequence[str] = (),
 ) -> str:
-    """Exports a run to a new directory, atomically, and returns a one-line summary.
+    """Exports a run to a new directory, atomically, and to the Hugging Face Hub; returns a summary.
 
     Args:
       place: a run or an adapter directory, in this package's format or PEFT's.
-      to: the new directory.
+      to: the new directory; required unless `push` is set.
+      push: repository on the Hub to upload the export to, `ORG/NAME`; new ones are private.
+      public: whether a new repository is public.
       merged: write the whole model with the adapter merged in, instead of a PEFT adapter.
       dequantized: merge into the values of the base as `model.quantize` packed them, instead of the checkpoint's.
       format: file format of a merged model: `"hf"` (default), or `"gguf"` if the base is a GGUF file.
       dtype: dtype of a merged model's weights, see `DTYPES`; by default the base's for hf, float16 for gguf.
-      base_model: the name or path by which PEFT finds the base; by default the run's hub id or local path.
+      base_model: the name or path by which PEFT finds the base; by default the run's hub id or local path. With
+        `push`, a hub id, also for a merged model.
       allow_different: parts of the base model that may differ from what the run was trained on, see `PARTS`.
     """
+    if to is None and push is None:
+        raise ValueError("export requires --to DIR, --push ORG/NAME, or both")
+    if public and push is None:
+        raise ValueError("--public requires --push ORG/NAME")
     if not merged and (format is not None or dtype is not None):
         raise ValueError("--format and --dtype require --merged; a PEFT adapter is always float32")
     if dequantized and not merged:
         raise ValueError("--dequantized requires --merged; a PEFT adapter holds no weight of the base")
-    if merged and base_model is not None:
-        raise ValueError(f"--base_model applies to a PEFT adapter, not to --merged; got {base_model!r}")
+    if merged and base_model is not None and push is None:
+        raise ValueError(
+            f"--base_model applies to a PEFT adapter or to --push, not to --merged alone; got {base_model!r}"
+        )
     if base_model is not None and not base_model.strip():
         raise ValueError(
             f"--base_model must be a Hub id or a path, got {base_model!r}; leave it out for the run's model"
@@ -68,12 +88,19 @@ def export_run(
     check_choice("--format", format, tuple(DTYPES))
     if dtype is not None:
         check_choice(f"--dtype with --format {format}", dtype, DTYPES[format])
-    check_new_path("--to", to)
+    if to is not None:
+        check_new_path("--to", to)
+    if push is not None:
+        check_push(push)
     check_allowed(allow_different)
     directory = require_adapter(place)
     if not {"settings", "task", "base"} <= read_notes(directory).keys():
         raise ValueError(f"{directory} has no training settings; export a run or adapter from loraplus train")
     tuned = describe_adapter(directory, None, allow_different)
+    if push is not None:
+        base_model = hub_base(base_model or tuned.settings.model.path)
+        settings = public_settings(tuned.notes["settings"], base_model)
+        tuned = tuned._replace(notes={**tuned.notes, "settings": settings})
     adapter = read_adapter(directory, tuned.parts)
     if adapter.start and not dequantized:  # for the original base, which the start made a packed one resemble
         assert adapter.config is not None
@@ -88,21 +115,35 @@ def export_run(
             f"--format gguf requires a GGUF base model, got {tuned.base}; use --format hf and convert "
             "the result with llama.cpp's convert_hf_to_gguf.py"
         )
-    if merged:
-        return _write_merged(tuned, adapter, to, format, dtype, dequantized, allow_different)
-    return _write_peft(tuned, adapter, to, base_model, allow_different)
+    base = base_model or tuned.settings.model.path
+    if base_model is None and (base in ASSETS or not is_public(base, "model")):
+        base = str(tuned.base.resolve())
+    summary = (read_summary(directory.parent) or {}) if directory.name == ADAPTER else {}
+    card = functools.partial(
+        model_card.model_card, tuned=tuned, adapter=adapter, summary=summary, base=base, repository=push
+    )
+    with contextlib.ExitStack() as stack:
+        target = to or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "export"
+        if merged:
+            written = _write_merged(tuned, adapter, target, card, format, dtype, dequantized, allow_different)
+        else:
+            written = _write_peft(tuned, adapter, target, card, base, allow_different)
+        if push is None:
+            return written
+        try:
+            pushed = f"pushed to {upload(target, push, public=public)}"
+        except ValueError as error:
+            kept = f"; the export is in {to}: upload it with `hf upload {push} {to}`" if to else ""
+            raise ValueError(f"{error}{kept}") from None
+        return f"{written}\n{pushed}" if to else pushed
 
 
 def _write_peft(
-    tuned: TunedModel, adapter: Adapter, to: Path, base_model: str | None, allow: Sequence[str]
+    tuned: TunedModel, adapter: Adapter, to: Path, card: Card, base: str, allow: Sequence[str]
 ) -> str:
     if adapter.config is None:
         raise ValueError("no adapter to export: the model was trained in full; add --merged")
-    form, base, new = transformers_class_of(tuned.parts), tuned.settings.model.path, tuned.parts.base.new
-    if base_model is not None:
-        base = base_model
-    elif base in ASSETS or expand_path("model.path", base).exists():  # otherwise a hub id
-        base = str(tuned.base.resolve())
+    form, new = transformers_class_of(tuned.parts), tuned.parts.base.new
     head_leaves = _base_leaves(tuned, [ours for ours, _ in form.heads if ours not in new], allow)
     extras, own = _split_extras(tuned, adapter, form)
     save_peft(
@@ -116,7 +157,7 @@ def _write_peft(
         base=tuned.notes["base"],
         base_model=base,
         task_type=form.task_type,
-        readme=_readme(tuned, adapter, form, "PEFT adapter", _USE_ADAPTER, base),
+        readme=card(model_card.ADAPTER, form=form),
         prune=tuned.settings.optimizer.target_rank is not None,
         settings=tuned.notes["settings"],
         task=tuned.notes["task"],
@@ -129,6 +170,7 @@ def _write_merged(
     tuned: TunedModel,
     adapter: Adapter,
     to: Path,
+    card: Card,
     format: str,
     dtype: str | None,
     dequantized: bool,
@@ -157,9 +199,8 @@ def _write_merged(
             export.write_hf(
                 partial, tuned.base, merge, form, new=unflatten(new), config=config, dtype=weights_dtype
             )
-        use = _USE_GGUF if format == "gguf" else _USE_MERGED
-        readme = _readme(tuned, adapter, form, "Merged model", use, "")
-        (partial / "README.md").write_text(readme, encoding="utf-8")
+        kind = model_card.GGUF if format == "gguf" else model_card.MERGED
+        (partial / "README.md").write_text(card(kind, form=form), encoding="utf-8")
         if own:
             (partial / OWN_TENSORS_FILE).write_bytes(tensor_bytes(flatten(own)))
         # The merged model is a base model of its own.
@@ -230,59 +271,3 @@ def _label_config(task: Any) -> dict[str, Any]:
         "label2id": {name: n for n, name in enumerate(names)},
         "problem_type": "single_label_classification",
     }
-
-
-_USE_ADAPTER = """```python
-from peft import PeftModel
-from transformers import {cls}
-
-model = {cls}.from_pretrained({base}{labels})
-model = PeftModel.from_pretrained(model, "this directory")
-```
-"""
-_USE_GGUF = """\
-```bash
-llama-cli -m model.gguf
-```
-"""
-_USE_MERGED = """```python
-from transformers import {cls}
-
-model = {cls}.from_pretrained("this directory")
-```
-"""
-
-
-_POOLED = {
-    "mean": "mean of the hidden states where the attention mask is 1",
-    "cls": "hidden state of the first token",
-}
-
-
-def _readme(
-    tuned: TunedModel, adapter: Adapter, form: export.TransformersClass, title: str, use: str, base: str
-) -> str:
-    """README.md: how to load the directory, and which parts of the model transformers does not load."""
-    task, names = tuned.task, getattr(tuned.task, "names", ())
-    lines = [f"# {title}", "", f"Base: {tuned.settings.model.path}. Task: {task.kind}."]
-    if (config := adapter.config) is not None:
-        lines.append(
-            f"LoRA+ with rank {config.rank}, alpha {config.alpha:g} and lr_ratio {config.lr_ratio:g}."
-        )
-    where = repr(base)
-    if gguf.find(tuned.base) is not None:
-        where = f"{str(tuned.base.parent)!r}, gguf_file={tuned.base.name!r}"
-    labels = f", num_labels={len(names) or 1}" if form.heads else ""
-    lines += ["", use.format(cls=form.architecture, base=where, labels=labels)]
-    if tuned.parts.base.new and not form.heads:
-        pooling = tuned.settings.model.pooling
-        lines.append(
-            f"transformers has no class with a head on {pooling!r} pooling, so it loads only the encoder. "
-            f"The head is in {OWN_TENSORS_FILE}: multiply the {_POOLED[pooling]} by params/head/kernel and add "
-            "params/head/bias."
-        )
-    if names:
-        lines.append(f"Classes, in the order of the outputs: {', '.join(names)}.")
-    if task.kind == "regression":
-        lines.append(f"Predicted value: the head's output * {task.std:g} + {task.mean:g}.")
-    return "\n".join(lines).rstrip() + "\n"

@@ -415,6 +415,7 @@ class Trainer:
         summary = {
             "before": dict(before),
             "after": dict(after),
+            "examples": dict(self.run.data.examples),
             "held_out": held_out | ({} if texts is None else {"inputs": len(texts.inputs)}),
             **{name: value for name, value in optional.items() if value},
             "method": settings.method,

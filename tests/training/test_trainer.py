@@ -132,6 +132,6 @@ def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(
         (0, "test/loss", 16.0),
         *((n, "validation/loss", (n - 2.0) ** 2) for n in range(1, 6)),
     ]
-    assert summary["held_out"]["split"] == "test"
+    assert (summary["held_out"]["split"], summary["examples"]) == ("test", data.examples)
     assert (summary["before"]["loss"], summary["selected_step"]) == (16.0, selected)
     assert summary["after"]["loss"] == (selected - 4.0) ** 2

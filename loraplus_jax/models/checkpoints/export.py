@@ -143,6 +143,7 @@ def write_hf(
     dtypes = {t.dtype.name for t in tensors if is_float(t.dtype)}
     content = {**hf_config(source), "architectures": [form.architecture], **config}
     content.pop("torch_dtype", None)
+    content.pop("_name_or_path", None)  # where the base was, often a local path
     content["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
     _write_json(target / "config.json", content)
     copy_tokenizer(source, target)

@@ -1,0 +1,139 @@
+"""Uploads to a Hub that is only a fake: nothing leaves the machine."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from loraplus_jax.inference import push
+from loraplus_jax.inference.push import public_settings
+
+from ..integration.runs import evaluated, printed, rejected
+from ..messages import assert_mentions
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+TOKEN = "hf_secret"
+BASE = ("--base_model", "org/base")
+NAMES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+    "loraplus.json",
+    "loraplus.safetensors",
+}
+
+
+class Hub:
+    """A Hub that keeps what it is sent."""
+
+    def __init__(self):
+        self.repositories, self.files, self.error = {}, {}, None
+
+    def __call__(self, **options):
+        assert "token" not in options  # the library finds it itself
+        return self
+
+    def create_repo(self, name, *, private, exist_ok):
+        assert exist_ok
+        self.repositories.setdefault(name, private)
+        return f"https://huggingface.co/{name}"
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        if self.error is not None:
+            raise self.error
+        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        self.folder = folder_path
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+    return hub
+
+
+def test_an_adapter_is_pushed_privately_and_without_local_paths(untrained, hub, capsys):
+    out = printed(capsys, "export", untrained.out, "--push", "org/name", *BASE)
+    assert out == "pushed to https://huggingface.co/org/name\n"
+    assert hub.repositories == {"org/name": True}
+    assert hub.files.keys() == NAMES
+    assert not Path(hub.folder).exists()
+    for name in ("README.md", "loraplus.json", "adapter_config.json"):
+        assert str(untrained.directory) not in hub.files[name].decode(), name
+    notes = json.loads(hub.files["loraplus.json"])
+    assert (notes["settings"]["model"]["path"], notes["settings"]["data"]["path"]) == (
+        "org/base",
+        "texts.csv",
+    )
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    assert huggingface_hub.ModelCard(hub.files["README.md"].decode()).data.base_model == "org/base"
+
+
+@pytest.mark.slow
+def test_a_merged_model_is_pushed_and_kept(untrained, hub, capsys, tmp_path):
+    to = tmp_path / "merged"
+    options = ("--merged", "--to", to, "--push", "org/name", "--public", *BASE)
+    printed(capsys, "export", untrained.out, *options)
+    assert hub.repositories == {"org/name": False}
+    assert hub.files == {path.name: path.read_bytes() for path in to.iterdir()}
+    for name in ("README.md", "loraplus.json", "config.json"):
+        assert str(untrained.directory) not in hub.files[name].decode(), name
+    data = ("--data", untrained.data)
+    assert evaluated(capsys, to, *data)["accuracy"] == evaluated(capsys, untrained.out, *data)["accuracy"]
+
+
+def test_a_failed_upload_is_one_line_without_the_token_and_keeps_the_export(untrained, hub, capsys, tmp_path):
+    hub.error = ConnectionError(f"Illegal header value b'Bearer {TOKEN}'\nno route")
+    to = tmp_path / "to"
+    line = rejected(capsys, "export", untrained.out, "--to", to, "--push", "org/name", *BASE)
+    assert_mentions(line, "org/name", "no route", "***", f"hf upload org/name {to}")
+    assert TOKEN not in line
+    assert {path.name for path in to.iterdir()} == NAMES
+    assert "hf upload" not in rejected(capsys, "export", untrained.out, "--push", "org/name", *BASE)
+
+
+def test_what_cannot_be_pushed_is_known_before_anything_is_written(
+    untrained, hub, capsys, tmp_path, monkeypatch
+):
+    to, run = tmp_path / "to", ("export", untrained.out)
+    for options, words in (
+        ((), ("--to", "--push")),
+        (("--to", to, "--public"), ("--public", "--push")),
+        (("--push", "name", *BASE), ("--push", "ORG/NAME", "'name'")),
+        (("--push", "org/a b", *BASE), ("--push", "ORG/NAME", "'org/a b'")),
+        (("--push", "org/name", "--to", to), ("--base_model", untrained.model)),
+        (("--push", "org/name", "--to", to, "--base_model", "minilm"), ("--base_model", "'minilm'")),
+    ):
+        assert_mentions(rejected(capsys, *run, *options), *words)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert_mentions(
+        rejected(capsys, *run, "--push", "org/name", "--to", to, *BASE), "hf auth login", "HF_TOKEN"
+    )
+    assert not hub.repositories
+    assert not to.exists()
+
+
+def test_settings_without_local_directories():
+    data = {
+        "path": None,
+        "root": "/home/me/glue",
+        "train": ["~/a.csv", "org/set/b.csv"],
+        "template": "../t.jinja",
+    }
+    settings = {
+        "model": {"path": "/m", "dtype": "float32"},
+        "data": data,
+        "init_adapter": "/runs/x",
+        "seed": 1,
+    }
+    assert public_settings(settings, "org/base") == {
+        "model": {"path": "org/base", "dtype": "float32"},
+        "data": {"path": None, "root": "glue", "train": ["a.csv", "org/set/b.csv"], "template": "t.jinja"},
+        "init_adapter": "x",
+        "distributed": {},
+        "seed": 1,
+    }
+    assert push.hub_base("org/base") == "org/base"
