@@ -10,7 +10,7 @@ import pytest
 from .pages import DOCS, blocks, run
 
 PAGES = sorted(DOCS.glob("*.md"))
-ELSEWHERE = {"vision"}  # tests/others has the packages that these pages need
+ELSEWHERE = {"vision", "tunix"}  # tests/others has the packages that these pages need
 TABS = [
     pytest.param(page.stem, tab, id=f"{page.stem} {tab}".strip())
     for page in PAGES
@@ -33,6 +33,12 @@ def conf():
 def test_the_blocks_of_a_page_run_from_top_to_bottom(page, tab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(page, tab)
+
+
+def test_the_page_on_tunix_is_the_example_that_tests_others_runs():
+    example = (DOCS.parent / "examples/08_tunix.py").read_text(encoding="utf-8")
+    code = "\n\n".join(blocks("tunix")[""])
+    assert code == example[example.index("import ") : example.index("\n\nif __name__")]
 
 
 def test_every_page_is_in_the_table_of_contents():
