@@ -5,31 +5,23 @@ import inspect
 import pkgutil
 import pydoc
 import re
-from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+from .pages import DOCS, blocks, run
+
 PAGES = sorted(DOCS.glob("*.md"))
 PUBLIC = ("adapter", "inits", "interop", "linen", "nnx", "optim", "quantization", "step")
 """The packages whose functions users call; the rest is the application."""
 OTHER_LINES = "using 2 of 16 GPUs, out of memory, is not installed; run pip install 'loraplus_jax[train]'"
 """What commands print beside errors; other tests pin it."""
-
-
-def variants(text):
-    """A page as its reader sees it with each of its tabs, by the tab's name."""
-    names = sorted(set(re.findall(r"^:::{tab-item} (\w+)$", text, flags=re.M)))
-    others = r"^:::{{tab-item}} (?!{}$).*?^:::$"
-    return {name: re.sub(others.format(name), "", text, flags=re.M | re.S) for name in names} or {"": text}
-
-
-BLOCKS = {
-    f"{page.stem} {name}".strip(): blocks
+ELSEWHERE = {"vision", "tunix"}  # tests/others has the packages that these pages need
+TABS = [
+    pytest.param(page.stem, tab, id=f"{page.stem} {tab}".strip())
     for page in PAGES
-    for name, text in variants(page.read_text(encoding="utf-8")).items()
-    if (blocks := re.findall(r"```python\n(.*?)```", text, flags=re.S))
-}
+    for tab, code in blocks(page.stem).items()
+    if code and page.stem not in ELSEWHERE
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +34,16 @@ def conf():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", BLOCKS)
-def test_the_blocks_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "tab"), TABS)
+def test_the_blocks_of_a_page_run_from_top_to_bottom(page, tab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for number, code in enumerate(BLOCKS[page]):
-        exec(compile(code, f"{page}.md, block {number}", "exec"), names)
+    run(page, tab)
+
+
+def test_the_page_on_tunix_is_the_example_that_tests_others_runs():
+    example = (DOCS.parent / "examples/08_tunix.py").read_text(encoding="utf-8")
+    code = "\n\n".join(blocks("tunix")[""])
+    assert code == example[example.index("import ") : example.index("\n\nif __name__")]
 
 
 def test_every_page_is_in_the_table_of_contents():

@@ -17,6 +17,8 @@ ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
 """Maps roles in files to ours; the last two are ShareGPT's."""
 WEIGHTS = {"weight": "0 or 1", "train": "false or true", "training": "false or true"}
 """Fields that say whether a message is trained on, with the allowed values: OpenAI's, and axolotl's."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message with thoughts that some chat templates write before its content."""
 
 LAYOUTS: Sequence[tuple[Mapping[str, str], Sequence[str]]] = (
     ({"messages": "messages"}, ("system", "tools")),
@@ -268,6 +270,11 @@ def _parse_message(number: int, message: Any, faults: list[str], *, trained: boo
     encoded = json.dumps(extra, ensure_ascii=False) if extra else ""
     if has_lone_surrogate(encoded):
         problems.append("a tool call contains a lone surrogate, which UTF-8 cannot encode")
+    problems += [
+        f"{name} is not supported: write it into {names[1]}, as the chat template does (such as <think>...</think>)"
+        for name in REASONING
+        if message.get(name)
+    ]
     trained = _parse_weight(role, message, trained, problems)
     faults.extend(f"turn {number}: {problem}" for problem in problems)
     return Turn(role, text, trained or role != "assistant", encoded)

@@ -312,6 +312,55 @@ def test_a_template_that_drops_earlier_thoughts_needs_marks_or_the_last_answer(t
     assert learnt(many, tokenizer, template(THINKS)) == f"b{EOS}<t></t>d{EOS}"
 
 
+QWEN = """\
+{%- for m in messages %}
+    {%- set thought, said = '', m.content %}
+    {%- if '</think>' in said %}
+        {%- set thought = said.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+        {%- set said = said.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {%- set thought = '<think>\\n' + thought + '\\n</think>\\n\\n' if m.role == 'assistant' and loop.last else '' %}
+    {{- '<|start|>' + m.role + '\\n' + thought + said + '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}
+"""
+"""The part of Qwen 3's template that is about thoughts."""
+SILENT = "{%- set enable_thinking = false %}\n" + QWEN
+EMPTY, THOUGHT = "<think>\n\n</think>\n\n", "<think>\nhm\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "texts", "answers", "learned"),
+    [
+        (QWEN, "ab", "all", f"{EMPTY}b{EOS}"),
+        (QWEN, "abcd", "all", f"b{EOS}{EMPTY}d{EOS}"),
+        (QWEN, ("a", f"{THOUGHT}b"), "all", f"{THOUGHT}b{EOS}"),
+        (QWEN, ("a", f"{THOUGHT}b", "c", f"{THOUGHT}d"), "last", f"{THOUGHT}d{EOS}"),
+        (SILENT, "ab", "all", f"b{EOS}"),
+        (SILENT, "abcd", "last", f"d{EOS}"),
+    ],
+)
+def test_what_is_learned_of_qwen3_s_thoughts(tokenizer, source, texts, answers, learned):
+    """As docs/one_gpu.md says."""
+    assert learnt(chat(*texts), tokenizer, template(source), answers=answers) == learned
+
+
+@pytest.mark.parametrize(
+    ("source", "texts", "named"),
+    [
+        (QWEN, ("a", f"{THOUGHT}b", "c", "d"), ["turn 2", "verbatim"]),
+        (QWEN, ("a", "<think>hm</think>b"), ["turn 2", "verbatim"]),
+        (SILENT, "abcd", ["turn 2", "earlier turns differently"]),
+    ],
+)
+def test_thoughts_that_qwen3_s_template_drops_or_rewrites(tokenizer, source, texts, named):
+    with pytest.raises(ValueError, match=mentions(*named)):
+        learnt(chat(*texts), tokenizer, template(source))
+
+
 def test_texts_are_learned_whole_and_as_they_stand(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "one two three", "article": "x"}\n{"text": "four"}\n')

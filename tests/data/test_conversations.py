@@ -154,6 +154,8 @@ U, A, S = ("user", "a"), ("assistant", "b"), ("system", "c")
         (_weighted(weight=1, training=False), ["turn 2", "weight", "training"]),
         (_weighted(weight=0), ["assistant", "weight 0", "train false"]),
         (_weighted(train_detail=[{"begin_offset": 0}]), ["turn 2", "train_detail"]),
+        (_weighted(reasoning_content="so"), ["turn 2", "reasoning_content", "content", "<think>"]),
+        (_weighted(thinking="so", reasoning=None), ["turn 2", "thinking", "content"]),
         (_weighted("user", train=True), ["turn 1", "train", "true", "assistant"]),
         (_weighted("user", tool_calls=[call("add", {})]), ["turn 1", "tool_calls", "assistant"]),
         (_weighted(tool_calls=[call("add", "{")]), ["turn 2", "tool call 1", '"arguments"']),

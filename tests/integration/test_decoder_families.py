@@ -1,6 +1,8 @@
 """Whole runs with tiny Gemmas and Phi-3s: several devices, evaluation, generation, export, a quantized base."""
 
 import json
+import re
+import shlex
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from loraplus_jax.models.checkpoints.name_table import expand, shape_in_file
 from loraplus_jax.models.families import family_of
 
 from ..marks import long
+from ..pages import blocks
 from .language_world import PRODUCTS
 from .runs import (
     MESH,
@@ -19,6 +22,7 @@ from .runs import (
     assert_exports_answer_the_same,
     assert_same_losses,
     evaluated,
+    flags,
     printed,
     summary_of,
 )
@@ -29,6 +33,7 @@ GEMMA = {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2, "query
 FAMILIES = {
     "gemma2": (GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 9.0}, PRODUCTS),
     "gemma3_text": (GEMMA, PRODUCTS),
+    "qwen3": ({"head_dim": 8, "tie_word_embeddings": True}, PRODUCTS),
     "phi3": ({"partial_rotary_factor": 0.5}, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
 }
 
@@ -50,7 +55,9 @@ def write_family(directory, kind):
         for name in expand(rule, leaf):
             values = rng.normal(size=shape) / np.sqrt(shape[-1]) * (1 + rule.path.startswith("lm_head"))
             name = name if name.startswith("lm_head") else f"model.{name}"
-            content[name] = (values if len(shape) > 1 else 0 * values + (kind == "phi3")).astype(np.float32)
+            content[name] = (
+                values if len(shape) > 1 else 0 * values + (not kind.startswith("gemma"))
+            ).astype(np.float32)
     save_file(content, directory / "model.safetensors")
 
 
@@ -85,3 +92,25 @@ def test_a_quantized_base_trains_and_merges_as_the_run_saw_it(tiny, tmp_path, ca
     exact = evaluated(capsys, tiny.out)
     printed(capsys, "export", tiny.out, "--merged", "--dequantized", "--to", tmp_path / "same")
     assert evaluated(capsys, tmp_path / "same")["loss"] == pytest.approx(exact["loss"], rel=1e-5)
+
+
+TINY = flags("--data.max_length 64 --optimizer.warmup_steps 2 --train.epochs 1 --train.prompt_tokens 8")
+
+
+@pytest.mark.parametrize("tiny", ["qwen3"], indirect=True)
+def test_the_commands_of_the_page_on_one_gpu_run(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.model.rename("Qwen3-0.6B")
+    (config,) = blocks("one_gpu", "yaml")[""]
+    (tmp_path / "chat.yaml").write_text(config)
+    # The tiny model takes 64 tokens. A plan would compile for longer than all else takes; tests/plan has them.
+    text = "".join(blocks("one_gpu", "bash")[""]).replace("--max_tokens 200", "--max_tokens 32")
+    commands = re.findall(r"^loraplus (?!plan)(.*)", text, flags=re.M)
+    for command in (shlex.split(line, comments=True) for line in commands):
+        printed(capsys, *command, *(TINY if command[1] == "chat.yaml" else ()))
+    assert len(commands) == 6
+    summary = summary_of(tmp_path / "runs/chat")
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+    options = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (options["r"], options["base_model_name_or_path"]) == (16, "Qwen/Qwen3-0.6B")
+    assert (tmp_path / "merged/config.json").exists()

@@ -23,6 +23,7 @@ from loraplus_jax.interop import library_path_maps, load_peft
 from loraplus_jax.nnx import apply_lora_plus, check_reads, lora_tree, merge, set_lora
 
 from ..messages import mentions
+from ..pages import run
 from .trees import assert_close, assert_equal, drawn, ratios
 
 pytest.importorskip("bonsai.models")
@@ -338,3 +339,10 @@ def add_peft(model, case, directory):
 def test_the_example_learns():
     before, after = runpy.run_path(str(Path(__file__).parents[2] / "examples/10_bonsai.py"))["main"]()
     assert after < 0.9 * before
+
+
+def test_the_page_on_vision_trains_its_vit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run("vision", "NNX")
+    assert names["accuracy"](names["logits"]) > 0.8
+    assert {path.partition("/")[0] for path in names["specs"]} == {"layers", "pos_embeddings"}

@@ -175,7 +175,9 @@ def test_the_adapters_of_qwix_in_tunix(family, options, tmp_path):
     assert_close(logits(ours), logits(model), 1e-4)
 
 
-def test_the_example_of_tunix_learns():
+def test_the_example_of_tunix_learns_and_resumes_to_the_same_factors():
     pytest.importorskip("tunix")
-    before, after = runpy.run_path(str(Path(__file__).parents[2] / "examples/08_tunix.py"))["main"]()
+    example = Path(__file__).parents[2] / "examples/08_tunix.py"
+    before, after, difference = runpy.run_path(str(example))["main"]()
     assert after < 0.9 * before
+    assert difference == 0
