@@ -367,7 +367,13 @@ EXPORT = {
 }
 RECIPES = {"name": value("recipe to print", nargs="?", metavar="NAME")}
 RUNS = {
-    "directory": value("directory of runs, or a run (default: runs)", path, nargs="?", metavar="DIRECTORY"),
+    "directory": value(
+        "directory of runs, or a run (default: runs)",
+        path,
+        nargs="?",
+        default=Path("runs"),  # argparse would pass its own default through `path`
+        metavar="DIRECTORY",
+    ),
     "--json": flag("print a JSON object a line"),
 }
 FETCH = {"name": value("model or dataset to download", nargs="?", metavar="NAME")}

@@ -34,6 +34,7 @@ from .field_types import (
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice", "generation"]
 Method = Literal["lora", "lora_plus", "full"]
 Dtype = Literal["float32", "bfloat16"]
+TrackerName = Literal["wandb", "mlflow", "trackio"]
 OptimizerName = Literal["adamw", "riemannian", "lora_rite", "lora_muon"]
 INVARIANT = ("lora_rite", "lora_muon")
 """The optimizers for which lambda has no meaning."""
@@ -324,6 +325,8 @@ class TrainSettings:
         metrics.jsonl), on a quarter of a batch's rows; null disables them.
       prompt: prompt that a language model answers before and after training; printed and saved in summary.json.
       prompt_tokens: maximum tokens of each of these answers.
+      report_to: services that get the rows of metrics.jsonl and the config, beside TensorBoard's files: a list of
+        wandb, mlflow and trackio, each an extra of its name (pip install 'loraplus_jax[wandb]').
       label_smoothing: share of every training target that is spread evenly over the vocabulary (language models);
         evaluations are without it.
     """
@@ -343,6 +346,7 @@ class TrainSettings:
     theory_every: Count | None = None
     prompt: Text | None = None
     prompt_tokens: Count = 64
+    report_to: Annotated[tuple[TrackerName, ...], Distinct] = ()
     label_smoothing: Share = 0.0
 
     def __post_init__(self) -> None:
@@ -497,7 +501,7 @@ def _lora_config(value: Any) -> LoRAPlusConfig:
 RESUMABLE_FIELDS = (
     *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
     *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
-    *("train.compilation_cache", "train.theory_every", "generation.batch_size"),
+    *("train.compilation_cache", "train.theory_every", "train.report_to", "generation.batch_size"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
     *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )

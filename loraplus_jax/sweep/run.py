@@ -48,6 +48,7 @@ MEMBERS_FILE = "members_at_once.json"
 """File with the number of members that a device computes in parallel, so that a resumed sweep uses it too."""
 WINNER_ONLY_FIELDS = (
     *("train.select", "train.early_stopping", "train.prompt", "train.log_every", "train.theory_every"),
+    "train.report_to",
     *(name for name in GENERATION if name != "generation.inputs"),
 )
 """Fields that a sweep ignores; training the winner uses them."""

@@ -1,6 +1,7 @@
 """Console output of a run: the header, metrics, the progress bar and, without one, lines of progress."""
 
 import datetime
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,8 +24,9 @@ class LineConsole(Console):
     """A rich console that prints strings as they are: no markup or emoji codes, control characters escaped."""
 
     def __init__(self, **options: Any) -> None:
-        # rich would read [q_proj] as a style tag and wrap lines in a log file.
-        super().__init__(**{"soft_wrap": True, "markup": False, "emoji": False, **options})
+        # rich would read [q_proj] as a style tag, wrap lines in a log file, and display each as HTML in a notebook.
+        plain = {"soft_wrap": True, "markup": False, "emoji": False, "force_jupyter": False}
+        super().__init__(**plain | options)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Prints strings and other objects; several lines are several strings, with a line break as `sep`."""
@@ -92,8 +94,14 @@ def progress(console: Console) -> Progress:
         TextColumn("ETA"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not shows_bar(console),
     )
+
+
+def shows_bar(console: Console) -> bool:
+    """Whether a progress bar can redraw itself: on a terminal, but in no notebook, nor in what its cells start."""
+    # Not `console.is_terminal`: a notebook's kernel sets FORCE_COLOR.
+    return console.file.isatty() and "JPY_PARENT_PID" not in os.environ
 
 
 class ProgressLines:

@@ -36,7 +36,7 @@ BETTER = {
 """Metrics that select the best evaluation, the decisive one of a run first, and which value of each is better."""
 
 
-def list_runs(directory: Path = Path("runs"), *, json: bool = False) -> str | None:
+def list_runs(directory: Path, *, json: bool = False) -> str | None:
     """Lists the runs, sweeps and comparisons in a directory and below it.
 
     Args:
@@ -96,7 +96,8 @@ def _read_run(directory: Path) -> dict[str, Any]:
         rows = read_rows(directory / METRICS)
         step, steps = max(saved_steps(directory), default=0), train.get("steps")
         if kind == "sweep":
-            step, best = rows[-1]["step"] if rows else 0, _best_member(directory)
+            # Checkpoints of a sweep count evaluations too, after the first of which there are rows.
+            step, best = rows[-1]["step"] if rows else step, _best_member(directory)
         elif summary is not None:
             step = steps = summary["steps"]
             best = _pick(summary["after"]) | {

@@ -1,4 +1,4 @@
-"""The log of a run: rows in `metrics.jsonl`, TensorBoard events, and a plot of the loss."""
+"""The log of a run: rows in `metrics.jsonl`, TensorBoard events and trackers, and a plot of the loss."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ TEXTS = {"before": "generated_before.jsonl", "after": "generated.jsonl"}
 
 
 class RunLog:
-    """Appends rows of numbers to `metrics.jsonl` and to TensorBoard events.
+    """Appends rows of numbers to `metrics.jsonl`, to TensorBoard events and to trackers.
 
     A number that is not finite is null in the file and NaN in `rows`. Of existing rows it keeps the first `keep`: a
     resumed run logs the rows after its checkpoint again.
@@ -36,6 +36,8 @@ class RunLog:
       digest: `digest()` of these rows when the checkpoint was saved.
       writes: whether to write files; of several processes only the lead does.
       check: called before every write; raises if the directory is not there any more.
+      open_reports: opens what rows are reported to, a `Reports`, from the number of rows in the file before it is
+        cut to `keep`; called only if it writes.
 
     Raises:
       ValueError: the existing rows are not those of `digest`; the file is left as it is.
@@ -49,13 +51,15 @@ class RunLog:
         digest: str | None = None,
         writes: bool = True,
         check: Callable[[], None] | None = None,
+        open_reports: Callable[[int], Any] | None = None,
     ) -> None:
         self.path, self._writes, self._check = directory / METRICS, writes, check or (lambda: None)
         lines = []
-        if keep and self.path.exists():
+        if self.path.exists():
             check_file(self.path)
             # A kill may have cut the last line off; what ends in a line break is whole.
-            lines = self.path.read_bytes().split(b"\n")[:-1][:keep]
+            lines = self.path.read_bytes().split(b"\n")[:-1]
+        logged, lines = len(lines), lines[:keep]
         kept = b"".join(line + b"\n" for line in lines)
         self._digest = hashlib.sha256(kept)
         if digest not in (None, self.digest()):
@@ -75,6 +79,9 @@ class RunLog:
         if self.rows:  # tell TensorBoard to drop the events after the step that the run resumes from
             start = {"status": self._types.SessionLog.SessionStatus.START}
             self._write_event(self.rows[-1]["step"] + 1, session_log=start)
+        self._reports = open_reports(logged) if open_reports else None
+        for number, row in enumerate(self.rows):
+            self._report(number, row)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a row."""
@@ -86,12 +93,16 @@ class RunLog:
         self._check()
         self._file.write(line)
         self._file.flush()
-        # TensorBoard groups names by what is before their first slash.
-        tags = {name if "/" in name else f"train/{name}": float(value) for name, value in values.items()}
+        tags = _tags(self.rows[-1])
         self._write_event(
             step, summary={"value": [{"tag": tag, "simple_value": value} for tag, value in tags.items()]}
         )
         self._events.flush()
+        self._report(len(self.rows) - 1, self.rows[-1])
+
+    def _report(self, number: int, row: LogRow) -> None:
+        if self._reports is not None:
+            self._reports.log(number, row["step"], _tags(row))
 
     def _write_event(self, step: int, **content: Any) -> None:
         self._events.write_event(self._types.Event(wall_time=time.time(), step=step, **content))
@@ -119,6 +130,13 @@ class RunLog:
             return
         self._file.close()
         self._events.close()
+        if self._reports is not None:
+            self._reports.close()
+
+
+def _tags(row: LogRow) -> dict[str, float]:
+    # TensorBoard groups names by what is before their first slash.
+    return {name if "/" in name else f"train/{name}": value for name, value in row.items() if name != "step"}
 
 
 def _load_tensorboard() -> tuple[Any, Any]:

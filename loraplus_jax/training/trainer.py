@@ -46,6 +46,7 @@ from .run_files import ADAPTER
 from .setup import Run, prepare
 from .signals import Stopped, StopSignal
 from .theory_metrics import copy_adapters, first_rows, read_metrics, to_metrics
+from .trackers import Reports, check_trackers
 
 SHOWN_TEXTS = 5
 
@@ -80,6 +81,9 @@ def train(
     """
     with join_processes(settings.distributed):
         console = lines_only(console) if is_lead() else LineConsole(quiet=True)
+        with raise_together():
+            if is_lead():  # which alone reports
+                check_trackers(settings.train.report_to)
         with open_output_directory(settings, console, fresh=fresh, allow_different=allow_different) as output:
             run = prepare(settings, allow_different, fresh=fresh)
             output.claim()
@@ -134,7 +138,14 @@ class Trainer:
                 archive_results(self.directory)
                 write_config(self.directory, self.run.settings)
             self.console.print(f"settings changed since the run started: {'; '.join(changed)}")
-        self.log = RunLog(self.directory, keep=rows, digest=digest, writes=is_lead(), check=self.output.check)
+        self.log = RunLog(
+            self.directory,
+            keep=rows,
+            digest=digest,
+            writes=is_lead(),
+            check=self.output.check,
+            open_reports=self.open_reports,
+        )
         try:
             self.restore_metrics()
             # A signal before this ends the process at once: there is nothing new to save.
@@ -147,6 +158,12 @@ class Trainer:
                 return self.write_summary(before, after, time.perf_counter() - started)
         finally:
             self.log.close()
+
+    def open_reports(self, logged: int) -> Reports:
+        """Opens the trackers of `train.report_to`."""
+        return Reports(
+            self.settings.report_to, self.directory, self.run.settings.to_json(), logged, self.console
+        )
 
     def check_stop(self) -> None:
         """Raises Stopped if a signal was received, once running saves are done."""

@@ -1,15 +1,26 @@
 """What a run prints before training, and lines of progress where no progress bar is shown."""
 
 import io
+import re
+import subprocess
+import sys
 import types
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import rich.console
 
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.training import console
-from loraplus_jax.training.console import LineConsole, ProgressLines, ignored_lines
+from loraplus_jax.training.console import (
+    LineConsole,
+    ProgressLines,
+    ignored_lines,
+    lines_only,
+    progress,
+    shows_bar,
+)
 
 from ..messages import assert_mentions
 
@@ -54,3 +65,49 @@ def test_a_line_a_minute_with_loss_speed_and_remaining_time(monkeypatch):
     assert printed[0] == "step 18 of 100: loss 0.5000, 0.25 step/s, 0:05:28 left"
     assert [line.split()[1] for line in printed] == ["18", "26", "38", "46", "54"]
     assert all("0.25 step/s" in line for line in printed)
+
+
+PIPE = """
+import sys
+from loraplus_jax.cli.commands import Output
+from loraplus_jax.training import console
+console.SECONDS_PER_LINE = 0.0
+sys.stdout = Output(sys.stdout)
+lines = console.ProgressLines(console.lines_only(None), "step", 9)
+lines.update(1)
+sys.stdin.read()
+"""
+
+
+def test_a_pipe_gets_each_line_at_once():
+    command = [sys.executable, "-c", PIPE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("step 1 of 9: ")
+        assert process.poll() is None
+        process.kill()
+
+
+def test_a_notebook_gets_plain_lines_and_no_bar(monkeypatch, capsys):
+    """In Jupyter rich would display HTML, and a bar only with ipywidgets."""
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as its kernel does
+    monkeypatch.setattr(console, "SECONDS_PER_LINE", 0.0)
+    out = lines_only(None)
+    with progress(out) as bar:
+        assert bar.disable
+        ProgressLines(out, "step", 9).update(1)
+    out.print("step 1: loss 0.5")
+    first, second = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert first.startswith("step 1 of 9: ")
+    assert second == "step 1: loss 0.5"
+
+
+def test_a_bar_on_terminals_only(monkeypatch):
+    out = LineConsole(file=types.SimpleNamespace(isatty=lambda: True))  # pyright: ignore
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
+    assert shows_bar(out)
+    monkeypatch.setenv("JPY_PARENT_PID", "1")  # of a command in a cell, which has a terminal
+    assert not shows_bar(out)
+    monkeypatch.delenv("JPY_PARENT_PID")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not shows_bar(LineConsole(file=io.StringIO()))

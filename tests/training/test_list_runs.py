@@ -169,7 +169,7 @@ def test_an_unreadable_directory_does_not_end_the_list(tmp_path):
     assert_mentions(lines[2], "config.yaml", "is missing")
 
 
-def test_json_lines_on_the_command_line(tmp_path, capsys):
+def test_json_lines_on_the_command_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "none").mkdir()
     run_of(tmp_path / "runs" / "a", steps=[10])
     (run_of(tmp_path / "runs" / "b") / "config.yaml").write_text("{")
@@ -178,6 +178,8 @@ def test_json_lines_on_the_command_line(tmp_path, capsys):
     assert [row["state"] for row in rows] == ["stopped", "unreadable"]
     assert (main(["runs", str(tmp_path / "none"), "--json"]), capsys.readouterr().out) == (0, "")
     assert (main(["runs", str(tmp_path / "none")]), "no runs" in capsys.readouterr().out) == (0, True)
+    monkeypatch.chdir(tmp_path)
+    assert (main(["runs"]), len(capsys.readouterr().out.splitlines())) == (0, 2)
     with pytest.raises(ValueError, match=mentions("absent", "loraplus runs DIRECTORY")):
         list_runs(tmp_path / "absent")
 

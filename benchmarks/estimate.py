@@ -1,0 +1,90 @@
+"""How near the estimate of `loraplus train` comes: the time of a step, estimated from evaluation batches and measured.
+
+    python benchmarks/estimate.py                # quickstart and chat
+    python benchmarks/estimate.py --data DATA    # also cola, mrpc and e2e, from DATA/glue and DATA/e2e
+
+Evaluation batches and training steps of a prepared run take turns, so that a machine whose speed drifts slows both.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from common import interleaved, median_ratio, parse_options, report, use_backend
+
+from loraplus_jax.data.batches import eval_batches, train_batches
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.settings.schema import Settings
+from loraplus_jax.step.sharding import distribute, shard_batch
+from loraplus_jax.step.train_step import init_state
+from loraplus_jax.tasks.interface import held_out_split
+from loraplus_jax.training.setup import prepare
+
+GLUE = ("--data.root", "{data}/glue", "--data.max_length", "128", "--data.path")
+CASES: Mapping[str, tuple[str, ...]] = {
+    "quickstart": ("quickstart",),
+    "chat": ("smollm2_chat", "--train.prompt", "null", "--train.prompt_tokens", "64"),
+    "cola": ("quickstart", *GLUE, "glue/cola"),
+    "mrpc": ("quickstart", *GLUE, "glue/mrpc"),
+    "e2e": (
+        "smollm2_e2e",
+        "--data.train",
+        "{data}/e2e/devset.csv",
+        "--data.test",
+        "{data}/e2e/testset_w_refs.csv",
+    ),
+}
+"""A config of each case, and what differs from it."""
+WITHOUT_DATA = ("quickstart", "chat")
+
+
+def measure(name: str, rounds: int, data: str) -> dict[str, Any]:
+    """A row of the table."""
+    config, *words = (word.format(data=data) for word in CASES[name])
+    settings = parse_settings(f"configs/{config}.yaml", words, Settings)
+    run = prepare(settings)
+    key = jax.random.fold_in(jax.random.key(settings.seed), 1)
+    frozen = distribute(run.parts.frozen, run.shardings.frozen)
+    trainable = distribute(run.parts.trainable, run.shardings.state.trainable)
+    state = [distribute(init_state(trainable, run.tx, key), run.shardings.state)]
+    split, size = run.data.splits[held_out_split(run.data.splits)], run.batches.eval_rows
+    held_out = shard_batch(next(eval_batches(split, size)), run.mesh)
+    batches = train_batches(
+        run.data.splits["train"],
+        batch_size=settings.train.batch_size,
+        seed=settings.seed,
+        arrange=run.batches.arrange,
+    )
+
+    def step() -> Any:
+        state[0], metrics = run.programs.step(state[0], frozen, shard_batch(next(batches), run.mesh))
+        return metrics
+
+    times = interleaved(
+        {"step": step, "evaluation": lambda: run.programs.evaluate(state[0].trainable, frozen, held_out)},
+        rounds,
+    )
+    estimated = np.multiply(times["evaluation"], run.programs.step_work)
+    return {
+        "case": name,
+        "evaluation batch, s": f"{np.median(times['evaluation']):.3f}",
+        "FLOPs, step / evaluation batch": f"{run.programs.step_work:.2f}",
+        "step, estimated, s": f"{np.median(estimated):.3f}",
+        "step, s": f"{np.median(times['step']):.3f}",
+        "estimated / measured": f"{median_ratio(estimated, times['step']):.2f}",
+    }
+
+
+def main() -> None:
+    """Measures every case."""
+    options = parse_options(__doc__, rounds=9, data="")
+    use_backend("cpu")
+    names = CASES if options.data else WITHOUT_DATA
+    report(
+        "estimate_cpu", [measure(name, options.rounds, options.data) for name in names], rounds=options.rounds
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Services that a run reports to (`train.report_to`): scalars and the resolved config, nothing else.
+
+Each is a package of its own, imported only if a run reports to it.
+"""
+
+import contextlib
+import importlib.util
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from .._utils.atomic import to_json, write_text
+from .._utils.json_files import read_json
+from .console import LineConsole
+
+PROJECT = "loraplus_jax"
+"""The project of the runs, unless the service's own environment variable names another."""
+FILE = "trackers.json"
+
+
+class Tracker(Protocol):
+    """A service with runs of scalars."""
+
+    def start(self, directory: Path, config: Mapping[str, Any], run_id: str | None) -> str:
+        """Starts a run, or continues the one with this id; returns its id."""
+        ...
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the scalars of a step; a step may have several rows, and come after a later one."""
+        ...
+
+    def finish(self) -> None:
+        """Ends the run."""
+        ...
+
+
+class Wandb:
+    """Weights & Biases; WANDB_MODE, WANDB_PROJECT and so on hold. Offline files are in the run's directory."""
+
+    def start(self, directory: Path, config: Mapping[str, Any], run_id: str | None) -> str:
+        """See `Tracker`."""
+        import wandb
+
+        # By default it also uploads the console, the code, the git state and the machine's load.
+        settings = wandb.Settings(
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            x_disable_machine_info=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=directory.name,
+            id=run_id or uuid.uuid4().hex[:8],
+            resume="allow",
+            config=dict(config),
+            allow_val_change=True,  # of the settings that may change when a run resumes
+            dir=directory,
+            reinit="create_new",  # and leave a user's own run alone
+            settings=settings,
+        )
+        # Its own step counts calls and never falls.
+        self._run.define_metric("*", step_metric="step")
+        return self._run.id
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+        self._run.log({"step": step, **values})
+
+    def finish(self) -> None:
+        """See `Tracker`."""
+        self._run.finish()
+
+
+class Mlflow:
+    """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME hold."""
+
+    def start(self, directory: Path, config: Mapping[str, Any], run_id: str | None) -> str:
+        """See `Tracker`."""
+        import mlflow
+        from mlflow.entities import Metric, Param
+
+        # The client: `mlflow.start_run` would add tags with user, script and commit, and end a user's own run.
+        self._metric, self._client = Metric, mlflow.MlflowClient()
+        if run_id is not None:
+            self._client.update_run(run_id, status="RUNNING")
+            self._id = run_id
+            return run_id
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = self._client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        self._id = self._client.create_run(experiment_id, run_name=directory.name).info.run_id
+        params = [Param(key, str(value)) for key, value in flatten_config(config)]
+        for first in range(0, len(params), 100):  # the most that a server takes at once
+            self._client.log_batch(self._id, params=params[first : first + 100])
+        return self._id
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+        now = int(1000 * time.time())
+        self._client.log_batch(self._id, [self._metric(name, x, now, step) for name, x in values.items()])
+
+    def finish(self) -> None:
+        """See `Tracker`."""
+        self._client.set_terminated(self._id)
+
+
+class Trackio:
+    """Trackio, whose run is known by its name; TRACKIO_PROJECT, TRACKIO_SPACE_ID and so on hold."""
+
+    def start(self, directory: Path, config: Mapping[str, Any], run_id: str | None) -> str:
+        """See `Tracker`."""
+        import trackio
+
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            name=run_id or f"{directory.name}-{uuid.uuid4().hex[:8]}",
+            config=dict(config),
+            resume="allow",
+            embed=False,
+            auto_log_cpu=False,
+            auto_log_gpu=False,
+        )
+        return self._run.name
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Tracker`."""
+        self._run.log(dict(values), step=step)
+
+    def finish(self) -> None:
+        """See `Tracker`."""
+        self._run.finish()
+
+
+TRACKERS: Mapping[str, type[Tracker]] = {"wandb": Wandb, "mlflow": Mlflow, "trackio": Trackio}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ImportError if the package of a tracker is not installed; the message names the extra."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(
+                f"train.report_to {name}: the package {name} is not installed; "
+                f"run pip install 'loraplus_jax[{name}]', or remove it from train.report_to"
+            )
+
+
+class Reports:
+    """The trackers of a run, which continue their runs when it resumes.
+
+    A tracker that raises is left out until the run resumes, with one line: a service that is down ends no run.
+    `trackers.json` keeps each tracker's id, and how many rows of `metrics.jsonl` it has: these are not sent again.
+
+    Args:
+      names: names in `TRACKERS`.
+      directory: the run's directory.
+      config: the run's settings as plain values.
+      logged: rows of `metrics.jsonl` so far, those after the checkpoint included.
+      console: where to print.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        directory: Path,
+        config: Mapping[str, Any],
+        logged: int,
+        console: LineConsole,
+    ) -> None:
+        self._console = console
+        self._running: dict[str, tuple[Tracker, int]] = {}
+        path = directory / FILE
+        known: dict[str, Any] = read_json(path) if path.exists() else {}
+        for name, old in known.items():
+            known[name] = old | {"rows": max(old["rows"], logged)}
+        for name in names:
+            with self._or_left_out(name):
+                tracker, old = TRACKERS[name](), known.get(name, {"id": None, "rows": 0})
+                known[name] = old | {"id": tracker.start(directory, config, old["id"])}
+                self._running[name] = tracker, old["rows"]
+        if known:
+            write_text(path, to_json(known, indent=1) + "\n")
+
+    def log(self, number: int, step: int, values: Mapping[str, float]) -> None:
+        """Sends a row, with its number in `metrics.jsonl`, to the trackers that lack it."""
+        for name, (tracker, rows) in [*self._running.items()]:
+            if number >= rows:
+                with self._or_left_out(name):
+                    tracker.log(step, values)
+
+    def close(self) -> None:
+        """Ends the trackers' runs."""
+        for name, (tracker, _) in [*self._running.items()]:
+            with self._or_left_out(name):
+                tracker.finish()
+
+    @contextlib.contextmanager
+    def _or_left_out(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any type: these packages do not say which
+            self._running.pop(name, None)
+            reason = " ".join(f"{error}".split())[:200]
+            self._console.print(
+                f"train.report_to {name} failed ({type(error).__name__}: {reason}); the run continues without it"
+            )
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the settings by dotted name.
+
+    >>> dict(flatten_config({"seed": 0, "train": {"steps": 5}}))
+    {'seed': 0, 'train.steps': 5}
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten_config(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,266 @@
+"""Trackers get every row once, over interruptions too, and end no run; with modules in place of the services'."""
+
+import importlib.util
+import io
+import json
+import math
+import sys
+import types
+
+import pytest
+
+from loraplus_jax.settings.parsing import settings_from_json
+from loraplus_jax.settings.schema import RESUMABLE_FIELDS, Settings
+from loraplus_jax.sweep.run import WINNER_ONLY_FIELDS
+from loraplus_jax.training import trackers
+from loraplus_jax.training.console import LineConsole
+from loraplus_jax.training.metrics_log import RunLog
+from loraplus_jax.training.trackers import TRACKERS, Reports, check_trackers
+
+from ..messages import assert_mentions, mentions
+
+CONFIG = {"seed": 0, "train": {"steps": 5}}
+
+
+class Service:
+    """What a tracker has, in memory, as a service keeps it when the process ends."""
+
+    def __init__(self):
+        self.runs, self.closed, self.fails = {}, 0, False
+
+    def start(self, directory, config, run_id):
+        if self.fails:
+            raise OSError("no\nnetwork")
+        self.run = self.runs.setdefault(run_id or f"id{len(self.runs)}", [])
+        return next(name for name, run in self.runs.items() if run is self.run)
+
+    def log(self, step, values):
+        if self.fails:
+            raise OSError("no\nnetwork")
+        self.run.append((step, values))
+
+    def finish(self):
+        self.closed += 1
+
+
+@pytest.fixture
+def service(monkeypatch):
+    service = Service()
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", lambda: service)  # pyright: ignore
+    return service
+
+
+def logged(directory, steps, keep=0, names=("wandb",)):
+    """Writes a row for each step, after the first `keep` rows of an interrupted run; returns what is printed."""
+    file = io.StringIO()
+    console = LineConsole(file=file)
+    log = RunLog(directory, keep=keep, open_reports=lambda n: Reports(names, directory, CONFIG, n, console))
+    for step in steps:
+        log.write(step, {"loss": step, "validation/loss": math.nan})
+    log.close()
+    return file.getvalue().splitlines()
+
+
+def steps_of(run):
+    return [step for step, _ in run]
+
+
+def test_rows_have_the_names_of_tensorboard(tmp_path, service):
+    logged(tmp_path, [1])
+    ((step, values),) = service.runs["id0"]
+    assert (step, values["train/loss"], service.closed) == (1, 1.0, 1)
+    assert math.isnan(values["validation/loss"])
+    assert values.keys() == {"train/loss", "validation/loss"}
+
+
+def test_a_resumed_run_continues_and_sends_no_row_twice(tmp_path, service):
+    logged(tmp_path, [1, 2, 3, 4, 5])
+    logged(tmp_path, [3], keep=2)  # it stops before it has written again what it wrote before
+    logged(tmp_path, [3, 4, 5, 6], keep=2)
+    assert {name: steps_of(run) for name, run in service.runs.items()} == {"id0": [1, 2, 3, 4, 5, 6]}
+
+
+def test_a_tracker_that_is_added_gets_the_rows_so_far(tmp_path, service):
+    logged(tmp_path, [1, 2, 3], names=())
+    assert not (tmp_path / "trackers.json").exists()
+    logged(tmp_path, [3, 4], keep=2)
+    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4]
+
+
+def test_a_tracker_that_fails_is_left_out_with_one_line(tmp_path, service):
+    assert logged(tmp_path, [1]) == []
+    service.fails = True
+    (line,) = logged(tmp_path, [2, 3, 4], keep=1)
+    assert_mentions(line, "train.report_to wandb", "OSError", "no network")
+    rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [1, 2, 3, 4]
+    service.fails = False
+    assert logged(tmp_path, [5], keep=4) == []
+    assert steps_of(service.runs["id0"]) == [1, 5]
+
+
+def test_one_that_fails_while_logging_does_not_stop_the_others(tmp_path, service, monkeypatch):
+    other = Service()
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", lambda: other)  # pyright: ignore
+    service.log = lambda step, values: 1 / 0
+    (line,) = logged(tmp_path, [1, 2], names=("wandb", "mlflow"))
+    assert_mentions(line, "wandb", "ZeroDivisionError")
+    assert (steps_of(other.runs["id0"]), service.closed, other.closed) == ([1, 2], 0, 1)
+
+
+def test_a_process_that_does_not_write_opens_no_tracker(tmp_path):
+    log = RunLog(tmp_path, writes=False, open_reports=lambda n: pytest.fail("opened"))
+    log.write(1, {"loss": 1.0})
+    log.close()
+
+
+def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else object())
+    check_trackers(["wandb", "trackio"])
+    with pytest.raises(ImportError, match=mentions("train.report_to", "pip install 'loraplus_jax[mlflow]'")):
+        check_trackers(["wandb", "mlflow"])
+
+
+def test_the_setting():
+    values = {"model": {"path": "m"}, "data": {"path": "d"}, "output_dir": "o"}
+    names = [*TRACKERS]
+    assert settings_from_json(values | {"train": {"report_to": names}}, Settings).train.report_to == tuple(
+        names
+    )
+    with pytest.raises(ValueError, match=mentions("train.report_to", *names, "comet")):
+        settings_from_json(values | {"train": {"report_to": ["comet"]}}, Settings)
+    # A run may add one when it resumes. A sweep names it as ignored, and its winner reports.
+    assert "train.report_to" in RESUMABLE_FIELDS
+    assert "train.report_to" in WINNER_ONLY_FIELDS
+
+
+# the adapters, on modules that record what is called
+
+
+class Recorder(types.ModuleType):
+    """A module any attribute of which is a function that records its call; `returns` has their results."""
+
+    def __init__(self, name, **returns):
+        super().__init__(name)
+        self.calls, self.returns = [], returns
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            return self.returns.get(name)
+
+        return call
+
+    def of(self, name):
+        return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
+
+
+def module(monkeypatch, name, **returns):
+    found = Recorder(name, **returns)
+    monkeypatch.setitem(sys.modules, name, found)
+    return found
+
+
+def used(name, tmp_path, run_id):
+    tracker = TRACKERS[name]()
+    found = tracker.start(tmp_path, CONFIG, run_id)
+    tracker.log(3, {"train/loss": 0.5})
+    tracker.finish()
+    return found
+
+
+@pytest.mark.parametrize("run_id", [None, "abc"])
+def test_wandb(tmp_path, monkeypatch, run_id):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    run = Recorder("run")
+    run.id = "given"
+    wandb = module(monkeypatch, "wandb", init=run)
+    assert used("wandb", tmp_path, run_id) == "given"
+    ((_, init),) = wandb.of("init")
+    assert init["id"] == "abc" if run_id else len(init["id"]) == 8
+    assert (init["resume"], init["config"], init["project"]) == ("allow", CONFIG, "loraplus_jax")
+    ((_, settings),) = wandb.of("Settings")
+    assert (settings.pop("console"), settings.pop("x_save_requirements")) == ("off", False)
+    assert set(settings.values()) == {True}
+    assert all("disable" in name for name in settings)
+    assert run.of("define_metric") == [(("*",), {"step_metric": "step"})]
+    assert run.of("log") == [(({"step": 3, "train/loss": 0.5},), {})]
+    assert len(run.of("finish")) == 1
+
+
+@pytest.mark.parametrize("run_id", [None, "abc"])
+def test_mlflow(tmp_path, monkeypatch, run_id):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    created = types.SimpleNamespace(info=types.SimpleNamespace(run_id="new"))
+    client = Recorder("client", create_experiment="7", create_run=created)
+    module(monkeypatch, "mlflow", MlflowClient=client)
+    entities = module(monkeypatch, "mlflow.entities")
+    assert used("mlflow", tmp_path, run_id) == (run_id or "new")
+    params = [args for args, _ in entities.of("Param")]
+    if run_id is None:
+        assert client.of("create_experiment") == [(("mine",), {})]
+        assert client.of("create_run")[0][0] == ("7",)
+        assert params == [("seed", "0"), ("train.steps", "5")]
+    else:
+        assert not client.of("create_run")
+        assert not params
+    (((name, value, _, step), _),) = entities.of("Metric")
+    assert (name, value, step) == ("train/loss", 0.5, 3)
+    assert client.of("log_batch")[-1][0][0] == (run_id or "new")
+    assert client.of("set_terminated") == [((run_id or "new",), {})]
+
+
+@pytest.mark.parametrize("run_id", [None, "out-abc"])
+def test_trackio(tmp_path, monkeypatch, run_id):
+    monkeypatch.delenv("TRACKIO_PROJECT", raising=False)
+    run = Recorder("run")
+    run.name = "given"
+    trackio = module(monkeypatch, "trackio", init=run)
+    assert used("trackio", tmp_path, run_id) == "given"
+    ((_, init),) = trackio.of("init")
+    assert init["name"] == run_id or init["name"].startswith(f"{tmp_path.name}-")
+    assert (init["resume"], init["config"], init["project"]) == ("allow", CONFIG, "loraplus_jax")
+    assert (init["auto_log_cpu"], init["auto_log_gpu"]) == (False, False)
+    assert run.of("log") == [(({"train/loss": 0.5},), {"step": 3})]
+    assert len(run.of("finish")) == 1
+
+
+# the packages themselves, where they are installed, without a network
+
+
+def test_real_mlflow(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    logged(tmp_path, [1, 2, 3], names=["mlflow"])
+    logged(tmp_path, [3, 4], keep=2, names=["mlflow"])
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["mlflow"]["id"]
+    client = mlflow.MlflowClient()
+    history = client.get_metric_history(run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(n, float(n)) for n in (1, 2, 3, 4)]
+    assert client.get_run(run_id).data.params == {"seed": "0", "train.steps": "5"}
+
+
+def test_real_trackio(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
+
+    logged(tmp_path, [1, 2, 3], names=["trackio"])
+    logged(tmp_path, [3, 4], keep=2, names=["trackio"])
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["trackio"]["id"]
+    rows = SQLiteStorage.get_logs("loraplus_jax", run_id)
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(n, float(n)) for n in (1, 2, 3, 4)]
+
+
+def test_real_wandb_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logged(tmp_path, [1, 2, 3], names=["wandb"])
+    logged(tmp_path, [3, 4], keep=2, names=["wandb"])
+    files = [path for path in tmp_path.glob("wandb/offline-run-*/files/**/*") if path.is_file()]
+    assert not files  # neither code nor the list of packages
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["wandb"]["id"]
+    assert len({*tmp_path.glob(f"wandb/offline-run-*/run-{run_id}.wandb")}) == 2
