@@ -85,11 +85,11 @@ def describe_run(directory: Path) -> dict[str, Any]:
 
 def _read_run(directory: Path) -> dict[str, Any]:
     config = saved_settings(directory, "start over with --fresh")
-    sweep: Any = config.get("sweep")
+    methods = config.get("sweep", {}).get("methods")
     train, summary = config["train"], read_summary(directory)
-    kind = "run" if sweep is None else "comparison" if sweep["methods"] else "sweep"
+    kind = "run" if "sweep" not in config else "comparison" if methods else "sweep"
     if kind == "comparison":
-        members = [directory / name for name in dict.fromkeys(("lora", *sweep["methods"]))]
+        members = [directory / name for name in dict.fromkeys(("lora", *methods))]
         step, steps = sum(read_summary(member) is not None for member in members), len(members)
         results = [result for member in members if (result := _best_member(member)) is not None]
         best: dict[str, Any] | None = min(results, key=lambda result: result["value"], default=None)
