@@ -1,4 +1,4 @@
-"""How near the estimate of `loraplus train` comes: the time of a step, estimated from evaluation batches and measured.
+"""How near the estimate of `loraplus train` comes: the time of a step, from evaluation batches and as measured.
 
     python benchmarks/estimate.py                # quickstart and chat
     python benchmarks/estimate.py --data DATA    # also cola, mrpc and e2e, from DATA/glue and DATA/e2e

@@ -124,11 +124,10 @@ class DeviceSlots:
         members = members.replace(alive=jax.device_put(alive, members.alive.sharding))
         batch = next(eval_batches(split, self.population.batches.eval_rows))
         batch = jax.device_put(batch, programs.evaluate.input_shardings[0][2])
-        for _ in range(2):
-            began = time.perf_counter()
-            jax.block_until_ready(programs.evaluate(members, frozen, batch))
-            seconds = time.perf_counter() - began
-        return seconds / (devices * programs.at_once)
+        jax.block_until_ready(programs.evaluate(members, frozen, batch))
+        began = time.perf_counter()
+        jax.block_until_ready(programs.evaluate(members, frozen, batch))
+        return (time.perf_counter() - began) / (devices * programs.at_once)
 
     def retire(self, numbers: Iterable[int]) -> None:
         """Stops training these members."""

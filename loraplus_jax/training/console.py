@@ -26,7 +26,7 @@ class LineConsole(Console):
     def __init__(self, **options: Any) -> None:
         # rich would read [q_proj] as a style tag, wrap lines in a log file, and display each as HTML in a notebook.
         plain = {"soft_wrap": True, "markup": False, "emoji": False, "force_jupyter": False}
-        super().__init__(**plain | options)
+        super().__init__(**{**plain, **options})
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Prints strings and other objects; several lines are several strings, with a line break as `sep`."""

@@ -85,13 +85,14 @@ def describe_run(directory: Path) -> dict[str, Any]:
 
 def _read_run(directory: Path) -> dict[str, Any]:
     config = saved_settings(directory, "start over with --fresh")
-    sweep, train, summary = config.get("sweep"), config["train"], read_summary(directory)
-    kind = "run" if sweep is None else "comparison" if sweep["methods"] else "sweep"
+    methods = config.get("sweep", {}).get("methods")
+    train, summary = config["train"], read_summary(directory)
+    kind = "run" if "sweep" not in config else "comparison" if methods else "sweep"
     if kind == "comparison":
-        members = [directory / name for name in dict.fromkeys(("lora", *sweep["methods"]))]
+        members = [directory / name for name in dict.fromkeys(("lora", *methods))]
         step, steps = sum(read_summary(member) is not None for member in members), len(members)
         results = [result for member in members if (result := _best_member(member)) is not None]
-        best = min(results, key=lambda result: result["value"], default=None)
+        best: dict[str, Any] | None = min(results, key=lambda result: result["value"], default=None)
     else:
         rows = read_rows(directory / METRICS)
         step, steps = max(saved_steps(directory), default=0), train.get("steps")

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.console import Console
+
 from .._utils.atomic import to_json, write_text
 from .._utils.json_files import read_json
-from .console import LineConsole
 
 PROJECT = "loraplus_jax"
 """The project of the runs, unless the service's own environment variable names another."""
@@ -42,7 +43,7 @@ class Wandb:
 
     def start(self, directory: Path, config: Mapping[str, Any], run_id: str | None) -> str:
         """See `Tracker`."""
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         # By default it also uploads the console, the code, the git state and the machine's load.
         settings = wandb.Settings(
@@ -84,8 +85,8 @@ class Mlflow:
 
     def start(self, directory: Path, config: Mapping[str, Any], run_id: str | None) -> str:
         """See `Tracker`."""
-        import mlflow
-        from mlflow.entities import Metric, Param
+        import mlflow  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
         # The client: `mlflow.start_run` would add tags with user, script and commit, and end a user's own run.
         self._metric, self._client = Metric, mlflow.MlflowClient()
@@ -117,7 +118,7 @@ class Trackio:
 
     def start(self, directory: Path, config: Mapping[str, Any], run_id: str | None) -> str:
         """See `Tracker`."""
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
@@ -172,7 +173,7 @@ class Reports:
         directory: Path,
         config: Mapping[str, Any],
         logged: int,
-        console: LineConsole,
+        console: Console,
     ) -> None:
         self._console = console
         self._running: dict[str, tuple[Tracker, int]] = {}

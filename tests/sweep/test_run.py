@@ -58,6 +58,7 @@ def test_the_search_selects_on_validation_and_the_report_tests(tmp_path, monkeyp
         run=run, data=data, steps=8, batches=batches, first=lambda trial, seed: trial, metadata=metadata
     )
     monkeypatch.setattr(sweeping, "DeviceSlots", Slots)
+    monkeypatch.setattr(sweeping.Sweep, "print_estimate", lambda self, seconds: None)
     monkeypatch.setattr(sweeping.Sweep, "save", lambda self: None)
     output = types.SimpleNamespace(
         path=tmp_path, manager=None, console=LineConsole(quiet=True), restore=lambda *_: None
