@@ -17,6 +17,7 @@ project = "loraplus_jax"
 author = "the loraplus_jax authors"
 extensions = [
     "myst_nb",
+    "notebook_pages",
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx.ext.autodoc",
@@ -36,7 +37,11 @@ html_theme_options = {
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # tests/test_docs.py runs the blocks
+nb_execution_mode = "auto"  # the notebooks; tests/test_docs.py runs the blocks of the other pages
+nb_execution_in_temp = True
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # warnings, which name files of this machine
 autosummary_generate = True
 autosummary_ignore_module_all = True
 autodoc_member_order = "bysource"
