@@ -13,11 +13,13 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from error_index import Index  # noqa: E402, needs the path
+from notebook_pages import REPOSITORY  # noqa: E402
 
 project = "loraplus_jax"
 author = "the loraplus_jax authors"
 extensions = [
     "myst_nb",
+    "notebook_pages",
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_llms_txt",
@@ -38,6 +40,13 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
 }
+if REPOSITORY:
+    html_theme_options |= {
+        "repository_url": f"https://github.com/{REPOSITORY}",
+        "path_to_docs": "docs",
+        "use_repository_button": True,
+        "use_edit_page_button": True,
+    }
 exclude_patterns = ["_build", "reference/errors"]
 templates_path = ["_templates"]
 llms_txt_full_file = False  # the sources of the pages stand beside them in _sources
@@ -45,7 +54,11 @@ llms_txt_uri_template = "_sources/{docname}{suffix}{sourcelink_suffix}"
 llms_txt_exclude = ["reference/generated/*"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # tests/test_docs.py runs the blocks
+nb_execution_mode = "auto"  # the notebooks; tests/test_docs.py runs the blocks of the other pages
+nb_execution_in_temp = True
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # warnings, which name files of this machine
 autosummary_generate = True
 autosummary_ignore_module_all = True
 autodoc_member_order = "bysource"

@@ -10,7 +10,8 @@ import pytest
 
 from .pages import DOCS, blocks, run
 
-PAGES = sorted(DOCS.glob("*.md"))
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.md"))
+PAGES = sorted(DOCS.glob("*.md")) + NOTEBOOKS
 PUBLIC = ("adapter", "inits", "interop", "linen", "nnx", "optim", "quantization", "step")
 """The packages whose functions users call; the rest is the application."""
 OTHER_LINES = "using 2 of 16 GPUs, out of memory, is not installed; run pip install 'loraplus_jax[train]'"
@@ -19,6 +20,7 @@ ELSEWHERE = {"vision", "tunix"}  # tests/others has the packages that these page
 TABS = [
     pytest.param(page.stem, tab, id=f"{page.stem} {tab}".strip())
     for page in PAGES
+    if page not in NOTEBOOKS
     for tab, code in blocks(page.stem).items()
     if code and page.stem not in ELSEWHERE
 ]
@@ -51,13 +53,66 @@ def test_every_page_is_in_the_table_of_contents():
     listed = {
         line for block in re.findall(r"```{toctree}(.*?)```", index, flags=re.S) for line in block.split()
     }
-    assert {page.stem for page in PAGES} - {"index"} <= listed
+    names = {page.relative_to(DOCS).with_suffix("").as_posix() for page in PAGES}
+    assert names - {"index"} <= listed
 
 
 def test_links_between_pages_exist():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (DOCS / target).exists(), f"{page.name}: {target}"
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_notebooks_are_executed_and_draw_the_gallery():
+    drawn = {"memory"}  # by notebook_pages itself
+    for page in NOTEBOOKS:
+        text = page.read_text(encoding="utf-8")
+        assert re.match(r"---\n.*?format_name: myst\n.*?\n---\n\n# ", text, flags=re.S), page.name
+        assert "```python" not in text, page.name
+        drawn |= set(re.findall(r"^:tags: \[gallery-(\w+)\]$", text, flags=re.M))
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert set(re.findall(r'<img src="gallery/(\w+)\.png" alt=".+">', index)) == drawn
+    assert len(drawn) == 5
+
+
+@pytest.mark.parametrize(
+    ("repository", "link", "command"),
+    [
+        ("", '<a href="nnx_model.ipynb" download>', "raise ImportError("),
+        (
+            "me/fork",
+            "](https://colab.research.google.com/github/me/fork/blob/gh-pages/notebooks/nnx_model.ipynb)",
+            '%pip install -q "loraplus_jax[train] @ git+https://github.com/me/fork"',
+        ),
+    ],
+)
+def test_a_notebook_says_how_to_open_it_and_installs_the_package(
+    conf, monkeypatch, repository, link, command
+):
+    import notebook_pages  # conf puts its folder on the path
+
+    monkeypatch.setattr(notebook_pages, "REPOSITORY", repository)
+    source = ["---\nkernelspec:\n---\n\n# Title\n\n```{code-cell}\n# A comment\n```\n"]
+    notebook_pages.add_how_to_open(None, "notebooks/nnx_model", source)
+    first, _, rest = source[0].partition("# Title\n\n")[2].partition("```\n\n")
+    assert link in first
+    assert "```{code-cell}\n:tags: [remove-cell]\n\nimport importlib.util\n" in first
+    assert f"\n    {command}" in first
+    assert rest == "```{code-cell}\n# A comment\n```\n"
+    other = ["# Title\n"]
+    notebook_pages.add_how_to_open(None, "nnx", other)
+    assert other == ["# Title\n"]
+
+
+def test_pictures_are_taken_from_tagged_cells(conf):
+    import notebook_pages
+
+    outputs = [{"name": "stdout", "text": ""}, {"data": {"image/png": "aGVsbG8="}}]
+    cells = [
+        {"metadata": {}, "outputs": outputs},
+        {"metadata": {"tags": ["remove-input", "gallery-map"]}, "outputs": outputs},
+    ]
+    assert list(notebook_pages.tagged_pictures({"cells": cells})) == [("map", b"hello")]
 
 
 def test_the_api_page_has_every_public_name_once():
