@@ -52,7 +52,7 @@ def write_notebooks_and_gallery(app: Any, exception: Exception | None) -> None:
 
     The picture NAME is the output of the cell with the tag `gallery-NAME`.
     """
-    if exception or app.builder.format != "html":
+    if exception or app.builder.format != "html" or app.config.nb_execution_mode == "off":
         return
     site, gallery = Path(app.outdir), Path(app.outdir) / "gallery"
     gallery.mkdir(exist_ok=True)

@@ -84,8 +84,10 @@ def heat_map(axes: Any, report: Report) -> None:
             *point, s=1.3 * size, marker="s", zorder=4, label=f"{ARM_LABELS[arm]}, selected", **style
         )
     if axes.get_legend_handles_labels()[0]:
-        # Outside the axes, where it covers no cell.
-        axes.figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9, markerscale=0.5)
+        # Outside the axes, where it covers no cell; with room for its markers, which are large if cells are few.
+        axes.figure.legend(
+            frameon=False, loc="outside lower center", ncols=2, fontsize=9, markerscale=0.5, labelspacing=1.5
+        )
     axes.annotate(
         "dashed: plain LoRA, equal rates", (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=9
     )
