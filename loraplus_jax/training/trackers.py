@@ -182,7 +182,7 @@ class Reports:
         for name, old in known.items():
             known[name] = old | {"rows": max(old["rows"], logged)}
         for name in names:
-            with self._or_left_out(name):
+            with self._drop_on_error(name):
                 tracker, old = TRACKERS[name](), known.get(name, {"id": None, "rows": 0})
                 known[name] = old | {"id": tracker.start(directory, config, old["id"])}
                 self._running[name] = tracker, old["rows"]
@@ -193,17 +193,17 @@ class Reports:
         """Sends a row, with its number in `metrics.jsonl`, to the trackers that lack it."""
         for name, (tracker, rows) in [*self._running.items()]:
             if number >= rows:
-                with self._or_left_out(name):
+                with self._drop_on_error(name):
                     tracker.log(step, values)
 
     def close(self) -> None:
         """Ends the trackers' runs."""
         for name, (tracker, _) in [*self._running.items()]:
-            with self._or_left_out(name):
+            with self._drop_on_error(name):
                 tracker.finish()
 
     @contextlib.contextmanager
-    def _or_left_out(self, name: str) -> Iterator[None]:
+    def _drop_on_error(self, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # of any type: these packages do not say which

@@ -212,8 +212,10 @@ class Trainer:
             values |= self.score_texts(self.state.trainable, "before")
             self.log.write(0, {prefix + key: value for key, value in values.items()})
             row = self.log.rows[-1]
-        elif (left := self.run.steps - self.step) and (speeds := self.log.values("steps_per_second")):
-            self.console.print(f"{estimate_rest(left, [speed for _, speed in speeds], self.expected_peak())}")
+        elif (remaining := self.run.steps - self.step) and (speeds := self.log.values("steps_per_second")):
+            self.console.print(
+                f"{estimate_rest(remaining, [speed for _, speed in speeds], self.expected_peak())}"
+            )
         before = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
         self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
         self.ask_prompt("before", self.initial)

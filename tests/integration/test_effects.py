@@ -222,6 +222,17 @@ def cache_in_use(settings):
     return found
 
 
+def reported(settings):
+    """The trackers whose packages a run requires."""
+    required = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "check_trackers", required.append)
+        patch.setattr(training, "open_output_directory", ending())
+        with pytest.raises(Found):
+            train(settings, console=QUIET)
+    return required
+
+
 def asked(settings):
     """What the run asks its model before and after, and for how many tokens of answer."""
     prompts = []
@@ -413,6 +424,7 @@ CHANGES = [
     Change("train.max_skipped", "2", most_skipped),
     Change("train.compilation_cache", "false", cache_in_use),
     Change("train.theory_every", "2", theory),
+    Change("train.report_to", "[mlflow]", reported),
     Change("train.prompt", "what colour is coal", asked, SAY),
     Change("train.prompt_tokens", "9", asked, SAY),
     Change("train.label_smoothing", "0.1", program, TALK),

@@ -356,7 +356,7 @@ def test_an_interrupted_run_resumes_and_ends_bit_identical(world, capsys):
     with (world.out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')
     assert world.train(*NOISY) == 0
-    assert_mentions(capsys.readouterr().out, "step 8 of 20")
+    assert_mentions(capsys.readouterr().out, "step 8 of 20", "for 12 steps, plus evaluations")
     assert result_of(world.out) == result_of(straight)
 
 

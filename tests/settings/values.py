@@ -73,6 +73,7 @@ OTHER = {
     "train.max_skipped": 2,
     "train.compilation_cache": False,
     "train.theory_every": 4,
+    "train.report_to": ["wandb"],
     "mesh.data": 2,
     "mesh.fsdp": 2,
     "mesh.tensor": 4,
