@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/notebooks").glob("*.md")]
 # One word per piece of code: a repeated placeholder would count as a repeated word. Without digits, or "code560's"
 # would count as a decade.
 words = ("code" + "".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=4))
