@@ -68,7 +68,7 @@ def tiny(request, talk):
     return talk
 
 
-@pytest.mark.parametrize("tiny", ["phi3", long("gemma3_text"), long("gemma2")], indirect=True)
+@pytest.mark.parametrize("tiny", [long("phi3"), long("gemma3_text"), long("gemma2")], indirect=True)
 def test_a_run_on_eight_devices_and_its_exports(tiny, tmp_path, capsys):
     one = tiny.trained(*SHORT_TALK, out=tmp_path / "one")
     other = tiny.trained(*SHORT_TALK, *MESH, *("--model.remat", "dots", "--model.loss_chunk", "7"))

@@ -17,6 +17,7 @@ NF4 = (*SHORT_TALK, "--model.quantize", "nf4")
 DORA = (*NF4, "--lora.variant", "dora")
 
 
+@pytest.mark.long
 def test_a_run_on_a_quantized_base_learns_resumes_and_exports(talk, tmp_path, capsys):
     straight = talk.trained(*DORA, out=tmp_path / "straight")
     plain = talk.trained(*NF4, "--train.steps", "4", out=tmp_path / "plain")

@@ -90,6 +90,7 @@ def test_a_run_on_tasks(run, capsys):
     assert limited["tasks"]["mmlu"]["fewer_shots"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_packed_run_a_merged_model_and_a_base(run, tmp_path, capsys):
     args = flags(CHOICES.format(dir=run.directory))

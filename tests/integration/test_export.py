@@ -75,6 +75,7 @@ def test_a_language_model_exported_answers_the_same(finished_talk, tmp_path, cap
     assert f"'{name}'" in (tmp_path / "named/README.md").read_text()
 
 
+@pytest.mark.long
 def test_a_model_from_gguf_goes_out_as_both_formats(talk, tmp_path, capsys):
     gguf = tmp_path / "base.gguf"
     language.write_gguf_of(talk.model, gguf)

@@ -60,6 +60,7 @@ def test_an_interrupted_run_resumes_bit_identical_and_does_not_describe_again(e2
     assert (e2e.out / "generated_step_8.jsonl").exists()
 
 
+@pytest.mark.long
 def test_without_a_test_file_the_validation_split_is_described_also_on_a_mesh(e2e):
     files = flags("--data.test null --generation.inputs null --data.validation_fraction 0.2")
     e2e.trained(*SHORT, *files, *MESH)

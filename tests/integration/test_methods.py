@@ -22,6 +22,7 @@ def compare(world, *flags, methods=SOME):
     return main([*command, *FLAGS, *flags])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_texts_of_each_method_are_those_of_its_single_runs(talk):
     talk.describe(beams=2, max_new_tokens=8, inputs=6, batch_size=4)

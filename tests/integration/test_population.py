@@ -207,6 +207,7 @@ class Recorded:
         return self.step(members, *rest)
 
 
+@pytest.mark.long
 def test_where_there_is_no_cpu_a_short_measurement_chooses_the_members_at_once(home, monkeypatch):
     """The device's kind and the times are stand-ins; the programs are real."""
     monkeypatch.setattr(populations, "skips_measurement", lambda device: False)

@@ -123,6 +123,7 @@ def gguf_of(talk, kinds):
 BLOCKS = {("self_attn.v_proj", "attn_v"): ("Q4_1", "Q4_1"), ("mlp.up_proj", "ffn_up"): ("Q8_0", "Q8_0")}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_blocks_of_a_gguf_file_are_trained_on_as_they_are(talk, tmp_path):
     options = (*SHORT_TALK, "--model.path", str(gguf_of(talk, BLOCKS)))

@@ -46,6 +46,7 @@ def write_roberta(directory):
     return model.num_parameters()
 
 
+@pytest.mark.long
 def test_a_step_of_the_recipe_and_its_export_equal_transformers(tmp_path):
     model = tmp_path / "roberta-base"
     assert write_roberta(model) == 125_288_025

@@ -53,6 +53,7 @@ def test_the_start_is_the_base_and_the_saved_adapter_what_was_trained(talk, tmp_
         assert evaluated(capsys, tmp_path / name)["loss"] == pytest.approx(end, rel=1e-5)
 
 
+@pytest.mark.long
 def test_lora_one_starts_with_a_step(talk, capsys, before):
     run = talk.trained(*FIRST, "--lora.init", "lora_one")
     summary = summary_of(run)
@@ -81,6 +82,7 @@ def test_eight_devices_and_one_agree(talk, tmp_path):
     assert_same_losses(talk.trained(*args, *MESH), one)
 
 
+@pytest.mark.long
 def test_loftq_starts_nearer_to_the_original_model(talk, tmp_path, capsys):
     run = talk.trained(*LOFTQ)
     after = summary_of(run)["after"]["loss"]

@@ -286,11 +286,11 @@ def is_quick(subject, lifting):
 
 
 def marks(subject, lifting):
-    """Beyond the quick ones, `.ci/run` lifts every fourth layer in one way, each way in turn."""
+    """Beyond the quick ones, `.ci/run` lifts every eighth layer in one way, each way in turn."""
     if is_quick(subject, lifting):
         return []
     number = list(SUBJECTS).index(subject)
-    in_turn = number % 4 == 0 and number // 4 % len(LIFTINGS) == list(LIFTINGS).index(lifting)
+    in_turn = number % 8 == 0 and number // 8 % len(LIFTINGS) == list(LIFTINGS).index(lifting)
     return [pytest.mark.slow] if in_turn else [pytest.mark.long]
 
 
