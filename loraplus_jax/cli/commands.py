@@ -166,15 +166,15 @@ def _plan(
 
 
 def _search(settings: Any, words: Sequence[str], topology: str | None, json: Path | None) -> int:
+    from ..plan.devices import target_devices
     from ..plan.render import explain_no_fit, format_plan, format_search, write_search
     from ..plan.search import Search
-    from ..plan.tpu import tpu_devices
 
     if topology is None:
-        raise ValueError("plan --search compares times at a chip's rates; pass --topology, such as v5e:16x16")
+        raise ValueError("plan --search compares times at a chip's rates; pass --topology, such as h100:8")
     # The search leaves a setting on the command line unchanged.
     fixed = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    search, code = Search(settings, *tpu_devices(topology), fixed), 0
+    search, code = Search(settings, *target_devices(topology), fixed), 0
     search.run(lambda line: print(escape_controls(line), file=sys.stderr, flush=True))
     command = ["loraplus", "train", *words]
     _print(format_search(search, settings, command))
@@ -277,7 +277,11 @@ TASKS = {
 }
 """The options of `eval` that require --tasks."""
 PLAN = SETTINGS | {
-    "--topology": value("TPU topology to compile for, such as v5e:16x16", metavar="NAME"),
+    "--topology": value(
+        "GPUs or TPUs to compile for: GPU:COUNT, GPU:HOSTSxCOUNT or TPU:SHAPE, such as h100:8, h100:2x8 or "
+        "v5e:16x16; GPU may be a YAML file",
+        metavar="NAME",
+    ),
     "--search": flag(
         "search for mesh, micro-batches and remat of a fast step that fits, and print the command; settings on the "
         "command line stay fixed; requires --topology"

@@ -1,12 +1,14 @@
-"""Predicts what a training step needs, from the compiler alone: no weights, no data, and for TPUs no TPU.
+"""Predicts what a training step needs, from the compiler alone: no weights, no data, no TPU or GPU.
 
-The step is compiled as `train` would, for local devices or a TPU topology. Memory and communication come from that
+The step is compiled as `train` would, for local devices or a topology. Memory and communication come from that
 program. XLA's cost analysis counts the body of a loop once, however often it runs; so FLOPs and bytes come from the
 same step with one and with two unrolled layers: the cost of one, plus the increment of each further layer.
 """
 
 import dataclasses
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,10 +27,10 @@ from ..tasks.interface import AdaptedModel, BaseModel, TaskData
 from ..training.memory import free_bytes
 from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
+from .devices import Chip, Gpu, target_devices
 from .hlo import Collective, collectives, count_looped_matmuls
 from .kernel_costs import kernel_work
 from .programs import LoweredStep, bytes_between_steps, local_bytes, memory_sizes, plan_step, try_compile
-from .tpu import Chip, tpu_devices
 
 COUNTING_OPTIONS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6,
@@ -63,6 +65,7 @@ class Plan:
     Attributes:
       model: model path in the settings.
       device: kind of device.
+      chip: figures of the device; None if it is a local one.
       devices: number of devices.
       mesh: maps a mesh axis to its size.
       rows: rows of a batch, over all devices.
@@ -71,12 +74,13 @@ class Plan:
       layers: layers of the model.
       trained: number of trained parameters.
       total: number of parameters.
-      memory: bytes by purpose; if compilation failed, temporaries are what the compiler's message implies.
+      memory: bytes by purpose; if compilation failed, temporaries are what the compiler's message implies. Kernels'
+        workspace is an estimate, for GPUs only.
       needed: total bytes with the compiler's array layouts; if compilation failed, the total in its message.
       peak: peak memory in bytes, as the compiler reports it; 0 if it does not.
       evaluation: total bytes of an evaluation, optimizer state included; None if not counted.
       theory: total bytes of the theory metrics (`train.theory_every`); None if not set.
-      room: available bytes.
+      room: available bytes; of a GPU, what JAX reserves.
       problem: the compiler's message if it ran out of memory, on one line.
       work: FLOPs and bytes of a step; None if the programs that count them need too much memory.
       collectives: collectives of a step; empty if compilation failed.
@@ -87,6 +91,7 @@ class Plan:
 
     model: str
     device: str
+    chip: Chip | None
     devices: int
     mesh: dict[str, int]
     rows: int
@@ -135,18 +140,18 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
 
     Args:
       settings: settings of the run; reads only the model's `config.json`, and no data.
-      topology: TPUs to compile for, such as `"v5e:16x16"`; None plans for local devices.
+      topology: devices to compile for, such as `"h100:8"` or `"v5e:16x16"`; None plans for local devices.
 
     Raises:
       ValueError, OSError: settings that training would reject too, or an unknown topology.
-      ImportError: libtpu, the TPU compiler, is not installed.
+      ImportError: the compiler of the topology's devices is not installed.
     """
     if topology is None and (address := settings.distributed.coordinator) is not None:
         raise ValueError(
             f"plan runs in one process, got distributed.coordinator {address}; pass --topology, or "
             "--distributed.coordinator null to plan for local devices"
         )
-    chip, devices = (None, jax.devices()) if topology is None else tpu_devices(topology)
+    chip, devices = (None, jax.devices()) if topology is None else target_devices(topology)
     return plan_for(settings, chip, devices)
 
 
@@ -173,13 +178,20 @@ def plan_for(
     seconds = time.perf_counter() - start
     memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
     memory["temporaries"], needed, peak = memory_sizes(program, problem, sum(memory.values()))
-    between_steps = bytes_between_steps(settings, data, step, mesh)
+    text = "" if program is None else program.as_text()
+    library = 0
+    if isinstance(chip, Gpu):
+        library = matmul_workspace(chip)
+        memory["kernel workspace (estimate)"] = library + kernel_work(text).workspace
+        needed += memory["kernel workspace (estimate)"]
+    between_steps = bytes_between_steps(settings, data, step, mesh, library)
     problems = [problem, *(message for _, message in between_steps.values())]
     work = count_work(settings, base, data, mesh, counted)
-    communication = () if program is None else tuple(collectives(program.as_text()))
+    communication = tuple(collectives(text)) if text else ()
     return Plan(
         model=settings.model.path,
         device=mesh.devices.flat[0].device_kind,
+        chip=chip,
         devices=mesh.size,
         mesh=dict(mesh.shape),
         rows=settings.train.batch_size,
@@ -197,7 +209,7 @@ def plan_for(
         problem=next(filter(None, problems), None),
         work=work,
         collectives=communication,
-        roofline={} if chip is None or work is None else roofline(chip, work, communication),
+        roofline={} if chip is None or work is None else roofline(chip, work, communication, mesh),
         compile_seconds=round(seconds, 1),
     )
 
@@ -273,15 +285,32 @@ def _count_once(step: LoweredStep, mesh: Mesh, counted: dict[str, Work | None]) 
     # A search counts a layout before it plans it: equal programs compile once.
     if (lowered := step.lowered.as_text()) in counted:
         return counted[lowered]
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    program, problem = try_compile(step.lowered, COUNTING_OPTIONS if on_tpu else None)
+    platform = mesh.devices.flat[0].platform
+    program, problem = try_compile(step.lowered, COUNTING_OPTIONS if platform == "tpu" else None)
     counted[lowered] = None
     if problem is None:
-        cost, text = program.cost_analysis(), program.as_text()
+        cost, text = cost_analysis(program, platform), program.as_text()
         kernels = kernel_work(text)
         flops, size = cost["flops"] + kernels.flops, cost["bytes accessed"] + kernels.bytes
         counted[lowered] = Work(flops, size, count_looped_matmuls(text), kernels.unknown)
     return counted[lowered]
+
+
+def cost_analysis(program: jax.stages.Compiled, platform: str) -> dict[str, float]:
+    """XLA's count of a program's `"flops"` and `"bytes accessed"`."""
+    compiled: Any = program
+    if platform != "gpu":
+        return compiled.cost_analysis()
+    # XLA's GPU client has no cost analysis without a GPU, but any client counts any program.
+    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+
+    (module,) = compiled.runtime_executable().hlo_modules()
+    return _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
+
+
+def matmul_workspace(gpu: Gpu) -> int:
+    """Bytes of cuBLAS's workspace, which XLA allots where its autotuning takes cuBLAS."""
+    return (32 if gpu.capability >= 9 else 4) * 2**20
 
 
 def extrapolate_layers(first: float, second: float, layers: int) -> float:
@@ -314,19 +343,30 @@ def head_bytes(settings: Settings, parts: AdaptedModel, mesh: Mesh) -> float:
     return (chunks - 1) * 2 * kernel.size * jnp.dtype(settings.model.dtype).itemsize / tensor
 
 
-def roofline(chip: Chip, work: Work, exchanges: Sequence[Collective]) -> dict[str, float]:
-    """Lower bounds on the seconds of a step: compute, HBM and network, each as if it were the only limit."""
-    received = sum(c.times * c.wire_bytes for c in exchanges)
+def roofline(
+    chip: Chip, work: Work, exchanges: Sequence[Collective], mesh: Mesh | None = None
+) -> dict[str, float]:
+    """Lower bounds on the seconds of a step: compute, memory and network, each as if it were the only limit.
+
+    On GPUs, a collective of more devices than one host has runs at the rate of the network between hosts.
+    """
+    per_host = math.inf
+    if isinstance(chip, Gpu) and mesh is not None:
+        per_host = max(Counter(device.process_index for device in mesh.devices.flat).values())
+    network = 0.0
+    for one in exchanges:
+        rate = chip.host_rate if isinstance(chip, Gpu) and one.group > per_host else chip.link_rate
+        network += one.times * one.wire_bytes / rate
     return {
         "compute": work.flops / chip.flops,
-        "memory": work.bytes / chip.hbm_rate,
-        "network": received / chip.ici_rate,
+        "memory": work.bytes / chip.memory_rate,
+        "network": network,
     }
 
 
 def _available_bytes(chip: Chip | None, mesh: Mesh) -> int:
     if chip is not None:
-        return int(chip.hbm_bytes)
+        return chip.available
     device = mesh.devices.flat[0]
     shares = len(mesh.local_devices) if device.platform == "cpu" else 1  # CPU devices share the host's memory
     return free_bytes(device) // shares

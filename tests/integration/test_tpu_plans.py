@@ -15,7 +15,7 @@ from loraplus_jax.plan.hlo import collectives
 from loraplus_jax.plan.plan import make_plan
 from loraplus_jax.plan.programs import plan_step, try_compile
 from loraplus_jax.plan.render import advice, format_plan
-from loraplus_jax.plan.tpu import CHIPS, tpu_devices
+from loraplus_jax.plan.devices import TPUS, target_devices
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.step.sharding import with_mesh
 from loraplus_jax.training.xla import compiler_options
@@ -41,8 +41,8 @@ PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
     ],
 )
 def test_a_device_is_a_chip(topology, count):
-    chip, devices = tpu_devices(topology)
-    assert (chip, len(devices)) == (CHIPS[topology.partition(":")[0]], count)
+    chip, devices = target_devices(topology)
+    assert (chip, len(devices)) == (TPUS[topology.partition(":")[0]], count)
     assert {device.platform for device in devices} == {"tpu"}
 
 
@@ -99,7 +99,7 @@ def test_a_layer_that_is_computed_again_gathers_no_weight_a_third_time(tmp_path)
         mesh=MeshSettings(data=1, fsdp=4),
     )
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, max_length=2048))
-    mesh = make_mesh(1, 4, devices=tpu_devices("v5e:2x2")[1])
+    mesh = make_mesh(1, 4, devices=target_devices("v5e:2x2")[1])
     step = plan_step(settings, *parts_of(settings, tmp_path), mesh)
     program, _ = try_compile(step.lowered, compiler_options(mesh, unrolled=False))
     assert gathers_of_weights(collectives(program.as_text()), LLAMA["num_hidden_layers"]) == {
@@ -110,7 +110,7 @@ def test_a_layer_that_is_computed_again_gathers_no_weight_a_third_time(tmp_path)
 
 
 def test_chips_run_the_attention_kernel_without_collectives():
-    mesh = make_mesh(1, 2, 2, devices=tpu_devices("v5e:2x2")[1])
+    mesh = make_mesh(1, 2, 2, devices=target_devices("v5e:2x2")[1])
     rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), None, "tensor")
 
     def total(query, key, value, segments):

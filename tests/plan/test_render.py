@@ -7,10 +7,10 @@ import jax
 import pytest
 
 from loraplus_jax import make_mesh
+from loraplus_jax.plan.devices import TPUS
 from loraplus_jax.plan.hlo import Collective
 from loraplus_jax.plan.plan import Work, roofline
 from loraplus_jax.plan.render import advice, format_plan
-from loraplus_jax.plan.tpu import CHIPS
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.training.setup import check_mesh
 
@@ -83,7 +83,7 @@ def test_how_often_split_weights_come_in_by_hand(planned, kinds, accumulate, sai
 def test_a_roofline_by_hand(planned):
     plan, settings = planned
     found = roofline(
-        CHIPS["v5e"], Work(394e12, 819e9), [Collective("all-gather", 100_000_000_000, 4, 4, "", "")]
+        TPUS["v5e"], Work(394e12, 819e9), [Collective("all-gather", 100_000_000_000, 4, 4, "", "")]
     )
     assert found == {"compute": 2.0, "memory": 1.0, "network": 1.5}
     text = format_plan(fake(plan, roofline=found), settings)
