@@ -149,6 +149,7 @@ def _plan(
     words: Sequence[str],
     topology: str | None = None,
     search: bool = False,
+    fits: bool = False,
     json: Path | None = None,
 ) -> int:
     from ..plan.plan import make_plan
@@ -156,6 +157,8 @@ def _plan(
 
     if json is not None:
         check_new_file("--json", json)
+    if fits:
+        return _fits(settings, words, topology is not None, search, json)
     if search:
         return _search(settings, words, topology, json)
     plan = make_plan(settings, topology)
@@ -175,7 +178,7 @@ def _search(settings: Any, words: Sequence[str], topology: str | None, json: Pat
     # The search leaves a setting on the command line unchanged.
     fixed = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     search, code = Search(settings, *target_devices(topology), fixed), 0
-    search.run(lambda line: print(escape_controls(line), file=sys.stderr, flush=True))
+    search.run(_show_progress)
     command = ["loraplus", "train", *words]
     _print(format_search(search, settings, command))
     if search.best is not None and search.best.plan is not None:
@@ -185,6 +188,28 @@ def _search(settings: Any, words: Sequence[str], topology: str | None, json: Pat
     if json is not None:
         write_search(json, search, settings, command)
     return code
+
+
+def _fits(settings: Any, words: Sequence[str], topology: bool, search: bool, json: Path | None) -> int:
+    from ..plan.fits import find_fits
+    from ..plan.render import format_fits, write_fits
+
+    options = {"--topology": topology, "--search": search} | {
+        word.partition("=")[0]: True for word in words if word.startswith("--mesh.")
+    }
+    if given := [name for name, is_given in options.items() if is_given]:
+        raise ValueError(
+            f"plan --fits compiles for all known GPUs with meshes of its own; remove {', '.join(given)}"
+        )
+    fits = find_fits(settings, _show_progress)
+    _print(format_fits(fits, settings))
+    if json is not None:
+        write_fits(json, fits)
+    return 0
+
+
+def _show_progress(line: str) -> None:
+    print(escape_controls(line), file=sys.stderr, flush=True)
 
 
 def _eval(directory: Path, tasks: str | None = None, **options: Any) -> str:
@@ -285,6 +310,10 @@ PLAN = SETTINGS | {
     "--search": flag(
         "search for mesh, micro-batches and remat of a fast step that fits, and print the command; settings on the "
         "command line stay fixed; requires --topology"
+    ),
+    "--fits": flag(
+        "instead of one plan, say on which GPUs the step fits: all known ones, 1, 2, 4 or 8 of them, with the weights "
+        "as they are and as nf4"
     ),
     "--json": value("also write the plan to FILE as JSON; FILE must not exist", path, metavar="FILE"),
 }

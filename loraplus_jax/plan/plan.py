@@ -171,19 +171,8 @@ def plan_for(
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
     base, data = make_model(settings)
     check_layout(settings, base, mesh)
-    step = plan_step(settings, base, data, mesh)
-    start = time.perf_counter()
-    # With the options of `train`: they change memory and collectives.
-    program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=bool(settings.model.unroll)))
-    seconds = time.perf_counter() - start
-    memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
-    memory["temporaries"], needed, peak = memory_sizes(program, problem, sum(memory.values()))
-    text = "" if program is None else program.as_text()
-    library = 0
-    if isinstance(chip, Gpu):
-        library = matmul_workspace(chip)
-        memory["kernel workspace (estimate)"] = library + kernel_work(text).workspace
-        needed += memory["kernel workspace (estimate)"]
+    step, text, memory, needed, peak, seconds, problem = compile_step(settings, base, data, mesh, chip)
+    library = matmul_workspace(chip) if isinstance(chip, Gpu) else 0
     between_steps = bytes_between_steps(settings, data, step, mesh, library)
     problems = [problem, *(message for _, message in between_steps.values())]
     work = count_work(settings, base, data, mesh, counted)
@@ -212,6 +201,46 @@ def plan_for(
         roofline={} if chip is None or work is None else roofline(chip, work, communication, mesh),
         compile_seconds=round(seconds, 1),
     )
+
+
+class CompiledStep(NamedTuple):
+    """A training step and what it needs.
+
+    Attributes:
+      step: the lowered step.
+      text: the compiled program; empty if the compiler ran out of memory.
+      memory, needed, peak, problem: as in `Plan`.
+      seconds: time to compile it.
+    """
+
+    step: LoweredStep
+    text: str
+    memory: dict[str, int]
+    needed: int
+    peak: int
+    seconds: float
+    problem: str | None
+
+
+def compile_step(
+    settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh, chip: Chip | None
+) -> CompiledStep:
+    """Compiles the training step as `train` does, for a base without weights."""
+    step = plan_step(settings, base, data, mesh)
+    start = time.perf_counter()
+    # With the options of `train`: they change memory and collectives.
+    program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=bool(settings.model.unroll)))
+    seconds = time.perf_counter() - start
+    memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
+    memory["temporaries"], needed, peak = memory_sizes(program, problem, sum(memory.values()))
+    text = "" if program is None else program.as_text()
+    if isinstance(chip, Gpu):
+        memory[WORKSPACE] = matmul_workspace(chip) + kernel_work(text).workspace
+        needed += memory[WORKSPACE]
+    return CompiledStep(step, text, memory, needed, peak, seconds, problem)
+
+
+WORKSPACE = "kernel workspace (estimate)"
 
 
 def make_model(settings: Settings) -> tuple[BaseModel, TaskData]:
