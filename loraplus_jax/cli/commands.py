@@ -312,7 +312,7 @@ PLAN = SETTINGS | {
         "command line stay fixed; requires --topology"
     ),
     "--fits": flag(
-        "instead of one plan, say on which GPUs the step fits: all known ones, 1, 2, 4 or 8 of them, with the weights "
+        "instead of one plan, say on which GPUs the step fits: all known ones, 1, 2, 4 or 8 of them, with weights "
         "as they are and as nf4"
     ),
     "--json": value("also write the plan to FILE as JSON; FILE must not exist", path, metavar="FILE"),

@@ -1,7 +1,7 @@
 """Which GPUs a training step fits on: all known ones, 1 to 8 of them, with the weights as they are and quantized.
 
-A step is compiled once for each number of GPUs and each kind of weights. Its memory hardly depends on the GPU, so only
-where the answer is close is it compiled for that GPU too.
+A step is compiled once for each number of GPUs and each kind of weights. Its memory hardly depends on the GPU: only
+where the answer is close, the step is compiled for that GPU too.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class Fit(NamedTuple):
 
     Attributes:
       gpu: their name.
-      count: their number.
+      number: how many they are.
       quantize: `model.quantize`.
       needed: bytes that each needs.
       limit: bytes that JAX can reserve of each.
@@ -39,7 +39,7 @@ class Fit(NamedTuple):
     """
 
     gpu: str
-    count: int
+    number: int
     quantize: str
     needed: int
     limit: int

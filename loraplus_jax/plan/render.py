@@ -107,7 +107,7 @@ def format_fits(fits: Fits, settings: Settings) -> str:
         at_once = train.batch_size // train.accumulate // count
         rows.append((str(count), f"{train.batch_size:,}", f"{train.accumulate:,}", f"{at_once:,}"))
     lines += [_table(rows), ""]
-    cells = {(fit.quantize, fit.gpu, fit.count): _fit_cell(fit) for fit in fits.fits}
+    cells = {(fit.quantize, fit.gpu, fit.number): _fit_cell(fit) for fit in fits.fits}
     table = [("GPU", "memory", "weights", *(f"{count} GPU{'s' * (count > 1)}" for count in counts))]
     for quantize, name in dict.fromkeys((fit.quantize, fit.gpu) for fit in fits.fits):
         weights = settings.model.param_dtype if quantize == "none" else quantize
@@ -115,11 +115,11 @@ def format_fits(fits: Fits, settings: Settings) -> str:
         table.append((name, _size(GPUS[name].memory), weights, *answers))
     lines += [
         _table(table),
-        f"left of {100 * MAX_FRACTION:.0f} % of the memory; the rest is for the CUDA context, NCCL buffers and CUDA graphs",
+        f"left of {100 * MAX_FRACTION:.0f} % of the memory; the rest is for the CUDA context, NCCL and CUDA graphs",
     ]
     if any("*" in cell for cell in cells.values()):
         lines.append(
-            f"* with {_reserve(MAX_FRACTION)}: by default JAX reserves {100 * memory_fraction():.0f} % of the memory"
+            f"* with {_reserve(MAX_FRACTION)}; as set, JAX reserves {100 * memory_fraction():.0f} % of the memory"
         )
     if settings.is_language and settings.model.remat != "full":
         lines.append(f"model.remat is {settings.model.remat}; full needs less memory")
