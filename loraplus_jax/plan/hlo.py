@@ -21,7 +21,7 @@ _CALLED = re.compile(
 )
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _BITS = {"pred": 8, "token": 0}
-_WITH_INPUTS = ("all-gather-start", "collective-permute-start", "reduce-scatter-start")
+_WITH_INPUTS = ("all-gather-start", "all-to-all-start", "collective-permute-start", "reduce-scatter-start")
 
 
 class Collective(NamedTuple):

@@ -11,17 +11,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from loraplus_jax import make_mesh
 from loraplus_jax.models.attention import causal_attention
+from loraplus_jax.plan.devices import TPUS, target_devices
 from loraplus_jax.plan.hlo import collectives
 from loraplus_jax.plan.plan import make_plan
-from loraplus_jax.plan.programs import plan_step, try_compile
+from loraplus_jax.plan.programs import local_bytes, plan_step, try_compile
 from loraplus_jax.plan.render import advice, format_plan
-from loraplus_jax.plan.devices import TPUS, target_devices
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.step.sharding import with_mesh
 from loraplus_jax.training.xla import compiler_options
 
 from ..messages import assert_mentions
-from ..plan.tiny import GPT2, LLAMA, RANK, parts_of, settings_of
+from ..plan.tiny import BERT, GPT2, LLAMA, RANK, lower_pmap, parts_of, settings_of
 
 libtpu = pytest.importorskip("libtpu", reason="pip install 'loraplus_jax[tpu-plan]'")
 pytestmark = pytest.mark.slow
@@ -124,6 +124,21 @@ def test_chips_run_the_attention_kernel_without_collectives():
     program = jax.jit(with_mesh(jax.grad(total, (0, 1, 2)), mesh)).lower(*states, segments).compile()
     assert "splash_mha_fwd" in program.as_text()
     assert not collectives(program.as_text())
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_pmap_step_compiles_and_donates_its_state(tmp_path, family):
+    config, task, target = {
+        "llama": (LLAMA, "instruction", "q_proj"),
+        "bert": (BERT, "classification", "query"),
+    }[family]
+    settings = settings_of(tmp_path, config, task=task, targets=(target,))
+    lowered, step = lower_pmap(settings, tmp_path, target_devices("v5e:2x2")[1])
+    program = lowered.compile()
+    assert {c.kind for c in collectives(program.as_text())} == {"all-reduce"}
+    # On TPUs arrays are padded to tiles, so the sizes are lower bounds.
+    held = local_bytes(*step.held["trained"]) + local_bytes(*step.held["optimizer"])
+    assert program.memory_analysis().alias_size_in_bytes >= held
 
 
 def test_only_adapters_and_single_numbers_are_reduced(plan):

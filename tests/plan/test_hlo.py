@@ -117,7 +117,11 @@ def test_a_gpu_program_whose_starts_return_inputs_and_outputs():
     text = text.replace(
         "bf16[64,2]{1,0} all-gather(%b)", "(bf16[8,2]{1,0}, bf16[64,2]{1,0}) all-gather-start(%b)"
     )
+    text = text.replace(
+        "  %zero =", f"  %all-to-all-start = (({big}), {big}) all-to-all-start(%a), channel_id=9\n  %zero ="
+    )
     found = {c.kind: c for c in collectives(text)}
+    assert found["all-to-all"] == Collective("all-to-all", 256, 8, 1, "f32[16,4]", "")
     assert found["reduce-scatter"] == Collective("reduce-scatter", 512, 4, 1, "f32[4,4], f32[4,4]", "")
     assert found["all-gather"] == Collective("all-gather", 256, 8, 1, "bf16[64,2]", "")
 
