@@ -164,8 +164,6 @@ _TPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# XLA logs an error for every GPU program that is larger than the GPU's memory; the plan compares the sizes itself.
-_GPU_ENVIRONMENT = {"TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 def target_devices(topology: str) -> tuple[Chip, list[Any]]:
@@ -179,11 +177,8 @@ def target_devices(topology: str) -> tuple[Chip, list[Any]]:
       ImportError: the compiler is not installed.
     """
     chip, shape = _parse_topology(topology)
-    package, extra, environment = (
-        ("libtpu", "tpu-plan", _TPU_ENVIRONMENT)
-        if isinstance(chip, Tpu)
-        else ("jax_cuda13_plugin", "gpu-plan", _GPU_ENVIRONMENT)
-    )
+    is_tpu = isinstance(chip, Tpu)
+    package, extra = ("libtpu", "tpu-plan") if is_tpu else ("jax_cuda13_plugin", "gpu-plan")
     if importlib.util.find_spec(package) is None:
         raise ImportError(
             f"topology {topology} needs the compiler of {package}; install it with "
@@ -191,8 +186,12 @@ def target_devices(topology: str) -> tuple[Chip, list[Any]]:
         )
     # With a compiler installed, JAX would look for its devices, and wait or print a traceback.
     jax.config.update("jax_platforms", "cpu")
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
+    if is_tpu:
+        for name, value in _TPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    elif os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX's own default
+        # XLA would log each GPU program that is larger than the memory; the plan compares the sizes itself.
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     # Loads the compiler, which reads the environment once.
     from jax.experimental import topologies
 

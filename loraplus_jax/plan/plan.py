@@ -314,22 +314,22 @@ def _count_once(step: LoweredStep, mesh: Mesh, counted: dict[str, Work | None]) 
     # A search counts a layout before it plans it: equal programs compile once.
     if (lowered := step.lowered.as_text()) in counted:
         return counted[lowered]
-    platform = mesh.devices.flat[0].platform
-    program, problem = try_compile(step.lowered, COUNTING_OPTIONS if platform == "tpu" else None)
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    program, problem = try_compile(step.lowered, COUNTING_OPTIONS if on_tpu else None)
     counted[lowered] = None
     if problem is None:
-        cost, text = cost_analysis(program, platform), program.as_text()
+        cost, text = cost_analysis(program), program.as_text()
         kernels = kernel_work(text)
         flops, size = cost["flops"] + kernels.flops, cost["bytes accessed"] + kernels.bytes
         counted[lowered] = Work(flops, size, count_looped_matmuls(text), kernels.unknown)
     return counted[lowered]
 
 
-def cost_analysis(program: jax.stages.Compiled, platform: str) -> dict[str, float]:
+def cost_analysis(program: jax.stages.Compiled) -> dict[str, float]:
     """XLA's count of a program's `"flops"` and `"bytes accessed"`."""
     compiled: Any = program
-    if platform != "gpu":
-        return compiled.cost_analysis()
+    if (cost := compiled.cost_analysis()) is not None:
+        return cost
     # XLA's GPU client has no cost analysis without a GPU, but any client counts any program.
     from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 

@@ -101,18 +101,24 @@ def format_fits(fits: Fits, settings: Settings) -> str:
     lines = [
         f"{settings.model.path}: which GPUs does a step of {settings.data.max_length:,} tokens per row fit on?"
     ]
-    rows = [("GPUs", "rows per step", "micro-batches", "rows per GPU at a time")]
+    forms = {
+        quantize: settings.model.param_dtype if quantize == "none" else quantize
+        for quantize in dict.fromkeys(fit.quantize for fit in fits.fits)
+    }
+    needed = {(fit.quantize, fit.number): _size(fit.needed) for fit in fits.fits if fit.gpu == COMPILED_FOR}
+    names = (f"needed per GPU, {form}" for form in forms.values())
+    rows = [("GPUs", "rows per step", "micro-batches", "rows per GPU at a time", *names)]
     for count, spread in fits.settings.items():
         train = spread.train
         at_once = train.batch_size // train.accumulate // count
-        rows.append((str(count), f"{train.batch_size:,}", f"{train.accumulate:,}", f"{at_once:,}"))
+        sizes = (needed[quantize, count] for quantize in forms)
+        rows.append((str(count), f"{train.batch_size:,}", f"{train.accumulate:,}", f"{at_once:,}", *sizes))
     lines += [_table(rows), ""]
     cells = {(fit.quantize, fit.gpu, fit.number): _fit_cell(fit) for fit in fits.fits}
     table = [("GPU", "memory", "weights", *(f"{count} GPU{'s' * (count > 1)}" for count in counts))]
     for quantize, name in dict.fromkeys((fit.quantize, fit.gpu) for fit in fits.fits):
-        weights = settings.model.param_dtype if quantize == "none" else quantize
         answers = (cells[quantize, name, count] for count in counts)
-        table.append((name, _size(GPUS[name].memory), weights, *answers))
+        table.append((name, _size(GPUS[name].memory), forms[quantize], *answers))
     lines += [
         _table(table),
         f"left of {100 * MAX_FRACTION:.0f} % of the memory; the rest is for the CUDA context, NCCL and CUDA graphs",

@@ -48,6 +48,8 @@ def test_every_gpu_has_an_answer_for_every_number_and_both_kinds_of_weights(answ
     assert by_key["nf4", "l4", 1].fits
     assert lines[0] == "compiling for h100"
     text = format_fits(fits, settings)
+    (row,) = [line for line in text.splitlines() if line.startswith("2 ")]
+    assert_mentions(row, "8", "4", "20.00 GB", "5.00 GB")
     (row,) = [line for line in text.splitlines() if line.startswith("l4") and "nf4" not in line]
     assert_mentions(row, "23.50 GB", "no, 18.38 GB too much", "1.62 GB left", "11.62 GB left")
     assert "yes*, 1.62" in row  # more than the 17.6 GB that JAX reserves
