@@ -2,7 +2,8 @@
 
 The step is compiled as `train` would, for local devices or a topology. Memory and communication come from that
 program. XLA's cost analysis counts the body of a loop once, however often it runs; so FLOPs and bytes come from the
-same step with one and with two unrolled layers: the cost of one, plus the increment of each further layer.
+same step with one and with two unrolled layers (on GPUs two and three): the cost of the first program, plus the
+increment of each further layer.
 """
 
 import dataclasses
@@ -284,7 +285,7 @@ def count_work(
     mesh: Mesh,
     counted: dict[str, Work | None] | None = None,
 ) -> Work | None:
-    """FLOPs and bytes of a step, from programs with one and with two unrolled layers.
+    """FLOPs and bytes of a step, from programs with one and with two unrolled layers, on GPUs with two and three.
 
     `counted`, where given, keeps the counts by the text of the program, so that equal programs compile once.
 
@@ -301,12 +302,16 @@ def count_work(
     if settings.is_language:
         tokens = train.batch_size * settings.data.max_length
         small = dataclasses.replace(small, model=dataclasses.replace(settings.model, loss_chunk=tokens))
-    steps = [plan_step(small, replace_depth(base, min(n, layers)), data, mesh) for n in (1, 2)]
+    # XLA for GPUs fuses a single layer with what surrounds it, in another way than several.
+    least = 2 if mesh.devices.flat[0].platform == "gpu" else 1
+    depths = [min(n, layers) for n in (least, least + 1)]
+    steps = [plan_step(small, replace_depth(base, n), data, mesh) for n in depths]
     first, second = (_count_once(step, mesh, {} if counted is None else counted) for step in steps)
     if first is None or second is None:
         return None
-    flops = extrapolate_layers(first.flops, second.flops, layers)
-    size = extrapolate_layers(first.bytes, second.bytes, layers) + head_bytes(settings, steps[0].parts, mesh)
+    flops = extrapolate_layers(first.flops, second.flops, layers - depths[0])
+    size = extrapolate_layers(first.bytes, second.bytes, layers - depths[0])
+    size += head_bytes(settings, steps[0].parts, mesh)
     return Work(parts * flops, parts * size, second.loops, second.kernels)
 
 
@@ -342,13 +347,13 @@ def matmul_workspace(gpu: Gpu) -> int:
     return (32 if gpu.capability >= 9 else 4) * 2**20
 
 
-def extrapolate_layers(first: float, second: float, layers: int) -> float:
-    """Cost of a model, from the costs with one layer and with two.
+def extrapolate_layers(first: float, second: float, more: int) -> float:
+    """Cost of a model with so many more layers than the first, from its cost and that of one more layer.
 
-    >>> extrapolate_layers(10.0, 13.0, 4)
+    >>> extrapolate_layers(10.0, 13.0, 3)
     19.0
     """
-    return first + (layers - 1) * (second - first)
+    return first + more * (second - first)
 
 
 def replace_depth(base: BaseModel, layers: int) -> BaseModel:
