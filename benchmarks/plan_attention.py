@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from common import report
 
 from loraplus_jax.models.attention import causal_attention
+from loraplus_jax.plan.devices import target_devices
 from loraplus_jax.plan.kernel_costs import kernel_work
-from loraplus_jax.plan.tpu import tpu_devices
 
 HEADS, HEAD = 32, 128
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -31,7 +31,7 @@ def compiled(length: int, implementation: Any, device: Any) -> jax.stages.Compil
 
 
 def main() -> None:
-    chip, (device,) = tpu_devices("v5e:1x1")
+    chip, (device,) = target_devices("v5e:1x1")
     rows = []
     for length in LENGTHS:
         for implementation in ("xla", "blocked", "splash"):
@@ -47,7 +47,7 @@ def main() -> None:
                     "bytes accessed, MB": round(size / 1e6, 1),
                     "temporaries, MB": round(memory.temp_size_in_bytes / 1e6, 1),
                     "ms, compute": round(1e3 * flops / chip.flops, 3),
-                    "ms, memory": round(1e3 * size / chip.hbm_rate, 3),
+                    "ms, memory": round(1e3 * size / chip.memory_rate, 3),
                 }
             )
     report("plan_attention", rows)

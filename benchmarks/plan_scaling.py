@@ -27,11 +27,11 @@ CONFIGS = Path(__file__).parent / "plan"
 SCALING = ("llama2_7b@v5e:2x4", "llama2_7b@v5e:8x8", "llama2_7b@v5e:16x16")
 
 
-def plan_of(model: str, topology: str, overrides: Sequence[str] = ()) -> Plan:
-    """A plan with a row of 2,048 tokens a chip."""
-    chips = math.prod(int(n) for n in topology.partition(":")[2].split("x"))
-    rows = [f"--train.batch_size={chips}", f"--train.eval_batch_size={chips}"]
-    options = [f"--model.path={CONFIGS / model}", *rows, *overrides]
+def plan_of(model: str, topology: str, overrides: Sequence[str] = (), rows: int = 1) -> Plan:
+    """A plan with so many rows a chip."""
+    count = rows * math.prod(int(n) for n in topology.partition(":")[2].split("x"))
+    sizes = [f"--train.batch_size={count}", f"--train.eval_batch_size={count}"]
+    options = [f"--model.path={CONFIGS / model}", *sizes, *overrides]
     settings = parse_settings(CONFIGS / f"{model}.yaml", options)
     plan = make_plan(settings, topology)
     print(f"{format_plan(plan, settings)}\n", flush=True)

@@ -150,6 +150,7 @@ def _plan(
     words: Sequence[str],
     topology: str | None = None,
     search: bool = False,
+    fits: bool = False,
     json: Path | None = None,
 ) -> int:
     from ..plan.plan import make_plan
@@ -157,6 +158,8 @@ def _plan(
 
     if json is not None:
         check_new_file("--json", json)
+    if fits:
+        return _fits(settings, words, topology is not None, search, json)
     if search:
         return _search(settings, words, topology, json)
     plan = make_plan(settings, topology)
@@ -167,16 +170,16 @@ def _plan(
 
 
 def _search(settings: Any, words: Sequence[str], topology: str | None, json: Path | None) -> int:
+    from ..plan.devices import target_devices
     from ..plan.render import explain_no_fit, format_plan, format_search, write_search
     from ..plan.search import Search
-    from ..plan.tpu import tpu_devices
 
     if topology is None:
-        raise ValueError("plan --search compares times at a chip's rates; pass --topology, such as v5e:16x16")
+        raise ValueError("plan --search compares times at a chip's rates; pass --topology, such as h100:8")
     # The search leaves a setting on the command line unchanged.
     fixed = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    search, code = Search(settings, *tpu_devices(topology), fixed), 0
-    search.run(lambda line: print(escape_controls(line), file=sys.stderr, flush=True))
+    search, code = Search(settings, *target_devices(topology), fixed), 0
+    search.run(_show_progress)
     command = ["loraplus", "train", *words]
     _print(format_search(search, settings, command))
     if search.best is not None and search.best.plan is not None:
@@ -186,6 +189,28 @@ def _search(settings: Any, words: Sequence[str], topology: str | None, json: Pat
     if json is not None:
         write_search(json, search, settings, command)
     return code
+
+
+def _fits(settings: Any, words: Sequence[str], topology: bool, search: bool, json: Path | None) -> int:
+    from ..plan.fits import find_fits
+    from ..plan.render import format_fits, write_fits
+
+    options = {"--topology": topology, "--search": search} | {
+        word.partition("=")[0]: True for word in words if word.startswith("--mesh.")
+    }
+    if given := [name for name, is_given in options.items() if is_given]:
+        raise ValueError(
+            f"plan --fits compiles for all known GPUs with meshes of its own; remove {', '.join(given)}"
+        )
+    fits = find_fits(settings, _show_progress)
+    _print(format_fits(fits, settings))
+    if json is not None:
+        write_fits(json, fits)
+    return 0
+
+
+def _show_progress(line: str) -> None:
+    print(escape_controls(line), file=sys.stderr, flush=True)
 
 
 def _eval(directory: Path, tasks: str | None = None, **options: Any) -> str:
@@ -284,10 +309,18 @@ TASKS = {
 }
 """The options of `eval` that require --tasks."""
 PLAN = SETTINGS | {
-    "--topology": value("TPU topology to compile for, such as v5e:16x16", metavar="NAME"),
+    "--topology": value(
+        "GPUs or TPUs to compile for: GPU:COUNT, GPU:HOSTSxCOUNT or TPU:SHAPE, such as h100:8, h100:2x8 or "
+        "v5e:16x16; GPU may be a YAML file",
+        metavar="NAME",
+    ),
     "--search": flag(
         "search for mesh, micro-batches and remat of a fast step that fits, and print the command; settings on the "
         "command line stay fixed; requires --topology"
+    ),
+    "--fits": flag(
+        "instead of one plan, say on which GPUs the step fits: all known ones, 1, 2, 4 or 8 of them, with weights "
+        "as they are and as nf4"
     ),
     "--json": value("also write the plan to FILE as JSON; FILE must not exist", path, metavar="FILE"),
 }

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+COMPILED_FOR: dict[str, float] = {}
+"""CUDA compute capability by kind of device: of GPUs that are compiled for, which this machine need not have."""
 ATTENTION_NAMES = ("attention", "attention_norm")
 """Checkpoint names for a remat policy to save, so that the backward pass does not recompute attention."""
 
@@ -24,3 +26,12 @@ def target_platform() -> str:
     mesh = jax.sharding.get_abstract_mesh()
     # A plan compiles for the devices of the mesh, which this machine may not have.
     return jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform
+
+
+def target_capability() -> float:
+    """CUDA compute capability of the devices that the program being traced is for, such as 8.9; 0 without CUDA."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.device_kind in COMPILED_FOR:
+        return COMPILED_FOR[device.device_kind]
+    local = jax.local_devices()[0]
+    return float(local.compute_capability) if "cuda" in local.client.platform_version else 0.0

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AxisType, PartitionSpec
 
 from ..step.sharding import BATCH_AXES
-from .attention_common import ATTENTION_NAMES, token_mask
+from .attention_common import ATTENTION_NAMES, target_capability, token_mask
 
 # Tokens per block of splash attention, multiples of a TPU's 128 lanes: the largest that divides the length.
 # Smaller blocks skip more of what causality masks, but read keys and values more often: blocks of 512 take 512
@@ -132,9 +132,8 @@ def cudnn_problem(query: jax.Array, window: int | jax.Array | None, softcap: flo
 
 
 def has_cudnn() -> bool:
-    """Whether the default device is a GPU with cuDNN's kernel: from NVIDIA, of compute capability 8.0 or more."""
-    device = jax.local_devices()[0]
-    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+    """Whether the program being traced is for GPUs with cuDNN's kernel: of compute capability 8.0 or more."""
+    return target_capability() >= 8
 
 
 KERNELS: dict[str, Callable[..., jax.Array]] = {"splash": splash_attention, "cudnn": cudnn_attention}

@@ -21,6 +21,7 @@ _CALLED = re.compile(
 )
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _BITS = {"pred": 8, "token": 0}
+_WITH_INPUTS = ("all-gather-start", "all-to-all-start", "collective-permute-start", "reduce-scatter-start")
 
 
 class Collective(NamedTuple):
@@ -188,8 +189,8 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
 
 def _parse_collective(kind: str, instruction: Instruction, count: int, devices: int) -> Collective:
     arrays = [match[0] for match in _ARRAY.finditer(instruction.shape)]
-    if instruction.opcode in ("all-gather-start", "collective-permute-start") and len(arrays) > 1:
-        # The result of a start is (inputs, outputs, contexts): the contexts are scalars of type u32.
+    if instruction.opcode in _WITH_INPUTS and len(arrays) > 1:
+        # The result of these starts is (inputs, outputs, contexts): the contexts are scalars of type u32.
         arrays = [array for array in arrays if array != "u32[]"]
         arrays = arrays[len(arrays) // 2 :]
     group, shape = _group(instruction.rest, devices), ", ".join(arrays)

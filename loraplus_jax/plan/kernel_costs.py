@@ -1,4 +1,4 @@
-"""FLOPs and bytes of attention kernels, of which XLA's cost analysis counts no FLOPs and each operand once."""
+"""FLOPs, bytes and workspace of attention kernels, of which XLA counts no FLOPs, and each operand once."""
 
 import math
 import re
@@ -13,22 +13,25 @@ class KernelWork(NamedTuple):
     Attributes:
       flops: FLOPs of their matmuls.
       bytes: bytes that they read more than once.
-      unknown: kernels that are not counted, such as cuDNN's.
+      unknown: kernels that are not counted.
+      workspace: bytes that the largest of them needs beyond XLA's temporaries, estimated.
     """
 
     flops: float
     bytes: float
     unknown: int
+    workspace: int
 
 
 def kernel_work(text: str) -> KernelWork:
     """The work of the kernels in a compiled program's text, loop iterations included.
 
-    Counts splash attention as `models.attention_kernels` sets it up: causal or in a sliding window, square blocks.
+    Counts splash attention as `models.attention_kernels` sets it up (causal or in a sliding window, square blocks),
+    and cuDNN's attention.
     """
     program = parse_hlo(text)
     counts = execution_counts(program)
-    flops, size, unknown = 0.0, 0.0, 0
+    flops, size, unknown, workspace = 0.0, 0.0, 0, 0
     for computation, instructions in program.items():
         for instruction in instructions:
             if instruction.opcode != "custom-call":
@@ -37,9 +40,31 @@ def kernel_work(text: str) -> KernelWork:
                 one = _splash_work(instruction)
                 flops += counts[computation] * one[0]
                 size += counts[computation] * one[1]
-            elif re.search(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)', instruction.rest):
+            elif 'custom_call_target="__cudnn$fmha' in instruction.rest:
+                one = _cudnn_work(instruction)
+                flops += counts[computation] * one[0]
+                workspace = max(workspace, one[1])
+            elif 'custom_call_target="tpu_custom_call"' in instruction.rest:
                 unknown += 1
-    return KernelWork(flops, size, unknown)
+    return KernelWork(flops, size, unknown, workspace)
+
+
+def _cudnn_work(call: Instruction) -> tuple[float, int]:
+    """FLOPs, and bytes of workspace, of one call."""
+    layouts = call.rest.partition("operand_layout_constraints={")[2].partition("}, api_version")[0]
+    (_, query), (_, key), *_ = array_shapes(layouts)
+    rows, length, heads, size = query
+    keys, window = key[1], re.search(r'"sliding_window_length": (\d+)', call.rest)
+    pairs = length * keys
+    if re.search(r'"mask_type": "\w*CAUSAL', call.rest):
+        reach = int(window[1]) if window else 0
+        pairs = sum(min(n + 1, reach or keys) for n in range(length))
+    # Scores and values; backward also the gradients of the probabilities, queries and keys.
+    is_backward = "Backward" in call.rest
+    flops = 2.0 * (5 if is_backward else 2) * rows * heads * size * pairs
+    # The backward pass sums the gradient of the queries in float32, and keeps one number per query. XLA asks cuDNN
+    # for the size only on a machine with a GPU.
+    return flops, 4 * rows * heads * length * (size + 1) if is_backward else 0
 
 
 def _splash_work(call: Instruction) -> tuple[float, float]:

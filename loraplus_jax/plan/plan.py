@@ -1,12 +1,15 @@
-"""Predicts what a training step needs, from the compiler alone: no weights, no data, and for TPUs no TPU.
+"""Predicts what a training step needs, from the compiler alone: no weights, no data, no TPU or GPU.
 
-The step is compiled as `train` would, for local devices or a TPU topology. Memory and communication come from that
+The step is compiled as `train` would, for local devices or a topology. Memory and communication come from that
 program. XLA's cost analysis counts the body of a loop once, however often it runs; so FLOPs and bytes come from the
-same step with one and with two unrolled layers: the cost of one, plus the increment of each further layer.
+same step with one and with two unrolled layers (on GPUs two and three): the cost of the first program, plus the
+increment of each further layer.
 """
 
 import dataclasses
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,10 +28,10 @@ from ..tasks.interface import AdaptedModel, BaseModel, TaskData
 from ..training.memory import free_bytes
 from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
+from .devices import Chip, Gpu, target_devices
 from .hlo import Collective, collectives, count_looped_matmuls
 from .kernel_costs import kernel_work
 from .programs import LoweredStep, bytes_between_steps, local_bytes, memory_sizes, plan_step, try_compile
-from .tpu import Chip, tpu_devices
 
 COUNTING_OPTIONS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6,
@@ -63,6 +66,7 @@ class Plan:
     Attributes:
       model: model path in the settings.
       device: kind of device.
+      chip: figures of the device; None if it is a local one.
       devices: number of devices.
       mesh: maps a mesh axis to its size.
       rows: rows of a batch, over all devices.
@@ -71,12 +75,13 @@ class Plan:
       layers: layers of the model.
       trained: number of trained parameters.
       total: number of parameters.
-      memory: bytes by purpose; if compilation failed, temporaries are what the compiler's message implies.
+      memory: bytes by purpose; if compilation failed, temporaries are what the compiler's message implies. Kernels'
+        workspace is an estimate, for GPUs only.
       needed: total bytes with the compiler's array layouts; if compilation failed, the total in its message.
       peak: peak memory in bytes, as the compiler reports it; 0 if it does not.
       evaluation: total bytes of an evaluation, optimizer state included; None if not counted.
       theory: total bytes of the theory metrics (`train.theory_every`); None if not set.
-      room: available bytes.
+      room: available bytes; of a GPU, what JAX reserves.
       problem: the compiler's message if it ran out of memory, on one line.
       work: FLOPs and bytes of a step; None if the programs that count them need too much memory.
       collectives: collectives of a step; empty if compilation failed.
@@ -87,6 +92,7 @@ class Plan:
 
     model: str
     device: str
+    chip: Chip | None
     devices: int
     mesh: dict[str, int]
     rows: int
@@ -135,18 +141,18 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
 
     Args:
       settings: settings of the run; reads only the model's `config.json`, and no data.
-      topology: TPUs to compile for, such as `"v5e:16x16"`; None plans for local devices.
+      topology: devices to compile for, such as `"h100:8"` or `"v5e:16x16"`; None plans for local devices.
 
     Raises:
       ValueError, OSError: settings that training would reject too, or an unknown topology.
-      ImportError: libtpu, the TPU compiler, is not installed.
+      ImportError: the compiler of the topology's devices is not installed.
     """
     if topology is None and (address := settings.distributed.coordinator) is not None:
         raise ValueError(
             f"plan runs in one process, got distributed.coordinator {address}; pass --topology, or "
             "--distributed.coordinator null to plan for local devices"
         )
-    chip, devices = (None, jax.devices()) if topology is None else tpu_devices(topology)
+    chip, devices = (None, jax.devices()) if topology is None else target_devices(topology)
     return plan_for(settings, chip, devices)
 
 
@@ -166,20 +172,16 @@ def plan_for(
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
     base, data = make_model(settings)
     check_layout(settings, base, mesh)
-    step = plan_step(settings, base, data, mesh)
-    start = time.perf_counter()
-    # With the options of `train`: they change memory and collectives.
-    program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=bool(settings.model.unroll)))
-    seconds = time.perf_counter() - start
-    memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
-    memory["temporaries"], needed, peak = memory_sizes(program, problem, sum(memory.values()))
-    between_steps = bytes_between_steps(settings, data, step, mesh)
+    step, text, memory, needed, peak, seconds, problem = compile_step(settings, base, data, mesh, chip)
+    library = matmul_workspace(chip) if isinstance(chip, Gpu) else 0
+    between_steps = bytes_between_steps(settings, data, step, mesh, library)
     problems = [problem, *(message for _, message in between_steps.values())]
     work = count_work(settings, base, data, mesh, counted)
-    communication = () if program is None else tuple(collectives(program.as_text()))
+    communication = tuple(collectives(text)) if text else ()
     return Plan(
         model=settings.model.path,
         device=mesh.devices.flat[0].device_kind,
+        chip=chip,
         devices=mesh.size,
         mesh=dict(mesh.shape),
         rows=settings.train.batch_size,
@@ -197,9 +199,49 @@ def plan_for(
         problem=next(filter(None, problems), None),
         work=work,
         collectives=communication,
-        roofline={} if chip is None or work is None else roofline(chip, work, communication),
+        roofline={} if chip is None or work is None else roofline(chip, work, communication, mesh),
         compile_seconds=round(seconds, 1),
     )
+
+
+class CompiledStep(NamedTuple):
+    """A training step and what it needs.
+
+    Attributes:
+      step: the lowered step.
+      text: the compiled program; empty if the compiler ran out of memory.
+      memory, needed, peak, problem: as in `Plan`.
+      seconds: time to compile it.
+    """
+
+    step: LoweredStep
+    text: str
+    memory: dict[str, int]
+    needed: int
+    peak: int
+    seconds: float
+    problem: str | None
+
+
+def compile_step(
+    settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh, chip: Chip | None
+) -> CompiledStep:
+    """Compiles the training step as `train` does, for a base without weights."""
+    step = plan_step(settings, base, data, mesh)
+    start = time.perf_counter()
+    # With the options of `train`: they change memory and collectives.
+    program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=bool(settings.model.unroll)))
+    seconds = time.perf_counter() - start
+    memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
+    memory["temporaries"], needed, peak = memory_sizes(program, problem, sum(memory.values()))
+    text = "" if program is None else program.as_text()
+    if isinstance(chip, Gpu):
+        memory[WORKSPACE] = matmul_workspace(chip) + kernel_work(text).workspace
+        needed += memory[WORKSPACE]
+    return CompiledStep(step, text, memory, needed, peak, seconds, problem)
+
+
+WORKSPACE = "kernel workspace (estimate)"
 
 
 def make_model(settings: Settings) -> tuple[BaseModel, TaskData]:
@@ -243,7 +285,7 @@ def count_work(
     mesh: Mesh,
     counted: dict[str, Work | None] | None = None,
 ) -> Work | None:
-    """FLOPs and bytes of a step, from programs with one and with two unrolled layers.
+    """FLOPs and bytes of a step, from programs with one and with two unrolled layers, on GPUs with two and three.
 
     `counted`, where given, keeps the counts by the text of the program, so that equal programs compile once.
 
@@ -260,12 +302,16 @@ def count_work(
     if settings.is_language:
         tokens = train.batch_size * settings.data.max_length
         small = dataclasses.replace(small, model=dataclasses.replace(settings.model, loss_chunk=tokens))
-    steps = [plan_step(small, replace_depth(base, min(n, layers)), data, mesh) for n in (1, 2)]
+    # XLA for GPUs fuses a single layer with what surrounds it, in another way than several.
+    least = 2 if mesh.devices.flat[0].platform == "gpu" else 1
+    depths = [min(n, layers) for n in (least, least + 1)]
+    steps = [plan_step(small, replace_depth(base, n), data, mesh) for n in depths]
     first, second = (_count_once(step, mesh, {} if counted is None else counted) for step in steps)
     if first is None or second is None:
         return None
-    flops = extrapolate_layers(first.flops, second.flops, layers)
-    size = extrapolate_layers(first.bytes, second.bytes, layers) + head_bytes(settings, steps[0].parts, mesh)
+    flops = extrapolate_layers(first.flops, second.flops, layers - depths[0])
+    size = extrapolate_layers(first.bytes, second.bytes, layers - depths[0])
+    size += head_bytes(settings, steps[0].parts, mesh)
     return Work(parts * flops, parts * size, second.loops, second.kernels)
 
 
@@ -277,20 +323,37 @@ def _count_once(step: LoweredStep, mesh: Mesh, counted: dict[str, Work | None]) 
     program, problem = try_compile(step.lowered, COUNTING_OPTIONS if on_tpu else None)
     counted[lowered] = None
     if problem is None:
-        cost, text = program.cost_analysis(), program.as_text()
+        cost, text = cost_analysis(program), program.as_text()
         kernels = kernel_work(text)
         flops, size = cost["flops"] + kernels.flops, cost["bytes accessed"] + kernels.bytes
         counted[lowered] = Work(flops, size, count_looped_matmuls(text), kernels.unknown)
     return counted[lowered]
 
 
-def extrapolate_layers(first: float, second: float, layers: int) -> float:
-    """Cost of a model, from the costs with one layer and with two.
+def cost_analysis(program: jax.stages.Compiled) -> dict[str, float]:
+    """XLA's count of a program's `"flops"` and `"bytes accessed"`."""
+    compiled: Any = program
+    if (cost := compiled.cost_analysis()) is not None:
+        return cost
+    # XLA's GPU client has no cost analysis without a GPU, but any client counts any program.
+    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 
-    >>> extrapolate_layers(10.0, 13.0, 4)
+    (module,) = compiled.runtime_executable().hlo_modules()
+    return _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
+
+
+def matmul_workspace(gpu: Gpu) -> int:
+    """Bytes of cuBLAS's workspace, which XLA allots where its autotuning takes cuBLAS."""
+    return (32 if gpu.capability >= 9 else 4) * 2**20
+
+
+def extrapolate_layers(first: float, second: float, more: int) -> float:
+    """Cost of a model with so many more layers than the first, from its cost and that of one more layer.
+
+    >>> extrapolate_layers(10.0, 13.0, 3)
     19.0
     """
-    return first + (layers - 1) * (second - first)
+    return first + more * (second - first)
 
 
 def replace_depth(base: BaseModel, layers: int) -> BaseModel:
@@ -314,19 +377,30 @@ def head_bytes(settings: Settings, parts: AdaptedModel, mesh: Mesh) -> float:
     return (chunks - 1) * 2 * kernel.size * jnp.dtype(settings.model.dtype).itemsize / tensor
 
 
-def roofline(chip: Chip, work: Work, exchanges: Sequence[Collective]) -> dict[str, float]:
-    """Lower bounds on the seconds of a step: compute, HBM and network, each as if it were the only limit."""
-    received = sum(c.times * c.wire_bytes for c in exchanges)
+def roofline(
+    chip: Chip, work: Work, exchanges: Sequence[Collective], mesh: Mesh | None = None
+) -> dict[str, float]:
+    """Lower bounds on the seconds of a step: compute, memory and network, each as if it were the only limit.
+
+    On GPUs, a collective of more devices than one host has runs at the rate of the network between hosts.
+    """
+    per_host = math.inf
+    if isinstance(chip, Gpu) and mesh is not None:
+        per_host = max(Counter(device.process_index for device in mesh.devices.flat).values())
+    network = 0.0
+    for one in exchanges:
+        rate = chip.host_rate if isinstance(chip, Gpu) and one.group > per_host else chip.link_rate
+        network += one.times * one.wire_bytes / rate
     return {
         "compute": work.flops / chip.flops,
-        "memory": work.bytes / chip.hbm_rate,
-        "network": received / chip.ici_rate,
+        "memory": work.bytes / chip.memory_rate,
+        "network": network,
     }
 
 
 def _available_bytes(chip: Chip | None, mesh: Mesh) -> int:
     if chip is not None:
-        return int(chip.hbm_bytes)
+        return chip.available
     device = mesh.devices.flat[0]
     shares = len(mesh.local_devices) if device.platform == "cpu" else 1  # CPU devices share the host's memory
     return free_bytes(device) // shares

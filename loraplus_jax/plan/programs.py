@@ -73,13 +73,13 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
 
 
 def bytes_between_steps(
-    settings: Settings, data: TaskData, step: LoweredStep, mesh: Mesh
+    settings: Settings, data: TaskData, step: LoweredStep, mesh: Mesh, workspace: int = 0
 ) -> dict[str, tuple[int | None, str | None]]:
     """What the programs need that run between steps: `"evaluation"`, `"theory"` (`train.theory_every`).
 
-    Each is the total bytes, optimizer state included, and the compiler's message if it ran out of memory. The bytes
-    are None if theory is not set, and for the evaluation of multiple choice: the number of choices per question,
-    each a row, depends on the data.
+    Each is the total bytes, optimizer state and `workspace` included, and the compiler's message if it ran out of
+    memory. The bytes are None if theory is not set, and for the evaluation of multiple choice: the number of
+    choices per question, each a row, depends on the data.
     """
     losses: Losses = task_module(settings).make_losses(settings, data.task, step.parts, mesh)
     train = settings.train
@@ -91,7 +91,7 @@ def bytes_between_steps(
 
     def add(name: str, lowered: jax.stages.Lowered) -> None:
         program, problem = try_compile(lowered)
-        size = memory_sizes(program, problem, weights + trained)[1] + optimizer
+        size = memory_sizes(program, problem, weights + trained)[1] + optimizer + workspace
         needed[name] = size, problem and f"{name}: {problem}"
 
     if settings.task != "multiple_choice":

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from .._utils.atomic import to_json, write_text
 from ..settings.schema import Settings
+from .devices import GPUS, MAX_FRACTION, Gpu, memory_fraction
+from .fits import COMPILED_FOR, Fit, Fits
 from .hlo import Collective
 from .plan import Plan
 from .search import Search, Trial
@@ -16,14 +18,14 @@ from .search import Search, Trial
 LARGEST_SHOWN, REDUCTIONS = 5, 3
 """Number of collectives listed separately: the largest of all, and further reductions."""
 BOUND_NAMES = {"compute": "FLOPs", "memory": "bytes accessed", "network": "bytes received"}
-_BOUNDS = {"compute": "compute-bound", "memory": "HBM-bound", "network": "network-bound"}
+_BOUNDS = {"compute": "compute-bound", "memory": "memory-bound", "network": "network-bound"}
 
 
 def format_plan(plan: Plan, settings: Settings) -> str:
     """The full text of a plan, for the console."""
     tips = [] if plan.fits else [f"- {line}" for line in advice(plan, settings)]
     parts = [_heading(plan), _memory(plan), _verdict(plan, settings), *tips, "", _work(plan)]
-    return "\n".join([*parts, *_communication(plan), *_weight_traffic(plan, settings)])
+    return "\n".join([*parts, *_communication(plan), *_weight_traffic(plan, settings), *_estimates(plan)])
 
 
 def write_json(path: Path, plan: Plan, settings: Settings) -> None:
@@ -93,6 +95,60 @@ def write_search(path: Path, search: Search, settings: Settings, command: Sequen
     write_text(path, to_json(content, indent=1) + "\n", new=True)
 
 
+def format_fits(fits: Fits, settings: Settings) -> str:
+    """On which GPUs a step fits: one row per GPU and kind of weights, one column per number of GPUs."""
+    counts = list(fits.settings)
+    lines = [
+        f"{settings.model.path}: which GPUs does a step of {settings.data.max_length:,} tokens per row fit on?"
+    ]
+    forms = {
+        quantize: settings.model.param_dtype if quantize == "none" else quantize
+        for quantize in dict.fromkeys(fit.quantize for fit in fits.fits)
+    }
+    needed = {(fit.quantize, fit.number): _size(fit.needed) for fit in fits.fits if fit.gpu == COMPILED_FOR}
+    names = (f"needed per GPU, {form}" for form in forms.values())
+    rows = [("GPUs", "rows per step", "micro-batches", "rows per GPU at a time", *names)]
+    for count, spread in fits.settings.items():
+        train = spread.train
+        at_once = train.batch_size // train.accumulate // count
+        sizes = (needed[quantize, count] for quantize in forms)
+        rows.append((str(count), f"{train.batch_size:,}", f"{train.accumulate:,}", f"{at_once:,}", *sizes))
+    lines += [_table(rows), ""]
+    cells = {(fit.quantize, fit.gpu, fit.number): _fit_cell(fit) for fit in fits.fits}
+    table = [("GPU", "memory", "weights", *(f"{count} GPU{'s' * (count > 1)}" for count in counts))]
+    for quantize, name in dict.fromkeys((fit.quantize, fit.gpu) for fit in fits.fits):
+        answers = (cells[quantize, name, count] for count in counts)
+        table.append((name, _size(GPUS[name].memory), forms[quantize], *answers))
+    lines += [
+        _table(table),
+        f"left of {100 * MAX_FRACTION:.0f} % of the memory; the rest is for the CUDA context, NCCL and CUDA graphs",
+    ]
+    if any("*" in cell for cell in cells.values()):
+        lines.append(
+            f"* with {_reserve(MAX_FRACTION)}; as set, JAX reserves {100 * memory_fraction():.0f} % of the memory"
+        )
+    if settings.is_language and settings.model.remat != "full":
+        lines.append(f"model.remat is {settings.model.remat}; full needs less memory")
+    exact = sum(fit.exact for fit in fits.fits)
+    lines.append(
+        f"{exact} of {len(fits.fits)} answers are from a program for that GPU, the others, which are not close, "
+        f"from one for {COMPILED_FOR}; took {fits.seconds / 60:.1f} min"
+    )
+    return "\n".join(lines)
+
+
+def _fit_cell(fit: Fit) -> str:
+    if not fit.fits:
+        return f"no, {_size(fit.needed - fit.limit)} too much"
+    return f"yes{'' if fit.needed <= fit.available else '*'}, {_size(fit.limit - fit.needed)} left"
+
+
+def write_fits(path: Path, fits: Fits) -> None:
+    """Writes the answers as a JSON object; raises ValueError if the file exists."""
+    answers = [fit._asdict() | {"fits": fit.fits} for fit in fits.fits]
+    write_text(path, to_json({"fits": answers, "seconds": fits.seconds}, indent=1) + "\n", new=True)
+
+
 def _trial_row(search: Search, trial: Trial) -> tuple[str, ...]:
     layout = trial.layout
     result = "counted" if trial.plan is None else trial.problem or "fits"
@@ -134,8 +190,28 @@ def _memory(plan: Plan) -> str:
     rows.append(("evaluation (not concurrent)", "-" if plan.evaluation is None else _size(plan.evaluation)))
     if plan.theory is not None:
         rows.append(("theory metrics (not concurrent)", _size(plan.theory)))
-    rows.append(("available", _size(plan.room)))
+    part = f" ({100 * plan.room / plan.chip.memory:.0f} % of the GPU's)" if isinstance(plan.chip, Gpu) else ""
+    rows.append((f"available{part}", _size(plan.room)))
     return _table(rows)
+
+
+def _estimates(plan: Plan) -> list[str]:
+    """What a plan for a GPU estimates, and what it leaves out."""
+    if not isinstance(plan.chip, Gpu):
+        return []
+    memory = plan.chip.memory
+    return [
+        "",
+        "estimates: temporaries may be a few percent off, as XLA selects matmul kernels by timing them on the GPU; "
+        "the workspace of cuBLAS and cuDNN is by rule, not by the libraries; bytes accessed are an upper bound",
+        f"available: JAX reserves {100 * memory_fraction():.0f} % of {_size(memory)}; "
+        f"{_reserve(MAX_FRACTION)} makes it {_size(MAX_FRACTION * memory)}. The rest is for the CUDA context, NCCL "
+        "buffers and CUDA graphs, which are not counted",
+    ]
+
+
+def _reserve(fraction: float) -> str:
+    return f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction}"
 
 
 _UNCOUNTED = {
@@ -171,11 +247,39 @@ def advice(plan: Plan, settings: Settings) -> list[str]:
             f"train.theory_every null: theory metrics need {_size(plan.theory)}, the step {_size(plan.needed)}"
         )
     if between_steps and plan.needed <= plan.room:
-        return between_steps
+        return _advise_reservation(plan) + between_steps
     held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
     weights, activations = _advise_weights(plan, settings), _advise_activations(plan, settings)
     step = weights + activations if held > plan.memory["temporaries"] else activations + weights
-    return between_steps + step
+    return _advise_reservation(plan) + between_steps + step + _advise_gpus(plan)
+
+
+def _advise_reservation(plan: Plan) -> list[str]:
+    """The environment variable with which a step fits that needs more than JAX reserves of a GPU."""
+    if not isinstance(plan.chip, Gpu) or not plan.room < plan.most <= MAX_FRACTION * plan.chip.memory:
+        return []
+    return [
+        f"{_reserve(MAX_FRACTION)} in the environment: it fits in {_size(MAX_FRACTION * plan.chip.memory)} of the "
+        f"GPU's {_size(plan.chip.memory)}"
+    ]
+
+
+def _advise_gpus(plan: Plan) -> list[str]:
+    """How many GPUs of this kind, and which larger one, have the memory that the step needs as it is."""
+    if not isinstance(plan.chip, Gpu):
+        return []
+    frozen, fsdp, tips = plan.memory["frozen weights"], plan.mesh["fsdp"], []
+    for more in (2, 4, 8, 16, 32):
+        if plan.needed - frozen + frozen / more <= plan.room:
+            tips.append(
+                f"{more * plan.devices} GPUs with mesh.fsdp {more * fsdp} and as many rows per GPU: a device holds "
+                f"{_size(frozen / more)} of the frozen weights instead of {_size(frozen)} (not compiled)"
+            )
+            break
+    larger = [gpu for gpu in GPUS.values() if gpu.memory > plan.chip.memory and gpu.available >= plan.most]
+    if larger:
+        tips.append(f"a larger GPU: {', '.join(gpu.name for gpu in larger)}")
+    return tips
 
 
 def _advise_weights(plan: Plan, settings: Settings) -> list[str]:
@@ -202,20 +306,27 @@ def _advise_weights(plan: Plan, settings: Settings) -> list[str]:
             f"model.param_dtype bfloat16: the frozen weights take {_size(frozen / 2)} instead of "
             f"{_size(frozen)}"
         )
-    return tips or [f"more devices for mesh.fsdp, which shards the weights (devices now: {plan.devices:,})"]
+    if not tips and not isinstance(plan.chip, Gpu):
+        tips.append(f"more devices for mesh.fsdp, which shards the weights (devices now: {plan.devices:,})")
+    if settings.model.quantize == "none" and not is_full and frozen:
+        bits = 8 * jnp.dtype(settings.model.param_dtype).itemsize
+        tips.append(
+            f"model.quantize nf4: a weight of the layers takes 4.13 bits instead of {bits} (not compiled)"
+        )
+    return tips
 
 
 def _advise_activations(plan: Plan, settings: Settings) -> list[str]:
     rows = plan.rows // plan.accumulate // (plan.mesh["data"] * plan.mesh["fsdp"])
     tips = []
+    if settings.is_language and settings.model.remat != "full":
+        tips.append("model.remat full: keeps only each layer's input for the backward pass (not compiled)")
     if rows > 1:
         tips.append(
             f"train.accumulate {plan.accumulate * rows}: a device processes 1 row at a time instead of "
             f"{rows}; most of the temporaries, {_size(plan.memory['temporaries'])} now, shrink in proportion "
             "(not compiled)"
         )
-    if settings.is_language and settings.model.remat != "full":
-        tips.append("model.remat full: keeps only each layer's input for the backward pass (not compiled)")
     fewer = ", or a smaller train.batch_size" if rows > 1 else ""
     return [*tips, f"data.max_length below {plan.tokens:,}{fewer}"]
 

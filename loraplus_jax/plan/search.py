@@ -18,9 +18,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from ..settings.choices import Remat
 from ..settings.schema import Settings
 from ..step.sharding import make_mesh, make_shardings
+from .devices import Chip
 from .plan import Plan, Work, check_layout, check_length, count_work, layers_of, make_model, plan_for
 from .programs import LoweredStep, local_bytes, plan_step
-from .tpu import Chip
 
 SETTINGS = {
     "data": "mesh.data",
@@ -191,7 +191,7 @@ class Search:
             trial.problem = UNCOUNTED
         else:
             counts = {"compute": trial.work.flops / self._chip.flops}
-            trial.times |= counts | {"memory": trial.work.bytes / self._chip.hbm_rate}
+            trial.times |= counts | {"memory": trial.work.bytes / self._chip.memory_rate}
 
     def _compile(self, trial: Trial) -> None:
         """Plans a trial; if it does not fit, leaves out those alike with as large an estimate and micro-batches."""
@@ -258,12 +258,12 @@ class Search:
             reduced = 8 * layers * shape.carried * (layout.tensor - 1) / count
             times = {
                 "compute": shape.flops / count / chip.flops,
-                "memory": (2 * layout.accumulate * gathered + 2 * shape.saved / count) / chip.hbm_rate,
-                "network": (received + reduced) / chip.ici_rate,
+                "memory": (2 * layout.accumulate * gathered + 2 * shape.saved / count) / chip.memory_rate,
+                "network": (received + reduced) / chip.link_rate,
             }
             needed = held + shape.saved / count / layout.accumulate
             trials.append(
-                Trial(layout, needed, times, problem=TOO_LARGE if needed > chip.hbm_bytes else None)
+                Trial(layout, needed, times, problem=TOO_LARGE if needed > chip.available else None)
             )
         # Of those that are equal to two digits, few devices on the tensor axis: each of them repeats what the axis
         # does not split, which the estimate leaves out.

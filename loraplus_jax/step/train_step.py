@@ -5,7 +5,7 @@ does not depend on how a batch is split.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -196,18 +196,27 @@ def _check_mesh(mesh: Mesh | None, shardings: Shardings | None) -> None:
 
 
 def pmap_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1, skip_nonfinite: bool = False
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    skip_nonfinite: bool = False,
+    devices: Sequence[Any] | None = None,
 ) -> StepFn:
-    """Compiles a data-parallel step over the local devices with `jax.pmap`; it donates its state.
+    """Compiles a data-parallel step with `jax.pmap`; it donates its state.
 
     State and frozen variables need a leading device axis (`flax.jax_utils.replicate`); a batch has the shape
     `(devices, batch / devices, ...)`. Without dropout, whose masks differ, each step equals that of `jit_step`.
+
+    Args:
+      loss_fn, tx, accumulate, skip_nonfinite: as for `make_step`.
+      devices: devices to run on; by default the local ones.
 
     Returns:
       A `StepFn`, whose new state and metrics also have the leading device axis.
     """
     step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite, axis_name=DATA_AXIS)
-    return jax.pmap(step, axis_name=DATA_AXIS, donate_argnums=0)
+    return jax.pmap(step, axis_name=DATA_AXIS, donate_argnums=0, devices=devices)
 
 
 def make_eval(

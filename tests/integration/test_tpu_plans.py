@@ -11,17 +11,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from loraplus_jax import make_mesh
 from loraplus_jax.models.attention import causal_attention
+from loraplus_jax.plan.devices import TPUS, target_devices
 from loraplus_jax.plan.hlo import collectives
 from loraplus_jax.plan.plan import make_plan
-from loraplus_jax.plan.programs import plan_step, try_compile
+from loraplus_jax.plan.programs import local_bytes, plan_step, try_compile
 from loraplus_jax.plan.render import advice, format_plan
-from loraplus_jax.plan.tpu import CHIPS, tpu_devices
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.step.sharding import with_mesh
 from loraplus_jax.training.xla import compiler_options
 
 from ..messages import assert_mentions
-from ..plan.tiny import GPT2, LLAMA, RANK, parts_of, settings_of
+from ..plan.tiny import BERT, GPT2, LLAMA, RANK, lower_pmap, parts_of, settings_of
 
 libtpu = pytest.importorskip("libtpu", reason="pip install 'loraplus_jax[tpu-plan]'")
 pytestmark = pytest.mark.slow
@@ -41,8 +41,8 @@ PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
     ],
 )
 def test_a_device_is_a_chip(topology, count):
-    chip, devices = tpu_devices(topology)
-    assert (chip, len(devices)) == (CHIPS[topology.partition(":")[0]], count)
+    chip, devices = target_devices(topology)
+    assert (chip, len(devices)) == (TPUS[topology.partition(":")[0]], count)
     assert {device.platform for device in devices} == {"tpu"}
 
 
@@ -99,7 +99,7 @@ def test_a_layer_that_is_computed_again_gathers_no_weight_a_third_time(tmp_path)
         mesh=MeshSettings(data=1, fsdp=4),
     )
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, max_length=2048))
-    mesh = make_mesh(1, 4, devices=tpu_devices("v5e:2x2")[1])
+    mesh = make_mesh(1, 4, devices=target_devices("v5e:2x2")[1])
     step = plan_step(settings, *parts_of(settings, tmp_path), mesh)
     program, _ = try_compile(step.lowered, compiler_options(mesh, unrolled=False))
     assert gathers_of_weights(collectives(program.as_text()), LLAMA["num_hidden_layers"]) == {
@@ -110,7 +110,7 @@ def test_a_layer_that_is_computed_again_gathers_no_weight_a_third_time(tmp_path)
 
 
 def test_chips_run_the_attention_kernel_without_collectives():
-    mesh = make_mesh(1, 2, 2, devices=tpu_devices("v5e:2x2")[1])
+    mesh = make_mesh(1, 2, 2, devices=target_devices("v5e:2x2")[1])
     rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), None, "tensor")
 
     def total(query, key, value, segments):
@@ -124,6 +124,21 @@ def test_chips_run_the_attention_kernel_without_collectives():
     program = jax.jit(with_mesh(jax.grad(total, (0, 1, 2)), mesh)).lower(*states, segments).compile()
     assert "splash_mha_fwd" in program.as_text()
     assert not collectives(program.as_text())
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_pmap_step_compiles_and_donates_its_state(tmp_path, family):
+    config, task, target = {
+        "llama": (LLAMA, "instruction", "q_proj"),
+        "bert": (BERT, "classification", "query"),
+    }[family]
+    settings = settings_of(tmp_path, config, task=task, targets=(target,))
+    lowered, step = lower_pmap(settings, tmp_path, target_devices("v5e:2x2")[1])
+    program = lowered.compile()
+    assert {c.kind for c in collectives(program.as_text())} == {"all-reduce"}
+    # On TPUs arrays are padded to tiles, so the sizes are lower bounds.
+    held = local_bytes(*step.held["trained"]) + local_bytes(*step.held["optimizer"])
+    assert program.memory_analysis().alias_size_in_bytes >= held
 
 
 def test_only_adapters_and_single_numbers_are_reduced(plan):

@@ -50,6 +50,11 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
         (["--topologie", "v5e:4x4"], ["--topologie"]),
         (["--search"], ["--search", "--topology"]),
         (["--search", "3", "--topology=v5e:2x2"], ["'3'"]),
+        (["--topology", "h10:8"], ["'h10:8'", "did you mean", "'h100'"]),
+        (["--topology", "a100.yml:8"], ["a100.yml"]),
+        (["--fits", "--topology=h100:8"], ["--fits", "--topology"]),
+        (["--fits", "--search"], ["--fits", "--search"]),
+        (["--fits", "--mesh.fsdp=2"], ["--fits", "--mesh.fsdp"]),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, capsys, arguments, words):
@@ -65,19 +70,25 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, arguments, words):
         ("train", ["--fresh"]),
         ("sweep", ["--fresh"]),
         ("inspect", []),
-        ("plan", ["--topology NAME", "--search", "--json FILE"]),
+        ("plan", ["--topology NAME", "--search", "--fits", "--json FILE"]),
     ],
 )
 def test_help_shows_the_options_of_its_command(capsys, command, options):
     assert main([command, "--help"]) == 0
     usage = " ".join(capsys.readouterr().out.partition("\n\n")[0].split())
-    ours = ["--fresh", "--topology NAME", "--search", "--json FILE"]
+    ours = ["--fresh", "--topology NAME", "--search", "--fits", "--json FILE"]
     assert usage.startswith(f"usage: loraplus {command} [-h]")
     assert usage.endswith("CONFIG [--section.field VALUE ...]")
     assert [option for option in ours if f"[{option}]" in usage] == options
 
 
-def test_without_libtpu_the_command_that_installs_it_is_named(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "extra"),
+    [(["--topology=v5e:4x4"], "tpu-plan"), (["--topology=h100:8"], "gpu-plan"), (["--fits"], "gpu-plan")],
+)
+def test_without_the_compiler_the_command_that_installs_it_is_named(
+    tmp_path, capsys, monkeypatch, options, extra
+):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["plan", config(tmp_path), "--topology", "v5e:4x4"]) == 2
-    assert "pip install 'loraplus_jax[tpu-plan]'" in capsys.readouterr().err
+    assert main(["plan", config(tmp_path), *options]) == 2
+    assert f"pip install 'loraplus_jax[{extra}]'" in capsys.readouterr().err

@@ -108,6 +108,24 @@ def test_a_cpu_program_with_a_loop_of_noted_length():
     }
 
 
+def test_a_gpu_program_whose_starts_return_inputs_and_outputs():
+    pair = "(({0}, {0}), ({1}, {1}))"
+    big, small = "f32[16,4]{1,0}", "f32[4,4]{1,0}"
+    text = CPU.replace(
+        "f32[4,4]{1,0} reduce-scatter(%a)", f"{pair.format(big, small)} reduce-scatter-start(%a, %a)"
+    )
+    text = text.replace(
+        "bf16[64,2]{1,0} all-gather(%b)", "(bf16[8,2]{1,0}, bf16[64,2]{1,0}) all-gather-start(%b)"
+    )
+    text = text.replace(
+        "  %zero =", f"  %all-to-all-start = (({big}), {big}) all-to-all-start(%a), channel_id=9\n  %zero ="
+    )
+    found = {c.kind: c for c in collectives(text)}
+    assert found["all-to-all"] == Collective("all-to-all", 256, 8, 1, "f32[16,4]", "")
+    assert found["reduce-scatter"] == Collective("reduce-scatter", 512, 4, 1, "f32[4,4], f32[4,4]", "")
+    assert found["all-gather"] == Collective("all-gather", 256, 8, 1, "bf16[64,2]", "")
+
+
 def test_the_length_of_a_loop_from_its_condition_alone():
     unnoted = CPU.replace(', backend_config={"known_trip_count":{"n":"30"}}', "")
     assert execution_counts(parse_hlo(unnoted)) == {"add": 0, "body": 30, "cond": 30, "main": 1} | {"add": 31}

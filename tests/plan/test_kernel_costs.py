@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from loraplus_jax.models.attention import causal_attention
+from loraplus_jax.plan.devices import target_devices
 from loraplus_jax.plan.kernel_costs import kernel_work
-from loraplus_jax.plan.tpu import tpu_devices
 
 TEXT = """\
 HloModule jit_f, is_scheduled=true
@@ -22,7 +22,6 @@ ENTRY %main (q: bf16[2,4,1024,128], k: bf16[2,2,1024,128]) -> bf16[2,4,1024,128]
 "xprof_metadata":"{}"
 }}, metadata={op_name="pallas_call"}
   %other = bf16[8]{0} custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[8]{0}}
-  %fmha = (bf16[8]{0}, u8[0]{0}) custom-call(%q), custom_call_target="__cudnn$fmhaSoftmax"
   ROOT %sort = bf16[8]{0} custom-call(%q), custom_call_target="TopK"
 }
 """
@@ -35,7 +34,33 @@ def test_work_by_hand():
     # The first block of keys and of values is read by every query head for both its rows of blocks, the second by
     # one; XLA counts both blocks of both key heads once.
     assert work.bytes == 2 * 2 * 512 * 128 * (3 * 2 * 4 - 2 * 2 * 2)
-    assert work.unknown == 2
+    assert (work.unknown, work.workspace) == (1, 0)
+
+
+CUDNN = """\
+HloModule jit_f, is_scheduled=true
+
+ENTRY %main (q: bf16[8,4,256,64]) -> bf16[8,4,256,64] {{
+  %fwd.1 = (bf16[8,4,256,64]{{3,1,2,0}}, f32[8,4,256]{{2,1,0}}, u8[0]{{0}}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax", operand_layout_constraints={{bf16[8,256,4,64]{{3,2,1,0}}, bf16[8,256,2,64]{{3,2,1,0}}, bf16[8,256,2,64]{{3,2,1,0}}}}, api_version=API_VERSION_STATUS_RETURNING, backend_config={{"cudnn_fmha_backend_config": {{"mask_type": "{mask}", "sliding_window_length": {window}}}}}
+  %bwd.1 = (bf16[8,4,256,64]{{3,1,2,0}}, bf16[8,2,256,64]{{3,1,2,0}}, bf16[8,2,256,64]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %k, %k, %s, %o, %g), custom_call_target="__cudnn$fmhaSoftmaxBackward", operand_layout_constraints={{bf16[8,256,4,64]{{3,2,1,0}}, bf16[8,256,2,64]{{3,2,1,0}}, bf16[8,256,2,64]{{3,2,1,0}}, f32[8,4,256]{{2,1,0}}}}, api_version=API_VERSION_STATUS_RETURNING, backend_config={{"cudnn_fmha_backend_config": {{"mask_type": "{mask}", "sliding_window_length": {window}}}}}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("mask", "window", "pairs"),
+    [
+        ("CAUSAL", 0, 256 * 257 // 2),
+        ("CAUSAL", 100, 100 * 101 // 2 + 156 * 100),
+        ("NO_MASK", 0, 256 * 256),
+    ],
+)
+def test_work_of_cudnn_by_hand(mask, window, pairs):
+    work = kernel_work(CUDNN.format(mask=mask, window=window))
+    # Two matmuls forward and five backward, over 8 rows of 4 heads of 64.
+    assert work.flops == 2 * (2 + 5) * 8 * 4 * 64 * pairs
+    assert work.workspace == 4 * 8 * 4 * 256 * 64 + 4 * 8 * 4 * 256
+    assert (work.bytes, work.unknown) == (0, 0)
 
 
 GRADIENT = """\
@@ -90,7 +115,7 @@ def blocks_left(length, block, window):
 )
 def test_flops_by_the_pairs_of_tokens_that_the_mask_leaves(length, window, block, matmuls):
     pytest.importorskip("libtpu", reason="pip install 'loraplus_jax[tpu-plan]'")
-    _, (device,) = tpu_devices("v5e:1x1")
+    _, (device,) = target_devices("v5e:1x1")
     place = jax.sharding.SingleDeviceSharding(device)
     attend = functools.partial(causal_attention, window=window, implementation="splash")
 

@@ -2,15 +2,17 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from loraplus_jax import make_mesh
+from loraplus_jax.plan.devices import GPUS, TPUS
 from loraplus_jax.plan.hlo import Collective
 from loraplus_jax.plan.plan import Work, roofline
 from loraplus_jax.plan.render import advice, format_plan
-from loraplus_jax.plan.tpu import CHIPS
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.training.setup import check_mesh
 
@@ -34,9 +36,9 @@ def test_what_does_not_fit_comes_with_what_to_change(planned):
     hot = fake(
         plan, memory={**plan.memory, "temporaries": 9_000_000_000}, rows=32, needed=9_000_000_000, room=1
     )
-    assert advice(hot, settings)[0].startswith("train.accumulate 4")
-    assert_mentions(advice(hot, settings)[0], "1 row")
-    assert advice(hot, settings)[1].startswith("model.remat full")
+    assert advice(hot, settings)[0].startswith("model.remat full")
+    assert advice(hot, settings)[1].startswith("train.accumulate 4")
+    assert_mentions(advice(hot, settings)[1], "1 row")
     rejected = fake(plan, problem="RESOURCE_EXHAUSTED: Used 20G of 15G", needed=20 * 2**30)
     assert "RESOURCE_EXHAUSTED" in format_plan(rejected, settings)
 
@@ -83,14 +85,48 @@ def test_how_often_split_weights_come_in_by_hand(planned, kinds, accumulate, sai
 def test_a_roofline_by_hand(planned):
     plan, settings = planned
     found = roofline(
-        CHIPS["v5e"], Work(394e12, 819e9), [Collective("all-gather", 100_000_000_000, 4, 4, "", "")]
+        TPUS["v5e"], Work(394e12, 819e9), [Collective("all-gather", 100_000_000_000, 4, 4, "", "")]
     )
     assert found == {"compute": 2.0, "memory": 1.0, "network": 1.5}
+    a, b = Collective("all-gather", 100, 2, 1, "", ""), Collective("all-reduce", 100, 4, 1, "", "")
+    two_hosts = SimpleNamespace(devices=np.array([SimpleNamespace(process_index=n // 2) for n in range(4)]))
+    gpus = roofline(GPUS["h100"], Work(0, 0), [a, b], two_hosts)
+    assert gpus["network"] == pytest.approx(50 / 450e9 + 150 / 50e9)
     text = format_plan(fake(plan, roofline=found), settings)
     assert_mentions(text, "roofline", "2.000 s", "128 tokens/s", "FLOPs")
     cut = plan.work._replace(loops=3)
     assert "3 loops" in format_plan(fake(plan, work=cut), settings)
     assert "not counted" in format_plan(fake(plan, work=None), settings)
+
+
+def test_a_gpu_that_is_too_small_comes_with_what_would_fit(planned, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    plan, settings = planned
+    l4 = GPUS["l4"]
+    mesh = {"data": 1, "fsdp": 1, "tensor": 1}
+    memory = {**plan.memory, "frozen weights": 16_000_000_000}
+    known = {
+        "chip": l4,
+        "room": l4.available,
+        "mesh": mesh,
+        "devices": 1,
+        "memory": memory,
+        "evaluation": None,
+    }
+    above = fake(plan, needed=20_000_000_000, **known)
+    assert not above.fits
+    first, *_, cards, larger = advice(above, settings)
+    assert first.startswith("XLA_PYTHON_CLIENT_MEM_FRACTION=0.92")
+    assert_mentions(cards, "2 GPUs", "mesh.fsdp 2", "8.00 GB")
+    assert larger == "a larger GPU: a100-40, a6000, h100, a100-80, rtx6000pro, h200, b200, gb200"
+    assert any("model.quantize nf4" in line and "32" in line for line in advice(above, settings))
+    far = advice(fake(plan, needed=30_000_000_000, **known), settings)
+    assert not far[0].startswith("XLA")
+    assert_mentions(far[-2], "8 GPUs", "mesh.fsdp 8", "2.00 GB")
+    assert far[-1].startswith("a larger GPU: a100-40")
+    text = format_plan(fake(plan, needed=9_000_000_000, **known), settings)
+    assert_mentions(text, "75 % of the GPU's", "17.62 GB", "21.62 GB", "NCCL")
+    assert "JAX reserves" not in format_plan(plan, settings)
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 1, 1), (2, 4, 1), (1, 4, 2)], ids=str)

@@ -8,16 +8,16 @@ import jax
 import pytest
 
 from loraplus_jax.plan import search as module
+from loraplus_jax.plan.devices import Tpu
 from loraplus_jax.plan.plan import Plan, Work, plan_for
 from loraplus_jax.plan.render import explain_no_fit, format_search, search_command
 from loraplus_jax.plan.search import COUNTED, LARGER, SETTINGS, TOO_LARGE, Layout, Search
-from loraplus_jax.plan.tpu import Chip
 from loraplus_jax.settings.parsing import parse_settings
 
 from ..messages import assert_mentions
 from .tiny import BERT, config, llama, settings_of
 
-CHIP = Chip("tiny", hbm_bytes=1e7, flops=1e9, hbm_rate=1e9, ici_rate=1e9, dimensions=2, most=8)
+CHIP = Tpu("tiny", memory=1e7, flops=1e9, memory_rate=1e9, link_rate=1e9, dimensions=2, most=8)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def layout_of(settings):
 
 def test_fixed_settings_stay_and_what_cannot_fit_is_out(tmp_path):
     settings = llama(tmp_path, model={"remat": "full"})
-    chip = dataclasses.replace(CHIP, hbm_bytes=1000)
+    chip = dataclasses.replace(CHIP, memory=1000)
     search = Search(settings, chip, jax.devices(), {"model.remat", "mesh.tensor"})
     assert {layout[2:3] + layout[4:] for layout in layouts_of(search)} == {(1, "full")}
     assert {trial.problem for trial in search.trials} == {TOO_LARGE}
@@ -117,10 +117,10 @@ def fake_search(monkeypatch, all_layouts):
             layout = layout_of(settings)
             work, received, needed = cost(layout)
             compiled.append(layout)
-            roofline = {"compute": work.flops / chip.flops, "memory": work.bytes / chip.hbm_rate}
+            roofline = {"compute": work.flops / chip.flops, "memory": work.bytes / chip.memory_rate}
             fields = dict.fromkeys(Plan.__dataclass_fields__)
-            fields |= {"needed": needed, "room": chip.hbm_bytes, "work": work}
-            return Plan(**fields | {"roofline": roofline | {"network": received / chip.ici_rate}})
+            fields |= {"needed": needed, "room": chip.memory, "work": work}
+            return Plan(**fields | {"roofline": roofline | {"network": received / chip.link_rate}})
 
         monkeypatch.setattr(module, "plan_for", make_plan)
         monkeypatch.setattr(module, "count_work", lambda settings, *_: cost(layout_of(settings))[0])
@@ -152,7 +152,7 @@ def test_none_of_the_counted_layouts_is_faster_than_the_one_that_is_found(fake_s
 
 def test_what_does_not_fit_rules_out_larger_estimates_of_the_same_remat(fake_search):
     search, compiled = fake_search(0)
-    search._chip = dataclasses.replace(CHIP, hbm_bytes=1.0)
+    search._chip = dataclasses.replace(CHIP, memory=1.0)
     search.run()
     assert (search.complete, search.best) == (True, None)
     assert_mentions(explain_no_fit(search), "no layout that was tried fits")

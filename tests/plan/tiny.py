@@ -3,8 +3,12 @@
 import dataclasses
 import json
 
-from loraplus_jax import LoRAPlusConfig
+import jax
+
+from loraplus_jax import LoRAPlusConfig, make_mesh, pmap_step
+from loraplus_jax.plan.programs import plan_step
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
+from loraplus_jax.training.optimizer import make_optimizer
 from loraplus_jax.training.setup import task_module
 
 RANK = 3
@@ -84,3 +88,23 @@ def config(directory, **changes):
 
 def fake(plan, **changes):
     return dataclasses.replace(plan, **changes)
+
+
+def lower_pmap(settings, directory, devices):
+    """The pmap step of a model without weights, and its state's shapes on one device."""
+    base, data = parts_of(settings, directory)
+    step = plan_step(settings, base, data, make_mesh(1, devices=devices[:1]))
+    tx = make_optimizer(settings.optimizer, settings.lr_ratio, 10, step.parts.specs)
+    losses = task_module(settings).make_losses(settings, data.task, step.parts)
+    run = pmap_step(losses.train, tx, skip_nonfinite=True, devices=devices)
+    batch = step.held["batch"][0]
+    count = len(devices)
+    state, frozen = (
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
+        for tree in (step.state, step.parts.frozen)
+    )
+    rows = {
+        name: jax.ShapeDtypeStruct((count, x.shape[0] // count, *x.shape[1:]), x.dtype)
+        for name, x in batch.items()
+    }
+    return run.lower(state, frozen, rows), step

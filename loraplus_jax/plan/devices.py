@@ -1,0 +1,358 @@
+"""TPUs and NVIDIA GPUs: their figures, topologies, and devices to compile for on a machine that has none."""
+
+import dataclasses
+import importlib.util
+import itertools
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from .._utils.validation import suggest
+from ..models.attention_common import COMPILED_FOR, target_capability
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of a TPU chip or a GPU.
+
+    Attributes:
+      name: name in a topology.
+      memory: memory capacity, bytes.
+      flops: peak bfloat16 FLOP/s of dense matrices.
+      memory_rate: memory bandwidth, bytes/s.
+      link_rate: bandwidth to other chips of the slice or host in one direction, all links together, bytes/s.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    memory_rate: float
+    link_rate: float
+
+    @property
+    def available(self) -> int:
+        """Bytes that programs can use."""
+        return int(self.memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu(Chip):
+    """A TPU chip.
+
+    Attributes:
+      dimensions: dimensions of the torus.
+      most: chips per pod.
+    """
+
+    dimensions: int
+    most: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu(Chip):
+    """An NVIDIA GPU; what follows `capability` is only needed by the compiler.
+
+    Attributes:
+      host_rate: network bandwidth between hosts in one direction, per GPU, bytes/s.
+      kind: the name that the driver reports.
+      capability: CUDA compute capability, such as 8.9.
+      cores: number of multiprocessors.
+      clock: GHz.
+      cache: bytes of the L2 cache.
+    """
+
+    host_rate: float
+    kind: str
+    capability: float
+    cores: int
+    clock: float
+    cache: int
+
+    @property
+    def available(self) -> int:
+        """Bytes that JAX reserves: `XLA_PYTHON_CLIENT_MEM_FRACTION` of the memory, by default 75 %."""
+        return int(self.memory * memory_fraction())
+
+
+MAX_FRACTION = 0.92
+"""Largest part of a GPU's memory to reserve. The rest is for the CUDA context, NCCL's buffers, CUDA graphs and the
+libraries' own memory, which are outside the reservation."""
+
+
+def memory_fraction() -> float:
+    """Part of a GPU's memory that JAX reserves."""
+    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
+
+
+TPUS: Mapping[str, Tpu] = {
+    chip.name: chip
+    for chip in (
+        Tpu("v4", 32 * 2**30, 275e12, 1200e9, 300e9, dimensions=3, most=4096),
+        Tpu("v5e", 16e9, 197e12, 819e9, 200e9, dimensions=2, most=256),
+        Tpu("v5p", 95e9, 459e12, 2765e9, 600e9, dimensions=3, most=8960),
+        Tpu("v6e", 32e9, 918e12, 1638e9, 400e9, dimensions=2, most=256),
+    )
+}
+"""From cloud.google.com/tpu/docs (v4, v5e, v5p and v6e, November 2026). Its "bidirectional" ICI bandwidth counts
+both directions, so half of it is used here. v4 has 6 links of 50 GB/s (arXiv 2304.01433, table 4)."""
+GPUS: Mapping[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        # name, memory, FLOP/s, memory rate, links, network, kind, capability, cores, clock, cache
+        Gpu("l4", 23.5e9, 121e12, 300e9, 32e9, 12.5e9, "NVIDIA L4", 8.9, 58, 2.04, 48 << 20),
+        Gpu("a10g", 23.6e9, 70e12, 600e9, 32e9, 12.5e9, "NVIDIA A10G", 8.6, 80, 1.71, 6 << 20),
+        Gpu(
+            "rtx4090",
+            25.2e9,
+            165.2e12,
+            1008e9,
+            32e9,
+            12.5e9,
+            "NVIDIA GeForce RTX 4090",
+            8.9,
+            128,
+            2.52,
+            72 << 20,
+        ),
+        Gpu(
+            "a100-40", 42.3e9, 312e12, 1555e9, 300e9, 25e9, "NVIDIA A100-SXM4-40GB", 8.0, 108, 1.41, 40 << 20
+        ),
+        Gpu("a6000", 51.0e9, 154.8e12, 768e9, 32e9, 12.5e9, "NVIDIA RTX A6000", 8.6, 84, 1.8, 6 << 20),
+        Gpu("h100", 84.9e9, 989.4e12, 3352e9, 450e9, 50e9, "NVIDIA H100 80GB HBM3", 9.0, 132, 1.98, 50 << 20),
+        Gpu(
+            "a100-80", 85.1e9, 312e12, 2039e9, 300e9, 25e9, "NVIDIA A100-SXM4-80GB", 8.0, 108, 1.41, 40 << 20
+        ),
+        Gpu(
+            "rtx6000pro",
+            *(
+                102.6e9,
+                503.8e12,
+                1792e9,
+                64e9,
+                12.5e9,
+                "NVIDIA RTX PRO 6000 Blackwell",
+                12.0,
+                188,
+                2.6,
+                128 << 20,
+            ),
+        ),
+        Gpu("h200", 151.3e9, 989.4e12, 4800e9, 450e9, 50e9, "NVIDIA H200", 9.0, 132, 1.98, 50 << 20),
+        Gpu("b200", 191.5e9, 2250e12, 8000e9, 900e9, 50e9, "NVIDIA B200", 10.0, 148, 1.965, 126 << 20),
+        Gpu("gb200", 197.9e9, 2500e12, 8000e9, 900e9, 50e9, "NVIDIA GB200", 10.0, 152, 2.062, 126 << 20),
+    )
+}
+"""From NVIDIA's data sheets, smallest memory first; memory as the driver reports it. Links are NVLink, or PCIe
+without it; the network is assumed to be one adapter per GPU of 100, 200 or 400 Gbit/s."""
+
+_MULTIPROCESSORS = {8.0: (64, 2048, 164, 163), 9.0: (128, 2048, 228, 227), 10.0: (128, 2048, 228, 227)}
+"""By compute capability: float32 units, threads, and KiB of shared memory of a multiprocessor and of a block
+(CUDA programming guide, technical specifications per compute capability)."""
+_OTHER_MULTIPROCESSORS = (128, 1536, 100, 99)
+
+_TOPOLOGY = re.compile(r"(.+):(\d+(?:x\d+)*)")
+# Keeps libtpu from querying a TPU's metadata server and workers, and from taking the lock of another process.
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def target_devices(topology: str) -> tuple[Chip, list[Any]]:
+    """The chip of a topology such as `"h100:8"` or `"v5e:16x16"`, and its devices to compile for.
+
+    A GPU topology is `GPU:COUNT` or `GPU:HOSTSxCOUNT`, where GPU is a name in `GPUS` or a YAML file with the fields
+    of `Gpu`. Only for machines that compile and do not train: switches JAX to the CPU platform.
+
+    Raises:
+      ValueError: the chip or shape is unknown, or the installed compiler does not know the chip.
+      ImportError: the compiler is not installed.
+    """
+    chip, shape = _parse_topology(topology)
+    is_tpu = isinstance(chip, Tpu)
+    package, extra = ("libtpu", "tpu-plan") if is_tpu else ("jax_cuda13_plugin", "gpu-plan")
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(
+            f"topology {topology} needs the compiler of {package}; install it with "
+            f"pip install 'loraplus_jax[{extra}]'"
+        )
+    # With a compiler installed, JAX would look for its devices, and wait or print a traceback.
+    jax.config.update("jax_platforms", "cpu")
+    if is_tpu:
+        for name, value in _TPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    elif os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX's own default
+        # XLA would log each GPU program that is larger than the memory; the plan compares the sizes itself.
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    # Loads the compiler, which reads the environment once.
+    from jax.experimental import topologies
+
+    if isinstance(chip, Gpu):
+        # Slices, hosts, GPUs per host.
+        options = {"platform": "cuda", "topology": "x".join(map(str, (1, *shape)))}
+        options["target_config"] = gpu_spec(chip)
+        _answer_for_targets(chip)
+    else:
+        # A host has four chips, or all chips of a smaller topology.
+        bounds = (min(2, shape[0]), min(2, shape[1]), 1)
+        options = {"platform": "tpu", "topology_name": topology, "chips_per_host_bounds": bounds}
+        if chip.name == "v4":  # whose two cores act as one
+            options["chip_config_name"] = "megacore"
+    try:
+        description = topologies.get_topology_desc(**options)
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
+        raise ValueError(
+            f"the installed {package} does not support topology {topology}: {reason:.200}"
+        ) from None
+    return chip, list(description.devices)
+
+
+def gpu_spec(gpu: Gpu) -> str:
+    """A GPU for XLA's compiler, as text of its `GpuTargetConfigProto`."""
+    units, threads, shared, optin = _MULTIPROCESSORS.get(gpu.capability, _OTHER_MULTIPROCESSORS)
+    major, _, minor = f"{gpu.capability:.1f}".partition(".")
+    # sm_90a and sm_100a: instructions of these architectures alone.
+    features = "feature_extension: ACCELERATED_FEATURES" if gpu.capability in (9.0, 10.0) else ""
+    return f"""
+gpu_device_info {{
+  name: "{gpu.kind}"
+  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability {{ major: {major} minor: {minor} {features} }}
+  core_count: {gpu.cores}
+  fpus_per_core: {units}
+  clock_rate_ghz: {gpu.clock}
+  device_memory_size: {gpu.memory:.0f}
+  memory_bandwidth: {gpu.memory_rate:.0f}
+  l2_cache_size: {gpu.cache}
+  shared_memory_per_block: {48 << 10}
+  shared_memory_per_core: {shared << 10}
+  shared_memory_per_block_optin: {optin << 10}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: {threads}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 1 }}
+device_description_str: "{gpu.kind}"
+"""
+
+
+def _answer_for_targets(gpu: Gpu) -> None:
+    """Lets JAX's checks of cuDNN attention ask about the GPU that is compiled for, not about this machine."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    COMPILED_FOR[gpu.kind] = gpu.capability
+    fused.check_cudnn_version = lambda: 91001
+    fused.check_compute_capability = lambda least: target_capability() >= float(least)
+    fused.is_cuda_compute_capability_equal = lambda same: target_capability() == float(same)
+
+
+def _parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
+    match = _TOPOLOGY.fullmatch(topology)
+    name = topology.partition(":")[0] if match is None else match[1]
+    if match is not None and name.endswith((".yaml", ".yml")):
+        return _read_gpu(Path(name)), _gpu_shape(topology, name, match[2])
+    if match is not None and name in GPUS:
+        return GPUS[name], _gpu_shape(topology, name, match[2])
+    if match is None or name not in TPUS:
+        tpus = [f"{tpu.name}:{'x'.join(['4'] * tpu.dimensions)}" for tpu in TPUS.values()]
+        gpus = [f"{name}:8" for name in GPUS]
+        raise ValueError(
+            f"topology must be GPU:COUNT, GPU:HOSTSxCOUNT or TPU:SHAPE, such as {', '.join([*gpus, *tpus])}; got "
+            f"{topology!r}{suggest(name, [*TPUS, *GPUS], fallback=False)}"
+        )
+    chip, shape = TPUS[name], tuple(int(n) for n in match[2].split("x"))
+    if len(shape) != chip.dimensions or 0 in shape:
+        form = "x".join("ABC"[: chip.dimensions])
+        raise ValueError(f"topology for {chip.name} must have the form {chip.name}:{form}, got {topology!r}")
+    if math.prod(shape) > chip.most:
+        raise ValueError(
+            f"topology {topology} has {math.prod(shape):,} chips, a {chip.name} pod at most {chip.most:,}"
+        )
+    known = topology_shapes(chip)
+    if shape not in known:
+        near = sorted(known, key=lambda other: abs(math.log(math.prod(other) / math.prod(shape))))[:3]
+        names = ", ".join(f"{chip.name}:{'x'.join(map(str, candidate))}" for candidate in near)
+        raise ValueError(f"unknown topology {topology}; the nearest available are {names}")
+    return chip, shape
+
+
+def _gpu_shape(topology: str, name: str, text: str) -> tuple[int, int]:
+    shape = tuple(int(n) for n in text.split("x"))
+    if len(shape) > 2 or 0 in shape or math.prod(shape) > MAX_GPUS:
+        raise ValueError(
+            f"topology for a GPU must have the form {name}:COUNT or {name}:HOSTSxCOUNT, with at most {MAX_GPUS:,} "
+            f"GPUs, got {topology!r}"
+        )
+    return (1, *shape) if len(shape) == 1 else shape  # pyright: ignore[reportReturnType]
+
+
+MAX_GPUS = 4096
+
+
+def _read_gpu(file: Path) -> Gpu:
+    """A GPU from a YAML file with the fields of `Gpu`; raises ValueError if a field is missing or unknown."""
+    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Gpu)}
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"GPU file {file} cannot be read: {' '.join(str(error).split()):.200}") from None
+    if not isinstance(values, dict) or values.keys() != fields.keys():
+        keys = values.keys() if isinstance(values, dict) else ()
+        raise ValueError(
+            f"GPU file {file} must have the fields {', '.join(fields)}, got {', '.join(map(str, keys))}"
+        )
+    try:
+        # YAML takes 24e9 for a text.
+        numbers = {
+            name: values[name] if kind is str else kind(float(values[name])) for name, kind in fields.items()
+        }
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"GPU file {file}: {error}; all fields but name and kind are numbers") from None
+    gpu = Gpu(**numbers)
+    if wrong := [
+        name for name, kind in fields.items() if kind is not str and not 0 < getattr(gpu, name) < math.inf
+    ]:
+        raise ValueError(f"GPU file {file}: {', '.join(wrong)} must be above 0")
+    if gpu.capability < 7.5:
+        raise ValueError(
+            f"GPU file {file}: capability must be at least 7.5 for CUDA 13, got {gpu.capability}"
+        )
+    return gpu
+
+
+def topology_shapes(chip: Tpu) -> list[tuple[int, ...]]:
+    """Available slice shapes of a chip's pods, smallest first.
+
+    >>> topology_shapes(TPUS["v4"])[:6]
+    [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8)]
+    """
+    if chip.dimensions == 2:
+        return list(_FLAT)
+    sides = range(4, chip.most // 16 + 1, 4)
+    cubes = [
+        cube for cube in itertools.combinations_with_replacement(sides, 3) if math.prod(cube) <= chip.most
+    ]
+    return [*_BELOW_CUBE, *sorted(cubes, key=math.prod)]
+
+
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_BELOW_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+"""Shapes of 3D tori below 4x4x4; from there on sides are multiples of four, in increasing order."""

@@ -1,0 +1,214 @@
+"""Steps compiled for NVIDIA GPUs on a machine that has none: kernels, dtypes, collectives, memory, FLOPs."""
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh
+
+from loraplus_jax import make_mesh
+from loraplus_jax.plan.devices import GPUS, target_devices
+from loraplus_jax.plan.hlo import array_shapes, collectives, execution_counts, parse_hlo
+from loraplus_jax.plan.programs import local_bytes, plan_step
+from loraplus_jax.settings.schema import MeshSettings
+from loraplus_jax.sweep import population
+from loraplus_jax.sweep.settings import SweepRun, SweepSettings
+from loraplus_jax.training.setup import task_module
+
+from ..plan.tiny import BERT, LLAMA, lower_pmap, parts_of, settings_of
+
+pytest.importorskip("jax_cuda13_plugin", reason="pip install 'loraplus_jax[gpu-plan]'")
+pytestmark = pytest.mark.slow
+
+SMALL = LLAMA | {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256, "vocab_size": 512}
+SMALL |= {"num_attention_heads": 2, "max_position_embeddings": 256}
+ENCODER = BERT | {"hidden_size": 64, "intermediate_size": 128}
+TARGETS = ("q_proj", "v_proj", "down_proj")
+BF16 = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+
+
+def llama(directory, *, model=(), mesh=(1, 1, 1), length=128, lora=(), **others):
+    settings = settings_of(
+        directory,
+        SMALL,
+        task="instruction",
+        model=BF16 | dict(model),
+        targets=TARGETS,
+        mesh=MeshSettings(**dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))),
+        **others,
+    )
+    data = dataclasses.replace(settings.data, max_length=length)
+    return dataclasses.replace(settings, data=data, lora=dataclasses.replace(settings.lora, **dict(lora)))
+
+
+def encoder(directory, **others):
+    return settings_of(
+        directory, ENCODER, task="classification", model={"dtype": "bfloat16"}, targets=("query",), **others
+    )
+
+
+def lower(settings, directory, devices):
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
+    return plan_step(settings, *parts_of(settings, directory), mesh)
+
+
+@functools.cache
+def gpus(topology):
+    return target_devices(topology)[1]
+
+
+def compiled(settings, directory, topology):
+    step = lower(settings, directory, gpus(topology))
+    program = step.lowered.compile()
+    check_donated(program, *step.held["trained"], *step.held["optimizer"])
+    return program.as_text()
+
+
+def check_donated(program, trained, places, state, state_places):
+    """The new state takes the memory of the old one."""
+    stats = program.memory_analysis()
+    assert stats.alias_size_in_bytes >= local_bytes(trained, places) + local_bytes(state, state_places)
+    # What else comes out are metrics.
+    assert stats.output_size_in_bytes - stats.alias_size_in_bytes < 1000
+
+
+def products(text):
+    """The matrix products of a program: how often each runs, by (dtypes of its operands, FLOPs)."""
+    program, found = parse_hlo(text), Counter()
+    times = execution_counts(program)
+    for name, instructions in program.items():
+        by_name = {i.name: i for i in instructions}
+        for one in instructions:
+            if one.opcode == "dot":
+                (left, shape), (right, _) = (array_shapes(by_name[n].shape)[0] for n in one.operands[:2])
+                contracted = [
+                    int(n) for n in re.search(r"lhs_contracting_dims={([\d,]+)}", one.rest)[1].split(",")
+                ]
+                size = 2
+                for n in [*array_shapes(one.shape)[0][1], *(shape[axis] for axis in contracted)]:
+                    size *= n
+                found[frozenset((left, right)), size] += times[name]
+    return found
+
+
+def flops(text):
+    return sum(size * times for (_, size), times in products(text).items())
+
+
+def dtypes(text):
+    return {kind for kinds, _ in products(text) for kind in kinds}
+
+
+def float32_products(text):
+    """Parts of the model whose products have a float32 operand, from XLA's metadata."""
+    program, found = parse_hlo(text), set()
+    for instructions in program.values():
+        by_name = {i.name: i for i in instructions}
+        for one in instructions:
+            if one.opcode == "dot" and any("f32[" in by_name[n].shape for n in one.operands[:2]):
+                found.add(re.search(r'op_name="([^"]*)"', one.rest)[1])
+    return found
+
+
+def calls(text):
+    """Custom calls of a program, by their target."""
+    return Counter(re.findall(r'custom_call_target="([^"]+)"', text))
+
+
+def test_a_blocked_step_has_the_products_of_the_cpu_program(tmp_path):
+    settings = llama(tmp_path, model={"attention": "blocked"})
+    text = compiled(settings, tmp_path, "h100:1")
+    assert dtypes(text) == {"bf16"}
+    assert not calls(text).keys() & {"__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax"}
+    cpu = lower(settings, tmp_path, jax.devices()[:1]).lowered.compile().as_text()
+    assert flops(text) == pytest.approx(flops(cpu), rel=0.01)
+
+
+def test_attention_auto_is_cudnn_on_each_device_s_rows_and_heads(tmp_path):
+    settings = llama(tmp_path, model={"quantize": "nf4"}, mesh=(1, 4, 2))
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, packing=True))
+    text = compiled(settings, tmp_path, "h100:8")
+    assert dtypes(text) == {"bf16"}
+    found = calls(text)
+    # Packed rows are a mask, so a bias of the scores; the backward pass recomputes nothing.
+    assert found["__cudnn$fmhaScaleBiasSoftmax"] == found["__cudnn$fmhaScaleBiasSoftmaxBackward"] == 1
+    # 8 rows over fsdp 4, two heads over tensor 2: a kernel has two rows and one head.
+    assert re.search(r"= \(bf16\[2,1,128,64\].*__cudnn\$fmhaScaleBiasSoftmax\"", text)
+    # Weights are dequantized before they are gathered, in the compute dtype.
+    gathered = [c for c in collectives(text) if c.kind == "all-gather" and "/layers/" in c.where]
+    assert {c.group for c in gathered} == {4}
+    assert {dtype for c in gathered for dtype, _ in array_shapes(c.shape)} == {"bf16"}
+
+
+def test_micro_batches_with_int8_gather_each_layer_in_each_of_them(tmp_path):
+    model = {"quantize": "int8", "remat": "full"}
+    settings = llama(tmp_path, model=model, mesh=(1, 4, 1), train={"accumulate": 2})
+    text = compiled(settings, tmp_path, "l4:4")
+    assert dtypes(text) == {"bf16"}
+    gathered = [c for c in collectives(text) if c.kind == "all-gather" and "/layers/" in c.where]
+    # Each layer in each of two micro-batches.
+    assert {c.times for c in gathered} == {2 * SMALL["num_hidden_layers"]}
+    # Reduced are adapters and single numbers, never a weight.
+    sizes = [c.bytes for c in collectives(text) if c.kind in ("all-reduce", "reduce-scatter")]
+    assert max(sizes) < 128 * 128
+
+
+def test_dora_computes_only_norms_in_float32(tmp_path):
+    settings = llama(tmp_path, lora={"variant": "dora"})
+    text = compiled(settings, tmp_path, "a100-80:1")
+    # Products with an A for the norms of the weights' columns, whose result has the rank as a side.
+    assert {where.split("/")[-2] for where in float32_products(text)} == {"ar,ab->rb", "Zr,Zb->rb"}
+    assert any(name.startswith("__cudnn$fmha") for name in calls(text))
+
+
+def test_an_encoder_reduces_only_gradients_of_adapters(tmp_path):
+    text = compiled(encoder(tmp_path, mesh=MeshSettings(data=8)), tmp_path, "h100:8")
+    # JAX keeps the gradient of the scores in float32.
+    assert all("BTNH,BSNH->BNTS" in where for where in float32_products(text))
+    assert {c.kind for c in collectives(text)} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("make", [llama, encoder])
+def test_the_pmap_step(tmp_path, make):
+    devices = gpus("h100:8")
+    lowered, step = lower_pmap(make(tmp_path), tmp_path, devices)
+    program = lowered.compile()
+    check_donated(program, *step.held["trained"], *step.held["optimizer"])
+    text = program.as_text()
+    assert all("BTNH,BSNH->BNTS" in where for where in float32_products(text))
+    assert {c.kind for c in collectives(text)} == {"all-reduce"}
+    assert bool(calls(text).get("__cudnn$fmhaScaleBiasSoftmax")) == (make is llama)
+
+
+def test_a_population_shares_its_base_without_collectives(tmp_path):
+    single = encoder(tmp_path)
+    fields = {field.name: getattr(single, field.name) for field in dataclasses.fields(single)}
+    run = SweepRun(**fields, sweep=SweepSettings(learning_rates=(1e-4,), lr_ratios=(4.0,)))
+    mesh = Mesh(gpus("h100:8"), (population.MEMBER_AXIS,))
+    step = lower(single, tmp_path, gpus("h100:8")[:1])
+    abstract = population.AbstractPopulation(tmp_path, parts_of(single, tmp_path)[1], 10, run, step.parts)
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.parts.trainable)  # noqa: E731
+    first = lambda: jax.tree.map(jnp.asarray, population._first_member(abstract, run.trials[0], 0, zeros()))  # noqa: E731
+    stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((16, *x.shape), x.dtype))
+    losses = task_module(run).make_losses(run, abstract.data.task, step.parts)
+    one = population.make_member_step(run, losses, step.parts.specs, 10)
+    members = jax.eval_shape(first)
+    lowered = population.map_members(one, mesh, 2, own_batch=True).lower(
+        stack(members), step.parts.frozen, stack(step.held["batch"][0])
+    )
+    program = lowered.compile()
+    assert not collectives(program.as_text())
+    # Two members a device, donated.
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(members.state.trainable))
+    assert program.memory_analysis().alias_size_in_bytes >= 2 * 3 * size
+
+
+def test_a_minimal_spec_is_a_device_of_the_named_kind():
+    for name, gpu in GPUS.items():
+        devices = gpus(f"{name}:2x4")
+        assert {device.device_kind for device in devices} == {gpu.kind}
+        assert [device.process_index for device in devices] == [0] * 4 + [1] * 4

@@ -1,0 +1,150 @@
+"""Topologies of TPUs and GPUs: shapes, names and files."""
+
+import dataclasses
+import re
+
+import jax
+import pytest
+
+from loraplus_jax.plan.devices import (
+    GPUS,
+    TPUS,
+    Gpu,
+    gpu_spec,
+    memory_fraction,
+    target_devices,
+    topology_shapes,
+)
+
+from ..messages import assert_mentions, mentions
+
+
+@pytest.mark.parametrize(
+    ("topology", "near"),
+    [
+        ("v5e:3x3", "v5e:2x4, "),
+        ("v6e:2x3", "v6e:2x4, "),
+        ("v5e:6x6", "v5e:4x8, "),
+        ("v5e:4x2", "v5e:2x4, "),
+        ("v5e:2x128", "v5e:16x16, "),
+        ("v5p:2x2x3", "v5p:2x2x4, "),
+        ("v5p:8x4x4", "v5p:4x4x8, "),
+        ("v4:1x1x1", "v4:2x2x1, "),
+    ],
+)
+def test_an_unavailable_shape_names_the_nearest(topology, near):
+    with pytest.raises(ValueError, match=mentions(topology)) as caught:
+        target_devices(topology)
+    assert near in str(caught.value).partition(topology)[2]
+
+
+def test_the_shapes_of_large_slices():
+    assert (16, 16, 16) in topology_shapes(TPUS["v4"])
+    assert (8, 16, 16) in topology_shapes(TPUS["v5p"])
+    assert len(topology_shapes(TPUS["v6e"])) == 8
+
+
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [
+        ("h10:8", ["h100:8", "'h10:8'", "'h100'"]),
+        ("a100:8", ["'a10g'", "'a100-80'"]),
+        ("h100", ["h100:8", "'h100'"]),
+        ("h100:0", ["h100:COUNT", "'h100:0'"]),
+        ("h100:2x2x2", ["h100:HOSTSxCOUNT"]),
+        ("h100:5000", ["4,096", "'h100:5000'"]),
+        ("nowhere.yaml:8", ["nowhere.yaml", "cannot be read"]),
+    ],
+)
+def test_an_unknown_gpu_topology(topology, words):
+    with pytest.raises(ValueError, match=mentions(*words)):
+        target_devices(topology)
+
+
+def test_names_are_unique_and_memory_grows():
+    assert not GPUS.keys() & TPUS.keys()
+    assert len({gpu.kind for gpu in GPUS.values()}) == len(GPUS)
+    sizes = [gpu.memory for gpu in GPUS.values()]
+    assert sizes == sorted(sizes)
+
+
+def test_a_spec_names_the_card_its_capability_and_its_memory():
+    text = gpu_spec(GPUS["h100"])
+    # XLA reads 23 fields of the card; the capability is one with parts.
+    card = text.partition("}\nplatform_name")[0]
+    assert len(re.findall(r"^  \w+", card, flags=re.M)) == 23
+    assert_mentions(
+        text, "NVIDIA H100 80GB HBM3", "major: 9 minor: 0 feature_extension", "84900000000", 233472
+    )
+    assert "feature_extension" not in gpu_spec(GPUS["l4"])
+    assert "major: 12 minor: 0" in gpu_spec(GPUS["rtx6000pro"])
+
+
+def test_what_jax_reserves(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert GPUS["h100"].available == int(0.75 * 84.9e9)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert memory_fraction() == 0.9
+    assert GPUS["h100"].available == int(0.9 * 84.9e9)
+    assert TPUS["v5e"].available == 16e9
+
+
+CARD = dataclasses.asdict(GPUS["l4"]) | {"name": "t4", "kind": "Tesla T4", "capability": 7.5}
+
+
+def write_card(tmp_path, **changes):
+    file = tmp_path / "t4.yaml"
+    file.write_text(
+        "\n".join(f"{name}: {value}" for name, value in (CARD | changes).items() if value is not None)
+    )
+    return f"{file}:2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"clock": None}, ["clock"]),
+        ({"speed": 1}, ["speed"]),
+        ({"memory": "much"}, ["much", "numbers"]),
+        ({"cores": 0}, ["cores", "above 0"]),
+        ({"capability": 7.0}, ["capability", "7.5", "7.0"]),
+    ],
+)
+def test_an_invalid_file_of_a_card(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=mentions(*words)):
+        target_devices(write_card(tmp_path, **changes))
+
+
+def test_a_file_of_a_card(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(
+        "jax.experimental.topologies.get_topology_desc", lambda **options: asked.update(options) or _Two
+    )
+    chip, devices = target_devices(write_card(tmp_path, memory="16e9"))  # YAML's text
+    assert chip == Gpu(**CARD | {"memory": 16e9})
+    assert (asked["topology"], len(devices)) == ("1x1x2", 2)
+    assert_mentions(
+        asked["target_config"], "Tesla T4", "major: 7 minor: 5", "device_memory_size: 16000000000"
+    )
+
+
+class _Two:
+    devices = (0, 1)
+
+
+@pytest.mark.parametrize(("topology", "extra"), [("h100:8", "gpu-plan"), ("v5e:2x2", "tpu-plan")])
+def test_without_the_compiler_the_extra_is_named(monkeypatch, topology, extra):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=rf"loraplus_jax\[{extra}\]"):
+        target_devices(topology)
+
+
+def test_what_the_compiler_cannot_read_is_one_line(monkeypatch):
+    def reject(**options):
+        raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Failed to parse\nGpuTargetConfigProto")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", reject)
+    with pytest.raises(ValueError, match=mentions("h100:8", "jax_cuda13_plugin", "GpuTargetConfigProto")):
+        target_devices("h100:8")
