@@ -102,6 +102,8 @@ def _section_fields(section: Any, prefix: str) -> Iterator[SettingField]:
             yield from _section_fields(inner, f"{field.name}.")
             continue
         default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         # The run's default. None stays: other fields determine the value.
         if section is LoRAPlusConfig and default is not None:
             default = getattr(DEFAULT_LORA, field.name)
@@ -292,6 +294,8 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
     if cause == "unexpected_keyword_argument":
         known = [n.removeprefix(f"{section}.") for n in fields if not section or n.startswith(f"{section}.")]
         known = list(dict.fromkeys(n.partition(".")[0] for n in known))
+        if name == "sweep":
+            return "config: the section sweep is for loraplus sweep; run that, or remove the section"
         return f"{section or 'config'}: unknown key {key!r:.80}{suggest(key, known)}"
     if cause == "missing":
         return f"{next(n for n in fields if n == name or n.startswith(f'{name}.'))} is required"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .._utils.validation import expand_path
+from .._utils.validation import expand_path, suggest
 
 _PACKAGE = Path(__file__).parents[1]
 # A wheel has them inside the package; in a clone, and so in an editable install, they are next to it.
@@ -30,8 +30,8 @@ def find_recipe(name: str) -> Path:
     """
     if name not in RECIPES:
         raise ValueError(
-            f"no recipe is named {name!r}; recipes: {', '.join(RECIPES)}. To use a file of your own, write its "
-            "path, with / or the ending .yaml"
+            f"no recipe is named {name!r}{suggest(name, RECIPES)}; to use a file of your own, write its path, with "
+            "/ or the ending .yaml"
         )
     return RECIPES[name]
 
@@ -46,5 +46,6 @@ def find_config(config: str | Path) -> Path:
     if path.name == str(config) and path.suffix != ".yaml" and not path.is_file():
         return find_recipe(path.name)
     if not path.exists():
-        raise ValueError(f"config file not found: {path}")
+        recipe = f"; the recipe of this name is {path.stem}" if path.stem in RECIPES else ""
+        raise ValueError(f"config file not found: {path}{recipe}")
     return path

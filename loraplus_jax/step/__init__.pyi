@@ -10,6 +10,7 @@ from .fingerprints import fingerprint as fingerprint
 from .losses import chunked_cross_entropy as chunked_cross_entropy
 from .sharding import constrain_rows as constrain_rows
 from .sharding import distribute as distribute
+from .sharding import local_rows as local_rows
 from .sharding import make_mesh as make_mesh
 from .sharding import make_shardings as make_shardings
 from .sharding import replicate as replicate

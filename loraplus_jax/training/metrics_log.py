@@ -1,5 +1,6 @@
 """The log of a run: rows in `metrics.jsonl`, TensorBoard events and trackers, and a plot of the loss."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -36,8 +37,8 @@ class RunLog:
       digest: `digest()` of these rows when the checkpoint was saved.
       writes: whether to write files; of several processes only the lead does.
       check: called before every write; raises if the directory is not there any more.
-      open_reports: opens what rows are reported to, a `Reports`, from the number of rows in the file before it is
-        cut to `keep`; called only if it writes.
+      open_reports: opens what rows are reported to, a `Reports`, from `(step, values)` of the rows in the file
+        before it is cut to `keep`; called only if it writes.
 
     Raises:
       ValueError: the existing rows are not those of `digest`; the file is left as it is.
@@ -51,7 +52,7 @@ class RunLog:
         digest: str | None = None,
         writes: bool = True,
         check: Callable[[], None] | None = None,
-        open_reports: Callable[[int], Any] | None = None,
+        open_reports: Callable[[list[tuple[int, dict[str, float]]]], Any] | None = None,
     ) -> None:
         self.path, self._writes, self._check = directory / METRICS, writes, check or (lambda: None)
         lines = []
@@ -59,7 +60,7 @@ class RunLog:
             check_file(self.path)
             # A kill may have cut the last line off; what ends in a line break is whole.
             lines = self.path.read_bytes().split(b"\n")[:-1]
-        logged, lines = len(lines), lines[:keep]
+        lines, later = lines[:keep], lines[keep:]
         kept = b"".join(line + b"\n" for line in lines)
         self._digest = hashlib.sha256(kept)
         if digest not in (None, self.digest()):
@@ -79,9 +80,14 @@ class RunLog:
         if self.rows:  # tell TensorBoard to drop the events after the step that the run resumes from
             start = {"status": self._types.SessionLog.SessionStatus.START}
             self._write_event(self.rows[-1]["step"] + 1, session_log=start)
-        self._reports = open_reports(logged) if open_reports else None
-        for number, row in enumerate(self.rows):
-            self._report(number, row)
+        self._reports = None
+        if open_reports is not None:
+            logged = [*self.rows]
+            with contextlib.suppress(ValueError):  # the checkpoint's digest is not of these
+                logged += [_parse_row(line) for line in later]
+            self._reports = open_reports([(row["step"], _tags(row)) for row in logged])
+        for row in self.rows:
+            self._report(row)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a row."""
@@ -98,11 +104,11 @@ class RunLog:
             step, summary={"value": [{"tag": tag, "simple_value": value} for tag, value in tags.items()]}
         )
         self._events.flush()
-        self._report(len(self.rows) - 1, self.rows[-1])
+        self._report(self.rows[-1])
 
-    def _report(self, number: int, row: LogRow) -> None:
+    def _report(self, row: LogRow) -> None:
         if self._reports is not None:
-            self._reports.log(number, row["step"], _tags(row))
+            self._reports.log(row["step"], _tags(row))
 
     def _write_event(self, step: int, **content: Any) -> None:
         self._events.write_event(self._types.Event(wall_time=time.time(), step=step, **content))
@@ -124,14 +130,14 @@ class RunLog:
         """The `(step, value)` pairs of all rows with this name."""
         return [(row["step"], row[name]) for row in self.rows if name in row]
 
-    def close(self) -> None:
-        """Closes the files."""
+    def close(self, *, finished: bool = False) -> None:
+        """Closes the files, and ends what rows are reported to, as finished or as interrupted."""
         if not self._writes:
             return
         self._file.close()
         self._events.close()
         if self._reports is not None:
-            self._reports.close()
+            self._reports.close(finished)
 
 
 def _tags(row: LogRow) -> dict[str, float]:

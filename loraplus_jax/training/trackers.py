@@ -6,9 +6,10 @@ Each is a package of its own, imported only if a run reports to it.
 import contextlib
 import importlib.util
 import os
+import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,11 +31,11 @@ class Tracker(Protocol):
         ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs the scalars of a step; a step may have several rows, and come after a later one."""
+        """Logs the scalars of a step. A step may have several rows, and steps need not increase."""
         ...
 
-    def finish(self) -> None:
-        """Ends the run."""
+    def finish(self, finished: bool) -> None:
+        """Ends the run, as finished or as interrupted."""
         ...
 
 
@@ -75,9 +76,9 @@ class Wandb:
         """See `Tracker`."""
         self._run.log({"step": step, **values})
 
-    def finish(self) -> None:
+    def finish(self, finished: bool) -> None:
         """See `Tracker`."""
-        self._run.finish()
+        self._run.finish(exit_code=0 if finished else 1)
 
 
 class Mlflow:
@@ -108,9 +109,9 @@ class Mlflow:
         now = int(1000 * time.time())
         self._client.log_batch(self._id, [self._metric(name, x, now, step) for name, x in values.items()])
 
-    def finish(self) -> None:
+    def finish(self, finished: bool) -> None:
         """See `Tracker`."""
-        self._client.set_terminated(self._id)
+        self._client.set_terminated(self._id, status="FINISHED" if finished else "KILLED")
 
 
 class Trackio:
@@ -135,7 +136,7 @@ class Trackio:
         """See `Tracker`."""
         self._run.log(dict(values), step=step)
 
-    def finish(self) -> None:
+    def finish(self, finished: bool) -> None:
         """See `Tracker`."""
         self._run.finish()
 
@@ -156,14 +157,15 @@ def check_trackers(names: Sequence[str]) -> None:
 class Reports:
     """The trackers of a run, which continue their runs when it resumes.
 
-    A tracker that raises is left out until the run resumes, with one line: a service that is down ends no run.
-    `trackers.json` keeps each tracker's id, and how many rows of `metrics.jsonl` it has: these are not sent again.
+    A tracker that raises is left out until the run resumes, with one line: a service that is down ends no run. It
+    then gets the rows that it lacks. `trackers.json` keeps each tracker's id, whether it is used, and which rows it
+    has; after a kill these are the rows of the file.
 
     Args:
       names: names in `TRACKERS`.
       directory: the run's directory.
       config: the run's settings as plain values.
-      logged: rows of `metrics.jsonl` so far, those after the checkpoint included.
+      logged: `(step, values)` of the rows so far, those after the checkpoint included.
       console: where to print.
     """
 
@@ -172,46 +174,83 @@ class Reports:
         names: Sequence[str],
         directory: Path,
         config: Mapping[str, Any],
-        logged: int,
+        logged: Iterable[tuple[int, Mapping[str, float]]],
         console: Console,
     ) -> None:
-        self._console = console
-        self._running: dict[str, tuple[Tracker, int]] = {}
-        path = directory / FILE
-        known: dict[str, Any] = read_json(path) if path.exists() else {}
-        for name, old in known.items():
-            known[name] = old | {"rows": max(old["rows"], logged)}
+        self._console, self._path = console, directory / FILE
+        self._running: dict[str, Tracker] = {}
+        self._known: dict[str, dict[str, Any]] = {}
+        try:
+            self._known = _read(self._path)
+        except (ValueError, OSError) as error:
+            if names:
+                self._print_failure(", ".join(names), error)
+            return
+        in_file = [_key(step, values) for step, values in logged]
+        for old in self._known.values():
+            if old["used"]:
+                old["rows"].update(in_file)
+            old["used"] = False
         for name in names:
-            with self._drop_on_error(name):
-                tracker, old = TRACKERS[name](), known.get(name, {"id": None, "rows": 0})
-                known[name] = old | {"id": tracker.start(directory, config, old["id"])}
-                self._running[name] = tracker, old["rows"]
-        if known:
-            write_text(path, to_json(known, indent=1) + "\n")
+            with self._or_left_out(name):
+                tracker, old = TRACKERS[name](), self._known.get(name, {"id": None, "rows": set()})
+                run_id = tracker.start(directory, config, old["id"])
+                self._known[name] = {"id": run_id, "used": True, "rows": old["rows"]}
+                self._running[name] = tracker
+        self._save()
 
-    def log(self, number: int, step: int, values: Mapping[str, float]) -> None:
-        """Sends a row, with its number in `metrics.jsonl`, to the trackers that lack it."""
-        for name, (tracker, rows) in [*self._running.items()]:
-            if number >= rows:
-                with self._drop_on_error(name):
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends a row to the trackers that lack it."""
+        for name, tracker in [*self._running.items()]:
+            rows, key = self._known[name]["rows"], _key(step, values)
+            if key not in rows:
+                with self._or_left_out(name):
                     tracker.log(step, values)
+                    rows.add(key)
 
-    def close(self) -> None:
-        """Ends the trackers' runs."""
-        for name, (tracker, _) in [*self._running.items()]:
-            with self._drop_on_error(name):
-                tracker.finish()
+    def close(self, finished: bool) -> None:
+        """Ends the trackers' runs, as finished or as interrupted."""
+        for name, tracker in [*self._running.items()]:
+            with self._or_left_out(name):
+                tracker.finish(finished)
+        self._save()
+
+    def _save(self) -> None:
+        if self._known:
+            known = {name: old | {"rows": sorted(old["rows"])} for name, old in self._known.items()}
+            write_text(self._path, to_json(known, indent=1) + "\n")
 
     @contextlib.contextmanager
-    def _drop_on_error(self, name: str) -> Iterator[None]:
+    def _or_left_out(self, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # of any type: these packages do not say which
             self._running.pop(name, None)
-            reason = " ".join(f"{error}".split())[:200]
-            self._console.print(
-                f"train.report_to {name} failed ({type(error).__name__}: {reason}); the run continues without it"
-            )
+            if name in self._known:
+                self._known[name]["used"] = False
+                self._save()
+            self._print_failure(name, error)
+
+    def _print_failure(self, name: str, error: Exception) -> None:
+        # Without the password of an address.
+        reason = re.sub(r"//[^/@\s]+@", "//***@", " ".join(f"{error}".split())[:200])
+        self._console.print(
+            f"train.report_to {name} failed ({type(error).__name__}: {reason}); the run continues without it"
+        )
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """What `trackers.json` says, if it is there."""
+    known: Any = read_json(path) if path.exists() else {}
+    try:
+        return {n: {"id": old["id"], "used": old["used"], "rows": {*old["rows"]}} for n, old in known.items()}
+    except (TypeError, KeyError):
+        raise ValueError(f"{path} is damaged; remove it to start new runs at the services") from None
+
+
+def _key(step: int, values: Mapping[str, float]) -> str:
+    """What identifies a row: its step and, as a step may have several rows, one of its names."""
+    return f"{step} {min(values, default='')}"
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

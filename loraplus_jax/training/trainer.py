@@ -146,6 +146,7 @@ class Trainer:
             check=self.output.check,
             open_reports=self.open_reports,
         )
+        finished = False
         try:
             self.restore_metrics()
             # A signal before this ends the process at once: there is nothing new to save.
@@ -155,11 +156,13 @@ class Trainer:
                 before = self.evaluate_before()
                 self.loop(step)
                 after = self.finish()
-                return self.write_summary(before, after, time.perf_counter() - started)
+                summary = self.write_summary(before, after, time.perf_counter() - started)
+                finished = True
+                return summary
         finally:
-            self.log.close()
+            self.log.close(finished=finished)
 
-    def open_reports(self, logged: int) -> Reports:
+    def open_reports(self, logged: list[tuple[int, dict[str, float]]]) -> Reports:
         """Opens the trackers of `train.report_to`."""
         return Reports(
             self.settings.report_to, self.directory, self.run.settings.to_json(), logged, self.console

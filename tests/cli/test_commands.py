@@ -49,10 +49,15 @@ def test_recipes_are_listed_and_printed_as_they_are(capsys, tmp_path, monkeypatc
     assert [line.split()[0] for line in lines] == list(RECIPES)
     assert main(["recipes", "quickstart"]) == 0
     assert capsys.readouterr().out.encode() == RECIPES["quickstart"].read_bytes()
-    for command in ("recipes", "inspect"):
-        assert main([command, "quickstrat"]) == 2
+    for words, told in {
+        ("recipes", "quickstrat"): ["'quickstrat'", "'quickstart'", ".yaml"],
+        ("inspect", "xyzzy"): ["'xyzzy'", *RECIPES, ".yaml"],
+        ("inspect", "configs/quickstart.yaml"): ["not found", "the recipe of this name is quickstart"],
+        ("inspect", "quickstart_sweep"): ["sweep", "loraplus sweep"],
+    }.items():
+        assert main([*words]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert all(word in line for word in ("'quickstrat'", *RECIPES, ".yaml"))
+        assert all(word in line for word in told)
 
 
 def test_the_version(capsys):

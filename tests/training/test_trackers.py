@@ -39,8 +39,9 @@ class Service:
             raise OSError("no\nnetwork")
         self.run.append((step, values))
 
-    def finish(self):
+    def finish(self, finished):
         self.closed += 1
+        self.finished = finished
 
 
 @pytest.fixture
@@ -54,7 +55,9 @@ def logged(directory, steps, keep=0, names=("wandb",)):
     """Writes a row for each step, after the first `keep` rows of an interrupted run; returns what is printed."""
     file = io.StringIO()
     console = LineConsole(file=file)
-    log = RunLog(directory, keep=keep, open_reports=lambda n: Reports(names, directory, CONFIG, n, console))
+    log = RunLog(
+        directory, keep=keep, open_reports=lambda rows: Reports(names, directory, CONFIG, rows, console)
+    )
     for step in steps:
         log.write(step, {"loss": step, "validation/loss": math.nan})
     log.close()
@@ -96,7 +99,60 @@ def test_a_tracker_that_fails_is_left_out_with_one_line(tmp_path, service):
     assert rows == [1, 2, 3, 4]
     service.fails = False
     assert logged(tmp_path, [5], keep=4) == []
-    assert steps_of(service.runs["id0"]) == [1, 5]
+    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4, 5]
+
+
+def test_rows_at_other_steps_after_a_resumption_are_sent(tmp_path, service):
+    logged(tmp_path, [1, 2, 3, 4, 5, 6, 7, 8])
+    logged(tmp_path, [10, 20, 30], keep=2)  # train.log_every has changed
+    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 20, 30]
+
+
+def test_a_tracker_that_was_left_out_for_a_while_gets_what_it_lacks(tmp_path, service):
+    logged(tmp_path, [1, 2, 3])
+    logged(tmp_path, [4, 5, 6], keep=3, names=())
+    logged(tmp_path, [7], keep=6)
+    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_after_a_kill_the_rows_of_the_file_count_as_sent(tmp_path, service):
+    console = LineConsole(file=io.StringIO())
+    log = RunLog(tmp_path, open_reports=lambda rows: Reports(["wandb"], tmp_path, CONFIG, rows, console))
+    for step in (1, 2, 3):
+        log.write(step, {"loss": step})
+    at_the_start = (tmp_path / "trackers.json").read_text()
+    log.close()
+    (tmp_path / "trackers.json").write_text(at_the_start)  # a kill leaves no more
+    logged(tmp_path, [2, 3, 4], keep=1)
+    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4]
+
+
+def test_a_damaged_file_of_ids_ends_no_run_and_stays(tmp_path, service):
+    for text in ("{", "[1]", '{"wandb": 5}', '{"wandb": {"id": "a"}}'):
+        (tmp_path / "trackers.json").write_text(text)
+        (line,) = logged(tmp_path, [1])
+        assert_mentions(line, "train.report_to wandb", "trackers.json")
+        assert logged(tmp_path, [1], names=()) == []
+        assert (tmp_path / "trackers.json").read_text() == text
+
+
+def test_a_password_in_an_address_is_not_printed(tmp_path, service):
+    def fail(*args):
+        raise OSError("http://user:secret@host/api failed")
+
+    service.start = fail
+    (line,) = logged(tmp_path, [1])
+    assert "secret" not in line
+    assert "http://***@host/api" in line
+
+
+def test_a_run_that_did_not_finish_is_no_finished_one_at_the_service(tmp_path, service):
+    logged(tmp_path, [1])
+    assert service.finished is False
+    console = LineConsole(file=io.StringIO())
+    log = RunLog(tmp_path, keep=1, open_reports=lambda r: Reports(["wandb"], tmp_path, CONFIG, r, console))
+    log.close(finished=True)
+    assert service.finished is True
 
 
 def test_one_that_fails_while_logging_does_not_stop_the_others(tmp_path, service, monkeypatch):
@@ -168,7 +224,7 @@ def used(name, tmp_path, run_id):
     tracker = TRACKERS[name]()
     found = tracker.start(tmp_path, CONFIG, run_id)
     tracker.log(3, {"train/loss": 0.5})
-    tracker.finish()
+    tracker.finish(True)
     return found
 
 
@@ -188,7 +244,7 @@ def test_wandb(tmp_path, monkeypatch, run_id):
     assert all("disable" in name for name in settings)
     assert run.of("define_metric") == [(("*",), {"step_metric": "step"})]
     assert run.of("log") == [(({"step": 3, "train/loss": 0.5},), {})]
-    assert len(run.of("finish")) == 1
+    assert run.of("finish") == [((), {"exit_code": 0})]
 
 
 @pytest.mark.parametrize("run_id", [None, "abc"])
@@ -210,7 +266,7 @@ def test_mlflow(tmp_path, monkeypatch, run_id):
     (((name, value, _, step), _),) = entities.of("Metric")
     assert (name, value, step) == ("train/loss", 0.5, 3)
     assert client.of("log_batch")[-1][0][0] == (run_id or "new")
-    assert client.of("set_terminated") == [((run_id or "new",), {})]
+    assert client.of("set_terminated") == [((run_id or "new",), {"status": "FINISHED"})]
 
 
 @pytest.mark.parametrize("run_id", [None, "out-abc"])
@@ -221,7 +277,7 @@ def test_trackio(tmp_path, monkeypatch, run_id):
     trackio = module(monkeypatch, "trackio", init=run)
     assert used("trackio", tmp_path, run_id) == "given"
     ((_, init),) = trackio.of("init")
-    assert init["name"] == run_id or init["name"].startswith(f"{tmp_path.name}-")
+    assert init["name"] == run_id if run_id else init["name"].startswith(f"{tmp_path.name}-")
     assert (init["resume"], init["config"], init["project"]) == ("allow", CONFIG, "loraplus_jax")
     assert (init["auto_log_cpu"], init["auto_log_gpu"]) == (False, False)
     assert run.of("log") == [(({"train/loss": 0.5},), {"step": 3})]
