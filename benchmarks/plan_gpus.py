@@ -71,9 +71,9 @@ def draw(plans: dict[str, Any], file: Path) -> None:
     rooms = [plans[name]["room"] / 1e9 for name in names]
     axes.plot(rooms, names, "k|", markersize=12, label="75 % of the GPU's memory")
     axes.set_xlabel("GB per GPU")
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(0)
-    axes.legend(loc="lower right", fontsize="small")
+    axes.set_xlim(0, 80)  # of a B200, three quarters are more
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(file, dpi=110)
     print(file)
 
