@@ -2,20 +2,22 @@
 
 import json
 import math
+import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._utils.atomic import to_json
-from .._utils.json_files import check_file, read_text
-from .._utils.validation import expand_path
+from .._utils.validation import escape_controls, expand_path
 from .metrics_log import METRICS, SUMMARY
 from .run_files import (
     CHECKPOINTS,
     CONFIG,
     FAILURE,
     owner_pid,
+    read_lines,
     read_summary,
     saved_settings,
     saved_steps,
@@ -60,27 +62,35 @@ def list_runs(directory: Path, *, json: bool = False) -> str | None:
 
 
 def find_runs(directory: Path) -> Iterator[Path]:
-    """Yields the directories of runs, in order; those within a run only if it is a sweep's winner."""
-    try:
-        names = {path.name for path in directory.iterdir() if path.name in MARKS or path.is_dir()}
-    except OSError:  # `describe_run` says why
-        yield directory
-        return
-    if names & MARKS:
-        yield directory
-        names &= {WINNER}
-    for name in sorted(names):
-        if not name.startswith(".") and not (directory / name).is_symlink():
-            yield from find_runs(directory / name)
+    """Yields the directories of runs, in order; those within a run only if it is a sweep's winner.
+
+    Nothing below a link is searched, so that there are no loops, but a run may be linked.
+    """
+    waiting = [directory]
+    while waiting:
+        path = waiting.pop()
+        try:
+            names = {part.name for part in path.iterdir() if part.name in MARKS or os.path.isdir(part)}
+        except OSError:  # `describe_run` says why
+            yield path
+            continue
+        if names & MARKS:
+            yield path
+            names &= {WINNER}
+        if path == directory or not path.is_symlink():
+            waiting += [path / name for name in sorted(names, reverse=True) if not name.startswith(".")]
 
 
 def describe_run(directory: Path) -> dict[str, Any]:
     """What there is to know about a run, as JSON values; of an unreadable one only `problem`."""
-    row = {"path": str(directory)}
+    path = {"path": str(directory)}
     try:
-        return row | _read_run(directory)
-    except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
-        return row | {"state": "unreadable", "problem": f"{error}".partition("\n")[0]}
+        row = path | _read_run(directory)
+        to_json(row), _cells(row)  # what cannot be shown is unreadable too
+        return row
+    except Exception as error:  # untrusted files cause any; they must not end the list
+        problem = f"{error}" if isinstance(error, ValueError | OSError) else f"unexpected content: {error!r}"
+        return path | {"state": "unreadable", "problem": problem.partition("\n")[0]}
 
 
 def _read_run(directory: Path) -> dict[str, Any]:
@@ -91,14 +101,14 @@ def _read_run(directory: Path) -> dict[str, Any]:
     if kind == "comparison":
         members = [directory / name for name in dict.fromkeys(("lora", *methods))]
         step, steps = sum(read_summary(member) is not None for member in members), len(members)
-        results = [result for member in members if (result := _best_member(member)) is not None]
+        results = [result for member in members if (result := _best_member(member)[1]) is not None]
         best: dict[str, Any] | None = min(results, key=lambda result: result["value"], default=None)
     else:
-        rows = read_rows(directory / METRICS)
         step, steps = max(saved_steps(directory), default=0), train.get("steps")
         if kind == "sweep":
             # Checkpoints of a sweep count evaluations too, after the first of which there are rows.
-            step, best = rows[-1]["step"] if rows else step, _best_member(directory)
+            evaluated, best = _best_member(directory)
+            step = step if evaluated is None else evaluated
         elif summary is not None:
             step = steps = summary["steps"]
             best = _pick(summary["after"]) | {
@@ -106,16 +116,8 @@ def _read_run(directory: Path) -> dict[str, Any]:
                 "step": summary["selected_step"],
             }
         else:
-            best = best_row(rows)
-    problem = None
-    if summary is not None:
-        state, pid = "finished", None
-    elif (pid := owner_pid(directory)) is not None:
-        state = "running"
-    elif (directory / FAILURE).exists():
-        state, problem = "failed", read_text(directory / FAILURE).partition("\n")[0]
-    else:
-        state = "stopped"
+            best = best_row(read_rows(directory / METRICS))
+    state, pid, problem = _state(directory) if summary is None else ("finished", None, None)
     return {
         "kind": kind,
         "model": config["model"]["path"],
@@ -132,6 +134,16 @@ def _read_run(directory: Path) -> dict[str, Any]:
     }
 
 
+def _state(directory: Path) -> tuple[str, str | None, str | None]:
+    """The state of an unfinished run, the pid of its process, and why it failed."""
+    try:
+        pid = owner_pid(directory)
+    except OSError:  # another user's directory
+        return "unknown", None, None
+    problem = None if pid else next(read_lines(directory / FAILURE), None)
+    return "running" if pid else "failed" if problem else "stopped", pid, problem
+
+
 def _resume(directory: Path, config: Mapping[str, Any]) -> str:
     """The command that resumes a run; it names the directory if that was moved."""
     words = ["loraplus", "sweep" if "sweep" in config else "train", str(directory / CONFIG)]
@@ -140,52 +152,49 @@ def _resume(directory: Path, config: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of `metrics.jsonl`, with NaN for null; none if there is no file."""
-    if not path.exists():
-        return []
-    check_file(path)
-    lines = path.read_bytes().split(b"\n")[:-1]  # a kill may have cut the last line off
-    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
+    for line in read_lines(path):
+        yield {k: math.nan if v is None else v for k, v in json.loads(line).items()}
 
 
-def best_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def best_row(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The best validation by the decisive metric, and its step."""
-    evaluations = [
-        _pick({k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")})
-        | {"split": "validation", "step": row["step"]}
-        for row in rows
-        if "validation/loss" in row
-    ]
-    finite = [row for row in evaluations if math.isfinite(row["value"])]
-    return BETTER[finite[0]["name"]](finite, key=lambda row: row["value"]) if finite else None
+    best = None
+    for row in rows:
+        if "validation/loss" not in row:
+            continue
+        values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
+        found = _pick(values) | {"split": "validation", "step": row["step"]}
+        if math.isfinite(found["value"]):
+            better = BETTER[found["name"]]
+            best = found if best is None else better(best, found, key=lambda one: one["value"])
+    return best
 
 
 def _pick(values: Mapping[str, float]) -> dict[str, Any]:
     """The decisive metric of an evaluation."""
-    name = next(name for name in BETTER if name in values)
+    name = next((name for name in BETTER if name in values), "loss")
     return {"name": name, "value": values[name]}
 
 
-def _best_member(directory: Path) -> dict[str, Any] | None:
-    """The lowest loss of a sweep's settings, a mean over seeds, at the last evaluation; None before the first."""
-    rows = read_rows(directory / METRICS)
+def _best_member(directory: Path) -> tuple[int | None, dict[str, Any] | None]:
+    """The step of a sweep's last evaluation and the lowest mean loss of a setting there, if any."""
+    path = directory / METRICS
+    end = next(iter(deque(read_rows(path), maxlen=1)), None)
+    if end is None:
+        return None, None
     losses: dict[Any, list[float]] = {}
-    for row in rows:
-        if (row["stage"], row["step"]) == (rows[-1]["stage"], rows[-1]["step"]):
+    for row in read_rows(path):  # again: to keep all rows could need too much memory
+        if (row["stage"], row["step"]) == (end["stage"], end["step"]):
             losses.setdefault((row["arm"], *row["trial"]), []).append(row["loss"])
     means = {setting: sum(values) / len(values) for setting, values in losses.items()}
     finite = {setting: mean for setting, mean in means.items() if math.isfinite(mean)}
     if not finite:
-        return None
+        return end["step"], None
     setting = min(finite, key=finite.__getitem__)
-    last = {name: rows[-1][name] for name in ("split", "step")}
-    return {
-        "name": "loss",
-        "value": finite[setting],
-        **last,
-        "setting": dict(zip(SETTING, setting, strict=True)),
-    }
+    best = {"name": "loss", "value": finite[setting], "split": end["split"], "step": end["step"]}
+    return end["step"], best | {"setting": dict(zip(SETTING, setting, strict=True))}
 
 
 SETTING = ("arm", "learning_rate", "lr_ratio", "alpha", "rank")
@@ -193,21 +202,28 @@ SETTING = ("arm", "learning_rate", "lr_ratio", "alpha", "rank")
 
 
 def format_runs(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Formats the rows as an aligned table without a header, a line each."""
+    """Formats the rows as an aligned table without a header, a line each; the unreadable ones are not aligned."""
     table = [_cells(row) for row in rows]
     readable = [cells for cells in table if len(cells) > 2]
     widths = [max(map(len, column)) for column in zip(*readable, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, cells, [*widths, 0])).rstrip() for cells in table)
+    return "\n".join(
+        "  ".join(map(str.ljust, cells, widths if len(cells) > 2 else (0, 0))).rstrip() for cells in table
+    )
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     if row["state"] == "unreadable":
-        return [row["path"], f"unreadable: {row['problem']}"]
+        return [escape_controls(row["path"]), escape_controls(f"unreadable: {row['problem']}")]
     unit = "methods" if row["kind"] == "comparison" else "steps"
-    total = f"{row['steps']} {unit}" if row["steps"] else f"{row['epochs'] or 3:g} epochs"
+    total = f"{row['steps']} {unit}" if row["steps"] else f"{float(row['epochs'] or 3):g} epochs"
     state = row["state"] + (f" (pid {row['pid']})" if row["pid"] else "")
     best = row["best"]
-    result = f"{best['name']} {best['value']:.4f} ({best['split']}, step {best['step']})" if best else ""
+    result = f"{best['name']} {_number(best['value'])} ({best['split']}, step {best['step']})" if best else ""
     end = "; ".join(filter(None, (row["problem"], row["resume"] and f"resume: {row['resume']}")))
     progress = f"{row['step']} of {total}" if row["steps"] else f"step {row['step']} ({total})"
-    return [row["path"], row["model"], row["method"], progress, state, result, end]
+    cells = row["path"], row["model"], row["method"], progress, state, result, end
+    return [escape_controls(cell) for cell in cells]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"

@@ -90,7 +90,7 @@ def _lock(directory: Path) -> Iterator[None]:
         if os.path.lexists(path):
             check_file(path, follow_links=False)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # `owner_pid` of another process holds it for a moment
     except filelock.Timeout:
         pid = read_text(owner).strip() if owner.exists() else "unknown"
         raise ValueError(
@@ -255,7 +255,8 @@ class OutputDirectory:
         try:
             yield
         except TrainingFailed as failure:
-            write_text(self.path / FAILURE, f"{failure}\n")
+            with contextlib.suppress(OSError):  # a full disk does not hide why the training failed
+                write_text(self.path / FAILURE, f"{failure}\n")
             raise
 
     def open_manager(self, **how: Any) -> None:

@@ -1,11 +1,13 @@
 """The files of a run's directory that commands without JAX read too: settings, summary, lock, failure."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from .._utils.json_files import read_json, read_text
+from .._utils.json_files import MAX_JSON_BYTES, check_file, read_json
 from ..settings.yaml_files import read_yaml
 from .metrics_log import SUMMARY
 
@@ -38,12 +40,36 @@ def saved_settings(directory: Path, remedy: str) -> dict[str, Any]:
     return values
 
 
+def read_lines(path: Path) -> Iterator[str]:
+    """Yields the whole lines of an untrusted file, none if it is missing; a kill may have cut the last one off."""
+    if not os.path.lexists(path):
+        return
+    check_file(path)
+    with path.open("rb") as file:
+        while line := file.readline(MAX_JSON_BYTES):
+            if line.endswith(b"\n"):
+                yield line[:-1].decode()
+            elif len(line) == MAX_JSON_BYTES:
+                raise ValueError(f"{path} is damaged: a line is longer than {MAX_JSON_BYTES} bytes")
+
+
 def owner_pid(directory: Path) -> str | None:
-    """The pid of the process that is using a run's directory, or None."""
-    if not (directory / OWNER).exists():
-        return None
+    """The pid of the process that is using a run's directory, or None.
+
+    Raises:
+      OSError: the lock cannot be opened, for example in another user's directory.
+    """
+    paths = lock, owner = directory / LOCK, directory / OWNER
     try:
-        with filelock.FileLock(directory / LOCK).acquire(timeout=0):
-            return None  # a process that was killed left its pid
-    except filelock.Timeout:
-        return read_text(directory / OWNER).strip()
+        for path in paths:
+            check_file(path, follow_links=False)
+        try:
+            # Another `loraplus runs` may hold it for a moment.
+            with filelock.FileLock(lock).acquire(timeout=0.1):
+                return None  # a process that was killed left its pid
+        except filelock.Timeout:
+            return next(read_lines(owner), None)
+    except ValueError:
+        if all(map(os.path.lexists, paths)):
+            raise
+        return None  # the process has ended, or never was

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 
+import filelock
 import pytest
 
 from loraplus_jax.cli.commands import main
@@ -167,6 +169,118 @@ def test_an_unreadable_directory_does_not_end_the_list(tmp_path):
     ):
         assert_mentions(line, *words)
     assert_mentions(lines[2], "config.yaml", "is missing")
+
+
+def test_only_unreadable_runs_are_listed_with_the_reason(tmp_path):
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    assert_mentions(list_runs(tmp_path), f"{tmp_path / 'a'}  unreadable: ", "config.yaml", "is missing")
+
+
+def finished(after):
+    return {"after": after, "held_out": {"split": "test"}, "steps": 40, "selected_step": 20}
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_a_metric_without_a_value_is_a_dash(tmp_path, value):
+    run_of(tmp_path / "a", summary=finished({"loss": 0.5, "accuracy": value}))
+    assert_mentions(list_runs(tmp_path), "finished", "accuracy - (test, step 20)")
+    (row,) = map(json.loads, list_runs(tmp_path, json=True).splitlines())
+    assert (row["state"], row["best"]["value"]) == ("finished", None)
+
+
+DAMAGE = {
+    "metrics.jsonl": ["[" * 100_000 + "\n", "x" * 2**21, '{"validation/loss": "x", "step": 1}\n'],
+    "failure.txt": ["x" * 2**21],
+    "summary.json": ['{"steps": 9}', json.dumps(finished({})), json.dumps(finished({"loss": "x"}))],
+    "config.yaml": [
+        "model: {path: [m]}\nmethod: lora\noutput_dir: o\ntrain: {steps: 4}\n",
+        "model: {path: 2020-01-01}\nmethod: lora\noutput_dir: o\ntrain: {steps: 4}\n",
+        "model: {path: m}\nmethod: lora\noutput_dir: o\ntrain: {epochs: abc}\n",
+        "model: {path: m}\nsweep:\ntrain: {steps: 4}\n",
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, text) for name in DAMAGE for text in DAMAGE[name]])
+def test_what_is_wrong_with_one_run_is_its_own_line(tmp_path, name, content):
+    run_of(tmp_path / "a", steps=[10])
+    (run_of(tmp_path / "b") / name).write_text(content)
+    lines = list_runs(tmp_path).splitlines()
+    assert len(lines) == 2
+    assert_mentions(lines[0], "stopped")
+    assert_mentions(lines[1], "unreadable")
+    rows = [json.loads(line) for line in list_runs(tmp_path, json=True).splitlines()]
+    assert [row["state"] for row in rows] == ["stopped", "unreadable"]
+
+
+def test_the_metrics_of_a_finished_run_are_not_read(tmp_path):
+    run = run_of(tmp_path / "a", summary=finished({"loss": 0.5}))
+    (run / "metrics.jsonl").write_text("[]\n")
+    assert describe_run(run)["state"] == "finished"
+
+
+def test_nested_directories_do_not_end_the_list(tmp_path):
+    run_of(tmp_path / "z")
+    deep = tmp_path
+    for _ in range(1_200):
+        deep /= "d"
+        deep.mkdir()
+    try:
+        assert [*find_runs(tmp_path)] == [tmp_path / "z"]
+    finally:
+        os.removedirs(deep)  # pytest would fail to
+
+
+def test_linked_runs_are_listed_without_loops(tmp_path):
+    elsewhere = run_of(tmp_path / "elsewhere" / "a")
+    run_of(tmp_path / "elsewhere" / "b" / "c")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    for name, target in {
+        "a": elsewhere,
+        "b": elsewhere.parent / "b",
+        "loop": runs,
+        "none": runs / "x",
+    }.items():
+        (runs / name).symlink_to(target)
+    assert [*find_runs(runs)] == [runs / "a"]
+    (tmp_path / "link").symlink_to(runs)
+    assert [*find_runs(tmp_path / "link")] == [tmp_path / "link" / "a"]
+
+
+def test_a_run_whose_lock_cannot_be_opened_keeps_its_results(tmp_path, monkeypatch):
+    run = run_of(tmp_path / "a", rows=validations(EVALUATIONS))
+    for name in (".lock", ".pid"):
+        (run / name).write_text("7\n")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    row = describe_run(run)
+    assert (row["state"], row["resume"], row["best"]["value"]) == ("unknown", None, 0.8)
+    assert_mentions(list_runs(tmp_path), "unknown", "accuracy 0.8000")
+
+
+def test_a_lock_that_is_a_link_is_not_opened(tmp_path):
+    run = run_of(tmp_path / "a")
+    (run / ".pid").write_text("7\n")
+    (run / ".lock").symlink_to(tmp_path / "target")
+    assert_mentions(describe_run(run)["problem"], ".lock", "symbolic link")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_run_that_ends_while_it_is_listed_is_not_running(tmp_path, monkeypatch):
+    run = run_of(tmp_path / "a")
+    for name in (".lock", ".pid"):
+        (run / name).write_text("7\n")
+
+    def end(*args, **kwargs):
+        (run / ".pid").unlink()
+        raise filelock.Timeout(str(run / ".lock"))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", end)
+    assert describe_run(run)["state"] == "stopped"
 
 
 def test_json_lines_on_the_command_line(tmp_path, capsys, monkeypatch):

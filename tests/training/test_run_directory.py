@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import filelock
 import jax
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ from loraplus_jax.training.run_directory import (
     open_output_directory,
     rename_run,
 )
+from loraplus_jax.training.run_files import TrainingFailed
 from loraplus_jax.training.saved_adapter import require_adapter
 
 from ..messages import assert_mentions, mentions
@@ -367,6 +370,33 @@ def test_nothing_is_written_before_the_claim_and_the_lock_ends_with_the_context(
             pass
     with lock_directory(directory):
         pass
+
+
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path):
+    held, release = threading.Event(), threading.Event()
+
+    def probe():
+        with filelock.FileLock(tmp_path / ".lock"):
+            held.set()
+            release.wait(0.2)
+
+    thread = threading.Thread(target=probe)
+    thread.start()
+    held.wait()
+    with lock_directory(tmp_path):
+        pass
+    thread.join()
+
+
+def test_a_reason_that_cannot_be_written_does_not_hide_the_failure(tmp_path):
+    def fail():
+        with opened(tmp_path / "run") as output:
+            output.claim()
+            (tmp_path / "run").rename(tmp_path / "moved")
+            raise TrainingFailed("the loss is not finite")
+
+    with pytest.raises(TrainingFailed, match="not finite"):
+        fail()
 
 
 def test_an_error_of_the_disk_names_the_claimed_directory(tmp_path):
