@@ -91,7 +91,7 @@ def main() -> None:
         start = time.perf_counter()
         words = [f"--model.quantize={quantize}"] if quantize else []
         plan = plan_of(model, topology, words, rows=32 if model == "minilm" else 1)
-        kept = {"collectives": merge(plan.collectives), "machine": machine()}
+        kept = {"model": model, "collectives": merge(plan.collectives), "machine": machine()}
         plans[case] = plan.to_json() | kept | {"seconds": round(time.perf_counter() - start, 1)}
         write_json("plan_gpus.json", plans)
     print(table([row(case, plan) for case, plan in plans.items()]))
