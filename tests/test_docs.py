@@ -60,7 +60,8 @@ def test_every_page_is_in_the_table_of_contents():
 def test_links_between_pages_exist():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+            is_generated = target.startswith("reference/")  # which Sphinx checks
+            assert is_generated or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_notebooks_are_executed_and_draw_the_gallery():

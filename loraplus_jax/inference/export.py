@@ -32,7 +32,7 @@ from ..training.run_directory import ADAPTER, read_summary
 from ..training.saved_adapter import read_adapter, read_notes, require_adapter, transformers_class_of
 from . import model_card
 from .predict import TunedModel, describe_adapter
-from .push import check_push, hub_base, public_settings
+from .push import check_push, hub_base, open_repository, public_settings
 from .push import push as upload
 
 Card = Callable[..., str]
@@ -59,7 +59,7 @@ def export_run(
       place: a run or an adapter directory, in this package's format or PEFT's.
       to: the new directory; required unless `push` is set.
       push: repository on the Hub to upload the export to, `ORG/NAME`; new ones are private.
-      public: whether a new repository is public.
+      public: whether the repository is public.
       merged: write the whole model with the adapter merged in, instead of a PEFT adapter.
       dequantized: merge into the values of the base as `model.quantize` packed them, instead of the checkpoint's.
       format: file format of a merged model: `"hf"` (default), or `"gguf"` if the base is a GGUF file.
@@ -98,7 +98,7 @@ def export_run(
         raise ValueError(f"{directory} has no training settings; export a run or adapter from loraplus train")
     tuned = describe_adapter(directory, None, allow_different)
     if push is not None:
-        base_model = hub_base(base_model or tuned.settings.model.path)
+        base_model = hub_base(base_model, tuned.settings.model.path)
         settings = public_settings(tuned.notes["settings"], base_model)
         tuned = tuned._replace(notes={**tuned.notes, "settings": settings})
     adapter = read_adapter(directory, tuned.parts)
@@ -122,6 +122,8 @@ def export_run(
     card = functools.partial(
         model_card.model_card, tuned=tuned, adapter=adapter, summary=summary, base=base, repository=push
     )
+    # Last of the checks, as it may create the repository, but before an export that may be long.
+    existing = [] if push is None else open_repository(push, public=public)
     with contextlib.ExitStack() as stack:
         target = to or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "export"
         if merged:
@@ -131,7 +133,7 @@ def export_run(
         if push is None:
             return written
         try:
-            pushed = f"pushed to {upload(target, push, public=public)}"
+            pushed = f"pushed to {upload(target, push, existing)}"
         except ValueError as error:
             kept = f"; the export is in {to}: upload it with `hf upload {push} {to}`" if to else ""
             raise ValueError(f"{error}{kept}") from None

@@ -91,13 +91,13 @@ def model_card(
       adapter: its adapter.
       form: the transformers class that loads the export.
       summary: the contents of the run's `summary.json`; empty if it is not known.
-      base: Hub id or path of the base model.
+      base: Hub id or path of the base model; with `repository` a Hub id.
       repository: the export's Hub id, if it is pushed.
 
     Returns:
       Markdown with YAML front matter. Without local paths if `base` is a Hub id.
     """
-    sections = [f"# {kind.title}", _usage(kind, tuned, form, base, repository or "this directory")]
+    sections = [f"# {kind.title}", _usage(kind, tuned, form, base, repository)]
     sections += ["## Training", _table(_training_rows(tuned, adapter, summary, base))]
     if summary:
         held_out = summary["held_out"]
@@ -136,7 +136,7 @@ def _metadata(
         if value is not None
     ]
     return ModelCardData(
-        base_model=base if is_public(base, "model") else None,
+        base_model=base if repository or is_public(base, "model") else None,
         library_name=kind.library,
         tags=["loraplus_jax", "lora"],
         eval_results=results or None,
@@ -144,12 +144,15 @@ def _metadata(
     ).to_yaml()
 
 
-def _usage(kind: ExportKind, tuned: TunedModel, form: TransformersClass, base: str, where: str) -> str:
+def _usage(
+    kind: ExportKind, tuned: TunedModel, form: TransformersClass, base: str, repository: str | None
+) -> str:
     task, names = tuned.task, getattr(tuned.task, "names", ())
     file, loads_base = gguf.find(tuned.base), repr(base)
-    if file is not None and os.path.exists(base):
+    if file is not None and repository is None and os.path.exists(base):
         loads_base = f"{str(file.parent)!r}, gguf_file={file.name!r}"
     labels = f", num_labels={len(names) or 1}" if form.heads else ""
+    where = repository or "this directory"
     lines = [kind.use.format(cls=form.architecture, base=loads_base, labels=labels, where=where), ""]
     if tuned.parts.base.new and not form.heads:
         pooling = tuned.settings.model.pooling

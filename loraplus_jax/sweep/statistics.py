@@ -255,7 +255,14 @@ def recommended_arm(comparison: RunRow) -> tuple[str | None, str]:
         text = f"significantly lower test loss, by {abs(by['mean']):.4f} [{low:.4f}, {high:.4f}]"
         return lower, text + (", but more steps to the target" if is_slower else "")
     if reason == "steps":
-        return faster, "significantly fewer steps to the target"
+        if any(comparison["alone"].values()):
+            return faster, "significantly more seeds on which it reaches the target"
+        ratio = [comparison["steps_ratio"][name] for name in ("mean", "low", "high")]
+        mean, low, high = ratio if faster == "lora_plus" else (1 / ratio[0], 1 / ratio[2], 1 / ratio[1])
+        return (
+            faster,
+            f"significantly fewer steps to the same test loss, {mean:.2f} x [{low:.2f}, {high:.2f}]",
+        )
     return "lora", "no significant difference, and plain LoRA has one fewer hyperparameter"
 
 

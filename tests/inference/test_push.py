@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -29,7 +30,7 @@ class Hub:
     """A Hub that keeps what it is sent."""
 
     def __init__(self):
-        self.repositories, self.files, self.error = {}, {}, None
+        self.repositories, self.files, self.error, self.endpoint = {}, {}, None, "https://huggingface.co"
 
     def __call__(self, **options):
         assert "token" not in options  # the library finds it itself
@@ -38,13 +39,24 @@ class Hub:
     def create_repo(self, name, *, private, exist_ok):
         assert exist_ok
         self.repositories.setdefault(name, private)
-        return f"https://huggingface.co/{name}"
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
+    def repo_info(self, name):
+        files = [SimpleNamespace(rfilename=file) for file in (".gitattributes", *self.files)]
+        return SimpleNamespace(private=self.repositories[name], siblings=files)
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
         if self.error is not None:
             raise self.error
-        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        kept = {name: text for name, text in self.files.items() if name not in delete_patterns}
+        self.files = kept | {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
         self.folder = folder_path
+
+
+def assert_no_local_path(files, world):
+    for name, content in files.items():
+        if not name.endswith(".safetensors"):
+            assert str(world.directory) not in content.decode(), name
+            assert "/home/" not in content.decode(), name
 
 
 @pytest.fixture
@@ -61,8 +73,7 @@ def test_an_adapter_is_pushed_privately_and_without_local_paths(untrained, hub, 
     assert hub.repositories == {"org/name": True}
     assert hub.files.keys() == NAMES
     assert not Path(hub.folder).exists()
-    for name in ("README.md", "loraplus.json", "adapter_config.json"):
-        assert str(untrained.directory) not in hub.files[name].decode(), name
+    assert_no_local_path(hub.files, untrained)
     notes = json.loads(hub.files["loraplus.json"])
     assert (notes["settings"]["model"]["path"], notes["settings"]["data"]["path"]) == (
         "org/base",
@@ -79,8 +90,7 @@ def test_a_merged_model_is_pushed_and_kept(untrained, hub, capsys, tmp_path):
     printed(capsys, "export", untrained.out, *options)
     assert hub.repositories == {"org/name": False}
     assert hub.files == {path.name: path.read_bytes() for path in to.iterdir()}
-    for name in ("README.md", "loraplus.json", "config.json"):
-        assert str(untrained.directory) not in hub.files[name].decode(), name
+    assert_no_local_path(hub.files, untrained)
     data = ("--data", untrained.data)
     assert evaluated(capsys, to, *data)["accuracy"] == evaluated(capsys, untrained.out, *data)["accuracy"]
 
@@ -116,6 +126,58 @@ def test_what_cannot_be_pushed_is_known_before_anything_is_written(
     assert not to.exists()
 
 
+def test_a_push_replaces_an_earlier_export_and_nothing_else(untrained, hub, capsys, tmp_path):
+    to, run = tmp_path / "to", ("export", untrained.out, "--push", "org/name", *BASE)
+    hub.files = {"README.md": b"license: mit"}
+    printed(capsys, *run)
+    adapter = hub.files
+    assert adapter.keys() == NAMES
+    hub.files = {"loraplus.json": b"", "config.json": b"", "model-00001-of-00002.safetensors": b""}
+    printed(capsys, *run)
+    assert hub.files == adapter
+    for files in (
+        {"config.json": b"", "model.safetensors": b""},
+        {**adapter, "LICENSE": b"", "b/model.py": b""},
+    ):
+        hub.files = files
+        line = rejected(capsys, *run, "--to", to)
+        assert_mentions(line, "org/name", "choose another name", *(files.keys() - adapter.keys()))
+        assert hub.files == files
+    assert not to.exists()
+
+
+@pytest.mark.parametrize(("public", "flags"), [(True, ()), (False, ("--public",))])
+def test_a_repository_of_the_other_visibility_is_rejected(untrained, hub, capsys, tmp_path, public, flags):
+    hub.repositories = {"org/name": not public}
+    to = tmp_path / "to"
+    line = rejected(capsys, "export", untrained.out, "--to", to, "--push", "org/name", *BASE, *flags)
+    assert_mentions(line, "org/name", "is public" if public else "is private", "--public", "another name")
+    assert not hub.files
+    assert not to.exists()
+
+
+def test_a_repository_that_cannot_be_opened_is_known_before_the_export(
+    untrained, hub, capsys, tmp_path, monkeypatch
+):
+    def refuse(*_, **__):
+        raise ConnectionError(f"offline, Bearer {TOKEN}")
+
+    monkeypatch.setattr(hub, "create_repo", refuse)
+    to = tmp_path / "to"
+    line = rejected(capsys, "export", untrained.out, "--to", to, "--push", "org/name", *BASE)
+    assert_mentions(line, "org/name", "offline", "***")
+    assert not to.exists()
+
+
+def test_a_base_named_as_a_directory_here(untrained, hub, capsys, tmp_path, monkeypatch):
+    (tmp_path / "org/base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    printed(capsys, "export", untrained.out, "--push", "org/name", *BASE)
+    assert huggingface_hub.ModelCard(hub.files["README.md"].decode()).data.base_model == "org/base"
+    with pytest.raises(ValueError, match=r"org/base.*--base_model"):
+        push.hub_base(None, "org/base")
+
+
 def test_settings_without_local_directories():
     data = {
         "path": None,
@@ -136,4 +198,4 @@ def test_settings_without_local_directories():
         "distributed": {},
         "seed": 1,
     }
-    assert push.hub_base("org/base") == "org/base"
+    assert push.hub_base(None, "org/base") == "org/base"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._utils.atomic import to_json
+from ..._utils.json_files import read_json
 from ...adapter.tree import flatten
 from ...interop.path_map import PathMap, torch_module_of
 from ...interop.peft_adapter_config import raise_problems
@@ -32,11 +33,14 @@ from .name_table import NameTable
 
 SHARD_BYTES = 5 * 10**9
 """Maximum size of a shard (the default of transformers 4)."""
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model"),
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
+"""The files of a tokenizer and of generation's defaults that are copied."""
+_PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+"""Fields that say where the files were on someone's machine; nothing reads them."""
 _HEADS = ("lm_head", "classifier")
 _ENCODERS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 
@@ -143,9 +147,8 @@ def write_hf(
     dtypes = {t.dtype.name for t in tensors if is_float(t.dtype)}
     content = {**hf_config(source), "architectures": [form.architecture], **config}
     content.pop("torch_dtype", None)
-    content.pop("_name_or_path", None)  # where the base was, often a local path
     content["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
-    _write_json(target / "config.json", content)
+    _write_json(target / "config.json", _without_places(content))
     copy_tokenizer(source, target)
     shards = _shards(tensors, shard_bytes)
     count = len(shards)
@@ -179,10 +182,12 @@ def hf_config(source: Path) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files, or writes them from a GGUF file's metadata."""
+    """Copies the tokenizer's files without local paths, or writes them from a GGUF file's metadata."""
     if (file := gguf.find(source)) is None:
-        for name in _TOKENIZER_FILES:
-            if (source / name).is_file():
+        for name in TOKENIZER_FILES:
+            if name in ("tokenizer_config.json", "generation_config.json") and (source / name).is_file():
+                _write_json(target / name, _without_places(read_json(source / name)))
+            elif (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
         return
     converted = tokenizer.tokenizer(file)
@@ -266,6 +271,12 @@ def _shards(tensors: Iterable[OutputTensor], max_bytes: int) -> list[list[Output
         shards[-1].append(tensor)
         size += _size(tensor)
     return shards
+
+
+def _without_places(content: Any) -> Any:
+    if not isinstance(content, Mapping):
+        return content
+    return {name: _without_places(value) for name, value in content.items() if name not in _PLACES}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

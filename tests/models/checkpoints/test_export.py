@@ -34,6 +34,20 @@ def test_split_layers_are_written_as_the_fused_one(split, base, tmp_path):
     assert "split_fused" not in config
 
 
+def test_no_file_says_where_the_base_was(split, base, tmp_path):
+    (folder, merge), form = base, causal_lm_class(split[0].config)
+    target, place = tmp_path / "out", "/home/me/model"
+    target.mkdir()
+    names = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        content = (config if name == "config.json" else {"kept": {"é": 1}}) | dict.fromkeys(names, place)
+        (folder / name).write_text(json.dumps(content))
+    write_hf(target, folder, merge, form, new={}, config={})
+    assert [path.name for path in target.glob("*.json") if place in path.read_text()] == []
+    assert json.loads((target / "tokenizer_config.json").read_text()) == {"kept": {"é": 1}}
+
+
 def test_shards_hold_every_tensor_once_in_the_dtype_asked_for(split, base, tmp_path):
     (folder, merge), form = base, causal_lm_class(split[0].config)
     write_hf(tmp_path, folder, merge, form, new={}, config={}, dtype=ml_dtypes.bfloat16, shard_bytes=5000)
