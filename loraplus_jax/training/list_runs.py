@@ -86,7 +86,8 @@ def describe_run(directory: Path) -> dict[str, Any]:
     path = {"path": str(directory)}
     try:
         row = path | _read_run(directory)
-        to_json(row), _cells(row)  # what cannot be shown is unreadable too
+        to_json(row)
+        _cells(row)  # what cannot be shown is unreadable too
         return row
     except Exception as error:  # untrusted files cause any; they must not end the list
         problem = f"{error}" if isinstance(error, ValueError | OSError) else f"unexpected content: {error!r}"
