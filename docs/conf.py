@@ -1,6 +1,5 @@
 """The site: the pages of this folder, and a reference that is generated from the package itself."""
 
-import contextlib
 import json
 import re
 import shutil
@@ -74,8 +73,11 @@ def reachable(inventories: dict[str, str]) -> dict[str, tuple[str, None]]:
     """The inventories that answer: without a network the site is built without links into them."""
     found = {}
     for name, address in inventories.items():
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}objects.inv", timeout=5):
+        try:
+            urllib.request.urlopen(f"{address}objects.inv", timeout=5).close()
             found[name] = (address, None)
+        except OSError:
+            print(f"no links into the documentation of {name}: {address} does not answer")
     return found
 
 
