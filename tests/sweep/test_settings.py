@@ -207,7 +207,10 @@ def test_bad_settings_are_one_line_and_exit_code_2(config, capsys, overrides, wo
 
 @pytest.mark.parametrize(
     ("command", "lines", "words"),
-    [("sweep", "sweep: {lr_ratio: [2]}", ["'lr_ratio'", "'lr_ratios'"]), ("train", "sweep: {}", ["loraplus sweep"])],
+    [
+        ("sweep", "sweep: {lr_ratio: [2]}", ["'lr_ratio'", "'lr_ratios'"]),
+        ("train", "sweep: {}", ["loraplus sweep"]),
+    ],
 )
 def test_a_key_that_a_command_does_not_take_is_named(config, tmp_path, capsys, command, lines, words):
     path = tmp_path / "config.yaml"
