@@ -1,4 +1,4 @@
-"""keras's own LoRA under our optimizer: the recipe of docs/nnx.md, run as it stands there."""
+"""keras's own LoRA under our optimizer: the recipe of docs/other_libraries.md, run as it stands there."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,9 @@ keras = pytest.importorskip("keras")  # conftest.py chose its backend
 
 RECIPE = re.findall(
     r"```py\n(.*?)```",
-    (Path(__file__).parents[2] / "docs/nnx.md").read_text(encoding="utf-8").partition("## In keras")[2],
+    (Path(__file__).parents[2] / "docs/other_libraries.md")
+    .read_text(encoding="utf-8")
+    .partition("## keras\n")[2],
     flags=re.S,
 )
 IDS = np.arange(24).reshape(4, 6) % 11
