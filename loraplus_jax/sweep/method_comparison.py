@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from .._utils.atomic import to_json, write_text
-from .._utils.records import read_record
+from .._utils.atomic import write_text
+from .._utils.records import read_record, write_record
 from .._utils.validation import expand_path
 from ..adapter.tree import combine, count
 from ..data.fetch import resolve
@@ -177,7 +177,7 @@ def compare_runs(
         summary = {"verdict": report["verdict"], "seconds": round(time.perf_counter() - began, 1)}
         summary["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
-        write_text(directory / SUMMARY, to_json(summary, indent=1) + "\n")
+        write_record(directory / SUMMARY, summary)
     console.print(report["verdict"], f"{directory}: {PAGE}, {REPORT}, {SUMMARY}", sep="\n")
     return report
 
@@ -329,7 +329,7 @@ class MethodSweep(Sweep):
 
     def write_end(self) -> None:
         """Marks the method as finished."""
-        write_text(self.directory / SUMMARY, to_json({"method": self.run.name}, indent=1) + "\n")
+        write_record(self.directory / SUMMARY, {"method": self.run.name})
 
     def print_head(self) -> None:
         """Prints which settings the method ignores, and where it resumes."""

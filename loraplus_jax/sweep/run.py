@@ -395,7 +395,7 @@ class Sweep:
         summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         # The last file, as it marks the sweep as finished.
-        write_text(self.directory / SUMMARY, to_json(summary, indent=1) + "\n")
+        write_record(self.directory / SUMMARY, summary)
         if self.run.sweep.interim_seeds:
             ended = "decided" if report["ended"]["reason"] == "decided" else "not decided earlier"
             self.console.print(

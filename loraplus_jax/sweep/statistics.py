@@ -272,8 +272,9 @@ def decision(comparison: RunRow, chosen: Mapping[str, Trial]) -> str:
     if best is None:
         return f"There is no winner: {why}. Try lower learning rates."
     name = "plain LoRA" if best == "lora" else f"LoRA+, lambda {chosen[best].lr_ratio:g}"
-    pairs, level = comparison["pairs"], f"{100 * comparison['confidence']:.4g} % intervals"
-    return f"Train with {name}: {why} ({level}, {pairs} paired seeds)."
+    if decisive(comparison) != "diverged":
+        why += f" ({100 * comparison['confidence']:.4g} % intervals, {comparison['pairs']} paired seeds)"
+    return f"Train with {name}: {why}."
 
 
 def lora_label(counts: Mapping[str, int], edges: Sequence[str]) -> str:

@@ -216,12 +216,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     if row["state"] == "unreadable":
         return [escape_controls(row["path"]), escape_controls(f"unreadable: {row['problem']}")]
     unit = "methods" if row["kind"] == "comparison" else "steps"
-    total = f"{row['steps']} {unit}" if row["steps"] else f"{float(row['epochs'] or 3):g} epochs"
     state = row["state"] + (f" (pid {row['pid']})" if row["pid"] else "")
     best = row["best"]
     result = f"{best['name']} {_number(best['value'])} ({best['split']}, step {best['step']})" if best else ""
     end = "; ".join(filter(None, (row["problem"], row["resume"] and f"resume: {row['resume']}")))
-    progress = f"{row['step']} of {total}" if row["steps"] else f"step {row['step']} ({total})"
+    epochs = f" ({float(row['epochs']):g} epochs)" if row["epochs"] else ""
+    progress = f"{row['step']} of {row['steps']} {unit}" if row["steps"] else f"step {row['step']}{epochs}"
     cells = row["path"], row["model"], row["method"], progress, state, result, end
     return [escape_controls(cell) for cell in cells]
 

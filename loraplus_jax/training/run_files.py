@@ -7,7 +7,8 @@ from typing import Any
 
 import filelock
 
-from .._utils.json_files import MAX_JSON_BYTES, check_file, read_json
+from .._utils.json_files import MAX_JSON_BYTES, check_file
+from .._utils.records import read_record
 from ..settings.yaml_files import read_yaml
 from .metrics_log import SUMMARY
 
@@ -22,7 +23,7 @@ class TrainingFailed(Exception):
 def read_summary(directory: Path) -> dict[str, Any] | None:
     """The summary of a finished run, or None: an empty or damaged file does not mark a run as finished."""
     try:
-        return read_json(directory / SUMMARY)
+        return read_record(directory / SUMMARY)
     except ValueError:
         return None
 

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from .._utils.atomic import to_json, write_text
-from .._utils.json_files import read_json
+from .._utils.records import read_record, write_record
 
 PROJECT = "loraplus_jax"
 """The project of the runs, unless the service's own environment variable names another."""
@@ -218,7 +217,7 @@ class Reports:
     def _save(self) -> None:
         if self._known:
             known = {name: old | {"rows": sorted(old["rows"])} for name, old in self._known.items()}
-            write_text(self._path, to_json(known, indent=1) + "\n")
+            write_record(self._path, {"services": known})
 
     @contextlib.contextmanager
     def _or_left_out(self, name: str) -> Iterator[None]:
@@ -241,10 +240,15 @@ class Reports:
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """What `trackers.json` says, if it is there."""
-    known: Any = read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    record = read_record(path)
     try:
-        return {n: {"id": old["id"], "used": old["used"], "rows": {*old["rows"]}} for n, old in known.items()}
-    except (TypeError, KeyError):
+        services: dict[str, Any] = record["services"]
+        return {
+            n: {"id": old["id"], "used": old["used"], "rows": {*old["rows"]}} for n, old in services.items()
+        }
+    except (AttributeError, TypeError, KeyError):
         raise ValueError(f"{path} is damaged; remove it to start new runs at the services") from None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from .._utils.atomic import to_json, write_text
 from .._utils.multihost import allgather, gather_to_host, is_lead
-from .._utils.records import check_digests, file_digests
+from .._utils.records import check_digests, file_digests, write_record
 from ..adapter.tree import combine, count
 from ..data.batches import train_batches
 from ..interop.adapter_directory import save_adapter
@@ -452,7 +452,7 @@ class Trainer:
         }
         if is_lead():
             # Last of all files: with it the run counts as finished.
-            write_text(self.directory / SUMMARY, to_json(summary, indent=1) + "\n")
+            write_record(self.directory / SUMMARY, summary)
         chosen = "" if summary["selected_step"] == summary["steps"] else f", step {summary['selected_step']}"
         self.console.print(
             f"after:  {format_metrics(after)} ({held_out['examples']:,} {self.held_out} examples{chosen})"

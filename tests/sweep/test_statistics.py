@@ -202,6 +202,7 @@ def test_a_run_that_diverged_is_left_out_and_reported():
     arm, reason = recommended_arm(comparison)
     assert arm == "lora"
     assert_mentions(reason, "LoRA+", "diverged", "1 of 2 seeds")
+    assert decision(comparison, CHOSEN) == f"Train with plain LoRA: {reason}."
 
 
 def test_where_both_always_diverge_nothing_wins():

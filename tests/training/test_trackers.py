@@ -128,7 +128,9 @@ def test_after_a_kill_the_rows_of_the_file_count_as_sent(tmp_path, service):
 
 
 def test_a_damaged_file_of_ids_ends_no_run_and_stays(tmp_path, service):
-    for text in ("{", "[1]", '{"wandb": 5}', '{"wandb": {"id": "a"}}'):
+    logged(tmp_path, [1])
+    flipped = (tmp_path / "trackers.json").read_text().replace('"id0"', '"id1"')
+    for text in ("{", "[1]", '{"services": 5}', '{"services": {"wandb": {"id": "a"}}}', flipped):
         (tmp_path / "trackers.json").write_text(text)
         (line,) = logged(tmp_path, [1])
         assert_mentions(line, "train.report_to wandb", "trackers.json")
