@@ -30,8 +30,8 @@ def find_recipe(name: str) -> Path:
     """
     if name not in RECIPES:
         raise ValueError(
-            f"no recipe is named {name!r}{suggest(name, RECIPES)}; to use a file of your own, write its path, with "
-            "/ or the ending .yaml"
+            f"no recipe is named {name!r}, and a file of your own needs its path, with / or the ending .yaml"
+            f"{suggest(name, RECIPES)}"
         )
     return RECIPES[name]
 
