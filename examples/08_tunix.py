@@ -22,7 +22,7 @@ STEPS, WARMUP = 50, 5
 
 
 def make_model():
-    # Tiny and random; for yours tunix.models.qwen3.params.create_model_from_safe_tensors.
+    # Tiny and random; docs/tunix.md loads weights of Qwen3 or Llama 3.
     model = Qwen3(ModelConfig(**SIZES, num_kv_heads=1, rope_theta=10_000, norm_eps=1e-6), rngs=nnx.Rngs(0))
     return model, apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
 
