@@ -17,12 +17,8 @@ from typing import Any
 from common import machine, read_json, table, write_json
 from plan_scaling import merge, plan_of
 
-CASES = (
-    *(f"{model}@{gpu}:{n}" for model in ("minilm", "smollm2_135m") for gpu in ("l4", "h100") for n in (1, 8)),
-    *(f"llama31_8b@{gpu}:{n}" for gpu in ("l4", "a100-80", "h100", "b200") for n in (1, 8)),
-    *(f"llama31_8b/nf4@{gpu}:{n}" for gpu in ("l4", "h100") for n in (1, 8)),
-    *(f"llama2_70b/nf4@{gpu}:{n}" for gpu in ("l4", "h100") for n in (1, 8)),
-)
+MODELS = ("minilm", "smollm2_135m", "llama31_8b", "llama31_8b/nf4", "llama2_70b/nf4")
+CASES = tuple(f"{model}@{gpu}:{n}" for model in MODELS for gpu in ("l4", "a100-80", "h100", "b200") for n in (1, 8))
 PARTS = {
     "weights": ("frozen weights",),
     "adapters and optimizer": ("trained", "optimizer"),
