@@ -177,8 +177,8 @@ def test_attention_auto_is_cudnn_on_each_device_s_rows_and_heads(tmp_path):
     assert {c.group for c in gathered} == {4}
     assert {dtype for c in gathered for dtype, _ in array_shapes(c.shape)} == {"bf16"}
     # The halves of a packed row go to other devices before they are dequantized.
-    exchanged = [c for c in collectives(text) if c.kind == "all-to-all" and "/layers/" in c.where]
-    assert {dtype for c in exchanged for dtype, _ in array_shapes(c.shape)} <= {"u8", "bf16"}
+    exchanged = [c for c in collectives(text) if c.where.endswith("/concatenate")]
+    assert {dtype for c in exchanged for dtype, _ in array_shapes(c.shape)} == {"u8"}
 
 
 def test_micro_batches_with_int8_gather_each_layer_in_each_of_them(tmp_path):
