@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 PACKAGES = ("loraplus_jax", "jax", "jaxlib", "flax", "optax")
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def parse_options(

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                                # all parts
     python benchmarks/gpu.py --part plan                    # one of them
-    python benchmarks/gpu.py --backend cpu --size tiny      # the script itself, without a GPU
+    BENCHMARK_RESULTS=/tmp/tiny python benchmarks/gpu.py --tiny     # the script itself, on a CPU
 
 plan        memory and seconds of a step of SmolLM2-135M, Llama-3.1-8B in bfloat16 and as NF4: planned for this kind
             of GPU without it, by the compiler with it, and by the allocator and the clock
@@ -12,7 +12,7 @@ peft        step_time.py --backend gpu: the same step by PEFT with torch.compile
 quantized   step_time.py --compare quantized
 
 Weights are zeros and tokens are all the same: neither changes time or memory. Nothing is downloaded. Each case is a
-process of its own, as an allocator reports its peak once.
+process of its own, as an allocator reports its peak once. A case that the time (`--minutes`) leaves out says so.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ PLANS = {
     "Llama-3.1-8B NF4, 4 x 2,048": ("llama31_8b", 4, ("--model.quantize=nf4",)),
 }
 LENGTHS, STEPS, MEMBERS = (512, 2048, 8192), 10, (1, 4, 16)
+TOKENS, TINY_TOKENS = 16384, 256
+"""Tokens of a batch whose attention is timed."""
 
 
 def settings_of(case: str, tiny: bool, directory: Path) -> Any:
@@ -108,15 +110,16 @@ def measure_step(case: str, tiny: bool) -> dict[str, Any]:
 
 
 def plan_without(case: str, tiny: bool, kind: str) -> dict[str, Any]:
-    """The plan of a step for a kind of GPU, on the CPU platform; empty for a kind that plans don't know."""
+    """The plan of a step for a kind of device, on the CPU platform; empty for a GPU that plans don't know."""
     from loraplus_jax.plan.devices import GPUS
     from loraplus_jax.plan.plan import make_plan
 
     names = [gpu.name for gpu in GPUS.values() if gpu.kind == kind]
-    if not names:
+    if not names and kind != "cpu":
         return {}
+    topology = f"{names[0]}:1" if names else None
     with tempfile.TemporaryDirectory() as directory:
-        plan = make_plan(settings_of(case, tiny, Path(directory)), f"{names[0]}:1")
+        plan = make_plan(settings_of(case, tiny, Path(directory)), topology)
     return {"needed": plan.needed, "peak": plan.peak, "roofline": max(plan.roofline.values(), default=None)}
 
 
@@ -138,11 +141,11 @@ def compare_plan(case: str, tiny: bool) -> dict[str, str]:
     }
 
 
-def time_attention(length: int, implementation: Any) -> dict[str, Any]:
-    """Seconds of attention and its gradient: 16,384 tokens, 32 heads of 128 with 8 of keys, bfloat16."""
+def time_attention(length: int, implementation: Any, tokens: int) -> dict[str, Any]:
+    """Seconds of attention and its gradient: 32 heads of 128 with 8 of keys, bfloat16."""
     from loraplus_jax.models.attention import causal_attention
 
-    rows = max(1, 16384 // length)
+    rows = max(1, tokens // length)
     query = jnp.ones((rows, length, 32, 128), jnp.bfloat16)
     key = jnp.ones((rows, length, 8, 128), jnp.bfloat16)
     attend: Any = functools.partial(causal_attention, implementation=implementation)
@@ -182,10 +185,27 @@ def time_members(members: int, tiny: bool) -> dict[str, Any]:
     return {"seconds": seconds_of(run)}
 
 
+def device_kind() -> dict[str, Any]:
+    return {"kind": jax.devices()[0].device_kind}
+
+
+def seconds_left() -> float:
+    """Seconds of the script's time that are left, at least one."""
+    return max(1.0, float(os.environ[_END]) - time.time())
+
+
+_END = "BENCHMARK_END"
+"""Environment variable of the time at which no process may run any more."""
+
+
 def in_process(function: str, *arguments: Any, **environment: str) -> dict[str, Any]:
     """What a function of this file returns in a process of its own; `failed` with the last line of its errors."""
     words = [sys.executable, __file__, "--call", json.dumps([function, *arguments])]
-    run = subprocess.run(words, capture_output=True, text=True, env=os.environ | environment)
+    options: Any = {"capture_output": True, "text": True, "env": os.environ | environment}
+    try:
+        run = subprocess.run(words, **options, timeout=seconds_left())
+    except subprocess.TimeoutExpired:
+        return {"failed": "no time left"}
     if run.returncode:
         return {"failed": (run.stderr.strip().splitlines() or ["no message"])[-1][:200]}
     return json.loads(run.stdout.splitlines()[-1])
@@ -197,11 +217,11 @@ def plan_part(tiny: bool) -> list[dict[str, str]]:
 
 def attention_part(tiny: bool) -> list[dict[str, str]]:
     rows = []
-    names = ("xla", "blocked") if jax_platform() == "cpu" else ("xla", "blocked", "cudnn")
+    names = ("xla", "blocked") if tiny else ("xla", "blocked", "cudnn")
     for length in (128,) if tiny else LENGTHS:
         row = {"tokens": f"{length:,}"}
         for name in names:
-            found = in_process("time_attention", length, name)
+            found = in_process("time_attention", length, name, TINY_TOKENS if tiny else TOKENS)
             row[f"{name}, ms"] = found.get("failed") or f"{1e3 * found['seconds']:.2f}"
         rows.append(row)
     return rows
@@ -226,44 +246,50 @@ def population_part(tiny: bool) -> list[dict[str, str]]:
     return rows
 
 
-def jax_platform() -> str:
-    return os.environ.get("JAX_PLATFORMS", "cuda")
-
-
 PARTS: Mapping[str, Callable[[bool], list[dict[str, str]]]] = {
     "plan": plan_part,
     "attention": attention_part,
     "population": population_part,
 }
-OTHERS = {
-    "peft": ["--layers", "12", "--rounds", "7"],
-    "quantized": ["--compare", "quantized", "--rounds", "7"],
-}
+OTHERS = {"peft": [], "quantized": ["--compare", "quantized"]}
 """Options of step_time.py, whose tables have files of their own."""
+SIZES = {
+    False: ["--backend", "gpu", "--layers", "12", "--rounds", "7"],
+    True: ["--backend", "cpu", "--layers", "1", "--rounds", "1", "--shapes", "1x8"],
+}
+"""Its further options, by whether the size is tiny."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--part", choices=[*PARTS, *OTHERS])
-    parser.add_argument("--backend", choices=["gpu", "cpu"], default="gpu")
-    parser.add_argument("--size", choices=["full", "tiny"], default="full")
+    parser.add_argument("--tiny", action="store_true", help="small models on a CPU, to test the script")
+    parser.add_argument("--minutes", type=float, default=10, help="time for all parts (default: 10)")
     parser.add_argument("--name", default="", help="name of the results' files")
     parser.add_argument("--call", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.call:
-        function, *arguments = json.loads(options.call)
-        print(json.dumps(globals()[function](*arguments)))
+        function, *values = json.loads(options.call)
+        print(json.dumps(globals()[function](*values)))
         return
-    os.environ["JAX_PLATFORMS"] = "cpu" if options.backend == "cpu" else "cuda"
-    start, tiny = time.perf_counter(), options.size == "tiny"
+    tiny, start = options.tiny, time.perf_counter()
+    name = options.name or ("gpu_tiny" if tiny else "gpu")
+    os.environ["JAX_PLATFORMS"] = "cpu" if tiny else "cuda"
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+    os.environ[_END] = str(time.time() + 60 * options.minutes)
+    if "failed" in (device := in_process("device_kind")):
+        parser.error(f"no NVIDIA GPU: {device['failed']}; --tiny runs on a CPU")
     for part, make in PARTS.items():
         if options.part in (None, part):
-            report(f"{options.name or 'gpu'}_{part}", make(tiny), seconds=round(time.perf_counter() - start))
+            report(f"{name}_{part}", make(tiny), seconds=round(time.perf_counter() - start))
     for part, words in OTHERS.items():
-        if options.part == part or (options.part is None and options.backend == "gpu"):
-            words = [sys.executable, str(HERE / "step_time.py"), "--backend", options.backend, *words]
-            subprocess.run(words, check=False)
+        if options.part in (None, part):
+            words = [str(HERE / "step_time.py"), "--name", f"{name}_{part}", *SIZES[tiny], *words]
+            try:
+                subprocess.run([sys.executable, *words], check=False, timeout=seconds_left())
+            except subprocess.TimeoutExpired:
+                print(f"{part}: no time left")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Plans: what a training step needs on TPUs, from the compiled program, without weights or data."""
+"""Plans: what a training step needs on GPUs and TPUs, from the compiled program, without weights or data."""

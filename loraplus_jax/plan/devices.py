@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import itertools
+import json
 import math
 import os
 import re
@@ -40,6 +41,11 @@ class Chip:
         """Bytes that programs can use."""
         return int(self.memory)
 
+    def rate_between(self, hosts: int) -> float:
+        """Bandwidth among devices of so many hosts in one direction, bytes/s."""
+        del hosts  # a slice's links are the same everywhere
+        return self.link_rate
+
 
 @dataclasses.dataclass(frozen=True)
 class Tpu(Chip):
@@ -76,8 +82,12 @@ class Gpu(Chip):
 
     @property
     def available(self) -> int:
-        """Bytes that JAX reserves: `XLA_PYTHON_CLIENT_MEM_FRACTION` of the memory, by default 75 %."""
+        """Bytes that JAX reserves: `XLA_CLIENT_MEM_FRACTION` of the memory, by default 75 %."""
         return int(self.memory * memory_fraction())
+
+    def rate_between(self, hosts: int) -> float:
+        """Bandwidth among GPUs of so many hosts in one direction, bytes/s."""
+        return self.link_rate if hosts == 1 else self.host_rate
 
 
 MAX_FRACTION = 0.92
@@ -85,9 +95,24 @@ MAX_FRACTION = 0.92
 libraries' own memory, which are outside the reservation."""
 
 
+MEM_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+"""Environment variable of the part of a GPU's memory that JAX reserves."""
+_OLD_MEM_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # deprecated, which jaxlib reads too
+
+
 def memory_fraction() -> float:
-    """Part of a GPU's memory that JAX reserves."""
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or 0.75)
+    """Part of a GPU's memory that JAX reserves; raises ValueError if the environment sets no such part."""
+    name = next((name for name in (_OLD_MEM_FRACTION, MEM_FRACTION) if os.environ.get(name)), MEM_FRACTION)
+    text = os.environ.get(name) or "0.75"
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = math.nan
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"{name} in the environment must be above 0 and at most 1, such as 0.9; got {text!r}"
+        )
+    return fraction
 
 
 TPUS: Mapping[str, Tpu] = {
@@ -102,50 +127,32 @@ TPUS: Mapping[str, Tpu] = {
 """From cloud.google.com/tpu/docs (v4, v5e, v5p and v6e, November 2026). Its "bidirectional" ICI bandwidth counts
 both directions, so half of it is used here. v4 has 6 links of 50 GB/s (arXiv 2304.01433, table 4)."""
 GPUS: Mapping[str, Gpu] = {
-    gpu.name: gpu
-    for gpu in (
-        # name, memory, FLOP/s, memory rate, links, network, kind, capability, cores, clock, cache
-        Gpu("l4", 23.5e9, 121e12, 300e9, 32e9, 12.5e9, "NVIDIA L4", 8.9, 58, 2.04, 48 << 20),
-        Gpu("a10g", 23.6e9, 70e12, 600e9, 32e9, 12.5e9, "NVIDIA A10G", 8.6, 80, 1.71, 6 << 20),
-        Gpu(
-            "rtx4090",
-            25.2e9,
-            165.2e12,
-            1008e9,
-            32e9,
-            12.5e9,
-            "NVIDIA GeForce RTX 4090",
-            8.9,
-            128,
-            2.52,
-            72 << 20,
-        ),
-        Gpu(
-            "a100-40", 42.3e9, 312e12, 1555e9, 300e9, 25e9, "NVIDIA A100-SXM4-40GB", 8.0, 108, 1.41, 40 << 20
-        ),
-        Gpu("a6000", 51.0e9, 154.8e12, 768e9, 32e9, 12.5e9, "NVIDIA RTX A6000", 8.6, 84, 1.8, 6 << 20),
-        Gpu("h100", 84.9e9, 989.4e12, 3352e9, 450e9, 50e9, "NVIDIA H100 80GB HBM3", 9.0, 132, 1.98, 50 << 20),
-        Gpu(
-            "a100-80", 85.1e9, 312e12, 2039e9, 300e9, 25e9, "NVIDIA A100-SXM4-80GB", 8.0, 108, 1.41, 40 << 20
-        ),
-        Gpu(
-            "rtx6000pro",
-            *(
-                102.6e9,
-                503.8e12,
-                1792e9,
-                64e9,
-                12.5e9,
-                "NVIDIA RTX PRO 6000 Blackwell",
-                12.0,
-                188,
-                2.6,
-                128 << 20,
-            ),
-        ),
-        Gpu("h200", 151.3e9, 989.4e12, 4800e9, 450e9, 50e9, "NVIDIA H200", 9.0, 132, 1.98, 50 << 20),
-        Gpu("b200", 191.5e9, 2250e12, 8000e9, 900e9, 50e9, "NVIDIA B200", 10.0, 148, 1.965, 126 << 20),
-        Gpu("gb200", 197.9e9, 2500e12, 8000e9, 900e9, 50e9, "NVIDIA GB200", 10.0, 152, 2.062, 126 << 20),
+    name: Gpu(
+        name=name,
+        memory=memory * 1e9,
+        flops=flops * 1e12,
+        memory_rate=memory_rate * 1e9,
+        link_rate=link_rate * 1e9,
+        host_rate=host_rate * 1e9,
+        kind=f"NVIDIA {kind}",
+        capability=capability,
+        cores=cores,
+        clock=clock,
+        cache=cache * 2**20,
+    )
+    # GB, TFLOP/s, GB/s of memory, links and network, kind, capability, cores, GHz, MiB of cache
+    for name, memory, flops, memory_rate, link_rate, host_rate, kind, capability, cores, clock, cache in (
+        ("l4", 23.5, 121, 300, 32, 12.5, "L4", 8.9, 58, 2.04, 48),
+        ("a10g", 23.6, 70, 600, 32, 12.5, "A10G", 8.6, 80, 1.71, 6),
+        ("rtx4090", 25.2, 165.2, 1008, 32, 12.5, "GeForce RTX 4090", 8.9, 128, 2.52, 72),
+        ("a100-40", 42.3, 312, 1555, 300, 25, "A100-SXM4-40GB", 8.0, 108, 1.41, 40),
+        ("a6000", 51.0, 154.8, 768, 32, 12.5, "RTX A6000", 8.6, 84, 1.8, 6),
+        ("h100", 84.9, 989.4, 3352, 450, 50, "H100 80GB HBM3", 9.0, 132, 1.98, 50),
+        ("a100-80", 85.1, 312, 2039, 300, 25, "A100-SXM4-80GB", 8.0, 108, 1.41, 40),
+        ("rtx6000pro", 102.6, 503.8, 1792, 64, 12.5, "RTX PRO 6000 Blackwell", 12.0, 188, 2.6, 128),
+        ("h200", 151.3, 989.4, 4800, 450, 50, "H200", 9.0, 132, 1.98, 50),
+        ("b200", 191.5, 2250, 8000, 900, 50, "B200", 10.0, 148, 1.965, 126),
+        ("gb200", 197.9, 2500, 8000, 900, 50, "GB200", 10.0, 152, 2.062, 126),
     )
 }
 """From NVIDIA's data sheets, smallest memory first; memory as the driver reports it. Links are NVLink, or PCIe
@@ -177,6 +184,7 @@ def target_devices(topology: str) -> tuple[Chip, list[Any]]:
       ImportError: the compiler is not installed.
     """
     chip, shape = _parse_topology(topology)
+    memory_fraction()  # before JAX reads it, with a traceback
     is_tpu = isinstance(chip, Tpu)
     package, extra = ("libtpu", "tpu-plan") if is_tpu else ("jax_cuda13_plugin", "gpu-plan")
     if importlib.util.find_spec(package) is None:
@@ -207,24 +215,33 @@ def target_devices(topology: str) -> tuple[Chip, list[Any]]:
         if chip.name == "v4":  # whose two cores act as one
             options["chip_config_name"] = "megacore"
     try:
-        description = topologies.get_topology_desc(**options)
+        devices = list(topologies.get_topology_desc(**options).devices)
+        if isinstance(chip, Gpu):
+            _compile_exp(devices[0])
     except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
+        reason = re.sub(r"^[A-Z_]+: ", "", " ".join(str(error).split()))
         raise ValueError(
             f"the installed {package} does not support topology {topology}: {reason:.200}"
         ) from None
-    return chip, list(description.devices)
+    return chip, devices
+
+
+def _compile_exp(device: Any) -> None:
+    """Compiles the smallest program that needs all parts of the GPU compiler: ptxas, and the library of exp."""
+    x = jax.ShapeDtypeStruct((8,), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
+    jax.jit(jax.numpy.exp).lower(x).compile()
 
 
 def gpu_spec(gpu: Gpu) -> str:
     """A GPU for XLA's compiler, as text of its `GpuTargetConfigProto`."""
     units, threads, shared, optin = _MULTIPROCESSORS.get(gpu.capability, _OTHER_MULTIPROCESSORS)
     major, _, minor = f"{gpu.capability:.1f}".partition(".")
+    kind = json.dumps(gpu.kind)
     # sm_90a and sm_100a: instructions of these architectures alone.
     features = "feature_extension: ACCELERATED_FEATURES" if gpu.capability in (9.0, 10.0) else ""
     return f"""
 gpu_device_info {{
-  name: "{gpu.kind}"
+  name: {kind}
   device_vendor: "NVIDIA Corporation"
   cuda_compute_capability {{ major: {major} minor: {minor} {features} }}
   core_count: {gpu.cores}
@@ -250,7 +267,7 @@ gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 1 }}
-device_description_str: "{gpu.kind}"
+device_description_str: {kind}
 """
 
 
@@ -269,14 +286,14 @@ def _parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
     name = topology.partition(":")[0] if match is None else match[1]
     if match is not None and name.endswith((".yaml", ".yml")):
         return _read_gpu(Path(name)), _gpu_shape(topology, name, match[2])
-    if match is not None and name in GPUS:
-        return GPUS[name], _gpu_shape(topology, name, match[2])
+    if name in GPUS:
+        return GPUS[name], _gpu_shape(topology, name, "0" if match is None else match[2])
     if match is None or name not in TPUS:
         tpus = [f"{tpu.name}:{'x'.join(['4'] * tpu.dimensions)}" for tpu in TPUS.values()]
         gpus = [f"{name}:8" for name in GPUS]
         raise ValueError(
             f"topology must be GPU:COUNT, GPU:HOSTSxCOUNT or TPU:SHAPE, such as {', '.join([*gpus, *tpus])}; got "
-            f"{topology!r}{suggest(name, [*TPUS, *GPUS], fallback=False)}"
+            f"{topology!r}{_suggest(name)}"
         )
     chip, shape = TPUS[name], tuple(int(n) for n in match[2].split("x"))
     if len(shape) != chip.dimensions or 0 in shape:
@@ -292,6 +309,14 @@ def _parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
         names = ", ".join(f"{chip.name}:{'x'.join(map(str, candidate))}" for candidate in near)
         raise ValueError(f"unknown topology {topology}; the nearest available are {names}")
     return chip, shape
+
+
+def _suggest(name: str) -> str:
+    # By its letters, "a100" is closer to "h100" than to "a100-80".
+    known = sorted([*TPUS, *GPUS])
+    if name and (begins := [other for other in known if other.startswith(name.lower())]):
+        return f"; did you mean {' or '.join(map(repr, begins))}?"
+    return suggest(name.lower(), known, fallback=False)
 
 
 def _gpu_shape(topology: str, name: str, text: str) -> tuple[int, int]:

@@ -119,11 +119,11 @@ def _fits_on(settings: Settings, count: int, say: Callable[[str], None]) -> Iter
 
 
 def _bytes_needed(settings: Settings, gpu: Gpu, count: int, say: Callable[[str], None]) -> int:
-    say(f"compiling for {gpu.name}:{count}, model.quantize {settings.model.quantize}")
     _, devices = target_devices(f"{gpu.name}:{count}")
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
     base, data = make_model(settings)
     check_layout(settings, base, mesh)
+    say(f"compiling for {gpu.name}:{count}, model.quantize {settings.model.quantize}")
     compiled = compile_step(settings, base, data, mesh, gpu)
     train, needed = settings.train, [compiled.needed]
     # An evaluation of no more rows keeps less: nothing for a backward pass.

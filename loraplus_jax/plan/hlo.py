@@ -6,8 +6,10 @@ Parses XLA's text of an optimised program, from `jax.stages.Compiled.as_text()` 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -34,6 +36,7 @@ class Collective(NamedTuple):
       times: executions per step, loop iterations included.
       shape: shape of the full array or arrays, as XLA writes it, `"bf16[4096,11008]"`.
       where: the model's operation that it belongs to, from XLA's metadata; may be empty.
+      hosts: hosts that the devices of a group are on.
     """
 
     kind: str
@@ -42,6 +45,7 @@ class Collective(NamedTuple):
     times: int
     shape: str
     where: str
+    hosts: int = 1
 
     @property
     def wire_bytes(self) -> float:
@@ -72,8 +76,12 @@ Program = Mapping[str, list[Instruction]]
 """Maps a computation's name to its instructions, root last; the entry computation comes last."""
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str, hosts: Sequence[int] = ()) -> list[Collective]:
     """All collectives of a program; pieces of one collective (same channel) count once.
+
+    Args:
+      text: the program.
+      hosts: host of each device, in the order of the program's devices; by default all are on one.
 
     Raises:
       ValueError: the trip count of a loop is unknown.
@@ -90,7 +98,7 @@ def collectives(text: str) -> list[Collective]:
             channel = _number(r"channel_id=(\d+)", instruction.rest)
             # The TPU compiler spreads a collective over several fusions; its pieces share the channel.
             key = instruction.name if channel is None else f"channel {channel}"
-            collective = _parse_collective(kind, instruction, counts[computation], devices)
+            collective = _parse_collective(kind, instruction, counts[computation], devices, hosts)
             # A piece in a loop runs more often than the collective that it is a part of.
             if key not in by_key or collective.times < by_key[key].times:
                 by_key[key] = collective
@@ -187,16 +195,23 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
         raise ValueError(f"unsupported program: the trip count of loop {loop.name} is unknown") from None
 
 
-def _parse_collective(kind: str, instruction: Instruction, count: int, devices: int) -> Collective:
+def _parse_collective(
+    kind: str, instruction: Instruction, count: int, devices: int, hosts: Sequence[int]
+) -> Collective:
     arrays = [match[0] for match in _ARRAY.finditer(instruction.shape)]
     if instruction.opcode in _WITH_INPUTS and len(arrays) > 1:
         # The result of these starts is (inputs, outputs, contexts): the contexts are scalars of type u32.
         arrays = [array for array in arrays if array != "u32[]"]
         arrays = arrays[len(arrays) // 2 :]
-    group, shape = _group(instruction.rest, devices), ", ".join(arrays)
+    groups, shape = _groups(instruction.rest, devices), ", ".join(arrays)
+    group = groups.shape[1]
     size = shape_bytes(shape) * (group if kind == "reduce-scatter" else 1)
     where = re.search(r'op_name="([^"]*)"', instruction.rest)
-    return Collective(kind, size, group, count, shape, where[1] if where else "")
+    # A permute names pairs of devices.
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", instruction.rest)
+    together = groups if pairs is None else _lists(pairs[1])
+    spanned = max(len({hosts[device] for device in one}) for one in together) if hosts else 1
+    return Collective(kind, size, group, count, shape, where[1] if where else "", spanned)
 
 
 def shape_bytes(shape: str) -> int:
@@ -226,26 +241,61 @@ def _bits(dtype: str) -> int:
     return int(number[0])
 
 
-def _group(rest: str, devices: int) -> int:
-    """Devices per group, from any of XLA's three notations: lists, an iota over [groups, size], mesh axes.
+def _groups(rest: str, devices: int) -> np.ndarray:
+    """Devices by group, (groups, size), from any of XLA's notations: lists, an iota, mesh axes.
 
     Raises:
       ValueError: the notation is unknown.
     """
-    if (
-        axes := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)? ?\{([^}]*)\}", rest)
-    ) is not None:
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes[1])}
-        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
-        return math.prod(int(part) if part else sizes[name] for name, part in parts)
-    if (iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest)) is not None:
-        return int(iota[1])
-    if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest)) is not None:
-        return listed[1].count(",") + 1
+    if (axes := re.search(rf"replica_groups=mesh\[([^\]]*)\]{_IDS} ?\{{([^}}]*)\}}", rest)) is not None:
+        ids = _iota(axes[2], axes[3]) if axes[2] else None
+        return _mesh_groups(axes[1], axes[5], _numbers(axes[4]) if axes[4] else ids)
+    if (iota := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", rest)) is not None:
+        return _iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2]))
+    if (listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest)) is not None:
+        return _lists(listed[1])
     # Permutes name pairs, not groups; no group, or an empty one, means all devices.
     if (unknown := re.search(r"replica_groups=(?!\{\})[^ ]*", rest)) is not None:
         raise ValueError(f"unsupported program: unknown notation for a group of devices: {unknown[0]:.100}")
-    return devices
+    return np.arange(devices)[None]
+
+
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_IDS = rf"(?:, device_ids=\((?:{_IOTA}|([\d,]+))\))?"
+
+
+def _numbers(text: str) -> np.ndarray:
+    return np.array([int(n) for n in text.split(",")])
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """The numbers from 0 in an array of these sizes, transposed to an order of axes."""
+    shape = _numbers(sizes)
+    return np.arange(shape.prod()).reshape(shape).transpose(_numbers(order) if order else None)
+
+
+def _lists(text: str) -> np.ndarray:
+    """`{0,1},{2,3}` as an array."""
+    return np.array([_numbers(one) for one in re.findall(r"\{([\d,]+)\}", text)])
+
+
+def _mesh_groups(mesh: str, axes: str, ids: np.ndarray | None) -> np.ndarray:
+    """Groups along axes `'a','b':(2)4` of a mesh `'a'=2,'b'=16`; `:(2)4` are the 4 parts within each of 2 parts."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    chosen = defaultdict(list)
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+        chosen[name].append((int(before), int(part)) if part else (1, sizes[name]))
+    shape, along = [], []
+    for name, size in sizes.items():
+        split = 1
+        for before, part in sorted(chosen[name]):
+            along.append(len(shape) + 1)
+            shape += [before // split, part]
+            split = before * part
+        shape.append(size // split)
+    grid = (np.arange(math.prod(shape)) if ids is None else ids).reshape(shape)
+    size = math.prod(shape[axis] for axis in along)
+    return np.moveaxis(grid, along, range(-len(along), 0)).reshape(-1, size)
 
 
 def _called_computations(instruction: Instruction) -> Iterator[str]:

@@ -7,9 +7,7 @@ increment of each further layer.
 """
 
 import dataclasses
-import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -177,7 +175,8 @@ def plan_for(
     between_steps = bytes_between_steps(settings, data, step, mesh, library)
     problems = [problem, *(message for _, message in between_steps.values())]
     work = count_work(settings, base, data, mesh, counted)
-    communication = tuple(collectives(text)) if text else ()
+    hosts = [device.process_index for device in mesh.devices.flat]
+    communication = tuple(collectives(text, hosts)) if text else ()
     return Plan(
         model=settings.model.path,
         device=mesh.devices.flat[0].device_kind,
@@ -199,7 +198,7 @@ def plan_for(
         problem=next(filter(None, problems), None),
         work=work,
         collectives=communication,
-        roofline={} if chip is None or work is None else roofline(chip, work, communication, mesh),
+        roofline={} if chip is None or work is None else roofline(chip, work, communication),
         compile_seconds=round(seconds, 1),
     )
 
@@ -377,24 +376,15 @@ def head_bytes(settings: Settings, parts: AdaptedModel, mesh: Mesh) -> float:
     return (chunks - 1) * 2 * kernel.size * jnp.dtype(settings.model.dtype).itemsize / tensor
 
 
-def roofline(
-    chip: Chip, work: Work, exchanges: Sequence[Collective], mesh: Mesh | None = None
-) -> dict[str, float]:
+def roofline(chip: Chip, work: Work, exchanges: Sequence[Collective]) -> dict[str, float]:
     """Lower bounds on the seconds of a step: compute, memory and network, each as if it were the only limit.
 
-    On GPUs, a collective of more devices than one host has runs at the rate of the network between hosts.
+    A collective among GPUs of several hosts runs at the rate of the network between hosts.
     """
-    per_host = math.inf
-    if isinstance(chip, Gpu) and mesh is not None:
-        per_host = max(Counter(device.process_index for device in mesh.devices.flat).values())
-    network = 0.0
-    for one in exchanges:
-        rate = chip.host_rate if isinstance(chip, Gpu) and one.group > per_host else chip.link_rate
-        network += one.times * one.wire_bytes / rate
     return {
         "compute": work.flops / chip.flops,
         "memory": work.bytes / chip.memory_rate,
-        "network": network,
+        "network": sum(one.times * one.wire_bytes / chip.rate_between(one.hosts) for one in exchanges),
     }
 
 

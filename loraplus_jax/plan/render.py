@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from .._utils.atomic import to_json, write_text
 from ..settings.schema import Settings
-from .devices import GPUS, MAX_FRACTION, Gpu, memory_fraction
+from .devices import GPUS, MAX_FRACTION, MEM_FRACTION, Gpu, memory_fraction
 from .fits import COMPILED_FOR, Fit, Fits
 from .hlo import Collective
 from .plan import Plan
@@ -211,7 +211,7 @@ def _estimates(plan: Plan) -> list[str]:
 
 
 def _reserve(fraction: float) -> str:
-    return f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction}"
+    return f"{MEM_FRACTION}={fraction}"
 
 
 _UNCOUNTED = {
@@ -363,24 +363,29 @@ def _communication(plan: Plan) -> list[str]:
     """Collectives by kind and group size, and the largest of them."""
     if not plan.collectives:
         return []
-    sums: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0, 0])
+    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0])
     times: Counter[Collective] = Counter()
     for one in plan.collectives:
         amounts = (one.times, one.times * one.bytes, one.times * one.wire_bytes)
-        sums[one.kind, one.group] = [a + b for a, b in zip(sums[one.kind, one.group], amounts, strict=True)]
+        key = one.kind, _devices(one)
+        sums[key] = [a + b for a, b in zip(sums[key], amounts, strict=True)]
         times[one._replace(where="", times=1)] += one.times
     rows = [("collectives per step", "devices", "count", "full size", "received")]
-    for (kind, group), (count, size, received) in sorted(sums.items(), key=lambda item: -item[1][2]):
-        rows.append((kind, f"{group:,}", f"{count:,}", _size(size), _size(received)))
+    for (kind, devices), (count, size, received) in sorted(sums.items(), key=lambda item: -item[1][2]):
+        rows.append((kind, devices, f"{count:,}", _size(size), _size(received)))
     groups = sorted(times, key=lambda one: -times[one] * one.wire_bytes)
     # When only adapters train, what is reduced should have the rank as a side: any other is a surprise to see.
     reductions = [one for one in groups[LARGEST_SHOWN:] if one.kind in ("all-reduce", "reduce-scatter")]
     largest = [("largest collectives", "arrays", "devices", "count", "full size, each", "received")]
     for one in [*groups[:LARGEST_SHOWN], *reductions[:REDUCTIONS]]:
         received = _size(times[one] * one.wire_bytes)
-        cells = (f"{one.group:,}", f"{times[one]:,}", _size(one.bytes), received)
+        cells = (_devices(one), f"{times[one]:,}", _size(one.bytes), received)
         largest.append((one.kind, _arrays(one.shape), *cells))
     return ["", _table(rows), "", _table(largest)]
+
+
+def _devices(one: Collective) -> str:
+    return f"{one.group:,}" + (f" on {one.hosts:,} hosts" if one.hosts > 1 else "")
 
 
 def _arrays(shape: str) -> str:

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.sharding import Mesh
 
 from ..settings.choices import Remat
 from ..settings.schema import Settings
@@ -251,6 +253,11 @@ class Search:
             step = plan_step(applied, make_model(applied)[0], self._data, mesh)
             shapes[remat] = shape_of(step.jaxpr, layers)
         sizes = {mesh: self._weights(mesh, step) for mesh in dict.fromkeys(layout.mesh for layout in layouts)}
+        rates = {
+            (mesh, axis): chip.rate_between(hosts_along(make_mesh(*mesh, devices=self._devices), axis))
+            for mesh in sizes
+            for axis in ("fsdp", "tensor")
+        }
         trials = []
         for layout in layouts:
             shape, (held, gathered), count = shapes[layout.remat], sizes[layout.mesh], math.prod(layout.mesh)
@@ -259,7 +266,7 @@ class Search:
             times = {
                 "compute": shape.flops / count / chip.flops,
                 "memory": (2 * layout.accumulate * gathered + 2 * shape.saved / count) / chip.memory_rate,
-                "network": (received + reduced) / chip.link_rate,
+                "network": received / rates[layout.mesh, "fsdp"] + reduced / rates[layout.mesh, "tensor"],
             }
             needed = held + shape.saved / count / layout.accumulate
             trials.append(
@@ -288,6 +295,13 @@ class Search:
                 local = math.prod(sharding.shard_shape(leaf.shape)) * min(width, leaf.dtype.itemsize)
                 gathered += local * mesh.shape["fsdp"]
         return held, gathered
+
+
+def hosts_along(mesh: Mesh, axis: str) -> int:
+    """Hosts that the devices of a group along an axis are on: the most of all groups."""
+    hosts = np.array([device.process_index for device in mesh.devices.flat]).reshape(mesh.devices.shape)
+    groups = np.moveaxis(hosts, mesh.axis_names.index(axis), -1).reshape(-1, mesh.shape[axis])
+    return max(len(set(group)) for group in groups.tolist())
 
 
 def describe(trial: Trial) -> str:

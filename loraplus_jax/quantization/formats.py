@@ -121,8 +121,9 @@ def _of_bytes(codes: Any, levels: Sequence[float], columns: int) -> jax.Array:
         return jnp.concatenate([table.at[index].get(mode="promise_in_bounds") for table in tables], -1)
 
     def by_bits(codes: Any) -> jax.Array:
-        codes = codes.astype(jnp.int32)
-        return jnp.concatenate([_select(half, levels) for half in (codes & 15, codes >> 4)], -1)
+        # Bytes are concatenated, not float32: where rows are split over devices, these send a part of it.
+        halves = jnp.concatenate([codes & 15, codes >> 4], -1)
+        return _select(halves.astype(jnp.int32), levels)
 
     return jax.lax.platform_dependent(codes, cpu=by_table, default=by_bits)[..., :columns]
 

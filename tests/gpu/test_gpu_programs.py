@@ -14,6 +14,7 @@ from loraplus_jax import make_mesh
 from loraplus_jax.plan.devices import GPUS, target_devices
 from loraplus_jax.plan.hlo import array_shapes, collectives, execution_counts, parse_hlo
 from loraplus_jax.plan.programs import local_bytes, plan_step
+from loraplus_jax.plan.search import hosts_along
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.sweep import population
 from loraplus_jax.sweep.settings import SweepRun, SweepSettings
@@ -45,10 +46,9 @@ def llama(directory, *, model=(), mesh=(1, 1, 1), length=128, lora=(), **others)
     return dataclasses.replace(settings, data=data, lora=dataclasses.replace(settings.lora, **dict(lora)))
 
 
-def encoder(directory, **others):
-    return settings_of(
-        directory, ENCODER, task="classification", model={"dtype": "bfloat16"}, targets=("query",), **others
-    )
+def encoder(directory, *, model=(), **others):
+    model = {"dtype": "bfloat16"} | dict(model)
+    return settings_of(directory, ENCODER, task="classification", model=model, targets=("query",), **others)
 
 
 def lower(settings, directory, devices):
@@ -119,13 +119,47 @@ def calls(text):
     return Counter(re.findall(r'custom_call_target="([^"]+)"', text))
 
 
-def test_a_blocked_step_has_the_products_of_the_cpu_program(tmp_path):
-    settings = llama(tmp_path, model={"attention": "blocked"})
-    text = compiled(settings, tmp_path, "h100:1")
-    assert dtypes(text) == {"bf16"}
+@pytest.mark.parametrize(
+    ("make", "options", "count"),
+    [
+        (llama, {"model": {"attention": "blocked"}}, 1),
+        (
+            llama,
+            {
+                "model": {"attention": "blocked", "quantize": "nf4", "remat": "full"},
+                "train": {"accumulate": 2},
+                "mesh": (1, 4, 2),
+            },
+            8,
+        ),
+        # On a CPU, an encoder is unrolled otherwise, and leaves out the gradient of the first layer's input.
+        (encoder, {"model": {"unroll": False}}, 1),
+    ],
+    ids=["llama", "split nf4 in micro-batches", "encoder"],
+)
+def test_a_step_has_the_products_of_the_cpu_program(tmp_path, make, options, count):
+    settings = make(tmp_path, **options)
+    text = compiled(settings, tmp_path, f"h100:{count}")
     assert not calls(text).keys() & {"__cudnn$fmhaSoftmax", "__cudnn$fmhaScaleBiasSoftmax"}
-    cpu = lower(settings, tmp_path, jax.devices()[:1]).lowered.compile().as_text()
+    cpu = lower(settings, tmp_path, jax.devices()[:count]).lowered.compile().as_text()
     assert flops(text) == pytest.approx(flops(cpu), rel=0.01)
+
+
+def test_a_blocked_step_computes_in_the_compute_dtype(tmp_path):
+    text = compiled(llama(tmp_path, model={"attention": "blocked"}), tmp_path, "h100:1")
+    assert dtypes(text) == {"bf16"}
+
+
+def test_collectives_between_hosts(tmp_path):
+    settings = llama(tmp_path, mesh=(2, 4, 1))
+    devices = gpus("h100:2x4")
+    text = lower(settings, tmp_path, devices).lowered.compile().as_text()
+    found = collectives(text, [device.process_index for device in devices])
+    # Weights are gathered within a host; gradients are reduced over both.
+    assert {c.hosts for c in found if c.kind == "all-gather" and "/layers/" in c.where} == {1}
+    assert {c.hosts for c in found if c.kind == "all-reduce"} >= {2}
+    split = make_mesh(2, 4, 1, devices=devices)
+    assert [hosts_along(split, axis) for axis in split.axis_names] == [2, 1, 1]
 
 
 def test_attention_auto_is_cudnn_on_each_device_s_rows_and_heads(tmp_path):
@@ -142,6 +176,9 @@ def test_attention_auto_is_cudnn_on_each_device_s_rows_and_heads(tmp_path):
     gathered = [c for c in collectives(text) if c.kind == "all-gather" and "/layers/" in c.where]
     assert {c.group for c in gathered} == {4}
     assert {dtype for c in gathered for dtype, _ in array_shapes(c.shape)} == {"bf16"}
+    # The halves of a packed row go to other devices before they are dequantized.
+    exchanged = [c for c in collectives(text) if c.where.endswith("/concatenate")]
+    assert {dtype for c in exchanged for dtype, _ in array_shapes(c.shape)} == {"u8"}
 
 
 def test_micro_batches_with_int8_gather_each_layer_in_each_of_them(tmp_path):

@@ -91,4 +91,6 @@ def test_without_the_compiler_the_command_that_installs_it_is_named(
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["plan", config(tmp_path), *options]) == 2
-    assert f"pip install 'loraplus_jax[{extra}]'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"pip install 'loraplus_jax[{extra}]'" in error
+    assert error.count("\n") == 1

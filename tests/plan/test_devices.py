@@ -48,8 +48,10 @@ def test_the_shapes_of_large_slices():
     ("topology", "words"),
     [
         ("h10:8", ["h100:8", "'h10:8'", "'h100'"]),
-        ("a100:8", ["'a10g'", "'a100-80'"]),
-        ("h100", ["h100:8", "'h100'"]),
+        ("H100:8", ["'h100'"]),
+        ("a100:8", ["'a100-40' or 'a100-80'"]),
+        ("h100", ["h100:COUNT", "'h100'"]),
+        ("h100:-1", ["h100:COUNT", "'h100:-1'"]),
         ("h100:0", ["h100:COUNT", "'h100:0'"]),
         ("h100:2x2x2", ["h100:HOSTSxCOUNT"]),
         ("h100:5000", ["4,096", "'h100:5000'"]),
@@ -81,9 +83,9 @@ def test_a_spec_names_the_card_its_capability_and_its_memory():
 
 
 def test_what_jax_reserves(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     assert GPUS["h100"].available == int(0.75 * 84.9e9)
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     assert memory_fraction() == 0.9
     assert GPUS["h100"].available == int(0.9 * 84.9e9)
     assert TPUS["v5e"].available == 16e9
@@ -130,7 +132,26 @@ def test_a_file_of_a_card(tmp_path, monkeypatch):
 
 
 class _Two:
-    devices = (0, 1)
+    devices = jax.devices()[:2]
+
+
+@pytest.mark.parametrize("fraction", ["much", "75", "0", "nan"])
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_an_invalid_fraction_of_memory_is_found_before_the_compiler_reads_it(monkeypatch, name, fraction):
+    monkeypatch.setenv(name, fraction)
+    with pytest.raises(ValueError, match=mentions(name, repr(fraction), "0.9")):
+        target_devices("h100:8")
+
+
+def test_a_gpu_that_the_compiler_cannot_compile_for_is_one_line(tmp_path, monkeypatch):
+    def reject(device):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: ptxas\ntoo old.")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", lambda **options: _Two)
+    monkeypatch.setattr("loraplus_jax.plan.devices._compile_exp", reject)
+    with pytest.raises(ValueError, match=mentions("t4.yaml:2", "jax_cuda13_plugin", "ptxas too old")):
+        target_devices(write_card(tmp_path))
 
 
 @pytest.mark.parametrize(("topology", "extra"), [("h100:8", "gpu-plan"), ("v5e:2x2", "tpu-plan")])

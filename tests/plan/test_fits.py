@@ -30,7 +30,7 @@ def answers(tmp_path, monkeypatch):
         return size if gpu.name == module.COMPILED_FOR else size - 1
 
     monkeypatch.setattr(module, "_bytes_needed", needed)
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     settings = llama(tmp_path)
     lines = []
     return find_fits(settings, lines.append), settings, compiled, lines
@@ -53,7 +53,7 @@ def test_every_gpu_has_an_answer_for_every_number_and_both_kinds_of_weights(answ
     (row,) = [line for line in text.splitlines() if line.startswith("l4") and "nf4" not in line]
     assert_mentions(row, "23.50 GB", "no, 18.38 GB too much", "1.62 GB left", "11.62 GB left")
     assert "yes*, 1.62" in row  # more than the 17.6 GB that JAX reserves
-    assert_mentions(text, "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92", "75 %", "model.remat")
+    assert_mentions(text, "XLA_CLIENT_MEM_FRACTION=0.92", "75 %", "model.remat")
 
 
 def test_only_close_answers_are_compiled_for_their_gpu(answers):

@@ -148,20 +148,36 @@ def test_a_tpu_program_whose_gather_comes_in_pieces_some_of_them_in_a_loop():
 
 
 @pytest.mark.parametrize(
-    ("groups", "size"),
+    ("groups", "size", "hosts"),
     [
-        ("mesh['axis_0'=4,'axis_1'=4] {'axis_1'}", 4),
-        ("mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}", 4),
-        ("mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0':(1)2}", 2),
-        ("mesh['a'=8] {'a':(2)4}", 4),
-        ("{{0,4},{1,5},{2,6},{3,7}}", 2),
-        ("[2,4]<=[4,2]T(1,0)", 4),
-        ("{}", 16),
+        # Of 16 devices, four on a host.
+        ("mesh['axis_0'=4,'axis_1'=4] {'axis_1'}", 4, 1),
+        ("mesh['axis_0'=4,'axis_1'=4] {'axis_0'}", 4, 4),
+        ("mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}", 4, 1),
+        ("mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0':(1)2}", 2, 2),
+        ("mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0':(4)2}", 2, 1),
+        ("mesh['a'=4], device_ids=(0,12,1,13) {'a':(2)2}", 2, 2),
+        ("mesh['a'=16] {'a':(4)4}", 4, 1),
+        ("mesh['a'=16] {'a':(1)2,'a':(8)2}", 4, 2),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2, 2),
+        ("{{0,1},{3,4}}", 2, 2),
+        ("[2,4]<=[4,2]T(1,0)", 4, 2),
+        ("[4,4]<=[16]", 4, 1),
+        ("{}", 16, 4),
     ],
 )
-def test_groups_of_devices(groups, size):
+def test_groups_of_devices_and_their_hosts(groups, size, hosts):
     text = TPU.replace("mesh['axis_0'=4,'axis_1'=4] {'axis_0','axis_1'}", groups)
-    assert next(c.group for c in collectives(text) if c.kind == "all-gather") == size
+    found = next(c for c in collectives(text, [n // 4 for n in range(16)]) if c.kind == "all-gather")
+    assert (found.group, found.hosts) == (size, hosts)
+    assert all(c.hosts == 1 for c in collectives(text))
+
+
+def test_hosts_of_a_permute_are_those_of_its_pairs():
+    (found,) = (c for c in collectives(TPU, [0] + [1] * 15) if c.kind == "collective-permute")
+    assert (found.group, found.hosts) == (16, 2)
+    (found,) = (c for c in collectives(TPU, [0, 0] + [1] * 14) if c.kind == "collective-permute")
+    assert found.hosts == 1
 
 
 def test_a_group_that_cannot_be_read_is_an_error():

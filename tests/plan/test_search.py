@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 import random
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from loraplus_jax.plan import search as module
-from loraplus_jax.plan.devices import Tpu
+from loraplus_jax.plan.devices import GPUS, Tpu
 from loraplus_jax.plan.plan import Plan, Work, plan_for
 from loraplus_jax.plan.render import explain_no_fit, format_search, search_command
 from loraplus_jax.plan.search import COUNTED, LARGER, SETTINGS, TOO_LARGE, Layout, Search
@@ -86,6 +88,32 @@ def test_an_encoder_has_no_layouts_of_language_models(tmp_path):
     settings = settings_of(tmp_path, BERT, task="classification", targets=("query",))
     search = Search(settings, CHIP, jax.devices())
     assert {(layout.tensor, layout.remat) for layout in layouts_of(search)} == {(1, "none"), (2, "none")}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "spanned"), [((1, 8, 1), (1, 2, 1)), ((2, 4, 1), (2, 1, 1)), ((2, 2, 2), (2, 1, 1))]
+)
+def test_hosts_along_the_axes_of_a_mesh(sizes, spanned):
+    devices = np.array([SimpleNamespace(process_index=n // 4) for n in range(8)]).reshape(sizes)
+    names = ("data", "fsdp", "tensor")
+    mesh = SimpleNamespace(devices=devices, axis_names=names, shape=dict(zip(names, sizes, strict=True)))
+    assert tuple(module.hosts_along(mesh, name) for name in names) == spanned
+
+
+def test_what_crosses_hosts_is_estimated_at_the_rate_of_their_network(tmp_path, monkeypatch):
+    settings = llama(tmp_path)
+    gpu = dataclasses.replace(GPUS["h100"], link_rate=1e9, host_rate=1e6)
+
+    def times(axis_between):
+        monkeypatch.setattr(module, "hosts_along", lambda mesh, axis: 2 if axis == axis_between else 1)
+        search = Search(settings, gpu, jax.devices(), {"train.accumulate", "model.remat"})
+        return {trial.layout.mesh: trial.times["network"] for trial in search.trials}
+
+    within, fsdp, tensor = times(None), times("fsdp"), times("tensor")
+    assert within[8, 1, 1] == fsdp[8, 1, 1] == tensor[8, 1, 1] == 0
+    assert fsdp[1, 8, 1] == pytest.approx(1000 * within[1, 8, 1])
+    assert tensor[4, 1, 2] == pytest.approx(1000 * within[4, 1, 2])
+    assert tensor[1, 8, 1] == within[1, 8, 1]
 
 
 def costs(generator):
