@@ -142,6 +142,7 @@ GPUS: Mapping[str, Gpu] = {
     )
     # GB, TFLOP/s, GB/s of memory, links and network, kind, capability, cores, GHz, MiB of cache
     for name, memory, flops, memory_rate, link_rate, host_rate, kind, capability, cores, clock, cache in (
+        ("rtx4080", 16.8, 97.5, 716.8, 32, 12.5, "GeForce RTX 4080", 8.9, 76, 2.505, 64),
         ("l4", 23.5, 121, 300, 32, 12.5, "L4", 8.9, 58, 2.04, 48),
         ("a10g", 23.6, 70, 600, 32, 12.5, "A10G", 8.6, 80, 1.71, 6),
         ("rtx4090", 25.2, 165.2, 1008, 32, 12.5, "GeForce RTX 4090", 8.9, 128, 2.52, 72),

@@ -77,7 +77,7 @@ def test_the_answers_as_json(answers, tmp_path):
     write_fits(tmp_path / "fits.json", fits)
     found = json.loads((tmp_path / "fits.json").read_text())["fits"]
     assert len(found) == len(fits.fits)
-    assert found[0]["gpu"] == "l4"
+    assert found[0]["gpu"] == "rtx4080"
     assert found[0]["fits"] is False
 
 
