@@ -18,9 +18,7 @@ from common import machine, read_json, table, write_json
 from plan_scaling import merge, plan_of
 
 MODELS = ("minilm", "smollm2_135m", "llama31_8b", "llama31_8b/nf4", "llama2_70b/nf4")
-CASES = tuple(
-    f"{model}@{gpu}:{n}" for model in MODELS for gpu in ("l4", "a100-80", "h100", "b200") for n in (1, 8)
-)
+CASES = tuple(f"{model}@{gpu}:{n}" for model in MODELS for gpu in ("l4", "a100-80", "h100", "b200") for n in (1, 8))
 PARTS = {
     "weights": ("frozen weights",),
     "adapters and optimizer": ("trained", "optimizer"),
