@@ -99,12 +99,15 @@ def adapted_weight(weight: Any, factors: Sequence[jax.Array], spec: AdapterSpec)
     return jnp.einsum(f"{letters},{outputs}->{letters}", total, c)
 
 
-def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) -> dict[str, Any]:
+def scale_variables(
+    specs: Specs, scale: jax.Array | float | Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Makes the optional read-only collection `"lora_scale"`, which overrides each adapter's scale s at apply time.
 
     With a traced `s`, `model.apply({"params": base, "lora": lora, "lora_scale": scale_variables(specs, s)}, x)`
     runs many scales in one compiled program. `scale` is s (alpha / rank, not alpha), a scalar or broadcastable to
-    the stacked layers, or a mapping from module path to s.
+    the stacked layers, or a mapping from module path to s; by default the scales of `specs`,
+    which a model of another config then computes with.
 
     Returns:
       A tree with a leaf `lora_scale` for each adapter, an array with A's axes, all but the stacked ones of size 1.
@@ -113,7 +116,7 @@ def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) 
     for module, spec in specs.items():
         size = dict(zip(spec.base_letters, spec.shape, strict=True))
         shape = tuple(size[c] if c.isupper() else 1 for c in spec.factor_letters[0])
-        value = scale[module] if isinstance(scale, Mapping) else scale
+        value = scale[module] if isinstance(scale, Mapping) else spec.scale if scale is None else scale
         flat[f"{module}/{SCALE}".removeprefix("/")] = jnp.broadcast_to(jnp.asarray(value), shape)
     return unflatten(flat)
 

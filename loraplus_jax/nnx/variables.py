@@ -1,5 +1,6 @@
 """An adapted NNX model as the trees that the rest of the package takes, and as a pure function of them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from .._utils.validation import check_choice
 from ..adapter.lora import SCALE, adapted_weight
 from ..adapter.lora import disabled as disabled_tree
 from ..adapter.merge import check_dequantize
+from ..adapter.spec import Specs
 from ..adapter.tree import flatten, join_path, unflatten
 from ..quantization.packed_array import is_packed
 from .adapted_module import (
@@ -41,11 +43,17 @@ def lora_tree(model: nnx.Module) -> dict[str, Any]:
     return unflatten({name: variable.get_value() for name, variable in _factors(model).items()})
 
 
-def set_lora(model: nnx.Module, lora: Mapping[str, Any]) -> None:
+def set_lora(model: nnx.Module, lora: Mapping[str, Any], *, specs: Specs | None = None) -> None:
     """Sets all factors of a model, from a tree like that of `lora_tree`, such as one from `load_adapter`.
 
+    Args:
+      model: a model with adapters.
+      lora: the factors; the scale of s A B stays the model's.
+      specs: the table of the adapter, to check that the model has the same scales.
+
     Raises:
-      ValueError: the tree does not have the factors of the model, or their shapes. The model is unchanged then.
+      ValueError: the tree does not have the factors of the model, or their shapes, or the model's table is not
+        `specs`. The model is unchanged then.
     """
     factors, new = _factors(model), flatten(lora)
     if differing := sorted(factors.keys() ^ new.keys()):
@@ -53,8 +61,25 @@ def set_lora(model: nnx.Module, lora: Mapping[str, Any]) -> None:
     for name, value in new.items():
         if tuple(value.shape) != (shape := tuple(factors[name].get_value().shape)):
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    if specs is not None:
+        _check_specs(model, specs)
     for name, value in new.items():
         factors[name].set_value(jnp.asarray(value, factors[name].get_value().dtype))
+
+
+def _check_specs(model: nnx.Module, specs: Specs) -> None:
+    """Raises ValueError unless the specs are the model's: with equal shapes, another scale would go unnoticed."""
+    for path, adapted in adapters_by_path(model).items():
+        spec = specs.get(path)
+        if spec is None:
+            raise ValueError(f"specs must contain {path!r}, which the model adapts")
+        for field in dataclasses.fields(spec):
+            own, given = getattr(adapted.spec, field.name), getattr(spec, field.name)
+            if own != given:
+                raise ValueError(
+                    f"{path}: {field.name} must be {own}, the model's, got {given}; adapt the model with the "
+                    "adapter's config"
+                )
 
 
 def base_variables(model: nnx.Module) -> dict[str, Any]:

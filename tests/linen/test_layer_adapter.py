@@ -1,5 +1,7 @@
 """The adapter of a layer in a wrapped model: its factors, dropout, dtypes and scale."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -111,6 +113,16 @@ def test_scales_are_values_and_a_population_compiles_once(inner):
     np.testing.assert_allclose(outputs[2], model.apply({**base, "lora": lora}, X), rtol=1e-5, atol=1e-5)
     thirds = jax.tree.map(lambda x: x / 3**0.5, lora)
     np.testing.assert_allclose(outputs[1], model.apply({**base, "lora": thirds}, X), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_of_another_alpha_brings_its_scales():
+    model, inner = apply_lora_plus(Scanned(), CONFIG), Scanned()
+    base, other = variables_of(inner), apply_lora_plus(inner, dataclasses.replace(CONFIG, alpha=6.0))
+    lora, specs = adapters_of(other)
+    expected = other.apply({**base, "lora": lora}, X)
+    assert not np.allclose(model.apply({**base, "lora": lora}, X), expected, rtol=1e-3, atol=1e-3)
+    scales = {"lora_scale": scale_variables(specs)}
+    np.testing.assert_array_equal(model.apply({**base, "lora": lora, **scales}, X), expected)
 
 
 def test_a_scale_per_layer():

@@ -1,5 +1,6 @@
 """An adapted NNX model as trees and as a pure function: the rest of the package takes it as a Linen model."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -303,3 +304,21 @@ def test_factors_of_another_model_are_rejected(change, words):
     change(tree)
     with pytest.raises(ValueError, match=mentions(*words)):
         loraplus_nnx.set_lora(model, tree)
+
+
+def test_an_adapter_of_another_scale_is_rejected():
+    model, other = NNXModel(nnx.Rngs(0)), NNXModel(nnx.Rngs(0))
+    specs = loraplus_nnx.apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
+    changed = dataclasses.replace(CONFIG, alpha=2 * CONFIG.alpha)
+    other_specs = loraplus_nnx.apply_lora_plus(other, changed, rngs=nnx.Rngs(1))
+    new = randomised(loraplus_nnx.lora_tree(other))
+    before = loraplus_nnx.lora_tree(model)
+    path, spec = next(iter(specs.items()))
+    words = (path, "scale", f"{spec.scale}", f"{2 * spec.scale}")
+    with pytest.raises(ValueError, match=mentions(*words)):
+        loraplus_nnx.set_lora(model, new, specs=other_specs)
+    with pytest.raises(ValueError, match=mentions("specs", path)):
+        loraplus_nnx.set_lora(model, new, specs={})
+    jax.tree.map(np.testing.assert_array_equal, loraplus_nnx.lora_tree(model), before)
+    loraplus_nnx.set_lora(model, new, specs=specs)
+    jax.tree.map(np.testing.assert_array_equal, loraplus_nnx.lora_tree(model), new)
