@@ -145,11 +145,13 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         chat_model = held_out_texts = None
         if isinstance(data.task, LanguageTask) and settings.train.prompt is not None:
             new_tokens = settings.train.prompt_tokens
-            chat_model = ChatModel.from_settings(settings, directory, data.task, shapes.model, new_tokens)
+            chat_model = ChatModel.from_settings(
+                settings, directory, data.task, shapes.model, new_tokens, mesh=mesh
+            )
             chat_model.encode([prompt_chat(settings.train.prompt)])  # raises if it is too long
         if isinstance(data.task, LanguageTask) and data.task.kind == "generation":
             held_out_texts = HeldOutTexts.from_settings(
-                settings, directory, data.task, shapes.model, data.inputs
+                settings, directory, data.task, shapes.model, data.inputs, mesh
             )
         # Compiled from shapes: a program that does not fit is an error before the weights are read, which takes
         # minutes.
