@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._utils.atomic import to_json
 from .._utils.records import check_files
-from .._utils.validation import check_new_file, suggest, to_plain
+from .._utils.validation import check_new_file, suggest
 from ..adapter.tree import combine, flatten, unflatten
 from ..data.batches import eval_batches, even_batch_size, round_up
 from ..data.fetch import resolve
@@ -151,11 +151,9 @@ def check_weights(directory: Path, tuned: TunedModel, allow: Sequence[str] = ())
     """Raises ValueError if processes loaded other weights, or weights that the adapter was not trained on."""
     parts, is_distributed = tuned.parts, jax.process_count() > 1
     if is_distributed:
-        values = {"model": tuned.settings.model, "mesh": dict(tuned.mesh.shape)}
-        shapes = {"trained": parts.trainable, "weights": parts.frozen}
-        check_same_everywhere(
-            to_plain(values) | {name: leaf_dtypes_and_shapes(tree) for name, tree in shapes.items()}
-        )
+        shapes = leaf_dtypes_and_shapes({"trained": parts.trainable, "weights": parts.frozen})
+        values = {"model": tuned.settings.to_json()["model"], "mesh": dict(tuned.mesh.shape)}
+        check_same_everywhere({**values, **shapes})
     # From here on, computations run on all processes together.
     has_base = tuned.notes.get("base") is not None
     weights = fingerprint(parts.frozen) if parts.frozen and (has_base or is_distributed) else None
