@@ -98,9 +98,8 @@ def _split(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[list[
     own, settings, rest = [words[0]], [], iter(words[1:])
     for index, word in enumerate(rest):
         name, equals, _ = word.partition("=")
-        if "config" in arguments:
-            is_setting = not (name in takes_value or (index == 0 and word[:1] != "-"))
-            has_value = False  # a value is told from an option only by what is known of the options
+        if "config" in arguments:  # all words are settings and their values, except it and the options
+            is_setting, has_value = not (name in takes_value or (index == 0 and word[:1] != "-")), False
         else:
             is_setting = has_value = name.startswith("--") and "." in name
         part = settings if is_setting else own

@@ -194,7 +194,7 @@ def _open_untuned(
         parts = build_model(settings, base, None, settings.applied)
         return load_weights(directory, TunedModel(settings, None, parts, base), mesh)
     parts = base_parts(settings, base, None)
-    return load_whole(TunedModel(settings, None, parts, base), parts.base.table, mesh)
+    return load_whole(TunedModel(settings, None, parts, base), mesh)
 
 
 def _plain_settings(model: str, template: str | None, dtype: Dtype | None) -> Settings:

@@ -21,13 +21,11 @@ from ..data.text_rows import TextRows, text_lengths
 from ..data.tokenize import encode_texts
 from ..interop.adapter_directory import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
-from ..models.checkpoints.hf import load_params
-from ..models.checkpoints.name_table import NameTable
 from ..settings.parsing import parse_settings, settings_from_json
 from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
 from ..step.checkpoint import leaf_dtypes_and_shapes
 from ..step.fingerprints import fingerprint
-from ..step.sharding import base_shardings, batch_parts, local_rows, shard_batch, with_mesh
+from ..step.sharding import batch_parts, local_rows, shard_batch, with_mesh
 from ..step.train_step import make_eval
 from ..tasks.causal_lm import LanguageTask, most_scored
 from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tokenizer_for
@@ -47,7 +45,7 @@ from ..training.saved_adapter import (
     require_adapter,
     saved_config,
 )
-from ..training.setup import base_parts, build_model, load_model, task_module
+from ..training.setup import base_parts, build_model, load_model, read_params, task_module
 from .devices import MeshSizes, check_same_rows, choose_mesh, shardings_of, to_mesh, write_once
 
 OUTPUT_SUFFIX = ".jsonl"
@@ -207,25 +205,17 @@ def _load_merged(
     check_files(directory / NOTES_FILE, notes)
     own_file = directory / OWN_TENSORS_FILE
     own_tensors = flatten(read_tensors(own_file)) if own_file.is_file() else {}
-    table = parts.base.table if own_tensors else merged_table(parts)
-    tuned = TunedModel(settings, task, parts, directory, notes)
-    return load_whole(tuned, table, mesh, parts.base.new if own_tensors else (), own_tensors)
+    base = parts.base if own_tensors else parts.base._replace(table=merged_table(parts), new=())
+    tuned = TunedModel(settings, task, parts._replace(base=base), directory, notes)
+    return load_whole(tuned, mesh, unflatten(own_tensors))
 
 
-def load_whole(
-    tuned: TunedModel,
-    table: NameTable,
-    mesh: MeshSizes,
-    new: tuple[str, ...] = (),
-    own: Mapping[str, Any] | None = None,
-) -> TunedModel:
-    """Loads the weights of a model without adapters; `own` are tensors by path of what its files lack, `new`."""
+def load_whole(tuned: TunedModel, mesh: MeshSizes, new: Mapping[str, Any] | None = None) -> TunedModel:
+    """Loads the weights of a model without adapters onto the mesh; `new` are the variables that its files lack."""
     parts, chosen = tuned.parts, choose_mesh(tuned.settings.mesh, mesh)
     shapes = jax.eval_shape(parts.model.init, jax.random.key(0), *parts.base.inputs)["params"]
-    by_path = base_shardings(chosen, {"params": shapes}, parts.base.rules)
-    shardings = {path.removeprefix("params/"): sharding for path, sharding in by_path.items()}
-    params = load_params(tuned.base, table, shapes, new=new, shardings=shardings)
-    variables = combine({"params": params}, unflatten(own or {}))
+    params = read_params(tuned.base, parts.base, shapes, chosen)
+    variables = combine({"params": params}, new or {})
     return tuned._replace(parts=to_mesh(parts._replace(frozen=variables), chosen), mesh=chosen)
 
 
