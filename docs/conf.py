@@ -116,6 +116,8 @@ def _format_row(*cells: str) -> str:
 def write_commands(directory: Path) -> None:
     """Every command with its arguments, from the table of the command line."""
     from loraplus_jax.cli.commands import COMMANDS
+    from loraplus_jax.cli.parser import load
+    from loraplus_jax.settings.parsing import setting_fields
 
     lines = ["# Commands", ""]
     for name, command in COMMANDS.items():
@@ -126,7 +128,10 @@ def write_commands(directory: Path) -> None:
             words += [more["metavar"]] if "metavar" in more else []
             text = more["help"] + (" (required)" if more.get("required") else "")
             lines.append(_format_row(f"`{' '.join(words)}`", text))
-        lines += ["", "[Settings](settings.md) lists its settings.", ""] if command.settings else [""]
+        has_config = "config" in command.arguments
+        for field in setting_fields(load(command.settings)) if command.settings and not has_config else ():
+            lines.append(_format_row(f"`--{field.name}`", field.text))
+        lines += ["", "[Settings](settings.md) lists its settings.", ""] if has_config else [""]
     (directory / "commands.md").write_text("\n".join(lines) + "\n")
 
 

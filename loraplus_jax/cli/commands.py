@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -140,6 +140,27 @@ def _run(training: str, settings: object, words: Sequence[str], **options: Any) 
     return 0
 
 
+def _on_devices(command: Callable[..., str | None]) -> Callable[..., str | int | None]:
+    """Runs a command on the devices of `settings`; of several processes, process 0 alone prints its result."""
+
+    @wraps(command)
+    def run(settings: Any, **options: Any) -> str | int | None:
+        from .._utils.multihost import is_lead
+        from ..training.distributed import LostProcess, check_same_everywhere, join_processes
+
+        mesh = {axis: size for axis, size in vars(settings.mesh).items() if size is not None}
+        options |= {"mesh": mesh} if mesh else {}
+        try:
+            with join_processes(settings.distributed):
+                check_same_everywhere({name: str(value) for name, value in options.items()})
+                text = command(**options)
+                return text if is_lead() else None
+        except LostProcess as lost:
+            return _report(str(lost), 1)
+
+    return run
+
+
 def _call(function: str, words: Sequence[str] = (), **options: Any) -> str | None:
     """Calls a function, `module:function`, that returns what to print."""
     return load(function)(**options)
@@ -213,6 +234,7 @@ def _show_progress(line: str) -> None:
     print(escape_controls(line), file=sys.stderr, flush=True)
 
 
+@_on_devices
 def _eval(directory: Path, tasks: str | None = None, **options: Any) -> str:
     excluded = ("--split", "--data") if tasks is not None else TASKS
     if given := [name for name in excluded if name.removeprefix("--") in options]:
@@ -227,6 +249,7 @@ def _eval(directory: Path, tasks: str | None = None, **options: Any) -> str:
     return f"{results}\nwritten to {file}"
 
 
+@_on_devices
 def _predict(
     directory: Path, glue: Path | None = None, output: Path | None = None, **options: Any
 ) -> str | None:
@@ -242,6 +265,7 @@ def _predict(
     return "\n".join(map(str, write_submissions(directory, glue, **options)))
 
 
+@_on_devices
 def _generate(model: str, output: Path | None = None, **options: Any) -> str | None:
     from ..inference.generate import generate_answers
 
@@ -417,6 +441,7 @@ _train, _sweep = (
 _inspect, _export = partial(_call, "training.inspect:inspect"), partial(_call, "inference.export:export_run")
 _runs = partial(_call, "training.list_runs:list_runs")
 _SETTINGS, _SWEEP = "settings.schema:Settings", "sweep.settings:SweepRun"
+_DEVICES = "settings.schema:DeviceSettings"
 COMMANDS = {
     "train": Command("fine-tune and evaluate a model", _train, TRAINING, _SETTINGS),
     "inspect": Command(
@@ -428,9 +453,11 @@ COMMANDS = {
     "plan": Command(
         "estimate memory and time of a training step, without weights or data", _plan, PLAN, _SETTINGS
     ),
-    "eval": Command("evaluate a finished run or adapter", _eval, EVAL),
-    "predict": Command("predict classes or numbers for texts", _predict, PREDICT),
-    "generate": Command("answer prompts with a language model, fine-tuned or not", _generate, GENERATE),
+    "eval": Command("evaluate a finished run or adapter", _eval, EVAL, _DEVICES),
+    "predict": Command("predict classes or numbers for texts", _predict, PREDICT, _DEVICES),
+    "generate": Command(
+        "answer prompts with a language model, fine-tuned or not", _generate, GENERATE, _DEVICES
+    ),
     "export": Command("export a run's adapter for PEFT, or the merged model", _export, EXPORT),
     "runs": Command("list runs with their state, result and how to resume them", _runs, RUNS, uses_jax=False),
     "fetch": Command(

@@ -22,8 +22,9 @@ class Command(NamedTuple):
       run: runs the command with the arguments that were passed, as keywords; returns a text to print, an exit code,
         or None for 0.
       arguments: what argparse's `add_argument` takes, by option or by name of a positional argument.
-      settings: class of the settings that the command accepts, as `module:class`; `run` gets `settings`, and
-        `words`, what they were read from: the config file and the settings on the command line.
+      settings: class of the settings that the command accepts, as `module:class`; `run` gets `settings`. If
+        `arguments` has a `config`, it also gets `words`, what they were read from: the config file and the settings
+        on the command line.
       uses_jax: whether the command computes; it then imports JAX, which takes a second.
     """
 
@@ -80,9 +81,10 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
         # Here: pydantic is slow to import, and half of the commands need no settings.
         from ..settings.parsing import parse_settings
 
-        config, _ = keywords.pop("config"), keywords.pop("overrides")
+        config, _ = keywords.pop("config", None), keywords.pop("overrides", None)
         keywords["settings"] = parse_settings(config, overrides, load(command.settings))
-        keywords["words"] = [config, *overrides]
+        if config is not None:
+            keywords["words"] = [config, *overrides]
     return command, keywords
 
 
@@ -90,16 +92,19 @@ def _split(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[list[
     # Argparse would take a setting's value such as -1 for an option, so it never sees settings.
     if not words or words[0] not in commands or not commands[words[0]].settings:
         return [*words], []
-    takes_value = {
-        name: "type" in more for name, more in commands[words[0]].arguments.items() if name[0] == "-"
-    }
+    arguments = commands[words[0]].arguments
+    takes_value = {name: "type" in more for name, more in arguments.items() if name[0] == "-"}
     takes_value |= {"-h": False, "--help": False}
     own, settings, rest = [words[0]], [], iter(words[1:])
     for index, word in enumerate(rest):
         name, equals, _ = word.partition("=")
-        is_config = index == 0 and word[:1] != "-"
-        (own if is_config or name in takes_value else settings).append(word)
-        own += itertools.islice(rest, takes_value.get(name, False) and not equals)
+        if "config" in arguments:  # all words are settings and their values, except it and the options
+            is_setting, has_value = not (name in takes_value or (index == 0 and word[:1] != "-")), False
+        else:
+            is_setting = has_value = name.startswith("--") and "." in name
+        part = settings if is_setting else own
+        part.append(word)
+        part += itertools.islice(rest, (takes_value.get(name, False) or has_value) and not equals)
     return own, settings
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from .._utils.atomic import to_json, write_text
+from .._utils.atomic import to_json
 from .._utils.validation import check_int, check_new_file, expand_path, suggest
 from ..data.chat_template import ChatTemplate
 from ..data.chat_tokens import Tokens, tokenize
@@ -21,11 +21,12 @@ from ..data.readers import raise_problems
 from ..interop.peft_files import NOTES_FILE
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Dtype
-from ..step.sharding import make_mesh, replicate
 from ..tasks.causal_lm import model_config, tokenizer_and_template
+from ..training.distributed import raise_together
 from ..training.run_directory import describe_unfinished, first_free
 from ..training.run_files import read_summary
 from ..training.saved_adapter import find_adapter
+from .devices import MeshSizes, check_same_rows, write_once
 from .generate import open_model
 from .scoring import Continuation, Score, Scorer
 
@@ -124,6 +125,7 @@ def evaluate_tasks(
     dtype: Dtype | None = None,
     config: str | None = None,
     allow_different: Sequence[str] = (),
+    mesh: MeshSizes = None,
 ) -> tuple[TaskResults, Path]:
     """Evaluates a language model on commonsense tasks and MMLU, and writes the results to a JSON file.
 
@@ -139,7 +141,7 @@ def evaluate_tasks(
       limit: score only so many questions of each task and subject, the first ones.
       output: new .json file; by default `tasks.json` in the directory of a run, an adapter or a merged model,
         with a number added if the name is taken.
-      place, batch_size, template, dtype, config, allow_different: see `generate_answers`.
+      place, batch_size, template, dtype, config, allow_different, mesh: see `generate_answers`.
 
     Returns:
       The results, and the file that they were written to.
@@ -161,28 +163,36 @@ def evaluate_tasks(
     if template is not None and set(tasks) == {MMLU}:
         raise ValueError(f"--template {template} has no effect: {MMLU} has a format of its own; remove it")
     path = expand_path("model", place)
-    output = _output_file(path, output)
-    data_root = expand_path("--data_root", data_root)
-    parts = list(_read_parts(tasks, data_root, shots or 0, limit))
-    tuned = open_model(place, template, dtype, config, allow_different)
-    longest, mesh = model_config(tuned.base).max_length, make_mesh(1)
-    tokenizer, chat_template = load_tokenizer(tuned.base), None
-    if set(tasks) != {MMLU}:  # which needs no chat template, and not every model has one
-        _, chat_template = tokenizer_and_template(tuned.settings, tuned.base, tuned.task)
-    items = [_encode(part, shots or 0, tokenizer, chat_template, longest) for part in parts]
-    problems = [
-        (question.place, f"{length} tokens with a choice, above the model's context of {longest}: remove it")
-        for part, part_items in zip(parts, items, strict=True)
-        for question, item in zip(part.questions, part_items, strict=True)
-        if (length := max(len(choice.ids) for choice in item.choices)) > longest
-    ]
-    raise_problems(problems)
-    variables = replicate(mesh, tuned.variables)
-    scorer = Scorer(tuned.parts.model, variables, mesh=mesh, batch_size=batch_size, max_length=longest)
-    scores = scorer([choice for part_items in items for item in part_items for choice in item.choices])
+    with raise_together():
+        output = _output_file(path, output)
+        data_root = expand_path("--data_root", data_root)
+        parts = list(_read_parts(tasks, data_root, shots or 0, limit))
+    tuned = open_model(place, template, dtype, config, allow_different, mesh)
+    with raise_together():
+        longest = model_config(tuned.base).max_length
+        tokenizer, chat_template = load_tokenizer(tuned.base), None
+        if set(tasks) != {MMLU}:  # which needs no chat template, and not every model has one
+            _, chat_template = tokenizer_and_template(tuned.settings, tuned.base, tuned.task)
+        items = [_encode(part, shots or 0, tokenizer, chat_template, longest) for part in parts]
+        problems = [
+            (
+                question.place,
+                f"{length} tokens with a choice, above the model's context of {longest}: remove it",
+            )
+            for part, part_items in zip(parts, items, strict=True)
+            for question, item in zip(part.questions, part_items, strict=True)
+            if (length := max(len(choice.ids) for choice in item.choices)) > longest
+        ]
+        raise_problems(problems)
+    choices = [choice for part_items in items for item in part_items for choice in item.choices]
+    check_same_rows([[int(n) for n in ids], first] for ids, first in choices)
+    scorer = Scorer(
+        tuned.parts.model, tuned.variables, mesh=tuned.mesh, batch_size=batch_size, max_length=longest
+    )
+    scores = scorer(choices)
     steps, accuracies = (read_summary(path) or {}).get("steps"), _accuracies(parts, items, iter(scores))
     results = TaskResults(place, str(data_root), steps, shots, limit, accuracies)
-    write_text(output, to_json(results.to_json(), indent=1) + "\n", new=True)
+    write_once(output, to_json(results.to_json(), indent=1) + "\n")
     return results, output
 
 

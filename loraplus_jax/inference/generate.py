@@ -2,24 +2,23 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
-
-import jax
 
 from .._utils.validation import check_int, check_number, expand_path
 from ..data.conversations import Chat, Turn, read_chats
 from ..data.data_to_text import linearize, read_inputs
 from ..data.fetch import resolve
 from ..interop.peft_files import NOTES_FILE, peft_options
-from ..models.checkpoints.hf import load_params
 from ..models.decoding.generate import Sampling, check_sampling
 from ..settings.schema import DataSettings, Dtype, GenerationSettings, ModelSettings, Settings
-from ..step.sharding import make_mesh, replicate
 from ..tasks.chat_generation import ChatModel
+from ..training.distributed import raise_together
 from ..training.run_directory import describe_unfinished
 from ..training.saved_adapter import find_adapter, is_peft, read_notes
 from ..training.setup import base_parts, build_model
-from .predict import TunedModel, load_tuned, load_weights, settings_with_adapter
+from .devices import MeshSizes, check_same_rows
+from .predict import TunedModel, check_weights, load_tuned, load_weights, load_whole, settings_with_adapter
 
 MAX_TOKENS = 128
 
@@ -42,6 +41,7 @@ def generate_answers(
     dtype: Dtype | None = None,
     config: str | None = None,
     allow_different: Sequence[str] = (),
+    mesh: MeshSizes = None,
 ) -> list[dict[str, str]]:
     """Generates an answer to each prompt, as `{"prompt": ..., "answer": ...}`.
 
@@ -54,10 +54,11 @@ def generate_answers(
       beams, length_penalty, no_repeat_ngram: see `make_beam_search`; not with a temperature above 0, which samples.
         A run of task generation has its own defaults.
       temperature, top_p, seed: see `Sampling`.
-      batch_size: conversations per batch.
+      batch_size: conversations per batch; rounded up to a multiple of the mesh's data-parallel parts.
       template, dtype: chat template and dtype of the weights, for a model or a PEFT adapter; a run has its own.
       config: a training config, for a PEFT adapter whose base model is not where the adapter says.
       allow_different: parts of the base model that may differ from what a run was trained on, see `PARTS`.
+      mesh: sizes that replace those of the run's mesh, see `choose_mesh`; a model has `data` -1.
     """
     if bool(prompts) == (data is not None):
         raise ValueError("generate requires --prompt TEXT or --data FILE, not both")
@@ -83,22 +84,30 @@ def generate_answers(
         raise ValueError("--top_p and --seed require a --temperature above 0; 0 is greedy decoding")
     if any(not text.strip() for text in (*prompts, *([] if system is None else [system]))):
         raise ValueError("--prompt and --system must not be empty")
-    tuned = open_model(place, template, dtype, config, allow_different)
+    tuned = open_model(place, template, dtype, config, allow_different, mesh)
     settings, model = tuned.settings, tuned.parts.model
-    chats = _chats(prompts, data, system, settings)
-    is_generation = settings.task == "generation"
-    default = settings.generation.max_new_tokens if is_generation else MAX_TOKENS
-    search = None
-    if temperature == 0 and is_generation:
-        search = dataclasses.replace(settings.generation, **options)
-    elif options:
-        search = GenerationSettings(**{"beams": 1, **options})
-    if length_penalty is not None and search is not None and search.beams == 1:
-        raise ValueError(f"--length_penalty {length_penalty:g} requires --beams above 1, which it compares")
-    new_tokens = max_tokens or default
-    chat_model = ChatModel.from_settings(settings, tuned.base, tuned.task, model, new_tokens, search)
-    variables = replicate(make_mesh(1), tuned.variables)
-    answers = chat_model.answer(variables, chats, sampling=sampling, seed=seed or 0, batch_size=batch_size)
+    with raise_together():
+        chats = _chats(prompts, data, system, settings)
+        is_generation = settings.task == "generation"
+        default = settings.generation.max_new_tokens if is_generation else MAX_TOKENS
+        search = None
+        if temperature == 0 and is_generation:
+            search = dataclasses.replace(settings.generation, **options)
+        elif options:
+            search = GenerationSettings(**{"beams": 1, **options})
+        if length_penalty is not None and search is not None and search.beams == 1:
+            raise ValueError(
+                f"--length_penalty {length_penalty:g} requires --beams above 1, which it compares"
+            )
+        new_tokens = max_tokens or default
+        chat_model = ChatModel.from_settings(
+            settings, tuned.base, tuned.task, model, new_tokens, search, tuned.mesh
+        )
+        encoded = chat_model.encode(chats)
+    check_same_rows(encoded)
+    answers = chat_model.answer(
+        tuned.variables, chats, sampling=sampling, seed=seed or 0, batch_size=batch_size
+    )
     return [
         {"prompt": chat.turns[-1].text, "answer": text} for chat, text in zip(chats, answers, strict=True)
     ]
@@ -126,30 +135,50 @@ def _chats(prompts: Sequence[str], data: str | None, system: str | None, setting
 
 
 def open_model(
-    source: str, template: str | None, dtype: Dtype | None, config: str | None, allow_different: Sequence[str]
+    source: str,
+    template: str | None,
+    dtype: Dtype | None,
+    config: str | None,
+    allow_different: Sequence[str],
+    mesh: MeshSizes = None,
 ) -> TunedModel:
     """Opens a language model: a run, an adapter, an exported merged model, or a model without adapters."""
     path = expand_path("model", source)
-    directory = find_adapter(path)
-    is_theirs = directory is not None and config is None and not read_notes(directory).get("settings")
-    is_ours = not is_theirs and (directory is not None or (path / NOTES_FILE).is_file())
-    if allow_different and not is_ours:
-        raise ValueError(
-            f"--allow_different {allow_different[0]} requires a run or merged model, got {source}"
-        )
-    if is_ours:
-        if template is not None or dtype is not None:
+    with raise_together():
+        directory = find_adapter(path)
+        is_theirs = directory is not None and config is None and not read_notes(directory).get("settings")
+        is_ours = not is_theirs and (directory is not None or (path / NOTES_FILE).is_file())
+        if allow_different and not is_ours:
+            raise ValueError(
+                f"--allow_different {allow_different[0]} requires a run or merged model, got {source}"
+            )
+        if is_ours and (template is not None or dtype is not None):
             raise ValueError("--template and --dtype apply to models and PEFT adapters; a run has its own")
-        tuned = load_tuned(path, config, allow_different)
+        tuned = None if is_ours else _open_untuned(source, directory, template, dtype, config, mesh)
+    if tuned is None:
+        tuned = load_tuned(path, config, allow_different, mesh)
         if not tuned.settings.is_language:
             raise ValueError(
                 f"{source} is an encoder for {tuned.settings.task}, not a language model; use loraplus predict"
             )
-        return tuned
+    else:
+        check_weights(path, tuned)
+    return tuned
+
+
+def _open_untuned(
+    source: str,
+    directory: Path | None,
+    template: str | None,
+    dtype: Dtype | None,
+    config: str | None,
+    mesh: MeshSizes,
+) -> TunedModel:
+    """Opens a model without adapters, or an adapter that PEFT wrote, in `directory`."""
     if directory is None:
         if config is not None:
             raise ValueError(f"--config requires a PEFT adapter, got {source}")
-        if (unfinished := describe_unfinished(path)) is not None:
+        if (unfinished := describe_unfinished(expand_path("model", source))) is not None:
             raise FileNotFoundError(unfinished)
     elif not is_peft(directory):
         raise ValueError(f"{directory} has no training settings; use a run or adapter from loraplus train")
@@ -163,11 +192,9 @@ def open_model(
     if directory is not None:
         settings = settings_with_adapter(directory, settings, base, None)
         parts = build_model(settings, base, None, settings.applied)
-        return load_weights(directory, TunedModel(settings, None, parts, base))
+        return load_weights(directory, TunedModel(settings, None, parts, base), mesh)
     parts = base_parts(settings, base, None)
-    shapes = jax.eval_shape(parts.model.init, jax.random.key(0), *parts.base.inputs)["params"]
-    params = load_params(base, parts.base.table, shapes)
-    return TunedModel(settings, None, parts._replace(frozen={"params": params}), base)
+    return load_whole(TunedModel(settings, None, parts, base), mesh)
 
 
 def _plain_settings(model: str, template: str | None, dtype: Dtype | None) -> Settings:

@@ -24,6 +24,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 )
 
 from .._utils.validation import check_int
+from ..data.batches import round_up
 from ..data.chat_template import ChatTemplate
 from ..data.conversations import Turn
 from ..models.decoding.generate import (
@@ -37,8 +38,9 @@ from ..models.decoding.generate import (
 from ..models.tokenizer import special_tokens, stop_ids
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Dtype
-from ..step.sharding import make_mesh, replicate
+from ..step.sharding import batch_parts
 from ..tasks.causal_lm import model_config, tokenizer_and_template
+from .devices import MeshSizes
 from .generate import open_model
 from .scoring import Continuation, Scorer
 
@@ -54,7 +56,7 @@ class LoRAPlusLM(TemplateLM):
 
     Args:
       max_gen_toks: maximum tokens to generate, for tasks that do not set it.
-      place, batch_size, template, dtype, config, allow_different: see `generate_answers`.
+      place, batch_size, template, dtype, config, allow_different, mesh: see `generate_answers`.
     """
 
     def __init__(
@@ -67,22 +69,27 @@ class LoRAPlusLM(TemplateLM):
         dtype: Dtype | None = None,
         config: str | None = None,
         allow_different: Sequence[str] = (),
+        mesh: MeshSizes = None,
     ) -> None:
         super().__init__()
         check_int("batch_size", batch_size, at_least=1)
         check_int("max_gen_toks", max_gen_toks, at_least=1)
-        self._tuned = open_model(str(place), template, dtype, config, allow_different)
-        self._base, self._model, mesh = self._tuned.base, self._tuned.parts.model, make_mesh(1)
-        self._variables = replicate(mesh, self._tuned.variables)
-        self._config = model_config(self._base)
-        self.max_length, self.batch_size = self._config.max_length, batch_size
+        self._tuned = open_model(str(place), template, dtype, config, allow_different, mesh)
+        self._base, self._model, self._mesh = self._tuned.base, self._tuned.parts.model, self._tuned.mesh
+        self._variables, self._config = self._tuned.variables, model_config(self._base)
+        self.max_length = self._config.max_length
+        self.batch_size = round_up(batch_size, batch_parts(self._mesh))
         self.max_gen_toks = max_gen_toks
         self._tokenizer, self._place = load_tokenizer(self._base), str(place)
         self._special = special_tokens(self._base)
         # A program for each number of new tokens and set of stop tokens, which are constants in it.
         self._program = functools.cache(self._make_program)
         self._score = Scorer(
-            self._model, self._variables, mesh=mesh, batch_size=batch_size, max_length=self.max_length
+            self._model,
+            self._variables,
+            mesh=self._mesh,
+            batch_size=batch_size,
+            max_length=self.max_length,
         )
 
     @property
@@ -218,7 +225,9 @@ class LoRAPlusLM(TemplateLM):
 
     def _make_program(self, new_tokens: int, stop: tuple[int, ...]) -> Generate:
         dtype = jnp.dtype(self._tuned.settings.model.dtype)
-        return make_generate(self._model, self._config, new_tokens=new_tokens, stop=stop, dtype=dtype)
+        return make_generate(
+            self._model, self._config, new_tokens=new_tokens, stop=stop, dtype=dtype, mesh=self._mesh
+        )
 
 
 def _log_truncated(count: int, total: int) -> None:

@@ -8,28 +8,30 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._utils.atomic import to_json, write_text
+from .._utils.atomic import to_json
 from .._utils.records import check_files
 from .._utils.validation import check_new_file, suggest
 from ..adapter.tree import combine, flatten, unflatten
-from ..data.batches import eval_batches, even_batch_size
+from ..data.batches import eval_batches, even_batch_size, round_up
 from ..data.fetch import resolve
 from ..data.glue import find_file, find_task, submission
 from ..data.text_rows import TextRows, text_lengths
 from ..data.tokenize import encode_texts
 from ..interop.adapter_directory import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
-from ..models.checkpoints.hf import load_params
 from ..settings.parsing import parse_settings, settings_from_json
 from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
+from ..step.checkpoint import leaf_dtypes_and_shapes
 from ..step.fingerprints import fingerprint
-from ..step.sharding import make_mesh, replicate, shard_batch
+from ..step.sharding import batch_parts, local_rows, shard_batch, with_mesh
 from ..step.train_step import make_eval
 from ..tasks.causal_lm import LanguageTask, most_scored
 from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tokenizer_for
 from ..tasks.held_out_generation import HeldOutTexts
 from ..tasks.interface import AdaptedModel, Scored, Split, row_count
+from ..training.distributed import check_same_everywhere, raise_together
 from ..training.evaluation import evaluate, finish_metrics
 from ..training.provenance import SPLITS, check_allowed, check_identity, model_identity
 from ..training.saved_adapter import (
@@ -43,7 +45,8 @@ from ..training.saved_adapter import (
     require_adapter,
     saved_config,
 )
-from ..training.setup import base_parts, build_model, load_model, task_module
+from ..training.setup import base_parts, build_model, load_model, read_params, task_module
+from .devices import MeshSizes, check_same_rows, choose_mesh, shardings_of, to_mesh, write_once
 
 OUTPUT_SUFFIX = ".jsonl"
 
@@ -58,6 +61,7 @@ class TunedModel(NamedTuple):
       base: directory or file of the base model.
       notes: metadata of the adapter or the merged model.
       identity: identity of the base model.
+      mesh: device mesh of the variables; None if these are shapes.
     """
 
     settings: Settings
@@ -66,6 +70,7 @@ class TunedModel(NamedTuple):
     base: Path
     notes: Mapping[str, Any] = {}
     identity: Mapping[str, Any] = {}
+    mesh: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -73,23 +78,35 @@ class TunedModel(NamedTuple):
         return combine(self.parts.trainable, self.parts.frozen)
 
 
-def load_tuned(place: Path, config: str | None = None, allow_different: Sequence[str] = ()) -> TunedModel:
+def load_tuned(
+    place: Path,
+    config: str | None = None,
+    allow_different: Sequence[str] = (),
+    mesh: MeshSizes = None,
+) -> TunedModel:
     """Loads a run's output directory, an adapter of either format, or a merged model that `export_run` wrote.
+
+    Loads it onto the mesh of the run, see `choose_mesh`; of several processes, each reads only its own parts.
 
     Args:
       place: the directory.
       config: a training config, for a PEFT adapter; supplies the model, the data and the task.
       allow_different: parts of the base model that may differ from what the run was trained on, see `PARTS`.
+      mesh: sizes that replace those of the run's mesh.
 
     Raises:
       ValueError, OSError: the directory is none of these or is damaged, or the base model has changed.
     """
-    check_allowed(allow_different)
-    directory = find_adapter(place)
-    if directory is None and (place / NOTES_FILE).is_file():
-        return _load_merged(place, config, allow_different)
-    directory = require_adapter(place, f", nor a merged model ({NOTES_FILE})")
-    return load_weights(directory, describe_adapter(directory, config, allow_different), allow_different)
+    with raise_together():
+        check_allowed(allow_different)
+        directory = find_adapter(place)
+        if directory is None and (place / NOTES_FILE).is_file():
+            tuned = _load_merged(place, config, allow_different, mesh)
+        else:
+            directory = require_adapter(place, f", nor a merged model ({NOTES_FILE})")
+            tuned = load_weights(directory, describe_adapter(directory, config, allow_different), mesh)
+    check_weights(directory or place, tuned, allow_different)
+    return tuned
 
 
 def describe_adapter(directory: Path, config: str | None, allow: Sequence[str]) -> TunedModel:
@@ -117,16 +134,31 @@ def describe_adapter(directory: Path, config: str | None, allow: Sequence[str]) 
     return TunedModel(settings, task, build_model(settings, base, task, lora_config), base, notes, identity)
 
 
-def load_weights(directory: Path, tuned: TunedModel, allow: Sequence[str] = ()) -> TunedModel:
-    """Loads the weights of an adapter and of its base, whose shapes `tuned` has."""
-    parts = load_model(tuned.settings, tuned.base, tuned.parts)
-    if parts.frozen and "base" in tuned.notes:
-        check_identity(directory, tuned.notes, {}, weights=fingerprint(parts.frozen), allow=allow)
+def load_weights(directory: Path, tuned: TunedModel, mesh: MeshSizes) -> TunedModel:
+    """Loads the weights of an adapter and of its base, whose shapes `tuned` has, onto the mesh."""
+    chosen = choose_mesh(tuned.settings.mesh, mesh)
+    parts = load_model(tuned.settings, tuned.base, tuned.parts, chosen)
     adapter = read_adapter(directory, parts)
     trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
     if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
         raise ValueError(f"{directory}: tensor shapes do not match the model that its settings describe")
-    return tuned._replace(parts=parts._replace(trainable=trainable))
+    return tuned._replace(parts=to_mesh(parts._replace(trainable=trainable), chosen), mesh=chosen)
+
+
+def check_weights(directory: Path, tuned: TunedModel, allow: Sequence[str] = ()) -> None:
+    """Raises ValueError if processes loaded other weights, or weights that the adapter was not trained on."""
+    parts, is_distributed = tuned.parts, jax.process_count() > 1
+    if is_distributed:
+        shapes = leaf_dtypes_and_shapes({"trained": parts.trainable, "weights": parts.frozen})
+        values = {"model": tuned.settings.to_json()["model"], "mesh": dict(tuned.mesh.shape)}
+        check_same_everywhere({**values, **shapes})
+    # From here on, computations run on all processes together.
+    has_base = tuned.notes.get("base") is not None
+    weights = fingerprint(parts.frozen) if parts.frozen and (has_base or is_distributed) else None
+    if is_distributed:
+        check_same_everywhere({"base": weights, "trained": fingerprint(parts.trainable)})
+    if has_base and weights is not None:
+        check_identity(directory, tuned.notes, {}, weights=weights, allow=allow)
 
 
 def settings_and_task(
@@ -154,7 +186,9 @@ def settings_with_adapter(directory: Path, settings: Settings, base: Path, task:
     return dataclasses.replace(settings, method="lora_plus", lora=adapter_config(directory, parts))
 
 
-def _load_merged(directory: Path, config: str | None, allow_different: Sequence[str]) -> TunedModel:
+def _load_merged(
+    directory: Path, config: str | None, allow_different: Sequence[str], mesh: MeshSizes
+) -> TunedModel:
     """Loads a merged model, which has no adapters."""
     notes = peft_notes(directory) or {}
     if not {"merged", "settings", "task"} <= notes.keys():
@@ -171,11 +205,18 @@ def _load_merged(directory: Path, config: str | None, allow_different: Sequence[
     check_files(directory / NOTES_FILE, notes)
     own_file = directory / OWN_TENSORS_FILE
     own_tensors = flatten(read_tensors(own_file)) if own_file.is_file() else {}
-    table = parts.base.table if own_tensors else merged_table(parts)
+    base = parts.base if own_tensors else parts.base._replace(table=merged_table(parts), new=())
+    tuned = TunedModel(settings, task, parts._replace(base=base), directory, notes)
+    return load_whole(tuned, mesh, unflatten(own_tensors))
+
+
+def load_whole(tuned: TunedModel, mesh: MeshSizes, new: Mapping[str, Any] | None = None) -> TunedModel:
+    """Loads the weights of a model without adapters onto the mesh; `new` are the variables that its files lack."""
+    parts, chosen = tuned.parts, choose_mesh(tuned.settings.mesh, mesh)
     shapes = jax.eval_shape(parts.model.init, jax.random.key(0), *parts.base.inputs)["params"]
-    params = load_params(directory, table, shapes, new=parts.base.new if own_tensors else ())
-    variables = combine({"params": params}, unflatten(own_tensors))
-    return TunedModel(settings, task, parts._replace(frozen=variables), directory, notes)
+    params = read_params(tuned.base, parts.base, shapes, chosen)
+    variables = combine({"params": params}, new or {})
+    return tuned._replace(parts=to_mesh(parts._replace(frozen=variables), chosen), mesh=chosen)
 
 
 def evaluate_run(
@@ -186,10 +227,12 @@ def evaluate_run(
     config: str | None = None,
     output: Path | None = None,
     allow_different: Sequence[str] = (),
+    mesh: MeshSizes = None,
 ) -> dict[str, Any]:
     """Metrics on a split of the run's data, by default test, or on another labelled file with the same columns.
 
-    A run of task generation also generates texts, which go to the new .jsonl file `output`.
+    A run of task generation also generates texts, which go to the new .jsonl file `output`. For `mesh` see
+    `load_tuned`.
     """
     if split is not None and data is not None:
         raise ValueError(f"eval takes --split or --data, not both, got --split {split} and --data {data}")
@@ -197,36 +240,39 @@ def evaluate_run(
         check_output(output)
     if split is not None and split not in SPLITS:
         raise ValueError(f"--split: unknown split {split!r}{suggest(split, SPLITS)}")
-    tuned = load_tuned(directory, config, allow_different)
-    settings, module = tuned.settings, task_module(tuned.settings)
-    try:
-        evaluated: Split = module.load_split(settings, tuned.base, tuned.task, split, data)
-    except KeyError as error:
-        raise ValueError(
-            f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], SPLITS[:2])}"
-        ) from None
-    if data is None:
-        check_identity(
-            directory, tuned.notes, {"data": {split or "test": evaluated.digest}}, allow=allow_different
-        )
-    texts = None
-    if settings.task == "generation":
-        texts = HeldOutTexts.from_settings(
-            settings, tuned.base, tuned.task, tuned.parts.model, evaluated.inputs
-        )
-    elif output is not None:
-        raise ValueError(f"--output requires a run of task generation, got one of task {settings.task}")
-    mesh = make_mesh(1)
-    trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
-    size = even_batch_size(row_count(evaluated.columns), settings.train.eval_batch_size, 1)
-    scored = Scored(evaluate=most_scored([evaluated.columns], size) if settings.is_language else None)
-    losses = module.make_losses(settings, tuned.task, tuned.parts, scored=scored)
-    eval_fn = make_eval(losses.evaluate, mesh=mesh)
-    values = evaluate(eval_fn, trainable, frozen, evaluated.columns, size, mesh)
+    tuned = load_tuned(directory, config, allow_different, mesh)
+    settings, module, on = tuned.settings, task_module(tuned.settings), tuned.mesh
+    with raise_together():
+        try:
+            evaluated: Split = module.load_split(settings, tuned.base, tuned.task, split, data)
+        except KeyError as error:
+            raise ValueError(
+                f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], SPLITS[:2])}"
+            ) from None
+        if data is None:
+            check_identity(
+                directory, tuned.notes, {"data": {split or "test": evaluated.digest}}, allow=allow_different
+            )
+        texts = None
+        if settings.task == "generation":
+            texts = HeldOutTexts.from_settings(
+                settings, tuned.base, tuned.task, tuned.parts.model, evaluated.inputs, on
+            )
+        elif output is not None:
+            raise ValueError(f"--output requires a run of task generation, got one of task {settings.task}")
+    check_same_rows([evaluated.digest])
+    size, parts = _eval_rows(row_count(evaluated.columns), settings, on), batch_parts(on)
+    scored = Scored(
+        evaluate=most_scored([evaluated.columns], size // parts) if settings.is_language else None
+    )
+    losses = module.make_losses(settings, tuned.task, tuned.parts, on, scored)
+    trainable, frozen = tuned.parts.trainable, tuned.parts.frozen
+    eval_fn = make_eval(losses.evaluate, mesh=on, shardings=shardings_of(tuned.parts, on))
+    values = evaluate(eval_fn, trainable, frozen, evaluated.columns, size, on)
     results = {"data": data or split or "test", "examples": evaluated.examples}
     results |= finish_metrics(tuned.task, values)
     if texts is not None:
-        rows, scores = texts.generate(combine(trainable, frozen))
+        rows, scores = texts.generate(tuned.variables)
         results |= {"inputs": len(rows), **scores}
         if output is not None:
             write_predictions(output, rows)
@@ -240,45 +286,54 @@ def predict_run(
     data: str | None = None,
     config: str | None = None,
     allow_different: Sequence[str] = (),
+    mesh: MeshSizes = None,
 ) -> list[dict[str, Any]]:
-    """Predictions for `texts`, or for a file with the run's text columns (labels not needed)."""
-    tuned = load_tuned(directory, config, allow_different)
-    if tuned.settings.is_language:
-        raise ValueError(f"{directory} is a language model; use loraplus generate or loraplus eval")
-    pairs: tuple[str, ...] | None = None
-    if data is not None:
-        texts, pairs = read_texts(resolve(data, "data"), tuned.settings.data)
-    elif has_pairs(tuned.settings.data):
-        raise ValueError("the run was trained on text pairs; pass a file with --data")
-    if not texts:
-        raise ValueError("no text to predict for; pass --text or --data")
-    if any(not text.strip() for text in texts):
-        raise ValueError("every text to predict for must have content, got an empty text")
+    """Predictions for `texts`, or for a file with the run's text columns (labels not needed); `mesh` as above."""
+    tuned = load_tuned(directory, config, allow_different, mesh)
+    with raise_together():
+        if tuned.settings.is_language:
+            raise ValueError(f"{directory} is a language model; use loraplus generate or loraplus eval")
+        pairs: tuple[str, ...] | None = None
+        if data is not None:
+            texts, pairs = read_texts(resolve(data, "data"), tuned.settings.data)
+        elif has_pairs(tuned.settings.data):
+            raise ValueError("the run was trained on text pairs; pass a file with --data")
+        if not texts:
+            raise ValueError("no text to predict for; pass --text or --data")
+        if any(not text.strip() for text in texts):
+            raise ValueError("every text to predict for must have content, got an empty text")
     predictions = tuned.task.predictions(_compute_outputs(tuned, texts, pairs))
     return [{"text": text, **prediction} for text, prediction in zip(texts, predictions, strict=True)]
 
 
 def write_submissions(
-    directory: Path, to: Path, *, config: str | None = None, allow_different: Sequence[str] = ()
+    directory: Path,
+    to: Path,
+    *,
+    config: str | None = None,
+    allow_different: Sequence[str] = (),
+    mesh: MeshSizes = None,
 ) -> list[Path]:
     """Writes the predictions of a run for the test split of its GLUE task, as GLUE's server takes them.
 
     Returns the new files in `to`, such as CoLA.tsv; MNLI has two.
     """
-    tuned = load_tuned(directory, config, allow_different)
+    tuned = load_tuned(directory, config, allow_different, mesh)
     data = tuned.settings.data
-    if (task := find_task(data)) is None:
-        raise ValueError(
-            f"--glue requires a run with data.path glue/TASK, such as glue/sst2; {directory} has "
-            f"{', '.join(data.sources)}"
-        )
-    sources = {to / name: find_file(data, split) for name, split in task.submissions.items()}
-    to.mkdir(parents=True, exist_ok=True)
+    with raise_together():
+        if (task := find_task(data)) is None:
+            raise ValueError(
+                f"--glue requires a run with data.path glue/TASK, such as glue/sst2; {directory} has "
+                f"{', '.join(data.sources)}"
+            )
+        sources = {to / name: find_file(data, split) for name, split in task.submissions.items()}
+        texts = {file: read_texts(source, data) for file, source in sources.items()}
+        to.mkdir(parents=True, exist_ok=True)
+        for file in sources:
+            check_new_file("--glue", file)
     for file in sources:
-        check_new_file("--glue", file)
-    for file, source in sources.items():
-        rows = tuned.task.predictions(_compute_outputs(tuned, *read_texts(source, data)))
-        write_text(file, submission(task, [row["prediction"] for row in rows]), new=True)
+        rows = tuned.task.predictions(_compute_outputs(tuned, *texts[file]))
+        write_once(file, submission(task, [row["prediction"] for row in rows]))
     return list(sources)
 
 
@@ -291,15 +346,27 @@ def check_output(path: Path) -> None:
 
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
     """Writes one JSON object per line to a new file; raises ValueError if the file exists."""
-    write_text(path, "".join(to_json(row, ensure_ascii=False) + "\n" for row in predictions), new=True)
+    write_once(path, "".join(to_json(row, ensure_ascii=False) + "\n" for row in predictions))
 
 
 def _compute_outputs(tuned: TunedModel, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
-    arrays, _ = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
-    rows, slots = TextRows.fitting(text_lengths(arrays)).arrange_all(arrays)
-    mesh, variables = make_mesh(1), tuned.variables
-    apply = jax.jit(functools.partial(apply_model, tuned.parts.model))
-    size = even_batch_size(row_count(rows), tuned.settings.train.eval_batch_size, 1)
+    with raise_together():
+        arrays, _ = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
+        rows, slots = TextRows.fitting(text_lengths(arrays)).arrange_all(arrays)
+    check_same_rows(array.tolist() for array in arrays.values())
+    mesh, variables = tuned.mesh, tuned.variables
+    # Of a split array a process could read only its own part.
+    replicated = NamedSharding(mesh, PartitionSpec())
+    model = functools.partial(apply_model, tuned.parts.model)
+    apply = jax.jit(with_mesh(model, mesh), out_shardings=replicated)
+    size = _eval_rows(row_count(rows), tuned.settings, mesh)
     # eval_batches pads the last batch to the shape of the others, so one program serves all.
-    outputs = [np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in eval_batches(rows, size)]
+    batches = eval_batches(rows, size, local_rows(mesh, size))
+    outputs = [np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in batches]
     return np.concatenate(outputs)[slots[:, 0], slots[:, 1]]
+
+
+def _eval_rows(rows: int, settings: Settings, mesh: Mesh) -> int:
+    """The rows of an evaluation batch, a multiple of the mesh's parts, which another mesh may have fitted."""
+    parts = batch_parts(mesh)
+    return even_batch_size(rows, round_up(settings.train.eval_batch_size, parts), parts)

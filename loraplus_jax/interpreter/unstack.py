@@ -22,9 +22,12 @@ Layers = tuple[jax.Array, ...]
 """The slices of a stacked array along its first axis; empty for an array that is not unstacked."""
 
 
-def jit_unstacked(program: Callable[..., Any], layers: int) -> Callable[..., Any]:
-    """The jitted `program(variables, layers, *args)` as a function of `variables` and `args`; see `unstack`."""
-    jitted = jax.jit(program)
+def jit_unstacked(program: Callable[..., Any], layers: int, **options: Any) -> Callable[..., Any]:
+    """The jitted `program(variables, layers, *args)` as a function of `variables` and `args`; see `unstack`.
+
+    `options` are those of `jax.jit`.
+    """
+    jitted = jax.jit(program, **options)
 
     @functools.wraps(jitted)
     def call(variables: Any, *args: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from .._utils.validation import check_choice
 from ..quantization.packed_array import is_packed
 from ..settings.choices import Attention, Remat
+from ..step.sharding import BATCH_AXES, constrain, constrain_rows
 from .attention import causal_attention, head_major_attention
 from .attention_common import ATTENTION_NAMES, window_mask
 from .gpt2.config import GPT2Config
@@ -61,11 +62,19 @@ def project(
 
 
 def init_cache(config: Config, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for `batch` sequences of `slots` tokens each, including padding."""
+    """An empty cache for `batch` sequences of `slots` tokens each, including padding, sharded by `shard_cache`."""
     # Heads before slots, so that products read the slots of a head without a transposed copy.
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
     empty = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.zeros((), jnp.int32))
+    return shard_cache(
+        Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.zeros((), jnp.int32))
+    )
+
+
+def shard_cache(cache: Cache) -> Cache:
+    """Shards sequences like the rows of a batch and heads over `"tensor"`; has no effect without a mesh."""
+    key, value = (constrain(x, [(), BATCH_AXES, ("tensor",)]) for x in (cache.key, cache.value))
+    return cache._replace(key=key, value=value, segment_ids=constrain_rows(cache.segment_ids))
 
 
 class Shared(NamedTuple):

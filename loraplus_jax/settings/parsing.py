@@ -14,10 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from .._utils.validation import suggest
 from ..adapter.config import LoRAPlusConfig
 from .recipes import find_config
-from .schema import DEFAULT_LORA, Settings
+from .schema import DEFAULT_LORA, DeviceSettings, Settings
 from .yaml_files import read_word, read_yaml
 
-AnySettings = TypeVar("AnySettings", bound=Settings)
+AnySettings = TypeVar("AnySettings", bound=Settings | DeviceSettings)
 
 
 class SettingField(NamedTuple):
@@ -39,21 +39,20 @@ class SettingField(NamedTuple):
 
 
 def parse_settings(
-    config: str | Path, overrides: Sequence[str] = (), kind: type[AnySettings] = Settings
+    config: str | Path | None, overrides: Sequence[str] = (), kind: type[AnySettings] = Settings
 ) -> AnySettings:
     """Reads settings from a YAML file and `--section.field value` arguments, which take precedence.
 
     Args:
-      config: the YAML file, or the name of a recipe.
+      config: the YAML file, or the name of a recipe; None for `DeviceSettings`, which have no file.
       overrides: the arguments.
-      kind: `Settings` or a subclass with more sections.
+      kind: `Settings`, a subclass with more sections, or `DeviceSettings`.
 
     Raises:
       ValueError: the file cannot be read, a key is unknown (the message suggests the closest one), or a value has
         the wrong type or is out of range.
     """
-    config = find_config(config)
-    values = read_yaml(config)
+    values = {} if config is None else read_yaml(config := find_config(config))
     if not isinstance(values, Mapping):
         raise ValueError(f"{config} must contain a mapping of settings, got {values!r:.80}")
     values, fields = dict(values), {field.name: field for field in setting_fields(kind)}
@@ -71,12 +70,12 @@ def settings_from_json(values: Mapping[str, Any], kind: type[AnySettings] = Sett
     return _validate(kind, values)
 
 
-def setting_fields(kind: type[Settings] = Settings) -> Iterator[SettingField]:
+def setting_fields(kind: type[Settings | DeviceSettings] = Settings) -> Iterator[SettingField]:
     """Yields every setting in order, with its help text from the docstrings."""
     yield from _section_fields(kind, "")
 
 
-def format_settings(kind: type[Settings] = Settings) -> str:
+def format_settings(kind: type[Settings | DeviceSettings] = Settings) -> str:
     """Returns the part of `--help` on settings: each as `--section.field`, with type, meaning and default."""
     lines = []
     section = None

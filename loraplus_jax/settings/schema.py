@@ -445,7 +445,7 @@ class MeshSettings:
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class DistributedSettings:
-    """Multi-process training; start every process with the same command except for process_id.
+    """Several processes; start every one with the same command except for process_id.
 
     Attributes:
       coordinator: HOST:PORT of process 0, where it listens; auto detects it, processes and process_id from the
@@ -485,6 +485,34 @@ class DistributedSettings:
             )
 
 
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class MeshChanges:
+    """Sizes that replace those of a run's mesh.
+
+    Attributes:
+      data: data-parallel size, which splits only the batch; null is that of the run, or -1 for a model without one.
+      fsdp: FSDP size, which splits batch and weights; null is that of the run, or 1.
+      tensor: tensor-parallel size, which splits heads, MLP widths and vocabulary; null is that of the run, or 1.
+    """
+
+    data: Int | None = None
+    fsdp: Int | None = None
+    tensor: Int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class DeviceSettings:
+    """The devices of a command that uses a run.
+
+    Attributes:
+      mesh: changes to the device mesh of the run.
+      distributed: the processes, which are not those of the run.
+    """
+
+    mesh: MeshChanges = MeshChanges()
+    distributed: DistributedSettings = DistributedSettings()
+
+
 def _lora_config(value: Any) -> LoRAPlusConfig:
     """Validates the section lora by `LoRAPlusConfig`, which is also used without settings."""
     if isinstance(value, LoRAPlusConfig):
@@ -522,7 +550,7 @@ class Settings:
       train: training length, batch sizes and evaluation.
       generation: how texts are generated and scored (task generation).
       mesh: the device mesh.
-      distributed: multi-process training.
+      distributed: the processes.
       task: classification; regression (one number per text); instruction (trains on the assistant's answers);
         multiple_choice (scored by the most likely choice); generation (texts for structured inputs, scored against
         references).

@@ -196,11 +196,20 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     """
     # For models, where rows meet weights that are split over the same axis: GSPMD may all-gather either of them,
     # and without this constraint it often gathers the rows.
+    return constrain(x, [BATCH_AXES])
+
+
+def constrain(x: jax.Array, axes: Sequence[Sequence[str]]) -> jax.Array:
+    """Shards each axis over the mesh axes in `axes`, and the other axes not at all; has no effect without a mesh.
+
+    Returns:
+      An array equal to `x`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     # Under pmap and inside shard_map, axes are Manual: rows are split already.
-    axes = tuple(axis for axis in BATCH_AXES if kinds.get(axis) == jax.sharding.AxisType.Auto)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+    automatic = [tuple(a for a in names if kinds.get(a) == jax.sharding.AxisType.Auto) for names in axes]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*automatic)) if any(automatic) else x
 
 
 def gather_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:

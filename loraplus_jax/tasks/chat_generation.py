@@ -9,9 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from .._utils.multihost import gather_to_host
+from ..data.batches import round_up
 from ..data.chat_template import ChatTemplate
 from ..data.chat_tokens import tokenize, tokenize_chats
 from ..data.conversations import Chat, Turn
@@ -26,6 +28,7 @@ from ..models.decoding.generate import (
 )
 from ..models.tokenizer import stop_ids
 from ..settings.schema import GenerationSettings, Settings
+from ..step.sharding import batch_parts
 from .causal_lm import LanguageTask, model_config, tokenizer_and_template
 
 GREEDY = Sampling()
@@ -41,12 +44,14 @@ class ChatModel:
       tokenizer, template: the model's tokenizer and chat template.
       generate: the generation function, see `make_generate`; a beam search ignores sampling and keys.
       longest: maximum prompt tokens, so that prompt and answer fit the model's context.
+      parts: number of parts of a batch, by the devices of a mesh that hold them.
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate
     generate: Generate
     longest: int
+    parts: int = 1
 
     @classmethod
     def from_settings(
@@ -57,8 +62,12 @@ class ChatModel:
         model: nn.Module,
         new_tokens: int,
         search: GenerationSettings | None = None,
+        mesh: Mesh | None = None,
     ) -> "ChatModel":
-        """Creates a chat model from `model` and the files of its directory; with `search` it has beams."""
+        """Creates a chat model from `model` and the files of its directory; with `search` it has beams.
+
+        `mesh` is that of the variables, by default a single device.
+        """
         config = model_config(directory)
         tokenizer, template = tokenizer_and_template(settings, directory, task)
         if new_tokens >= config.max_length:
@@ -73,9 +82,10 @@ class ChatModel:
                 "set eos_token_id or use another template"
             )
         options: Any = {"new_tokens": new_tokens, "stop": stop, "dtype": jnp.dtype(settings.model.dtype)}
-        longest = config.max_length - new_tokens
+        options["mesh"] = mesh
+        longest, parts = config.max_length - new_tokens, 1 if mesh is None else batch_parts(mesh)
         if search is None:
-            return cls(tokenizer, template, make_generate(model, config, **options), longest)
+            return cls(tokenizer, template, make_generate(model, config, **options), longest, parts)
         try:
             beam_search = make_beam_search(
                 model,
@@ -90,7 +100,7 @@ class ChatModel:
         except ValueError as error:
             prefix = "generation." if search is settings.generation else "--"
             raise ValueError(f"{prefix}{error}") from None
-        return cls(tokenizer, template, lambda *inputs: beam_search(*inputs[:3])[0], longest)
+        return cls(tokenizer, template, lambda *inputs: beam_search(*inputs[:3])[0], longest, parts)
 
     def encode(self, chats: Sequence[Chat]) -> list[list[int]]:
         """Tokenizes conversations up to the start of the answer; raises ValueError if one is too long or empty."""
@@ -120,9 +130,12 @@ class ChatModel:
         batch_size: int = 8,
         between: Callable[[], None] = lambda: None,
     ) -> list[str]:
-        """Generates the answers, without special tokens; `between` is called before each batch and may raise."""
+        """Generates the answers, without special tokens; `between` is called before each batch and may raise.
+
+        A batch has at most `batch_size` conversations, rounded up to a multiple of the mesh's parts.
+        """
         prompts = self.encode(chats)
-        rows = min(batch_size, len(prompts))
+        rows = round_up(min(batch_size, len(prompts)), self.parts)
         # All batches of one shape: to compile a program for another takes longer than to compute padding.
         ids, segments = pad_left([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
         # A key for each conversation, so that samples do not depend on the batches.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+from jax.sharding import Mesh
 
 from ..data.conversations import Chat
 from ..data.data_to_text import Input
@@ -31,11 +32,14 @@ class HeldOutTexts:
         task: LanguageTask,
         model: nn.Module,
         inputs: Sequence[Input],
+        mesh: Mesh | None = None,
     ) -> "HeldOutTexts":
-        """Creates the beam search that `generation` describes."""
+        """Creates the beam search that `generation` describes; `mesh` as in `ChatModel.from_settings`."""
         search = settings.generation
         load_scorers()
-        chat_model = ChatModel.from_settings(settings, directory, task, model, search.max_new_tokens, search)
+        chat_model = ChatModel.from_settings(
+            settings, directory, task, model, search.max_new_tokens, search, mesh
+        )
         chat_model.encode([Chat((x.turn,)) for x in inputs])
         return cls(tuple(inputs), chat_model, search.batch_size)
 

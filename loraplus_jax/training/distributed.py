@@ -102,7 +102,7 @@ def join_processes(settings: DistributedSettings) -> Iterator[None]:
             raise
         raise LostProcess(
             f"process {jax.process_index()} of {jax.process_count()} lost contact with another process "
-            f"({_first_line(error)}); restart all processes to resume from the newest checkpoint"
+            f"({_first_line(error)}); restart all processes; training resumes from its newest checkpoint"
         ) from error
     jax.distributed.shutdown()
 

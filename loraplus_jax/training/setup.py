@@ -145,11 +145,13 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         chat_model = held_out_texts = None
         if isinstance(data.task, LanguageTask) and settings.train.prompt is not None:
             new_tokens = settings.train.prompt_tokens
-            chat_model = ChatModel.from_settings(settings, directory, data.task, shapes.model, new_tokens)
+            chat_model = ChatModel.from_settings(
+                settings, directory, data.task, shapes.model, new_tokens, mesh=mesh
+            )
             chat_model.encode([prompt_chat(settings.train.prompt)])  # raises if it is too long
         if isinstance(data.task, LanguageTask) and data.task.kind == "generation":
             held_out_texts = HeldOutTexts.from_settings(
-                settings, directory, data.task, shapes.model, data.inputs
+                settings, directory, data.task, shapes.model, data.inputs, mesh
             )
         # Compiled from shapes: a program that does not fit is an error before the weights are read, which takes
         # minutes.
@@ -295,12 +297,18 @@ def load_model(
     settings: Settings, directory: Path, parts: AdaptedModel, mesh: Mesh | None = None
 ) -> AdaptedModel:
     """Loads the weights from a directory, with a mesh into their shardings, and initializes what it lacks."""
-    base, params = parts.base, params_of(parts)
-    # Each process reads only the shards of its own devices: no host has room for all weights of a large model.
-    by_path = {} if mesh is None else base_shardings(mesh, {"params": params}, base.rules)
-    shardings = {path.removeprefix("params/"): sharding for path, sharding in by_path.items()}
-    params = load_params(directory, base.table, params, new=base.new, shardings=shardings)
+    params = read_params(directory, parts.base, params_of(parts), mesh)
     return set_weights(settings, parts, params)
+
+
+def read_params(
+    directory: Path, base: BaseModel, shapes: Mapping[str, Any], mesh: Mesh | None
+) -> dict[str, Any]:
+    """Reads the parameters of a base model that its files have, with a mesh into their shardings."""
+    # Each process reads only the shards of its own devices: no host has room for all weights of a large model.
+    by_path = {} if mesh is None else base_shardings(mesh, {"params": shapes}, base.rules)
+    shardings = {path.removeprefix("params/"): sharding for path, sharding in by_path.items()}
+    return load_params(directory, base.table, shapes, new=base.new, shardings=shardings)
 
 
 def set_weights(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any]) -> AdaptedModel:

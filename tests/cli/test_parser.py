@@ -14,12 +14,10 @@ SETTINGS = {
     "config": value("a file", metavar="CONFIG"),
     "overrides": value("settings", nargs="*", default=()),
 }
+RUN = {"run": value("a run", path, metavar="RUN"), "--size": value("its size", int), **OPTIONS}
 COMMANDS = {
-    "show": Command(
-        "show a run",
-        print,
-        {"run": value("a run", path, metavar="RUN"), "--size": value("its size", int), **OPTIONS},
-    ),
+    "show": Command("show a run", print, RUN),
+    "use": Command("use a run", print, RUN, "settings.schema:DeviceSettings"),
     "make": Command("make a run", print, SETTINGS | OPTIONS, "settings.schema:Settings"),
 }
 
@@ -50,9 +48,21 @@ def test_words_of_settings_are_told_from_options(tmp_path):
     }
 
 
+def test_settings_of_devices_have_no_file_and_may_be_anywhere():
+    words = ("--mesh.data", "-1", "r", "--part", "b", "--distributed.coordinator=auto", "--size", "3")
+    given = keywords("use", *words)
+    settings = given.pop("settings")
+    assert given == {"run": Path("r"), "part": ["b"], "size": 3}
+    assert (settings.mesh.data, settings.mesh.fsdp, settings.distributed.coordinator) == (-1, None, "auto")
+
+
 @pytest.mark.parametrize(
     ("words", "mentioned"),
     [
+        (("use", "r", "--mesh.date", "3"), ("--mesh.date", "'mesh.data'")),
+        (("use", "r", "--mesh.data", "x"), ("mesh.data", "integer", "'x'")),
+        (("use", "r", "--mesh.data"), ("--mesh.data", "value", "integer")),
+        (("use", "r", "r", "--mesh.data", "1"), ("use", "accept r")),
         (("show", "r", "--sise", "3"), ("show", "--sise 3")),
         (("show", "r", "--size", "x"), ("--size", "'x'", "loraplus show --help")),
         (("show", "~nosuchuser/r"), ("RUN", "~nosuchuser", "no home directory")),

@@ -1,4 +1,4 @@
-"""Tiny worlds, one of them with an adapter that was never trained: what opens adapters needs no run."""
+"""Tiny worlds, two of them with an adapter that was never trained: what opens adapters needs no run."""
 
 import jax
 import numpy as np
@@ -12,12 +12,11 @@ from ..integration.conftest import cache, cache_directory, first_talk, first_wor
 from ..training.preparation import without_compiling
 
 
-@pytest.fixture(scope="module")
-def untrained(first_world, tmp_path_factory, cache):  # noqa: F811
-    """A world of texts whose output directory has a random adapter; to be read only."""
-    world = first_world.copy(tmp_path_factory.mktemp("untrained"))  # noqa: F811
+def with_adapter(world, directory, *overrides):  # noqa: F811
+    """A copy of a world whose output directory has a random adapter."""
+    world = world.copy(directory)
     with without_compiling():
-        run = prepare(parse_settings(world.config))
+        run = prepare(parse_settings(world.config, overrides))
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), run.parts.trainable)
     notes = {name: run.metadata[name] for name in ("base", "task", "identity")}
@@ -27,3 +26,15 @@ def untrained(first_world, tmp_path_factory, cache):  # noqa: F811
         world.out / "adapter", trained, run.parts.specs, run.settings.applied, settings=settings, **notes
     )
     return world
+
+
+@pytest.fixture(scope="module")
+def untrained(first_world, tmp_path_factory, cache):  # noqa: F811
+    """A world of texts whose output directory has a random adapter; to be read only."""
+    return with_adapter(first_world, tmp_path_factory.mktemp("untrained"))
+
+
+@pytest.fixture(scope="module")
+def untrained_talk(first_talk, tmp_path_factory, cache):  # noqa: F811
+    """The same with a language model, whose weights are packed."""
+    return with_adapter(first_talk, tmp_path_factory.mktemp("untrained_talk"), "--model.quantize", "nf4")

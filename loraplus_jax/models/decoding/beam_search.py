@@ -11,12 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ..._utils.validation import check_choice, check_int, check_number
-from ...interpreter.unstack import Layers, jit_unstacked, run_unstacked
+from ...interpreter.unstack import Layers, run_unstacked
 from ...settings.choices import EarlyStopping, NoRepeatIn
-from ..decoder import Cache, Config, init_cache
-from .generate import NONFINITE_LOGITS, PAD_AFTER_END
+from ...step.sharding import constrain_rows
+from ..decoder import Cache, Config, init_cache, shard_cache
+from .generate import NONFINITE_LOGITS, PAD_AFTER_END, jit_on_mesh
 
 BeamSearch = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
 """`search(variables, input_ids, segment_ids) -> (tokens, scores)`, see `make_beam_search`."""
@@ -64,6 +66,7 @@ def make_beam_search(
     no_repeat_in: NoRepeatIn = "all",
     early_stopping: EarlyStopping = "heuristic",
     dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> BeamSearch:
     """A jitted beam search; compiles once per prompt shape.
 
@@ -84,6 +87,7 @@ def make_beam_search(
         once no open sequence would beat the worst of K that have ended if it ended now; `"never"`, once none can
         beat it at any length. In transformers these are True, False and `"never"`.
       dtype: dtype of the cache.
+      mesh: see `make_generate`; a prompt and its beams stay on one part of the mesh.
 
     Returns:
       `search(variables, input_ids, segment_ids)`. Takes left-padded prompts (B, T), as from `pad_left`. Returns the
@@ -156,6 +160,7 @@ def make_beam_search(
         variables: Any, layers: list[Layers], input_ids: jax.Array, segment_ids: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         rows, length = input_ids.shape
+        input_ids, segment_ids = map(constrain_rows, (input_ids, segment_ids))
         extend: Any = functools.partial(model.apply, method="extend")
         empty = init_cache(config, rows, length + new_tokens, dtype)
         # Beams share their prompt: it is read once, and its part of the cache is never reordered.
@@ -197,7 +202,7 @@ def make_beam_search(
         tokens = jnp.where(state.finite[:, None], state.finished[:, 0], nonfinite)
         return tokens, state.finished_scores[:, 0]
 
-    return jit_unstacked(search, config.num_hidden_layers)
+    return jit_on_mesh(search, config, mesh)
 
 
 def _take(values: jax.Array, index: jax.Array) -> jax.Array:
@@ -207,15 +212,20 @@ def _take(values: jax.Array, index: jax.Array) -> jax.Array:
 
 def _repeat(cache: Cache, beams: int) -> Cache:
     key, value = (jnp.repeat(x, beams, axis=1) for x in (cache.key, cache.value))
-    return cache._replace(key=key, value=value, segment_ids=jnp.repeat(cache.segment_ids, beams, axis=0))
+    return shard_cache(Cache(key, value, jnp.repeat(cache.segment_ids, beams, axis=0), cache.length))
 
 
 def _reorder(cache: Cache, parents: jax.Array, start: int) -> Cache:
     # Only from slot `start` on: before it all beams of a prompt hold the same.
-    rows, beams = parents.shape
-    index = (parents + beams * jnp.arange(rows)[:, None]).reshape(-1)
-    key, value = (x.at[:, :, :, start:].set(x[:, index, :, start:]) for x in (cache.key, cache.value))
-    return cache._replace(key=key, value=value)
+    index = parents[None, :, :, None, None, None]
+
+    def reorder(x: jax.Array) -> jax.Array:
+        # Within each prompt, so that on a mesh no sequence leaves its device.
+        part = x[:, :, :, start:]
+        moved = jnp.take_along_axis(part.reshape(x.shape[0], *parents.shape, *part.shape[2:]), index, axis=2)
+        return x.at[:, :, :, start:].set(moved.reshape(part.shape))
+
+    return shard_cache(cache._replace(key=reorder(cache.key), value=reorder(cache.value)))
 
 
 def _ban_repeats(

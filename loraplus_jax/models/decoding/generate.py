@@ -8,9 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..._utils.validation import check_int, check_number
 from ...interpreter.unstack import Layers, jit_unstacked, run_unstacked
+from ...step.sharding import constrain_rows, with_mesh
 from ..decoder import Config, init_cache
 
 Generate = Callable[..., jax.Array]
@@ -41,7 +43,13 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def make_generate(
-    model: nn.Module, config: Config, *, new_tokens: int, stop: Sequence[int], dtype: Any = jnp.float32
+    model: nn.Module,
+    config: Config,
+    *,
+    new_tokens: int,
+    stop: Sequence[int],
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> Generate:
     """A jitted generate function; compiles once per prompt shape.
 
@@ -51,6 +59,8 @@ def make_generate(
       new_tokens: maximum number of tokens; generation stops earlier when all sequences have ended.
       stop: ids that end a sequence.
       dtype: dtype of the cache.
+      mesh: device mesh of the variables. Prompts and cache are split over its `"data"` and `"fsdp"`, which must
+        divide B, and the cache's heads over `"tensor"`.
 
     Returns:
       `generate(variables, input_ids, segment_ids, sampling, keys)`. Takes left-padded prompts, int32 (B, T), with
@@ -74,6 +84,7 @@ def make_generate(
         keys: jax.Array,
     ) -> jax.Array:
         rows, length = input_ids.shape
+        input_ids, segment_ids, keys = map(constrain_rows, (input_ids, segment_ids, keys))
         extend: Any = functools.partial(model.apply, method="extend")
         cache = init_cache(config, rows, length + new_tokens, dtype)
         logits, cache = extend(variables, input_ids, segment_ids, cache, first=True)
@@ -108,7 +119,16 @@ def make_generate(
         carry = (jnp.int32(1), done, tokens.at[:, 0].set(token), cache)
         return jax.lax.while_loop(has_next, step, carry)[2]
 
-    return jit_unstacked(generate, config.num_hidden_layers)
+    return jit_on_mesh(generate, config, mesh)
+
+
+def jit_on_mesh(program: Callable[..., Any], config: Config, mesh: Mesh | None) -> Callable[..., Any]:
+    """`jit_unstacked` for a mesh; every device gets the whole result."""
+    if mesh is None:
+        return jit_unstacked(program, config.num_hidden_layers)
+    # Of a split array a process could read only its own part.
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jit_unstacked(with_mesh(program, mesh), config.num_hidden_layers, out_shardings=replicated)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], *, multiple: int = 64) -> tuple[np.ndarray, np.ndarray]:

@@ -1,15 +1,21 @@
 """Beam search: golden sequences of transformers, a search of all sequences, batches, ends and non-finite logits."""
 
+import dataclasses
 import itertools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loraplus_jax.adapter.tree import flatten, unflatten
+from loraplus_jax.interpreter.unstack import unstack
 from loraplus_jax.models.decoding.beam_search import make_beam_search
 from loraplus_jax.models.decoding.generate import NONFINITE_LOGITS, PAD_AFTER_END, pad_left
+from loraplus_jax.models.llama.model import SHARDING, Llama
+from loraplus_jax.step.sharding import base_shardings, distribute, make_mesh
 
 from ...marks import slow
 from ...messages import mentions
@@ -67,6 +73,25 @@ def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all_pairs(model, var
         best = np.argmax(np.where(banned, -np.inf, sums))
         assert row.tolist() == pairs[best].tolist()
         assert float(score) == pytest.approx(sums[best] / 2, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_beams_on_a_mesh_stay_on_their_device_and_are_those_of_one_device():
+    """Of the cache of 8 prompts a device of the mesh holds 2 with their 3 beams, and one of 2 heads."""
+    config = dataclasses.replace(CONFIG, num_key_value_heads=2)
+    model, mesh = Llama(config), make_mesh(2, 2, 2)
+    variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
+    shardings = base_shardings(mesh, variables, SHARDING)
+    placed = distribute(variables, unflatten({path: shardings[path] for path in flatten(variables)}))
+    inputs = pad_left([[n % WORDS, *prompt] for n in range(3) for prompt in PROMPTS][:8], multiple=8)
+    options = {"new_tokens": 6, "stop": (3,), "beams": 3, "length_penalty": 0.5, "no_repeat_ngram": 2}
+    search = make_beam_search(model, config, **options, mesh=mesh)
+    tokens, scores = search(placed, *inputs)
+    expected, expected_scores = make_beam_search(model, config, **options)(variables, *inputs)
+    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
+    program = search.__wrapped__.lower(placed, unstack(placed, 2), *inputs).compile().as_text()
+    assert set(re.findall(r"f32\[(2,\d+,\d+,14,4)\]", program)) == {"2,2,1,14,4", "2,6,1,14,4"}
 
 
 def test_logits_that_are_not_finite_are_marked(model, variables):

@@ -1,12 +1,16 @@
 """Generation: greedy against whole sequences, sampling against written-out distributions, ends, rows and dtypes."""
 
 import collections
+import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loraplus_jax.adapter.tree import flatten, unflatten
+from loraplus_jax.interpreter.unstack import unstack
 from loraplus_jax.models.decoding import generate as generation
 from loraplus_jax.models.decoding.generate import (
     NONFINITE_LOGITS,
@@ -16,8 +20,10 @@ from loraplus_jax.models.decoding.generate import (
     make_generate,
     pad_left,
 )
-from loraplus_jax.models.llama.model import Llama
+from loraplus_jax.models.llama.model import SHARDING, Llama
+from loraplus_jax.step.sharding import base_shardings, distribute, make_mesh
 
+from ...marks import slow
 from ...messages import mentions
 from .tiny import CONFIG, PROMPTS, WORDS
 
@@ -173,6 +179,28 @@ def test_there_must_be_a_prompt(prompts):
 def test_sampling_out_of_range(sampling, message):
     with pytest.raises(ValueError, match=message):
         check_sampling(sampling)
+
+
+@pytest.mark.parametrize(
+    ("axes", "cache"),
+    [((2, 2, 2), "2,2,1,14,4"), *(slow(*x) for x in (((8, 1, 1), "2,1,2,14,4"), ((1, 4, 2), "2,2,1,14,4")))],
+)
+def test_a_mesh_splits_rows_and_heads_of_the_cache_and_changes_no_token(axes, cache):
+    """Of 2 layers, 8 rows, 2 key heads, 14 slots and 4 values of a head each device holds `cache`, and no more."""
+    config = dataclasses.replace(CONFIG, num_key_value_heads=2)
+    model, mesh = Llama(config), make_mesh(*axes)
+    variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
+    shardings = base_shardings(mesh, variables, SHARDING)
+    placed = distribute(variables, unflatten({path: shardings[path] for path in flatten(variables)}))
+    prompts = [[n % WORDS, *prompt] for n in range(3) for prompt in PROMPTS][:8]
+    inputs = (*padded(prompts), Sampling(), jax.random.split(jax.random.key(0), 8))
+    found = make_generate(model, config, new_tokens=NEW, stop=(), mesh=mesh)
+    tokens = found(placed, *inputs)
+    expected = make_generate(model, config, new_tokens=NEW, stop=())(variables, *inputs)
+    np.testing.assert_array_equal(tokens, expected)
+    assert tokens.is_fully_replicated
+    program = found.__wrapped__.lower(placed, unstack(placed, 2), *inputs).compile().as_text()
+    assert set(re.findall(r"f32\[(2,\d+,\d+,14,4)\]", program)) == {cache}
 
 
 def test_new_tokens_must_be_some(model):
