@@ -153,6 +153,7 @@ def run_sweeps(sweeps: Sequence[Stages], executor: Executor) -> list[dict[str, A
             continue
         sweep, unit, result = executor.wait()
         number = next(n for n, one in running.items() if one.sweep is sweep)
+        sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
         running[number].results[unit] = result
         _advance(running, number, executor, reports)
     return [reports[number] for number in sorted(reports)]

@@ -218,8 +218,6 @@ class Sweep:
             self.console, f"{groups}, step" if len(units) > 1 else f"{groups} step", total, done
         )
         self.results = yield units
-        for unit, result in zip(units, self.results, strict=True):
-            self.follow(unit, Progress(unit.stops[-1], result["rows"]))
         self.devices |= {result["devices"] for result in self.results}
         # Their members have trained on.
         for name in {source.unit for unit in units for source in unit.sources}:
@@ -250,9 +248,12 @@ class Sweep:
             self.console.print(f"resuming from step {progress.resumed} of the {unit.stage}")
         if progress.step != before.step:
             self.lines.update(sum(each.step for each in self.progress.values()))
-        for name in ("batch_seconds", "step_seconds"):
-            if getattr(before, name) is None and getattr(progress, name) is not None:
-                self.print_estimate(progress)
+        is_new = (before.batch_seconds, before.step_seconds) != (
+            progress.batch_seconds,
+            progress.step_seconds,
+        )
+        if is_new and progress.batch_seconds is not None:
+            self.print_estimate(progress)
         evaluated = [max((row["step"] for row in p.rows), default=-1) for p in self.progress.values()]
         if (step := min(evaluated)) > self.reached:
             self.reached = step
