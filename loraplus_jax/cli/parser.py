@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from .._utils.validation import expand_path
@@ -25,6 +26,7 @@ class Command(NamedTuple):
       settings: class of the settings that the command accepts, as `module:class`; `run` gets `settings`, and
         `words`, what they were read from: the config file and the settings on the command line.
       uses_jax: whether the command computes; it then imports JAX, which takes a second.
+      settings_with: another class of settings for an argument that was passed, by its name.
     """
 
     text: str
@@ -32,6 +34,7 @@ class Command(NamedTuple):
     arguments: Mapping[str, Mapping[str, Any]]
     settings: str = ""
     uses_jax: bool = True
+    settings_with: Mapping[str, str] = MappingProxyType({})
 
 
 def path(text: str) -> Path:
@@ -81,7 +84,8 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
         from ..settings.parsing import parse_settings
 
         config, _ = keywords.pop("config"), keywords.pop("overrides")
-        keywords["settings"] = parse_settings(config, overrides, load(command.settings))
+        kinds = [kind for name, kind in command.settings_with.items() if name in keywords]
+        keywords["settings"] = parse_settings(config, overrides, load((*kinds, command.settings)[0]))
         keywords["words"] = [config, *overrides]
     return command, keywords
 
@@ -114,7 +118,7 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     versions += f", Python {platform.python_version()}"
     parser.add_argument("--version", action="version", version=versions, help="show versions and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (text, _, arguments, settings, _) in commands.items():
+    for name, (text, _, arguments, settings, *_) in commands.items():
         command = subparsers.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
         command.settings = settings
         for argument, more in arguments.items():

@@ -60,7 +60,7 @@ def schedule(
     steps: int,
     group_size: int,
     workers: int,
-    seconds: Callable[[Unit], float],
+    seconds: Callable[[int, Unit], float],
     preparation: float = 0.0,
 ) -> Schedule:
     """Schedules sweeps whose settings all converge, as `run_sweeps` does with Ray, first come first served.
@@ -70,7 +70,7 @@ def schedule(
       steps: optimizer steps of a full run.
       group_size: most members of a unit.
       workers: number of workers.
-      seconds: seconds of a unit.
+      seconds: maps the number of a sweep and a unit of it to seconds.
       preparation: seconds that a worker needs before its first unit of each sweep.
     """
     executor = _Simulated(workers, seconds, preparation)
@@ -80,9 +80,9 @@ def schedule(
     stages: dict[tuple[int, str, int, str], float] = {}
     for _, sweep, unit, _, _ in executor.spans:
         key = sweep, unit.stage, unit.start, unit.name.rpartition("-")[0]
-        stages[key] = max(stages.get(key, 0.0), seconds(unit))
+        stages[key] = max(stages.get(key, 0.0), seconds(sweep, unit))
     chains = [sum(value for key, value in stages.items() if key[0] == number) for number in range(len(runs))]
-    work = sum(seconds(span.unit) for span in executor.spans)
+    work = sum(seconds(span.sweep, span.unit) for span in executor.spans)
     return Schedule(executor.spans, executor.clock, max(chains, default=0.0) + preparation, work, workers)
 
 
@@ -91,7 +91,7 @@ class _Simulated:
 
     is_concurrent = True
 
-    def __init__(self, workers: int, seconds: Callable[[Unit], float], preparation: float) -> None:
+    def __init__(self, workers: int, seconds: Callable[[int, Unit], float], preparation: float) -> None:
         self.workers, self.seconds, self.preparation = workers, seconds, preparation
         self.idle, self.prepared = list(range(workers)), dict[int, int]()
         self.running: list[tuple[float, int, int, Stages, Unit]] = []
@@ -115,7 +115,7 @@ class _Simulated:
             number, worker = self.numbers[id(sweep)], self.idle.pop(0)
             wait = 0.0 if self.prepared.get(worker) == number else self.preparation
             self.prepared[worker] = number
-            end = self.clock + wait + self.seconds(unit)
+            end = self.clock + wait + self.seconds(number, unit)
             self.spans.append(Span(worker, number, unit, self.clock, end))
             self.count += 1
             heapq.heappush(self.running, (end, self.count, worker, sweep, unit))

@@ -35,7 +35,7 @@ def workers_of(driver):
     """The processes that run a unit."""
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, IndexError):
             if process.cmdline()[0].startswith("ray::run_on_worker"):
                 found.append(process)
     return found

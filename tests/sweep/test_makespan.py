@@ -12,7 +12,7 @@ OPTIONS = (
 )
 
 
-def steps_of(unit):
+def steps_of(sweep, unit):
     return len(unit.members) * float(unit.stops[-1] - unit.start)
 
 
