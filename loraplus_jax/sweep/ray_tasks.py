@@ -6,7 +6,9 @@ storage that all hosts see carry everything else: checkpoints, results and progr
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Generator, Mapping
@@ -34,6 +36,7 @@ RETRIES = 20
 SAVE_SECONDS = 120.0
 """How long to wait for workers that save when the sweep is stopped."""
 POLL_SECONDS = 1.0
+CONNECT_SECONDS = 10.0
 
 
 @contextlib.contextmanager
@@ -72,11 +75,14 @@ def connect(settings: SweepSettings, console: LineConsole) -> Generator["RayTask
 
 
 def _join_cluster(ray: Any, address: str) -> None:
-    if "://" in address:
+    if not re.fullmatch(rf"{AUTO}|[^/]+:\d+", address):
         raise ValueError(
             f"sweep.ray must be auto, local or HOST:PORT, got {address}; start the sweep on a host of the cluster"
         )
     try:
+        if address != AUTO:  # where nothing listens, Ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level="CRITICAL")
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -197,7 +203,7 @@ class RayTasks:
             while True:
                 ready, _ = self.ray.wait(references, timeout=POLL_SECONDS)
                 if stop.received is not None:
-                    self.cancel([*references, *self.pending])
+                    self.cancel(list(dict.fromkeys([*references, *self.pending])))
                     raise Stopped(stop.received, "stopped; rerun the same command to resume")
                 if time.monotonic() - self.polled >= POLL_SECONDS:
                     self.polled = time.monotonic()

@@ -81,6 +81,7 @@ def test_every_error_is_one_line_and_loses_nothing(world):
     wrong = {
         ("--sweep.ray", "127.0.0.1:1"): ("sweep.ray", "127.0.0.1:1", "ray start", "local"),
         ("--sweep.ray", "ray://host:1"): ("sweep.ray", "ray://host:1", "auto"),
+        ("--sweep.ray", "cluster"): ("sweep.ray", "cluster", "HOST:PORT"),
         (*RAY, "--sweep.worker", "{GPU: 3}"): ("sweep.worker", "GPU 3", "CPU"),
         (*RAY, "--data.path", "missing.csv"): ("missing.csv",),
     }
