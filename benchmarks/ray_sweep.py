@@ -146,9 +146,9 @@ def kill(kills: int, driver_kills: int, steps: int, hidden: int, seed: int) -> N
                     env=environment(directory),
                     stdout=subprocess.DEVNULL,
                 ) as driver:
-                    ends = time.monotonic() + random_times.uniform(10, 30)
+                    ends = time.monotonic() + random_times.uniform(15, 40)
                     while driver.poll() is None:
-                        time.sleep(random_times.uniform(1, 4))
+                        time.sleep(random_times.uniform(4, 15))
                         workers = workers_of(driver.pid)
                         if counts["driver"] < driver_kills and time.monotonic() > ends and workers:
                             driver.kill()

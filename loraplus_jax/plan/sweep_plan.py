@@ -84,7 +84,8 @@ def plan_sweep(run: SweepRun, workers: int, topology: str | None = None) -> Swee
             f"{plan.device} has {plan.room / 1e9:.1f} GB, and a run{of_method} needs "
             f"{plan.most / 1e9:.1f} GB; a sweep shards no run: choose a larger device, or model.quantize"
         )
-    at_once = run.sweep.members_at_once or min(held.values())
+    # A device that one run keeps busy; the workers measure whether several in parallel are faster.
+    at_once = run.sweep.members_at_once or 1
     group_size = run.sweep.group_size or at_once * len(devices)
     seconds = [max(plan.roofline.values(), default=0.0) for plan in plans.values()]
 

@@ -31,10 +31,10 @@ def report_bytes(world):
     return (world.out / "report.json").read_bytes()
 
 
-def workers_of(driver):
-    """The processes that run a unit."""
+def workers_of(parent):
+    """The processes below another that run a unit."""
     found = []
-    for process in psutil.Process(driver.pid).children(recursive=True):
+    for process in psutil.Process(parent).children(recursive=True):
         with contextlib.suppress(psutil.Error, IndexError):
             if process.cmdline()[0].startswith("ray::run_on_worker"):
                 found.append(process)
@@ -59,14 +59,14 @@ def test_killed_workers_a_killed_driver_and_ctrl_c_change_no_byte_of_the_report(
     shutil.rmtree(world.out)
 
     with started(*command(world, *RAY)) as driver:
-        wait_until(lambda: has_saved(world) and workers_of(driver), driver)
-        for worker in workers_of(driver):
+        wait_until(lambda: has_saved(world) and workers_of(driver.pid), driver)
+        for worker in workers_of(driver.pid):
             worker.send_signal(signal.SIGKILL)
         wait_until(lambda: list(world.out.glob("units/search-*/result.json")), driver)
         assert_one_error(finished_process(*command(world, *RAY, "--fresh")), world.out, "in use", driver.pid)
         driver.kill()
     with started(*command(world, *RAY)) as driver:
-        wait_until(lambda: workers_of(driver), driver)
+        wait_until(lambda: workers_of(driver.pid), driver)
         driver.send_signal(signal.SIGINT)
         code, _, error = ended(driver)
     assert code == 130
@@ -96,3 +96,20 @@ def test_a_worker_with_another_base_is_named(world):
         wait_until(lambda: (world.out / "members_at_once.json").exists(), driver)
         world.change_tensors(lambda tensors: tensors.update({name: x + 1 for name, x in tensors.items()}))
         assert_one_error(ended(driver), "worker", "base", "on the driver", "on this worker")
+
+
+def test_a_worker_that_joins_late_gets_units(world, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        with started(*command(world, "--sweep.ray", cluster.address)) as driver:
+            wait_until(lambda: has_saved(world), driver)
+            late = cluster.add_node(num_cpus=1)
+            raylet = late.all_processes["raylet"][0].process.pid
+            wait_until(lambda: workers_of(raylet), driver)
+            code, _, error = ended(driver)
+            assert (code, error) == (0, "")
+    finally:
+        cluster.shutdown()

@@ -46,8 +46,14 @@ def planned(tmp_path, monkeypatch):
 
 
 def test_the_time_by_hand(planned):
-    # 8 settings to step 2, 4 to step 8, 4 runs of the report, in groups of 3 on each of two devices.
+    # 8 settings to step 2, 4 to step 8, 4 runs of the report, one on each of two devices.
     plan, run = planned(run_plan(), 2)
+    assert (plan.schedule.makespan, plan.schedule.work) == (
+        2.0 * (2 * 2 + 6 + 8),
+        2.0 * (4 * 2 + 2 * 6 + 2 * 8),
+    )
+    # Three on each.
+    plan, run = planned(run_plan(), 2, "--sweep.members_at_once=3")
     assert (plan.held, plan.group_size, plan.devices) == ({"": 3}, 6, 2)
     assert [len(span.unit.members) for span in plan.schedule.spans] == [6, 2, 4, 4]
     assert plan.schedule.makespan == 2.0 * (3 * 2 + 2 * 6 + 2 * 8)
