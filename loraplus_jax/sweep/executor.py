@@ -4,7 +4,6 @@ A sweep says which units its next stage needs and gets their results. It does no
 report does not depend on it.
 """
 
-import contextlib
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -122,18 +121,6 @@ class InProcess:
             tell=lambda progress: sweep.follow(unit, progress),
         )
         return sweep, unit, result
-
-
-@contextlib.contextmanager
-def open_executor(run: SweepRun, console: LineConsole) -> Generator[Executor]:
-    """Opens the executor of the settings: Ray's with `sweep.ray`, else this process."""
-    if run.sweep.ray is None:
-        yield InProcess(console)
-        return
-    from .ray_tasks import connect  # Ray is an extra
-
-    with connect(run.sweep, console) as executor:
-        yield executor
 
 
 def run_sweeps(sweeps: Sequence[Stages], executor: Executor) -> list[dict[str, Any]]:

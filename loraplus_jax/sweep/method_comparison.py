@@ -30,11 +30,11 @@ from ..training.metrics_log import SUMMARY
 from ..training.provenance import check_identity
 from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.run_files import read_summary, saved_steps
-from .executor import Executor, open_executor, run_sweeps
+from .executor import Executor, run_sweeps
 from .method_comparison_report import PICTURES, compare, draw
 from .population import abstract_population, identity_of, load_weights
 from .report import PAGE, REPORT, render_page, write_report
-from .run import Sweep, sweep
+from .run import Sweep, open_executor, sweep
 from .settings import Arm, SweepRun, Trial, grid_rates
 from .unit import Unit
 

@@ -8,6 +8,7 @@ The sweep computes rungs, winners and verdict from the results of units, which a
 its own: started again, it reads the results that exist and runs the other units.
 """
 
+import contextlib
 import importlib.metadata
 import math
 import shutil
@@ -28,7 +29,7 @@ from ..training.metrics_log import METRICS, SUMMARY
 from ..training.provenance import check_identity
 from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.run_files import CHECKPOINTS
-from .executor import Executor, open_executor, run_sweeps
+from .executor import Executor, InProcess, run_sweeps
 from .figures import draw_figures
 from .halving import (
     best_trial,
@@ -64,6 +65,18 @@ def ignored_fields(run: SweepRun) -> list[str]:
         if getattr(settings, field) != getattr(type(settings), field):
             found.append(name)
     return found
+
+
+@contextlib.contextmanager
+def open_executor(run: SweepRun, console: LineConsole) -> Generator[Executor]:
+    """Opens the executor of the settings: Ray's with `sweep.ray`, else this process."""
+    if run.sweep.ray is None:
+        yield InProcess(console)
+        return
+    from .ray_tasks import connect  # Ray is an extra
+
+    with connect(run.sweep, console) as executor:
+        yield executor
 
 
 def sweep(
