@@ -148,7 +148,7 @@ def kill(kills: int, driver_kills: int, steps: int, hidden: int, seed: int) -> N
                 ) as driver:
                     ends = time.monotonic() + random_times.uniform(15, 40)
                     while driver.poll() is None:
-                        time.sleep(random_times.uniform(4, 15))
+                        time.sleep(random_times.uniform(5, 20))
                         workers = workers_of(driver.pid)
                         if counts["driver"] < driver_kills and time.monotonic() > ends and workers:
                             driver.kill()
