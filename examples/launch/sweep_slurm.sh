@@ -7,7 +7,7 @@
 #SBATCH --exclusive
 
 # The two lines to change. OUTPUT, and the model and data of CONFIG, must be on storage that all nodes see.
-CONFIG=smollm2_chat
+CONFIG=quickstart_sweep
 OUTPUT=$HOME/runs/sweep
 
 set -euo pipefail
