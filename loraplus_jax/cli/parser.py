@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from .._utils.validation import expand_path
@@ -26,6 +27,7 @@ class Command(NamedTuple):
         `arguments` has a `config`, it also gets `words`, what they were read from: the config file and the settings
         on the command line.
       uses_jax: whether the command computes; it then imports JAX, which takes a second.
+      settings_with: another class of settings for an argument that was passed, by its name.
     """
 
     text: str
@@ -33,6 +35,7 @@ class Command(NamedTuple):
     arguments: Mapping[str, Mapping[str, Any]]
     settings: str = ""
     uses_jax: bool = True
+    settings_with: Mapping[str, str] = MappingProxyType({})
 
 
 def path(text: str) -> Path:
@@ -82,7 +85,8 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
         from ..settings.parsing import parse_settings
 
         config, _ = keywords.pop("config", None), keywords.pop("overrides", None)
-        keywords["settings"] = parse_settings(config, overrides, load(command.settings))
+        kinds = [kind for name, kind in command.settings_with.items() if name in keywords]
+        keywords["settings"] = parse_settings(config, overrides, load((*kinds, command.settings)[0]))
         if config is not None:
             keywords["words"] = [config, *overrides]
     return command, keywords
@@ -119,7 +123,7 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     versions += f", Python {platform.python_version()}"
     parser.add_argument("--version", action="version", version=versions, help="show versions and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (text, _, arguments, settings, _) in commands.items():
+    for name, (text, _, arguments, settings, *_) in commands.items():
         command = subparsers.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
         command.settings = settings
         for argument, more in arguments.items():

@@ -657,7 +657,7 @@ def split_settings(
     fixed: dict[str, Any] = {}
     free: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{name}" not in may_change:
             for tree, part in zip(
                 (fixed, free), split_settings(value, f"{prefix}{name}.", may_change), strict=True
             ):

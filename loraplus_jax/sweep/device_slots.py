@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from ..data.batches import Batch, add_rows, eval_batches
 from ..step.train_step import Rows, TrainState, weighted_means
@@ -162,6 +163,19 @@ class DeviceSlots:
         step: Any = np.int32(clock)
         return jax.device_put(TrainState(values, host.state.opt_state, step, host.state.rng))
 
+    def state_like(self, count: int) -> TrainState:
+        """The shapes of `as_state` of so many members."""
+        device = SingleDeviceSharding(jax.devices()[0])
+
+        def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype, sharding=device)
+
+        members = jax.tree.map(shape, self.population.programs.step.largest.args_info[0][0])
+        values = {"trainable": members.state.trainable, "step": members.state.step}
+        values |= {"skipped": members.skipped, "alive": members.alive}
+        step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=device)
+        return TrainState(values, members.state.opt_state, step, members.state.rng)
+
     def resume(self, state: TrainState, first: Mapping[int, Members], places: Sequence[int]) -> None:
         """Restores the members from `as_state`.
 
@@ -170,15 +184,30 @@ class DeviceSlots:
           first: initial members, for their rates and scales.
           places: numbers of the remaining members, in any order; -1 is ignored. They are assigned to new slots.
         """
-        values = jax.device_get(state.trainable)
-        states = TrainState(values["trainable"], state.opt_state, values["step"], state.rng)
-        stored = jax.device_get((states, values["skipped"], values["alive"]))
+        kept = {number: first[number] for number in sorted(places) if number >= 0}
+        self.fill(stored_members(state, kept, {number: number for number in kept}))
 
-        def member(number: int) -> Members:
-            member_state, skipped, alive = jax.tree.map(lambda leaf: leaf[number], stored)
-            return first[number].replace(state=member_state, skipped=skipped, alive=alive)
 
-        self.fill({number: member(number) for number in sorted(places) if number >= 0})
+def stored_members(
+    state: TrainState, first: Mapping[int, Members], numbers: Mapping[int, int]
+) -> dict[int, Members]:
+    """The members of a state from `as_state`.
+
+    Args:
+      state: state from a checkpoint.
+      first: initial members by number, for their rates and scales.
+      numbers: the number in the state of each of them.
+    """
+    values = jax.device_get(state.trainable)
+    states = TrainState(values["trainable"], state.opt_state, values["step"], state.rng)
+    stored = jax.device_get((states, values["skipped"], values["alive"]))
+
+    def member(number: int) -> Members:
+        own = numbers[number]
+        member_state, skipped, alive = jax.tree.map(lambda leaf: leaf[own], stored)
+        return first[number].replace(state=member_state, skipped=skipped, alive=alive)
+
+    return {number: member(number) for number in first}
 
 
 def assign_slots(count: int, chunk: int, devices: int, at_once: int) -> list[int]:

@@ -8,44 +8,35 @@ import contextlib
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from pydantic.dataclasses import dataclass
 
 from .._utils.atomic import write_text
 from .._utils.records import read_record, write_record
 from .._utils.validation import expand_path
-from ..adapter.tree import combine, count
-from ..data.fetch import resolve
-from ..models.checkpoints.hf import load_params
 from ..optim.trained_ranks import alpha_for
 from ..settings.field_types import SECTION
 from ..settings.parsing import settings_from_json
 from ..settings.schema import OptimizerSettings, Settings
 from ..step.checkpoint import PACKAGES
 from ..step.fingerprints import fingerprint
-from ..tasks.causal_lm import LanguageTask
-from ..tasks.held_out_generation import HeldOutTexts
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ignored_lines, lines_only
 from ..training.metrics_log import SUMMARY
-from ..training.provenance import check_identity, model_identity
-from ..training.run_directory import open_output_directory
+from ..training.provenance import check_identity
+from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.run_files import read_summary, saved_steps
-from ..training.setup import params_of
+from .executor import Executor, run_sweeps
 from .method_comparison_report import PICTURES, compare, draw
-from .population import Population, abstract_population, add_scales
+from .population import abstract_population, identity_of, load_weights
 from .report import PAGE, REPORT, render_page, write_report
-from .run import Sweep, sweep
+from .run import Sweep, open_executor, sweep
 from .settings import Arm, SweepRun, Trial, grid_rates
-
-TIMED_STEPS = 5
-"""Steps that are timed once a method has finished; the median counts."""
+from .unit import Unit
 
 
 class Method(NamedTuple):
@@ -138,56 +129,56 @@ def compare_runs(
       labels: display name of each.
     """
     console, parts = lines_only(console), [_place(one) for one in runs.values()]
-    with open_output_directory(
-        run, console, fresh=fresh, allow_different=allow_different, parts=parts
-    ) as output:
+    with (
+        open_executor(run, console) as executor,
+        open_output_directory(
+            run, console, fresh=fresh, allow_different=allow_different, parts=parts
+        ) as output,
+        contextlib.ExitStack() as stack,
+    ):
         directory = output.path
-        finished = [] if fresh else [one for one in runs.values() if read_summary(_place(one))]
-        base, data, _, _, shapes = abstract_population(runs["lora"])
+        finished = {name for name, one in runs.items() if not fresh and read_summary(_place(one))}
+        lora = abstract_population(runs["lora"])
         # Every method is checked before the first is trained, on data that is loaded once.
         for name, one in runs.items():
             with _named(name):
-                abstract_population(one, data)
+                abstract_population(one, lora.data)
         if finished:  # what is not trained again must come from the base and the data that are there
-            identity = model_identity(run, base, data.task) | {"data": data.digests}
-            params = load_params(base, shapes.base.table, params_of(shapes), new=shapes.base.new)
-            weights = fingerprint(params)
-            for one in finished:
-                path = _place(one) / REPORT
+            identity, weights = identity_of(lora), fingerprint(load_weights(lora))
+            for name in finished:
+                path = _place(runs[name]) / REPORT
                 check_identity(path, read_record(path), identity, weights=weights, allow=allow_different)
         began = time.perf_counter()
         output.claim()
-        results = {}
+        sweeps = {}
         for name, one in runs.items():
-            console.print(f"{labels[name]}: {len(one.trials)} settings")
-            # An accepted difference without effect is an error, and only a checkpoint can differ.
-            allow = allow_different if saved_steps(_place(one)) else ()
-            with _named(name):
-                results[name] = _result(one, allow, console)
+            if name not in finished:
+                # An accepted difference without effect is an error, and only a checkpoint can differ.
+                allow = allow_different if saved_steps(_place(one)) else ()
+                with _named(name):
+                    part = stack.enter_context(open_output_directory(one, console, allow_different=allow))
+                sweeps[name] = MethodSweep(one, part, executor, labels[name])
+        trained = dict(zip(sweeps, run_sweeps(list(sweeps.values()), executor), strict=True))
+        # Read back, as those that had finished are.
+        results = {name: read_record(_place(one) / REPORT) for name, one in runs.items()}
+        for name in trained:
             # Files may change under a comparison of hours.
-            path, first = _place(one) / REPORT, results["lora"]
+            path, first = _place(runs[name]) / REPORT, results["lora"]
             identity, weights = dict(first["identity"]), first["base"]
             check_identity(path, results[name], identity, weights=weights, allow=allow_different)
         output.check()
         report = compare(run, labels, results)
-        report["protocol"]["test_rows"] = data.examples["test"]
+        report["protocol"]["test_rows"] = lora.data.examples["test"]
         draw(directory, report)
         write_report(directory, report)
         write_text(directory / PAGE, render_page(directory, report, "methods.html", PICTURES))
+        devices = sorted({text for sweep in sweeps.values() for text in sweep.devices})
         summary = {"verdict": report["verdict"], "seconds": round(time.perf_counter() - began, 1)}
-        summary["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        summary["devices"] = ", ".join(devices)
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         write_record(directory / SUMMARY, summary)
     console.print(report["verdict"], f"{directory}: {PAGE}, {REPORT}, {SUMMARY}", sep="\n")
     return report
-
-
-def _result(run: "MethodRun", allow_different: Sequence[str], console: LineConsole) -> dict[str, Any]:
-    """The rows, the chosen setting and the costs of a method, read back if it has finished."""
-    if read_summary(_place(run)) is None:
-        with contextlib.suppress(TrainingFailed):  # which the report says
-            return sweep(run, allow_different=allow_different, console=console, kind=MethodSweep)
-    return read_record(_place(run) / REPORT)
 
 
 def _place(run: "MethodRun") -> Path:
@@ -279,73 +270,55 @@ class MethodSweep(Sweep):
     """The search and report of one method; its report holds the rows for the comparison, and what a step costs."""
 
     run: MethodRun
+    is_scored = True
 
-    def start(self) -> None:
-        """Begins or resumes, under the method's name."""
-        self.labels = dict.fromkeys(self.run.arms, TABLE[self.run.name].label)
-        super().start()
+    def __init__(self, run: MethodRun, output: OutputDirectory, executor: Executor, label: str) -> None:
+        super().__init__(run, output, executor)
+        self.label, self.labels = label, dict.fromkeys(map(str, run.arms), label)
+
+    def stages(self) -> Generator[Sequence[Unit], list[dict[str, Any]], dict[str, Any]]:
+        """As for a sweep; a method of which every setting diverges is reported as such."""
+        with _named(self.run.name):
+            try:
+                return (yield from super().stages())
+            except TrainingFailed:
+                return read_record(self.directory / REPORT)
 
     def report(self) -> dict[str, Any]:
         """The rows so far and the chosen setting."""
         return {
             "rows": self.rows,
             "chosen": {arm: trial._asdict() for arm, trial in self.chosen.items()},
-            "steps": self.population.steps,
-            "metric": self.population.data.task.metric,
-            **self.source(),
+            "steps": self.steps,
+            "metric": self.abstract.data.task.metric,
+            **self.source,
         }
 
-    def fail(self, diverged: Sequence[str]) -> None:
+    def fail(self, step: int, diverged: Sequence[str]) -> None:
         """Writes what there is and ends the method."""
         write_report(self.directory, self.report() | {"diverged": True})
         self.write_end()
-        raise TrainingFailed(f"every setting diverged by step {self.step}")
+        raise TrainingFailed(f"every setting diverged by step {step}")
+
+    def report_continues(self) -> bool:
+        """Whether the report is still to be trained: all methods share its seeds."""
+        return self.group < 0
 
     def finish(self) -> dict[str, Any]:
         """Writes the rows, the costs and, last, the summary."""
-        report = self.report() | {"text_scores": self.score_texts()}
-        # Last, as the timed steps train the members on.
-        report |= {"cost": cost(self.population, self.slots, self.next_batches())}
+        scores = [score for result in self.results for score in result["text_scores"]]
+        report = self.report() | {"text_scores": scores, "cost": self.results[0]["cost"]}
         self.output.check()
         write_report(self.directory, report)
         self.write_end()
         return report
-
-    def score_texts(self) -> list[dict[str, Any]]:
-        """The seed and the scores of the texts of each run of the report (task generation); else empty."""
-        run, parts, data = self.run, self.population.parts, self.population.data
-        if not isinstance(data.task, LanguageTask) or data.task.kind != "generation":
-            return []
-        directory = resolve(run.model.path, "model")
-        texts = HeldOutTexts.from_settings(run, directory, data.task, parts.model, data.inputs)
-        rows, members = [], self.slots.to_host()
-        for slot, number in enumerate(self.slots.slots):
-            member = jax.tree.map(lambda leaf, slot=slot: leaf[slot], members)
-            if number >= 0 and member.alive:
-                frozen = add_scales(parts.frozen, parts.specs, member)
-                _, scores = texts.generate(combine(member.state.trainable, frozen))
-                rows.append({"seed": self.entries[number].seed, **scores})
-        return rows
 
     def write_end(self) -> None:
         """Marks the method as finished."""
         write_record(self.directory / SUMMARY, {"method": self.run.name})
 
     def print_head(self) -> None:
-        """Prints which settings the method ignores, and where it resumes."""
-        for line in ignored_lines(self.run, self.population.parts):
+        """Prints the method, and which settings it ignores."""
+        self.console.print(f"{self.label}: {len(self.run.trials)} settings")
+        for line in ignored_lines(self.run, self.abstract.shapes):
             self.console.print(line)
-        if self.clock:
-            self.console.print(f"resuming from step {self.step} of the {self.stage}")
-
-
-def cost(population: Population, slots: Any, batches: Mapping[int, Any]) -> dict[str, Any]:
-    """Trainable parameters, and seconds of a member's step (median)."""
-    members = len(slots.member_ids)
-    seconds = []
-    for _ in range(TIMED_STEPS):
-        began = time.perf_counter()
-        slots.step(batches)
-        jax.block_until_ready(slots.chunks)
-        seconds.append((time.perf_counter() - began) / members)
-    return {"trainable": count(population.parts.trainable), "step_seconds": float(np.median(seconds))}

@@ -88,6 +88,7 @@ class Population(NamedTuple):
 
     Attributes:
       run: settings of the sweep.
+      abstract: the population before the weights were read.
       data: data of the sweep.
       parts: the model with adapters of the largest rank.
       steps: optimizer steps of a full run.
@@ -100,6 +101,7 @@ class Population(NamedTuple):
     """
 
     run: SweepRun
+    abstract: "AbstractPopulation"
     data: TaskData
     parts: AdaptedModel
     steps: int
@@ -153,6 +155,18 @@ def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> Abstra
     return AbstractPopulation(directory, data, steps, widest, shapes)
 
 
+def load_weights(abstract: AbstractPopulation) -> Any:
+    """Reads the base's weights."""
+    shapes = abstract.shapes
+    return load_params(abstract.directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+
+
+def identity_of(abstract: AbstractPopulation) -> dict[str, Any]:
+    """The identity of the base, without its weights, and of the data."""
+    data = abstract.data
+    return model_identity(abstract.widest, abstract.directory, data.task) | {"data": data.digests}
+
+
 def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -> Population:
     """Downloads, checks, compiles and loads everything, as `prepare` does for a single run.
 
@@ -172,7 +186,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     seeds = (*run.seeds, *run.report_seeds)
     batches = task_module(run).plan_batches(widest, data, steps, seeds, mesh)
     programs, programs_for = _compile_programs(abstract, batches, mesh, places, at_once)
-    weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    weights = load_weights(abstract)
     # Of all weights: members begin with them in both stages, with what is trained in full too.
     base = fingerprint(weights)
     parts = set_weights(widest, shapes, weights)
@@ -202,10 +216,12 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
         base=base,
         settings=split_settings(run.to_json(), "", run.resumable_fields)[0],
         task=data.task.notes(),
-        identity=model_identity(run, directory, data.task) | {"data": data.digests},
+        identity=identity_of(abstract),
         **({} if start is None else {"start": fingerprint(start)}),
     )
-    return Population(run, data, parts, steps, batches, mesh, programs, programs_for, first, metadata)
+    return Population(
+        run, abstract, data, parts, steps, batches, mesh, programs, programs_for, first, metadata
+    )
 
 
 def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) -> Callable[..., Members]:

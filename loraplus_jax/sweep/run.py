@@ -1,34 +1,35 @@
-"""Runs a sweep: search, then report, as one population that trains step by step and can be interrupted.
+"""Runs a sweep: search, then report, in units that any executor runs and that can be interrupted anywhere.
 
 The search trains all settings in parallel on the search seeds and drops or keeps them by validation loss. The
 report trains the best setting of LoRA, the best of LoRA+ and a control to the end on new seeds, all at once or in
 groups of seeds.
+
+The sweep computes rungs, winners and verdict from the results of units, which are files. So it keeps no state of
+its own: started again, it reads the results that exist and runs the other units.
 """
 
+import contextlib
 import importlib.metadata
 import math
+import shutil
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
 
-import jax
 import yaml
 
 from .._utils.atomic import to_json, write_text
 from .._utils.records import read_record, write_record
-from ..data.batches import train_batches
 from ..settings.schema import GENERATION
-from ..step.checkpoint import PACKAGES, save_checkpoint
-from ..step.train_step import TrainState
+from ..step.checkpoint import PACKAGES
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
 from ..training.estimate import Estimate, batches_of
-from ..training.evaluation import finish_metrics
-from ..training.memory import expected_peak
 from ..training.metrics_log import METRICS, SUMMARY
+from ..training.provenance import check_identity
 from ..training.run_directory import OutputDirectory, open_output_directory
-from ..training.signals import Stopped, StopSignal
-from .device_slots import DeviceSlots
+from ..training.run_files import CHECKPOINTS
+from .executor import Executor, InProcess, run_sweeps
 from .figures import draw_figures
 from .halving import (
     best_trial,
@@ -40,12 +41,13 @@ from .halving import (
     split_at_rung,
 )
 from .interim_report import seed_groups
-from .population import Members, Population, prepare_population
 from .report import PAGE, RATE_OPTIONS, REPORT, WINNER, make_report, write_report
 from .settings import ARM_LABELS, SweepRun, Trial
+from .unit import RESULT, MemberSpec, Progress, Source, Unit, is_result_of, unit_directory
 
 MEMBERS_FILE = "members_at_once.json"
-"""File with the number of members that a device computes in parallel, so that a resumed sweep uses it too."""
+"""File with the numbers of members that a device computes in parallel and that a unit has, as rounding depends on
+them: a resumed sweep uses the same."""
 WINNER_ONLY_FIELDS = (
     *("train.select", "train.early_stopping", "train.prompt", "train.log_every", "train.theory_every"),
     "train.report_to",
@@ -65,12 +67,16 @@ def ignored_fields(run: SweepRun) -> list[str]:
     return found
 
 
-class MemberSpec(NamedTuple):
-    """Arm, setting and seed of a member."""
+@contextlib.contextmanager
+def open_executor(run: SweepRun, console: LineConsole) -> Generator[Executor]:
+    """Opens the executor of the settings: Ray's with `sweep.ray`, else this process."""
+    if run.sweep.ray is None:
+        yield InProcess(console)
+        return
+    from .ray_tasks import connect  # Ray is an extra
 
-    arm: str
-    trial: Trial
-    seed: int
+    with connect(run.sweep, console) as executor:
+        yield executor
 
 
 def sweep(
@@ -79,7 +85,6 @@ def sweep(
     fresh: bool = False,
     allow_different: Sequence[str] = (),
     console: LineConsole | None = None,
-    kind: "type[Sweep] | None" = None,
 ) -> dict[str, Any]:
     """Runs search and report and writes all results to `run.output_dir`; resumes an unfinished sweep there.
 
@@ -88,7 +93,6 @@ def sweep(
       fresh: start over; an older sweep there is renamed, not deleted.
       allow_different: parts of the base model or data that may differ from those of the sweep to resume.
       console: where to print, by default a `LineConsole`.
-      kind: the class that runs it, by default `Sweep`.
 
     Returns:
       The content of `report.json`.
@@ -99,227 +103,225 @@ def sweep(
       TrainingFailed: every setting of LoRA, or of LoRA+, diverged; `report.json` has the results so far.
     """
     console = lines_only(console)
-    if jax.process_count() > 1:
-        raise ValueError(f"a sweep runs in one process, got {jax.process_count()} processes; start only one")
-    with open_output_directory(run, console, fresh=fresh, allow_different=allow_different) as output:
-        started, members_file = time.perf_counter(), output.path / MEMBERS_FILE
-        at_once = run.sweep.members_at_once
-        # A measurement may choose another program on resuming, which rounds otherwise.
-        if at_once is None and not fresh and members_file.exists():
-            at_once = read_record(members_file)["members_at_once"]
-        largest_group = max(map(len, seed_groups(run)))
-        capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
-        population = prepare_population(run, capacity, at_once)
-        # Nothing is written before everything has been checked, compiled and loaded.
-        output.claim()
-        write_record(members_file, {"members_at_once": population.programs.at_once})
-        output.open_manager()
-        return (kind or Sweep)(population, capacity, output, started).run_to_end()
-
-
-TIMED_STEP = 3
-"""The step that is timed for a second estimate; the first ones are slower."""
+    with (
+        open_executor(run, console) as executor,
+        open_output_directory(run, console, fresh=fresh, allow_different=allow_different) as output,
+    ):
+        return run_sweeps([Sweep(run, output, executor)], executor)[0]
 
 
 class Sweep:
-    """One sweep, from its start or newest checkpoint to its report."""
+    """One sweep, from its start or its stored results to its report."""
 
-    def __init__(
-        self, population: Population, capacity: int, output: OutputDirectory, started: float
-    ) -> None:
-        self.population, self.run, self.slots = population, population.run, DeviceSlots(population, capacity)
-        self.output, self.directory = output, output.path
-        self.manager, self.console = output.manager, output.console
+    labels: Mapping[str, str] = ARM_LABELS
+    is_scored = False
+    """Whether its report also scores texts and measures costs."""
+
+    def __init__(self, run: SweepRun, output: OutputDirectory, executor: Executor) -> None:
+        self.run, self.output, self.executor = run, output, executor
+        self.directory, self.console = output.path, output.console
+        self.allow_different = output.allow_different
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
+        self.results: list[dict[str, Any]] = []
+        """Of the last stage."""
         self.group = -1
         """Index of the group of report seeds in training; -1 in the search."""
-        # Orbax names checkpoints by their step and keeps the newest, so stages and evaluations count on one clock.
-        self.clock, self.seconds, self.started = 0, 0.0, started
-        self.labels = ARM_LABELS
+        self.devices: set[str] = set()
+        self.seconds, self.started = 0.0, time.perf_counter()
 
-    def run_to_end(self) -> dict[str, Any]:
-        """Runs everything that is left and returns the report."""
-        self.start()
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a full run."""
+        return self.abstract.steps
+
+    def stages(self) -> Generator[Sequence[Unit], list[dict[str, Any]], dict[str, Any]]:
+        """Yields the units of one stage after another, gets their results, and returns the report."""
+        self.open()
         self.print_head()
-        if self.stage == "search" and self.step < TIMED_STEP:
-            self.measure()
-        with StopSignal() as stop:
-            self.run_stage(stop)
-            while self.report_continues():
-                self.begin_report()
-                self.end_if(stop)
-                self.run_stage(stop)
+        yield from self.search()
+        while self.report_continues():
+            yield from self.report_stage()
         return self.finish()
+
+    def open(self) -> None:
+        """Checks, compiles and loads everything, then takes over the directory."""
+        run, members_file = self.run, self.directory / MEMBERS_FILE
+        recorded: dict[str, Any] = {"members_at_once": run.sweep.members_at_once}
+        recorded["group_size"] = run.sweep.group_size
+        # A measurement may choose another program on resuming, which rounds otherwise.
+        if not self.output.fresh and members_file.exists():
+            recorded = read_record(members_file)
+        largest_group = max(map(len, seed_groups(run)))
+        most = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
+        opened = self.executor.open(run, most, recorded["members_at_once"], recorded["group_size"])
+        self.abstract, self.source, at_once, self.group_size = opened
+        # Nothing is written before everything has been checked, compiled and loaded.
+        self.output.claim()
+        write_record(members_file, {"members_at_once": at_once, "group_size": self.group_size})
+
+    # Stages.
+
+    def search(self) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
+        """Trains all settings, and drops some at each rung, until every arm has its best."""
+        trials, seeds = self.run.trials, self.run.seeds
+        members = [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in seeds]
+        start, sources = 0, dict[MemberSpec, Source]()
+        for stop in comparison_steps(self.run.sweep, self.steps):
+            if not members:
+                return
+            units = self.make_units("search", f"search-{stop}", members, start, (stop,), sources)
+            yield from self.run_stage(units)
+            remaining = self.choose(stop)
+            members = [member for member in members if member.trial in remaining]
+            start, sources = stop, _sources(units)
 
     def report_continues(self) -> bool:
         """Whether another group of report seeds follows; the analysis so far is in the report."""
         remaining = len(seed_groups(self.run)) - (self.group + 1)
-        return remaining > 0 and (self.stage == "search" or not self.report()["complete"])
+        return remaining > 0 and (self.group < 0 or not self.report()["complete"])
 
-    def run_stage(self, signal: StopSignal) -> None:
-        """Trains and evaluates to the end of the stage; a signal ends it after the current step or evaluation."""
-        while stops := self.stops():
-            stop = stops[0]
-            lines = ProgressLines(self.console, f"{self.stage} step", stop, self.step)
-            while self.step < stop:
-                batches = self.next_batches()
-                # Dispatch runs ahead of the devices; a signal would wait for all steps up to the stop.
-                jax.block_until_ready(self.slots.chunks)
-                began = time.perf_counter()
-                self.slots.step(batches)
-                self.step, self.clock = self.step + 1, self.clock + 1
-                lines.update(self.step)
-                if self.stage == "search" and self.step == TIMED_STEP:
-                    jax.block_until_ready(self.slots.chunks)
-                    self.print_estimate((time.perf_counter() - began) / len(self.entries))
-                should_save = self.step % self.run.train.eval_every == 0 or signal.received is not None
-                if should_save and self.step < stop:
-                    self.save()
-                    self.end_if(signal)
-            self.at_stop()
-            if self.stage == "report" or self.stops():
-                self.save()
-                self.end_if(signal)
-
-    def measure(self) -> None:
-        """Measures an evaluation batch, and prints from its time how long the sweep will take."""
-        programs, devices = self.slots.programs, self.population.mesh.local_devices
-        self.memory = expected_peak((programs.step.largest, programs.evaluate), devices[0], len(devices))
-        self.batch_seconds = self.slots.time_evaluation(self.population.data.splits["validation"])
-        self.print_estimate(programs.step_work * self.batch_seconds)
-
-    def print_estimate(self, step_seconds: float) -> None:
-        """Prints how long the sweep will take, from the seconds of a member's step and of its evaluation batch."""
-        run, steps, rows = self.run, self.population.steps, self.population.batches.eval_rows
-        stops, reported = comparison_steps(run.sweep, steps), len(run.arms) * len(run.report_seeds)
-        members = planned_members(run.trials, len(run.seeds), stops, run.sweep.keep)
-        batches = {name: batches_of(columns, rows) for name, columns in self.population.data.splits.items()}
-        evaluations = sum(members) * batches["validation"]
-        evaluations += reported * len(curve_steps(steps, run.sweep.curve_points)) * batches["test"]
-        total = member_steps(members, stops) + reported * steps
-        seconds = total * step_seconds + evaluations * self.batch_seconds
-        counts = {"training steps": total, "evaluation batches": evaluations}
-        bound = "at most" if run.sweep.interim_seeds else "about"
-        self.console.print(f"{Estimate(seconds, self.memory, counts, bound)}")
-
-    # Stages.
-
-    def start(self) -> None:
-        """Begins the search, or resumes from the newest readable checkpoint."""
-        trials, seeds = self.run.trials, self.run.seeds
-        self.begin("search", [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in seeds])
-        # Orbax restores into arrays of the saved shapes, which do not depend on the stage.
-        restored = self.output.restore(self.slots.as_state(self.clock), self.population.metadata)
-        if restored is not None:
-            self.resume(restored.state, restored.input_position)
-
-    def begin(self, stage: str, entries: Sequence[MemberSpec]) -> None:
-        """Starts a stage: fills the slots with its entries, before their first step."""
-        self.stage, self.step = stage, 0
-        self.slots.fill(self.enter(entries))
-
-    def enter(self, entries: Sequence[MemberSpec]) -> dict[int, Members]:
-        """Takes over the entries of a stage, with the batches of a single run with each seed, from the start.
-
-        Returns:
-          Their initial members, by number.
-        """
-        self.entries = list(entries)
-        split, size = self.population.data.splits["train"], self.run.train.batch_size
-        arrange = self.population.batches.arrange
-        self.batches = {
-            seed: train_batches(split, batch_size=size, seed=seed, arrange=arrange)
-            for seed in dict.fromkeys(entry.seed for entry in entries)
-        }
-        return {n: self.population.first(entry.trial, entry.seed) for n, entry in enumerate(entries)}
-
-    def begin_report(self) -> None:
-        """Starts the next group of report seeds and evaluates its members before their first step."""
+    def report_stage(self) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
+        """Trains the selected settings and the control to the end, on the next group of report seeds."""
         self.group += 1
         if self.group:
             count = self.run.sweep.interim_seeds[self.group - 1]
             self.console.print(
                 f"no significant difference in test loss on {count} report seeds; training more"
             )
-        self.begin("report", self.report_entries())
-        self.clock += 1
-        self.record("test")
-        self.save()
-
-    def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Restores the content of a checkpoint; `start` has begun the search."""
-        self.stage, self.step, self.clock = position["stage"], position["step"], int(state.step)
-        self.rows, self.seconds, self.group = position["rows"], position["seconds"], position["group"]
-        self.chosen = {arm: Trial(*values) for arm, values in position["chosen"].items()}
-        entries = self.report_entries() if self.stage == "report" else self.entries
-        self.slots.resume(state, self.enter(entries), position["places"])
-        for seed, batches in self.batches.items():
-            batches.set_state(position["batches"][str(seed)])
-
-    def next_batches(self) -> dict[int, Any]:
-        """The next batch of every member."""
-        by_seed = {seed: next(batches) for seed, batches in self.batches.items()}
-        return {number: by_seed[self.entries[number].seed] for number in self.slots.member_ids}
-
-    def report_entries(self) -> list[MemberSpec]:
-        """The selected settings and the control, each on every report seed of the group."""
         trials = dict(self.chosen)
         if "control" in self.run.arms:
             trials["control"] = self.chosen["lora_plus"].control
         seeds = seed_groups(self.run)[self.group]
-        return [MemberSpec(arm, trials[arm], seed) for arm in self.run.arms for seed in seeds]
+        members = [MemberSpec(arm, trials[arm], seed) for arm in self.run.arms for seed in seeds]
+        stops = tuple(curve_steps(self.steps, self.run.sweep.curve_points))
+        yield from self.run_stage(self.make_units("report", f"report-{self.group}", members, 0, stops, {}))
 
-    def stops(self) -> list[int]:
-        """Remaining steps of the stage at which its members are evaluated."""
-        if self.stage == "search" and len(self.chosen) == len(self.run.searched):
-            return []
-        sweep, steps = self.run.sweep, self.population.steps
-        curve = curve_steps(steps, sweep.curve_points)
-        stops = comparison_steps(sweep, steps) if self.stage == "search" else curve
-        return [stop for stop in stops if stop > self.step]
+    def make_units(
+        self,
+        stage: str,
+        name: str,
+        members: Sequence[MemberSpec],
+        start: int,
+        stops: tuple[int, ...],
+        sources: Mapping[MemberSpec, Source],
+    ) -> list[Unit]:
+        """Splits the members of a stage into units, in order, each of the same size but the last."""
+        split = "validation" if stage == "search" else "test"
+        units = []
+        for number, first in enumerate(range(0, len(members), self.group_size)):
+            group = tuple(members[first : first + self.group_size])
+            units.append(
+                Unit(
+                    *(f"{name}-{number}", stage, group, start, stops, split),
+                    sources=tuple(sources[member] for member in group) if sources else (),
+                    is_timed=(stage, start, number) == ("search", 0, 0),
+                    is_scored=self.is_scored and stage == "report",
+                )
+            )
+        return units
 
-    def at_stop(self) -> None:
-        """Evaluates all members, drops settings during the search, and writes the report so far."""
-        self.clock += 1
-        self.record("validation" if self.stage == "search" else "test")
-        if self.stage == "search":
-            self.choose()
-        else:
-            self.print_means()
+    def run_stage(self, units: Sequence[Unit]) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
+        """Has units run, and records their rows."""
+        self.units, self.progress = units, {unit: Progress(unit.start) for unit in units}
+        self.earlier, self.reached = self.rows, -1
+        groups = f"{self.stage} of {len(units)} groups" if len(units) > 1 else self.stage
+        total, done = len(units) * units[0].stops[-1], len(units) * units[0].start
+        self.lines = ProgressLines(
+            self.console, f"{groups}, step" if len(units) > 1 else f"{groups} step", total, done
+        )
+        self.results = yield units
+        self.devices |= {result["devices"] for result in self.results}
+        # Their members have trained on.
+        for name in {source.unit for unit in units for source in unit.sources}:
+            shutil.rmtree(unit_directory(self.directory, name) / CHECKPOINTS, ignore_errors=True)
+
+    @property
+    def stage(self) -> str:
+        """The stage in training."""
+        return self.units[0].stage
+
+    def stored_result(self, unit: Unit) -> dict[str, Any] | None:
+        """The result of a unit that has finished, from the same base, data and members."""
+        path = unit_directory(self.directory, unit.name) / RESULT
+        if not path.exists():
+            return None
+        result = read_record(path)
+        identity, weights = self.source["identity"], self.source["base"]
+        check_identity(path, result, identity, weights=weights, allow=self.allow_different)
+        if not is_result_of(result, unit):
+            raise ValueError(f"{path} is of other members; start over with --fresh")
+        self.seconds += result["seconds"]
+        return result
+
+    def follow(self, unit: Unit, progress: Progress) -> None:
+        """Learns how far a unit is: prints progress and estimates, and reports what all units have evaluated."""
+        before, self.progress[unit] = self.progress[unit], progress
+        if progress.resumed is not None and before.resumed is None:
+            self.console.print(f"resuming from step {progress.resumed} of the {unit.stage}")
+        if progress.step != before.step:
+            self.lines.update(sum(each.step for each in self.progress.values()))
+        is_new = (before.batch_seconds, before.step_seconds) != (
+            progress.batch_seconds,
+            progress.step_seconds,
+        )
+        if is_new and progress.batch_seconds is not None:
+            self.print_estimate(progress)
+        evaluated = [max((row["step"] for row in p.rows), default=-1) for p in self.progress.values()]
+        if (step := min(evaluated)) > self.reached:
+            self.reached = step
+            rows = [row for p in self.progress.values() for row in p.rows if row["step"] <= step]
+            # In the order of one unit with all members, and a sort keeps the order of members.
+            self.rows = [*self.earlier, *sorted(rows, key=lambda row: row["step"])]
+            self.at_stop(step)
+
+    def at_stop(self, step: int) -> None:
+        """Writes the report so far; all members have been evaluated after this step."""
+        if self.stage == "report" and step:
+            self.print_means(step)
+        self.output.check()
+        write_text(self.directory / METRICS, "".join(to_json(row) + "\n" for row in self.rows))
         write_report(self.directory, self.report())
 
-    def record(self, split: str) -> None:
-        """Evaluates on a split and records the rows; stops members with a non-finite loss."""
-        rows = self.population.data.splits[split]
-        results = self.slots.evaluate(rows)
-        for number, values in results.items():
-            arm, trial, seed = self.entries[number]
-            finite = math.isfinite(values["loss"])
-            values = finish_metrics(self.population.data.task, values)
-            # JSON has no NaN, and the metrics of a diverged member say nothing.
-            values = values if finite else dict.fromkeys(values)
-            key = {"stage": self.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
-            self.rows.append({**key, "split": split, **values})
-        self.slots.retire(number for number, values in results.items() if not math.isfinite(values["loss"]))
+    def choose(self, step: int) -> list[Trial]:
+        """Compares the settings; selects an arm's best at the end, or earlier if only one is left.
 
-    def choose(self) -> None:
-        """Drops settings at a rung; selects an arm's best at the end, or earlier if only one is left."""
-        scores = mean_losses(row for row in self.rows if row["step"] == self.step)
+        Returns:
+          The settings that train on.
+        """
+        scores = mean_losses(row for row in self.rows if row["step"] == step)
         best = {arm: best_trial(scores, arm) for arm in self.run.searched if arm not in self.chosen}
-        self.print_scores(scores, best)
+        self.print_scores(step, scores, best)
         if diverged := [arm for arm, trial in best.items() if trial is None]:
-            self.save()
-            self.fail(diverged)
-        if self.step == self.population.steps:
+            self.fail(step, diverged)
+        if step == self.steps:
             self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
-            return
-        selected, remaining = split_at_rung(scores, self.run.sweep.keep)
-        self.chosen |= selected
-        if remaining:
-            self.slots.compact([n for n in self.slots.member_ids if self.entries[n].trial in remaining])
+            remaining = []
+        else:
+            selected, remaining = split_at_rung(scores, self.run.sweep.keep)
+            self.chosen |= selected
+        write_report(self.directory, self.report())
+        return remaining
 
-    def fail(self, diverged: Sequence[str]) -> None:
+    def print_estimate(self, progress: Progress) -> None:
+        """Prints how long the sweep will take, from the seconds of a member's step or its evaluation batch."""
+        run, steps, data = self.run, self.steps, self.abstract.data
+        assert progress.batch_seconds is not None
+        step_seconds = progress.step_seconds or progress.step_work * progress.batch_seconds
+        stops, reported = comparison_steps(run.sweep, steps), len(run.arms) * len(run.report_seeds)
+        members = planned_members(run.trials, len(run.seeds), stops, run.sweep.keep)
+        batches = {name: batches_of(columns, progress.eval_rows) for name, columns in data.splits.items()}
+        evaluations = sum(members) * batches["validation"]
+        evaluations += reported * len(curve_steps(steps, run.sweep.curve_points)) * batches["test"]
+        total = member_steps(members, stops) + reported * steps
+        seconds = total * step_seconds + evaluations * progress.batch_seconds
+        counts = {"training steps": total, "evaluation batches": evaluations}
+        bound = "at most" if run.sweep.interim_seeds else "about"
+        workers = self.executor.workers
+        also = f"waiting for the slowest of {workers} workers" if workers > 1 else ""
+        self.console.print(f"{Estimate(seconds / workers, progress.memory, counts, bound, also)}")
+
+    def fail(self, step: int, diverged: Sequence[str]) -> None:
         """Writes what there is and raises TrainingFailed: every setting of these arms diverged."""
         write_report(self.directory, report := self.report())
         if any(row["loss"] is not None for row in report["search"]):
@@ -327,53 +329,21 @@ class Sweep:
         methods = " and of ".join(self.labels[arm] for arm in diverged)
         options = " and ".join(f"sweep.{RATE_OPTIONS[arm, 'learning_rate']}" for arm in diverged)
         raise TrainingFailed(
-            f"every setting of {methods} diverged by step {self.step}; set lower {options}; the results "
+            f"every setting of {methods} diverged by step {step}; set lower {options}; the results "
             f"so far are in {self.directory}"
         )
 
     # Output files.
 
-    def save(self) -> None:
-        """Saves a checkpoint with all results so far."""
-        position = {
-            "stage": self.stage,
-            "group": self.group,
-            "step": self.step,
-            "places": self.slots.slots,
-            "chosen": {arm: list(trial) for arm, trial in self.chosen.items()},
-            "batches": {str(seed): batches.get_state() for seed, batches in self.batches.items()},
-            "rows": self.rows,
-            "seconds": self.seconds + time.perf_counter() - self.started,
-        }
-        state = self.slots.as_state(self.clock)
-        self.output.check()
-        save_checkpoint(self.manager, state, metadata=self.population.metadata, input_position=position)
-        # Only a copy: a kill before this line loses nothing, as the checkpoint holds the rows.
-        write_text(self.directory / METRICS, "".join(to_json(row) + "\n" for row in self.rows))
-
-    def end_if(self, signal: StopSignal) -> None:
-        """Raises Stopped if a signal was received; the caller has just saved."""
-        if signal.received is not None:
-            # Orbax writes in the background; a process that ended now would lose the checkpoint.
-            self.manager.wait_until_finished()
-            raise Stopped(
-                signal.received,
-                f"stopped at step {self.step} of the {self.stage}; rerun the same command to resume",
-            )
-
     def report(self) -> dict[str, Any]:
         """The report of all results so far."""
-        metric = self.population.data.task.metric
+        data = self.abstract.data
         curve = {
-            "curve_steps": curve_steps(self.population.steps, self.run.sweep.curve_points),
-            "test_rows": self.population.data.examples["test"],
+            "curve_steps": curve_steps(self.steps, self.run.sweep.curve_points),
+            "test_rows": data.examples["test"],
         }
-        report = make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)
-        return report | self.source()
-
-    def source(self) -> dict[str, Any]:
-        """The base and the data of the results, for a comparison that reads them back."""
-        return {name: self.population.metadata[name] for name in ("base", "identity")}
+        report = make_report(self.run, self.rows, self.chosen, self.steps, data.task.metric, curve)
+        return report | dict(self.source)
 
     def finish(self) -> dict[str, Any]:
         """Writes the report with its figures, the winner's recipe and, last, the summary."""
@@ -392,7 +362,7 @@ class Sweep:
             for name in ("decision", "verdict", "winner", "command", "member_steps", "ended")
         }
         summary["seconds"] = round(self.seconds + time.perf_counter() - self.started, 1)
-        summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
+        summary["devices"] = ", ".join(sorted(self.devices))
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         # The last file, as it marks the sweep as finished.
         write_record(self.directory / SUMMARY, summary)
@@ -420,20 +390,20 @@ class Sweep:
         """Prints what the sweep will try."""
         counts = {arm: sum(trial.arm == arm for trial in self.run.trials) for arm in self.run.searched}
         settings = " and ".join(f"{count} settings of {self.labels[arm]}" for arm, count in counts.items())
-        steps, seeds = self.population.steps, self.run.report_seeds
+        steps, seeds = self.steps, self.run.report_seeds
         stops = " and ".join(map(str, comparison_steps(self.run.sweep, steps)))
         self.console.print(
             f"sweep: {settings} on seed {', '.join(map(str, self.run.seeds))}, compared after {stops} of "
             f"{steps} steps; then the best of each on seeds {', '.join(map(str, seeds))}"
         )
-        for line in (*data_lines(self.population.data), *ignored_lines(self.run, self.population.parts)):
+        for line in (*data_lines(self.abstract.data), *ignored_lines(self.run, self.abstract.shapes)):
             self.console.print(line)
         if names := ignored_fields(self.run):
             self.console.print(f"ignored by the sweep, used when training the winner: {', '.join(names)}")
-        if self.clock:
-            self.console.print(f"resuming from step {self.step} of the {self.stage}")
 
-    def print_scores(self, scores: Mapping[Trial, float], best: Mapping[str, Trial | None]) -> None:
+    def print_scores(
+        self, step: int, scores: Mapping[Trial, float], best: Mapping[str, Trial | None]
+    ) -> None:
         """Prints the best setting of each arm and how many diverged."""
         for arm, trial in best.items():
             arm_scores = [score for t, score in scores.items() if t.arm == arm]
@@ -441,16 +411,16 @@ class Sweep:
             text = "none" if trial is None else f"{trial}: validation loss {scores[trial]:.4f}"
             diverged = f", {count} diverged" if count else ""
             self.console.print(
-                f"step {self.step}: {self.labels[arm]}, best of {len(arm_scores)} settings{diverged}: {text}"
+                f"step {step}: {self.labels[arm]}, best of {len(arm_scores)} settings{diverged}: {text}"
             )
 
-    def print_means(self) -> None:
+    def print_means(self, step: int) -> None:
         """Prints each arm's mean test loss over the report seeds on which it did not diverge."""
-        seeds = {entry.seed for entry in self.entries}
+        seeds = {member.seed for unit in self.units for member in unit.members}
         rows = [
             row
             for row in self.rows
-            if (row["stage"], row["step"]) == ("report", self.step) and row["seed"] in seeds
+            if (row["stage"], row["step"]) == ("report", step) and row["seed"] in seeds
         ]
         losses = {
             arm: [r["loss"] for r in rows if r["arm"] == arm and r["loss"] is not None]
@@ -461,4 +431,13 @@ class Sweep:
             for arm, v in losses.items()
         )
         numbers = ", ".join(map(str, sorted(seeds)))
-        self.console.print(f"step {self.step}: mean test loss on seeds {numbers}: {means}")
+        self.console.print(f"step {step}: mean test loss on seeds {numbers}: {means}")
+
+
+def _sources(units: Sequence[Unit]) -> dict[MemberSpec, Source]:
+    """Where units leave the state of each of their members."""
+    return {
+        member: Source(unit.name, len(unit.members), number)
+        for unit in units
+        for number, member in enumerate(unit.members)
+    }

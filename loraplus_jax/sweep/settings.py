@@ -84,6 +84,12 @@ class SweepSettings:
         lora_rite, lora_muon, full.
       method_learning_rates: learning rates of single methods, with methods: a mapping from a method to a list as
         long as the settings of LoRA+; by default those of plain LoRA, a tenth of them for pissa, olora and full.
+      ray: run the sweep on Ray: auto (the cluster of this node), the HOST:PORT of a cluster, or local (starts Ray
+        on this machine alone); null runs it in this process.
+      worker: resources of a worker with ray, by Ray's names, such as {GPU: 1}, {TPU: 4} or {CPU: 8}; null takes a
+        GPU, else the TPU chips of a host, else a CPU core.
+      group_size: most runs that one worker trains at a time; null takes all of a stage without ray, and with ray as
+        many as a worker's devices train in parallel. The report depends on it, but not on the number of workers.
     """
 
     method: Literal["halving", "grid"] = "halving"
@@ -104,6 +110,9 @@ class SweepSettings:
     members_at_once: Annotated[Count, Field(le=MOST_MEMBERS)] | None = None
     methods: Annotated[tuple[MethodName, ...], Field(min_length=1), Distinct] | None = None
     method_learning_rates: dict[MethodName, Rates] = dataclasses.field(default_factory=dict)
+    ray: str | None = None
+    worker: dict[str, Rate] | None = None
+    group_size: Annotated[Count, Field(le=MOST_MEMBERS)] | None = None
 
     def __post_init__(self) -> None:
         if 1.0 in self.lr_ratios:
@@ -115,6 +124,8 @@ class SweepSettings:
             for name in ("rungs", "keep"):
                 if getattr(self, name) != getattr(SweepSettings, name):
                     raise ValueError(f"{name} applies only to method halving, got method grid; remove {name}")
+        if self.worker is not None and self.ray is None:
+            raise ValueError(f"worker must be null without ray, got {dict(self.worker)}; set sweep.ray")
         for name in self.method_learning_rates:
             if name not in (self.methods or ()):
                 raise ValueError(f"method_learning_rates must be of sweep.methods, got {name}; add it there")
@@ -175,7 +186,9 @@ class SweepRun(Settings):
     """
 
     sweep: SweepSettings = SweepSettings()
-    resumable_fields: ClassVar = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")
+    resumable_fields: ClassVar = (
+        *("train.keep", "train.compilation_cache", "mesh.data", "output_dir", "sweep.ray", "sweep.worker"),
+    )
 
     def __post_init__(self) -> None:
         if self.optimizer.name in INVARIANT:

@@ -42,6 +42,7 @@ from .run_files import (
     FAILURE,
     LOCK,
     OWNER,
+    UNITS,
     TrainingFailed,
     read_summary,
     saved_settings,
@@ -59,12 +60,14 @@ DIFFERENCE_LABELS = ("in that run", "here")
 
 
 @contextmanager
-def lock_directory(directory: Path) -> Iterator[Callable[[], None]]:
+def lock_directory(directory: Path, *, wait: float = 1.0) -> Iterator[Callable[[], None]]:
     """Locks the directory for this process; the operating system releases the lock when the process exits.
+
+    Waits so many seconds for another process. By default only for `owner_pid`, which holds the lock for a moment.
 
     Yields a check to call before writing: it raises ValueError if the directory is no longer at its path.
     """
-    with _lock(directory):
+    with _lock(directory, wait):
         locked, owner = directory.stat(), directory / OWNER
 
         def check() -> None:
@@ -84,13 +87,13 @@ def lock_directory(directory: Path) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _lock(directory: Path) -> Iterator[None]:
+def _lock(directory: Path, wait: float = 1.0) -> Iterator[None]:
     lock, owner = filelock.FileLock(directory / LOCK), directory / OWNER
     for path in (directory / LOCK, owner):  # through a link another file would be written; a FIFO would block
         if os.path.lexists(path):
             check_file(path, follow_links=False)
     try:
-        lock.acquire(timeout=1)  # `owner_pid` of another process holds it for a moment
+        lock.acquire(timeout=wait)
     except filelock.Timeout:
         pid = read_text(owner).strip() if owner.exists() else "unknown"
         raise ValueError(
@@ -148,7 +151,7 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
     if read_summary(directory) is not None and not any(text.startswith(stops) for text in changed):
         extend = "raise train.steps to continue it, " if stops else ""
         raise ValueError(f"the run in {directory} has finished (results in {SUMMARY}); {extend}{remedy}")
-    if METRICS in names and CHECKPOINTS not in names:
+    if METRICS in names and not {CHECKPOINTS, UNITS} & names:
         raise ValueError(
             f"output_dir {directory} contains a run without its {CHECKPOINTS} directory; restore it, or {remedy}"
         )

@@ -1,5 +1,6 @@
 """The files of a run's directory that commands without JAX read too: settings, summary, lock, failure."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from .metrics_log import SUMMARY
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, FAILURE = "checkpoints", "failure.txt"
+UNITS = "units"
+"""The directories of a sweep's units of work, each with checkpoints of its own."""
 
 
 class TrainingFailed(Exception):
@@ -29,8 +32,9 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """The steps of the checkpoints in a run's directory."""
-    return [int(path.name) for path in (directory / CHECKPOINTS).glob("*") if path.name.isdigit()]
+    """The steps of the checkpoints in a run's directory; in a sweep's, those of all its units."""
+    paths = (directory.glob(pattern) for pattern in (f"{CHECKPOINTS}/*", f"{UNITS}/*/{CHECKPOINTS}/*"))
+    return [int(path.name) for path in itertools.chain(*paths) if path.name.isdigit()]
 
 
 def saved_settings(directory: Path, remedy: str) -> dict[str, Any]:

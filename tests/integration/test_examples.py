@@ -1,9 +1,15 @@
 """Every example runs, and does what it says."""
 
+import re
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+
+from loraplus_jax.settings.parsing import setting_fields
+from loraplus_jax.sweep.settings import SweepRun
 
 # tests/others runs those that need other packages: 08_tunix.py, 09_gemma.py and 10_bonsai.py.
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -31,3 +37,17 @@ def test_an_example_learns_and_its_ways_agree(name):
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
 def test_every_example_is_tested(path):
     assert path.name in Path(__file__).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "launch").iterdir()), ids=lambda p: p.name)
+def test_a_launch_file_is_well_formed_and_names_settings_and_the_lines_to_change(path):
+    text = path.read_text(encoding="utf-8")
+    assert "two lines to change" in text
+    if path.suffix == ".sh":
+        subprocess.run(["bash", "-n", path], check=True)
+    else:
+        assert all(part["apiVersion"] and part["kind"] for part in yaml.safe_load_all(text))
+    command = next(line for line in text.splitlines() if re.search(r"loraplus,? (train|sweep)", line))
+    options = re.findall(r"--(\w+\.\w+)", command) + re.findall(r"--(sweep\.\w+|distributed\.\w+)", text)
+    assert options
+    assert set(options) <= {field.name for field in setting_fields(SweepRun)}

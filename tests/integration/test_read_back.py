@@ -81,19 +81,19 @@ def stopped_sweep(world, patch):
     def stop(self):
         raise KeyboardInterrupt
 
-    patch.setattr(Sweep, "begin_report", stop)
+    patch.setattr(Sweep, "report_stage", stop)
     assert sweep(world) == 130
 
 
 def stopped_methods(world, patch):
-    result = method_comparison._result
+    begin = method_comparison.MethodSweep.open
 
-    def stop(run, *rest):
-        if run.name == "lora_plus":
+    def stop(self):
+        if self.run.name == "lora_plus":
             raise KeyboardInterrupt
-        return result(run, *rest)
+        begin(self)
 
-    patch.setattr(method_comparison, "_result", stop)
+    patch.setattr(method_comparison.MethodSweep, "open", stop)
     assert resume_methods(world) == 130
 
 

@@ -1,73 +1,68 @@
-"""Which split decides at each stage of a sweep, on members whose losses are given."""
+"""Which split decides at each stage of a sweep, on units whose losses are given."""
 
-import time
 import types
 
-import numpy as np
 import pytest
 
-from loraplus_jax.data.batches import take_rows
-from loraplus_jax.sweep import run as sweeping
+from loraplus_jax.sweep.executor import Opened, run_sweeps
+from loraplus_jax.sweep.run import Sweep
+from loraplus_jax.sweep.unit import Progress
 from loraplus_jax.training.console import LineConsole
-from loraplus_jax.training.signals import StopSignal
+from loraplus_jax.training.run_directory import open_output_directory
 
 # Loss is this times the rate of B: validation favors the smallest rate, test the largest.
 SLOPES = {"validation": 1.0, "test": -1.0}
 
 
-class Slots:
-    """Members that do not change; each is its trial."""
+class GivenLosses:
+    """Executor of units that train nothing; the last that was submitted finishes first."""
 
-    chunks = ()
+    is_concurrent, workers = True, 3
 
-    def __init__(self, population, size):
-        pass
+    def __init__(self, group_size=None):
+        self.group_size, self.queue, self.units = group_size, [], []
 
-    def fill(self, members):
-        self.trials = members
-        self.member_ids = list(members)
+    def open(self, run, most, members_at_once, group_size):
+        task = types.SimpleNamespace(metric="loss", derived=lambda values: {})
+        data = types.SimpleNamespace(task=task, examples={"test": 4}, summary=())
+        abstract = types.SimpleNamespace(data=data, steps=8, shapes=None)
+        return Opened(abstract, {"base": None, "identity": {}}, 1, self.group_size or most)  # pyright: ignore
 
-    def compact(self, kept):
-        self.fill({number: self.trials[number] for number in kept})
+    def submit(self, sweep, unit):
+        self.queue.append((sweep, unit))
+        self.units.append(unit)
 
-    def step(self, batches):
-        pass
+    def wait(self):
+        sweep, unit = self.queue.pop()
+        slope, rows = SLOPES[unit.split], []
+        for stop in unit.stops:
+            for arm, trial, seed in unit.members:
+                key = {"stage": unit.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": stop}
+                loss = 9.0 + slope * trial.learning_rate * trial.lr_ratio
+                rows.append({**key, "split": unit.split, "loss": loss})
+            sweep.follow(unit, Progress(stop, list(rows)))
+        return sweep, unit, {"rows": rows, "devices": "1 x given", "seconds": 0.0}
 
-    def retire(self, numbers):
-        assert not list(numbers)
 
-    def as_state(self, clock):
-        pass
+@pytest.fixture
+def ended(tmp_path, monkeypatch, parsed):
+    """A sweep on an executor, to its end but for figures and winner."""
+    monkeypatch.setattr(Sweep, "print_head", lambda self: None)
+    monkeypatch.setattr(Sweep, "finish", lambda self: self.report())
 
-    def evaluate(self, rows):
-        slope = float(rows["slope"][0])
-        return {n: {"loss": 9.0 + slope * t.learning_rate * t.lr_ratio} for n, t in self.trials.items()}
+    def end(executor, *options):
+        run = parsed(*options, f"--output_dir={tmp_path / 'out'}", "--train.compilation_cache=false")
+        with open_output_directory(run, LineConsole(quiet=True), fresh=True) as output:
+            sweep = Sweep(run, output, executor)
+            return sweep, run_sweeps([sweep], executor)[0]
+
+    return end
 
 
 @pytest.mark.parametrize("option", ["method=halving", "method=grid", "learning_rates=[1e-3]"])
-def test_the_search_selects_on_validation_and_the_report_tests(tmp_path, monkeypatch, parsed, option):
-    run = parsed(f"--sweep.{option}", "--train.steps=8", "--train.batch_size=2")
-    splits = {name: {"slope": np.full(2, slope)} for name, slope in SLOPES.items()}
-    task = types.SimpleNamespace(metric="loss", derived=lambda values: {})
-    data = types.SimpleNamespace(
-        task=task, splits={**splits, "train": {"x": np.zeros(4)}}, examples={"test": 4}
-    )
-    metadata = {"base": None, "identity": {}}
-    batches = types.SimpleNamespace(arrange=take_rows)
-    population = types.SimpleNamespace(
-        run=run, data=data, steps=8, batches=batches, first=lambda trial, seed: trial, metadata=metadata
-    )
-    monkeypatch.setattr(sweeping, "DeviceSlots", Slots)
-    monkeypatch.setattr(sweeping.Sweep, "print_estimate", lambda self, seconds: None)
-    monkeypatch.setattr(sweeping.Sweep, "save", lambda self: None)
-    output = types.SimpleNamespace(
-        path=tmp_path, manager=None, console=LineConsole(quiet=True), restore=lambda *_: None
-    )
-    sweep = sweeping.Sweep(population, 32, output, time.perf_counter())  # pyright: ignore
-    sweep.start()
-    sweep.run_stage(StopSignal())
-    sweep.begin_report()
-    sweep.run_stage(StopSignal())
+def test_the_search_selects_on_validation_and_the_report_tests(ended, option):
+    sweep, _ = ended(GivenLosses(), f"--sweep.{option}")
+    run = sweep.run
     assert {(row["stage"], row["split"]) for row in sweep.rows} == {
         ("search", "validation"),
         ("report", "test"),
@@ -79,3 +74,27 @@ def test_the_search_selects_on_validation_and_the_report_tests(tmp_path, monkeyp
         arm: min(t.learning_rate * t.lr_ratio for t in run.trials if t.arm == arm) for arm in sweep.chosen
     }
     assert {arm: t.learning_rate * t.lr_ratio for arm, t in sweep.chosen.items()} == lowest
+
+
+def test_the_report_does_not_depend_on_the_groups_nor_on_which_ends_first(ended):
+    whole = GivenLosses()
+    sweep, report = ended(whole, "--sweep.keep=0.5")
+    assert [unit.name for unit in whole.units] == ["search-1-0", "search-8-0", "report-0-0"]
+    for size in (1, 3):
+        split = GivenLosses(size)
+        again, same = ended(split, "--sweep.keep=0.5")
+        assert (again.rows, same) == (sweep.rows, report)
+        assert [len(unit.members) for unit in split.units[: 32 // size]] == [size] * (32 // size)
+
+
+def test_members_continue_from_the_unit_that_trained_them(ended):
+    executor = GivenLosses(3)
+    ended(executor, "--sweep.keep=0.5")
+    units = {unit.name: unit for unit in executor.units}
+    continued = [unit for unit in executor.units if unit.stage == "search" and unit.start]
+    assert [len(unit.members) for unit in continued] == [3] * 5 + [1]
+    for unit in continued:
+        for member, source in zip(unit.members, unit.sources, strict=True):
+            assert units[source.unit].members[source.number] == member
+            assert len(units[source.unit].members) == source.size
+            assert units[source.unit].stops[-1] == unit.start

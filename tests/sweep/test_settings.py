@@ -37,7 +37,8 @@ def target(run):
     return [found["target"] for found in report_runs(rows, 9, run.sweep.target)]
 
 
-# Field, another value, what shows it, and what else must be set; members_at_once is in test_population.py.
+# Field, another value, what shows it, and what else must be set. members_at_once is in test_population.py,
+# group_size in test_run.py; ray and worker are in test_ray_tasks.py.
 def pissa(run):
     return method_run(run, "pissa").trials
 
@@ -65,7 +66,7 @@ EFFECTS = [
 
 
 def test_every_field_has_its_effect():
-    named = {name for name, *_ in EFFECTS} | {"members_at_once"}
+    named = {name for name, *_ in EFFECTS} | {"members_at_once", "group_size", "ray", "worker"}
     assert named == {field.name for field in dataclasses.fields(SweepSettings)}
 
 
@@ -179,6 +180,8 @@ BAD = {
     "--sweep.interim_seeds=[3]": ["interim_seeds", "below", "report_seeds 3", 3],
     "--sweep.interim_seeds=[4,2] --sweep.report_seeds=8": ["interim_seeds", "increasing", "[4, 2]"],
     "--sweep.interim_seeds=[2] --sweep.methods=[pissa]": ["interim_seeds", "empty", "[2]"],
+    "--sweep.group_size=0": ["sweep.group_size", 1, 0],
+    '--sweep.worker={"GPU":1}': ["worker", "GPU", "sweep.ray"],
     "--sweep.members_at_once=10001": ["sweep.members_at_once", 1, 10000, 10001],
     "--sweep.seeds=[1,2,3,4,5,6] --sweep.samples=1000": ["10,000", "2,000", 6, "sweep.seeds", "12,000"],
     f"--sweep.learning_rates={MANY} --sweep.lora_learning_rates=[1e-3] --sweep.ranks={list(range(1, 26))}".replace(

@@ -1,0 +1,247 @@
+"""Runs the units of sweeps as tasks of Ray, on a running cluster or on this machine alone.
+
+Ray chooses the workers, and retries a unit whose worker is lost; the unit resumes from its checkpoint. Files on
+storage that all hosts see carry everything else: checkpoints, results and progress.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .._utils.atomic import to_json
+from .._utils.validation import expand_path
+from ..step.fingerprints import fingerprint
+from ..training.console import LineConsole
+from ..training.distributed import LostProcess
+from ..training.run_files import OWNER
+from ..training.signals import Stopped, StopSignal
+from .executor import Opened, Stages
+from .population import abstract_population, identity_of, load_weights
+from .settings import SweepRun, SweepSettings
+from .unit import Unit
+from .worker import Job, measure, packages, read_progress, run_on_worker
+
+LOCAL, AUTO = "local", "auto"
+RETRIES = 20
+"""How often a unit is started again after its worker was lost."""
+SAVE_SECONDS = 120.0
+"""How long to wait for workers that save when the sweep is stopped."""
+POLL_SECONDS = 1.0
+CONNECT_SECONDS = 10.0
+
+
+@contextlib.contextmanager
+def connect(settings: SweepSettings, console: LineConsole) -> Generator["RayTasks"]:
+    """Connects to the cluster of `sweep.ray`, or starts Ray on this machine until the context ends.
+
+    Raises:
+      ImportError: Ray is not installed.
+      ValueError: there is no such cluster, or no node of it has what a worker needs.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    is_local = settings.ray == LOCAL
+    if is_local:
+        # Ray's switch for computers whose firewalls ask about every open port: it uses the loopback interface only.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # The driver computes nothing; it must not take the devices of the workers on its host.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise ImportError("sweep.ray requires Ray; run pip install 'loraplus_jax[ray]'") from None
+    handler, hook = signal.getsignal(signal.SIGTERM), sys.excepthook
+    quiet = {"log_to_driver": False, "logging_level": "CRITICAL", "include_dashboard": False}
+    if is_local:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ray.init(address=LOCAL, num_cpus=cores, **quiet)
+    else:
+        _join_cluster(ray, str(settings.ray))
+    # Ray replaces both.
+    signal.signal(signal.SIGTERM, handler)
+    sys.excepthook = hook
+    try:
+        yield RayTasks(ray, settings, console)
+    finally:
+        ray.shutdown()
+
+
+def _join_cluster(ray: Any, address: str) -> None:
+    if not re.fullmatch(rf"{AUTO}|[^/]+:\d+", address):
+        raise ValueError(
+            f"sweep.ray must be auto, local or HOST:PORT, got {address}; start the sweep on a host of the cluster"
+        )
+    try:
+        if address != AUTO:  # where nothing listens, Ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        ray.init(address=address, log_to_driver=False, logging_level="CRITICAL")
+    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"sweep.ray {address}: no Ray cluster answers there ({reason}); start one with ray start --head, or "
+            "use sweep.ray local for this machine alone"
+        ) from None
+
+
+def worker_resources(
+    worker: Mapping[str, float] | None, nodes: list[Mapping[str, float]]
+) -> dict[str, float]:
+    """The resources of a worker, by Ray's names.
+
+    Args:
+      worker: `sweep.worker`.
+      nodes: the resources of each node.
+
+    Raises:
+      ValueError: no node has them all.
+
+    >>> worker_resources(None, [{"CPU": 8.0}, {"CPU": 8.0, "GPU": 4.0}])
+    {'GPU': 1.0, 'CPU': 1.0}
+    """
+    if worker is None:
+        most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("GPU", "TPU")}
+        worker = {"GPU": 1.0} if most["GPU"] else {"TPU": most["TPU"]} if most["TPU"] else {}
+    worker = {"CPU": 1.0, **worker} if "CPU" in worker else {**worker, "CPU": 1.0}
+    if not any(all(node.get(name, 0.0) >= count for name, count in worker.items()) for node in nodes):
+        have = [
+            ", ".join(f"{name} {node[name]:g}" for name in node if name in ("CPU", "GPU", "TPU", *worker))
+            for node in nodes
+        ]
+        wanted = ", ".join(f"{name} {count:g}" for name, count in worker.items())
+        raise ValueError(
+            f"sweep.worker: no node has {wanted}; they have {'; '.join(dict.fromkeys(have)) or 'nothing'}"
+        )
+    return worker
+
+
+class RayTasks:
+    """Runs units as tasks of Ray; by default a unit has as many members as a worker computes in parallel."""
+
+    is_concurrent = True
+
+    def __init__(self, ray: Any, settings: SweepSettings, console: LineConsole) -> None:
+        self.ray, self.console = ray, console
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.resources = worker_resources(settings.worker, nodes)
+        counts = (
+            min(int(node.get(name, 0.0) / count) for name, count in self.resources.items()) for node in nodes
+        )
+        self.workers = max(1, sum(counts))
+        uses_cores = not {"GPU", "TPU"} & set(self.resources)
+        self.cores = max(1, int(self.resources["CPU"])) if uses_cores else None
+        self.pending: dict[Any, tuple[Stages, Unit]] = {}
+        self.jobs: dict[Path, Job] = {}
+        self.weights: dict[str, str] = {}
+        """The fingerprint of the weights, by the settings of the model."""
+        self.polled = 0.0
+
+    def open(self, run: SweepRun, most: int, members_at_once: int | None, group_size: int | None) -> Opened:
+        """Loads and checks; where there is no CPU, one worker measures how many members it computes in parallel."""
+        abstract = abstract_population(run)
+        model = to_json(run.to_json()["model"])
+        if model not in self.weights:
+            self.weights[model] = fingerprint(load_weights(abstract))
+        source = {"base": self.weights[model], "identity": identity_of(abstract)}
+        path = expand_path("output_dir", run.output_dir)
+        job = Job(
+            settings=(type(run), run.to_json()),
+            directory=path.absolute(),
+            working_directory=Path.cwd(),
+            owner=None,
+            source=source | {"packages": packages()},
+            members_at_once=1 if members_at_once is None and self.cores else members_at_once,
+            group_size=min(group_size or most, most),
+            cores=self.cores,
+        )
+        devices = self.cores if run.mesh.data == -1 else run.mesh.data
+        if job.members_at_once is None or (group_size is None and devices is None):
+            reference = self.call(measure, job)
+            self.wait_for([reference])
+            measured = self.read(reference)
+            job, devices = job._replace(members_at_once=measured["members_at_once"]), measured["devices"]
+        at_once = job.members_at_once or 1
+        self.jobs[path] = job = job._replace(group_size=min(group_size or at_once * (devices or 1), most))
+        return Opened(abstract, source, at_once, job.group_size)
+
+    def submit(self, sweep: Stages, unit: Unit) -> None:
+        """Queues a unit in Ray."""
+        job = self.jobs[sweep.directory]._replace(
+            owner=(sweep.directory / OWNER).read_text(), allow_different=tuple(sweep.allow_different)
+        )
+        self.pending[self.call(run_on_worker, job, unit)] = sweep, unit
+
+    def wait(self) -> tuple[Stages, Unit, dict[str, Any]]:
+        """Waits until any unit has finished; follows the progress of all others meanwhile."""
+        while True:
+            reference = self.wait_for(list(self.pending))
+            sweep, unit = self.pending.pop(reference)
+            if (result := self.read(reference)) is not None:
+                return sweep, unit, result
+            self.submit(sweep, unit)  # its host shuts down
+
+    def call(self, function: Any, *arguments: Any) -> Any:
+        """Queues a task."""
+        resources = dict(self.resources)
+        options = {"num_cpus": resources.pop("CPU"), "num_gpus": resources.pop("GPU", 0)}
+        task = self.ray.remote(function).options(
+            **options, resources=resources, max_retries=RETRIES, retry_exceptions=False
+        )
+        return task.remote(*arguments)
+
+    def wait_for(self, references: list[Any]) -> Any:
+        """Waits for one of some tasks; a signal cancels all of them, and raises Stopped after they have saved."""
+        with StopSignal() as stop:
+            while True:
+                ready, _ = self.ray.wait(references, timeout=POLL_SECONDS)
+                if stop.received is not None:
+                    self.cancel(list(dict.fromkeys([*references, *self.pending])))
+                    raise Stopped(stop.received, "stopped; rerun the same command to resume")
+                if time.monotonic() - self.polled >= POLL_SECONDS:
+                    self.polled = time.monotonic()
+                    for sweep, unit in self.pending.values():
+                        if (progress := read_progress(sweep.directory, unit)) is not None:
+                            sweep.follow(unit, progress)
+                if ready:
+                    return ready[0]
+
+    def cancel(self, references: list[Any]) -> None:
+        """Interrupts tasks, as Ctrl-C does, and waits until they have saved."""
+        for reference in references:
+            with contextlib.suppress(self.ray.exceptions.RayError):
+                self.ray.cancel(reference, force=False)
+        self.ray.wait(references, num_returns=len(references), timeout=SAVE_SECONDS)
+
+    def read(self, reference: Any) -> Any:
+        """The result of a finished task, or None if a signal has stopped its worker.
+
+        Raises:
+          ValueError: input that the worker rejects; all other tasks are cancelled.
+          LostProcess: its worker was lost too often.
+        """
+        errors = self.ray.exceptions
+        try:
+            answer = self.ray.get(reference)
+        except errors.RayTaskError as error:
+            self.cancel(list(self.pending))
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise RuntimeError(f"a worker failed: {lines[-1]}") from error
+        except errors.RayError as error:
+            self.cancel(list(self.pending))
+            reason = str(error).strip().partition("\n")[0]
+            lost = f"a worker was lost {RETRIES + 1} times ({type(error).__name__}: {reason})"
+            raise LostProcess(f"{lost}; rerun the same command to resume") from None
+        for line in answer["lines"]:
+            self.console.print(f"worker {answer['host']}: {line}")
+        if "error" in answer:
+            self.cancel(list(self.pending))
+            raise ValueError(f"worker {answer['host']}: {answer['error']}")
+        return answer.get("result")

@@ -1,0 +1,360 @@
+"""A unit of a sweep's work: a group of members, from one comparison to the next, trained by one process.
+
+What a unit trains is fixed before it starts, and so are its bits on devices of one kind. It has a directory of its
+own with its checkpoints and, at the end, its result. So any process that sees the directory can resume it.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from .._utils.atomic import add_path_to_errors, to_json
+from .._utils.records import read_record, write_record
+from ..adapter.tree import combine, count
+from ..data.batches import train_batches
+from ..data.fetch import resolve
+from ..step.checkpoint import DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
+from ..tasks.causal_lm import LanguageTask
+from ..tasks.held_out_generation import HeldOutTexts
+from ..training.console import LineConsole
+from ..training.evaluation import finish_metrics
+from ..training.memory import expected_peak
+from ..training.provenance import checked_metadata
+from ..training.run_directory import OutputDirectory, lock_directory
+from ..training.run_files import CHECKPOINTS, UNITS
+from ..training.signals import Stopped, StopSignal
+from .device_slots import DeviceSlots, stored_members
+from .population import Members, Population, add_scales
+from .settings import Trial
+
+RESULT = "result.json"
+TIMED_STEP = 3
+"""The step that is timed for a second estimate; the first ones are slower."""
+COST_STEPS = 5
+"""Steps that are timed once a method has finished; the median counts."""
+LOCK_SECONDS = 60.0
+"""How long a unit waits for its lock: the process that ran it before may still be saving."""
+
+
+class MemberSpec(NamedTuple):
+    """Arm, setting and seed of a member."""
+
+    arm: str
+    trial: Trial
+    seed: int
+
+
+class Source(NamedTuple):
+    """Where a member's state is: a finished unit, the number of its members, and the member's number among them."""
+
+    unit: str
+    size: int
+    number: int
+
+
+class Unit(NamedTuple):
+    """What a unit trains and evaluates.
+
+    Attributes:
+      name: name of its directory.
+      stage: `"search"` or `"report"`.
+      members: its members.
+      start: step at which it begins.
+      stops: steps after which it evaluates; it ends with the last.
+      split: the split that it evaluates.
+      sources: where each member's state at `start` is; empty at step 0.
+      is_timed: whether to measure an evaluation batch and a step, for an estimate.
+      is_scored: whether to generate and score texts and to measure the cost of a step at the end.
+    """
+
+    name: str
+    stage: str
+    members: tuple[MemberSpec, ...]
+    start: int
+    stops: tuple[int, ...]
+    split: str
+    sources: tuple[Source, ...] = ()
+    is_timed: bool = False
+    is_scored: bool = False
+
+
+class Progress(NamedTuple):
+    """How far a unit is.
+
+    Attributes:
+      step: the last step.
+      rows: its evaluations so far.
+      resumed: the step from which it was resumed, or None.
+      batch_seconds: seconds of a member's evaluation batch, if it is timed.
+      step_seconds: seconds of a member's step, once one was timed.
+      step_work: FLOPs of a step over those of an evaluation batch.
+      eval_rows: rows of an evaluation batch.
+      memory: expected peak memory in bytes.
+    """
+
+    step: int
+    rows: Sequence[dict[str, Any]] = ()
+    resumed: int | None = None
+    batch_seconds: float | None = None
+    step_seconds: float | None = None
+    step_work: float = 1.0
+    eval_rows: int = 1
+    memory: int = 0
+
+
+def unit_directory(directory: Path, name: str) -> Path:
+    """The directory of a unit in that of its sweep."""
+    return directory / UNITS / name
+
+
+def run_unit(
+    population: Population,
+    unit: Unit,
+    directory: Path,
+    *,
+    console: LineConsole,
+    allow_different: Sequence[str] = (),
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Runs or resumes a unit.
+
+    Args:
+      population: the programs and the base.
+      unit: what to run.
+      directory: the output directory of the sweep.
+      console: where to print what happens to a damaged checkpoint.
+      allow_different: parts of the base model or data that may differ from those of its checkpoints.
+      tell: called after every step and evaluation.
+
+    Returns:
+      The content of `result.json` in the unit's directory, which marks it as finished.
+
+    Raises:
+      Stopped: SIGTERM or Ctrl-C, after saving the progress.
+    """
+    path = unit_directory(directory, unit.name)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(add_path_to_errors(path))
+        path.mkdir(parents=True, exist_ok=True)
+        check = stack.enter_context(lock_directory(path, wait=LOCK_SECONDS))
+        if (path / RESULT).exists():  # by another process while this one waited
+            return read_record(path / RESULT)
+        signal = stack.enter_context(StopSignal())
+        output = OutputDirectory(path, population.run, console, False, allow_different, (), stack, check)
+        output.open_manager()
+        return _UnitRun(population, unit, output, tell, signal).run()
+
+
+class _UnitRun:
+    """A unit in training."""
+
+    def __init__(
+        self,
+        population: Population,
+        unit: Unit,
+        output: OutputDirectory,
+        tell: Callable[[Progress], None],
+        signal: StopSignal,
+    ) -> None:
+        self.population, self.unit, self.output = population, unit, output
+        self.signal, self._tell = signal, tell
+        self.slots = DeviceSlots(population, len(unit.members))
+        self.progress, self.rows = Progress(unit.start), []
+        self.seconds, self.started = 0.0, time.perf_counter()
+        split, size = population.data.splits["train"], population.run.train.batch_size
+        arrange = population.batches.arrange
+        # Those of a single run with each seed.
+        self.batches = {
+            seed: train_batches(split, batch_size=size, seed=seed, arrange=arrange)
+            for seed in dict.fromkeys(member.seed for member in unit.members)
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Runs everything that is left, and writes and returns the result."""
+        unit = self.unit
+        self.begin()
+        resumed = self.progress.resumed
+        if unit.is_timed and self.step < TIMED_STEP:
+            self.measure()
+        for stop in unit.stops:
+            if stop > self.step or (stop == self.step and resumed is None):
+                self.train_to(stop)
+                self.record()
+                self.tell(rows=self.rows)
+                if stop < self.population.steps or unit.is_scored:
+                    self.save()
+                    if stop < unit.stops[-1]:
+                        self.end_if_stopped()
+        scored = {"text_scores": self.score_texts(), "cost": self.cost()} if unit.is_scored else {}
+        # The units that continue from here read the checkpoint.
+        self.output.manager.wait_until_finished()
+        result = {
+            "members": unit.members,
+            "rows": self.rows,
+            "seconds": self.seconds + time.perf_counter() - self.started,
+            "devices": f"{self.population.mesh.size} x {jax.devices()[0].device_kind}",
+            **{name: self.population.metadata[name] for name in ("base", "identity")},
+            **scored,
+        }
+        self.output.check()
+        write_record(self.output.path / RESULT, result)
+        self.end_if_stopped()
+        return read_record(self.output.path / RESULT)
+
+    @property
+    def step(self) -> int:
+        """The last step."""
+        return self.progress.step
+
+    def tell(self, **changes: Any) -> None:
+        """Tells the progress after these changes of it."""
+        self.progress = self.progress._replace(**changes)
+        self._tell(self.progress)
+
+    def begin(self) -> None:
+        """Fills the slots: from the newest checkpoint, from the units before, or with members before a step."""
+        unit, metadata = self.unit, self.population.metadata
+        first = {n: self.population.first(member.trial, member.seed) for n, member in enumerate(unit.members)}
+        restored = self.output.restore(self.slots.state_like(len(first)), metadata)
+        if restored is not None:
+            position = restored.input_position
+            self.slots.resume(restored.state, first, range(len(first)))
+            self.set_batches(position["batches"])
+            self.seconds, self.rows = position["seconds"], position["rows"]
+            self.tell(step=int(restored.state.step), rows=self.rows, resumed=int(restored.state.step))
+        else:
+            self.slots.fill(first if unit.start == 0 else self.members_from_sources(first))
+
+    def members_from_sources(self, first: dict[int, Members]) -> dict[int, Members]:
+        """The members as the units before have left them."""
+        unit, members = self.unit, dict(first)
+        for name in dict.fromkeys(source.unit for source in unit.sources):
+            numbers = {n: source.number for n, source in enumerate(unit.sources) if source.unit == name}
+            size = next(source.size for source in unit.sources if source.unit == name)
+            path = self.output.path.with_name(name)
+            with open_manager(path / CHECKPOINTS, keep=self.population.run.train.keep) as manager:
+                try:
+                    metadata = checked_metadata(
+                        manager, unit.start, self.population.metadata, self.output.allow_different
+                    )
+                    like = self.slots.state_like(size)
+                    restored = restore_checkpoint(manager, like, metadata=metadata, step=unit.start)
+                except (DamagedCheckpoint, FileNotFoundError) as error:
+                    raise ValueError(
+                        f"{error}; restore the original files, or remove {path} to train its members again"
+                    ) from None
+            members |= stored_members(restored.state, {n: first[n] for n in numbers}, numbers)
+            self.set_batches(restored.input_position["batches"])
+        return members
+
+    def set_batches(self, states: dict[str, Any]) -> None:
+        """Restores the position of the batches of each of the unit's seeds."""
+        for seed, batches in self.batches.items():
+            if str(seed) in states:
+                batches.set_state(states[str(seed)])
+
+    def measure(self) -> None:
+        """Measures an evaluation batch."""
+        programs, devices = self.slots.programs, self.population.mesh.local_devices
+        rows = self.population.batches.eval_rows
+        memory = expected_peak((programs.step.largest, programs.evaluate), devices[0], len(devices))
+        seconds = self.slots.time_evaluation(self.population.data.splits["validation"])
+        self.tell(memory=memory, batch_seconds=seconds, step_work=programs.step_work, eval_rows=rows)
+
+    def train_to(self, stop: int) -> None:
+        """Trains up to a step, saving at intervals and when a signal was received."""
+        while self.step < stop:
+            by_seed = {seed: next(batches) for seed, batches in self.batches.items()}
+            # Dispatch runs ahead of the devices; a signal would wait for all steps up to the stop.
+            jax.block_until_ready(self.slots.chunks)
+            began = time.perf_counter()
+            self.slots.step({n: by_seed[self.unit.members[n].seed] for n in self.slots.member_ids})
+            step = self.step + 1
+            self.progress = self.progress._replace(step=step)
+            if self.unit.is_timed and step == TIMED_STEP:
+                jax.block_until_ready(self.slots.chunks)
+                self.tell(step_seconds=(time.perf_counter() - began) / len(self.unit.members))
+            else:
+                self.tell()
+            is_due = step % self.population.run.train.eval_every == 0 or self.signal.received is not None
+            if is_due and step < stop:
+                self.save()
+                self.end_if_stopped()
+
+    def record(self) -> None:
+        """Evaluates all members and records the rows; stops members with a non-finite loss."""
+        unit, data = self.unit, self.population.data
+        results = self.slots.evaluate(data.splits[unit.split])
+        for number, values in results.items():
+            arm, trial, seed = unit.members[number]
+            finite = math.isfinite(values["loss"])
+            values = finish_metrics(data.task, values)
+            # JSON has no NaN, and the metrics of a diverged member say nothing.
+            values = values if finite else dict.fromkeys(values)
+            key = {"stage": unit.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
+            self.rows.append({**key, "split": unit.split, **values})
+        self.slots.retire(number for number, values in results.items() if not math.isfinite(values["loss"]))
+
+    def save(self) -> None:
+        """Saves a checkpoint with all rows so far."""
+        position = {
+            "batches": {str(seed): batches.get_state() for seed, batches in self.batches.items()},
+            "rows": self.rows,
+            "seconds": self.seconds + time.perf_counter() - self.started,
+        }
+        state = self.slots.as_state(self.step)
+        self.output.check()
+        save_checkpoint(
+            self.output.manager, state, metadata=self.population.metadata, input_position=position
+        )
+
+    def end_if_stopped(self) -> None:
+        """Raises Stopped if a signal was received; the caller has just saved."""
+        if self.signal.received is not None:
+            # Orbax writes in the background; a process that ended now would lose the checkpoint.
+            self.output.manager.wait_until_finished()
+            raise Stopped(
+                self.signal.received,
+                f"stopped at step {self.step} of the {self.unit.stage}; rerun the same command to resume",
+            )
+
+    def score_texts(self) -> list[dict[str, Any]]:
+        """The seed and the scores of the texts of each member (task generation); else empty."""
+        run, parts, data = self.population.run, self.population.parts, self.population.data
+        if not isinstance(data.task, LanguageTask) or data.task.kind != "generation":
+            return []
+        directory = resolve(run.model.path, "model")
+        texts = HeldOutTexts.from_settings(run, directory, data.task, parts.model, data.inputs)
+        rows, members = [], self.slots.to_host()
+        for slot, number in enumerate(self.slots.slots):
+            member = jax.tree.map(lambda leaf, slot=slot: leaf[slot], members)
+            if number >= 0 and member.alive:
+                frozen = add_scales(parts.frozen, parts.specs, member)
+                _, scores = texts.generate(combine(member.state.trainable, frozen))
+                rows.append({"seed": self.unit.members[number].seed, **scores})
+        return rows
+
+    def cost(self) -> dict[str, Any]:
+        """Trainable parameters, and seconds of a member's step (median); it trains the members on."""
+        by_seed = {seed: next(batches) for seed, batches in self.batches.items()}
+        batches = {n: by_seed[self.unit.members[n].seed] for n in self.slots.member_ids}
+        seconds = []
+        for _ in range(COST_STEPS):
+            began = time.perf_counter()
+            self.slots.step(batches)
+            jax.block_until_ready(self.slots.chunks)
+            seconds.append((time.perf_counter() - began) / len(batches))
+        trainable = count(self.population.parts.trainable)
+        return {"trainable": trainable, "step_seconds": float(np.median(seconds))}
+
+
+def is_result_of(result: dict[str, Any], unit: Unit) -> bool:
+    """Whether a result is of a unit's members."""
+    return result["members"] == json.loads(to_json(unit.members))

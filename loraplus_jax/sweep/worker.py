@@ -1,0 +1,192 @@
+"""What a worker of another process, on any host, does with a unit: prepare, compare with the driver, run."""
+
+import contextlib
+import functools
+import importlib.metadata
+import io
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from .._utils.atomic import to_json, write_text
+from ..data.fetch import cache_dir
+from ..settings.parsing import settings_from_json
+from ..step.checkpoint import PACKAGES, field_differences, join_first
+from ..training.console import LineConsole
+from ..training.run_files import OWNER
+from ..training.signals import Stopped
+from ..training.xla import use_compilation_cache
+from .population import Population, prepare_population
+from .settings import SweepRun
+from .unit import Progress, Unit, run_unit, unit_directory
+
+PROGRESS = "progress.json"
+SECONDS_PER_REPORT = 1.0
+INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
+"""Errors of a user's files, settings or hosts, which are a line; any other is a bug."""
+
+
+class Job(NamedTuple):
+    """What the units of a sweep share.
+
+    Attributes:
+      settings: class and values of the sweep's settings.
+      directory: its output directory.
+      working_directory: that of the driver, from which relative paths start.
+      owner: the text by which a worker recognizes the driver's directory; None before the driver has written it.
+      source: `base`, `identity` and `packages` of the driver.
+      members_at_once: members that a device computes in parallel; None measures it.
+      group_size: most members of a unit.
+      cores: CPU cores to compute on, each a device with a thread of its own; None on other devices.
+      allow_different: parts of the base model or data that may differ from those of a checkpoint.
+    """
+
+    settings: tuple[type[SweepRun], dict[str, Any]]
+    directory: Path
+    working_directory: Path
+    owner: str | None
+    source: Mapping[str, Any]
+    members_at_once: int | None
+    group_size: int
+    cores: int | None
+    allow_different: Sequence[str] = ()
+
+
+def packages() -> dict[str, str]:
+    """The versions of the packages that compute."""
+    return {name: importlib.metadata.version(name) for name in (*PACKAGES, "jaxlib", "numpy")}
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """The members that this worker's devices compute in parallel, as `members_at_once` and `devices`."""
+    return _guard(job, lambda console: _measure(job))
+
+
+def run_on_worker(job: Job, unit: Unit) -> dict[str, Any]:
+    """Runs a unit.
+
+    Returns:
+      Plain values, as an error of another host is text here: `host`, what was printed as `lines`, and one of
+      `result`, `error` and `stopped`.
+    """
+
+    def run(console: LineConsole) -> dict[str, Any]:
+        reporter = _Reporter(unit_directory(job.directory, unit.name) / PROGRESS)
+        population = _prepare(job)
+        return run_unit(
+            population,
+            unit,
+            job.directory,
+            console=console,
+            allow_different=job.allow_different,
+            tell=reporter.tell,
+        )
+
+    return _guard(job, run)
+
+
+def read_progress(directory: Path, unit: Unit) -> Progress | None:
+    """What a worker last wrote about a unit; None if nothing, or nothing readable."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Progress(**json.loads((unit_directory(directory, unit.name) / PROGRESS).read_text()))
+    return None
+
+
+class _Reporter:
+    """Writes a unit's progress to a file: each evaluation, and otherwise about every second."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.written, self.last = path, -SECONDS_PER_REPORT, Progress(0)
+
+    def tell(self, progress: Progress) -> None:
+        """Writes the progress if it is time."""
+        waits = time.monotonic() - self.written < SECONDS_PER_REPORT
+        if waits and progress._replace(step=self.last.step) == self.last:
+            return
+        self.written, self.last = time.monotonic(), progress._replace(rows=list(progress.rows))
+        write_text(self.path, to_json(progress._asdict()))
+
+
+def _guard(job: Job, run: Callable[[LineConsole], dict[str, Any]]) -> dict[str, Any]:
+    """Runs something as a worker of a job, with its errors as text."""
+    printed = io.StringIO()
+    console = LineConsole(file=printed)
+    answer: dict[str, Any] = {"host": socket.gethostname()}
+    try:
+        _check_host(job)
+        with contextlib.ExitStack() as stack:
+            if job.settings[1]["train"]["compilation_cache"]:
+                stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
+            answer["result"] = run(console)
+    except Stopped as stop:
+        answer["stopped"] = stop.signal_number
+    except INPUT_ERRORS as error:
+        answer["error"] = str(error)
+    return {**answer, "lines": printed.getvalue().splitlines()}
+
+
+def _check_host(job: Job) -> None:
+    if differences := field_differences(
+        {"packages": job.source["packages"]}, {"packages": packages()}, ("on the driver", "on this worker")
+    ):
+        raise ValueError(f"{join_first(differences)}; install the same versions on all hosts")
+    if job.working_directory.is_dir():
+        os.chdir(job.working_directory)
+    owner = job.directory / OWNER
+    if job.owner is not None and not (owner.is_file() and owner.read_text() == job.owner):
+        raise ValueError(
+            f"output_dir {job.directory} must be on storage that all workers see, but this worker does not see the "
+            "driver's files there"
+        )
+
+
+class _Prepared:
+    """The population of this process, which its units of one sweep share."""
+
+    key: str | None = None
+    population: Population | None = None
+
+
+def _prepare(job: Job) -> Population:
+    """Loads and compiles, unless this process has for its last unit; compares the base with the driver's."""
+    kind, values = job.settings
+    key = to_json([kind.__name__, values, job.members_at_once, job.group_size])
+    if _Prepared.key != key or _Prepared.population is None:
+        _Prepared.key = _Prepared.population = None  # frees the memory first
+        if job.cores is not None:
+            use_cores(job.cores)
+        run = settings_from_json(values, kind)
+        _Prepared.population = prepare_population(run, job.group_size, job.members_at_once)
+        _Prepared.key = key
+    population = _Prepared.population
+    here = {name: population.metadata[name] for name in ("base", "identity")}
+    there = {name: job.source[name] for name in here}
+    if differences := field_differences(there, here, ("on the driver", "on this worker")):
+        raise ValueError(
+            f"the base model or the data differ: {join_first(differences)}; copy the same files to all hosts"
+        )
+    return population
+
+
+def _measure(job: Job) -> dict[str, Any]:
+    population = _prepare(job)
+    return {"members_at_once": population.programs.at_once, "devices": population.mesh.size}
+
+
+@functools.cache
+def use_cores(count: int) -> None:
+    """Makes JAX compute on so many CPU devices, each with one thread; call it before JAX has devices."""
+    # Workers share a host: with one pool of threads each, every worker would use all cores.
+    # It excludes the option of JAX that sets the same.
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
+    os.environ["NPROC"] = str(count)  # the size of XLA's pool of threads
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)

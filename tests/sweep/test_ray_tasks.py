@@ -1,0 +1,52 @@
+"""What a worker needs by Ray's names, and what is said without Ray. `tests/integration/test_ray.py` runs sweeps."""
+
+import sys
+
+import pytest
+
+from loraplus_jax.cli.commands import main
+from loraplus_jax.sweep.ray_tasks import worker_resources
+
+from ..messages import assert_mentions, mentions
+
+LOGIN, GPUS, TPUS = (
+    {"CPU": 8.0},
+    {"CPU": 96.0, "GPU": 8.0},
+    {"CPU": 208.0, "TPU": 4.0, "TPU-v5p-16-head": 1.0},
+)
+
+
+@pytest.mark.parametrize(
+    ("worker", "nodes", "wanted"),
+    [
+        (None, [LOGIN], {"CPU": 1.0}),
+        (None, [LOGIN, GPUS], {"CPU": 1.0, "GPU": 1.0}),
+        (None, [LOGIN, TPUS], {"CPU": 1.0, "TPU": 4.0}),
+        ({"CPU": 4.0}, [LOGIN, GPUS], {"CPU": 4.0}),
+        ({"GPU": 2.0}, [LOGIN, GPUS], {"CPU": 1.0, "GPU": 2.0}),
+        ({"TPU": 4.0, "TPU-v5p-16-head": 1.0}, [TPUS], {"CPU": 1.0, "TPU": 4.0, "TPU-v5p-16-head": 1.0}),
+    ],
+)
+def test_the_resources_of_a_worker(worker, nodes, wanted):
+    assert worker_resources(worker, nodes) == wanted
+
+
+@pytest.mark.parametrize(
+    ("worker", "nodes"),
+    [({"GPU": 16.0}, [LOGIN, GPUS]), ({"CPU": 100.0, "GPU": 1.0}, [LOGIN, GPUS]), ({"CPU": 1.0}, [])],
+)
+def test_resources_that_no_node_has(worker, nodes):
+    wanted = ", ".join(f"{name} {count:g}" for name, count in worker.items())
+    with pytest.raises(ValueError, match=mentions("sweep.worker", wanted)):
+        worker_resources(worker, nodes)
+
+
+def test_without_ray_a_line_says_how_to_install_it(config, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    out = tmp_path / "out"
+    assert main(["sweep", str(config), "--output_dir", str(out), "--sweep.ray", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert_mentions(error, "sweep.ray", "pip install 'loraplus_jax[ray]'")
+    assert error.count("\n") == 1
+    assert not out.exists()
