@@ -13,6 +13,7 @@ import importlib.metadata
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -127,6 +128,10 @@ class Sweep:
         """Of the last stage."""
         self.group = -1
         """Index of the group of report seeds in training; -1 in the search."""
+        self.is_timed = False
+        """Whether a unit measures times for the estimate: the first one that runs."""
+        self.done = Counter[str]()
+        """Training steps and evaluation batches of the stages that have ended."""
         self.devices: set[str] = set()
         self.seconds, self.started = 0.0, time.perf_counter()
 
@@ -210,15 +215,17 @@ class Sweep:
         split = "validation" if stage == "search" else "test"
         units = []
         for number, first in enumerate(range(0, len(members), self.group_size)):
-            group = tuple(members[first : first + self.group_size])
+            group, place = tuple(members[first : first + self.group_size]), f"{name}-{number}"
+            runs = not (unit_directory(self.directory, place) / RESULT).exists()
             units.append(
                 Unit(
-                    *(f"{name}-{number}", stage, group, start, stops, split),
+                    *(place, stage, group, start, stops, split),
                     sources=tuple(sources[member] for member in group) if sources else (),
-                    is_timed=(stage, start, number) == ("search", 0, 0),
+                    is_timed=runs and not self.is_timed,
                     is_scored=self.is_scored and stage == "report",
                 )
             )
+            self.is_timed |= runs
         return units
 
     def run_stage(self, units: Sequence[Unit]) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
@@ -231,6 +238,7 @@ class Sweep:
             self.console, f"{groups}, step" if len(units) > 1 else f"{groups} step", total, done
         )
         self.results = yield units
+        self.done += self.work_so_far()
         self.devices |= {result["devices"] for result in self.results}
         # Their members have trained on.
         for name in {source.unit for unit in units for source in unit.sources}:
@@ -304,22 +312,34 @@ class Sweep:
         return remaining
 
     def print_estimate(self, progress: Progress) -> None:
-        """Prints how long the sweep will take, from the seconds of a member's step or its evaluation batch."""
+        """Prints how long what is left takes, from the seconds of a member's step or its evaluation batch."""
         run, steps, data = self.run, self.steps, self.abstract.data
         assert progress.batch_seconds is not None
         step_seconds = progress.step_seconds or progress.step_work * progress.batch_seconds
         stops, reported = comparison_steps(run.sweep, steps), len(run.arms) * len(run.report_seeds)
         members = planned_members(run.trials, len(run.seeds), stops, run.sweep.keep)
-        batches = {name: batches_of(columns, progress.eval_rows) for name, columns in data.splits.items()}
+        batches = {
+            split: batches_of(data.splits[split], progress.eval_rows) for split in ("validation", "test")
+        }
         evaluations = sum(members) * batches["validation"]
         evaluations += reported * len(curve_steps(steps, run.sweep.curve_points)) * batches["test"]
-        total = member_steps(members, stops) + reported * steps
+        done = self.done + self.work_so_far()
+        total = member_steps(members, stops) + reported * steps - done["steps"]
+        evaluations -= sum(done[split] * count for split, count in batches.items())
         seconds = total * step_seconds + evaluations * progress.batch_seconds
         counts = {"training steps": total, "evaluation batches": evaluations}
         bound = "at most" if run.sweep.interim_seeds else "about"
         workers = self.executor.workers
         also = f"waiting for the slowest of {workers} workers" if workers > 1 else ""
         self.console.print(f"{Estimate(seconds / workers, progress.memory, counts, bound, also)}")
+
+    def work_so_far(self) -> Counter[str]:
+        """What the units of this stage have done: `steps`, and evaluations by split, each summed over members."""
+        done = Counter[str]()
+        for unit, progress in self.progress.items():
+            done["steps"] += len(unit.members) * (progress.step - unit.start)
+            done[unit.split] += len(unit.members) * len({row["step"] for row in progress.rows})
+        return done
 
     def fail(self, step: int, diverged: Sequence[str]) -> None:
         """Writes what there is and raises TrainingFailed: every setting of these arms diverged."""

@@ -36,7 +36,7 @@ from .settings import Trial
 
 RESULT = "result.json"
 TIMED_STEP = 3
-"""The step that is timed for a second estimate; the first ones are slower."""
+"""Which step since the start or the resumption is timed for a second estimate; the first ones are slower."""
 COST_STEPS = 5
 """Steps that are timed once a method has finished; the median counts."""
 LOCK_SECONDS = 60.0
@@ -167,7 +167,7 @@ class _UnitRun:
         self.signal, self._tell = signal, tell
         self.slots = DeviceSlots(population, len(unit.members))
         self.progress, self.rows = Progress(unit.start), []
-        self.seconds, self.started = 0.0, time.perf_counter()
+        self.seconds, self.started, self.timed_step = 0.0, time.perf_counter(), TIMED_STEP
         split, size = population.data.splits["train"], population.run.train.batch_size
         arrange = population.batches.arrange
         # Those of a single run with each seed.
@@ -181,7 +181,8 @@ class _UnitRun:
         unit = self.unit
         self.begin()
         resumed = self.progress.resumed
-        if unit.is_timed and self.step < TIMED_STEP:
+        self.timed_step = self.step + TIMED_STEP
+        if unit.is_timed:
             self.measure()
         for stop in unit.stops:
             if stop > self.step or (stop == self.step and resumed is None):
@@ -278,7 +279,7 @@ class _UnitRun:
             self.slots.step({n: by_seed[self.unit.members[n].seed] for n in self.slots.member_ids})
             step = self.step + 1
             self.progress = self.progress._replace(step=step)
-            if self.unit.is_timed and step == TIMED_STEP:
+            if self.unit.is_timed and step == self.timed_step:
                 jax.block_until_ready(self.slots.chunks)
                 self.tell(step_seconds=(time.perf_counter() - began) / len(self.unit.members))
             else:

@@ -124,11 +124,12 @@ def test_a_sweep_prints_lines_between_its_comparisons(swept):
     search = [f"search step {step} of {4 if step <= 4 else 16}" for step in range(1, 17)]
     assert names[:16] == search
     assert {name.split()[0] for name in names[16:]} == {"report"}
-    # Before the first step and after the third: 80 steps of the search and 96 of the report, as in the test of
-    # the output files; a batch for each of 12 evaluations of the search, and two for 6 x 8 of the report.
+    # Before the first step and after the third of 8 members: 80 steps of the search and 96 of the report, as in the
+    # test of the output files; a batch for each of 12 evaluations of the search, and two for 6 x 8 of the report.
     lines = [line for line in text.splitlines() if line.startswith(("estimate:", "search step"))]
     assert [n for n, line in enumerate(lines) if line.startswith("estimate:")] == [0, 4]
-    assert all("176 training steps and 108 evaluation batches" in line for line in (lines[0], lines[4]))
+    assert "176 training steps and 108 evaluation batches" in lines[0]
+    assert "152 training steps and 108 evaluation batches" in lines[4]
 
 
 def test_the_pages_numbers_are_the_reports_and_it_needs_no_network(swept):
@@ -198,9 +199,12 @@ def stopped_at(count, world, *options):
 
 
 def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept, capsys, undrawn):
-    for count in (3, 3, 12):  # before the rung, after it, amid the report
+    # Before the rung, after it, amid the report; then at steps 3 and 6 of the search.
+    for count, left in ((3, 176), (3, 176 - 3 * 8), (12, 96 + (16 - 6) * 4)):
         stopped_at(count, world)
-        assert_mentions(capsys.readouterr().err, "stopped", "same command")
+        printed = capsys.readouterr()
+        assert_mentions(printed.err, "stopped", "same command")
+        assert f"for {left} training steps" in printed.out
     with pytest.MonkeyPatch.context() as patch:
         stopping(patch, 3, killed)
         with pytest.raises(Killed):
