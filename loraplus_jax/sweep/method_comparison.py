@@ -292,6 +292,8 @@ class MethodSweep(Sweep):
             "chosen": {arm: trial._asdict() for arm, trial in self.chosen.items()},
             "steps": self.population.steps,
             "metric": self.population.data.task.metric,
+            "mode": self.population.data.task.mode,
+            "constant": dict(self.population.data.constant),
             **self.source(),
         }
 

@@ -367,6 +367,7 @@ class Sweep:
         curve = {
             "curve_steps": curve_steps(self.population.steps, self.run.sweep.curve_points),
             "test_rows": self.population.data.examples["test"],
+            "constant": dict(self.population.data.constant),
         }
         report = make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)
         return report | self.source()
