@@ -291,6 +291,8 @@ class MethodSweep(Sweep):
             "chosen": {arm: trial._asdict() for arm, trial in self.chosen.items()},
             "steps": self.steps,
             "metric": self.abstract.data.task.metric,
+            "mode": self.abstract.data.task.mode,
+            "constant": dict(self.abstract.data.constant),
             **self.source,
         }
 

@@ -22,8 +22,9 @@ Results = Mapping[str, Mapping[str, Any]]
 def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[str, Any]:
     """All numbers of a comparison as plain JSON values.
 
-    Every method is compared with LoRA on the same seeds. With k comparisons each interval has the confidence
-    1 - 0.05 / k (Bonferroni), so that all hold together with 95 %.
+    Every method is compared with LoRA on the same seeds, and with the constant answer that is best on the train
+    split: where no method is better than that, a difference between methods says little. With k comparisons each
+    interval has the confidence 1 - 0.05 / k (Bonferroni), so that all hold together with 95 %.
 
     Args:
       run: settings of the comparison.
@@ -33,6 +34,8 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
     others = [name for name in labels if name != "lora"]
     confidence = 1 - (1 - CONFIDENCE) / max(1, len(others))
     metric, steps = results["lora"]["metric"], results["lora"]["steps"]
+    constant = results["lora"]["constant"]
+    sign = 1 if results["lora"]["mode"] == "max" else -1
     rows = {
         name: [row | {"arm": name} for row in result["rows"] if row["stage"] == "report"]
         for name, result in results.items()
@@ -67,6 +70,9 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
             "loss": float(np.mean([end["loss"] for end in ends])) if ends else None,
             "metric": float(np.mean([end[metric] for end in ends])) if ends else None,
             "diverged": sum(one["diverged"] for one in own),
+            "over_constant": t_interval([sign * (end[metric] - constant[metric]) for end in ends], confidence)
+            if metric in constant
+            else None,
             "cost": result.get("cost"),
             "text_scores": _text_scores(result, results["lora"], confidence),
             "against_lora": None if name == "lora" else compare_arms(runs, name, "lora", metric, confidence),
@@ -81,6 +87,7 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
             "seeds": list(run.seeds),
             "report_seeds": list(run.report_seeds),
             "metric": metric,
+            "constant": constant,
             "confidence": confidence,
         },
         "methods": methods,
@@ -127,6 +134,11 @@ def verdict(methods: Mapping[str, Any], confidence: float) -> str:
     notes = {
         "significantly higher": worse,
         "no result": [method["label"] for name, method in others.items() if name not in known],
+        "not significantly better than a constant answer": [
+            m["label"]
+            for m in methods.values()
+            if m["over_constant"] and not (m["over_constant"]["low"] or 0) > 0
+        ],
         "not tuned to the end, best value at the edge of the search range": [
             f"{m['label']} ({', '.join(m['at_the_edge'])})" for m in methods.values() if m["at_the_edge"]
         ],

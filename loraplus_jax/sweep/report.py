@@ -45,7 +45,8 @@ def make_report(
       chosen: maps an arm to its selected setting, once there is one.
       steps: optimizer steps of a full run.
       metric: name of the task's metric.
-      curve: `curve_steps` and `test_rows`: steps of the test evaluations in the report stage, and their rows.
+      curve: `curve_steps`, `test_rows` and `constant`: steps of the test evaluations in the report stage, their
+        rows, and the metrics of a constant answer.
     """
     runs = report_runs(rows, steps, run.sweep.target)
     report: dict[str, Any] = {

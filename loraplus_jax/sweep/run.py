@@ -361,6 +361,7 @@ class Sweep:
         curve = {
             "curve_steps": curve_steps(self.steps, self.run.sweep.curve_points),
             "test_rows": data.examples["test"],
+            "constant": dict(data.constant),
         }
         report = make_report(self.run, self.rows, self.chosen, self.steps, data.task.metric, curve)
         return report | dict(self.source)

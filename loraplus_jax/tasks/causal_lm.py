@@ -251,7 +251,16 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     digests = {name: _digest(examples) for name, examples in rows.items()}
     dropped = describe_dropped(x for examples in rows.values() for x in examples if isinstance(x, Chat))
     inputs = group_references(rows[held_out_split(rows)]) if task.kind == "generation" else ()
-    return TaskData(task, splits, sizes, truncated, digests, (*dropped, *duplicates), tuple(inputs))
+    constant = (
+        constant_choice(rows["train"], rows[held_out_split(rows)]) if task.kind == "multiple_choice" else {}
+    )
+    return TaskData(task, splits, sizes, truncated, digests, (*dropped, *duplicates), tuple(inputs), constant)
+
+
+def constant_choice(train: Sequence[Any], questions: Sequence[Any]) -> dict[str, float]:
+    """The accuracy on questions of the position that is most often right in the train split."""
+    position = np.bincount([question.answer for question in train]).argmax()
+    return {"accuracy": float(np.mean([question.answer == position for question in questions]))}
 
 
 def plan_batches(

@@ -43,6 +43,7 @@ from .interface import (
     TaskData,
     batch_shapes,
     eval_shapes,
+    held_out_split,
 )
 from .metrics import SPLIT_METRICS
 
@@ -122,6 +123,25 @@ class EncoderTask:
         """Computes the metrics that need all predictions."""
         names = [name for name in self.metrics if name in SPLIT_METRICS]
         return {name: SPLIT_METRICS[name](values["predicted"], values["label"]) for name in names}
+
+    def constant(self, train: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Computes the loss and the metrics on `labels` (N,) of one answer for all texts.
+
+        For classification this is the most frequent class, with the shares of the classes as probabilities; for
+        regression the mean. Both are those of `train` (M,); the labels are as from `labels`.
+        """
+        if self.kind == "classification":
+            shares = np.bincount(train, minlength=len(self.names)) / len(train)
+            predicted = np.full_like(labels, shares.argmax())
+            # A class that is in the other splits only has no share.
+            values = {"loss": float(-np.log(np.maximum(shares, 1e-7))[labels].mean())}
+            values["accuracy"] = float((predicted == labels).mean())
+        else:
+            error = train.mean(dtype=np.float64) - labels
+            predicted = np.zeros_like(labels)
+            values = {"loss": float((error**2).mean()), "mse": float(((error * self.std) ** 2).mean())}
+            values["mae"] = float((np.abs(error) * self.std).mean())
+        return values | self.derived({"predicted": predicted, "label": labels})
 
     def notes(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
@@ -203,7 +223,9 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     task = EncoderTask.from_splits(settings.task, rows, glue.metrics if glue else ())  # pyright: ignore[reportArgumentType]
     rows, limited = limit_splits(rows, settings.data)
     encoded = {name: encode_texts(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
-    splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
+    labels = {name: task.labels(split) for name, split in rows.items()}
+    constant = task.constant(labels["train"], labels[held_out_split(rows)])
+    splits = {name: arrays | {"label": labels[name]} for name, (arrays, _) in encoded.items()}
     evaluated = {name: columns for name, columns in splits.items() if name != "train"}
     # Of all of them, since one program evaluates every split.
     shape = TextRows.fitting(np.concatenate([text_lengths(columns) for columns in evaluated.values()]))
@@ -212,7 +234,8 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     truncated = {name: count for name, (_, count) in encoded.items()}
     digests = {name: _digest(split) for name, split in rows.items()}
     classes = label_summary(rows, task.names) if task.names else ()
-    return TaskData(task, splits, sizes, truncated, digests, (*limited, *classes, *duplicates))
+    summary = (*limited, *classes, *duplicates)
+    return TaskData(task, splits, sizes, truncated, digests, summary, constant=constant)
 
 
 def plan_batches(

@@ -55,6 +55,8 @@ class TaskData(NamedTuple):
       digests: digest of the texts and labels, by split.
       summary: lines about the data to print before training.
       inputs: the distinct inputs of the held-out split with their references (task generation).
+      constant: the metrics on the held-out split of the constant answer that is best on the train split; empty for
+        tasks without one.
     """
 
     task: TaskProtocol
@@ -64,6 +66,7 @@ class TaskData(NamedTuple):
     digests: dict[str, str]
     summary: tuple[str, ...] = ()
     inputs: tuple[Input, ...] = ()
+    constant: Mapping[str, float] = {}
 
 
 def held_out_split(splits: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from ..messages import assert_mentions
 LABELS = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA"}
 
 
-def result(losses, chosen=2e-3, rates=(1e-3, 2e-3, 4e-3)):
+def result(losses, chosen=2e-3, rates=(1e-3, 2e-3, 4e-3), accuracies=(0.5, 0.5, 0.5), constant=0.4):
     """What a method's sweep reports: a search of three rates, and losses on seeds 1 to 3, from 1.0 at first."""
     rows = [
         {"stage": "search", "trial": [rate, 1.0, 16.0, 8], "step": 4, "loss": 0.5, "seed": 0}
@@ -18,9 +18,12 @@ def result(losses, chosen=2e-3, rates=(1e-3, 2e-3, 4e-3)):
     for seed, loss in enumerate(losses, 1):
         for step, value in ((0, 1.0), (10, loss)):
             rows.append({"stage": "report", "trial": [chosen, 1.0, 16.0, 8], "seed": seed, "step": step})
-            rows[-1] |= {"split": "test", "loss": value, "accuracy": 0.5}
+            rows[-1] |= {"split": "test", "loss": value, "accuracy": accuracies[seed - 1]}
     trial = {"learning_rate": chosen, "lr_ratio": 1.0, "alpha": 16.0, "rank": 8}
-    return {"rows": rows, "chosen": {"lora": trial}, "steps": 10, "metric": "accuracy"}
+    return {"rows": rows, "chosen": {"lora": trial}, "steps": 10, "metric": "accuracy"} | {
+        "mode": "max",
+        "constant": {"accuracy": constant},
+    }
 
 
 @pytest.fixture
@@ -67,3 +70,21 @@ def test_a_method_that_diverged_on_a_seed_has_no_result(run):
     )
     assert report["methods"]["dora"]["diverged"] == 1
     assert_mentions(report["verdict"], "No method has a significantly lower test loss", "no result: DoRA")
+
+
+def test_a_method_is_compared_with_a_constant_answer(run):
+    report = compare(
+        run,
+        LABELS,
+        {
+            "lora": result([0.5, 0.6, 0.7], accuracies=(0.5, 0.6, 0.7)),
+            "dora": result([0.5, 0.6, 0.7], accuracies=(0.41, 0.41, 0.41)),
+            "pissa": result([0.5, 0.6, 0.7], accuracies=(0.4, 0.4, 0.4)),
+        },
+    )
+    # Means 0.6 and a deviation of 0.1, by the t of 0.9875 with two degrees.
+    over = report["methods"]["lora"]["over_constant"]
+    assert (over["mean"], over["low"]) == pytest.approx((0.2, 0.2 - 6.2053 * 0.1 / 3**0.5), abs=1e-5)
+    assert report["methods"]["dora"]["over_constant"]["low"] == pytest.approx(0.01)
+    assert_mentions(report["verdict"], "not significantly better than a constant answer: LoRA, PiSSA")
+    assert report["protocol"]["constant"] == {"accuracy": 0.4}

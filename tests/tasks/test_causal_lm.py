@@ -17,7 +17,7 @@ from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama
 from loraplus_jax.step.sharding import batch_sharding, make_mesh
 from loraplus_jax.step.train_step import make_eval
-from loraplus_jax.tasks.causal_lm import LanguageTask, _digest
+from loraplus_jax.tasks.causal_lm import LanguageTask, _digest, constant_choice
 
 from ..marks import slow
 
@@ -269,3 +269,10 @@ def test_flops_of_the_head_follow_the_scored_positions(devices):
     per_position = 2 * sizes.hidden_size * sizes.vocab_size
     assert head == pytest.approx((positions - 8) * per_position, rel=0.35)
     assert (flops(128) - flops(64)) / 64 == pytest.approx(head / (positions - 8), rel=0.1)
+
+
+def test_the_constant_choice_is_the_position_that_is_most_often_right():
+    train, test = (
+        [Question("?", ("a", "b", "c"), n, "") for n in answers] for answers in ((0, 2, 2), (2, 0, 2, 1))
+    )
+    assert constant_choice(train, test) == {"accuracy": 0.5}

@@ -78,6 +78,18 @@ def test_squared_error_is_standardised_and_metrics_are_in_units_of_the_labels():
     }
 
 
+def test_the_constant_answer_by_hand():
+    task = dataclasses.replace(CLASSES, metrics=("accuracy", "f1", "matthews"))
+    # Three of four train labels are "yes", so it answers "yes": right for two of three, F1 2 * 2 / (2 * 2 + 1).
+    found = task.constant(np.array([1, 1, 0, 1]), np.array([0, 1, 1]))
+    loss = -(np.log(1 / 4) + 2 * np.log(3 / 4)) / 3
+    assert found == pytest.approx({"loss": loss, "accuracy": 2 / 3, "f1": 0.8, "matthews": 0.0})
+    task = dataclasses.replace(NUMBERS, metrics=("pearson",))
+    # The mean of the train split is 0 standardized; errors 1 and 3 are 2 and 6 in the labels' units.
+    found = task.constant(np.array([1.0, -1.0]), np.array([1.0, -3.0]))
+    assert found == pytest.approx({"loss": 5.0, "mse": 20.0, "mae": 4.0, "pearson": 0.0})
+
+
 @pytest.mark.parametrize(
     ("task", "ids", "label", "predicted"),
     [
