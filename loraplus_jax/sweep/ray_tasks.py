@@ -164,9 +164,9 @@ class RayTasks:
         )
         devices = self.cores if run.mesh.data == -1 else run.mesh.data
         if job.members_at_once is None or (group_size is None and devices is None):
-            reference = self.call(measure, job)
-            self.wait_for([reference])
-            measured = self.read(reference)
+            measured = None
+            while measured is None:  # the host of a worker may shut down
+                measured = self.read(self.wait_for([self.call(measure, job)]))
             job, devices = job._replace(members_at_once=measured["members_at_once"]), measured["devices"]
         at_once = job.members_at_once or 1
         self.jobs[path] = job = job._replace(group_size=min(group_size or at_once * (devices or 1), most))
@@ -218,7 +218,8 @@ class RayTasks:
         for reference in references:
             with contextlib.suppress(self.ray.exceptions.RayError):
                 self.ray.cancel(reference, force=False)
-        self.ray.wait(references, num_returns=len(references), timeout=SAVE_SECONDS)
+        if references:
+            self.ray.wait(references, num_returns=len(references), timeout=SAVE_SECONDS)
 
     def read(self, reference: Any) -> Any:
         """The result of a finished task, or None if a signal has stopped its worker.

@@ -41,6 +41,15 @@ def workers_of(parent):
     return found
 
 
+def listening(parent):
+    """The addresses on which a process and those below it listen."""
+    process = psutil.Process(parent)
+    family = {process.pid, *(child.pid for child in process.children(recursive=True))}
+    connections = psutil.net_connections(kind="inet")
+    found = {c.laddr.ip for c in connections if c.pid in family and c.status == psutil.CONN_LISTEN}
+    return {address.removeprefix("::ffff:") for address in found}
+
+
 def has_saved(world):
     return any(path.name.isdigit() for path in world.out.glob("units/*/checkpoints/*"))
 
@@ -60,6 +69,8 @@ def test_killed_workers_a_killed_driver_and_ctrl_c_change_no_byte_of_the_report(
 
     with started(*command(world, *RAY)) as driver:
         wait_until(lambda: has_saved(world) and workers_of(driver.pid), driver)
+        assert listening(driver.pid) <= {"127.0.0.1", "::1"}
+        assert listening(driver.pid)
         for worker in workers_of(driver.pid):
             worker.send_signal(signal.SIGKILL)
         wait_until(lambda: list(world.out.glob("units/search-*/result.json")), driver)
