@@ -2,6 +2,7 @@
 
 import heapq
 import types
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,6 +132,7 @@ class _PlannedSweep(Sweep):
         self.run, self.executor, self.group_size = run, executor, group_size
         self.console, self.directory = LineConsole(quiet=True), Path("unused")
         self.chosen, self.rows, self.group, self.devices = {}, [], -1, set()
+        self.is_timed, self.done = True, Counter()
         self.abstract: Any = types.SimpleNamespace(steps=steps)
         self.left = list(run.trials)
 

@@ -24,7 +24,7 @@ class GivenLosses:
 
     def open(self, run, most, members_at_once, group_size):
         task = types.SimpleNamespace(metric="loss", derived=lambda values: {})
-        data = types.SimpleNamespace(task=task, examples={"test": 4}, summary=())
+        data = types.SimpleNamespace(task=task, examples={"test": 4}, summary=(), constant={})
         abstract = types.SimpleNamespace(data=data, steps=8, shapes=None)
         return Opened(abstract, {"base": None, "identity": {}}, 1, self.group_size or most)  # pyright: ignore
 
