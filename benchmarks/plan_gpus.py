@@ -1,6 +1,6 @@
 """What a step of five models needs of one GPU and of eight, by `loraplus plan`: no GPU is there.
 
-    python benchmarks/plan_gpus.py                            # all cases, a quarter of an hour on two cores
+    python benchmarks/plan_gpus.py                            # all cases, an hour on two busy cores
     python benchmarks/plan_gpus.py llama31_8b@h100:8          # one case, beside those of earlier runs
     python benchmarks/plan_gpus.py llama31_8b/nf4@l4:1
     python benchmarks/plan_gpus.py --draw                     # only the table and docs/plan_gpus.png
@@ -69,6 +69,7 @@ def draw(plans: dict[str, Any], file: Path) -> None:
     rooms = [plans[name]["room"] / 1e9 for name in names]
     axes.plot(rooms, names, "k|", markersize=12, label="75 % of the GPU's memory")
     axes.set_xlabel("GB per GPU")
+    axes.margins(y=0.01)
     axes.set_xlim(0, 80)  # of a B200, three quarters are more
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
