@@ -16,5 +16,5 @@ address=$(getent ahostsv4 "$head" | awk '{print $1; exit}'):6379
 # Ray's usage reports are off. Ray waits so many seconds for the nodes.
 export RAY_USAGE_STATS_ENABLED=0 RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
 srun --kill-on-bad-exit=1 ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
-  --num-gpus "$SLURM_GPUS_ON_NODE" --include-dashboard false -- \
+  --num-gpus "$SLURM_GPUS_ON_NODE" -- \
   loraplus sweep "$CONFIG" --output_dir "$OUTPUT" --sweep.ray "$address"

@@ -292,10 +292,12 @@ def _write(
 ) -> str | None:
     """Writes rows to a file, which is checked before they are computed, or returns what to print of them."""
     from ..inference.predict import check_output, write_predictions
+    from ..training.distributed import raise_together
 
     if output is None:
         return "\n".join(map(format_row, rows()))
-    check_output(output)
+    with raise_together():
+        check_output(output)
     return write_predictions(output, rows())
 
 

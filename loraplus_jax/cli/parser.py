@@ -86,7 +86,11 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
 
         config, _ = keywords.pop("config", None), keywords.pop("overrides", None)
         kinds = [kind for name, kind in command.settings_with.items() if name in keywords]
-        keywords["settings"] = parse_settings(config, overrides, load((*kinds, command.settings)[0]))
+        try:
+            keywords["settings"] = parse_settings(config, overrides, load((*kinds, command.settings)[0]))
+        except ValueError as error:
+            # The settings of a command without a config are few.
+            raise error if config is not None else ValueError(f"{name}: {error}") from None
         if config is not None:
             keywords["words"] = [config, *overrides]
     return command, keywords

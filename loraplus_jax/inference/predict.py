@@ -237,7 +237,8 @@ def evaluate_run(
     if split is not None and data is not None:
         raise ValueError(f"eval takes --split or --data, not both, got --split {split} and --data {data}")
     if output is not None:
-        check_output(output)
+        with raise_together():
+            check_output(output)
     if split is not None and split not in SPLITS:
         raise ValueError(f"--split: unknown split {split!r}{suggest(split, SPLITS)}")
     tuned = load_tuned(directory, config, allow_different, mesh)

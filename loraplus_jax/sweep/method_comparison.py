@@ -275,6 +275,7 @@ class MethodSweep(Sweep):
     def __init__(self, run: MethodRun, output: OutputDirectory, executor: Executor, label: str) -> None:
         super().__init__(run, output, executor)
         self.label, self.labels = label, dict.fromkeys(map(str, run.arms), label)
+        self.title = f"{label}: " if executor.is_concurrent else ""
 
     def stages(self) -> Generator[Sequence[Unit], list[dict[str, Any]], dict[str, Any]]:
         """As for a sweep; a method of which every setting diverges is reported as such."""

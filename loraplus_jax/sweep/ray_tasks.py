@@ -69,7 +69,12 @@ def connect(settings: SweepSettings, console: LineConsole) -> Generator["RayTask
     signal.signal(signal.SIGTERM, handler)
     sys.excepthook = hook
     try:
-        yield RayTasks(ray, settings, console)
+        executor = RayTasks(ray, settings, console)
+        try:
+            yield executor
+        finally:  # whatever ended the sweep, its workers save
+            with StopSignal():
+                executor.cancel()
     finally:
         ray.shutdown()
 
@@ -84,12 +89,15 @@ def _join_cluster(ray: Any, address: str) -> None:
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level="CRITICAL")
-    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+    except (ConnectionError, OSError, TimeoutError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"sweep.ray {address}: no Ray cluster answers there ({reason}); start one with ray start --head, or "
             "use sweep.ray local for this machine alone"
         ) from None
+    except (RuntimeError, ValueError) as error:  # such as other versions of Ray or Python
+        reason = " ".join(str(error).split())
+        raise ValueError(f"sweep.ray {address}: cannot join the cluster: {reason:.300}") from None
 
 
 def worker_resources(
@@ -105,12 +113,16 @@ def worker_resources(
       ValueError: no node has them all.
 
     >>> worker_resources(None, [{"CPU": 8.0}, {"CPU": 8.0, "GPU": 4.0}])
-    {'GPU': 1.0, 'CPU': 1.0}
+    {'CPU': 1.0, 'GPU': 1.0}
     """
     if worker is None:
         most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in ("GPU", "TPU")}
         worker = {"GPU": 1.0} if most["GPU"] else {"TPU": most["TPU"]} if most["TPU"] else {}
-    worker = {"CPU": 1.0, **worker} if "CPU" in worker else {**worker, "CPU": 1.0}
+    if ignored := {"memory", "object_store_memory"} & set(worker):
+        raise ValueError(
+            f"sweep.worker must have CPU, GPU, TPU or a resource of the cluster, got {min(ignored)}"
+        )
+    worker = {"CPU": 1.0} | dict(worker)
     if not any(all(node.get(name, 0.0) >= count for name, count in worker.items()) for node in nodes):
         have = [
             ", ".join(f"{name} {node[name]:g}" for name in node if name in ("CPU", "GPU", "TPU", *worker))
@@ -138,6 +150,8 @@ class RayTasks:
         self.workers = max(1, sum(counts))
         uses_cores = not {"GPU", "TPU"} & set(self.resources)
         self.cores = max(1, int(self.resources["CPU"])) if uses_cores else None
+        self.called = set[Any]()
+        """Tasks that have not been read."""
         self.pending: dict[Any, tuple[Stages, Unit]] = {}
         self.jobs: dict[Path, Job] = {}
         self.weights: dict[str, str] = {}
@@ -191,19 +205,21 @@ class RayTasks:
     def call(self, function: Any, *arguments: Any) -> Any:
         """Queues a task."""
         resources = dict(self.resources)
-        options = {"num_cpus": resources.pop("CPU"), "num_gpus": resources.pop("GPU", 0)}
-        task = self.ray.remote(function).options(
-            **options, resources=resources, max_retries=RETRIES, retry_exceptions=False
+        options: dict[str, Any] = {"num_cpus": resources.pop("CPU"), "num_gpus": resources.pop("GPU", 0)}
+        if self.cores is None:
+            options["max_calls"] = 1  # a process that has ended holds no GPU or TPU
+        task = self.ray.remote(**options, resources=resources, max_retries=RETRIES, retry_exceptions=False)(
+            function
         )
-        return task.remote(*arguments)
+        self.called.add(reference := task.remote(*arguments))
+        return reference
 
     def wait_for(self, references: list[Any]) -> Any:
-        """Waits for one of some tasks; a signal cancels all of them, and raises Stopped after they have saved."""
+        """Waits for one of some tasks; raises Stopped after a signal."""
         with StopSignal() as stop:
             while True:
                 ready, _ = self.ray.wait(references, timeout=POLL_SECONDS)
                 if stop.received is not None:
-                    self.cancel(list(dict.fromkeys([*references, *self.pending])))
                     raise Stopped(stop.received, "stopped; rerun the same command to resume")
                 if time.monotonic() - self.polled >= POLL_SECONDS:
                     self.polled = time.monotonic()
@@ -213,36 +229,37 @@ class RayTasks:
                 if ready:
                     return ready[0]
 
-    def cancel(self, references: list[Any]) -> None:
-        """Interrupts tasks, as Ctrl-C does, and waits until they have saved."""
-        for reference in references:
+    def cancel(self) -> None:
+        """Interrupts all tasks, as Ctrl-C does, and waits until they have saved."""
+        for reference in self.called:
             with contextlib.suppress(self.ray.exceptions.RayError):
                 self.ray.cancel(reference, force=False)
-        if references:
-            self.ray.wait(references, num_returns=len(references), timeout=SAVE_SECONDS)
+        if self.called:
+            self.ray.wait(list(self.called), num_returns=len(self.called), timeout=SAVE_SECONDS)
 
     def read(self, reference: Any) -> Any:
         """The result of a finished task, or None if a signal has stopped its worker.
 
         Raises:
-          ValueError: input that the worker rejects; all other tasks are cancelled.
+          ValueError: input that the worker rejects.
+          RuntimeError: any other error of the worker.
           LostProcess: its worker was lost too often.
         """
         errors = self.ray.exceptions
+        self.called.discard(reference)
         try:
             answer = self.ray.get(reference)
-        except errors.RayTaskError as error:
-            self.cancel(list(self.pending))
+        except errors.RayTaskError as error:  # before our code runs there, as where the package is missing
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise RuntimeError(f"a worker failed: {lines[-1]}") from error
         except errors.RayError as error:
-            self.cancel(list(self.pending))
             reason = str(error).strip().partition("\n")[0]
             lost = f"a worker was lost {RETRIES + 1} times ({type(error).__name__}: {reason})"
             raise LostProcess(f"{lost}; rerun the same command to resume") from None
         for line in answer["lines"]:
             self.console.print(f"worker {answer['host']}: {line}")
         if "error" in answer:
-            self.cancel(list(self.pending))
             raise ValueError(f"worker {answer['host']}: {answer['error']}")
+        if "failed" in answer:
+            raise RuntimeError(f"worker {answer['host']}: {answer['failed']}")
         return answer.get("result")

@@ -115,6 +115,10 @@ class Sweep:
     """One sweep, from its start or its stored results to its report."""
 
     labels: Mapping[str, str] = ARM_LABELS
+    title = ""
+    """What begins its lines, where several sweeps run at the same time."""
+    units_before: Sequence[Unit] = ()
+    """Those of the stage before."""
     is_scored = False
     """Whether its report also scores texts and measures costs."""
 
@@ -147,7 +151,9 @@ class Sweep:
         yield from self.search()
         while self.report_continues():
             yield from self.report_stage()
-        return self.finish()
+        report = self.finish()
+        self.remove_checkpoints(self.units)
+        return report
 
     def open(self) -> None:
         """Checks, compiles and loads everything, then takes over the directory."""
@@ -235,14 +241,22 @@ class Sweep:
         groups = f"{self.stage} of {len(units)} groups" if len(units) > 1 else self.stage
         total, done = len(units) * units[0].stops[-1], len(units) * units[0].start
         self.lines = ProgressLines(
-            self.console, f"{groups}, step" if len(units) > 1 else f"{groups} step", total, done
+            self.console, f"{self.title}{groups}{',' if len(units) > 1 else ''} step", total, done
         )
         self.results = yield units
+        # In the order of one unit with all members. What a lost worker told may be of another attempt.
+        rows = sorted((row for result in self.results for row in result["rows"]), key=lambda row: row["step"])
+        self.rows = [*self.earlier, *rows]
         self.done += self.work_so_far()
         self.devices |= {result["devices"] for result in self.results}
-        # Their members have trained on.
-        for name in {source.unit for unit in units for source in unit.sources}:
-            shutil.rmtree(unit_directory(self.directory, name) / CHECKPOINTS, ignore_errors=True)
+        # Their members have trained on, or were dropped.
+        self.remove_checkpoints(self.units_before)
+        self.units_before = units
+
+    def remove_checkpoints(self, units: Sequence[Unit]) -> None:
+        """Removes the checkpoints of units from which none will continue; their results stay."""
+        for unit in units:
+            shutil.rmtree(unit_directory(self.directory, unit.name) / CHECKPOINTS, ignore_errors=True)
 
     @property
     def stage(self) -> str:
@@ -266,7 +280,7 @@ class Sweep:
         """Learns how far a unit is: prints progress and estimates, and reports what all units have evaluated."""
         before, self.progress[unit] = self.progress[unit], progress
         if progress.resumed is not None and before.resumed is None:
-            self.console.print(f"resuming from step {progress.resumed} of the {unit.stage}")
+            self.console.print(f"{self.title}resuming from step {progress.resumed} of the {unit.stage}")
         if progress.step != before.step:
             self.lines.update(sum(each.step for each in self.progress.values()))
         is_new = (before.batch_seconds, before.step_seconds) != (
@@ -331,7 +345,8 @@ class Sweep:
         bound = "at most" if run.sweep.interim_seeds else "about"
         workers = self.executor.workers
         also = f"waiting for the slowest of {workers} workers" if workers > 1 else ""
-        self.console.print(f"{Estimate(seconds / workers, progress.memory, counts, bound, also)}")
+        also += " and for other methods" if self.title else ""
+        self.console.print(f"{self.title}{Estimate(seconds / workers, progress.memory, counts, bound, also)}")
 
     def work_so_far(self) -> Counter[str]:
         """What the units of this stage have done: `steps`, and evaluations by split, each summed over members."""

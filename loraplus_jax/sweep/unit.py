@@ -39,8 +39,9 @@ TIMED_STEP = 3
 """Which step since the start or the resumption is timed for a second estimate; the first ones are slower."""
 COST_STEPS = 5
 """Steps that are timed once a method has finished; the median counts."""
-LOCK_SECONDS = 60.0
-"""How long a unit waits for its lock: the process that ran it before may still be saving."""
+LOCK_SECONDS = 300.0
+"""How long a unit waits for its lock: the process that ran it before may still be saving, and a file server keeps
+the locks of a lost host for some minutes."""
 
 
 class MemberSpec(NamedTuple):

@@ -18,7 +18,7 @@ import jax
 from .._utils.atomic import to_json, write_text
 from ..data.fetch import cache_dir
 from ..settings.parsing import settings_from_json
-from ..step.checkpoint import PACKAGES, field_differences, join_first
+from ..step.checkpoint import NUMERICS, PACKAGES, field_differences, join_first
 from ..training.console import LineConsole
 from ..training.run_files import OWNER
 from ..training.signals import Stopped
@@ -59,9 +59,10 @@ class Job(NamedTuple):
     allow_different: Sequence[str] = ()
 
 
-def packages() -> dict[str, str]:
-    """The versions of the packages that compute."""
-    return {name: importlib.metadata.version(name) for name in (*PACKAGES, "jaxlib", "numpy")}
+def packages() -> dict[str, Any]:
+    """What the results depend on beside settings and files: versions of packages, and JAX's numeric options."""
+    versions = {name: importlib.metadata.version(name) for name in (*PACKAGES, "jaxlib", "numpy")}
+    return versions | {name: str(getattr(jax.config, name)) for name in NUMERICS}
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def run_on_worker(job: Job, unit: Unit) -> dict[str, Any]:
 
     Returns:
       Plain values, as an error of another host is text here: `host`, what was printed as `lines`, and one of
-      `result`, `error` and `stopped`.
+      `result`, `error` (bad input), `failed` (any other error) and `stopped`.
     """
 
     def run(console: LineConsole) -> dict[str, Any]:
@@ -104,6 +105,7 @@ class _Reporter:
 
     def __init__(self, path: Path) -> None:
         self.path, self.written, self.last = path, -SECONDS_PER_REPORT, Progress(0)
+        path.unlink(missing_ok=True)  # of a worker that was lost
 
     def tell(self, progress: Progress) -> None:
         """Writes the progress if it is time."""
@@ -129,6 +131,10 @@ def _guard(job: Job, run: Callable[[LineConsole], dict[str, Any]]) -> dict[str, 
         answer["stopped"] = stop.signal_number
     except INPUT_ERRORS as error:
         answer["error"] = str(error)
+    except Exception as error:
+        # Its class may not exist where the driver runs, and JAX's notes would hide the message.
+        reason = str(error).strip().partition("\n")[0]
+        answer["failed"] = f"{type(error).__name__}: {reason}"
     return {**answer, "lines": printed.getvalue().splitlines()}
 
 
@@ -136,7 +142,9 @@ def _check_host(job: Job) -> None:
     if differences := field_differences(
         {"packages": job.source["packages"]}, {"packages": packages()}, ("on the driver", "on this worker")
     ):
-        raise ValueError(f"{join_first(differences)}; install the same versions on all hosts")
+        raise ValueError(
+            f"{join_first(differences)}; install the same versions and set the same options of JAX on all hosts"
+        )
     if job.working_directory.is_dir():
         os.chdir(job.working_directory)
     owner = job.directory / OWNER
@@ -176,7 +184,12 @@ def _prepare(job: Job) -> Population:
 
 
 def _measure(job: Job) -> dict[str, Any]:
-    population = _prepare(job)
+    try:
+        population = _prepare(job)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; sweep.group_size is the most members that a worker trains together"
+        ) from None
     return {"members_at_once": population.programs.at_once, "devices": population.mesh.size}
 
 

@@ -320,7 +320,7 @@ CASES = [
         ("init_adapter", "nowhere", "does not exist"),
         "inspect {dir}/config.yaml --init_adapter nowhere",
     ),
-    Case("eval with an unknown option", ("eval", "--lora.rank 3"), EVAL + " --lora.rank 3", run=True),
+    Case("eval with an unknown option", ("eval", "--lora.rank"), EVAL + " --lora.rank 3", run=True),
     Case("eval of no split", ("'tests'", "'test'"), EVAL + " --split tests", run=True),
     Case(
         "eval with labels unknown",
