@@ -60,7 +60,7 @@ def finish(world, *options):
     return printed
 
 
-def test_killed_workers_a_killed_driver_and_ctrl_c_change_no_byte_of_the_report(world, monkeypatch):
+def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_report(world, monkeypatch):
     # On one core each worker has one device of one thread, and so has this process.
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     finish(world, "--sweep.group_size", "1")
@@ -74,18 +74,25 @@ def test_killed_workers_a_killed_driver_and_ctrl_c_change_no_byte_of_the_report(
         for worker in workers_of(driver.pid):
             worker.send_signal(signal.SIGKILL)
         wait_until(lambda: list(world.out.glob("units/search-*/result.json")), driver)
-        assert_one_error(finished_process(*command(world, *RAY, "--fresh")), world.out, "in use", driver.pid)
         driver.kill()
+    results = {path: path.stat().st_mtime_ns for path in world.out.glob("units/*/result.json")}
+    finish(world, *RAY)
+    assert report_bytes(world) == straight
+    assert {path: path.stat().st_mtime_ns for path in results} == results  # not run again
+    assert not list(world.out.glob("units/*/checkpoints"))
+
+
+@pytest.mark.long
+def test_ctrl_c_lets_workers_save_and_fresh_respects_a_running_sweep(world):
     with started(*command(world, *RAY)) as driver:
-        wait_until(lambda: workers_of(driver.pid), driver)
+        wait_until(lambda: has_saved(world) and workers_of(driver.pid), driver)
+        assert_one_error(finished_process(*command(world, *RAY, "--fresh")), world.out, "in use", driver.pid)
         driver.send_signal(signal.SIGINT)
         code, _, error = ended(driver)
     assert code == 130
     assert_mentions(error, "stopped", "rerun")
     assert error.count("\n") == 1
-    printed = finish(world, *RAY)
-    assert "resuming from step" in printed
-    assert report_bytes(world) == straight
+    finish(world, *RAY)
 
 
 def test_every_error_is_one_line_and_loses_nothing(world):
@@ -101,6 +108,7 @@ def test_every_error_is_one_line_and_loses_nothing(world):
         assert not world.out.exists()
 
 
+@pytest.mark.long
 def test_a_worker_with_another_base_is_named(world):
     """Between the driver's reading and the worker's, the file changes: as if their hosts had two."""
     with started(*command(world, *RAY)) as driver:
@@ -109,6 +117,7 @@ def test_a_worker_with_another_base_is_named(world):
         assert_one_error(ended(driver), "worker", "base", "on the driver", "on this worker")
 
 
+@pytest.mark.long
 def test_a_worker_that_joins_late_gets_units(world, monkeypatch):
     from ray.cluster_utils import Cluster
 
