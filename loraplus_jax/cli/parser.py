@@ -84,7 +84,9 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
         # Here: pydantic is slow to import, and half of the commands need no settings.
         from ..settings.parsing import parse_settings
 
-        config, _ = keywords.pop("config", None), keywords.pop("overrides", None)
+        # Of a command that uses a run, `--config` is an option like any other.
+        config = keywords.pop("config") if "config" in command.arguments else None
+        keywords.pop("overrides", None)
         kinds = [kind for name, kind in command.settings_with.items() if name in keywords]
         try:
             keywords["settings"] = parse_settings(config, overrides, load((*kinds, command.settings)[0]))

@@ -21,7 +21,7 @@ def run_script(benchmarks, results, *words):
     return subprocess.run(words, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_parts(benchmarks, tmp_path):
     run = run_script(benchmarks, tmp_path, "--tiny", "--minutes", "60")  # a busy machine is slow
     assert run.returncode == 0, run.stderr

@@ -17,7 +17,7 @@ SETTINGS = {
 RUN = {"run": value("a run", path, metavar="RUN"), "--size": value("its size", int), **OPTIONS}
 COMMANDS = {
     "show": Command("show a run", print, RUN),
-    "use": Command("use a run", print, RUN, "settings.schema:DeviceSettings"),
+    "use": Command("use a run", print, RUN | {"--config": value("a file")}, "settings.schema:DeviceSettings"),
     "make": Command("make a run", print, SETTINGS | OPTIONS, "settings.schema:Settings"),
 }
 
@@ -54,6 +54,8 @@ def test_settings_of_devices_have_no_file_and_may_be_anywhere():
     settings = given.pop("settings")
     assert given == {"run": Path("r"), "part": ["b"], "size": 3}
     assert (settings.mesh.data, settings.mesh.fsdp, settings.distributed.coordinator) == (-1, None, "auto")
+    # A config of theirs is not the file of these settings.
+    assert keywords("use", "r", "--config", "run.yaml")["config"] == "run.yaml"
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_a_language_model_on_a_mesh_evaluates_and_answers_as_on_one_device(untra
     assert len({row["answer"] for row in answers[0]}) == len(PROMPTS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_beams_and_samples_on_a_mesh_are_those_of_one_device(untrained_talk):
     for options in ({"beams": 3}, {"temperature": 1.0, "seed": 3}):
         answers = [
@@ -112,14 +112,14 @@ def output_of(*words, devices):
     """What process 0 prints; the other prints nothing."""
     ends = run_two(*words, devices=devices)
     assert [end[0] for end in ends] == [0, 0], ends
-    assert ends[1][1] == ""
+    assert not ends[1][1].strip()  # the lines of Gloo, which are left out, may end twice
     return ends[0][1]
 
 
 SPLIT = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_predict_and_evaluate_what_one_device_does(untrained, tmp_path):
     out, data, file = untrained.out, untrained.data, tmp_path / "rows.jsonl"
     assert output_of("predict", out, "--data", data, "--output", file, *SPLIT, devices=4) == ""

@@ -118,6 +118,7 @@ def test_a_worker_with_another_base_is_named(world):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray forks this process
 def test_a_worker_that_joins_late_gets_units(world, monkeypatch):
     from ray.cluster_utils import Cluster
 

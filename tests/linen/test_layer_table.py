@@ -322,7 +322,7 @@ def expected_specs(subject, lifting):
         )
 
 
-precise = pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+precise = pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 
 
 @every
