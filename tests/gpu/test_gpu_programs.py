@@ -194,12 +194,25 @@ def test_micro_batches_with_int8_gather_each_layer_in_each_of_them(tmp_path):
     assert max(sizes) < 128 * 128
 
 
-def test_dora_computes_only_norms_in_float32(tmp_path):
-    settings = llama(tmp_path, lora={"variant": "dora"})
-    text = compiled(settings, tmp_path, "a100-80:1")
-    # Products with an A for the norms of the weights' columns, whose result has the rank as a side.
-    assert {where.split("/")[-2] for where in float32_products(text)} == {"ar,ab->rb", "Zr,Zb->rb"}
+# Products with an A for the norms of the weights' columns, whose result has the rank as a side.
+NORMS = {"ar,ab->rb", "Zr,Zb->rb"}
+
+
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize(
+    ("options", "in_float32"),
+    [
+        ({"lora": {"variant": "dora"}}, NORMS),
+        ({"model": {"quantize": "nf4"}}, set()),
+        ({"model": {"quantize": "int8"}, "train": {"accumulate": 2, "batch_size": 16}}, set()),
+    ],
+    ids=["dora", "nf4", "int8 in micro-batches"],
+)
+def test_one_card_and_eight_compute_in_bfloat16_with_cudnn(tmp_path, options, in_float32, count):
+    text = compiled(llama(tmp_path, mesh=(1, count, 1), **options), tmp_path, f"h100:{count}")
+    assert {where.split("/")[-2] for where in float32_products(text)} == in_float32
     assert any(name.startswith("__cudnn$fmha") for name in calls(text))
+    assert {c.kind for c in collectives(text)} >= ({"all-gather"} if count > 1 else set())
 
 
 def test_an_encoder_reduces_only_gradients_of_adapters(tmp_path):
@@ -221,16 +234,17 @@ def test_the_pmap_step(tmp_path, make):
     assert bool(calls(text).get("__cudnn$fmhaScaleBiasSoftmax")) == (make is llama)
 
 
-def test_a_population_shares_its_base_without_collectives(tmp_path):
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_population_shares_its_base_without_collectives(tmp_path, count):
     single = encoder(tmp_path)
     fields = {field.name: getattr(single, field.name) for field in dataclasses.fields(single)}
     run = SweepRun(**fields, sweep=SweepSettings(learning_rates=(1e-4,), lr_ratios=(4.0,)))
-    mesh = Mesh(gpus("h100:8"), (population.MEMBER_AXIS,))
-    step = lower(single, tmp_path, gpus("h100:8")[:1])
+    mesh = Mesh(gpus(f"h100:{count}"), (population.MEMBER_AXIS,))
+    step = lower(single, tmp_path, gpus(f"h100:{count}")[:1])
     abstract = population.AbstractPopulation(tmp_path, parts_of(single, tmp_path)[1], 10, run, step.parts)
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.parts.trainable)  # noqa: E731
     first = lambda: jax.tree.map(jnp.asarray, population._first_member(abstract, run.trials[0], 0, zeros()))  # noqa: E731
-    stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((16, *x.shape), x.dtype))
+    stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((2 * count, *x.shape), x.dtype))
     losses = task_module(run).make_losses(run, abstract.data.task, step.parts)
     one = population.make_member_step(run, losses, step.parts.specs, 10)
     members = jax.eval_shape(first)
