@@ -190,8 +190,8 @@ def device_kind() -> dict[str, Any]:
 
 
 def seconds_left() -> float:
-    """Seconds of the script's time that are left, at least one."""
-    return max(1.0, float(os.environ[_END]) - time.time())
+    """Seconds of the script's time that are left."""
+    return max(0.0, float(os.environ[_END]) - time.time())
 
 
 _END = "BENCHMARK_END"
