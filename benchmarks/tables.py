@@ -232,7 +232,11 @@ STUDIES: dict[str, dict[str, Study]] = {
             "quickstart_sweep.yaml",
             METHODS | {"data.max_length": 32, "data.validation_fraction": 0.04, "data.test_fraction": 0.05},
         ),
-        "STS-B": glue("stsb", task="regression", **METHODS | {"sweep.curve_points": 1}),
+        "STS-B": glue(
+            "stsb",
+            task="regression",
+            **METHODS | {"data.max_length": 40, "lora.init": "he_uniform", "sweep.curve_points": 1},
+        ),
         "instructions": Study(
             "smollm2_chat.yaml",
             SMOLLM2

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..training.console import LineConsole
-from .executor import Executor, Opened, Stages, run_sweeps
+from .executor import Executor, Stages, run_sweeps
 from .halving import split_at_rung
 from .interim_report import seed_groups
 from .run import Sweep
@@ -74,7 +74,7 @@ def schedule(
       seconds: maps the number of a sweep and a unit of it to seconds.
       preparation: seconds that a worker needs before its first unit of each sweep.
     """
-    executor = _Simulated(workers, seconds, preparation)
+    executor: Any = _Simulated(workers, seconds, preparation)
     sweeps = [_PlannedSweep(run, steps, group_size, executor) for run in runs]
     executor.numbers = {id(sweep): number for number, sweep in enumerate(sweeps)}
     run_sweeps(sweeps, executor)
@@ -88,7 +88,7 @@ def schedule(
 
 
 class _Simulated:
-    """Executor of workers that only wait."""
+    """Executor of workers that only wait; planned sweeps open nothing."""
 
     is_concurrent = True
 
@@ -100,10 +100,6 @@ class _Simulated:
         self.spans: list[Span] = []
         self.numbers: Mapping[int, int] = {}
         self.clock, self.count = 0.0, 0
-
-    def open(self, run: SweepRun, most: int, members_at_once: int | None, group_size: int | None) -> Opened:
-        """Nothing is opened."""
-        raise NotImplementedError
 
     def submit(self, sweep: Stages, unit: Unit) -> None:
         """Queues a unit."""

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib.metadata
 import io
-import json
 import os
 import re
 import socket
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .._utils.atomic import to_json, write_text
+from .._utils.atomic import to_json
+from .._utils.records import DIGEST, read_record, write_record
 from ..data.fetch import cache_dir
 from ..settings.parsing import settings_from_json
 from ..step.checkpoint import NUMERICS, PACKAGES, field_differences, join_first
@@ -96,7 +96,8 @@ def run_on_worker(job: Job, unit: Unit) -> dict[str, Any]:
 def read_progress(directory: Path, unit: Unit) -> Progress | None:
     """What a worker last wrote about a unit; None if nothing, or nothing readable."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        return Progress(**json.loads((unit_directory(directory, unit.name) / PROGRESS).read_text()))
+        record = read_record(unit_directory(directory, unit.name) / PROGRESS)
+        return Progress(**{name: value for name, value in record.items() if name != DIGEST})
     return None
 
 
@@ -113,7 +114,7 @@ class _Reporter:
         if waits and progress._replace(step=self.last.step) == self.last:
             return
         self.written, self.last = time.monotonic(), progress._replace(rows=list(progress.rows))
-        write_text(self.path, to_json(progress._asdict()))
+        write_record(self.path, progress._asdict())
 
 
 def _guard(job: Job, run: Callable[[LineConsole], dict[str, Any]]) -> dict[str, Any]:

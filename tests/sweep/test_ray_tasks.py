@@ -41,6 +41,11 @@ def test_resources_that_no_node_has(worker, nodes):
         worker_resources(worker, nodes)
 
 
+def test_memory_is_no_resource_of_a_worker():
+    with pytest.raises(ValueError, match=mentions("sweep.worker", "memory")):
+        worker_resources({"memory": 1e9}, [GPUS | {"memory": 1e12}])
+
+
 def test_without_ray_a_line_says_how_to_install_it(config, capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")

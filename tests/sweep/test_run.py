@@ -6,9 +6,10 @@ import pytest
 
 from loraplus_jax.sweep.executor import Opened, run_sweeps
 from loraplus_jax.sweep.run import Sweep
-from loraplus_jax.sweep.unit import Progress
+from loraplus_jax.sweep.unit import Progress, unit_directory
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.run_directory import open_output_directory
+from loraplus_jax.training.run_files import CHECKPOINTS
 
 # Loss is this times the rate of B: validation favors the smallest rate, test the largest.
 SLOPES = {"validation": 1.0, "test": -1.0}
@@ -98,3 +99,38 @@ def test_members_continue_from_the_unit_that_trained_them(ended):
             assert units[source.unit].members[source.number] == member
             assert len(units[source.unit].members) == source.size
             assert units[source.unit].stops[-1] == unit.start
+
+
+def test_the_report_is_of_results_not_of_what_a_lost_attempt_told(ended):
+    class Told(GivenLosses):
+        """Tells losses of its own before each result."""
+
+        def wait(self):
+            sweep, unit, result = super().wait()
+            sweep.follow(unit, Progress(unit.stops[-1], [row | {"loss": 1.0} for row in result["rows"]]))
+            return sweep, unit, result
+
+    sweep, report = ended(Told(3), "--sweep.keep=0.5")
+    again, same = ended(GivenLosses(3), "--sweep.keep=0.5")
+    assert (sweep.rows, report) == (again.rows, same)
+
+
+def test_checkpoints_stay_while_units_continue_from_them(ended):
+    class Saving(GivenLosses):
+        """Has a checkpoint of each unit, and notes those that are there when a unit ends."""
+
+        there = ()
+
+        def wait(self):
+            sweep, unit, result = super().wait()
+            (unit_directory(sweep.directory, unit.name) / CHECKPOINTS).mkdir(parents=True)
+            for source in unit.sources:
+                assert (unit_directory(sweep.directory, source.unit) / CHECKPOINTS).exists()
+            self.there = {path.parent.name.rpartition("-")[0] for path in sweep.directory.glob("units/*/*")}
+            return sweep, unit, result
+
+    executor = Saving(3)
+    sweep, _ = ended(executor, "--sweep.keep=0.5")
+    # Of the stage before the report, and of the report's own; at the end none.
+    assert executor.there == {"search-8", "report-0"}
+    assert not list(sweep.directory.glob(f"units/*/{CHECKPOINTS}"))

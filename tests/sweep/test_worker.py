@@ -1,6 +1,5 @@
 """What a worker checks before it runs a unit, and how it tells its progress."""
 
-import json
 import socket
 import types
 
@@ -35,8 +34,23 @@ def error_of(job, words):
 def test_other_packages_and_storage_of_its_own_are_named(job):
     other = packages() | {"jax": "0.0.1"}
     error_of(job._replace(source={"packages": other}), ["jax", "0.0.1", "on the driver", "on this worker"])
+    other = packages() | {"jax_default_matmul_precision": "highest"}
+    error_of(
+        job._replace(source={"packages": other}),
+        ["jax_default_matmul_precision", "highest", "options of JAX"],
+    )
     error_of(job._replace(owner="8\n"), [job.directory, "storage", "does not see"])
     error_of(job._replace(directory=job.directory / "none"), ["none", "storage"])
+
+
+def test_an_error_of_any_kind_names_its_host_and_is_a_line(job, monkeypatch):
+    def fail(job):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nframes")
+
+    monkeypatch.setattr(worker, "_prepare", fail)
+    answer = run_on_worker(job, UNIT)
+    assert answer["host"] == socket.gethostname()
+    assert answer["failed"] == "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
 
 
 def test_the_base_and_the_data_are_compared_with_the_drivers(job, monkeypatch):
@@ -57,7 +71,7 @@ def test_progress_is_written_every_second_and_at_each_evaluation(tmp_path, monke
     path.parent.mkdir(parents=True)
     now, written = [0.0], []
     monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(worker, "write_text", lambda path, text: written.append(json.loads(text)["step"]))
+    monkeypatch.setattr(worker, "write_record", lambda path, content: written.append(content["step"]))
     reporter = worker._Reporter(path)
     for step, rows in ((1, []), (2, []), (3, [{}]), (4, [{}]), (5, [{}])):
         now[0] += 0.4
@@ -72,7 +86,7 @@ def test_unreadable_progress_is_none(tmp_path):
     path = unit_directory(tmp_path, UNIT.name) / PROGRESS
     assert read_progress(tmp_path, UNIT) is None
     path.parent.mkdir(parents=True)
-    for text in ("", "{", "[]", '{"steps": 1}'):
+    for text in ("", "{", "[]", '{"steps": 1}', '{"step": 1, "digest": "0"}'):
         path.write_text(text)
         assert read_progress(tmp_path, UNIT) is None
     worker._Reporter(path).tell(Progress(3, [{"loss": 1.0}]))
