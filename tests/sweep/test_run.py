@@ -106,9 +106,12 @@ def test_the_report_is_of_results_not_of_what_a_lost_attempt_told(ended):
         """Tells losses of its own before each result."""
 
         def wait(self):
-            sweep, unit, result = super().wait()
-            sweep.follow(unit, Progress(unit.stops[-1], [row | {"loss": 1.0} for row in result["rows"]]))
-            return sweep, unit, result
+            sweep, unit = self.queue[-1]
+            members = [{"arm": arm, "trial": list(trial), "seed": seed} for arm, trial, seed in unit.members]
+            key = {"stage": unit.stage, "split": unit.split, "loss": 1.0}
+            rows = [key | member | {"step": stop} for stop in unit.stops for member in members]
+            sweep.follow(unit, Progress(unit.stops[-1], rows))
+            return super().wait()
 
     sweep, report = ended(Told(3), "--sweep.keep=0.5")
     again, same = ended(GivenLosses(3), "--sweep.keep=0.5")
