@@ -235,7 +235,7 @@ def draw(plans: dict[str, Any]) -> None:
 def main() -> None:
     what = ["time", "kill", "makespan"]
     options = parse_options(
-        __doc__, what=what, rounds=1, kills=20, driver_kills=5, steps=400, hidden=64, seed=0
+        __doc__, what=what, rounds=1, kills=20, driver_kills=5, steps=1000, hidden=64, seed=0
     )
     if options.what == "time":
         timing(options.rounds, options.steps, options.hidden)

@@ -1,6 +1,7 @@
 """A sweep on Ray, started on this machine: workers and the driver may be lost, and the report is the same."""
 
 import contextlib
+import json
 import shutil
 import signal
 import sys
@@ -51,7 +52,7 @@ def listening(parent):
 
 
 def has_saved(world):
-    return any(path.name.isdigit() for path in world.out.glob("units/*/checkpoints/*"))
+    return any(path.name.isdigit() for path in world.out.glob("**/units/*/checkpoints/*"))
 
 
 def finish(world, *options):
@@ -80,6 +81,30 @@ def test_killed_workers_and_a_killed_driver_change_no_byte_of_the_report(world, 
     assert report_bytes(world) == straight
     assert {path: path.stat().st_mtime_ns for path in results} == results  # not run again
     assert not list(world.out.glob("units/*/checkpoints"))
+
+
+@pytest.mark.long
+def test_methods_on_workers_are_compared_as_in_one_process(world, monkeypatch):
+    """Their reports hold how long a step took, and are equal but for that."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+    methods = flags("--sweep.methods [lora_plus,rslora]")
+
+    def report_without_times():
+        content = json.loads(report_bytes(world))
+        assert set(content["methods"]) == {"lora", "lora_plus", "rslora"}
+        for method in content["methods"].values():
+            assert method["cost"].pop("step_seconds") > 0
+        return content | {"digest": None}
+
+    finish(world, *methods, "--sweep.group_size", "1")
+    straight = report_without_times()
+    shutil.rmtree(world.out)
+    with started(*command(world, *methods, *RAY)) as driver:
+        wait_until(lambda: has_saved(world) and workers_of(driver.pid), driver)
+        workers_of(driver.pid)[0].kill()
+        code, _, error = ended(driver)
+    assert (code, error) == (0, "")
+    assert report_without_times() == straight
 
 
 @pytest.mark.long

@@ -1,0 +1,193 @@
+"""Fills the tables of docs/results.md from results/tables/, and draws its picture: no number is copied by hand.
+
+    python benchmarks/results_page.py
+
+On the page, what stands between `<!-- NAME -->` and `<!-- end of NAME -->` is replaced by the table NAME of
+`tables.py`, and between those of `summary` by one line for each data set.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, table
+from tables import STUDIES, counts_steps, interval, overall
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from loraplus_jax._utils.atomic import write_text
+from loraplus_jax.training.metrics_log import pyplot, save_figure
+
+DOCS = Path(__file__).parents[1] / "docs"
+Report = Mapping[str, Any]
+"""A study of a table, or a part of it."""
+
+
+def read() -> dict[str, dict[str, Report]]:
+    """The studies of each table that has been measured in the form of `tables.py`."""
+    found = {}
+    for name in STUDIES:
+        path = RESULTS / "tables" / f"{name}.json"
+        studies = json.loads(path.read_text())["studies"] if path.exists() else {}
+        found[name] = {title: study for title, study in studies.items() if "protocol" in study}
+    return found
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    """A number, or a dash."""
+    return "–" if value is None else format(value, form).replace("-", "−")
+
+
+def protocol_line(report: Report) -> str:
+    """How a study was run."""
+    p, ran_on = report["protocol"], report["machine"]
+    size, length = p["batch"]
+    return (
+        f"{p['model']}, {p['steps']:,} steps of {size} rows of up to {length} tokens; {p['settings']} settings a "
+        f"method, reported on {len(p['report_seeds'])} other seeds and {p['test_rows']:,} test examples. Intervals "
+        f"of {100 * p['confidence']:.1f} % each, so that all hold together with 95 %. "
+        f"{ran_on.get('processor', '')} {ran_on['cores']} cores.".replace("  ", " ")
+    )
+
+
+def method_row(report: Report, method: Report) -> dict[str, str]:
+    """A method's line of a study."""
+    chosen, against, metric = method["chosen"], method["against_lora"], report["protocol"]["metric"]
+    star = {name: "*" if name in method["at_the_edge"] else "" for name in ("learning_rate", "lr_ratio")}
+    cost = method["cost"]
+    return {
+        "method": method["label"],
+        "η_A": f"{chosen['learning_rate']:g}{star['learning_rate']}" if chosen else "–",
+        "λ": f"{chosen['lr_ratio']:g}{star['lr_ratio']}" if chosen else "–",
+        metric: number(method["metric"]),
+        f"{metric} − LoRA's": interval(against and against["test_metric"], "+.4f"),
+        "test loss": number(method["loss"]),
+        "loss − LoRA's": interval(against and against["test_loss"], "+.4f"),
+        "LoRA's steps / its own": interval(against and against["steps_ratio"], ".2f")
+        if counts_steps(report)
+        else "–",
+        "seconds": number(cost and cost["step_seconds"] * report["protocol"]["steps"], ".0f"),
+    }
+
+
+def study_lines(title: str, report: Report) -> list[str]:
+    """A study: what it found, how it was run, a line a method, and the scores of generated texts."""
+    metric, constant = report["protocol"]["metric"], report["protocol"].get("constant", {})
+    rows = [method_row(report, method) for method in report["methods"].values()]
+    if metric in constant:
+        rows.insert(0, {"method": "constant answer", metric: number(constant[metric])})
+    lines = [f"### {title}", report["verdict"].replace(" -", " −").replace("[-", "[−"), protocol_line(report)]
+    lines.append(table([{name: row.get(name, "–") for name in rows[-1]} for row in rows]))
+    if texts := [m for m in report["methods"].values() if m["text_scores"]]:
+        scored = []
+        for method in texts:
+            row = {"method": method["label"]}
+            for name, score in method["text_scores"].items():
+                row[name] = number(score["mean"], ".2f")
+                row[f"{name} − LoRA's"] = interval(method["against_lora"] and score["gain"], "+.2f")
+            scored.append(row)
+        lines += [f"The texts for {report['protocol']['texts']} test inputs:", table(scored)]
+    return lines
+
+
+def beats_constant(report: Report) -> bool | None:
+    """Whether a method is significantly better than the constant answer; None where no such answer is known."""
+    estimates = [method.get("over_constant") for method in report["methods"].values()]
+    return None if not any(estimates) else any((e["low"] or 0) > 0 for e in estimates if e)
+
+
+def relative_loss(report: Report, name: str) -> dict[str, Any] | None:
+    """A method's difference in test loss to LoRA, in percent of LoRA's."""
+    method = report["methods"].get(name)
+    if method is None or method["against_lora"]["test_loss"]["low"] is None:
+        return None
+    scale, loss = 100 / report["methods"]["lora"]["loss"], method["against_lora"]["test_loss"]
+    return {end: loss[end] * scale for end in ("mean", "low", "high")}
+
+
+def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
+    """One line a data set: LoRA+ and full fine-tuning against LoRA; means over those above the constant answer."""
+    rows, kept = [], []
+    for studies in tables.values():
+        for title, report in studies.items():
+            if "lora_plus" not in report["methods"]:
+                continue
+            above = beats_constant(report)
+            against = report["methods"]["lora_plus"]["against_lora"]
+            counted = above is not False and "constant" in report["protocol"]
+            kept += [report] if counted and report["protocol"]["metric"] != "perplexity" else []
+            rows.append(
+                {
+                    "data": title,
+                    "metric": report["protocol"]["metric"],
+                    "LoRA": number(report["methods"]["lora"]["metric"]),
+                    "LoRA+ − LoRA": interval(against["test_metric"], "+.4f"),
+                    "loss, % of LoRA's": interval(relative_loss(report, "lora_plus"), "+.1f"),
+                    "LoRA's steps / LoRA+'s": interval(against["steps_ratio"], ".2f")
+                    if counts_steps(report)
+                    else "–",
+                    "above the constant answer": {True: "yes", False: "no", None: "–"}[above],
+                }
+            )
+    lines = [table(rows)]
+    if kept:
+        gain, ratio = overall(kept)
+        lines.append(
+            f"Mean over the {len(kept)} data sets above the constant answer: gain in the metric "
+            f"{interval(gain, '+.4f')}, LoRA's steps over those of LoRA+ {interval(ratio, '.2f')}."
+        )
+    return lines
+
+
+def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
+    """The difference in test loss to LoRA with its interval, of every data set, in percent of LoRA's."""
+    lines = [
+        (title, {name: relative_loss(report, name) for name in ("lora_plus", "full")})
+        for studies in tables.values()
+        for title, report in studies.items()
+        if "lora_plus" in report["methods"]
+    ]
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * len(lines)), layout="constrained")
+    styles = {"lora_plus": ("LoRA+", "#0b5fa5", "o", 0.12), "full": ("all weights", "#b5651d", "s", -0.12)}
+    for name, (label, color, marker, shift) in styles.items():
+        shown = [
+            (len(lines) - row + shift, found[name]) for row, (_, found) in enumerate(lines) if found[name]
+        ]
+        for height, estimate in shown:
+            axes.hlines(height, estimate["low"], estimate["high"], color=color, linewidth=2)
+        means = [estimate["mean"] for _, estimate in shown]
+        axes.plot(means, [height for height, _ in shown], marker, color=color, label=label)
+    axes.axvline(0, color="black", linewidth=1, linestyle="--")
+    axes.set_yticks([len(lines) - row for row in range(len(lines))], [title for title, _ in lines])
+    axes.set(xlabel="test loss minus tuned LoRA's, % of it; left of the line is better", xscale="symlog")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def filled(page: str, tables: Mapping[str, Mapping[str, Report]]) -> str:
+    """The page with every block filled."""
+    blocks = {"summary": summary_lines(tables)}
+    for name, studies in tables.items():
+        blocks[name] = [line for title, report in studies.items() for line in study_lines(title, report)]
+    for name, lines in blocks.items():
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        text = "\n\n".join([start, *lines, end])
+        page, count = re.subn(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: text, page, flags=re.DOTALL)  # noqa: B023
+        if count > 1:
+            raise ValueError(f"docs/results.md has {count} blocks of {name}; keep one")
+    return page
+
+
+def main() -> None:
+    path, tables = DOCS / "results.md", read()
+    write_text(path, filled(path.read_text(encoding="utf-8"), tables))
+    draw(tables, DOCS / "results" / "differences.png")
+
+
+if __name__ == "__main__":
+    main()
