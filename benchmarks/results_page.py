@@ -81,7 +81,7 @@ def study_lines(title: str, report: Report) -> list[str]:
         rows.insert(0, {"method": "constant answer", metric: number(constant[metric])})
     lines = [f"### {title}", report["verdict"].replace(" -", " −").replace("[-", "[−"), protocol_line(report)]
     lines.append(table([{name: row.get(name, "–") for name in rows[-1]} for row in rows]))
-    if texts := [m for m in report["methods"].values() if m["text_scores"]]:
+    if texts := [m for m in report["methods"].values() if m.get("text_scores")]:
         scored = []
         for method in texts:
             row = {"method": method["label"]}

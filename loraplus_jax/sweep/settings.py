@@ -69,7 +69,7 @@ class SweepSettings:
         8 for a publishable result.
       interim_seeds: numbers of report seeds, in increasing order, after which the report may end early: if the
         interval of the difference in test loss excludes zero; with K analyses, the last one included, all intervals
-        have confidence 1 - 0.05 / K instead of 95 %.
+        have confidence 1 - 0.05 / 2K instead of 97.5 %.
       curve_points: test evaluations of each report run after the one before its first step: one at a quarter of the
         steps, the others spread over the second half; steps to the target are interpolated linearly between them.
       control: also compare a control: plain LoRA with alpha x lambda at the selected LoRA+ learning rate.

@@ -41,7 +41,7 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> dict[
 def ratio_interval(
     over: Sequence[float], under: Sequence[float], confidence: float = CONFIDENCE
 ) -> dict[str, Any]:
-    """Geometric mean and interval, by default of 95 %, of paired ratios: the t-interval of their logarithms.
+    """Geometric mean and interval of paired ratios: the t-interval of their logarithms.
 
     >>> ratio_interval([4.0, 4.0], [2.0, 2.0])["mean"]
     2.0
