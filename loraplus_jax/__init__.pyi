@@ -27,6 +27,7 @@ from .optim.schedules import make_schedule as make_schedule
 from .step.checkpoint import open_manager as open_manager
 from .step.checkpoint import restore_checkpoint as restore_checkpoint
 from .step.checkpoint import save_checkpoint as save_checkpoint
+from .step.population import population_step as population_step
 from .step.sharding import distribute as distribute
 from .step.sharding import make_mesh as make_mesh
 from .step.sharding import make_shardings as make_shardings

@@ -29,7 +29,7 @@ from loraplus_jax import (
     save_adapter,
 )
 from loraplus_jax.adapter.spec import AdapterSpec
-from loraplus_jax.interop import Adapter
+from loraplus_jax.interop import Adapter, combine_adapters
 
 
 def linen(x: jax.Array, y: jax.Array) -> float:
@@ -65,6 +65,7 @@ def linen(x: jax.Array, y: jax.Array) -> float:
         adapter = load_adapter(f"{directory}/adapter")
     assert_type(adapter, Adapter)
     assert_type(adapter.config, LoRAPlusConfig | None)
+    assert_type(combine_adapters({"a": adapter, "b": adapter}, [0.5, 0.5], "linear"), Adapter)
     merged = merge({"params": params}, adapter.lora, adapter.specs)
     outputs = cast(jax.Array, net.apply(merged, x))
     print(table.summary)

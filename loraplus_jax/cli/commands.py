@@ -444,6 +444,31 @@ EXPORT = {
     ),
     **ALLOW,
 }
+COMBINE = {
+    "adapters": value(
+        "finished runs or adapter directories of one base, each with its weight after = (default: 1), such as "
+        "runs/a=0.7 runs/b=-0.3",
+        nargs="+",
+        metavar="RUN[=WEIGHT]",
+    ),
+    "--how": value(
+        "cat is the exact weighted sum, and svd its closest adapter of a lower rank; the others combine factors of "
+        "equal ranks, as PEFT does",
+        choices=("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"),
+        required=True,
+    ),
+    "--out": value("new adapter directory to write", path, required=True, metavar="DIR"),
+    "--density": value(
+        "share of entries that ties, dare_* and magnitude_prune keep, above 0 and at most 1", float
+    ),
+    "--majority_sign_method": value(
+        "for ties and dare_ties: the sign of the sum, or the sign of more adapters (default: total)",
+        choices=("total", "frequency"),
+    ),
+    "--svd_rank": value("rank of the result of svd (default: the largest of the adapters)", int),
+    "--seed": value("random seed of dare_linear and dare_ties (default: 0)", int),
+    **ADAPTER,
+}
 RECIPES = {"name": value("recipe to print", nargs="?", metavar="NAME")}
 RUNS = {
     "directory": value(
@@ -461,6 +486,7 @@ _train, _sweep = (
     partial(_run, "sweep.method_comparison:sweep_or_compare"),
 )
 _inspect, _export = partial(_call, "training.inspect:inspect"), partial(_call, "inference.export:export_run")
+_combine = partial(_call, "inference.combine:combine_runs")
 _runs = partial(_call, "training.list_runs:list_runs")
 _SETTINGS, _SWEEP = "settings.schema:Settings", "sweep.settings:SweepRun"
 _DEVICES = "settings.schema:DeviceSettings"
@@ -485,6 +511,7 @@ COMMANDS = {
         "answer prompts with a language model, fine-tuned or not", _generate, GENERATE, _DEVICES
     ),
     "export": Command("export a run's adapter for PEFT, or the merged model", _export, EXPORT),
+    "combine": Command("combine several adapters of one base into one", _combine, COMBINE),
     "runs": Command("list runs with their state, result and how to resume them", _runs, RUNS, uses_jax=False),
     "fetch": Command(
         "download a model or dataset by name; without a name, list all", _fetch, FETCH, uses_jax=False

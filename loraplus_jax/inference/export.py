@@ -161,9 +161,8 @@ def _write_peft(
         task_type=form.task_type,
         readme=card(model_card.ADAPTER, form=form),
         prune=tuned.settings.optimizer.target_rank is not None,
-        settings=tuned.notes["settings"],
-        task=tuned.notes["task"],
         identity=_identity(tuned),
+        **_origin(tuned),
     )
     return f"{to}: PEFT adapter for {len(adapter.specs)} kinds of layers; README.md shows how to load it"
 
@@ -211,9 +210,8 @@ def _write_merged(
             adapter.specs,
             adapter.config,
             merged=True,
-            settings=tuned.notes["settings"],
-            task=tuned.notes["task"],
             identity=identity,
+            **_origin(tuned),
         )
         # The identity has the other files' content.
         tensors = sorted(path.name for path in partial.iterdir() if path.suffix in (".safetensors", ".gguf"))
@@ -225,6 +223,11 @@ def _write_merged(
             f", in the weights as the run packed them; these differ by {merge.rounding:.2%} from the base's"
         )
     return f"{to}: merged model, {size / 1e6:,.1f} MB{into}"
+
+
+def _origin(tuned: TunedModel) -> dict[str, Any]:
+    """What the adapter's metadata says of how it was made."""
+    return {name: tuned.notes[name] for name in ("settings", "task", "combined") if name in tuned.notes}
 
 
 def _identity(tuned: TunedModel) -> Identity:

@@ -183,8 +183,17 @@ def _training_rows(
         ("base model", base),
         ("task", tuned.task.kind),
         ("data", ": ".join(filter(None, [", ".join(data_names(settings.data)), ", ".join(counts)]))),
-        ("method", settings.method + (f" ([LoRA+]({PAPER}))" if settings.method == "lora_plus" else "")),
     ]
+    versions = (
+        "versions",
+        ", ".join(f"{name} {version}" for name, version in tuned.notes["versions"].items()),
+    )
+    if combined := tuned.notes.get("combined"):  # of adapters with settings of their own
+        parts = " + ".join(f"{source['weight']:g} {source['name']}" for source in combined["adapters"])
+        return [*rows, ("combined", f"{combined['how']} of {parts}"), versions]
+    rows.append(
+        ("method", settings.method + (f" ([LoRA+]({PAPER}))" if settings.method == "lora_plus" else ""))
+    )
     if config is not None:
         rows += [
             ("rank, alpha", f"{config.rank}, {config.alpha:g}"),
@@ -196,8 +205,7 @@ def _training_rows(
     ]
     if summary:
         rows.append(("steps, batch size", f"{summary['selected_step']:,}, {settings.train.batch_size}"))
-    versions = ", ".join(f"{name} {version}" for name, version in tuned.notes["versions"].items())
-    return [*rows, ("versions", versions)]
+    return [*rows, versions]
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

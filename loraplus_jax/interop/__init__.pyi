@@ -3,6 +3,7 @@
 from .adapter_directory import Adapter as Adapter
 from .adapter_directory import load_adapter as load_adapter
 from .adapter_directory import save_adapter as save_adapter
+from .combination import combine_adapters as combine_adapters
 from .library_path_maps import BONSAI_GEMMA3 as BONSAI_GEMMA3
 from .library_path_maps import BONSAI_QWEN3 as BONSAI_QWEN3
 from .library_path_maps import BONSAI_VIT as BONSAI_VIT

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from ..adapter.config import BASE_INITS
 from ..adapter.lora import SCALE, scale_variables
@@ -26,6 +26,7 @@ from ..optim.lora_plus import LoRAPlusTransform
 from ..settings.schema import split_settings
 from ..step.checkpoint import describe_run
 from ..step.fingerprints import fingerprint
+from ..step.population import MEMBER_AXIS, map_members
 from ..step.sharding import make_mesh, replicate
 from ..step.train_step import LossFn, TrainState, init_state, make_eval, make_step
 from ..tasks.interface import AdaptedModel, BatchPlan, Losses, Shapes, TaskData, row_count
@@ -39,8 +40,6 @@ from ..training.xla import ProgramByShape, one_thread_per_device
 from .halving import check_rungs
 from .settings import SweepRun, Trial
 
-MEMBER_AXIS = "members"
-"""Mesh axis that splits the members."""
 MIN_SPEEDUP_SHARE = 0.95
 """Doubling the parallel members must cut the time per member to less than this share of the former time."""
 
@@ -263,35 +262,6 @@ def make_member_eval(evaluate: LossFn, specs: Specs) -> Callable[..., Any]:
     return pairs_if_alive
 
 
-def map_members(one: Callable[..., Any], mesh: Mesh, at_once: int, *, own_batch: bool) -> jax.stages.Wrapped:
-    """Jits `(members, frozen, batch) -> results`: each device maps over its members, sharing one copy of the base.
-
-    Args:
-      one: the function of one member, `(member, frozen, batch) -> result`.
-      mesh: devices; the axis `"members"` splits the members.
-      at_once: members that a device computes in parallel.
-      own_batch: whether this is training: each member has its own batch, and the members' buffers are donated.
-    """
-    # Without a batch size lax.map is a loop, with one a loop over vmaps.
-    size = None if at_once == 1 else at_once
-
-    def local(members: Members, frozen: Any, batch: Any) -> Any:
-        if own_batch:
-            return jax.lax.map(lambda pair: one(pair[0], frozen, pair[1]), (members, batch), batch_size=size)
-        return jax.lax.map(lambda member: one(member, frozen, batch), members, batch_size=size)
-
-    split, same = PartitionSpec(MEMBER_AXIS), PartitionSpec()
-    specs = (split, same, split if own_batch else same)
-    # Unchecked: zeros for a member that is not alive vary over no mesh axis and losses do, which cond would reject.
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
-    return jax.jit(
-        mapped,
-        donate_argnums=0 if own_batch else (),
-        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
-        out_shardings=NamedSharding(mesh, split),
-    )
-
-
 def fastest_batch_size(seconds: Callable[[int], float], most: int) -> int:
     """Number of parallel members with the least time per member: 1, 2, 4 ... while each doubling clearly helps.
 
@@ -361,7 +331,10 @@ def _compile_programs(
 
     def compiled(one: Callable[..., Any], size: int, batch: Shapes, *, own_batch: bool) -> Any:
         members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk_of(size), *x.shape), x.dtype), member)
-        traced = map_members(one, mesh, size, own_batch=own_batch).trace(members, shapes.frozen, batch)
+        # A step gives each member a batch and donates the members; an evaluation has one batch for all.
+        axes, donate = ((0, None, 0), 0) if own_batch else ((0, None, None), ())
+        mapped = map_members(one, axes, at_once=size, mesh=mesh, donate=donate)
+        traced = mapped.trace(members, shapes.frozen, batch)
         flops[own_batch].append(count_flops(traced.jaxpr) / chunk_of(size))
         return traced.lower().compile(one_thread_per_device(mesh))
 

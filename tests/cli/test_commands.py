@@ -6,10 +6,12 @@ import re
 import pytest
 
 from loraplus_jax.cli.commands import COMMANDS, main
+from loraplus_jax.inference.combine import combine_runs
 from loraplus_jax.inference.eval_tasks import evaluate_tasks
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.inference.generate import generate_answers
 from loraplus_jax.inference.predict import evaluate_run, predict_run, write_submissions
+from loraplus_jax.interop import combine_adapters
 from loraplus_jax.settings.recipes import RECIPES
 from loraplus_jax.sweep.method_comparison import sweep_or_compare
 from loraplus_jax.training.list_runs import list_runs
@@ -24,6 +26,7 @@ TARGETS = {
     "predict": [predict_run, write_submissions],
     "generate": [generate_answers],
     "export": [export_run],
+    "combine": [combine_runs, combine_adapters],
     "runs": [list_runs],
     "fetch": [],
     "recipes": [],

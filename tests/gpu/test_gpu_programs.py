@@ -248,9 +248,8 @@ def test_a_population_shares_its_base_without_collectives(tmp_path, count):
     losses = task_module(run).make_losses(run, abstract.data.task, step.parts)
     one = population.make_member_step(run, losses, step.parts.specs, 10)
     members = jax.eval_shape(first)
-    lowered = population.map_members(one, mesh, 2, own_batch=True).lower(
-        stack(members), step.parts.frozen, stack(step.held["batch"][0])
-    )
+    mapped = population.map_members(one, (0, None, 0), at_once=2, mesh=mesh, donate=0)
+    lowered = mapped.lower(stack(members), step.parts.frozen, stack(step.held["batch"][0]))
     program = lowered.compile()
     assert not collectives(program.as_text())
     # Two members a device, donated.

@@ -178,9 +178,9 @@ def test_members_continue_on_any_number_of_devices(home, members):
 def test_the_base_is_held_once_and_each_program_compiled_once(home, monkeypatch):
     made, original = [], populations.map_members
 
-    def recorded(*args, **options):
-        made.append(options["own_batch"])
-        return original(*args, **options)
+    def recorded(one, in_axes, **options):
+        made.append(in_axes[2] is not None)
+        return original(one, in_axes, **options)
 
     monkeypatch.setattr(populations, "map_members", recorded)
     run = swept(home)

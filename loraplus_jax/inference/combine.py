@@ -1,0 +1,136 @@
+"""`loraplus combine`: several adapters of one base as one adapter directory."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .._utils.records import file_digests
+from .._utils.validation import check_new_path, check_number, expand_path
+from ..interop import adapter_directory, peft_files
+from ..interop.adapter_directory import Adapter, load_adapter, save_adapter
+from ..interop.combination import combine_adapters
+from ..training.provenance import check_allowed, check_identity
+from ..training.run_files import ADAPTER
+from ..training.saved_adapter import is_peft, read_adapter, read_notes, require_adapter
+from .predict import describe_adapter
+
+KEPT = ("settings", "task", "identity")
+"""What `eval`, `generate` and `export` need of the first adapter that has it."""
+
+
+class Source(NamedTuple):
+    """An adapter to combine.
+
+    Attributes:
+      name: as the user names it.
+      directory: where it is.
+      weight: w.
+      adapter: its factors.
+      notes: its metadata.
+    """
+
+    name: str
+    directory: Path
+    weight: float
+    adapter: Adapter
+    notes: Mapping[str, Any]
+
+
+def combine_runs(
+    adapters: Sequence[str],
+    how: str,
+    out: Path,
+    *,
+    config: str | None = None,
+    allow_different: Sequence[str] = (),
+    **options: Any,
+) -> str:
+    """Combines runs and adapter directories of one base to a new adapter directory; returns a summary.
+
+    `adapter.json` of the result says what it was made from, under `combined`.
+
+    Args:
+      adapters: runs or adapter directories, in this package's format or PEFT's, each as `DIR` or `DIR=WEIGHT`.
+      how: the way, see `combine_adapters`.
+      out: the new directory.
+      config: a training config, for adapters that PEFT made.
+      allow_different: parts of the base model in which the adapters may differ, see `PARTS`.
+      **options: options of `combine_adapters`.
+
+    Raises:
+      ValueError, OSError: an adapter or an option is invalid, or the adapters have different bases.
+    """
+    check_new_path("--out", out)
+    check_allowed(allow_different)
+    sources: dict[str, Source] = {}
+    for text in adapters:
+        name, weight = _split(text)
+        if name in sources:
+            raise ValueError(f"{name} is listed twice; add up its weights")
+        sources[name] = _read(name, weight, config, allow_different)
+    if config is not None and not any(is_peft(source.directory) for source in sources.values()):
+        raise ValueError("--config requires a PEFT adapter; these have their own training settings")
+    # Of an adapter that PEFT made the base's fingerprint is not known.
+    first = next(
+        (s for s in sources.values() if s.notes.get("base") is not None), next(iter(sources.values()))
+    )
+    model = {part: value for part, value in first.notes.get("identity", {}).items() if part != "data"}
+    weights = first.notes.get("base")
+    for source in sources.values():
+        check_identity(source.directory, source.notes, model, weights=weights, allow=allow_different)
+    combined = combine_adapters(
+        {name: source.adapter for name, source in sources.items()},
+        [source.weight for source in sources.values()],
+        how,  # pyright: ignore[reportArgumentType] # checked there
+        **options,
+    )
+    noted = next((s.notes for s in sources.values() if "settings" in s.notes), {})
+    save_adapter(
+        out,
+        {"lora": combined.lora, **combined.extras},
+        combined.specs,
+        combined.config,
+        base=weights,
+        combined={"how": how, **options, "adapters": [_record(source) for source in sources.values()]},
+        **{name: noted[name] for name in KEPT if name in noted},
+    )
+    ranks = sorted({spec.rank for spec in combined.specs.values()})
+    return f"{out}: {how} of {len(sources)} adapters, rank {', '.join(map(str, ranks))}"
+
+
+def _split(text: str) -> tuple[str, float]:
+    """The directory and the weight of `DIR` or `DIR=WEIGHT`."""
+    name, equals, weight = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        raise ValueError(f"{text}: the weight after = must be a number, got {weight!r}") from None
+    check_number(f"weight of {name}", value)
+    return name, value
+
+
+def _read(name: str, weight: float, config: str | None, allow: Sequence[str]) -> Source:
+    directory = require_adapter(expand_path("adapter", name))
+    notes = read_notes(directory)
+    if not is_peft(directory):
+        return Source(name, directory, weight, load_adapter(directory), notes)
+    # Only the model says where the tensors of PEFT's file belong.
+    tuned = describe_adapter(directory, None if "settings" in notes else config, allow)
+    if "settings" not in notes:
+        settings = {key: value for key, value in tuned.settings.to_json().items() if key != "output_dir"}
+        notes = {**notes, "settings": settings, "task": tuned.task.notes(), "identity": dict(tuned.identity)}
+    return Source(name, directory, weight, read_adapter(directory, tuned.parts), notes)
+
+
+def _record(source: Source) -> dict[str, Any]:
+    """What the result says of an adapter: without directories, which others do not have."""
+    run = source.directory.resolve()
+    run = run.parent if run.name == ADAPTER else run
+    files = (
+        (peft_files.OPTIONS, peft_files.WEIGHTS)
+        if is_peft(source.directory)
+        else (adapter_directory.DESCRIPTION_FILE, adapter_directory.TENSORS_FILE)
+    )
+    return {"name": run.name, "weight": source.weight, "files": file_digests(source.directory, files)}
