@@ -136,15 +136,19 @@ def test_the_factors_are_those_of_peft(how, options, world, tmp_path, monkeypatc
 
     monkeypatch.setattr(merge_utils, "random_pruning", pruned)
     name = f"{how}{len(theirs.peft_config)}"
+    if how == "svd":  # in float32 its own rounding is above the limit
+        theirs.double()
     theirs.add_weighted_adapter([*chosen], weights, name, combination_type=how, **options)
     wanted = {
         key: value.numpy()
         for key, value in peft.get_peft_model_state_dict(theirs, adapter_name=name).items()
         if "lora_" in key
     }
+    theirs.float()
     read = peft_options(tmp_path / "ours")
     assert read.scale(read.rank, read.alpha) == 1
-    assert {m.scaling[name] for m in theirs.modules() if name in getattr(m, "scaling", {})} == {1}
+    layers = [m for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert {layer.scaling[name] for layer in layers if name in layer.scaling} == {1}
     assert given.keys() == wanted.keys()
     if how == "svd":  # singular vectors have any sign, so that their product is compared
         given, wanted = products(given), products(wanted)
