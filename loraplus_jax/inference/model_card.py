@@ -188,9 +188,8 @@ def _training_rows(
         "versions",
         ", ".join(f"{name} {version}" for name, version in tuned.notes["versions"].items()),
     )
-    if combined := tuned.notes.get("combined"):  # of adapters with settings of their own
-        parts = " + ".join(f"{source['weight']:g} {source['name']}" for source in combined["adapters"])
-        return [*rows, ("combined", f"{combined['how']} of {parts}"), versions]
+    if combination := _combination(tuned.notes):  # of adapters with settings of their own
+        return [*rows, ("combined", combination), versions]
     rows.append(
         ("method", settings.method + (f" ([LoRA+]({PAPER}))" if settings.method == "lora_plus" else ""))
     )
@@ -206,6 +205,16 @@ def _training_rows(
     if summary:
         rows.append(("steps, batch size", f"{summary['selected_step']:,}, {settings.train.batch_size}"))
     return [*rows, versions]
+
+
+def _combination(notes: Mapping[str, Any]) -> str | None:
+    """How `loraplus combine` made the adapter; None if it did not, also where the user has a note of that name."""
+    try:
+        combined = notes["combined"]
+        parts = " + ".join(f"{source['weight']:g} {source['name']}" for source in combined["adapters"])
+        return f"{combined['how']} of {parts}"
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

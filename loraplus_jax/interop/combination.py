@@ -1,16 +1,4 @@
-"""Combines adapters of one base into one adapter, with the results of PEFT's `LoraModel.add_weighted_adapter`.
-
-With weights w, scales s and factors A, B of each adapter, and sums over the adapters:
-
-- `cat`: the factors side by side, [w s A] and [B]. The product is exactly Σ w s A B; the rank is the sum of all.
-- `svd`: the largest singular values of that sum.
-- `linear`: Σ ±√|w s| A and Σ √|w s| B, where A has the sign of w s. The product also has the A of one adapter times
-  the B of another.
-- `magnitude_prune`, `dare_linear`: `linear`, of factors of which only the share `density` is kept: the largest
-  of each matrix, or random ones divided by the density (DARE, arXiv 2311.03099).
-- `ties`, `dare_ties`: of the pruned factors, the mean of the adapters with the majority's sign, entry by entry
-  (TIES, arXiv 2306.01708).
-"""
+"""Combines adapters of one base into one, with the factors of PEFT's `LoraModel.add_weighted_adapter`."""
 
 import dataclasses
 import re
@@ -50,16 +38,27 @@ def combine_adapters(
     svd_rank: int | None = None,
     seed: int | None = None,
 ) -> Adapter:
-    """Combines adapters of one base, by the ways above; the result has the scale 1.
+    """Combines adapters of one base into one of scale 1, as PEFT's `add_weighted_adapter` does.
 
-    An adapter counts as zero in layers that it does not adapt. Unlike PEFT, a single adapter is combined as several
-    are, and the layers of a stack and the scale of rsLoRA are not those of the first adapter: the result adapts the
-    layers of all.
+    With each adapter's weight w, scale s and factors A and B:
+
+    - `cat`: [w s A] and [B], side by side. The product is exactly Σ w s A B, the rank the sum of all.
+    - `svd`: the largest singular values of that sum.
+    - `linear`: Σ ±√|w s| A, with the sign of w s, and Σ √|w s| B. The product also has terms of one adapter's A and
+      another's B.
+    - `magnitude_prune`, `dare_linear`: the same, of the share `density` of the entries of each factor: the largest,
+      or random ones divided by the density (DARE, arXiv 2311.03099).
+    - `ties`, `dare_ties`: after this pruning, the mean over the adapters with the majority's sign, entry by entry
+      (TIES, arXiv 2306.01708).
+
+    An adapter counts as zero in layers that it does not adapt. Unlike in PEFT, a single adapter is combined as
+    several are, the result has the stacked layers of all adapters, not of the first, and rsLoRA does not change its
+    scale.
 
     Args:
       adapters: from `load_adapter` or `load_peft`, by a name for errors.
       weights: w of each adapter, in their order; may be negative.
-      how: the way; all but `cat` and `svd` need equal ranks.
+      how: one of the ways above; all but `cat` and `svd` need equal ranks.
       density: share of entries to keep of each matrix, A and B apart, above 0 and at most 1.
       majority_sign_method: whether an entry's majority is the sign of the sum (`"total"`, the default) or the sign
         that more adapters have (`"frequency"`).

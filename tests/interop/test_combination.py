@@ -133,7 +133,7 @@ def wrapped(**fields):
 def test_adapters_of_other_layers_give_a_config_that_makes_their_layers(how, tmp_path):
     rank = 2 if how == "linear" else 1
     adapters = {
-        "a": wrapped(target_modules=["fc"], rank=2, layers_to_transform=(0,)),
+        "a": wrapped(target_modules=["fc"], rank=2, layers_to_transform=(0,), use_rslora=True),
         "b": wrapped(target_modules=["fc"], rank=rank, layers_to_transform=(2,), use_rslora=True),
         "c": wrapped(target_parameters={"other_head/kernel": "io"}, rank=2),
     }
