@@ -32,8 +32,8 @@ def population_step(
       loss_fn, accumulate, skip_nonfinite: as for `jit_step`.
       make_tx: makes the optimizer of one member from its hyperparameters, a tree of traced scalars; such as
         `lambda own: lora_plus_adamw(own["learning_rate"], own["lr_ratio"])`.
-      at_once: members that a device computes together, with `jax.vmap`; more are faster on a GPU and need memory
-        for their activations. The others follow one after another.
+      at_once: members that a device computes together, with `jax.vmap`, where one does not fill it; each needs
+        memory for its activations. The others follow one after another.
       mesh: a mesh with the single axis `"members"`, to split the members over devices; by default one device.
 
     Returns:

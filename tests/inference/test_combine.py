@@ -3,13 +3,19 @@
 import json
 import shutil
 
+import jax
+import numpy as np
 import pytest
 
+from loraplus_jax import load_adapter, save_adapter
 from loraplus_jax.cli.commands import COMBINE, main
-from loraplus_jax.interop.adapter_directory import load_adapter, read_adapter_json
+from loraplus_jax.interop import combine_adapters
+from loraplus_jax.interop.adapter_directory import read_adapter_json
 from loraplus_jax.interop.combination import OPTIONS, How, get_args
 
 from ..integration.runs import ASKED, evaluated, near, printed, rejected
+from ..interop.models import spec_of
+from ..interop.test_combination import adapter as random_adapter
 from ..messages import assert_mentions
 from .conftest import with_adapter
 
@@ -61,17 +67,26 @@ def test_parts_of_one_adapter_in_either_format_make_the_adapter(run, tmp_path, c
     assert load_adapter(again).config.rank == 4
 
 
-@pytest.mark.slow
-def test_adapters_of_another_base_are_rejected(run, first_talk, tmp_path, capsys):
-    other = first_talk.copy(tmp_path / "other")
-    other.change_tensors(
-        lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * 2})
-    )
-    other = with_adapter(other, tmp_path / "more")
-    command = ("combine", run.out, other.out, "--how", "linear", "--out", tmp_path / "out")
-    assert_mentions(rejected(capsys, *command), other.out / "adapter", "base.weights")
-    assert not (tmp_path / "out").exists()
-    assert "linear" in printed(capsys, *command, "--allow_different", "base.weights")
+def saved(directory, base=None, seed=0):
+    """The directory of an adapter of a loop of one's own, without settings."""
+    made = random_adapter({"m": spec_of("dense", "io", (6, 7))}, seed=seed)
+    save_adapter(directory, made.lora, made.specs, made.config, base=base)
+    return directory
+
+
+def test_adapters_of_a_loop_of_one_s_own_must_have_one_base(tmp_path, capsys):
+    a, b = saved(tmp_path / "a", "0123", 1), saved(tmp_path / "b", "4567", 2)
+    c, out = saved(tmp_path / "c"), tmp_path / "out"
+    to = ("--how", "linear", "--out", out)
+    assert_mentions(rejected(capsys, "combine", c, a, b, *to), b, "base.weights", "0123", "4567")
+    assert not out.exists()
+    assert_mentions(printed(capsys, "combine", f"{c}=2", a, *to), out, "linear", 2)
+    wanted = combine_adapters({"c": load_adapter(c), "a": load_adapter(a)}, [2, 1], "linear")
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(out).lora, wanted.lora)
+    assert read_adapter_json(out)["base"] == "0123"
+    assert "settings" not in read_adapter_json(out)
+    shutil.rmtree(out)
+    printed(capsys, "combine", a, b, *to, "--allow_different", "base.weights")
 
 
 @pytest.mark.slow
@@ -87,21 +102,21 @@ def test_a_head_trained_in_full_must_be_the_same(untrained, first_world, tmp_pat
     assert not out.exists()
 
 
-def test_bad_arguments_are_one_line_and_leave_nothing(run, tmp_path, capsys):
-    out = tmp_path / "out"
+def test_bad_arguments_are_one_line_and_leave_nothing(tmp_path, capsys):
+    run, out = saved(tmp_path / "run"), tmp_path / "out"
     cat = ("--how", "cat", "--out", out)
     for words, told in (
-        ((run.out, "--how", "cat", "--out", run.out), ["--out", run.out, "exists"]),
-        ((run.out, "--how", "mean", "--out", out), ["--how", "'mean'", "dare_ties"]),
-        ((run.out, "--out", out), ["--how"]),
-        ((f"{run.out}=half", *cat), ["'half'", "number"]),
-        ((f"{run.out}=nan", *cat), ["nan", "finite"]),
-        ((run.out, f"{run.out}=2", *cat), ["twice", run.out]),
+        ((run, "--how", "cat", "--out", run), ["--out", run, "exists"]),
+        ((run, "--how", "mean", "--out", out), ["--how", "'mean'", "dare_ties"]),
+        ((run, "--out", out), ["--how"]),
+        ((f"{run}=half", *cat), ["'half'", "number"]),
+        ((f"{run}=nan", *cat), ["nan", "finite"]),
+        ((run, f"{run}=2", *cat), ["twice", run]),
         ((tmp_path / "none", *cat), ["none"]),
-        ((run.out, *cat, "--config", run.config), ["--config", "PEFT"]),
-        ((run.out, *cat, "--density", "0.5"), ["density", "cat"]),
-        ((run.out, "--how", "ties", "--out", out), ["density", "ties"]),
-        ((run.out, *cat, "--allow_different", "bass"), ["--allow_different", "'bass'"]),
+        ((run, *cat, "--config", "config.yaml"), ["--config", "PEFT"]),
+        ((run, *cat, "--density", "0.5"), ["density", "cat"]),
+        ((run, "--how", "ties", "--out", out), ["density", "ties"]),
+        ((run, *cat, "--allow_different", "bass"), ["--allow_different", "'bass'"]),
     ):
         assert_mentions(rejected(capsys, "combine", *words), *told)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [run]
