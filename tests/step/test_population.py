@@ -55,7 +55,7 @@ def first_states(factors, keys, own):
 @pytest.mark.parametrize(
     "how", [{}, {"at_once": 2}, {"at_once": 3, "accumulate": 2}, {"devices": 3}], ids=str
 )
-def test_members_equal_their_single_runs_and_new_rates_compile_nothing(how):
+def test_members_equal_their_single_runs(how):
     factors, keys, batches = members()
     options = {name: value for name, value in how.items() if name in ("accumulate",)}
     devices, at_once = how.get("devices"), how.get("at_once", 1)
