@@ -28,6 +28,7 @@ from loraplus_jax import (
     merge,
     save_adapter,
 )
+from loraplus_jax.adapter import AdapterStack, apply_rows, put_adapter, select_adapters, stack_adapters
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.interop import Adapter, combine_adapters
 
@@ -41,6 +42,14 @@ def linen(x: jax.Array, y: jax.Array) -> float:
     lora, specs = init_lora(model, jax.random.key(1), x)
     assert_type(lora, dict[str, Any])
     assert_type(specs, dict[str, AdapterSpec])
+    stack = put_adapter(stack_adapters([Adapter(lora, specs, config, {})], slots=2), 1, None)
+    assert_type(stack, AdapterStack)
+    apply_rows(
+        apply_lora_plus(net, stack.config).apply,
+        {"params": params},
+        select_adapters(stack, jnp.zeros(len(x), int)),
+        x,
+    )
     tx = lora_plus_adamw(optax.linear_schedule(1e-2, 0.0, 10), lr_ratio=config.lr_ratio, specs=specs)
     wrapped: optax.GradientTransformation = tx
 

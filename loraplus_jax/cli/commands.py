@@ -272,9 +272,14 @@ def _predict(
 
     if sum(map(bool, (options.get("texts"), options.get("data"), glue))) != 1:
         raise ValueError("predict requires exactly one of --text, --data or --glue")
+    if "use" in options and "adapters" not in options:
+        raise ValueError("predict --use requires --adapter NAME=DIR")
     if glue is None:
         format_row = partial(to_json, ensure_ascii=False)
-        return _write(lambda: predict_run(directory, **options), output, format_row)
+        predict = load("inference.several_adapters:predict_several") if "adapters" in options else predict_run
+        return _write(lambda: predict(directory, **options), output, format_row)
+    if "adapters" in options:
+        raise ValueError("predict --glue does not combine with --adapter")
     if output is not None:
         raise ValueError("predict --glue DIR names its files itself; remove --output")
     return "\n".join(map(str, write_submissions(directory, glue, **options)))
@@ -284,7 +289,10 @@ def _predict(
 def _generate(model: str, output: Path | None = None, **options: Any) -> str | None:
     from ..inference.generate import generate_answers
 
-    return _write(lambda: generate_answers(model, **options), output, "> {prompt}\n{answer}\n".format_map)
+    head = "{adapter}> " if "adapters" in options else "> "
+    return _write(
+        lambda: generate_answers(model, **options), output, f"{head}{{prompt}}\n{{answer}}\n".format_map
+    )
 
 
 def _write(
@@ -324,6 +332,21 @@ ALLOW = {
     )
 }
 ADAPTER = ALLOW | {"--config": value("for a PEFT adapter: a training config with the same data and task")}
+SEVERAL = {
+    "--adapter": value(
+        "one of several adapters over one base: the name that requests use, and a run or adapter directory; "
+        "repeatable. The first argument is then the base, or a run that gives the settings; each row of --data "
+        "names its adapter in the column adapter",
+        action="append",
+        dest="adapters",
+        metavar="NAME=DIR",
+    ),
+    "--use": value(
+        "adapter for all texts on the command line; repeatable (default: every --adapter)",
+        action="append",
+        metavar="NAME",
+    ),
+}
 RUN = value("finished run, adapter directory or merged model", path, metavar="RUN")
 MODEL = {
     "--template": value("chat template of a model: model, plain, completion or a file; a run uses its own"),
@@ -396,6 +419,7 @@ PREDICT = {
         path,
         metavar="DIR",
     ),
+    **SEVERAL,
     **OUTPUT,
     **ADAPTER,
 }
@@ -418,6 +442,7 @@ GENERATE = {
     "--top_p": value("nucleus sampling probability (default: 1, all tokens)", float),
     "--seed": value("random seed for sampling (default: 0)", int),
     "--batch_size": value("prompts per batch (default: 8)", int),
+    **SEVERAL,
     **MODEL,
     **OUTPUT,
     **ADAPTER,

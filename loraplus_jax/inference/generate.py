@@ -19,6 +19,7 @@ from ..training.saved_adapter import find_adapter, is_peft, read_notes
 from ..training.setup import base_parts, build_model
 from .devices import MeshSizes, check_same_rows
 from .predict import TunedModel, check_weights, load_tuned, load_weights, load_whole, settings_with_adapter
+from .several_adapters import SeveralAdapters, open_adapters, read_adapter_names, slots_of, use_of
 
 MAX_TOKENS = 128
 
@@ -41,9 +42,11 @@ def generate_answers(
     dtype: Dtype | None = None,
     config: str | None = None,
     allow_different: Sequence[str] = (),
+    adapters: Sequence[str] = (),
+    use: Sequence[str] = (),
     mesh: MeshSizes = None,
 ) -> list[dict[str, str]]:
-    """Generates an answer to each prompt, as `{"prompt": ..., "answer": ...}`.
+    """Generates an answer to each prompt, as `{"prompt": ..., "answer": ...}`, with `adapters` also `"adapter"`.
 
     Args:
       place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
@@ -58,6 +61,9 @@ def generate_answers(
       template, dtype: chat template and dtype of the weights, for a model or a PEFT adapter; a run has its own.
       config: a training config, for a PEFT adapter whose base model is not where the adapter says.
       allow_different: parts of the base model that may differ from what a run was trained on, see `PARTS`.
+      adapters: `NAME=DIR` of several adapters; `place` is then their base, or a run that gives the settings. Each
+        row of `data` names its adapter in the column `adapter`; `base` is none.
+      use: the names of the adapters that answer each of `prompts`; by default all.
       mesh: sizes that replace those of the run's mesh, see `choose_mesh`; a model has `data` -1.
     """
     if bool(prompts) == (data is not None):
@@ -84,10 +90,30 @@ def generate_answers(
         raise ValueError("--top_p and --seed require a --temperature above 0; 0 is greedy decoding")
     if any(not text.strip() for text in (*prompts, *([] if system is None else [system]))):
         raise ValueError("--prompt and --system must not be empty")
-    tuned = open_model(place, template, dtype, config, allow_different, mesh)
+    if use and not (adapters and prompts):
+        raise ValueError(
+            "--use requires --adapter and --prompt; rows of --data name theirs in the column adapter"
+        )
+    several = None
+    if adapters:
+        several = _open_several(place, adapters, template, dtype, config, allow_different, mesh)
+        tuned = several.tuned
+    else:
+        tuned = open_model(place, template, dtype, config, allow_different, mesh)
     settings, model = tuned.settings, tuned.parts.model
     with raise_together():
         chats = _chats(prompts, data, system, settings)
+        names: list[str] = []
+        if several is not None and data is None:
+            use = use_of(use, several)
+            chats, names = [chat for chat in chats for _ in use], [*use] * len(chats)
+        elif several is not None:
+            if settings.task == "generation":
+                raise ValueError(
+                    "--adapter with --data does not support task generation; pass --prompt and --use"
+                )
+            names, locations = read_adapter_names(resolve(str(data), "data"))
+            slots_of(names, several, locations)
         is_generation = settings.task == "generation"
         default = settings.generation.max_new_tokens if is_generation else MAX_TOKENS
         search = None
@@ -104,13 +130,42 @@ def generate_answers(
             settings, tuned.base, tuned.task, model, new_tokens, search, tuned.mesh
         )
         encoded = chat_model.encode(chats)
-    check_same_rows(encoded)
+    check_same_rows([*encoded, names])
+    stack = None if several is None else (several.stack, [several.slots[name] for name in names])
     answers = chat_model.answer(
-        tuned.variables, chats, sampling=sampling, seed=seed or 0, batch_size=batch_size
+        tuned.variables, chats, sampling=sampling, seed=seed or 0, batch_size=batch_size, adapters=stack
     )
+    named = [{"adapter": name} for name in names] or [{}] * len(chats)
     return [
-        {"prompt": chat.turns[-1].text, "answer": text} for chat, text in zip(chats, answers, strict=True)
+        {"prompt": chat.turns[-1].text, **name, "answer": text}
+        for chat, name, text in zip(chats, named, answers, strict=True)
     ]
+
+
+def _open_several(
+    source: str,
+    adapters: Sequence[str],
+    template: str | None,
+    dtype: Dtype | None,
+    config: str | None,
+    allow_different: Sequence[str],
+    mesh: MeshSizes,
+) -> SeveralAdapters:
+    if config is not None:
+        raise ValueError(
+            "--config does not combine with --adapter; pass the base model, or a run, as the model"
+        )
+    is_run = find_adapter(expand_path("model", source)) is not None
+    plain = None if is_run else _plain_settings(source, template, dtype)
+    several = open_adapters(source, adapters, plain, allow_different, mesh)
+    settings = several.tuned.settings
+    if not settings.is_language:
+        raise ValueError(
+            f"{source} is an encoder for {settings.task}, not a language model; use loraplus predict"
+        )
+    if settings is not plain and (template is not None or dtype is not None):
+        raise ValueError("--template and --dtype apply to models and PEFT adapters; a run has its own")
+    return several
 
 
 def _chats(prompts: Sequence[str], data: str | None, system: str | None, settings: Settings) -> list[Chat]:

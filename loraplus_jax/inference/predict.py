@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .._utils.atomic import to_json
 from .._utils.records import check_files
 from .._utils.validation import check_new_file, suggest
+from ..adapter.adapter_stack import AdapterStack, apply_rows, select_adapters
 from ..adapter.tree import combine, flatten, unflatten
 from ..data.batches import eval_batches, even_batch_size, round_up
 from ..data.fetch import resolve
@@ -25,7 +26,7 @@ from ..settings.parsing import parse_settings, settings_from_json
 from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
 from ..step.checkpoint import leaf_dtypes_and_shapes
 from ..step.fingerprints import fingerprint
-from ..step.sharding import batch_parts, local_rows, shard_batch, with_mesh
+from ..step.sharding import batch_parts, local_rows, mesh_axes_of_rows, shard_batch, with_mesh
 from ..step.train_step import make_eval
 from ..tasks.causal_lm import LanguageTask, most_scored
 from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tokenizer_for
@@ -294,17 +295,25 @@ def predict_run(
     with raise_together():
         if tuned.settings.is_language:
             raise ValueError(f"{directory} is a language model; use loraplus generate or loraplus eval")
-        pairs: tuple[str, ...] | None = None
-        if data is not None:
-            texts, pairs = read_texts(resolve(data, "data"), tuned.settings.data)
-        elif has_pairs(tuned.settings.data):
-            raise ValueError("the run was trained on text pairs; pass a file with --data")
-        if not texts:
-            raise ValueError("no text to predict for; pass --text or --data")
-        if any(not text.strip() for text in texts):
-            raise ValueError("every text to predict for must have content, got an empty text")
-    predictions = tuned.task.predictions(_compute_outputs(tuned, texts, pairs))
+        texts, pairs = texts_to_predict(texts, data, tuned.settings)
+    predictions = tuned.task.predictions(compute_outputs(tuned, texts, pairs))
     return [{"text": text, **prediction} for text, prediction in zip(texts, predictions, strict=True)]
+
+
+def texts_to_predict(
+    texts: Sequence[str], data: str | None, settings: Settings
+) -> tuple[Sequence[str], tuple[str, ...] | None]:
+    """The texts, and for pairs the second texts, given as `texts` or in the file `data`; checks them."""
+    pairs: tuple[str, ...] | None = None
+    if data is not None:
+        texts, pairs = read_texts(resolve(data, "data"), settings.data)
+    elif has_pairs(settings.data):
+        raise ValueError("the run was trained on text pairs; pass a file with --data")
+    if not texts:
+        raise ValueError("no text to predict for; pass --text or --data")
+    if any(not text.strip() for text in texts):
+        raise ValueError("every text to predict for must have content, got an empty text")
+    return texts, pairs
 
 
 def write_submissions(
@@ -333,7 +342,7 @@ def write_submissions(
         for file in sources:
             check_new_file("--glue", file)
     for file in sources:
-        rows = tuned.task.predictions(_compute_outputs(tuned, *texts[file]))
+        rows = tuned.task.predictions(compute_outputs(tuned, *texts[file]))
         write_once(file, submission(task, [row["prediction"] for row in rows]))
     return list(sources)
 
@@ -350,21 +359,46 @@ def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None
     write_once(path, "".join(to_json(row, ensure_ascii=False) + "\n" for row in predictions))
 
 
-def _compute_outputs(tuned: TunedModel, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
+def compute_outputs(
+    tuned: TunedModel,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    adapters: tuple[AdapterStack, Sequence[int]] | None = None,
+) -> np.ndarray:
+    """The head's outputs for each text; with `adapters`, each text has the adapter in its slot of the stack."""
     with raise_together():
         arrays, _ = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
-        rows, slots = TextRows.fitting(text_lengths(arrays)).arrange_all(arrays)
-    check_same_rows(array.tolist() for array in arrays.values())
+        # Texts of one row share their adapter.
+        slots = np.zeros(len(texts), np.int32) if adapters is None else np.array(adapters[1], np.int32)
+        shape, groups = TextRows.fitting(text_lengths(arrays)), []
+        places, count = np.zeros((len(texts), 2), np.int64), 0
+        for slot in np.unique(slots):
+            members = np.flatnonzero(slots == slot)
+            group, own = shape.arrange_all({name: column[members] for name, column in arrays.items()})
+            places[members] = own + np.array([count, 0])
+            count += row_count(group)
+            groups.append({**group, "slot": np.full(row_count(group), slot, np.int32)})
+        rows = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
+    check_same_rows(array.tolist() for array in (*arrays.values(), slots))
     mesh, variables = tuned.mesh, tuned.variables
+    model = functools.partial(apply_model, tuned.parts.model)
+
+    def compute(variables: Any, stack: AdapterStack | None, batch: dict[str, Any]) -> Any:
+        slot = batch.pop("slot")
+        if stack is None:
+            return model(variables, batch)
+        own = select_adapters(stack, slot)
+        return apply_rows(model, variables, own, batch, mesh_axes=mesh_axes_of_rows())
+
     # Of a split array a process could read only its own part.
     replicated = NamedSharding(mesh, PartitionSpec())
-    model = functools.partial(apply_model, tuned.parts.model)
-    apply = jax.jit(with_mesh(model, mesh), out_shardings=replicated)
+    apply = jax.jit(with_mesh(compute, mesh), out_shardings=replicated)
+    stack = None if adapters is None else adapters[0]
     size = _eval_rows(row_count(rows), tuned.settings, mesh)
     # eval_batches pads the last batch to the shape of the others, so one program serves all.
     batches = eval_batches(rows, size, local_rows(mesh, size))
-    outputs = [np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in batches]
-    return np.concatenate(outputs)[slots[:, 0], slots[:, 1]]
+    outputs = [np.asarray(apply(variables, stack, shard_batch(batch, mesh))) for batch in batches]
+    return np.concatenate(outputs)[places[:, 0], places[:, 1]]
 
 
 def _eval_rows(rows: int, settings: Settings, mesh: Mesh) -> int:

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import AxisType, PartitionSpec
 
-from ..step.sharding import BATCH_AXES
+from ..step.sharding import mesh_axes_of_rows
 from .attention_common import ATTENTION_NAMES, target_capability, token_mask
 
 # Tokens per block of splash attention, multiples of a TPU's 128 lanes: the largest that divides the length.
@@ -166,7 +166,7 @@ def map_over_mesh(
     axes = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
     if not axes:
         return kernel(query, key, value, segment_ids)
-    rows = tuple(axis for axis in BATCH_AXES if axis in axes)
+    rows = mesh_axes_of_rows()
     if query.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
         rows = ()
     heads = "tensor" if "tensor" in axes and key.shape[2] % mesh.shape["tensor"] == 0 else None

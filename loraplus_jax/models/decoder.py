@@ -3,7 +3,7 @@
 Axes in the comments: B sequences, T tokens, D hidden, N heads, K key heads, H head size, L layers, S cache slots.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import flax.linen as nn
@@ -36,7 +36,7 @@ class Cache(NamedTuple):
     """The KV cache for generation; see `init_cache`.
 
     Attributes:
-      key, value: (L, B, K, S, H).
+      key, value: (B, L, K, S, H).
       segment_ids: int32 (B, S), 0 for padding and empty slots.
       length: int32 scalar, number of used slots.
     """
@@ -64,7 +64,8 @@ def project(
 def init_cache(config: Config, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache for `batch` sequences of `slots` tokens each, including padding, sharded by `shard_cache`."""
     # Heads before slots, so that products read the slots of a head without a transposed copy.
-    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+    # Sequences before layers, so that `jax.vmap` over sequences moves no axis.
+    shape = (batch, config.num_hidden_layers, config.num_key_value_heads, slots, config.head_dim)
     empty = jnp.zeros((batch, slots), jnp.int32)
     return shard_cache(
         Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.zeros((), jnp.int32))
@@ -73,7 +74,7 @@ def init_cache(config: Config, batch: int, slots: int, dtype: Any = jnp.float32)
 
 def shard_cache(cache: Cache) -> Cache:
     """Shards sequences like the rows of a batch and heads over `"tensor"`; has no effect without a mesh."""
-    key, value = (constrain(x, [(), BATCH_AXES, ("tensor",)]) for x in (cache.key, cache.value))
+    key, value = (constrain(x, [BATCH_AXES, (), ("tensor",)]) for x in (cache.key, cache.value))
     return cache._replace(key=key, value=value, segment_ids=constrain_rows(cache.segment_ids))
 
 
@@ -123,19 +124,53 @@ def attend(
     if cache is not None and shared.mask is not None:
         slots = shared.start + jnp.arange(query.shape[1])
         mask = shared.mask[:, None] & window_mask(slots, shared.mask.shape[1], window)[None]
-        return head_major_attention(query, cache.key[layer], cache.value[layer], mask, **scores), cache
+        keys, values = (_read_layer(x, layer) for x in (cache.key, cache.value))
+        return head_major_attention(query, keys, values, mask, **scores), cache
     options: Any = {"window": window, "implementation": implementation} | scores
     return causal_attention(query, key, value, shared.segment_ids, **options), cache
 
 
 def _update_cache(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, start: Any) -> Cache:
-    # XLA clamps the start of an update: beyond the last slot it would overwrite earlier ones, so callers make room.
-    at = (layer, 0, 0, start, 0)
     key, value = (
-        jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2)[None].astype(old.dtype), at)
+        _write_layer(old, x.swapaxes(1, 2)[:, None].astype(old.dtype), layer, start)
         for old, x in ((cache.key, key), (cache.value, value))
     )
     return cache._replace(key=key, value=value)
+
+
+def _over_rows(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function of arrays (rows, ...) and scalars, which `jax.vmap` runs once on the rows of all its batch.
+
+    By itself, `jax.vmap` turns a slice at a traced index into a gather, and its update into a scatter, around which
+    XLA copies the whole cache in every step.
+    """
+    mapped: Any = jax.custom_batching.custom_vmap(function)
+
+    @mapped.def_vmap
+    def run(axis_size: int, in_batched: Sequence[bool], *args: Any) -> tuple[jax.Array, bool]:
+        def merge(x: Any, is_batched: bool) -> Any:
+            if jnp.ndim(x) == 0:  # the layer or the length, which all rows share
+                return x
+            x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        y = mapped(*map(merge, args, in_batched))
+        return y.reshape(axis_size, -1, *y.shape[1:]), True
+
+    return mapped
+
+
+@_over_rows
+def _read_layer(x: jax.Array, layer: jax.Array) -> jax.Array:
+    """The part (B, K, S, H) of a layer in x (B, L, K, S, H)."""
+    return x[:, layer]
+
+
+@_over_rows
+def _write_layer(old: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
+    """`old` (B, L, K, S, H) with `new` (B, 1, K, T, H) in a layer, from slot `start` on."""
+    # XLA clamps the start of an update: beyond the last slot it would overwrite earlier ones, so callers make room.
+    return jax.lax.dynamic_update_slice(old, new, (0, layer, 0, start, 0))
 
 
 class CausalLM(Part):

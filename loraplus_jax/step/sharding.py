@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..adapter.adapter_stack import ROW_AXES
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path
 from ..quantization.packed_array import is_packed
@@ -205,11 +206,34 @@ def constrain(x: jax.Array, axes: Sequence[Sequence[str]]) -> jax.Array:
     Returns:
       An array equal to `x`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    # Under pmap and inside shard_map, axes are Manual: rows are split already.
-    automatic = [tuple(a for a in names if kinds.get(a) == jax.sharding.AxisType.Auto) for names in axes]
+    free = automatic_axes()
+    automatic = [tuple(axis for axis in names if axis in free) for names in axes]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*automatic)) if any(automatic) else x
+
+
+def automatic_axes() -> list[str]:
+    """Finds the axes of the ambient mesh over which a model may still split its arrays.
+
+    Returns:
+      The names of those that GSPMD splits and that do not split the rows of an enclosing `apply_rows`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # Under pmap and inside shard_map, axes are Manual: rows are split already.
+    return [
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == jax.sharding.AxisType.Auto and axis not in ROW_AXES.value
+    ]
+
+
+def mesh_axes_of_rows() -> tuple[str, ...]:
+    """Finds the axes of the ambient mesh that split the rows of a batch, as `mesh_axes` of `apply_rows`.
+
+    Returns:
+      Those of `"data"` and `"fsdp"` that the mesh has; none without a mesh.
+    """
+    free = automatic_axes()
+    return tuple(axis for axis in BATCH_AXES if axis in free)
 
 
 def gather_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from .._utils.multihost import gather_to_host
+from ..adapter.adapter_stack import AdapterStack
 from ..data.batches import round_up
 from ..data.chat_template import ChatTemplate
 from ..data.chat_tokens import tokenize, tokenize_chats
@@ -100,7 +101,13 @@ class ChatModel:
         except ValueError as error:
             prefix = "generation." if search is settings.generation else "--"
             raise ValueError(f"{prefix}{error}") from None
-        return cls(tokenizer, template, lambda *inputs: beam_search(*inputs[:3])[0], longest, parts)
+
+        def generate(
+            variables: Any, ids: Any, segments: Any, _: Any, __: Any, adapters: Any = None
+        ) -> jax.Array:
+            return beam_search(variables, ids, segments, adapters)[0]
+
+        return cls(tokenizer, template, generate, longest, parts)
 
     def encode(self, chats: Sequence[Chat]) -> list[list[int]]:
         """Tokenizes conversations up to the start of the answer; raises ValueError if one is too long or empty."""
@@ -129,22 +136,26 @@ class ChatModel:
         seed: int = 0,
         batch_size: int = 8,
         between: Callable[[], None] = lambda: None,
+        adapters: tuple[AdapterStack, Sequence[int]] | None = None,
     ) -> list[str]:
         """Generates the answers, without special tokens; `between` is called before each batch and may raise.
 
-        A batch has at most `batch_size` conversations, rounded up to a multiple of the mesh's parts.
+        With `adapters`, each conversation has the adapter in its slot of the stack. A batch has at most
+        `batch_size` conversations, rounded up to a multiple of the mesh's parts.
         """
         prompts = self.encode(chats)
         rows = round_up(min(batch_size, len(prompts)), self.parts)
         # All batches of one shape: to compile a program for another takes longer than to compute padding.
         ids, segments = pad_left([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
+        slots = None if adapters is None else np.resize(np.array(adapters[1], np.int32), len(ids))
         # A key for each conversation, so that samples do not depend on the batches.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
         batch_tokens = []
         for start in range(0, len(ids), rows):
             between()
             batch = slice(start, start + rows)
-            tokens = self.generate(variables, ids[batch], segments[batch], sampling, keys[batch])
+            own = () if adapters is None or slots is None else ((adapters[0], slots[batch]),)
+            tokens = self.generate(variables, ids[batch], segments[batch], sampling, keys[batch], *own)
             batch_tokens.append(gather_to_host(tokens))
         tokens = np.concatenate(batch_tokens)[: len(prompts)]
         if np.any(tokens == NONFINITE_LOGITS):

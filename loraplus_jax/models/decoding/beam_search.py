@@ -18,10 +18,10 @@ from ...interpreter.unstack import Layers, run_unstacked
 from ...settings.choices import EarlyStopping, NoRepeatIn
 from ...step.sharding import constrain_rows
 from ..decoder import Cache, Config, init_cache, shard_cache
-from .generate import NONFINITE_LOGITS, PAD_AFTER_END, jit_on_mesh
+from .generate import NONFINITE_LOGITS, PAD_AFTER_END, SlotsOfRows, extend_by_row, jit_on_mesh
 
-BeamSearch = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
-"""`search(variables, input_ids, segment_ids) -> (tokens, scores)`, see `make_beam_search`."""
+BeamSearch = Callable[..., tuple[jax.Array, jax.Array]]
+"""`search(variables, input_ids, segment_ids, adapters=None) -> (tokens, scores)`, see `make_beam_search`."""
 
 # As in transformers: a score that no sequence reaches, but finite, so that sums and differences stay finite.
 LOWEST = -1e9
@@ -90,8 +90,9 @@ def make_beam_search(
       mesh: see `make_generate`; a prompt and its beams stay on one part of the mesh.
 
     Returns:
-      `search(variables, input_ids, segment_ids)`. Takes left-padded prompts (B, T), as from `pad_left`. Returns the
-      best sequence of each, int32 (B, N), as `make_generate` does, and its score, float32 (B,).
+      `search(variables, input_ids, segment_ids, adapters=None)`. Takes left-padded prompts (B, T), as from
+      `pad_left`, and `adapters` as `make_generate` does. Returns the best sequence of each, int32 (B, N), as there,
+      and its score, float32 (B,).
 
     Raises:
       ValueError: an argument is out of range.
@@ -157,11 +158,15 @@ def make_beam_search(
         )
 
     def search(
-        variables: Any, layers: list[Layers], input_ids: jax.Array, segment_ids: jax.Array
+        variables: Any,
+        layers: list[Layers],
+        input_ids: jax.Array,
+        segment_ids: jax.Array,
+        adapters: SlotsOfRows | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         rows, length = input_ids.shape
         input_ids, segment_ids = map(constrain_rows, (input_ids, segment_ids))
-        extend: Any = functools.partial(model.apply, method="extend")
+        extend = extend_by_row(model, adapters)
         empty = init_cache(config, rows, length + new_tokens, dtype)
         # Beams share their prompt: it is read once, and its part of the cache is never reordered.
         logits, cache = extend(variables, input_ids, segment_ids, empty, first=True)
@@ -211,18 +216,18 @@ def _take(values: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _repeat(cache: Cache, beams: int) -> Cache:
-    key, value = (jnp.repeat(x, beams, axis=1) for x in (cache.key, cache.value))
+    key, value = (jnp.repeat(x, beams, axis=0) for x in (cache.key, cache.value))
     return shard_cache(Cache(key, value, jnp.repeat(cache.segment_ids, beams, axis=0), cache.length))
 
 
 def _reorder(cache: Cache, parents: jax.Array, start: int) -> Cache:
     # Only from slot `start` on: before it all beams of a prompt hold the same.
-    index = parents[None, :, :, None, None, None]
+    index = parents[:, :, None, None, None, None]
 
     def reorder(x: jax.Array) -> jax.Array:
         # Within each prompt, so that on a mesh no sequence leaves its device.
         part = x[:, :, :, start:]
-        moved = jnp.take_along_axis(part.reshape(x.shape[0], *parents.shape, *part.shape[2:]), index, axis=2)
+        moved = jnp.take_along_axis(part.reshape(*parents.shape, *part.shape[1:]), index, axis=1)
         return x.at[:, :, :, start:].set(moved.reshape(part.shape))
 
     return shard_cache(cache._replace(key=reorder(cache.key), value=reorder(cache.value)))

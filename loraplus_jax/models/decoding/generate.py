@@ -11,12 +11,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..._utils.validation import check_int, check_number
+from ...adapter.adapter_stack import AdapterStack, apply_rows, select_adapters
 from ...interpreter.unstack import Layers, jit_unstacked, run_unstacked
-from ...step.sharding import constrain_rows, with_mesh
-from ..decoder import Config, init_cache
+from ...step.sharding import constrain_rows, mesh_axes_of_rows, with_mesh
+from ..decoder import Cache, Config, init_cache
 
 Generate = Callable[..., jax.Array]
-"""`generate(variables, input_ids, segment_ids, sampling, keys) -> tokens`, see `make_generate`."""
+"""`generate(variables, input_ids, segment_ids, sampling, keys, adapters=None) -> tokens`, see `make_generate`."""
+
+SlotsOfRows = tuple[AdapterStack, jax.Array]
+"""Several adapters, and the slot of each prompt, int32 (B,)."""
 
 PAD_AFTER_END, NONFINITE_LOGITS = -1, -2
 """Token values after a sequence's end, and where the logits are not finite."""
@@ -63,11 +67,12 @@ def make_generate(
         divide B, and the cache's heads over `"tensor"`.
 
     Returns:
-      `generate(variables, input_ids, segment_ids, sampling, keys)`. Takes left-padded prompts, int32 (B, T), with
-      `segment_ids` 1 on tokens and 0 on padding, as from `pad_left`, and one key per prompt (B,). Returns int32
+      `generate(variables, input_ids, segment_ids, sampling, keys, adapters=None)`. Takes left-padded prompts, int32
+      (B, T), with `segment_ids` 1 on tokens and 0 on padding, as from `pad_left`, one key per prompt (B,), and for
+      a model with the config of an `AdapterStack` that stack and the slot of each prompt. Returns int32
       (B, new_tokens): tokens up to and including one of `stop` or `NONFINITE_LOGITS`, then `PAD_AFTER_END`. A
-      row's tokens depend only on its prompt and key; with `dynamic` rotary scaling also on the longest row, as in
-      transformers.
+      row's tokens depend only on its prompt, key and adapter; with `dynamic` rotary scaling also on the longest
+      row, as in transformers, but not with `adapters`.
 
     Raises:
       ValueError: `new_tokens` below 1.
@@ -82,10 +87,11 @@ def make_generate(
         segment_ids: jax.Array,
         sampling: Sampling,
         keys: jax.Array,
+        adapters: SlotsOfRows | None = None,
     ) -> jax.Array:
         rows, length = input_ids.shape
         input_ids, segment_ids, keys = map(constrain_rows, (input_ids, segment_ids, keys))
-        extend: Any = functools.partial(model.apply, method="extend")
+        extend = extend_by_row(model, adapters)
         cache = init_cache(config, rows, length + new_tokens, dtype)
         logits, cache = extend(variables, input_ids, segment_ids, cache, first=True)
         extend_by_one = functools.partial(
@@ -120,6 +126,31 @@ def make_generate(
         return jax.lax.while_loop(has_next, step, carry)[2]
 
     return jit_on_mesh(generate, config, mesh)
+
+
+def extend_by_row(model: nn.Module, adapters: SlotsOfRows | None) -> Callable[..., Any]:
+    """`model.extend` as a function of variables, ids, segments and cache; with `adapters`, one for each prompt.
+
+    The rows of a call are one or more for each prompt, such as its beams.
+    """
+    if adapters is None:
+        return functools.partial(model.apply, method="extend")
+    stack, index = adapters
+    own = select_adapters(stack, constrain_rows(index))  # once for all tokens
+
+    def extend(variables: Any, ids: jax.Array, segments: jax.Array, cache: Cache, *, first: bool) -> Any:
+        return apply_rows(
+            model.apply,
+            variables,
+            own,
+            *(ids, segments, cache),
+            out_axes=(0, Cache(0, 0, 0, None)),  # pyright: ignore[reportArgumentType]
+            mesh_axes=mesh_axes_of_rows(),
+            method="extend",
+            first=first,
+        )
+
+    return extend
 
 
 def jit_on_mesh(program: Callable[..., Any], config: Config, mesh: Mesh | None) -> Callable[..., Any]:
