@@ -493,6 +493,58 @@ COMBINE = {
     "--svd_rank": value("rank of the result of svd (default: the largest of the adapters)", int),
     "--seed": value("random seed of dare_linear and dare_ties (default: 0)", int),
     **ADAPTER,
+    **ALLOW,
+}
+CONVERT = {
+    "source": value(
+        "run, adapter directory, PEFT directory, orbax checkpoint, or safetensors or npz file or directory",
+        path,
+        metavar="SOURCE",
+    ),
+    "--to": value(
+        "format to write: a PEFT directory, llama.cpp's adapter file, an adapter directory of this package, or the "
+        "base with the adapter merged in",
+        choices=("peft", "gguf", "loraplus", "merged"),
+        required=True,
+    ),
+    "--out": value("new directory to write", path, metavar="DIR", required=True),
+    "--base": value(
+        "base model: a directory, a GGUF file or a Hub id (default: the one that a run or PEFT adapter names)"
+    ),
+    "--from": value(
+        "library of SOURCE, where its names fit several",
+        choices=(
+            *(
+                "qwix",
+                "gemma",
+                "openpi",
+                "maxtext",
+                "easydel",
+                "nnx",
+                "keras",
+                "peft",
+                "levanter",
+                "loraplus",
+            ),
+        ),
+        dest="library",
+    ),
+    "--scale": value("scale of A B, for a library whose files lack it", float),
+    "--alpha": value("the same as alpha of a scale alpha / rank", float),
+    "--path_map": value(
+        'JSON file {"rules": [[ours, theirs], ...]} for names of your own', path, metavar="FILE"
+    ),
+    "--leave_out": value(
+        "regular expression for the whole path of tensors in SOURCE to leave out; repeatable; otherwise a tensor "
+        "without a place is an error",
+        action="append",
+        metavar="REGEX",
+    ),
+    "--dtype": value(
+        "dtype of a merged model's weights (default: the base's) or of a GGUF adapter (default: float16)",
+        choices=("float32", "bfloat16", "float16"),
+    ),
+    "--no_verify": flag("do not compare the outputs of the model before and after"),
 }
 RECIPES = {"name": value("recipe to print", nargs="?", metavar="NAME")}
 RUNS = {
@@ -512,6 +564,7 @@ _train, _sweep = (
 )
 _inspect, _export = partial(_call, "training.inspect:inspect"), partial(_call, "inference.export:export_run")
 _combine = partial(_call, "inference.combine:combine_runs")
+_convert = partial(_call, "inference.convert:convert")
 _runs = partial(_call, "training.list_runs:list_runs")
 _SETTINGS, _SWEEP = "settings.schema:Settings", "sweep.settings:SweepRun"
 _DEVICES = "settings.schema:DeviceSettings"
@@ -537,6 +590,11 @@ COMMANDS = {
     ),
     "export": Command("export a run's adapter for PEFT, or the merged model", _export, EXPORT),
     "combine": Command("combine several adapters of one base into one", _combine, COMBINE),
+    "convert": Command(
+        "convert an adapter of this or another library, and check that it computes the same",
+        _convert,
+        CONVERT,
+    ),
     "runs": Command("list runs with their state, result and how to resume them", _runs, RUNS, uses_jax=False),
     "fetch": Command(
         "download a model or dataset by name; without a name, list all", _fetch, FETCH, uses_jax=False

@@ -102,23 +102,28 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
     weights = [spec.leaf.removeprefix("params/") for spec in specs.values()]
     if unused := [rule for rule in axes or {} if not any(re.fullmatch(rule, path) for path in weights)]:
         raise ValueError(f"axes: {unused[0]!r} matches no adapted weight{suggest(unused[0], weights)}")
-    return ForeignAdapters(unflatten(lora), specs, _config(specs, scale))
+    return ForeignAdapters(unflatten(lora), specs, config_of(specs))
 
 
-def _config(specs: Mapping[str, AdapterSpec], scale: float) -> LoRAPlusConfig:
-    """A config with the specs' modules, ranks and scale."""
+def config_of(specs: Mapping[str, AdapterSpec]) -> LoRAPlusConfig:
+    """Makes a config that gives these specs.
+
+    Returns:
+      A `LoRAPlusConfig` with the specs' modules, ranks and scales; the most frequent ones are its defaults.
+    """
     ranks = {path: spec.rank for path, spec in specs.items()}
     rank, _ = Counter(ranks.values()).most_common(1)[0]
-    others = {re.escape(path): own for path, own in ranks.items() if own != rank}
+    alphas = {path: spec.rank * spec.scale for path, spec in specs.items()}
+    alpha, _ = Counter(alphas.values()).most_common(1)[0]
     parameters = {path: spec.rule_letters for path, spec in specs.items() if spec.kind == "parameter"}
     return LoRAPlusConfig(
         # The model itself, if it is a layer, has no name.
         target_modules=".*" if "" in specs else tuple(path for path in specs if path not in parameters),
         target_parameters={re.escape(path): letters for path, letters in parameters.items()},
         rank=rank,
-        alpha=rank * scale,
-        rank_pattern=others,
-        alpha_pattern={path: own * scale for path, own in others.items()},
+        alpha=alpha,
+        rank_pattern={re.escape(path): own for path, own in ranks.items() if own != rank},
+        alpha_pattern={re.escape(path): own for path, own in alphas.items() if own != alpha},
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from loraplus_jax.cli.commands import COMMANDS, main
 from loraplus_jax.inference.combine import combine_runs
+from loraplus_jax.inference.convert import LIBRARIES, convert
 from loraplus_jax.inference.eval_tasks import evaluate_tasks
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.inference.generate import generate_answers
@@ -28,6 +29,7 @@ TARGETS = {
     "generate": [generate_answers],
     "export": [export_run],
     "combine": [combine_runs, combine_adapters],
+    "convert": [convert],
     "runs": [list_runs],
     "fetch": [],
     "recipes": [],
@@ -44,6 +46,10 @@ def test_every_argument_is_a_parameter(name):
     assert {
         more.get("dest", argument.removeprefix("--")) for argument, more in arguments.items()
     } <= parameters
+
+
+def test_convert_knows_every_library():
+    assert set(COMMANDS["convert"].arguments["--from"]["choices"]) == set(LIBRARIES)
 
 
 def test_recipes_are_listed_and_printed_as_they_are(capsys, tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ class TransformersClass(NamedTuple):
     """The transformers class that loads a model.
 
     Attributes:
-      architecture: name of the class.
+      architecture: name of the class; empty if transformers has none.
       prefix: prefix of all module names except the heads'.
       heads: (our path, its name) of modules that the name table lacks or names differently.
       task_type: PEFT's task type.
@@ -145,7 +145,9 @@ def write_hf(
     if dtype is not None:
         tensors = [dataclasses.replace(t, dtype=np.dtype(dtype)) if is_float(t.dtype) else t for t in tensors]
     dtypes = {t.dtype.name for t in tensors if is_float(t.dtype)}
-    content = {**hf_config(source), "architectures": [form.architecture], **config}
+    content = {**hf_config(source), **config}
+    if form.architecture:
+        content["architectures"] = [form.architecture]
     content.pop("torch_dtype", None)
     content["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
     _write_json(target / "config.json", _without_places(content))

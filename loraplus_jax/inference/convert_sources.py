@@ -1,0 +1,273 @@
+"""The adapters that `loraplus convert` reads: PEFT's directories, and trees of factors of other libraries.
+
+Both become an adapter of a `NamedBase`, and tell separately what they make of each weight, for the verification.
+"""
+
+import dataclasses
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from .._utils.json_files import read_json
+from ..adapter.tree import unflatten
+from ..interop.adapter_directory import Adapter, host_array, read_tensors, tensor_bytes
+from ..interop.factor_trees import read_tree
+from ..interop.library_recipes import Recipe, dense_changes, find_recipe, read_factors
+from ..interop.path_map import MAGNITUDE_END, PathMap
+from ..interop.peft_adapter_config import PeftOptions
+from ..interop.peft_files import (
+    OPTIONS,
+    OWN_TENSORS_FILE,
+    WEIGHTS,
+    load_peft,
+    peft_names,
+    peft_options,
+)
+from ..models.checkpoints.named_base import NamedBase
+from ..nnx.foreign_adapters import config_of
+from ..optim.find_pairs import factor_pairs
+
+_PREFIX = "base_model.model."
+_LEVANTER = "transformer."
+_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
+
+
+class NamedAdapter(NamedTuple):
+    """An adapter of a `NamedBase`.
+
+    Attributes:
+      adapter: factors, specs, config and fully trained tensors, by the base's own names.
+      path_map: its names in PEFT's file.
+    """
+
+    adapter: Adapter
+    path_map: PathMap
+
+
+class Source(Protocol):
+    """An adapter to convert."""
+
+    @property
+    def about(self) -> str:
+        """A phrase for the summary."""
+        ...
+
+    def read(self, base: NamedBase) -> NamedAdapter:
+        """The adapter; an error names every tensor without a place."""
+        ...
+
+    def weights(self, base: NamedBase) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields the tensors of the base that the adapter changes, by name, computed without `read`.
+
+        They are float32 in the file's layout.
+        """
+        ...
+
+
+class TreeSource:
+    """Factors of another library, in its own names and layout.
+
+    Args:
+      path: what `read_tree` reads.
+      library: name of the recipe; None to find it by the names.
+      scale, alpha, path_map: see `read_factors`.
+      leave_out: regular expressions of tensors to ignore, by path.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        library: str | None = None,
+        *,
+        scale: float | None = None,
+        alpha: float | None = None,
+        path_map: PathMap = (),
+        leave_out: Sequence[str] = (),
+    ) -> None:
+        self.path, tree = path, read_tree(path)
+        ignored = {name: None for name in tree if any(re.fullmatch(rule, name) for rule in leave_out)}
+        if unused := [rule for rule in leave_out if not any(re.fullmatch(rule, name) for name in tree)]:
+            raise ValueError(f"--leave_out {unused[0]!r:.80} matches no tensor of {path}")
+        self.tree = {name: leaf for name, leaf in tree.items() if name not in ignored}
+        self.left_out = list(ignored)
+        try:
+            self.recipe: Recipe = find_recipe(factor_pairs(self.tree), library)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        self.options: dict[str, Any] = {"scale": scale, "alpha": alpha, "path_map": path_map}
+
+    @property
+    def about(self) -> str:
+        """The library, and what was left out."""
+        text = f"factors of {self.recipe.name} ({self.recipe.version})"
+        if self.left_out:
+            text += f", without {len(self.left_out)} tensors by --leave_out such as {self.left_out[0]}"
+        return text
+
+    def read(self, base: NamedBase) -> NamedAdapter:
+        """Reads the factors by the recipe; all other tensors must be tensors of the base."""
+        try:
+            factors, others = read_factors(self.tree, self.recipe, config=base.config, **self.options)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        locations = base.locate(factors)
+        specs = base.specs(locations, {name: (len(f.a), f.scale) for name, f in factors.items()})
+        lora: dict[str, np.ndarray] = {}
+        for (path, spec), (name, f) in zip(specs.items(), factors.items(), strict=True):
+            if (f.a.shape[1], f.b.shape[0]) != spec.sides:
+                raise ValueError(
+                    f"{self.path}: the adapter of {name} has {f.a.shape[1]} inputs and {f.b.shape[0]} outputs, its "
+                    f"weight in {base.source} has {spec.sides[0]} and {spec.sides[1]}"
+                )
+            lora |= zip(spec.factor_paths(path), (f.a.T, f.b.T), strict=True)
+        check_base_tensors(self.path, others, base)
+        config = config_of(specs)
+        # The scale of the config, whose alpha is rounded.
+        specs = {path: dataclasses.replace(spec, scale=config.scale_of(path)) for path, spec in specs.items()}
+        return NamedAdapter(Adapter(unflatten(lora), specs, config, {}), base.path_map(locations))
+
+    def weights(self, base: NamedBase) -> Iterator[tuple[str, np.ndarray]]:
+        """Adds the product of the factors as they are to each weight."""
+        for name, change in dense_changes(self.tree, self.recipe, config=base.config, **self.options):
+            module = base.locate([name])[name]
+            total = base.weight(module) + change
+            yield f"{module}.weight", total.T if base.is_conv1d(module) else total
+
+
+class PeftSource:
+    """A directory in PEFT's format, as PEFT, levanter or this package write it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        if (directory / OWN_TENSORS_FILE).is_file():
+            raise ValueError(
+                f"{directory / OWN_TENSORS_FILE} has variables that the PyTorch model lacks: convert the run"
+            )
+        self.options: PeftOptions = peft_options(directory)
+
+    @property
+    def about(self) -> str:
+        """PEFT's options that matter."""
+        return "PEFT adapter" + (" with DoRA" if self.options.use_dora else "")
+
+    def is_levanter(self, base: NamedBase) -> bool:
+        """Whether the names have levanter's prefix, which PEFT does not find in the base."""
+        is_gpt2 = base.config.get("model_type") == "gpt2"
+        return not is_gpt2 and any(name.startswith(_LEVANTER) for name in peft_names(self.directory))
+
+    def needs_rewriting(self, base: NamedBase) -> bool:
+        """Whether PEFT cannot load the directory as it is."""
+        return self.options.target_modules is None or self.is_levanter(base)
+
+    def read(self, base: NamedBase) -> NamedAdapter:
+        """Reads the directory with the checks of `load_peft`."""
+        with tempfile.TemporaryDirectory() as folder:
+            copy = self._copy(Path(folder), base)
+            names = _without_tied_head(peft_names(copy), base)
+            adapted = list(dict.fromkeys(m for name in names if (m := _module(name)) is not None))
+            others = {_plain(name).rpartition(".")[0] for name in names if _module(name) is None}
+            locations = base.locate([*adapted, *sorted(others - {*adapted})])
+            options = peft_options(copy)
+            settings = {
+                name: (rank, options.scale(rank, alpha))
+                for name, (rank, alpha) in options.ranks_and_alphas(adapted).items()
+            }
+            specs = base.specs(locations, settings, magnitude=options.use_dora)
+            path_map = base.path_map(locations)
+            _, leaves = base.table()
+            adapter = load_peft(copy, specs, path_map, params=unflatten(leaves))
+        return NamedAdapter(adapter, path_map)
+
+    def weights(self, base: NamedBase) -> Iterator[tuple[str, np.ndarray]]:
+        """Computes PEFT's formulas on the tensors of its file."""
+        tensors = {
+            name.removeprefix(_PREFIX): np.asarray(host_array(tensor), np.float32)
+            for name, tensor in read_tensors(self.directory / WEIGHTS).items()
+        }
+        if self.is_levanter(base):
+            tensors = {name.removeprefix(_LEVANTER): tensor for name, tensor in tensors.items()}
+        names = _without_tied_head([name for name in tensors if ".original_module." not in name], base)
+        kept = {name: tensors[name] for name in names}
+        adapted = list(dict.fromkeys(m for name in kept if (m := _module(name)) is not None))
+        for name, (rank, alpha) in self.options.ranks_and_alphas(adapted).items():
+            module, scale = base.locate([name])[name], self.options.scale(rank, alpha)
+            old = base.weight(module)
+            if f"{name}.lora_embedding_A" in kept:
+                new = old + scale * (kept[f"{name}.lora_embedding_B"] @ kept[f"{name}.lora_embedding_A"]).T
+            else:
+                new = old + scale * kept[f"{name}.lora_B.weight"] @ kept[f"{name}.lora_A.weight"]
+            if (magnitude := kept.get(f"{name}{MAGNITUDE_END}")) is not None:
+                new *= (magnitude / np.linalg.norm(new, axis=1))[:, None]
+            yield f"{module}.weight", new.T if base.is_conv1d(module) else new
+        for name, tensor in kept.items():
+            if _module(name) is None:
+                module, _, leaf = _plain(name).rpartition(".")
+                yield f"{base.locate([module])[module]}.{leaf}", tensor
+
+    def _copy(self, folder: Path, base: NamedBase) -> Path:
+        """PEFT's two files alone, with names that PEFT finds: our notes would speak of our own model."""
+        (folder / OPTIONS).write_bytes((self.directory / OPTIONS).read_bytes())
+        if not self.is_levanter(base):
+            (folder / WEIGHTS).write_bytes((self.directory / WEIGHTS).read_bytes())
+            return folder
+        tensors = read_tensors(self.directory / WEIGHTS)
+        renamed = {n.replace(_PREFIX + _LEVANTER, _PREFIX, 1): tensor for n, tensor in tensors.items()}
+        (folder / WEIGHTS).write_bytes(tensor_bytes(renamed))
+        return folder
+
+
+def is_peft_directory(path: Path) -> bool:
+    """Whether a directory is in PEFT's format."""
+    return (path / OPTIONS).is_file() and read_json(path / OPTIONS).get("peft_type") == "LORA"
+
+
+def check_base_tensors(source: Path, others: Mapping[str, np.ndarray], base: NamedBase) -> None:
+    """Raises ValueError unless every tensor that is no factor holds the values of a tensor of the base.
+
+    The order of the values does not matter, as a library may transpose, reshape or stack the base's tensors.
+    """
+    if not others:
+        return
+    digests: dict[str, set[bytes]] = {}
+    for path, leaf in others.items():
+        dtype = leaf.dtype.name
+        if dtype not in digests:
+            digests[dtype] = {_sorted_bytes(view[:], dtype) for view in base.tensors.values()}
+        slices = [leaf, *(list(leaf) if leaf.ndim > 1 else [])]
+        slices = [slices[:1], slices[1:], [part for each in slices[1:] if each.ndim > 1 for part in each]]
+        if not any(s and all(_sorted_bytes(x, dtype) in digests[dtype] for x in s) for s in slices):
+            raise ValueError(
+                f"{source}: {path} {leaf.shape} is neither a factor nor a tensor of {base.source}: it was trained, "
+                "or the base is another one; to convert the factors without it, pass --leave_out with its path"
+            )
+
+
+def _sorted_bytes(values: Any, dtype: str) -> bytes:
+    array = np.asarray(values).astype(dtype).reshape(-1)
+    return hashlib.sha256(
+        np.sort(array.astype(np.float32) if array.dtype.kind == "V" else array).tobytes()
+    ).digest()
+
+
+def _without_tied_head(names: Sequence[str], base: NamedBase) -> list[str]:
+    """The names without those of a head that is the embedding: copies of the embedding's, as `load_peft` checks."""
+    is_tied = base.config.get("tie_word_embeddings") and any("embed_tokens." in name for name in names)
+    return [name for name in names if not (is_tied and name.startswith("lm_head."))]
+
+
+def _plain(name: str) -> str:
+    """The name of a fully trained tensor without the levels of PEFT's wrappers."""
+    return re.sub(r"\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=\.)", "", name)
+
+
+def _module(name: str) -> str | None:
+    """The module of a factor or of magnitudes; None for any other tensor."""
+    if name.endswith(MAGNITUDE_END):
+        return name.removesuffix(MAGNITUDE_END)
+    match = _FACTOR.fullmatch(name)
+    return match[1] if match else None

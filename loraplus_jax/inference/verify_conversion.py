@@ -1,0 +1,171 @@
+"""Checks a converted adapter: outputs with the adapter at its source and at its target, on the same inputs."""
+
+import contextlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..models.checkpoints.hf import load_params
+from ..models.checkpoints.name_table import expand, is_stacked
+from ..models.checkpoints.named_base import PREFIXES, NamedBase
+from ..models.families import MODEL_TYPES, family_of
+from ..tasks.causal_lm import model_config
+from ..tasks.interface import AdaptedModel
+from .generate import open_model
+from .predict import TunedModel
+
+SEED, ROWS, LENGTH = 0, 2, 16
+Weights = Mapping[str, np.ndarray]
+
+
+class Verified(NamedTuple):
+    """Result of a verification.
+
+    Attributes:
+      what: what was compared, such as `"logits"`.
+      by: what computed it.
+      difference: largest absolute difference between source and target.
+      size: largest absolute value at the source.
+      effect: largest absolute difference between the source and the base without the adapter.
+      tolerance: largest allowed difference relative to `size`.
+    """
+
+    what: str
+    by: str
+    difference: float
+    size: float
+    effect: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is rounding."""
+        return self.difference <= self.tolerance * max(self.size, float(np.finfo(np.float32).tiny))
+
+
+class ConversionFailed(ValueError):
+    """The converted adapter computes something else than its source."""
+
+
+def compare(what: str, by: str, plain: Any, source: Any, target: Any, tolerance: float) -> Verified:
+    """Compares arrays of one shape.
+
+    Raises:
+      ConversionFailed: they differ by more than rounding.
+    """
+    plain, source, target = (np.asarray(x, np.float64) for x in (plain, source, target))
+    if source.shape != target.shape:
+        raise ConversionFailed(
+            f"{what} at the target have shape {target.shape}, at the source {source.shape}"
+        )
+    largest = lambda x: float(np.abs(x).max(initial=0.0))  # noqa: E731
+    verified = Verified(
+        what, by, largest(source - target), largest(source), largest(source - plain), tolerance
+    )
+    if not verified.passed:
+        raise ConversionFailed(
+            f"{what} at the target differ by {verified.difference:.3g} from the source's, which are up to "
+            f"{verified.size:.3g}: nothing was written"
+        )
+    return verified
+
+
+def token_ids(vocabulary: int) -> np.ndarray:
+    """Random token ids (2, 16), always the same, int32."""
+    return np.random.default_rng(SEED).integers(0, vocabulary, (ROWS, LENGTH)).astype(np.int32)
+
+
+def is_known(base: NamedBase) -> bool:
+    """Whether the base is a language model of this package."""
+    return base.config.get("model_type") in MODEL_TYPES
+
+
+def has_peft() -> bool:
+    """Whether torch, transformers and PEFT are installed."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
+
+
+def our_logits(source: Path, changed: Weights = {}) -> np.ndarray:  # noqa: B006
+    """Logits of a language model in float32 with some tensors of its file replaced."""
+    config = model_config(source)
+    family = family_of(config.model_type)
+    model, table = family.model(config), family.name_table(config)
+    ids = jnp.asarray(token_ids(config.vocab_size))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    by_name = {table.canonical(name): value for name, value in changed.items()}
+    names = {table.canonical(name): name for name in changed}
+    rules, unused = {rule.path: rule for rule in table.rules}, set(by_name)
+
+    def replace(path: str, leaf: np.ndarray) -> jax.Array:
+        rule, leaf = rules[path], np.array(leaf, np.float32)
+        for n, name in enumerate(expand(rule, leaf)):  # pyright: ignore[reportArgumentType]
+            if name in by_name:
+                unused.discard(name)
+                value = by_name[name][rule.index]
+                value = value.T if rule.transposed else value
+                leaf[n if is_stacked(rule) else ...] = value
+        return jnp.asarray(leaf)
+
+    params = load_params(source, table, shapes, param_dtype=np.float32, place=replace)
+    if unused := unused - {name for name, _ in table.copies}:
+        raise ValueError(f"{source}: the model does not use {names[min(unused)]}, which the adapter changes")
+    return np.asarray(jax.jit(model.apply)({"params": params}, ids))
+
+
+def opened_logits(place: Path) -> np.ndarray:
+    """Logits of an adapter directory of either format, or of a model, read as `loraplus generate` does."""
+    tuned = open_model(str(place), None, None, None, ())
+    ids = jnp.asarray(token_ids(tuned.parts.model.config.vocab_size))  # pyright: ignore
+    return np.asarray(jax.jit(tuned.parts.model.apply)(tuned.variables, ids))
+
+
+def tuned_outputs(tuned: TunedModel) -> np.ndarray:
+    """Outputs of a run's model: logits of a language model, the head's outputs of an encoder."""
+    parts: AdaptedModel = tuned.parts
+    config: Any = parts.model.config  # pyright: ignore[reportAttributeAccessIssue]
+    length = LENGTH if tuned.settings.is_language else parts.base.inputs[0].shape[1]
+    ids = jnp.asarray(token_ids(config.vocab_size)[:, :length])
+    others = [jnp.ones_like(ids), jnp.zeros_like(ids)][: len(parts.base.inputs) - 1]
+    return np.asarray(jax.jit(parts.model.apply)(tuned.variables, ids, *others), np.float32)
+
+
+def torch_logits(source: Path, *, changed: Weights = {}, adapter: Path | None = None) -> np.ndarray:  # noqa: B006
+    """Logits by transformers in float32, with tensors replaced or an adapter loaded by PEFT."""
+    # Their warnings are about deprecated calls of each other; what PEFT does not load shows in the logits.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import torch
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        parameters = dict(model.named_parameters())
+        for name, value in changed.items():
+            spelled = [n for prefix in PREFIXES if (n := prefix + name) in parameters]
+            if not spelled:
+                raise ValueError(f"{source}: transformers' {type(model).__name__} has no parameter {name}")
+            parameters[spelled[0]].data = torch.tensor(np.ascontiguousarray(value))
+        if adapter is not None:
+            import peft
+
+            model = peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+        with torch.no_grad():
+            ids = torch.tensor(token_ids(model.config.vocab_size), dtype=torch.long)
+            return model(ids).logits.numpy()
+
+
+def layer_outputs(base: NamedBase, names: Iterable[str], weights: Weights) -> np.ndarray:
+    """Outputs of single layers on random inputs: for bases that nothing here can run, one row after the other."""
+    rng, outputs = np.random.default_rng(SEED), []
+    for name in sorted(names):
+        value = weights[name] if name in weights else np.asarray(base.tensors[name][:], np.float32)
+        matrix = value if value.ndim == 2 else value.reshape(1, -1)
+        x = rng.normal(size=(matrix.shape[1], 2)).astype(np.float32) / np.sqrt(matrix.shape[1])
+        outputs.append((matrix @ x).reshape(-1))
+    return np.concatenate(outputs)

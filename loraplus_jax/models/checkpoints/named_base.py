@@ -1,0 +1,190 @@
+"""A checkpoint as a model whose modules have the file's own names, for adapters of any transformers model.
+
+No module runs: the tables say which tensor is which leaf, so that adapters are read, merged and written for models
+that are not implemented here.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..._utils.validation import suggest
+from ...adapter.spec import AdapterSpec
+from ...interop.path_map import PathMap
+from ..families import MODEL_TYPES, family_of
+from .export import TransformersClass
+from .hf import load_config, weight_files
+from .merge import TYPES
+from .name_table import NameTable, Rule
+
+PREFIXES = ("", "model.", "transformer.", "bert.", "roberta.")
+"""What transformers puts before module names in some classes of a model, and not in others."""
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|wpe|\w*embeddings?)$")
+
+
+class NamedBase(NamedTuple):
+    """The tensors of a checkpoint.
+
+    Attributes:
+      source: its directory or file.
+      config: its `config.json`.
+      tensors: lazy views by name.
+    """
+
+    source: Path
+    config: dict[str, Any]
+    tensors: dict[str, Any]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self.tensors[name].get_shape())
+
+    @staticmethod
+    def is_embedding(module: str) -> bool:
+        """Whether a module is an embedding, by its name."""
+        return _EMBEDDING.search(module) is not None
+
+    def is_conv1d(self, module: str) -> bool:
+        """Whether a module is transformers' Conv1D, with its weight as (in, out)."""
+        is_gpt2 = self.config.get("model_type") == "gpt2"
+        return is_gpt2 and len(self.shape(f"{module}.weight")) == 2 and not self.is_embedding(module)
+
+    def weight(self, module: str) -> np.ndarray:
+        """The weight of a module, float32 as (out, in), or of an embedding as in the file."""
+        values = np.asarray(self.tensors[f"{module}.weight"][:], np.float32)
+        return values.T if self.is_conv1d(module) else values
+
+    def locate(self, names: Iterable[str]) -> dict[str, str]:
+        """Finds the modules of an adapter in the checkpoint, with or without the prefix of a model with a head.
+
+        Returns:
+          A dict from each name to the module's name in the file.
+
+        Raises:
+          ValueError: the checkpoint has no such module.
+        """
+        modules = {name.rpartition(".")[0] for name in self.tensors}
+        found = {}
+        for name in names:
+            spellings = [prefix + name for prefix in PREFIXES]
+            spellings += [name.removeprefix(prefix) for prefix in PREFIXES]
+            if (module := next((each for each in spellings if each in modules), None)) is None:
+                raise ValueError(
+                    f"{self.source} has no module {name}{suggest(name, modules)}: is it the adapter's base?"
+                )
+            found[name] = module
+        return found
+
+    def specs(
+        self,
+        locations: Mapping[str, str],
+        adapters: Mapping[str, tuple[int, float]],
+        *,
+        magnitude: bool = False,
+    ) -> dict[str, AdapterSpec]:
+        """The specs of adapters, whose paths are the modules' names in the file, joined by "/".
+
+        Args:
+          locations: modules by name, from `locate`.
+          adapters: rank and scale of each.
+          magnitude: whether they are DoRA's.
+        """
+        specs = {}
+        for name, (rank, scale) in adapters.items():
+            module = locations[name]
+            shape = self.shape(f"{module}.weight") if f"{module}.weight" in self.tensors else ()
+            if len(shape) != 2:
+                raise ValueError(
+                    f"{name}: the weight in {self.source} has shape {shape}; only linear layers and embeddings can "
+                    "be converted"
+                )
+            is_embedding = self.is_embedding(module)
+            path, leaf = module.replace(".", "/"), "embedding" if is_embedding else "kernel"
+            specs[path] = AdapterSpec(
+                leaf=f"params/{path}/{leaf}",
+                kind="embed" if is_embedding else "dense",
+                axes="io",
+                shape=shape if is_embedding or self.is_conv1d(module) else shape[::-1],
+                rank=rank,
+                scale=scale,
+                magnitude=magnitude,
+            )
+        return specs
+
+    def path_map(self, locations: Mapping[str, str]) -> PathMap:
+        """The path map from `specs` to the adapter's names; modules that differ only in numbers share a rule."""
+        rules: dict[tuple[str, ...], None] = {}
+        for name, module in locations.items():
+            kind = "Conv1D" if f"{module}.weight" in self.tensors and self.is_conv1d(module) else None
+            if self.is_embedding(module):
+                kind = "TiedEmbedding" if self._is_tied(module) else "Embedding"
+            ours, theirs = module.replace(".", "/"), name
+            numbers = re.findall(r"(?<=[./])\d+(?=[./]|$)", theirs)
+            if numbers == re.findall(r"(?<=/)\d+(?=/|$)", ours):
+                # The number of each place is a name, so that a rule serves all layers.
+                ours, theirs = (_numbered(side) for side in (ours, theirs))
+            rules[(ours, theirs, kind) if kind else (ours, theirs)] = None
+            if kind == "TiedEmbedding":
+                rules[module.replace(".", "/"), "lm_head", "TiedHead"] = None
+        return tuple(rules)  # pyright: ignore[reportReturnType]
+
+    def table(self) -> tuple[NameTable, dict[str, jax.ShapeDtypeStruct]]:
+        """The name table of all tensors, and their leaves by path, for `CheckpointMerge`."""
+        rules, leaves = [], {}
+        for name, view in self.tensors.items():
+            module, _, end = name.rpartition(".")
+            shape, path, transposed = self.shape(name), name.replace(".", "/"), False
+            if end == "weight" and len(shape) == 2:
+                is_embedding = self.is_embedding(module)
+                path = f"{module.replace('.', '/')}/{'embedding' if is_embedding else 'kernel'}"
+                transposed = not (is_embedding or self.is_conv1d(module))
+            elif end == "weight" and len(shape) == 1:
+                path = f"{module.replace('.', '/')}/scale"
+            dtype = np.dtype(TYPES.get(view.get_dtype(), np.float32))
+            rules.append(Rule(name, path, transposed))
+            leaves[path] = jax.ShapeDtypeStruct(shape[::-1] if transposed else shape, dtype)
+        copies = ()
+        if self.config.get("tie_word_embeddings") and "lm_head.weight" in self.tensors:
+            embedding = next((n for n in self.tensors if n.endswith("embed_tokens.weight")), None)
+            copies = () if embedding is None else (("lm_head.weight", embedding),)
+            rules = [rule for rule in rules if not copies or rule.name != "lm_head.weight"]
+        return NameTable(rules=tuple(rules), copies=copies), leaves
+
+    def transformers_class(self) -> TransformersClass:
+        """The class that loads the checkpoint, by its config."""
+        kind = str(self.config.get("model_type"))
+        known = family_of(kind).architectures[kind] if kind in MODEL_TYPES else ""
+        name = str((self.config.get("architectures") or [known])[0])
+        is_causal = name.endswith(("ForCausalLM", "LMHeadModel"))
+        return TransformersClass(name, "", (), "CAUSAL_LM" if is_causal else None)
+
+    def _is_tied(self, module: str) -> bool:
+        is_input = module.rpartition(".")[2] in ("embed_tokens", "wte")
+        return is_input and bool(
+            self.config.get("tie_word_embeddings", self.config.get("model_type") == "gpt2")
+        )
+
+
+def _numbered(path: str) -> str:
+    parts, count = re.split(r"([./])", path), iter(range(len(path)))
+    return "".join(f"{{n{next(count)}}}" if part.isdigit() else part for part in parts)
+
+
+def read_named_base(source: Path) -> NamedBase:
+    """Opens a checkpoint: its config, and lazy views of its tensors.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    config, tensors = load_config(source), {}
+    for _, file, _, _ in weight_files(source):
+        for name in file.keys():  # noqa: SIM118
+            tensors[name] = file.get_slice(name)
+    if not all(math.prod(view.get_shape()) for view in tensors.values()):
+        raise ValueError(f"{source} has an empty tensor")
+    return NamedBase(source, config, tensors)

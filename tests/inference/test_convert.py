@@ -1,0 +1,398 @@
+"""`loraplus convert`: sources x targets at tiny size, read back by this package; PEFT's turn is marked slow."""
+
+import json
+import re
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from loraplus_jax.cli.commands import main
+from loraplus_jax.inference import verify_conversion
+
+from ..integration.gpt2_world import write_gpt2
+from ..interop.library_trees import LIBRARIES
+from ..messages import assert_mentions
+from .conversions import (
+    BIG,
+    expected_weights,
+    modules_of,
+    write_base,
+    write_library,
+    write_openpi_base,
+    write_peft,
+)
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture
+def by_us(monkeypatch):
+    """Verifies by this package alone, as where torch and PEFT are not installed."""
+    monkeypatch.setattr(verify_conversion, "has_peft", lambda: False)
+
+
+def run(*words):
+    return main(["convert", *map(str, words)])
+
+
+def converted(capsys, *words):
+    assert run(*words) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def rejected(capsys, *words, out):
+    assert run(*words, "--out", out) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("loraplus: error: ")
+    assert "Traceback" not in error
+    assert not out.exists()
+    assert not list(out.parent.glob(".loraplus-*"))
+    return error
+
+
+def differences(text):
+    """Of the verification's line: by whom, the largest difference, the largest output, the adapter's effect."""
+    match = re.search(r"verified by (\w+): .* at most (\S+) .* up to (\S+); .* up to (\S+)\)", text)
+    assert match, text
+    return match[1], *(float(match[n]) for n in (2, 3, 4))
+
+
+def check(text, by):
+    found, difference, size, effect = differences(text)
+    assert found == by
+    assert difference <= 1e-5 * size
+    assert effect > BIG * size
+
+
+def flags(options):
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("qwix", "openpi") else pytest.param(name, marks=pytest.mark.slow)
+        for name in LIBRARIES
+    ],
+)
+def test_another_library_merged(name, base, tmp_path, capsys, by_us):
+    if name == "openpi":
+        base = write_openpi_base(tmp_path / "base")
+    changes, options = write_library(name, tmp_path / "source.safetensors")
+    out = tmp_path / "out"
+    text = converted(
+        capsys,
+        tmp_path / "source.safetensors",
+        "--to",
+        "merged",
+        "--base",
+        base,
+        "--out",
+        out,
+        *flags(options),
+    )
+    check(text, "loraplus")
+    found = load_file(out / "model.safetensors")
+    expected = expected_weights(base, changes)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=0, atol=5e-6, err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["peft", "loraplus"])
+def test_another_library_for_others(to, base, tmp_path, capsys, by_us):
+    _, options = write_library("qwix", tmp_path / "source.safetensors")
+    out = tmp_path / "out"
+    words = ("--base", base, "--out", out, *flags(options))
+    check(converted(capsys, tmp_path / "source.safetensors", "--to", to, *words), "loraplus")
+    # And from there on, with the same logits: to PEFT, to our own directory, merged.
+    again = tmp_path / "again"
+    check(converted(capsys, out, "--to", "merged", "--out", again), "loraplus")
+
+
+def test_openpi_leaves_jax_with_its_factors(tmp_path, capsys):
+    """What its own script drops: the weights without the factors are not those of the model."""
+    base = write_openpi_base(tmp_path / "base")
+    changes, options = write_library("openpi", tmp_path / "source.safetensors")
+    words = (tmp_path / "source.safetensors", "--base", base, *flags(options))
+    check(converted(capsys, *words, "--to", "peft", "--out", tmp_path / "peft"), "loraplus")
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    # Ranks and scales of a head's factors, and of layers that ignore alpha, are PEFT's patterns.
+    tensors = load_file(tmp_path / "peft/adapter_model.safetensors")
+    for module, change in changes.items():
+        a, b = (tensors[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")
+        end = [key for key in config["rank_pattern"] if re.fullmatch(rf"(.*\.)?({key})", module)]
+        rank = config["rank_pattern"][end[0]] if end else config["r"]
+        end = [key for key in config["alpha_pattern"] if re.fullmatch(rf"(.*\.)?({key})", module)]
+        alpha = config["alpha_pattern"][end[0]] if end else config["lora_alpha"]
+        assert rank == len(a)
+        np.testing.assert_allclose(alpha / rank * b @ a, change, rtol=0, atol=5e-6, err_msg=module)
+    assert len(tensors) == 2 * len(changes)
+
+
+PEFT = {
+    "lora": {},
+    "dora": {"dora": True},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"up_proj": 4}, "alpha_pattern": {"q_proj": 7.0}},
+}
+
+
+SLOW = [(to, kind) for to in ("peft", "loraplus", "merged") for kind in PEFT]
+QUICK = [("peft", "dora"), ("merged", "rslora")]
+
+
+@pytest.mark.parametrize(
+    ("to", "kind"), [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow) for pair in SLOW]
+)
+def test_adapters_of_peft(kind, to, base, tmp_path, capsys, by_us):
+    source = write_peft(tmp_path / "peft", modules_of(base, "q_proj", "up_proj"), base, **PEFT[kind])
+    check(converted(capsys, source, "--to", to, "--out", tmp_path / "out"), "loraplus")
+    if to == "peft":
+        name = "adapter_model.safetensors"
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_fully_trained_modules_and_biases_of_peft(tmp_path, capsys, by_us):
+    base = write_base(tmp_path / "base", model_type="qwen2")
+    tensors = load_file(base / "model.safetensors")
+    rng = np.random.default_rng(4)
+    for name, x in list(tensors.items()):
+        if re.search("[qkv]_proj.weight", name):
+            tensors[name.replace("weight", "bias")] = rng.normal(size=len(x)).astype(np.float32)
+    save_file(tensors, base / "model.safetensors")
+    options = {"modules_to_save": ["norm"], "bias": "lora_only"}
+    source = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base, **options)
+    adapter = load_file(source / "adapter_model.safetensors")
+    adapter["base_model.model.model.norm.weight"] = 1 + rng.random(32, np.float32)
+    for n in range(2):
+        name = f"base_model.model.model.layers.{n}.self_attn.q_proj"
+        adapter[f"{name}.base_layer.bias"] = rng.normal(size=32).astype(np.float32)
+    save_file(adapter, source / "adapter_model.safetensors")
+    for to in ("merged", "loraplus"):
+        check(converted(capsys, source, "--to", to, "--out", tmp_path / to), "loraplus")
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    np.testing.assert_array_equal(merged["model.norm.weight"], adapter["base_model.model.model.norm.weight"])
+
+
+@pytest.mark.slow
+def test_gpt2(tmp_path, capsys, by_us):
+    """Its weights are (in, out), and its class puts a prefix before the file's names."""
+    (tmp_path / "base").mkdir()
+    write_gpt2(tmp_path / "base")
+    modules = {f"transformer.h.{n}.attn.c_attn": (96, 32) for n in range(2)}
+    source = write_peft(tmp_path / "adapter", modules, tmp_path / "base", fan_in_fan_out=True)
+    for to in ("merged", "peft"):
+        check(converted(capsys, source, "--to", to, "--out", tmp_path / to), "loraplus")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["merged", "loraplus"])
+def test_a_tied_embedding(to, tmp_path, capsys, by_us):
+    """PEFT saves its factors under the head's name, too: one weight all the same."""
+    base = write_base(tmp_path / "base", tie_word_embeddings=True)
+    vocabulary, size = load_file(base / "model.safetensors")["model.embed_tokens.weight"].shape
+    source = write_peft(tmp_path / "peft", {"model.embed_tokens": (2, 2)}, base, ensure_weight_tying=True)
+    rng, name = np.random.default_rng(3), "base_model.model.model.embed_tokens.lora_embedding_{}"
+    a, b = (0.3 * rng.normal(size=shape).astype(np.float32) for shape in ((2, vocabulary), (size, 2)))
+    head = {"base_model.model.lm_head.lora_A.weight": b.T, "base_model.model.lm_head.lora_B.weight": a.T}
+    tensors = {name.format("A"): a, name.format("B"): b} | head
+    tensors = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
+    save_file(tensors, source / "adapter_model.safetensors")
+    check(converted(capsys, source, "--to", to, "--out", tmp_path / "out"), "loraplus")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("--dtype", "float16")])
+def test_weights_of_16_bits_are_compared_as_they_are_stored(words, tmp_path, capsys, by_us):
+    base = write_base(tmp_path / "base")
+    if not words:
+        tensors = load_file(base / "model.safetensors")
+        save_file({k: x.astype(ml_dtypes.bfloat16) for k, x in tensors.items()}, base / "model.safetensors")
+    _, options = write_library("qwix", tmp_path / "qwix.safetensors")
+    words = (*words, "--to", "merged", "--base", base, "--out", tmp_path / "out", *flags(options))
+    _, difference, size, effect = differences(converted(capsys, tmp_path / "qwix.safetensors", *words))
+    # An adapter of half the scale would not pass.
+    assert difference <= 1e-3 * size < BIG * size < effect
+
+
+@pytest.mark.slow
+def test_levanter(base, tmp_path, capsys, by_us):
+    """Its prefix is GPT-2's for every model, and PEFT finds none of a Llama's modules by it."""
+    modules = modules_of(base, "q_proj", "down_proj")
+    source = write_peft(tmp_path / "levanter", modules, base, prefix="transformer.", target_modules=None)
+    check(converted(capsys, source, "--to", "peft", "--out", tmp_path / "out"), "loraplus")
+    names = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in names} == modules.keys()
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"]
+
+
+@pytest.mark.slow
+def test_a_whole_checkpoint_must_hold_the_base(base, tmp_path, capsys, by_us):
+    _, options = write_library("qwix", tmp_path / "factors.safetensors")
+    tree, tensors = load_file(tmp_path / "factors.safetensors"), load_file(base / "model.safetensors")
+    q = tensors["model.layers.0.self_attn.q_proj.weight"]
+    tree |= {
+        "layers/0/attn/q_proj/w/value": np.ascontiguousarray(q.T.reshape(32, 4, 8)),
+        "layers/mlp/stacked/value": np.stack(
+            [tensors[f"model.layers.{n}.mlp.up_proj.weight"] for n in range(2)]
+        ),
+    }
+    save_file(tree, tmp_path / "whole.safetensors")
+    words = ("--to", "peft", "--base", base, *flags(options))
+    check(converted(capsys, tmp_path / "whole.safetensors", *words, "--out", tmp_path / "out"), "loraplus")
+    tree["layers/0/attn/q_proj/w/value"][0, 0, 0] += 1
+    save_file(tree, tmp_path / "whole.safetensors")
+    words = (tmp_path / "whole.safetensors", *words)
+    error = rejected(capsys, *words, out=tmp_path / "no")
+    assert_mentions(error, "layers/0/attn/q_proj/w", "--leave_out", base)
+    text = converted(capsys, *words, "--leave_out", ".*/q_proj/w", "--out", tmp_path / "left")
+    assert_mentions(text, "layers/0/attn/q_proj/w", "--leave_out")
+
+
+def test_bad_input(base, tmp_path, capsys, by_us):
+    _, options = write_library("qwix", tmp_path / "qwix.safetensors")
+    source, good = tmp_path / "qwix.safetensors", flags(options)
+    out = tmp_path / "out"
+    words = (source, "--to", "peft", "--base", base)
+    assert_mentions(rejected(capsys, *words, out=out), "--scale", "--alpha", "qwix")
+    assert_mentions(rejected(capsys, source, "--to", "peft", *good, out=out), "--base")
+    assert_mentions(rejected(capsys, *words, "--scale", 0, out=out), "--scale", "0")
+    assert_mentions(
+        rejected(capsys, *words, *good, "--dtype", "float16", out=out), "--dtype", "merged", "gguf"
+    )
+    assert_mentions(rejected(capsys, *words, *good, "--leave_out", "(", out=out), "--leave_out", "(")
+    error = rejected(capsys, tmp_path / "no", "--to", "peft", "--base", base, out=out)
+    assert_mentions(error, tmp_path / "no")
+    other = write_base(tmp_path / "other", hidden_size=32, num_attention_heads=4, model_type="llama")
+    tensors = load_file(other / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, other / "model.safetensors")
+    config = json.loads((other / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (other / "config.json").write_text(json.dumps(config))
+    error = rejected(capsys, source, "--to", "peft", "--base", other, *good, out=out)
+    assert_mentions(error, "model.layers.1.self_attn.k_proj", other)
+    tree = load_file(source)
+    stray = tree | {"layers/0/strange/lora/deep_lora_a": np.ones((4, 2), np.float32)}
+    save_file(stray, source)
+    assert_mentions(rejected(capsys, *words, *good, out=out), "layers/0/strange", "lora_b")
+    save_file(tree | {"layers/0/unknown": np.ones(5, np.float32)}, source)
+    assert_mentions(rejected(capsys, *words, *good, out=out), "layers/0/unknown", "(5,)", "--leave_out")
+    save_file(tree, source)
+    out.mkdir()
+    assert run(*words, *good, "--out", out) == 2
+    assert_mentions(capsys.readouterr().err, "--out", out)
+    assert list(out.iterdir()) == []
+    out.rmdir()
+    peft = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base)
+    tensors = load_file(peft / "adapter_model.safetensors")
+    lonely = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    tensors.pop(lonely)
+    save_file(tensors, peft / "adapter_model.safetensors")
+    assert_mentions(
+        rejected(capsys, peft, "--to", "merged", out=out), lonely.removeprefix("base_model.model.")
+    )
+    write_openpi_base(tmp_path / "pi")
+    write_library("openpi", tmp_path / "pi.safetensors")
+    words = (tmp_path / "pi.safetensors", "--to", "loraplus", "--base", tmp_path / "pi", "--scale", 1)
+    assert_mentions(rejected(capsys, *words, out=out), "--to", "loraplus", "peft", "merged")
+
+
+def test_a_target_that_computes_something_else_is_removed(base, tmp_path, capsys, by_us, monkeypatch):
+    _, options = write_library("qwix", tmp_path / "qwix.safetensors")
+    right = verify_conversion.our_logits
+    monkeypatch.setattr(verify_conversion, "our_logits", lambda *a: right(*a) + (len(a) == 1))
+    words = (tmp_path / "qwix.safetensors", "--to", "merged", "--base", base, *flags(options))
+    assert_mentions(rejected(capsys, *words, out=tmp_path / "out"), "logits", "1")
+    text = converted(capsys, *words, "--no_verify", "--out", tmp_path / "out")
+    assert_mentions(text, "--no_verify")
+
+
+@pytest.mark.slow
+def test_names_of_your_own(base, tmp_path, capsys, by_us):
+    rng, tree = np.random.default_rng(2), {}
+    for n in range(2):
+        tree[f"blocks_{n}/query/lora_a"] = rng.normal(size=(32, 2)).astype(np.float32)
+        tree[f"blocks_{n}/query/lora_b"] = rng.normal(size=(2, 32)).astype(np.float32)
+    save_file(tree, tmp_path / "mine.safetensors")
+    words = (tmp_path / "mine.safetensors", "--to", "peft", "--base", base)
+    assert_mentions(
+        rejected(capsys, *words, out=tmp_path / "out"), "--from", "--path_map", "blocks_0/query/lora_a"
+    )
+    rules = [["blocks_{layer}/query", "model.layers.{layer}.self_attn.q_proj"]]
+    (tmp_path / "map.json").write_text(json.dumps({"rules": rules}))
+    more = ("--from", "nnx", "--path_map", tmp_path / "map.json", "--out", tmp_path / "out")
+    check(converted(capsys, *words, *more), "loraplus")
+    (tmp_path / "map.json").write_text("[]")
+    assert_mentions(rejected(capsys, *words, *more[:4], out=tmp_path / "no"), "map.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["peft", "loraplus", "merged", "gguf"])
+def test_runs(to, untrained_talk, tmp_path, capsys):
+    if to == "gguf":
+        pytest.importorskip("loraplus_jax.models.checkpoints.gguf.adapter")
+    out = tmp_path / "out"
+    text = converted(capsys, untrained_talk.out, "--to", to, "--out", out)
+    if to in ("merged", "gguf"):  # its base is quantized, and the adapter is merged into the original weights
+        assert_mentions(text, "not verified", "quantized")
+    else:
+        assert differences(text)[0] == "loraplus"
+    files = {
+        "peft": "adapter_config.json",
+        "loraplus": "adapter.json",
+        "merged": "config.json",
+        "gguf": "adapter.gguf",
+    }
+    assert (out / files[to]).is_file()
+
+
+@pytest.mark.slow
+def test_a_run_of_an_encoder(untrained, tmp_path, capsys):
+    text = converted(capsys, untrained.out, "--to", "peft", "--out", tmp_path / "out")
+    assert differences(text)[1] <= 1e-5 * differences(text)[2]
+    shutil.rmtree(tmp_path / "out")
+    words = (untrained.out, "--to", "peft", "--base", untrained.out, "--scale", 1)
+    assert_mentions(rejected(capsys, *words, out=tmp_path / "out"), "--scale")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("float16", 5e-3, marks=pytest.mark.slow)]
+)
+def test_gguf(dtype, tolerance, base, tmp_path, capsys):
+    pytest.importorskip("loraplus_jax.models.checkpoints.gguf.adapter")
+    _, options = write_library("gemma", tmp_path / "source.safetensors")
+    words = ("--to", "gguf", "--base", base, "--out", tmp_path / "out", "--dtype", dtype, *flags(options))
+    by, difference, size, effect = differences(converted(capsys, tmp_path / "source.safetensors", *words))
+    assert by == "loraplus"
+    assert difference <= tolerance * size
+    assert effect > BIG * size
+    assert (tmp_path / "out/adapter.gguf").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in LIBRARIES if name != "openpi"])
+@pytest.mark.parametrize("to", ["peft", "merged", "loraplus"])
+def test_another_library_by_peft_and_transformers(name, to, base, tmp_path, capsys):
+    _, options = write_library(name, tmp_path / "source.safetensors")
+    words = ("--to", to, "--base", base, "--out", tmp_path / "out", *flags(options))
+    by = {"peft": "PEFT", "merged": "transformers", "loraplus": "loraplus"}[to]
+    check(converted(capsys, tmp_path / "source.safetensors", *words), by)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["peft", "merged", "loraplus"])
+@pytest.mark.parametrize("kind", PEFT)
+def test_adapters_of_peft_by_peft(kind, to, base, tmp_path, capsys):
+    source = write_peft(tmp_path / "peft", modules_of(base, "q_proj", "up_proj"), base, **PEFT[kind])
+    by = {"peft": "PEFT", "merged": "transformers", "loraplus": "loraplus"}[to]
+    check(converted(capsys, source, "--to", to, "--out", tmp_path / "out"), by)

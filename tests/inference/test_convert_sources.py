@@ -1,0 +1,142 @@
+"""Sources of conversions: what they read, and what they make of each weight by formulas of their own."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from loraplus_jax.inference.convert_sources import (
+    PeftSource,
+    TreeSource,
+    check_base_tensors,
+    is_peft_directory,
+)
+from loraplus_jax.models.checkpoints.merge import CheckpointMerge
+from loraplus_jax.models.checkpoints.named_base import read_named_base
+
+from ..messages import mentions
+from .conversions import (
+    expected_weights,
+    modules_of,
+    write_base,
+    write_library,
+    write_openpi_base,
+    write_peft,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return read_named_base(write_base(tmp_path_factory.mktemp("base") / "llama"))
+
+
+def merged(source, base):
+    """What `CheckpointMerge` makes of the weights, in another way than `Source.weights`."""
+    named = source.read(base)
+    table, leaves = base.table()
+    merge = CheckpointMerge(table, leaves, named.adapter.specs, named.adapter.lora, named.adapter.extras)
+    return {
+        name: merge.value(name, lambda n=name: base.tensors[n][:])
+        for name in base.tensors
+        if merge.changes(name)
+    }
+
+
+def check(source, base):
+    found, expected = dict(source.weights(base)), merged(source, base)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5, err_msg=name)
+    return found
+
+
+def test_a_tree(base, tmp_path):
+    changes, options = write_library("qwix", tmp_path / "qwix.safetensors")
+    source = TreeSource(tmp_path / "qwix.safetensors", **options)
+    found = check(source, base)
+    expected = expected_weights(base.source, changes)
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5)
+    assert "qwix" in source.about
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dora": True}, {"use_rslora": True}, {"rank_pattern": {"up_proj": 5}}]
+)
+def test_peft(options, base, tmp_path):
+    modules = modules_of(base.source, "v_proj", "up_proj")
+    directory = write_peft(tmp_path / "peft", modules, base.source, **options)
+    assert is_peft_directory(directory)
+    assert not is_peft_directory(tmp_path)
+    source = PeftSource(directory)
+    assert len(check(source, base)) == 4
+    assert not source.needs_rewriting(base)
+    assert ("DoRA" in source.about) == ("dora" in options)
+
+
+def test_an_embedding_of_peft(base, tmp_path):
+    directory = write_peft(tmp_path / "peft", {"model.embed_tokens": (4, 4)}, base.source)
+    rng, name = np.random.default_rng(3), "base_model.model.model.embed_tokens.lora_embedding_{}"
+    vocabulary, size = base.shape("model.embed_tokens.weight")
+    tensors = {
+        name.format("A"): rng.normal(size=(2, vocabulary)).astype(np.float32),
+        name.format("B"): rng.normal(size=(size, 2)).astype(np.float32),
+    }
+    save_file(tensors, directory / "adapter_model.safetensors")
+    assert list(check(PeftSource(directory), base)) == ["model.embed_tokens.weight"]
+
+
+def test_own_variables_have_no_place_in_pytorch(base, tmp_path):
+    directory = write_peft(tmp_path / "peft", modules_of(base.source, "q_proj"), base.source)
+    (directory / "loraplus.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=mentions("loraplus.safetensors", "run")):
+        PeftSource(directory)
+
+
+def test_tensors_must_be_the_base_s(base):
+    tensors = load_file(base.source / "model.safetensors")
+    q = [tensors[f"model.layers.{n}.self_attn.q_proj.weight"] for n in range(2)]
+    k, v = (tensors[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "kv")
+    good = {
+        "transposed": q[0].T,
+        "heads": q[0].reshape(4, 8, 32).transpose(2, 0, 1),
+        "stacked": np.stack(q),
+        "parts": np.stack([[k, v]]),
+        "half": q[0].astype(np.float16),
+    }
+    check_base_tensors("tree", good, base)
+    for name, bad in (
+        ("trained", q[0] + 1e-3),
+        ("half stacked", np.stack([q[0], q[0] + 1])),
+        ("step", np.array(3)),
+    ):
+        with pytest.raises(ValueError, match=mentions(name, "--leave_out")):
+            check_base_tensors("tree", good | {name: bad}, base)
+
+
+def test_openpi_s_weights_are_those_of_its_pytorch_form(tmp_path):
+    base = read_named_base(write_openpi_base(tmp_path / "base"))
+    tensors = load_file(base.source / "model.safetensors")
+    model = "paligemma_with_expert.gemma_expert.model.layers"
+    read = lambda name: np.stack([tensors[f"{model}.{n}.{name}_proj.weight"] for n in range(2)])  # noqa: E731
+    q, k, v, out = (read(f"self_attn.{x}") for x in "qkvo")
+    heads = lambda x: x.reshape(2, -1, 8, 32).swapaxes(2, 3)  # noqa: E731
+    whole = {
+        "attn/q_einsum_1/w": heads(q),
+        "attn/kv_einsum_1/w": np.stack([heads(k), heads(v)], 1),
+        "attn/attn_vec_einsum_1/w": out.swapaxes(1, 2).reshape(2, 4, 8, 32),
+        "mlp_1/gating_einsum": np.stack([read(f"mlp.{x}").swapaxes(1, 2) for x in ("gate", "up")], 1),
+        "pre_attention_norm_1/scale": np.stack(
+            [tensors[f"{model}.{n}.input_layernorm.weight"] for n in range(2)]
+        ),
+    }
+    check_base_tensors("openpi", whole, base)
+    whole["action_in_proj/kernel"] = np.ones((3, 4), np.float32)
+    with pytest.raises(ValueError, match=mentions("action_in_proj/kernel")):
+        check_base_tensors("openpi", whole, base)
+
+
+def test_leave_out_must_match(tmp_path):
+    _, options = write_library("qwix", tmp_path / "qwix.safetensors")
+    with pytest.raises(ValueError, match=mentions("--leave_out", "'other'")):
+        TreeSource(tmp_path / "qwix.safetensors", leave_out=["other"], **options)

@@ -1,0 +1,82 @@
+"""The comparison of a converted adapter with its source."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from loraplus_jax.inference.verify_conversion import (
+    ConversionFailed,
+    compare,
+    is_known,
+    layer_outputs,
+    opened_logits,
+    our_logits,
+    token_ids,
+    torch_logits,
+)
+from loraplus_jax.models.checkpoints.named_base import read_named_base
+
+from ..integration.gpt2_world import write_gpt2
+from ..messages import mentions
+from .conversions import modules_of, write_base, write_peft
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base") / "llama")
+
+
+def test_differences_are_relative_to_the_largest_output():
+    ones = np.ones(3)
+    verified = compare("logits", "us", 0 * ones, 100 * ones, 100.0005 * ones, 1e-5)
+    assert (verified.size, verified.effect) == (100, 100)
+    assert verified.difference == pytest.approx(5e-4)
+    with pytest.raises(ConversionFailed, match=mentions("logits", "0.002", "100")):
+        compare("logits", "us", 0 * ones, 100 * ones, 100.002 * ones, 1e-5)
+    with pytest.raises(ConversionFailed, match=mentions("(2,)", "(3,)")):
+        compare("logits", "us", 0, ones, ones[:2], 1.0)
+    with pytest.raises(ConversionFailed):
+        compare("logits", "us", 0, ones, np.nan * ones, 1.0)
+
+
+def test_ids_are_always_the_same():
+    assert token_ids(50).tolist() == token_ids(50).tolist()
+    assert (token_ids(50).shape, token_ids(50).max() < 50) == ((2, 16), True)
+
+
+def test_a_replaced_tensor_is_used(base):
+    plain, name = our_logits(base), "model.layers.1.mlp.down_proj.weight"
+    changed = {name: load_file(base / "model.safetensors")[name] + 0.1}
+    assert np.abs(our_logits(base, changed) - plain).max() > 0.01
+    np.testing.assert_array_equal(opened_logits(base), plain)
+    with pytest.raises(ValueError, match=mentions("model.other.weight")):
+        our_logits(base, {"model.other.weight": np.ones(2)})
+
+
+def test_gpt2_splits_its_tensors(tmp_path):
+    write_gpt2(tmp_path)
+    name = "h.0.attn.c_attn.weight"
+    changed = load_file(tmp_path / "model.safetensors")[name].copy()
+    changed[:, 64:] *= 1.5  # values alone
+    assert np.abs(our_logits(tmp_path, {name: changed}) - our_logits(tmp_path)).max() > 0.01
+
+
+def test_single_layers(base):
+    named = read_named_base(base)
+    name = "model.layers.0.mlp.up_proj.weight"
+    plain = layer_outputs(named, [name], {})
+    twice = layer_outputs(named, [name], {name: 2 * named.tensors[name][:]})
+    np.testing.assert_allclose(twice, 2 * plain, rtol=1e-6)
+    assert is_known(named)
+
+
+@pytest.mark.slow
+def test_transformers_and_peft_compute_the_same(base, tmp_path):
+    name = "model.layers.1.mlp.down_proj.weight"
+    changed = {name: load_file(base / "model.safetensors")[name] + 0.1}
+    for tensors in ({}, changed):
+        np.testing.assert_allclose(torch_logits(base, changed=tensors), our_logits(base, tensors), atol=2e-5)
+    adapter = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base)
+    np.testing.assert_allclose(torch_logits(base, adapter=adapter), opened_logits(adapter), atol=2e-5)
