@@ -493,7 +493,6 @@ COMBINE = {
     "--svd_rank": value("rank of the result of svd (default: the largest of the adapters)", int),
     "--seed": value("random seed of dare_linear and dare_ties (default: 0)", int),
     **ADAPTER,
-    **ALLOW,
 }
 CONVERT = {
     "source": value(
