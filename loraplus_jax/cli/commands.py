@@ -457,9 +457,12 @@ EXPORT = {
     "--public": flag("make a new repository of --push public"),
     "--merged": flag("write the full model, with the adapter merged into its weights"),
     "--dequantized": flag("merge into the weights as model.quantize packed them, not the original ones"),
-    "--format": value("format of a merged model (default: hf)", choices=("hf", "gguf")),
+    "--format": value(
+        "format of a merged model (default: hf); without --merged, gguf writes an adapter for llama.cpp's --lora",
+        choices=("hf", "gguf"),
+    ),
     "--dtype": value(
-        "weight dtype of a merged model (default: the base model's for hf, float16 for gguf)",
+        "weight dtype of a merged model or GGUF adapter (default: the base model's for hf, float16 for gguf)",
         choices=("float32", "bfloat16", "float16", "q8_0"),
     ),
     "--base_model": value(
@@ -587,7 +590,7 @@ COMMANDS = {
     "generate": Command(
         "answer prompts with a language model, fine-tuned or not", _generate, GENERATE, _DEVICES
     ),
-    "export": Command("export a run's adapter for PEFT, or the merged model", _export, EXPORT),
+    "export": Command("export a run's adapter for PEFT or llama.cpp, or the merged model", _export, EXPORT),
     "combine": Command("combine several adapters of one base into one", _combine, COMBINE),
     "convert": Command(
         "convert an adapter of this or another library, and check that it computes the same",

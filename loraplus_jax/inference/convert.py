@@ -21,6 +21,7 @@ from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map
 from ..interop.peft_files import OPTIONS, WEIGHTS, save_peft
 from ..models.checkpoints import export
+from ..models.checkpoints.gguf.adapter import load_gguf_adapter, save_gguf_adapter
 from ..models.checkpoints.merge import CheckpointMerge, dtype_of
 from ..models.checkpoints.named_base import NamedBase, read_named_base
 from ..step.fingerprints import fingerprint
@@ -143,13 +144,14 @@ def _convert_ours(
     own_base = read_notes(directory)["settings"]["model"]["path"]
     if base is not None and resolve(base, "model").resolve() != resolve(own_base, "model").resolve():
         raise ValueError(f"--base {base} is not the base of {place}, {own_base}; leave it out")
-    if to in ("peft", "merged"):
-        about = export_run(place, partial, merged=to == "merged", dtype=dtype)
+    if to != "loraplus":
+        form = "gguf" if to == "gguf" else None
+        about = export_run(place, partial, merged=to == "merged", format=form, dtype=dtype)
         lines = [about.partition(": ")[2]]
-    elif to == "loraplus" and not is_peft(directory):
+    elif not is_peft(directory):
         shutil.copytree(directory, partial)
         lines = ["adapter directory, copied"]
-    elif to == "loraplus":
+    else:
         tuned = load_tuned(directory)
         own = {
             name: value
@@ -159,10 +161,6 @@ def _convert_ours(
         config, parts = tuned.settings.applied, tuned.parts
         save_adapter(partial, parts.trainable, parts.specs, config, **own)
         lines = ["adapter directory"]
-    else:
-        with _temporary() as folder:
-            export_run(place, folder / "peft")
-            lines = _write_gguf(partial, folder / "peft", resolve(own_base, "model"), dtype)
     if no_verify:
         return [*lines, "not verified (--no_verify)"]
     tuned = load_tuned(place)
@@ -250,8 +248,6 @@ def _write_ours(partial: Path, peft: Path) -> None:
 
 def _write_gguf(partial: Path, peft: Path, base: Path, dtype: str | None) -> list[str]:
     """Writes llama.cpp's adapter file; returns lines for the summary, such as on scales that are in B."""
-    from ..models.checkpoints.gguf.adapter import save_gguf_adapter  # pyright: ignore[reportMissingImports]
-
     partial.mkdir()
     saved = save_gguf_adapter(partial / GGUF_FILE, peft, base, dtype=dtype or "float16")
     return saved.describe().partition(": ")[2].split("\n")
@@ -259,8 +255,6 @@ def _write_gguf(partial: Path, peft: Path, base: Path, dtype: str | None) -> lis
 
 def _gguf_weights(directory: Path, base: NamedBase) -> dict[str, np.ndarray]:
     """The base's tensors with the adapter of a GGUF file, float32."""
-    from ..models.checkpoints.gguf.adapter import load_gguf_adapter  # pyright: ignore[reportMissingImports]
-
     factors = load_gguf_adapter(directory / GGUF_FILE, base.source)
     locations, weights = base.locate(factors), {}
     for name, (a, b, scale) in factors.items():

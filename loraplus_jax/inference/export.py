@@ -1,4 +1,4 @@
-"""`loraplus export`: writes a PEFT adapter, or a merged model with the adapter in its weights."""
+"""`loraplus export`: writes a PEFT or GGUF adapter, or a merged model with the adapter in its weights."""
 
 import contextlib
 import functools
@@ -22,6 +22,7 @@ from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, save_peft
 from ..models.checkpoints import export
 from ..models.checkpoints.gguf import export as gguf_export
 from ..models.checkpoints.gguf import load as gguf
+from ..models.checkpoints.gguf.adapter import save_gguf_adapter
 from ..models.checkpoints.hf import check_params, load_params, values_digest
 from ..models.checkpoints.merge import CheckpointMerge
 from ..step.checkpoint import describe_run
@@ -62,8 +63,10 @@ def export_run(
       public: whether the repository is public.
       merged: write the whole model with the adapter merged in, instead of a PEFT adapter.
       dequantized: merge into the values of the base as `model.quantize` packed them, instead of the checkpoint's.
-      format: file format of a merged model: `"hf"` (default), or `"gguf"` if the base is a GGUF file.
-      dtype: dtype of a merged model's weights, see `DTYPES`; by default the base's for hf, float16 for gguf.
+      format: file format of a merged model: `"hf"` (default), or `"gguf"` if the base is a GGUF file. Without
+        `merged`, `"gguf"` writes an adapter for llama.cpp.
+      dtype: dtype of a merged model's weights or of a GGUF adapter, see `DTYPES`; by default the base's for hf,
+        float16 for gguf.
       base_model: the name or path by which PEFT finds the base; by default the run's hub id or local path. With
         `push`, a hub id, also for a merged model.
       allow_different: parts of the base model that may differ from what the run was trained on, see `PARTS`.
@@ -72,13 +75,17 @@ def export_run(
         raise ValueError("export requires --to DIR, --push ORG/NAME, or both")
     if public and push is None:
         raise ValueError("--public requires --push ORG/NAME")
-    if not merged and (format is not None or dtype is not None):
-        raise ValueError("--format and --dtype require --merged; a PEFT adapter is always float32")
-    if dequantized and not merged:
-        raise ValueError("--dequantized requires --merged; a PEFT adapter holds no weight of the base")
-    if merged and base_model is not None and push is None:
+    if not merged and format != "gguf" and (format is not None or dtype is not None):
         raise ValueError(
-            f"--base_model applies to a PEFT adapter or to --push, not to --merged alone; got {base_model!r}"
+            "--format hf and --dtype require --merged, since a PEFT adapter is always float32; add it, or set "
+            "--format gguf for an adapter for llama.cpp"
+        )
+    if dequantized and not merged:
+        raise ValueError("--dequantized requires --merged; an adapter holds no weight of the base")
+    if (merged or format == "gguf") and base_model is not None and push is None:
+        raise ValueError(
+            "--base_model applies to a PEFT adapter or to --push, not to --merged or --format gguf alone; "
+            f"got {base_model!r}"
         )
     if base_model is not None and not base_model.strip():
         raise ValueError(
@@ -110,10 +117,10 @@ def export_run(
         raise ValueError(
             "--dequantized requires a run with model.quantize nf4, int8 or file; this one has none"
         )
-    if format == "gguf" and gguf.find(tuned.base) is None:
+    if merged and format == "gguf" and gguf.find(tuned.base) is None:
         raise ValueError(
-            f"--format gguf requires a GGUF base model, got {tuned.base}; use --format hf and convert "
-            "the result with llama.cpp's convert_hf_to_gguf.py"
+            f"--merged --format gguf requires a GGUF base model, got {tuned.base}; use --format hf and convert "
+            "the result with llama.cpp's convert_hf_to_gguf.py, or leave out --merged for an adapter"
         )
     base = base_model or tuned.settings.model.path
     if base_model is None and (base in ASSETS or not is_public(base, "model")):
@@ -128,6 +135,8 @@ def export_run(
         target = to or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "export"
         if merged:
             written = _write_merged(tuned, adapter, target, card, format, dtype, dequantized, allow_different)
+        elif format == "gguf":
+            written = _write_gguf_adapter(tuned, adapter, target, card, dtype, base, allow_different)
         else:
             written = _write_peft(tuned, adapter, target, card, base, allow_different)
         if push is None:
@@ -165,6 +174,39 @@ def _write_peft(
         **_origin(tuned),
     )
     return f"{to}: PEFT adapter for {len(adapter.specs)} kinds of layers; README.md shows how to load it"
+
+
+def _write_gguf_adapter(
+    tuned: TunedModel,
+    adapter: Adapter,
+    to: Path,
+    card: Card,
+    dtype: str | None,
+    base: str,
+    allow: Sequence[str],
+) -> str:
+    target, name = to.resolve(), "adapter.gguf"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target, new=True) as partial, tempfile.TemporaryDirectory() as folder:
+        peft = Path(folder) / "peft"
+        try:
+            _write_peft(tuned, adapter, peft, card, base, allow)
+            partial.mkdir()
+            saved = save_gguf_adapter(partial / name, peft, tuned.base, dtype=dtype or "float16")
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(peft), str(to))) from None
+        form = transformers_class_of(tuned.parts)
+        (partial / "README.md").write_text(card(model_card.GGUF_ADAPTER, form=form), encoding="utf-8")
+        notes = describe_run(
+            adapter.specs,
+            adapter.config,
+            base=tuned.notes["base"],
+            settings=tuned.notes["settings"],
+            task=tuned.notes["task"],
+            identity=_identity(tuned),
+        )
+        (partial / NOTES_FILE).write_text(record_text(notes, partial, [name]), encoding="utf-8")
+    return saved._replace(file=to / name).describe()
 
 
 def _write_merged(

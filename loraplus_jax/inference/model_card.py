@@ -67,6 +67,16 @@ llama-cli -m model.gguf
 ```""",
 )
 
+GGUF_ADAPTER = ExportKind(
+    "GGUF adapter",
+    None,
+    """```bash
+llama-cli -m BASE.gguf --lora adapter.gguf
+```
+
+BASE.gguf is the base model as a GGUF file.""",
+)
+
 _POOLED = {
     "mean": "mean of the hidden states where the attention mask is 1",
     "cls": "hidden state of the first token",

@@ -14,8 +14,9 @@ from ..models.checkpoints.export import TOKENIZER_FILES
 from .model_card import shown_name
 
 EXPORTED = (
-    *("README.md", NOTES_FILE, OWN_TENSORS_FILE, OPTIONS, WEIGHTS, "model.gguf", "config.json"),
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES),
+    *("README.md", NOTES_FILE, OWN_TENSORS_FILE, OPTIONS, WEIGHTS, "config.json", "model.gguf"),
+    *("adapter.gguf", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *TOKENIZER_FILES,
 )
 """Patterns of the names of all files that exports write."""
 

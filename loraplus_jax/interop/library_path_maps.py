@@ -45,6 +45,7 @@ BONSAI_GEMMA3: PathMap = (
         "model.vision_tower.encoder.layers.{layer}.{block}.{name}",
     ),
     ("embed_tokens/weight", "model.language_model.embed_tokens", "TiedEmbedding"),
+    ("embed_tokens/weight", "lm_head", "TiedHead"),
 )
 """bonsai's Gemma 3, text and images, with the names of transformers 5."""
 

@@ -33,7 +33,6 @@ _WEIGHTS = ("kernel", "scale", "embedding")
 _OF_SPEC = {"embed": "Embedding", "conv": "Conv"}
 _OF_LEAF = {"kernel": "Linear", "embedding": "Embedding"}
 _SAME_LAYOUT = {"Conv1D": "Linear", "TiedEmbedding": "Embedding"}
-_TIED_NAME = "embed_tokens"
 _HOLE = re.compile(r"\{(\w+(?:\|\w+)*)\}")
 _OUTPUTS = re.compile(r"(.*)\[([0-9]{1,9}):([0-9]{1,9}) of ([0-9]{1,9})\]", re.DOTALL)
 
@@ -160,6 +159,20 @@ def modules_of(path_map: PathMap, name: str) -> list[tuple[str, Index]]:
     return modules
 
 
+def tied_heads(path_map: PathMap) -> dict[str, str]:
+    """Finds the heads that share their weight with an embedding.
+
+    Returns:
+      A dict from the PyTorch name of each head to that of its embedding.
+
+    Example:
+      >>> tied_heads([("embed", "model.embed_tokens", "TiedEmbedding"), ("embed", "lm_head", "TiedHead")])
+      {'lm_head': 'model.embed_tokens'}
+    """
+    heads = {rule[1]: torch_module_of(path_map, rule[0]) for rule in path_map if rule[2:] == ("TiedHead",)}
+    return {head: module.name for head, module in heads.items() if module is not None}
+
+
 class Target(NamedTuple):
     """An adapted leaf in both models.
 
@@ -216,6 +229,11 @@ def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], 
             continue
         try:
             kind = _kind_of(spec, torch_module)
+            if kind == "TiedEmbedding" and torch_module.name not in tied_heads(path_map).values():
+                raise ValueError(
+                    f"{spec.leaf} is also the head, whose name is missing: add a rule of kind TiedHead to the "
+                    "path map"
+                )
             letters = _index_letters(spec, torch_module, kind)
             size = dict(zip(spec.base_letters, spec.shape, strict=True))
             names = {
@@ -251,11 +269,6 @@ def _kind_of(spec: AdapterSpec, torch_module: TorchModule) -> str:
         what = "a parameter" if kind == "Parameter" else "an embedding that is also the head"
         raise ValueError(
             f"{spec.leaf} is {what}, for which PEFT does not support DoRA; merge the adapter instead"
-        )
-    if kind == "TiedEmbedding" and torch_module.name.rpartition(".")[2] != _TIED_NAME:
-        raise ValueError(
-            f"{spec.leaf} is also the head; PEFT extends an embedding's adapter to a tied head only if it is named "
-            f"{_TIED_NAME}, got {torch_module.name}: merge the adapter into the weights instead"
         )
     if kind == "Parameter" and (spec.axes.count("i") > 1 or spec.axes.count("o") > 1 or len(spec.axes) > 3):
         raise ValueError(

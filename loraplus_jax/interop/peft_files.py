@@ -45,10 +45,18 @@ from .path_map import (
     factors_to_peft,
     modules_of,
     rank_of_slice,
+    tied_heads,
     torch_module_of,
 )
 from .peft_adapter_config import PeftOptions, make_options, raise_problems, read_options
-from .peft_modules_to_save import assign_tensors, drop_copies, name_leaves, slice_leaves, stack_slices
+from .peft_modules_to_save import (
+    OF_HEAD,
+    assign_tensors,
+    drop_copies,
+    name_leaves,
+    slice_leaves,
+    stack_slices,
+)
 from .serving_checks import SERVERS, Server, find_problems
 
 OPTIONS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,6 +116,12 @@ def save_peft(
     slots, more_problems = slice_leaves(flatten(extras or {}), path_map)
     raise_problems(f"{directory}: cannot convert the adapter to PEFT", problems + more_problems)
     tensors, ranks, alphas = _factor_tensors(flat_factors(lora, specs), targets, config, prune=prune)
+    # Under the head's name too: versions of PEFT without ensure_weight_tying for adapters then compute the same.
+    for head, name in tied_heads(path_map).items():
+        if name in ranks:
+            ranks[head], alphas[head] = ranks[name], alphas[name]
+            copies = {f"{head}.{end}": tensors[f"{name}.{of}"].T for end, of in OF_HEAD.items()}
+            tensors |= {key: np.ascontiguousarray(copy) for key, copy in copies.items()}
     adapted = {name for target in targets.values() for name in target.names.values()}
     leaves, saved = name_leaves(slots, adapted, path_map)
     settings = {(ranks[name], alphas[name]) for name in ranks}
@@ -172,12 +186,14 @@ def load_peft(
     """
     check_path_map(path_map)
     directory = Path(directory)
-    options, tensors = _read(directory, path_map)
+    options, tensors = read_peft(directory, path_map)
     targets, problems = adapted_leaves(specs, path_map)
     factors = {name: tensor for name, tensor in tensors.items() if name.endswith(_ENDS)}
     # Our own export may be pruned: its notes have the specs' ranks, and its layers have lower ones.
     saved_config = _saved_config(directory)
-    slices, more_problems = _slice_factors(factors, options, targets, is_ours=saved_config is not None)
+    slices, more_problems = _slice_factors(
+        factors, options, targets, tied_heads(path_map), is_ours=saved_config is not None
+    )
     problems += more_problems
     others = {name: tensor for name, tensor in tensors.items() if name not in factors}
     slots, more_problems = assign_tensors(others, path_map, flatten({"params": params or {}}))
@@ -219,7 +235,7 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
       FileNotFoundError, ValueError: as in `load_peft`; or layers of one stack differ in rank or alpha.
     """
     check_path_map(path_map)
-    options, tensors = _read(Path(directory), path_map)
+    options, tensors = read_peft(Path(directory), path_map)
     if (config := _saved_config(Path(directory))) is not None:
         check_ranks(f"{Path(directory) / NOTES_FILE}", config, tensors)
         return config
@@ -241,7 +257,7 @@ def peft_options(directory: str | Path) -> PeftOptions:
     Raises:
       FileNotFoundError, ValueError: as in `load_peft`.
     """
-    return _read(Path(directory))[0]
+    return read_peft(Path(directory))[0]
 
 
 def peft_names(directory: str | Path) -> list[str]:
@@ -254,7 +270,7 @@ def peft_names(directory: str | Path) -> list[str]:
     Raises:
       FileNotFoundError, ValueError: as in `load_peft`.
     """
-    return list(_read(Path(directory))[1])
+    return list(read_peft(Path(directory))[1])
 
 
 def peft_notes(directory: str | Path) -> dict[str, Any] | None:
@@ -333,7 +349,15 @@ def _find_modules(name: str, path_map: PathMap) -> list[tuple[str, Index]]:
     return modules_of(path_map, module)
 
 
-def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[str, Any]]:
+def read_peft(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[str, Any]]:
+    """Reads the options and the tensors of an adapter, whatever the model; `path_map` names tied heads.
+
+    Returns:
+      The options, and the tensors as JAX arrays in their stored dtypes, by the names of `peft_names`.
+
+    Raises:
+      FileNotFoundError, ValueError: as in `load_peft`.
+    """
     if not (directory / OPTIONS).is_file():
         raise FileNotFoundError(f"{directory} is not a PEFT adapter: {OPTIONS} is missing")
     if not (directory / WEIGHTS).is_file():
@@ -361,7 +385,12 @@ def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[st
 
 
 def _slice_factors(
-    factors: Mapping[str, Any], options: PeftOptions, targets: Mapping[str, Target], *, is_ours: bool
+    factors: Mapping[str, Any],
+    options: PeftOptions,
+    targets: Mapping[str, Target],
+    heads: Mapping[str, str],
+    *,
+    is_ours: bool,
 ) -> tuple[dict[str, dict[Index, Factors]], list[str]]:
     """The factors of each adapted leaf by index, and one line per factor that is missing, extra or misshapen, or
     that contradicts options or specs. Ours may be pruned, and parts of a module may have had different scales.
@@ -369,7 +398,14 @@ def _slice_factors(
     slices: dict[str, dict[Index, Factors]] = {key: {} for key in targets}
     problems, expected = [], set()
     names = [name for target in targets.values() for name in target.names.values()]
-    by_name = options.ranks_and_alphas(names)
+    heads = {head: name for head, name in heads.items() if name in names}
+    by_name = options.ranks_and_alphas([*names, *heads])
+    problems += [
+        f"~ {head} must have the rank and alpha of {name}, {by_name[name]}, got {by_name[head]}, since they are "
+        "one weight"
+        for head, name in heads.items()
+        if by_name[head] != by_name[name]
+    ]
     owners: dict[str, list[tuple[str, Index]]] = {}  # several if they are parts of a module
     for key, target in targets.items():
         for index, name in target.names.items():
@@ -405,7 +441,9 @@ def _slice_factors(
             problems += _check_pair(name, pair, to_scale, options, target, may_be_pruned=is_ours)
             slices[key][index] = pair
     problems += [f"+ {name} has no adapter in the model" for name in sorted(factors.keys() - expected)]
-    problems += [f"target_modules: {rule!r:.80} has no factors" for rule in options.missing_targets(names)]
+    problems += [
+        f"target_modules: {rule!r:.80} has no factors" for rule in options.missing_targets([*names, *heads])
+    ]
     return slices, problems
 
 

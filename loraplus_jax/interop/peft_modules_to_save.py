@@ -17,6 +17,7 @@ from .path_map import (
     leaf_to_torch,
     modules_of,
     output_axis,
+    tied_heads,
     torch_module_of,
 )
 from .peft_adapter_config import raise_problems
@@ -33,10 +34,10 @@ def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str
 
     Returns:
       The other tensors by name; and a list of problems, one line per invalid duplicate and per tied head whose
-      weight is missing.
+      weight or factors are missing.
     """
     kept, problems = {}, []
-    heads = _tied_heads(path_map)
+    heads = tied_heads(path_map)
     for name, tensor in tensors.items():
         if re.fullmatch(r".+\.original_module\..+", name):
             continue
@@ -45,8 +46,8 @@ def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str
         head = next((head for head in heads if name.startswith(f"{head}.")), None)
         if head is not None:
             end = name.removeprefix(f"{head}.")
-            original = f"{heads[head]}.{_OF_HEAD.get(end, end)}"
-            transposed, why = end in _OF_HEAD, f", since the model's head is tied to {heads[head]}"
+            original = f"{heads[head]}.{OF_HEAD.get(end, end)}"
+            transposed, why = end in OF_HEAD, f", since the model's head is tied to {heads[head]}"
         if original is None:
             kept[name] = tensor
         elif original not in tensors:
@@ -55,23 +56,19 @@ def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str
             host_array(tensor), host_array(tensors[original]).T if transposed else tensors[original]
         ):
             problems.append(f"{name} must be a copy of {original}, but differs{why}")
-    # PEFT applies a fully trained embedding to its head only if the head is in the file.
+    # PEFT's embedding without the head's tensors is one whose head it left alone.
+    pairs = (("weight", "weight", "modules_to_save"), ("lora_embedding_A", "lora_B.weight", "target_modules"))
     problems += [
-        f"{head}.weight is missing, but the model's head is tied to {embedding}, which is fully trained: train in "
-        f"PEFT with ensure_weight_tying=True and {head} in modules_to_save, or export the run again"
+        f"{head}.{end} is missing, but the model's head is tied to {embedding}, which is trained: train in PEFT "
+        f"with ensure_weight_tying=True and {head} in {option}, or export the run again"
         for head, embedding in heads.items()
-        if f"{embedding}.weight" in tensors and f"{head}.weight" not in tensors
+        for name, end, option in pairs
+        if f"{embedding}.{name}" in tensors and f"{head}.{end}" not in tensors
     ]
     return kept, problems
 
 
-def _tied_heads(path_map: PathMap) -> dict[str, str]:
-    """Maps the name of each tied head to that of its embedding, in PyTorch."""
-    heads = {rule[1]: torch_module_of(path_map, rule[0]) for rule in path_map if rule[2:] == ("TiedHead",)}
-    return {head: module.name for head, module in heads.items() if module is not None}
-
-
-_OF_HEAD = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
+OF_HEAD = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
 """Maps the factors of a tied head to the factors of the embedding, which are their transposes."""
 
 
@@ -115,7 +112,7 @@ def name_leaves(
       only the bias is trained.
     """
     tensors, modules, problems = {}, {}, []
-    heads = _tied_heads(path_map)
+    heads = tied_heads(path_map)
     split: dict[str, list[tuple[Outputs, int, np.ndarray]]] = {}
     for path, parts in slots.items():
         module, _, leaf = path.removeprefix("params/").rpartition("/")

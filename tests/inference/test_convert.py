@@ -339,8 +339,6 @@ def test_names_of_your_own(base, tmp_path, capsys, by_us):
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["peft", "loraplus", "merged", "gguf"])
 def test_runs(to, untrained_talk, tmp_path, capsys):
-    if to == "gguf":
-        pytest.importorskip("loraplus_jax.models.checkpoints.gguf.adapter")
     out = tmp_path / "out"
     text = converted(capsys, untrained_talk.out, "--to", to, "--out", out)
     if to in ("merged", "gguf"):  # its base is quantized, and the adapter is merged into the original weights
@@ -369,7 +367,6 @@ def test_a_run_of_an_encoder(untrained, tmp_path, capsys):
     ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("float16", 5e-3, marks=pytest.mark.slow)]
 )
 def test_gguf(dtype, tolerance, base, tmp_path, capsys):
-    pytest.importorskip("loraplus_jax.models.checkpoints.gguf.adapter")
     _, options = write_library("gemma", tmp_path / "source.safetensors")
     words = ("--to", "gguf", "--base", base, "--out", tmp_path / "out", "--dtype", dtype, *flags(options))
     by, difference, size, effect = differences(converted(capsys, tmp_path / "source.safetensors", *words))

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from loraplus_jax.cli.commands import main
 from loraplus_jax.interop.adapter_directory import load_adapter
 from loraplus_jax.interop.peft_files import load_peft
+from loraplus_jax.models.checkpoints.gguf.adapter import load_gguf_adapter
 
 from ..marks import long
 from ..messages import assert_mentions
@@ -73,6 +74,25 @@ def test_a_language_model_exported_answers_the_same(finished_talk, tmp_path, cap
     config = json.loads((tmp_path / "named/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == name
     assert f"'{name}'" in (tmp_path / "named/README.md").read_text()
+
+
+def test_a_language_model_exported_for_llama_cpp_has_pefts_factors(finished_talk, tmp_path, capsys):
+    printed(capsys, "export", finished_talk.out, "--to", tmp_path / "peft")
+    flags = ("--format", "gguf", "--dtype", "float32")
+    told = printed(capsys, "export", finished_talk.out, "--to", tmp_path / "gguf", *flags)
+    options = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    factors = load_file(tmp_path / "peft/adapter_model.safetensors")
+    assert_mentions(told, tmp_path / "gguf/adapter.gguf", len(factors) // 2, "llama", options["lora_alpha"])
+    assert {path.name for path in (tmp_path / "gguf").iterdir()} == {
+        *("adapter.gguf", "README.md", "loraplus.json"),
+    }
+    assert "--lora adapter.gguf" in (tmp_path / "gguf/README.md").read_text()
+    found = load_gguf_adapter(tmp_path / "gguf/adapter.gguf", finished_talk.model)
+    assert len(found) == len(factors) // 2
+    for name, (a, b, scale) in found.items():
+        assert scale == options["lora_alpha"] / options["r"]
+        for side, factor in (("A", a), ("B", b)):
+            np.testing.assert_array_equal(factor.T, factors[f"base_model.model.{name}.lora_{side}.weight"])
 
 
 @pytest.mark.long

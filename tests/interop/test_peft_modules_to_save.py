@@ -45,18 +45,36 @@ def test_a_copy_of_the_base_must_be_one(tmp_path):
 
 
 def test_an_embedding_that_is_the_head_too_must_say_so(tmp_path):
-    config, lora, specs, _ = net(target_modules=["embed"])
-    tied, plain = (("embed", "m.embed_tokens", "TiedEmbedding"),), (("embed", "m.embed_tokens"),)
+    config, lora, specs, _ = net(target_modules=["embed"], alpha_pattern={"embed": 3.0})
+    tied = (("embed", "m.wte", "TiedEmbedding"), ("embed", "lm_head", "TiedHead"))
     save_peft(tmp_path / "a", lora, specs, config, tied)
-    assert json.loads((tmp_path / "a/adapter_config.json").read_text())["ensure_weight_tying"] is True
-    load_peft(tmp_path / "a", specs, tied)
-    save_peft(tmp_path / "b", lora, specs, config, plain)
-    with pytest.raises(ValueError, match="ensure_weight_tying"):
-        load_peft(tmp_path / "b", specs, tied)
-    # PEFT finds a tied embedding by its name.
-    renamed = (("embed", "m.wte", "TiedEmbedding"),)
-    with pytest.raises(ValueError, match=mentions("params/embed/embedding", "head", "embed_tokens", "m.wte")):
-        save_peft(tmp_path / "c", lora, specs, config, renamed)
+    options, weights = (
+        tmp_path / "a" / name for name in ("adapter_config.json", "adapter_model.safetensors")
+    )
+    content, written = json.loads(options.read_text()), load_file(weights)
+    assert (content["target_modules"], content["lora_alpha"]) == (["m.wte", "lm_head"], 3)
+    assert content["ensure_weight_tying"] is True
+    embedding, head = "base_model.model.m.wte.lora_embedding_", "base_model.model.lm_head.lora_"
+    for own, other in ("AB", "BA"):
+        np.testing.assert_array_equal(written[f"{head}{own}.weight"], written[f"{embedding}{other}"].T)
+    jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path / "a", specs, tied).lora, lora)
+    accept_changes(tmp_path / "a")
+    for changes in (
+        {"ensure_weight_tying": False},
+        {"alpha_pattern": {"lm_head": 4}},
+        {"rank_pattern": {"lm_head": 1}},
+    ):
+        options.write_text(json.dumps(content | changes))
+        words = ["ensure_weight_tying"] if "ensure_weight_tying" in changes else ["lm_head", "m.wte", "alpha"]
+        with pytest.raises(ValueError, match=mentions(*words)):
+            load_peft(tmp_path / "a", specs, tied)
+    options.write_text(json.dumps(content))
+    for changed in ({f"{head}B.weight": None}, {f"{head}A.weight": written[f"{head}A.weight"] + 1}):
+        save_file({name: x for name, x in (written | changed).items() if x is not None}, weights)
+        with pytest.raises(ValueError, match=mentions("tied", "m.wte", "lm_head")):
+            load_peft(tmp_path / "a", specs, tied)
+    with pytest.raises(ValueError, match=mentions("params/embed/embedding", "TiedHead")):
+        save_peft(tmp_path / "c", lora, specs, config, tied[:1])
 
 
 def test_a_fully_trained_embedding_that_is_the_head_too_is_written_as_both(tmp_path):

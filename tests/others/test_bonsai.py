@@ -312,10 +312,11 @@ def test_it_trains_resumes_and_exports(name, tmp_path):
 def add_peft(model, case, directory):
     """Adds the products of a PEFT file to the weights that bonsai's own loader would put under those names."""
     tensors = load_file(directory / "adapter_model.safetensors")
+    heads = {f"{rule[1]}.lora_A.weight" for rule in case.names if rule[2:] == ("TiedHead",)}
     for key, a in tensors.items():
-        if not (match := key.removeprefix("base_model.model.")).endswith(
-            (".lora_A.weight", ".lora_embedding_A")
-        ):
+        match = key.removeprefix("base_model.model.")
+        # A tied head repeats the factors of its embedding.
+        if not match.endswith((".lora_A.weight", ".lora_embedding_A")) or match in heads:
             continue
         b = tensors[key.replace("_A", "_B")]
         delta = ALPHA / RANK * (b @ a)  # (out, in)

@@ -53,10 +53,14 @@ def options(pair):
     if pair.name in ("qwen2", "biases", "gpt2", "gpt2_split", *ENCODERS):
         found |= {
             "bias": {"target_modules": names, "bias": "lora_only"},
-            "all_biases": {"target_modules": some, "bias": "all"},
+            "all_biases": {
+                "target_modules": names,
+                "bias": "all",
+                "variant": "dora",
+                "rank_pattern": {names[0]: 2},
+                "alpha_pattern": {names[2]: 3.0},
+            },
         }
-    if pair.name.startswith("gpt2"):  # see test_an_embedding_whose_tied_head_peft_does_not_find_is_rejected
-        del found["embedding"]
     return found
 
 
@@ -94,7 +98,7 @@ CASES = diagonal(
 def test_exported_adapters_give_the_same_logits_in_peft(name, option, pairs, tmp_path):
     pair = pairs(name)
     if option not in options(pair):
-        pytest.skip("the family has no biases, or PEFT does not adapt its embedding")
+        pytest.skip("the family has no biases")
     config, model, specs, trainable, frozen = tuned(pair, **options(pair)[option])
     extras = {k: v for k, v in trainable.items() if k != "lora"}
     if name == "roberta":  # a part of the classifier there, frozen here
@@ -117,7 +121,7 @@ def test_exported_adapters_give_the_same_logits_in_peft(name, option, pairs, tmp
     # And back, to the bit, unless parts of a module have different scales.
     again = load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
     assert again.config == config
-    rel = 1e-6 if name.endswith("_split") and option == "patterns" else 0
+    rel = 1e-6 if name.endswith("_split") and option in ("patterns", "all_biases") else 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rel), again.lora, trainable["lora"])
     jax.tree.map(np.testing.assert_array_equal, again.extras, extras)
 
@@ -140,7 +144,10 @@ THEIRS = {
 def made_by_peft(pair, option, folder):
     """An adapter that PEFT saved, and its model; `option` is a name in `THEIRS`, or the options."""
     given = dict(THEIRS[option] if isinstance(option, str) else option)
-    names = [*pair.theirs[: 4 if given.pop("embedding", False) else 3]]
+    names = [*pair.theirs[:3]]
+    if given.pop("embedding", False):
+        # PEFT looks for the names embed_tokens and lm_head.
+        names += [pair.theirs[3], "lm_head"] if pair.name.startswith("gpt2") else [pair.theirs[3]]
     given = {"target_modules": names, "r": 4, "lora_alpha": 16, "task_type": pair.form.task_type} | given
     model = peft.get_peft_model(pair.reference(), peft.LoraConfig(**given)).eval()
     rng = np.random.default_rng(0)
@@ -157,8 +164,6 @@ def made_by_peft(pair, option, folder):
 @pytest.mark.parametrize(("name", "option"), diagonal((*CAUSAL, *ENCODERS), THEIRS))
 def test_adapters_that_peft_made_give_the_same_logits_here(name, option, pairs, tmp_path):
     pair = pairs(name)
-    if name.startswith("gpt2") and option == "embedding":
-        pytest.skip("PEFT does not adapt the head with it")
     theirs = made_by_peft(pair, option, tmp_path / "a")
     config = peft_config(tmp_path / "a", pair.path_map, layers=pair.model.config.num_hidden_layers)
     model = apply_lora_plus(pair.model, config)
@@ -210,11 +215,26 @@ def test_a_fully_trained_embedding_is_the_tied_head_on_both_sides(name, pairs, t
         peft_config(tmp_path / "untied", pair.path_map)
 
 
+@pytest.mark.parametrize("name", ["smollm2", "gpt2"])
+def test_an_adapted_embedding_with_a_scale_of_its_own_is_the_tied_head_in_peft(name, pairs, tmp_path):
+    """PEFT takes the head's scale by the head's name."""
+    pair = pairs(name)
+    rules = {"rank_pattern": {"embed_tokens": 2}, "alpha_pattern": {"embed_tokens": 3.0}}
+    config, model, specs, trainable, frozen = tuned(
+        pair, target_modules=("embed_tokens", pair.linear[0]), **rules
+    )
+    save_peft(tmp_path / "a", trainable["lora"], specs, config, pair.path_map)
+    loaded = peft.PeftModel.from_pretrained(pair.reference(), tmp_path / "a").eval()
+    wanted = pair.torch_logits(loaded)
+    assert off(pair.base_logits, wanted) > 1e-2
+    assert off(pair.logits(model, combine(trainable, frozen)), wanted) <= 1e-5
+    with loaded.disable_adapter():
+        assert off(pair.torch_logits(loaded), pair.base_logits) <= 1e-5
+
+
 def test_an_embedding_whose_tied_head_peft_does_not_find_is_rejected(pairs, tmp_path):
     pair = pairs("gpt2")
-    config, _, specs, trainable, _ = tuned(pair, target_modules=("embed_tokens",))
-    with pytest.raises(ValueError, match=r"params/embed_tokens/embedding.*transformer\.wte.*merge"):
-        save_peft(tmp_path / "ours", trainable["lora"], specs, config, pair.path_map)
-    made_by_peft(pair, "embedding", tmp_path / "theirs")
-    with pytest.raises(ValueError, match=r"transformer\.wte"):
-        load_peft(tmp_path / "theirs", specs, pair.path_map, params=pair.params)
+    given = {"target_modules": ["wte"], "ensure_weight_tying": True}
+    made_by_peft(pair, given, tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"lm_head.*transformer\.wte.*lm_head in target_modules"):
+        peft_config(tmp_path / "theirs", pair.path_map)

@@ -25,7 +25,7 @@ def write_gguf(target: Path, source: Path, merge: CheckpointMerge, dtype: str) -
 
     file = gguf.read(source)
     weights = gguf.GgufWeights(file)
-    kinds = {name: _storage_type(tensor.shape, dtype) for name, tensor in file.tensors.items()}
+    kinds = {name: storage_type(tensor.shape, dtype) for name, tensor in file.tensors.items()}
     reader, writer = package.GGUFReader(source), package.GGUFWriter(target, file.architecture)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
@@ -66,7 +66,8 @@ def _read_merged(file: gguf.Gguf, weights: gguf.GgufWeights, merge: CheckpointMe
     return view.restored(merge.value(canonical, lambda: view[:]))
 
 
-def _storage_type(shape: tuple[int, ...], dtype: str) -> Any:
+def storage_type(shape: tuple[int, ...], dtype: str) -> Any:
+    """The `GGMLQuantizationType` in which a tensor of this shape is stored, for one of `DTYPES`."""
     import gguf as package
 
     types = package.GGMLQuantizationType

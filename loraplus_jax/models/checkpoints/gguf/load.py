@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from ...gpt2.config import NAMES as GPT2_NAMES
-from .header import Gguf, TensorInfo, find, read
+from .header import ARCHITECTURES, Gguf, TensorInfo, find, read
 
 __all__ = [
+    "ARCHITECTURE_OF",
     "DTYPES",
     "Gguf",
     "View",
@@ -21,13 +22,22 @@ __all__ = [
     "config",
     "embedding_rows",
     "find",
+    "interleaved_heads",
     "read",
+    "rotary_order",
+    "to_gguf_name",
     "to_hf_name",
     "ROPE",
 ]
 
 DTYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
 """Supported tensor types."""
+ARCHITECTURE_OF = {
+    **{name: name for name in ARCHITECTURES if name != "gemma3"},
+    "gemma3_text": "gemma3",
+    "mistral": "llama",
+}
+"""The architecture of a GGUF file for each `model_type` of `config.json`."""
 
 # Hugging Face's names, of tensors in a layer without its prefix.
 _LLAMA_NAMES = {
@@ -86,8 +96,11 @@ def config(file: Gguf) -> dict[str, Any]:
     files store instead of the four numbers that define them.
 
     Raises:
-      ValueError: the architecture is unsupported, or sizes are missing or invalid; lists all problems.
+      ValueError: the file holds an adapter, the architecture is unsupported, or sizes are missing or invalid; lists
+        all problems.
     """
+    if (kind := file.one("general.type", "model")) != "model":
+        raise ValueError(f"{file.path} is no model: its general.type is {kind!r:.80}")
     make = {"gpt2": _gpt2_config, "gemma2": _gemma_config, "gemma3": _gemma_config}
     values = make.get(file.architecture, _llama_config)(file)
     values |= {f"{end}_token_id": file.one(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos")}
@@ -317,14 +330,13 @@ class View:
 
     @cached_property
     def _order(self) -> np.ndarray:
-        # llama.cpp keeps rotary pairs in adjacent rows; Hugging Face has them half a head apart.
         rows = self.tensor.shape[0]
         if rows % (2 * self.heads):
             raise ValueError(
                 f"{self.file.path}: {rows} rows of queries or keys do not divide into {self.heads} heads "
                 "of even size"
             )
-        return np.arange(rows).reshape(self.heads, rows // self.heads // 2, 2).swapaxes(1, 2).reshape(-1)
+        return rotary_order(rows, self.heads)
 
 
 class GgufWeights:
@@ -339,11 +351,7 @@ class GgufWeights:
             if (ours := to_hf_name(name, file.architecture)) in self._views:
                 raise ValueError(f"{file.path} has two tensors for {ours:.80}")
             if name != ROPE:
-                attention = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
-                heads = 0
-                # llama.cpp interleaves the halves only for its llama architecture, which Mistral shares.
-                if attention and file.architecture == "llama":
-                    heads = sizes["num_attention_heads" if attention[1] == "q" else "num_key_value_heads"]
+                heads = interleaved_heads(name, file.architecture, sizes)
                 transposed = is_gpt2 and _CONV1D.fullmatch(name) is not None
                 offset = float(is_gemma and len(tensor.shape) == 1)
                 self._views[ours] = View(file, tensor, heads, transposed, offset)
@@ -357,12 +365,52 @@ class GgufWeights:
         return self._views[name]
 
 
+def interleaved_heads(name: str, architecture: str, config: Mapping[str, Any]) -> int:
+    """The number of heads in the rows of a tensor, if the file interleaves the two halves of each; else 0.
+
+    `config` has the sizes that `config` returns.
+    """
+    attention = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
+    # llama.cpp interleaves the halves only for its llama architecture, which Mistral shares.
+    if attention is None or architecture != "llama":
+        return 0
+    return config["num_attention_heads" if attention[1] == "q" else "num_key_value_heads"]
+
+
+def rotary_order(rows: int, heads: int) -> np.ndarray:
+    """The row of the file in which each of Hugging Face's rows of queries or keys is.
+
+    llama.cpp keeps rotary pairs in adjacent rows; Hugging Face has them half a head apart.
+
+    >>> rotary_order(8, heads=2).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
 def to_hf_name(name: str, architecture: str) -> str:
     """Hugging Face's name for a tensor of a GGUF file; an unknown tensor keeps its name."""
-    names = _NAMES.get(architecture, _LLAMA_NAMES)
-    layers = "transformer.h" if architecture == "gpt2" else "model.layers"
+    names, layers = _NAMES.get(architecture, _LLAMA_NAMES), _layers(architecture)
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if not match or match[2] not in names:
         return name
     layer = "" if match[1] is None else f"{layers}.{match[1]}."
     return f"{layer}{names[match[2]]}.{match[3]}"
+
+
+def to_gguf_name(name: str, architecture: str) -> str | None:
+    """The name in a GGUF file of Hugging Face's tensor, or None if it has none.
+
+    >>> to_gguf_name("model.layers.3.self_attn.q_proj.weight", "llama")
+    'blk.3.attn_q.weight'
+    """
+    names = {theirs: ours for ours, theirs in _NAMES.get(architecture, _LLAMA_NAMES).items()}
+    match = re.fullmatch(rf"(?:{re.escape(_layers(architecture))}\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    if not match or match[2] not in names:
+        return None
+    layer = "" if match[1] is None else f"blk.{match[1]}."
+    return f"{layer}{names[match[2]]}.{match[3]}"
+
+
+def _layers(architecture: str) -> str:
+    return "transformer.h" if architecture == "gpt2" else "model.layers"
