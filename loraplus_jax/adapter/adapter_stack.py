@@ -245,13 +245,14 @@ def apply_rows(
       apply: `model.apply` of Linen, or `functional(model)` of NNX.
       variables: variables of the model without adapters, `{"params": base}`.
       adapters: from `select_adapters`.
-      *args, **kwargs: arguments of `apply`. Arrays with axes have R n rows, n consecutive ones with the adapter of
-        one row of the R in `adapters`; n is the same for all, and 1 if each row has its own. All other arguments go
-        to every row.
+      *args: arguments of `apply`. Arrays with axes have R n rows, n consecutive ones with the adapter of one row of
+        the R in `adapters`; n is the same for all, and 1 if each row has its own. All other arguments go to every
+        row.
       in_axes: axis of the rows in arrays of `args`, as in `jax.vmap`; None for arrays that all rows share. In
         `kwargs` it is 0.
       out_axes: axis of the rows in the results; None for what is the same for all rows.
       mesh_axes: the mesh axes that the rows are split over, for models that constrain the sharding of rows.
+      **kwargs: keyword arguments of `apply`, likewise.
 
     Returns:
       What `apply` returns, with R n rows.
