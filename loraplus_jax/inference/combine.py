@@ -101,7 +101,7 @@ def combine_runs(
 def _split(text: str) -> tuple[str, float]:
     """The directory and the weight of `DIR` or `DIR=WEIGHT`."""
     name, equals, weight = text.rpartition("=")
-    if not equals:
+    if not equals or expand_path("adapter", text).exists():  # a path may have a = of its own
         return text, 1.0
     try:
         value = float(weight)

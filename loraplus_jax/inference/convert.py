@@ -15,12 +15,13 @@ from .._utils.atomic import atomic_write, to_json
 from .._utils.json_files import read_json
 from .._utils.validation import check_choice, check_new_path, check_number
 from ..adapter.lora import disabled
-from ..data.fetch import resolve
+from ..data.fetch import ASSETS, is_public, resolve
 from ..interop.adapter_directory import save_adapter
 from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map
-from ..interop.peft_files import OPTIONS, WEIGHTS, save_peft
+from ..interop.peft_files import OPTIONS, OWN_TENSORS_FILE, WEIGHTS, save_peft
 from ..models.checkpoints import export
+from ..models.checkpoints.gguf import load as gguf
 from ..models.checkpoints.gguf.adapter import load_gguf_adapter, save_gguf_adapter
 from ..models.checkpoints.merge import CheckpointMerge, dtype_of
 from ..models.checkpoints.named_base import NamedBase, read_named_base
@@ -164,12 +165,20 @@ def _convert_ours(
     if no_verify:
         return [*lines, "not verified (--no_verify)"]
     tuned = load_tuned(place)
+    own_path = resolve(own_base, "model")
+    if to in ("merged", "gguf") and tuned.settings.is_language and gguf.find(own_path) is None:
+        # In float32, on the original weights, and rounded as in the files: a run may compute with others.
+        with _temporary() as folder:
+            export_run(place, folder / "peft")
+            if not (folder / "peft" / OWN_TENSORS_FILE).is_file():
+                read = PeftSource(folder / "peft")
+                return [*lines, _format(_verify(read, read_named_base(own_path), to, partial, dtype))]
     if tuned.settings.model.quantize in ("nf4", "int8") and to in ("merged", "gguf"):
         return [*lines, "not verified: the run has a quantized base, and this is for the original weights"]
     trainable = {name: disabled(x) if name == "lora" else x for name, x in tuned.parts.trainable.items()}
     plain = verify_by.tuned_outputs(tuned._replace(parts=tuned.parts._replace(trainable=trainable)))
     if to == "gguf":
-        named = read_named_base(resolve(own_base, "model"))
+        named = read_named_base(own_path)
         outputs = verify_by.our_logits(named.source, _gguf_weights(partial, named))
     else:
         outputs = verify_by.tuned_outputs(load_tuned(partial))
@@ -185,13 +194,16 @@ def _convert_named(
     """Converts an adapter for a checkpoint by the names of its tensors; returns lines for the summary."""
     base = read_named_base(resolve(base_name, "model"))
     named = source.read(base)
+    # A Hub id stays one: a path of this machine's cache would mean nothing elsewhere.
+    is_hub_id = base_name not in ASSETS and is_public(base_name, "model")
+    name = base_name if is_hub_id else str(base.source.resolve())
     adapter, form = named.adapter, base.transformers_class()
     assert adapter.config is not None
     lines = [f"{_WRITTEN[to]} with {len(adapter.specs)} adapted layers, from {source.about}"]
 
     def write_peft(directory: Path) -> None:
         if isinstance(source, PeftSource) and not source.needs_rewriting(base):
-            _copy_peft(source.directory, directory, str(base.source))
+            _copy_peft(source.directory, directory, name)
             return
         save_peft(
             directory,
@@ -200,7 +212,7 @@ def _convert_named(
             adapter.config,  # pyright: ignore[reportArgumentType]
             named.path_map,
             extras=adapter.extras or None,
-            base_model=str(base.source),
+            base_model=name,
             task_type=form.task_type,
         )
         # Our notes would be for a model with the names of the file, which none of ours has.

@@ -166,6 +166,14 @@ class PeftSource:
 
     def read(self, base: NamedBase) -> NamedAdapter:
         """Reads the directory with the checks of `load_peft`."""
+        if (
+            read_json(self.directory / OPTIONS).get("fan_in_fan_out")
+            and base.config.get("model_type") != "gpt2"
+        ):
+            raise ValueError(
+                f"{self.directory / OPTIONS}: fan_in_fan_out is supported for gpt2, the base is "
+                f"{base.config.get('model_type')!r:.80}"
+            )
         with tempfile.TemporaryDirectory() as folder:
             copy = self._copy(Path(folder), base)
             names = _without_tied_head(peft_names(copy), base)
@@ -197,6 +205,14 @@ class PeftSource:
         for name, (rank, alpha) in self.options.ranks_and_alphas(adapted).items():
             module, scale = base.locate([name])[name], self.options.scale(rank, alpha)
             old = base.weight(module)
+            # PEFT saves the weight of an adapted embedding, too.
+            if (saved := kept.get(f"{name}.base_layer.weight")) is not None:
+                if saved.shape != old.shape:
+                    raise ValueError(
+                        f"{self.directory}: {name} has a weight of shape {saved.shape}, that of {base.source} has "
+                        f"{old.shape}: is it the adapter's base?"
+                    )
+                old = saved
             if f"{name}.lora_embedding_A" in kept:
                 new = old + scale * (kept[f"{name}.lora_embedding_B"] @ kept[f"{name}.lora_embedding_A"]).T
             else:
@@ -204,8 +220,9 @@ class PeftSource:
             if (magnitude := kept.get(f"{name}{MAGNITUDE_END}")) is not None:
                 new *= (magnitude / np.linalg.norm(new, axis=1))[:, None]
             yield f"{module}.weight", new.T if base.is_conv1d(module) else new
+        copies = {f"{name}.base_layer.weight" for name in adapted}
         for name, tensor in kept.items():
-            if _module(name) is None:
+            if _module(name) is None and name not in copies:
                 module, _, leaf = _plain(name).rpartition(".")
                 yield f"{base.locate([module])[module]}.{leaf}", tensor
 
@@ -256,8 +273,9 @@ def _sorted_bytes(values: Any, dtype: str) -> bytes:
 
 def _without_tied_head(names: Sequence[str], base: NamedBase) -> list[str]:
     """The names without those of a head that is the embedding: copies of the embedding's, as `load_peft` checks."""
-    is_tied = base.config.get("tie_word_embeddings") and any("embed_tokens." in name for name in names)
-    return [name for name in names if not (is_tied and name.startswith("lm_head."))]
+    embedding = base.tied_embedding
+    is_copy = embedding is not None and any(f"{embedding.rpartition('.')[2]}." in name for name in names)
+    return [name for name in names if not (is_copy and name.startswith("lm_head."))]
 
 
 def _plain(name: str) -> str:

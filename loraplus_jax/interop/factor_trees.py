@@ -1,6 +1,7 @@
 """Reads the arrays that other libraries saved: orbax checkpoints, safetensors and npz files, as arrays by path."""
 
 import logging
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def _read_file(file: Path) -> dict[str, Any]:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
     raise ValueError(f"{file} must be a .safetensors or .npz file, or a directory")
 

@@ -340,11 +340,13 @@ def test_names_of_your_own(base, tmp_path, capsys, by_us):
 @pytest.mark.parametrize("to", ["peft", "loraplus", "merged", "gguf"])
 def test_runs(to, untrained_talk, tmp_path, capsys):
     out = tmp_path / "out"
-    text = converted(capsys, untrained_talk.out, "--to", to, "--out", out)
-    if to in ("merged", "gguf"):  # its base is quantized, and the adapter is merged into the original weights
-        assert_mentions(text, "not verified", "quantized")
-    else:
-        assert differences(text)[0] == "loraplus"
+    more = ("--dtype", "float32") if to == "gguf" else ()  # its random factors are large
+    text = converted(capsys, untrained_talk.out, "--to", to, "--out", out, *more)
+    # Its base is quantized; merged and gguf are for the original weights.
+    by = "transformers" if to == "merged" and verify_conversion.has_peft() else "loraplus"
+    found, difference, size, _ = differences(text)
+    assert found == by
+    assert difference <= 1e-5 * size
     files = {
         "peft": "adapter_config.json",
         "loraplus": "adapter.json",

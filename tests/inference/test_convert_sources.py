@@ -74,7 +74,8 @@ def test_peft(options, base, tmp_path):
     assert ("DoRA" in source.about) == ("dora" in options)
 
 
-def test_an_embedding_of_peft(base, tmp_path):
+@pytest.mark.parametrize("has_copy", [False, True], ids=["factors alone", "with the base's weight"])
+def test_an_embedding_of_peft(has_copy, base, tmp_path):
     directory = write_peft(tmp_path / "peft", {"model.embed_tokens": (4, 4)}, base.source)
     rng, name = np.random.default_rng(3), "base_model.model.model.embed_tokens.lora_embedding_{}"
     vocabulary, size = base.shape("model.embed_tokens.weight")
@@ -82,8 +83,18 @@ def test_an_embedding_of_peft(base, tmp_path):
         name.format("A"): rng.normal(size=(2, vocabulary)).astype(np.float32),
         name.format("B"): rng.normal(size=(size, 2)).astype(np.float32),
     }
+    if has_copy:  # as PEFT saves it
+        weight = np.asarray(base.tensors["model.embed_tokens.weight"][:])
+        tensors["base_model.model.model.embed_tokens.base_layer.weight"] = weight
     save_file(tensors, directory / "adapter_model.safetensors")
     assert list(check(PeftSource(directory), base)) == ["model.embed_tokens.weight"]
+
+
+def test_fan_in_fan_out_of_another_model_is_rejected(base, tmp_path):
+    modules = modules_of(base.source, "v_proj")
+    directory = write_peft(tmp_path / "peft", modules, base.source, fan_in_fan_out=True)
+    with pytest.raises(ValueError, match=mentions("fan_in_fan_out", "gpt2", "llama")):
+        PeftSource(directory).read(base)
 
 
 def test_own_variables_have_no_place_in_pytorch(base, tmp_path):

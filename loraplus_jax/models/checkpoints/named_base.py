@@ -49,6 +49,21 @@ class NamedBase(NamedTuple):
         """Whether a module is an embedding, by its name."""
         return _EMBEDDING.search(module) is not None
 
+    def is_tied_embedding(self, module: str) -> bool:
+        """Whether a module is an embedding of tokens that is also the head."""
+        if module.rpartition(".")[2] not in ("embed_tokens", "wte"):
+            return False
+        if (kind := self.config.get("model_type")) in MODEL_TYPES:  # whose default the file may leave out
+            model: Any = family_of(str(kind)).config.from_hf(self.config)
+            return bool(model.tie_word_embeddings)
+        return bool(self.config.get("tie_word_embeddings", "lm_head.weight" not in self.tensors))
+
+    @property
+    def tied_embedding(self) -> str | None:
+        """The embedding that is also the head; None without one."""
+        modules = [name.removesuffix(".weight") for name in self.tensors]
+        return next((module for module in modules if self.is_tied_embedding(module)), None)
+
     def is_conv1d(self, module: str) -> bool:
         """Whether a module is transformers' Conv1D, with its weight as (in, out)."""
         is_gpt2 = self.config.get("model_type") == "gpt2"
@@ -74,9 +89,8 @@ class NamedBase(NamedTuple):
             spellings = [prefix + name for prefix in PREFIXES]
             spellings += [name.removeprefix(prefix) for prefix in PREFIXES]
             if (module := next((each for each in spellings if each in modules), None)) is None:
-                raise ValueError(
-                    f"{self.source} has no module {name}{suggest(name, modules)}: is it the adapter's base?"
-                )
+                close = suggest(name, modules, fallback=False)
+                raise ValueError(f"{self.source} has no module {name}{close}: is it the adapter's base?")
             found[name] = module
         return found
 
@@ -97,6 +111,11 @@ class NamedBase(NamedTuple):
         specs = {}
         for name, (rank, scale) in adapters.items():
             module = locations[name]
+            if module == "lm_head" and (embedding := self.tied_embedding) is not None:
+                raise ValueError(
+                    f"{name}: the head of {self.source} is its embedding, {embedding}, and an adapter of the head "
+                    "alone would change the embedding too"
+                )
             shape = self.shape(f"{module}.weight") if f"{module}.weight" in self.tensors else ()
             if len(shape) != 2:
                 raise ValueError(
@@ -122,7 +141,7 @@ class NamedBase(NamedTuple):
         for name, module in locations.items():
             kind = "Conv1D" if f"{module}.weight" in self.tensors and self.is_conv1d(module) else None
             if self.is_embedding(module):
-                kind = "TiedEmbedding" if self._is_tied(module) else "Embedding"
+                kind = "TiedEmbedding" if self.is_tied_embedding(module) else "Embedding"
             ours, theirs = module.replace(".", "/"), name
             numbers = re.findall(r"(?<=[./])\d+(?=[./]|$)", theirs)
             if numbers == re.findall(r"(?<=/)\d+(?=/|$)", ours):
@@ -149,10 +168,9 @@ class NamedBase(NamedTuple):
             rules.append(Rule(name, path, transposed))
             leaves[path] = jax.ShapeDtypeStruct(shape[::-1] if transposed else shape, dtype)
         copies = ()
-        if self.config.get("tie_word_embeddings") and "lm_head.weight" in self.tensors:
-            embedding = next((n for n in self.tensors if n.endswith("embed_tokens.weight")), None)
-            copies = () if embedding is None else (("lm_head.weight", embedding),)
-            rules = [rule for rule in rules if not copies or rule.name != "lm_head.weight"]
+        if "lm_head.weight" in self.tensors and (embedding := self.tied_embedding) is not None:
+            copies = (("lm_head.weight", f"{embedding}.weight"),)
+            rules = [rule for rule in rules if rule.name != "lm_head.weight"]
         return NameTable(rules=tuple(rules), copies=copies), leaves
 
     def transformers_class(self) -> TransformersClass:
@@ -162,12 +180,6 @@ class NamedBase(NamedTuple):
         name = str((self.config.get("architectures") or [known])[0])
         is_causal = name.endswith(("ForCausalLM", "LMHeadModel"))
         return TransformersClass(name, "", (), "CAUSAL_LM" if is_causal else None)
-
-    def _is_tied(self, module: str) -> bool:
-        is_input = module.rpartition(".")[2] in ("embed_tokens", "wte")
-        return is_input and bool(
-            self.config.get("tie_word_embeddings", self.config.get("model_type") == "gpt2")
-        )
 
 
 def _numbered(path: str) -> str:

@@ -102,3 +102,17 @@ def test_the_class_is_the_config_s(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         form = read_named_base(tmp_path).transformers_class()
         assert (form.architecture, form.task_type, form.prefix) == (architecture, task, "")
+
+
+def test_which_embedding_is_the_head(tmp_path):
+    write_model(tmp_path, tie_word_embeddings=True)
+    named = read_named_base(tmp_path)
+    assert named.tied_embedding == "model.embed_tokens"
+    with pytest.raises(ValueError, match=mentions("lm_head", "model.embed_tokens")):
+        named.specs({"lm_head": "lm_head"}, {"lm_head": (2, 1.0)})
+    silent = {name: value for name, value in named.config.items() if name != "tie_word_embeddings"}
+    defaults = {"llama": None, "gemma2": "model.embed_tokens", "unknown": "model.embed_tokens"}
+    for kind, tied in defaults.items():
+        config = silent | {"model_type": kind, "query_pre_attn_scalar": 8, "head_dim": 8}
+        config |= {"hidden_activation": "gelu_pytorch_tanh"}
+        assert named._replace(config=config).tied_embedding == tied, kind

@@ -35,7 +35,7 @@ Factors = tuple[np.ndarray, np.ndarray, float]
 _ALPHA, _TYPE = "adapter.lora.alpha", "adapter.type"
 _FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _TIED = "the embedding is also the head, to which llama.cpp cannot apply an adapter"
-_MERGE = "merge it into the weights instead: loraplus export RUN --to DIR --merged"
+_MERGE = "merge it into the weights instead: loraplus export --merged, or loraplus convert --to merged"
 
 
 class SavedAdapter(NamedTuple):
