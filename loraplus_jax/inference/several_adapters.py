@@ -10,7 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._utils.multihost import gather_to_host
-from .._utils.validation import expand_path
+from .._utils.validation import expand_path, suggest
 from ..adapter.adapter_stack import AdapterStack, stack_adapters
 from ..adapter.tree import flatten, leaves_by_path, unflatten
 from ..data.conversations import take_text
@@ -175,7 +175,8 @@ def slots_of(names: Sequence[str], several: SeveralAdapters, locations: Sequence
     unknown = [
         (
             where,
-            f"{COLUMN} must be one of {', '.join(several.slots)}, got {name!r}",
+            f"{COLUMN} must be one of {', '.join(several.slots)}, got {name!r}"
+            + suggest(name, several.slots, fallback=False),
         )
         for name, where in zip(names, locations, strict=True)
         if name not in several.slots
