@@ -1,10 +1,8 @@
 """`loraplus convert`: writes an adapter of a known library for others, or merged into its base."""
 
-import contextlib
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +28,7 @@ from ..tasks.causal_lm import LanguageTask
 from ..training.provenance import model_identity
 from ..training.saved_adapter import find_adapter, is_peft, read_notes
 from . import verify_conversion as verify_by
-from .convert_sources import PeftSource, Source, TreeSource, is_peft_directory
+from .convert_sources import PeftSource, Source, TreeSource, is_peft_directory, temporary_directory_for
 from .export import DTYPES, export_run
 from .generate import open_model
 from .predict import load_tuned
@@ -128,7 +126,7 @@ def convert(
                 read = TreeSource(source, library, **options)
             if base is None:
                 raise ValueError(f"{source} does not name its base model: pass --base")
-            lines = _convert_named(read, to, partial, base, dtype, no_verify)
+            lines = _convert_named(read, to, partial, out, base, dtype, no_verify)
     return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
 
 
@@ -168,7 +166,7 @@ def _convert_ours(
     own_path = resolve(own_base, "model")
     if to in ("merged", "gguf") and tuned.settings.is_language and gguf.find(own_path) is None:
         # In float32, on the original weights, and rounded as in the files: a run may compute with others.
-        with _temporary() as folder:
+        with temporary_directory_for(place) as folder:
             export_run(place, folder / "peft")
             if not (folder / "peft" / OWN_TENSORS_FILE).is_file():
                 read = PeftSource(folder / "peft")
@@ -189,7 +187,7 @@ def _convert_ours(
 
 
 def _convert_named(
-    source: Source, to: str, partial: Path, base_name: str, dtype: str | None, no_verify: bool
+    source: Source, to: str, partial: Path, out: Path, base_name: str, dtype: str | None, no_verify: bool
 ) -> list[str]:
     """Converts an adapter for a checkpoint by the names of its tensors; returns lines for the summary."""
     base = read_named_base(resolve(base_name, "model"))
@@ -227,7 +225,7 @@ def _convert_named(
         weights_dtype = None if dtype is None else jnp.dtype(dtype)
         export.write_hf(partial, base.source, merge, form, new={}, config={}, dtype=weights_dtype)
     else:
-        with _temporary() as folder:
+        with temporary_directory_for(out) as folder:
             write_peft(folder / "peft")
             if to == "gguf":
                 lines += _write_gguf(partial, folder / "peft", base.source, dtype)
@@ -303,7 +301,8 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
             verify_by.layer_outputs(base, names, each) for each in ({}, weights, found)
         )
         return compare("outputs of the adapted layers", "loraplus", plain, at_source, at_target, tolerance)
-    if to in ("peft", "merged") and verify_by.has_peft():
+    # transformers reads no GGUF file by its path.
+    if to in ("peft", "merged") and verify_by.has_peft() and gguf.find(base.source) is None:
         plain, at_source = (verify_by.torch_logits(base.source, changed=each) for each in ({}, weights))
         if to == "peft":
             at_target = verify_by.torch_logits(base.source, adapter=partial)
@@ -348,16 +347,10 @@ def _read_path_map(file: Path | None) -> PathMap:
         return ()
     content = read_json(file)
     rules = content.get("rules")
-    if not isinstance(rules, list):
+    if not isinstance(rules, list) or not all(isinstance(rule, list) and len(rule) == 2 for rule in rules):
         raise ValueError(f'{file} must be {{"rules": [[ours, theirs], ...]}}, got {content!r:.80}')
     try:
         check_path_map([tuple(rule) for rule in rules])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from None
     return tuple(tuple(rule) for rule in rules)
-
-
-@contextlib.contextmanager
-def _temporary() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)

@@ -3,6 +3,7 @@
 Both become an adapter of a `NamedBase`, and tell separately what they make of each weight, for the verification.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -174,8 +175,8 @@ class PeftSource:
                 f"{self.directory / OPTIONS}: fan_in_fan_out is supported for gpt2, the base is "
                 f"{base.config.get('model_type')!r:.80}"
             )
-        with tempfile.TemporaryDirectory() as folder:
-            copy = self._copy(Path(folder), base)
+        with temporary_directory_for(self.directory) as folder:
+            copy = self._copy(folder, base)
             names = _without_tied_head(peft_names(copy), base)
             adapted = list(dict.fromkeys(m for name in names if (m := _module(name)) is not None))
             others = {_plain(name).rpartition(".")[0] for name in names if _module(name) is None}
@@ -236,6 +237,17 @@ class PeftSource:
         renamed = {n.replace(_PREFIX + _LEVANTER, _PREFIX, 1): tensor for n, tensor in tensors.items()}
         (folder / WEIGHTS).write_bytes(tensor_bytes(renamed))
         return folder
+
+
+@contextlib.contextmanager
+def temporary_directory_for(place: Path) -> Iterator[Path]:
+    """Yields a new directory; an error that names it, or `peft` in it, names `place` instead."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        except ValueError as error:
+            text = str(error).replace(f"{folder}/peft", str(place)).replace(folder, str(place))
+            raise ValueError(text) from None
 
 
 def is_peft_directory(path: Path) -> bool:

@@ -141,8 +141,8 @@ def torch_logits(source: Path, *, changed: Weights = {}, adapter: Path | None = 
     # Their warnings are about deprecated calls of each other; what PEFT does not load shows in the logits.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        import torch
-        import transformers
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
 
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         parameters = dict(model.named_parameters())
@@ -152,7 +152,7 @@ def torch_logits(source: Path, *, changed: Weights = {}, adapter: Path | None = 
                 raise ValueError(f"{source}: transformers' {type(model).__name__} has no parameter {name}")
             parameters[spelled[0]].data = torch.tensor(np.ascontiguousarray(value))
         if adapter is not None:
-            import peft
+            import peft  # pyright: ignore[reportMissingImports]
 
             model = peft.PeftModel.from_pretrained(model, str(adapter)).eval()
         with torch.no_grad():

@@ -77,6 +77,8 @@ def combine_adapters(
         raise ValueError("adapters to combine must be at least one, got none")
     if len(weights) != len(adapters):
         raise ValueError(f"weights must be one for each of {len(adapters)} adapters, got {len(weights)}")
+    if empty := [name for name, adapter in adapters.items() if not adapter.specs]:
+        raise ValueError(f"{empty[0]} has no factors to combine")
     for name, weight in zip(adapters, weights, strict=True):
         check_number(f"weight of {name}", weight)
     options = {

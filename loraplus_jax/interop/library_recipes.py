@@ -369,7 +369,7 @@ def _adapted(
     """Yields each pair of factors: its owner's path, row, PyTorch module, A, B and scale."""
     if scale is not None and alpha is not None:
         raise ValueError("pass --scale or --alpha, not both")
-    is_used = False
+    is_used, matched = False, set[tuple[str, str]]()
     for owner, pair in factor_pairs(tree).items():
         rows = _rows_of(recipe, owner, path_map)
         fitting = [row for row in rows if not row[0].models or config.get("model_type") in row[0].models]
@@ -385,7 +385,11 @@ def _adapted(
                 f"{suggest(owner, [row.ours for row in recipe.rows])}; pass --path_map with one"
             )
         row, module = fitting[0]
+        matched.add((row.ours, row.theirs))
         a, b = (np.asarray(tree[path], np.float32) for path in pair)
+        for path, factor in zip(pair, (a, b), strict=True):
+            if not np.isfinite(factor).all():
+                raise ValueError(f"{path} has values that are not finite")
         rank = a.shape[-1]
         s = recipe.scale if row.scale is None else row.scale
         if s is None:
@@ -396,6 +400,8 @@ def _adapted(
             s = scale if scale is not None else (alpha or 0.0) / rank
             is_used = True
         yield owner, row, module, a, b, s
+    if unused := [rule for rule in path_map if tuple(rule[:2]) not in matched]:
+        raise ValueError(f"--path_map: {list(unused[0])} has the path of no factors")
     if not is_used and (scale, alpha) != (None, None):
         raise ValueError(f"{recipe.name} does not scale these factors; remove --scale and --alpha")
 

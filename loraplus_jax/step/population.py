@@ -86,6 +86,10 @@ def map_members(
             )
 
         own = [x for x, axis in zip(arguments, in_axes, strict=True) if axis is not None]
+        if len(sizes := {leaf.shape[:1] for leaf in jax.tree.leaves(own)}) > 1:
+            raise ValueError(
+                f"every array must have a leading axis of as many members, got sizes {sorted(sizes)}"
+            )
         # Without a batch size lax.map is a loop, with one a loop over vmaps.
         return jax.lax.map(call, own, batch_size=None if at_once == 1 else at_once)
 

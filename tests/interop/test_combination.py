@@ -185,6 +185,7 @@ def pair(other=None, config=CONFIG, **fields):
     ("adapters", "how", "options", "words"),
     [
         ({}, "cat", {}, ["adapters", "none"]),
+        ({"one": Adapter({}, {}, CONFIG, {})}, "cat", {}, ["one", "no factors"]),
         (pair(), "sum", {}, ["how", "'sum'", "dare_ties"]),
         (pair(), "ties", {}, ["ties", "density"]),
         (pair(), "cat", {"density": 0.5}, ["density", "cat", "remove"]),

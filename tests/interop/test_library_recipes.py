@@ -111,6 +111,10 @@ def test_trees_that_do_not_fit():
     more = tree | {f"other/w_lora_{s}": np.ones((4, 4), np.float32) for s in "ab"}
     factors, _ = read_factors(more, recipe, scale=1.0, path_map=[*names.items()])
     assert factors["model.other"].a.shape == (4, 4)
+    with pytest.raises(ValueError, match=mentions("--path_map", "another/w")):
+        read_factors(tree, recipe, scale=1.0, path_map=[("another/w", "model.other")])
+    with pytest.raises(ValueError, match=mentions(partner, "finite")):
+        read_factors(tree | {partner: np.full_like(tree[partner], np.nan)}, recipe, scale=1.0)
 
 
 def test_a_tree_of_no_library():

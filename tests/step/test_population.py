@@ -111,6 +111,9 @@ def test_a_member_that_diverges_leaves_the_others_alone():
 
 
 def test_bad_arguments():
+    step = population_step(noisy_squares, make_tx)
+    with pytest.raises(ValueError, match=mentions("members", 2, 3)):
+        step({"a": jnp.ones(3)}, {"b": jnp.ones(2)}, {}, {"c": jnp.ones(3)})
     with pytest.raises(ValueError, match=mentions("at_once", 0)):
         population_step(noisy_squares, make_tx, at_once=0)
     with pytest.raises(ValueError, match=mentions("'members'", "'data'")):
