@@ -230,7 +230,7 @@ def test_a_report_in_groups_trains_the_same_runs_and_resumes_in_each(world, swep
         (run["arm"], run["seed"]) for run in whole["runs"]
     ]
     assert [run for run in report["runs"] if run["seed"] < 3] == whole["runs"]
-    assert {row["confidence"] for row in report["comparisons"]} == {0.975}
+    assert {row["confidence"] for row in report["comparisons"]} == {0.9875}
     assert_mentions(capsys.readouterr().out, "no significant difference", "2 report seeds", "3 of 3")
 
 
@@ -249,7 +249,7 @@ def test_a_decided_report_ends_early(world, capsys, undrawn, monkeypatch):
     assert [run["seed"] for run in report["runs"]] == [1, 2, 3, 4] * 2
     assert report["member_steps"]["report"] == 8 * 16
     assert summary_of(world.out)["ended"] == report["ended"]
-    assert_mentions((world.out / "report.html").read_text(), "end early", "decided", "97.5 %")
+    assert_mentions((world.out / "report.html").read_text(), "end early", "decided", "98.8 %")
     assert_mentions(capsys.readouterr().out, "4 of 8 report seeds", "decided")
     assert all(ready)  # a signal waits for one step, not for all that were dispatched
 
