@@ -108,7 +108,8 @@ def test_the_commands_of_the_page_on_one_gpu_run(tiny, tmp_path, monkeypatch, ca
     commands = re.findall(r"^loraplus (?!plan)(.*)", text, flags=re.M)
     for command in (shlex.split(line, comments=True) for line in commands):
         printed(capsys, *command, *(TINY if command[1] == "chat.yaml" else ()))
-    assert len(commands) == 6
+    assert len(commands) == 7
+    assert (tmp_path / "lora/adapter.gguf").exists()
     summary = summary_of(tmp_path / "runs/chat")
     assert summary["after"]["loss"] < summary["before"]["loss"]
     options = json.loads((tmp_path / "adapter/adapter_config.json").read_text())

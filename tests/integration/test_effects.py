@@ -250,7 +250,7 @@ def searched(settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_generation, "make_beam_search", lambda *_, **options: lambda *_: [options])
         texts = HeldOutTexts.from_settings(settings, directory, data.task, model, data.inputs)
-    return texts.model.generate(), texts.batch_size, len(texts.inputs)
+    return texts.model.generate(*[None] * 5), texts.batch_size, len(texts.inputs)
 
 
 def joining(settings):
