@@ -7,7 +7,6 @@ model and any layer keeps its meaning: a row is computed as if it were a batch o
 
 import dataclasses
 import functools
-import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from jax.core import Tracer
 from .config import LoRAPlusConfig
 from .lora import SCALE
 from .spec import AdapterSpec, Specs
+from .target_rules import config_of
 from .tree import flat_factors, flatten, unflatten
 
 ROW_AXES: Any = jax.make_user_context(())
@@ -80,22 +80,7 @@ class AdapterStack:
 
         The model must be called by `apply_rows`, which also passes each adapter's own scale.
         """
-        layers = [path for path, spec in self.room if spec.kind != "parameter"]
-        parameters = {
-            re.escape(spec.leaf.removeprefix("params/")): spec.rule_letters
-            for _, spec in self.room
-            if spec.kind == "parameter"
-        }
-        rank = max(spec.rank for _, spec in self.room)
-        # A pattern matches the ends of paths: the longest first, so that each path meets its own.
-        others = sorted((item for item in self.room if item[1].rank != rank), key=lambda item: -len(item[0]))
-        return LoRAPlusConfig(
-            target_modules=f"(?:{'|'.join(map(re.escape, layers))})" if layers else (),
-            target_parameters=parameters,
-            rank=rank,
-            rank_pattern={re.escape(path): spec.rank for path, spec in others},
-            variant="dora" if any(spec.magnitude for _, spec in self.room) else "lora",
-        )
+        return config_of(self.specs)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "index"], meta_fields=["room"])
@@ -148,7 +133,7 @@ def stack_adapters(
       >>> factors = {"q": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 6))}}
       >>> stack = stack_adapters([SimpleNamespace(lora=factors, specs={"q": spec}, extras={})], slots=3)
       >>> stack.slots, stack.values["lora/q/lora_a"].shape, stack.config.target_modules
-      (3, (3, 4, 2), '(?:q)')
+      (3, (3, 4, 2), 'q')
     """
     present = [adapter for adapter in adapters if adapter is not None]
     slots = len(adapters) if slots is None else slots

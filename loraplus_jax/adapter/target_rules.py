@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,36 @@ from .._utils.untrusted import run_job
 from .._utils.validation import suggest
 from .config import ALL_LINEAR, LoRAPlusConfig, matches, pattern_of
 from .spec import LAYER_KINDS, LEAVES, LINEAR_KINDS, AdapterSpec
+
+
+def config_of(specs: Mapping[str, AdapterSpec]) -> LoRAPlusConfig:
+    """Makes a config that gives these specs.
+
+    Returns:
+      A `LoRAPlusConfig` with the specs' paths, ranks, scales and variant; the most frequent ones are its defaults.
+    """
+
+    def rules(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        default, _ = Counter(values.values()).most_common(1)[0]
+        odd = [path for path, value in values.items() if value != default]
+        # A pattern also matches the ends of longer paths: those need their own, in front of it.
+        paths = sorted((path for path in values if matches(odd, path)), key=len, reverse=True)
+        return default, {re.escape(path) or ".*": values[path] for path in paths}
+
+    rank, rank_pattern = rules({path: spec.rank for path, spec in specs.items()})
+    alpha, alpha_pattern = rules({path: spec.rank * spec.scale for path, spec in specs.items()})
+    layers = [path for path, spec in specs.items() if spec.kind != "parameter"]
+    parameters = {path: spec.rule_letters for path, spec in specs.items() if spec.kind == "parameter"}
+    return LoRAPlusConfig(
+        # The model itself, if it is a layer, has no name.
+        target_modules=("|".join(map(re.escape, layers)) or ".*") if layers else (),
+        target_parameters={re.escape(path): letters for path, letters in parameters.items()},
+        rank=rank,
+        alpha=alpha,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        variant="dora" if any(spec.magnitude for spec in specs.values()) else "lora",
+    )
 
 
 @dataclasses.dataclass

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .._utils.json_files import read_json
+from ..adapter.target_rules import config_of
 from ..adapter.tree import unflatten
 from ..interop.adapter_directory import Adapter, host_array, read_tensors, tensor_bytes
 from ..interop.factor_trees import read_tree
 from ..interop.library_recipes import Recipe, dense_changes, find_recipe, read_factors
-from ..interop.path_map import MAGNITUDE_END, PathMap
+from ..interop.path_map import FACTOR, MAGNITUDE_END, PathMap
 from ..interop.peft_adapter_config import PeftOptions
 from ..interop.peft_files import (
     OPTIONS,
@@ -30,12 +31,10 @@ from ..interop.peft_files import (
     peft_options,
 )
 from ..models.checkpoints.named_base import NamedBase
-from ..nnx.foreign_adapters import config_of
 from ..optim.find_pairs import factor_pairs
 
 _PREFIX = "base_model.model."
 _LEVANTER = "transformer."
-_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
 
 
 class NamedAdapter(NamedTuple):
@@ -299,5 +298,5 @@ def _module(name: str) -> str | None:
     """The module of a factor or of magnitudes; None for any other tensor."""
     if name.endswith(MAGNITUDE_END):
         return name.removesuffix(MAGNITUDE_END)
-    match = _FACTOR.fullmatch(name)
+    match = FACTOR.fullmatch(name)
     return match[1] if match else None

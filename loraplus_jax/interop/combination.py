@@ -1,7 +1,6 @@
 """Combines adapters of one base into one, with the factors of PEFT's `LoraModel.add_weighted_adapter`."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,7 @@ from .._utils.validation import check_choice, check_int, check_number
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.einsum_letters import layer_axis
 from ..adapter.spec import AdapterSpec
+from ..adapter.target_rules import config_of
 from ..adapter.tree import flat_factors, flatten, unflatten
 from ..optim.pair_state import layouts_of
 from .adapter_directory import Adapter
@@ -280,33 +280,12 @@ def _config(
     configs: Sequence[LoRAPlusConfig], specs: Mapping[str, AdapterSpec], layers: tuple[int, ...] | None
 ) -> LoRAPlusConfig:
     """A config that gives these specs, with the other fields of the first one."""
-    first = configs[0]
+    first, made = configs[0], config_of(specs)
+    changed: dict[str, Any] = {
+        name: getattr(made, name) for name in ("rank", "alpha", "rank_pattern", "alpha_pattern")
+    }
     targets = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform")
-    rules: dict[str, Any] = {}
     if any(getattr(config, name) != getattr(first, name) for config in configs for name in targets):
-        modules = [re.escape(path) for path, spec in specs.items() if spec.kind != "parameter"]
-        rules = {
-            "target_modules": "|".join(modules),
-            "exclude_modules": (),
-            "target_parameters": {
-                re.escape(path): spec.rule_letters for path, spec in specs.items() if spec.kind == "parameter"
-            },
-            "layers_to_transform": layers,
-        }
-    rank = max(spec.rank for spec in specs.values())
-    ranks = {path: spec.rank for path, spec in specs.items()}
-    patterns = {}
-    if set(ranks.values()) != {rank}:
-        # A pattern also matches the end of a longer path, so longer paths come first.
-        patterns = {re.escape(path) or ".*": ranks[path] for path in sorted(ranks, key=len, reverse=True)}
-    return dataclasses.replace(
-        first,
-        **rules,
-        rank=rank,
-        alpha=float(rank),
-        rank_pattern=patterns,
-        alpha_pattern={pattern: float(value) for pattern, value in patterns.items()},
-        use_rslora=False,
-        init="lora",  # the values no longer depend on how the factors began
-        init_iterations=None,
-    )
+        changed |= {name: getattr(made, name) for name in targets} | {"layers_to_transform": layers}
+    # The values no longer depend on how the factors began.
+    return dataclasses.replace(first, **changed, use_rslora=False, init="lora", init_iterations=None)

@@ -247,7 +247,7 @@ RECIPES = (
         leaves_out="`.lora.h5` files, which name no layer; models other than Llama and Mistral: pass `--path_map`",
     ),
 )
-"""The recipes. levanter writes PEFT's files, which `normalize_peft` reads."""
+"""The recipes. levanter writes PEFT's files, which `PeftSource` reads."""
 NAMES = tuple(recipe.name for recipe in RECIPES)
 
 

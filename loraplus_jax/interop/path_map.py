@@ -27,6 +27,8 @@ weight of a module: its name ends in the parameter's own name."""
 PathMap = Sequence[tuple[str, str] | tuple[str, str, str]]
 Index = tuple[int, ...]
 
+FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+"""The name of a factor in PEFT's file: the module, and A or B."""
 MAGNITUDE_END = ".lora_magnitude_vector"
 """How the names of DoRA's magnitudes end in PEFT's file."""
 _WEIGHTS = ("kernel", "scale", "embedding")

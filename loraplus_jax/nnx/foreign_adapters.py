@@ -3,7 +3,6 @@
 import itertools
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from flax import nnx
 from .._utils.validation import check_number, suggest
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.spec import LEAVES, AdapterSpec
+from ..adapter.target_rules import config_of
 from ..adapter.tree import leaves_by_path, unflatten
 from ..optim.find_pairs import factor_pairs
 from .adapted_module import join
@@ -103,28 +103,6 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
     if unused := [rule for rule in axes or {} if not any(re.fullmatch(rule, path) for path in weights)]:
         raise ValueError(f"axes: {unused[0]!r} matches no adapted weight{suggest(unused[0], weights)}")
     return ForeignAdapters(unflatten(lora), specs, config_of(specs))
-
-
-def config_of(specs: Mapping[str, AdapterSpec]) -> LoRAPlusConfig:
-    """Makes a config that gives these specs.
-
-    Returns:
-      A `LoRAPlusConfig` with the specs' modules, ranks and scales; the most frequent ones are its defaults.
-    """
-    ranks = {path: spec.rank for path, spec in specs.items()}
-    rank, _ = Counter(ranks.values()).most_common(1)[0]
-    alphas = {path: spec.rank * spec.scale for path, spec in specs.items()}
-    alpha, _ = Counter(alphas.values()).most_common(1)[0]
-    parameters = {path: spec.rule_letters for path, spec in specs.items() if spec.kind == "parameter"}
-    return LoRAPlusConfig(
-        # The model itself, if it is a layer, has no name.
-        target_modules=".*" if "" in specs else tuple(path for path in specs if path not in parameters),
-        target_parameters={re.escape(path): letters for path, letters in parameters.items()},
-        rank=rank,
-        alpha=alpha,
-        rank_pattern={re.escape(path): own for path, own in ranks.items() if own != rank},
-        alpha_pattern={re.escape(path): own for path, own in alphas.items() if own != alpha},
-    )
 
 
 def _weight(key: str, leaves: Mapping[str, Any]) -> tuple[str, str]:

@@ -3,9 +3,11 @@
 import pytest
 
 from loraplus_jax import LoRAPlusConfig
+from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.adapter.target_rules import (
     TracedModule,
     check_coverage,
+    config_of,
     layer_index,
     parameter_rule,
     parameter_spec,
@@ -94,3 +96,18 @@ def test_patterns_of_strangers_are_tried_elsewhere():
     for field in ("target_parameters", "rank_pattern", "alpha_pattern"):
         with pytest.raises(ValueError, match=mentions("lora", "rule")):
             try_rules("lora", {field: {"(": 2}}, ["b"])
+
+
+def test_a_config_of_specs_gives_each_path_its_own_values():
+    """Some paths end in others, which is all that a pattern looks at."""
+    wanted = {"q": (4, 2.0), "x/q": (2, 1.0), "y/q": (2, 1.0), "y/z": (2, 1.0), "x/y/q": (8, 0.5)}
+    specs = {
+        path: AdapterSpec(
+            leaf=f"params/{path}/kernel", kind="dense", axes="io", shape=(16, 16), rank=rank, scale=scale
+        )
+        for path, (rank, scale) in wanted.items()
+    }
+    config = config_of(specs)
+    assert {path: (config.rank_of(path), config.scale_of(path)) for path in specs} == wanted
+    assert config.rank_pattern.keys() == {"x/y/q", "x/q", "y/q", "q"}
+    assert config.target_modules == "q|x/q|y/q|y/z|x/y/q"

@@ -7,7 +7,6 @@ script transposes the factors of its layers, which llama.cpp then rejects.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from ...._utils.atomic import atomic_write
 from ...._utils.validation import check_choice, suggest
 from ....adapter.tree import flatten
 from ....interop.adapter_directory import host_array
-from ....interop.path_map import MAGNITUDE_END
+from ....interop.path_map import FACTOR, MAGNITUDE_END
 from ....interop.peft_adapter_config import PeftOptions, raise_problems
 from ....interop.peft_files import OWN_TENSORS_FILE, read_peft
 from ...families import family_of
@@ -33,7 +32,6 @@ from .export import DTYPES, storage_type
 Factors = tuple[np.ndarray, np.ndarray, float]
 """A (in, r), B (r, out), both float32, and the scale s: the weight (in, out) changes by s A B."""
 _ALPHA, _TYPE = "adapter.lora.alpha", "adapter.type"
-_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 _TIED = "the embedding is also the head, to which llama.cpp cannot apply an adapter"
 _MERGE = "merge it into the weights instead: loraplus export --merged, or loraplus convert --to merged"
 
@@ -243,7 +241,7 @@ def _pairs(
     factors: dict[str, dict[str, np.ndarray]] = {}
     problems = ["use_dora is true: llama.cpp does not compute DoRA"] if options.use_dora else []
     for name, tensor in tensors.items():
-        match = _FACTOR.fullmatch(name)
+        match = FACTOR.fullmatch(name)
         owner = name.removesuffix(".base_layer.weight")
         if match and match[1] in modules and not modules[match[1]].unsupported:
             factors.setdefault(match[1], {})[match[2]] = host_array(tensor).astype(np.float32)
