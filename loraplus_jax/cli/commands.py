@@ -387,8 +387,8 @@ PLAN = SETTINGS | {
         "as they are and as nf4"
     ),
     "--workers": value(
-        "plan a sweep on so many workers: how many runs a device holds, and how long the sweep trains; --topology "
-        "then names the devices of one worker",
+        "plan a sweep on so many workers: how many runs a device holds, and how long the sweep takes; reads the "
+        "data; --topology then names the devices of one worker",
         int,
     ),
     "--json": value("also write the plan to FILE as JSON; FILE must not exist", path, metavar="FILE"),

@@ -23,7 +23,9 @@ from .archives import extract
 Kind = Literal["model", "data"]
 Log = Callable[[str], object]
 
-HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Files of a model repository for its tokenizer, with its configs."""
+HUB_MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
 """Files downloaded from a model repository: weights, configs and vocabularies; never code or pickles."""
 
 STUB = """import os, sys

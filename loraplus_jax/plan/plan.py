@@ -8,7 +8,7 @@ increment of each further layer.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +21,9 @@ from ..data.fetch import resolve
 from ..models.decoder import head_kernel
 from ..settings.schema import Settings
 from ..step.sharding import batch_parts, check_tensor, make_mesh
+from ..step.train_step import make_eval
 from ..tasks.causal_lm import head_is_frozen
-from ..tasks.interface import AdaptedModel, BaseModel, TaskData
+from ..tasks.interface import AdaptedModel, BaseModel, BatchPlan, TaskData
 from ..training.memory import free_bytes
 from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
@@ -291,42 +292,91 @@ def count_work(
     Micro-batches and chunks of the loss are loops too. So one micro-batch is compiled with the loss in one chunk,
     and multiplied; each further chunk of the loss reads the head twice more.
     """
-    parts, layers = settings.train.accumulate, layers_of(base)
-    train = dataclasses.replace(settings.train, batch_size=settings.train.batch_size // parts, accumulate=1)
+    parts = settings.train.accumulate
+    small = _one_loss_chunk(settings, settings.train.batch_size // parts)
+    steps: list[LoweredStep] = []
+
+    def lower(base: BaseModel) -> jax.stages.Lowered:
+        steps.append(plan_step(small, base, data, mesh))
+        return steps[-1].lowered
+
+    work = _count_layers(base, mesh, lower, {} if counted is None else counted)
+    if work is None:
+        return None
+    size = work.bytes + head_bytes(settings, steps[0].parts, mesh)
+    return work._replace(flops=parts * work.flops, bytes=parts * size)
+
+
+def count_evaluation(
+    settings: Settings,
+    base: BaseModel,
+    data: TaskData,
+    batches: BatchPlan,
+    mesh: Mesh,
+    counted: dict[str, Work | None] | None = None,
+) -> Work | None:
+    """FLOPs and bytes of an evaluation batch, as `count_work` counts those of a step.
+
+    `data` has training columns of the model's full length, as `make_model` makes them; `batches` are those of the
+    real data. The head counts as read once, though each chunk of the loss reads it: a lower bound.
+    """
+    small = _one_loss_chunk(settings, batches.eval_rows)
+
+    def lower(base: BaseModel) -> jax.stages.Lowered:
+        step = plan_step(small, base, data, mesh)
+        losses = task_module(small).make_losses(small, data.task, step.parts, mesh, batches.scored)
+        evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
+        return evaluate.lower(step.held["trained"][0], step.parts.frozen, batches.evaluate)
+
+    return _count_layers(base, mesh, lower, {} if counted is None else counted)
+
+
+def _one_loss_chunk(settings: Settings, rows: int) -> Settings:
+    """The settings for one micro-batch of so many rows, whose loss is a single chunk."""
+    train = dataclasses.replace(settings.train, batch_size=rows, accumulate=1)
     # If any layer of a stack has adapters, all compute them, with zeros in the others. The short programs have no
     # later layers, so adapt the first; None would also adapt modules outside the layers.
     adapted_layers = None if settings.lora.layers_to_transform is None else (0,)
     lora = dataclasses.replace(settings.lora, layers_to_transform=adapted_layers)
     small = dataclasses.replace(settings, train=train, lora=lora)
     if settings.is_language:
-        tokens = train.batch_size * settings.data.max_length
-        small = dataclasses.replace(small, model=dataclasses.replace(settings.model, loss_chunk=tokens))
+        chunk = rows * settings.data.max_length
+        small = dataclasses.replace(small, model=dataclasses.replace(settings.model, loss_chunk=chunk))
+    return small
+
+
+def _count_layers(
+    base: BaseModel,
+    mesh: Mesh,
+    lower: Callable[[BaseModel], jax.stages.Lowered],
+    counted: dict[str, Work | None],
+) -> Work | None:
+    """The work of all layers, from the lowered programs of a base with one and with two layers."""
+    layers = layers_of(base)
     # XLA for GPUs fuses a single layer with what surrounds it, in another way than several.
     least = 2 if mesh.devices.flat[0].platform == "gpu" else 1
     depths = [min(n, layers) for n in (least, least + 1)]
-    steps = [plan_step(small, replace_depth(base, n), data, mesh) for n in depths]
-    first, second = (_count_once(step, mesh, {} if counted is None else counted) for step in steps)
+    first, second = (_count_once(lower(replace_depth(base, n)), mesh, counted) for n in depths)
     if first is None or second is None:
         return None
     flops = extrapolate_layers(first.flops, second.flops, layers - depths[0])
     size = extrapolate_layers(first.bytes, second.bytes, layers - depths[0])
-    size += head_bytes(settings, steps[0].parts, mesh)
-    return Work(parts * flops, parts * size, second.loops, second.kernels)
+    return Work(flops, size, second.loops, second.kernels)
 
 
-def _count_once(step: LoweredStep, mesh: Mesh, counted: dict[str, Work | None]) -> Work | None:
+def _count_once(lowered: jax.stages.Lowered, mesh: Mesh, counted: dict[str, Work | None]) -> Work | None:
     # A search counts a layout before it plans it: equal programs compile once.
-    if (lowered := step.lowered.as_text()) in counted:
-        return counted[lowered]
+    if (source := lowered.as_text()) in counted:
+        return counted[source]
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    program, problem = try_compile(step.lowered, COUNTING_OPTIONS if on_tpu else None)
-    counted[lowered] = None
+    program, problem = try_compile(lowered, COUNTING_OPTIONS if on_tpu else None)
+    counted[source] = None
     if problem is None:
         cost, text = cost_analysis(program), program.as_text()
         kernels = kernel_work(text)
         flops, size = cost["flops"] + kernels.flops, cost["bytes accessed"] + kernels.bytes
-        counted[lowered] = Work(flops, size, count_looped_matmuls(text), kernels.unknown)
-    return counted[lowered]
+        counted[source] = Work(flops, size, count_looped_matmuls(text), kernels.unknown)
+    return counted[source]
 
 
 def cost_analysis(program: jax.stages.Compiled) -> dict[str, float]:

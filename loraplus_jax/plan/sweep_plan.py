@@ -1,24 +1,32 @@
 """How many runs of a sweep a device holds, and how long the sweep takes on a number of workers.
 
 Memory and the time of a step are those of the plan of a single run on one device: the frozen weights exist once,
-all else once for each run. The time is a lower bound, as a plan's; evaluations, starts and compilation come on top.
+all else once for each run. The data is read, as the numbers of steps and evaluation batches follow from it. The
+time is a lower bound, as a plan's; reading the model, compiling and generating texts come on top.
 """
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from ..settings.schema import MeshSettings
+from ..data.fetch import TOKENIZER_FILES, resolve
+from ..settings.schema import MeshSettings, Settings
+from ..step.sharding import make_mesh
 from ..sweep.makespan import Schedule, schedule
 from ..sweep.method_comparison import TABLE, method_run
+from ..sweep.population import load_sweep_data
 from ..sweep.settings import SweepRun
 from ..sweep.unit import Unit
-from ..training.estimate import format_seconds
+from ..tasks.interface import BatchPlan, TaskData
+from ..training.estimate import batches_of, format_seconds
+from ..training.setup import task_module
 from .devices import Chip, target_devices
-from .plan import Plan, plan_for
+from .plan import Plan, count_evaluation, plan_for, roofline
 
 SHARED = "frozen weights"
 """What all runs on a device share, among the parts of a plan's memory."""
@@ -33,6 +41,9 @@ class SweepPlan:
       held: the runs that a device holds in parallel, by method.
       group_size: most runs of a unit.
       devices: devices of a worker.
+      steps: optimizer steps of a full run.
+      batches: evaluation batches of the validation and of the test split.
+      seconds: seconds of a run's step and of its evaluation batch, by method; 0 if unknown.
       schedule: the units on the workers; None if a step's time is unknown, without a topology.
     """
 
@@ -40,6 +51,9 @@ class SweepPlan:
     held: dict[str, int]
     group_size: int
     devices: int
+    steps: int
+    batches: dict[str, int]
+    seconds: dict[str, tuple[float, float]]
     schedule: Schedule | None
 
     def to_json(self) -> dict[str, Any]:
@@ -53,29 +67,36 @@ class SweepPlan:
             "held": self.held,
             "group_size": self.group_size,
             "devices": self.devices,
+            "steps": self.steps,
+            "batches": self.batches,
+            "seconds": {
+                name: dict(zip(("step", "batch"), pair, strict=True)) for name, pair in self.seconds.items()
+            },
             "schedule": times,
         }
 
 
 def plan_sweep(run: SweepRun, workers: int, topology: str | None = None) -> SweepPlan:
-    """Compiles a run of each method, and schedules the sweep.
+    """Compiles a step and an evaluation of each method, and schedules the sweep.
 
     Args:
-      run: settings of the sweep.
+      run: settings of the sweep; of the model only its `config.json` and its tokenizer are read.
       workers: number of workers.
       topology: devices of one worker, such as `"h100:1"`; None plans for local devices, without times.
 
     Raises:
-      ValueError, OSError: as `make_plan`; or a run of some method does not fit; or `train.steps` is not set.
+      ValueError, OSError: as `make_plan`; or a run of some method does not fit; or the data cannot be read or does
+        not fit the settings, as in a sweep.
     """
     if workers < 1:
         raise ValueError(f"--workers must be at least 1, got {workers}")
-    if run.train.steps is None:
-        raise ValueError("plan --workers reads no data, which epochs need; set train.steps")
     chip, devices = (None, jax.devices()) if topology is None else target_devices(topology)
+    directory = resolve(run.model.path, "model", files=TOKENIZER_FILES)
+    data, steps = load_sweep_data(run, directory)
     names = dict.fromkeys(("lora", *run.sweep.methods)) if run.sweep.methods else ("",)
     runs = {name: method_run(run, name) if name else run for name in names}
-    plans = {name: _plan(one, chip, devices[:1]) for name, one in runs.items()}
+    widest = {name: _single_run(one) for name, one in runs.items()}
+    plans = {name: plan_for(one, chip, devices[:1]) for name, one in widest.items()}
     held = {name: runs_held(plan) for name, plan in plans.items()}
     if too_large := [name for name, count in held.items() if count < 1]:
         plan = plans[too_large[0]]
@@ -87,16 +108,51 @@ def plan_sweep(run: SweepRun, workers: int, topology: str | None = None) -> Swee
     # A device that one run keeps busy; the workers measure whether several in parallel are faster.
     at_once = run.sweep.members_at_once or 1
     group_size = run.sweep.group_size or at_once * len(devices)
-    seconds = [max(plan.roofline.values(), default=0.0) for plan in plans.values()]
+    mesh = make_mesh(1, devices=devices[:1])
+    shapes = task_module(run).plan_batches(run, data, steps, (*run.seeds, *run.report_seeds), mesh)
+    batches = {split: batches_of(data.splits[split], shapes.eval_rows) for split in ("validation", "test")}
+    seconds = {name: (max(plan.roofline.values(), default=0.0), 0.0) for name, plan in plans.items()}
+    found = None
+    if chip is not None and all(step for step, _ in seconds.values()):
+        for name, one in widest.items():
+            seconds[name] = seconds[name][0], _batch_seconds(one, directory, data, shapes, mesh, chip)
+        found = schedule(
+            list(runs.values()),
+            steps,
+            group_size,
+            workers,
+            _times(list(seconds.values()), batches, len(devices)),
+        )
+    return SweepPlan(plans, held, group_size, len(devices), steps, batches, seconds, found)
+
+
+def _times(
+    seconds: Sequence[tuple[float, float]], batches: Mapping[str, int], devices: int
+) -> Callable[[int, Unit], float]:
+    """The function that maps the number of a sweep and a unit of it to seconds on a worker of so many devices."""
 
     def time_of(sweep: int, unit: Unit) -> float:
-        each = -(-len(unit.members) // len(devices))
-        return seconds[sweep] * (unit.stops[-1] - unit.start) * each
+        step, batch = seconds[sweep]
+        one = step * (unit.stops[-1] - unit.start) + batch * len(unit.stops) * batches[unit.split]
+        return one * -(-len(unit.members) // devices)
 
-    found = None
-    if all(seconds):
-        found = schedule(list(runs.values()), run.train.steps, group_size, workers, time_of)
-    return SweepPlan(plans, held, group_size, len(devices), found)
+    return time_of
+
+
+def _single_run(run: SweepRun) -> Settings:
+    """A run of the largest rank, on one device."""
+    widest = max(run.trials, key=lambda trial: trial.rank)
+    return dataclasses.replace(run.settings_of(widest, run.seed), mesh=MeshSettings(data=1))
+
+
+def _batch_seconds(
+    settings: Settings, directory: Path, data: TaskData, batches: BatchPlan, mesh: Mesh, chip: Chip
+) -> float:
+    base = task_module(settings).make_base(settings, directory, data.task)
+    # The model's inputs are those of a plan; the rows of an evaluation batch are of the real data.
+    columns = task_module(settings).placeholder_data(settings)._replace(task=data.task)
+    work = count_evaluation(settings, base, columns, batches, mesh)
+    return 0.0 if work is None else max(roofline(chip, work, ()).values())
 
 
 def runs_held(plan: Plan) -> int:
@@ -116,6 +172,10 @@ def format_sweep(plan: SweepPlan, run: SweepRun) -> str:
             f"{label}a device holds {plan.held[name]:,} runs: {shared:.3f} GB of frozen weights, and "
             f"{one.most / 1e9 - shared:.3f} GB for each, of {one.room / 1e9:.1f} GB"
         )
+    validation, test = plan.batches.values()
+    lines.append(
+        f"{plan.steps:,} steps a run; {validation:,} batches an evaluation in the search, {test:,} in the report"
+    )
     if (found := plan.schedule) is None:
         return "\n".join([*lines, "pass --topology, such as h100:1, for the time"])
     stages = Counter((span.unit.stage, span.unit.start) for span in found.spans)
@@ -127,14 +187,9 @@ def format_sweep(plan: SweepPlan, run: SweepRun) -> str:
         [
             *lines,
             f"{len(found.spans):,} units of up to {plan.group_size} runs: {counts}",
-            f"training on {found.workers:,} workers: {at_most}{format_seconds(found.makespan)}; no schedule takes "
+            f"on {found.workers:,} workers: {at_most}{format_seconds(found.makespan)}; no schedule takes "
             f"less than {format_seconds(found.bound)}, one worker {format_seconds(found.work)}",
-            "these are lower bounds of steps; evaluations, reading the model and compiling come on top",
+            "these are lower bounds of steps and evaluations; reading the model and compiling come on top"
+            + (", and so does generating texts" if run.task == "generation" else ""),
         ]
     )
-
-
-def _plan(run: SweepRun, chip: Chip | None, devices: Sequence[Any]) -> Plan:
-    widest = max(run.trials, key=lambda trial: trial.rank)
-    settings = run.settings_of(widest, run.seed)
-    return plan_for(dataclasses.replace(settings, mesh=MeshSettings(data=1)), chip, devices)

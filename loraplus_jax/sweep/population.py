@@ -138,6 +138,21 @@ def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> Abstra
       loaded: its data, if already loaded.
     """
     directory = resolve(run.model.path, "model")
+    data, steps = load_sweep_data(run, directory, loaded)
+    widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
+    shapes = build_model(widest, directory, data.task, widest.applied)
+    tx = make_optimizer(run.shared_optimizer, widest.lr_ratio, steps, shapes.specs)
+    check_rates(run.optimizer, tx, shapes.trainable)
+    check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    return AbstractPopulation(directory, data, steps, widest, shapes)
+
+
+def load_sweep_data(run: SweepRun, directory: Path, loaded: TaskData | None = None) -> tuple[TaskData, int]:
+    """The data of a sweep, by the tokenizer in a directory, and the optimizer steps of a full run.
+
+    Raises:
+      ValueError, OSError: the data cannot be read, has no test split, or does not fit the steps and rungs.
+    """
     data = task_module(run).load_data(run, directory) if loaded is None else loaded
     if "test" not in data.splits:
         raise ValueError(
@@ -146,12 +161,7 @@ def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> Abstra
         )
     steps = count_steps(run, row_count(data.splits["train"]))
     check_rungs(run.sweep, steps, run.optimizer.warmup_steps)
-    widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
-    shapes = build_model(widest, directory, data.task, widest.applied)
-    tx = make_optimizer(run.shared_optimizer, widest.lr_ratio, steps, shapes.specs)
-    check_rates(run.optimizer, tx, shapes.trainable)
-    check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
-    return AbstractPopulation(directory, data, steps, widest, shapes)
+    return data, steps
 
 
 def load_weights(abstract: AbstractPopulation) -> Any:
