@@ -1,6 +1,7 @@
 """Files and directories that are written completely and to disk, or not at all; and the JSON in them."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -27,6 +28,8 @@ _ending = threading.RLock()
 def atomic_write(path: Path, *, new: bool = False) -> Iterator[Path]:
     """Yields a path to write a file or directory to, which replaces `path` if the block succeeds.
 
+    With `new`, nothing may be there, and missing parents are made, which a failure removes again.
+
     Raises:
       ValueError: `new`, and something is there.
       OSError: it cannot be written; the error names `path`.
@@ -37,7 +40,11 @@ def atomic_write(path: Path, *, new: bool = False) -> Iterator[Path]:
             raise ValueError(f"{path} already exists; nothing is overwritten: choose another path")
 
     check_new()
-    with add_path_to_errors(path), temporary_directory(path.parent) as staging:
+    with (
+        add_path_to_errors(path),
+        _new_parents(path) if new else contextlib.nullcontext(),
+        temporary_directory(path.parent) as staging,
+    ):
         written, old = staging / "new", staging / "replaced" / path.name
         yield written
         # All of it is flushed before it is renamed, and its directory afterwards: without that, a power loss may
@@ -51,6 +58,19 @@ def atomic_write(path: Path, *, new: bool = False) -> Iterator[Path]:
                 os.rename(path, old)
             os.replace(written, path)
             sync(path.parent)
+
+
+@contextlib.contextmanager
+def _new_parents(path: Path) -> Iterator[None]:
+    missing = list(itertools.takewhile(lambda parent: not parent.exists(), path.parents))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # another process may have put something there
+            for parent in missing:
+                parent.rmdir()
+        raise
 
 
 @contextlib.contextmanager

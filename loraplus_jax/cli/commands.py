@@ -545,6 +545,7 @@ CONVERT = {
         choices=("float32", "bfloat16", "float16"),
     ),
     "--no_verify": flag("do not compare the outputs of the model before and after"),
+    **ALLOW,
 }
 RECIPES = {"name": value("recipe to print", nargs="?", metavar="NAME")}
 RUNS = {

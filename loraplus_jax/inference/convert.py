@@ -1,8 +1,9 @@
 """`loraplus convert`: writes an adapter of a known library for others, or merged into its base."""
 
+import contextlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,27 +12,45 @@ import numpy as np
 
 from .._utils.atomic import atomic_write, to_json
 from .._utils.json_files import read_json
+from .._utils.records import record_text
 from .._utils.validation import check_choice, check_new_path, check_number
 from ..adapter.lora import disabled
 from ..data.fetch import ASSETS, is_public, resolve
-from ..interop.adapter_directory import save_adapter
+from ..interop.adapter_directory import TENSORS_FILE, load_adapter, save_adapter
 from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map
 from ..interop.peft_files import OPTIONS, OWN_TENSORS_FILE, WEIGHTS, save_peft
 from ..models.checkpoints import export
 from ..models.checkpoints.gguf import load as gguf
-from ..models.checkpoints.gguf.adapter import load_gguf_adapter, save_gguf_adapter
+from ..models.checkpoints.gguf.adapter import save_gguf_adapter
+from ..models.checkpoints.hf import load_config
 from ..models.checkpoints.merge import CheckpointMerge, dtype_of
 from ..models.checkpoints.named_base import NamedBase, read_named_base
+from ..models.families import MODEL_TYPES, family_of
 from ..step.fingerprints import fingerprint
-from ..tasks.causal_lm import LanguageTask
+from ..tasks.causal_lm import LanguageTask, model_config
 from ..training.provenance import model_identity
-from ..training.saved_adapter import find_adapter, is_peft, read_notes
+from ..training.run_files import ADAPTER, SUMMARY
+from ..training.saved_adapter import (
+    find_adapter,
+    is_peft,
+    notes_path,
+    read_adapter,
+    read_notes,
+    transformers_class_of,
+)
 from . import verify_conversion as verify_by
-from .convert_sources import PeftSource, Source, TreeSource, is_peft_directory, temporary_directory_for
+from .convert_sources import (
+    OwnSource,
+    PeftSource,
+    Source,
+    TreeSource,
+    is_peft_directory,
+    temporary_directory_for,
+)
 from .export import DTYPES, export_run
 from .generate import open_model
-from .predict import load_tuned
+from .predict import describe_adapter, load_tuned
 from .verify_conversion import Verified, compare
 
 Target = Literal["peft", "gguf", "loraplus", "merged"]
@@ -62,6 +81,7 @@ def convert(
     leave_out: Sequence[str] = (),
     dtype: str | None = None,
     no_verify: bool = False,
+    allow_different: Sequence[str] = (),
 ) -> str:
     """Converts an adapter to a new directory, atomically; returns a summary.
 
@@ -69,13 +89,14 @@ def convert(
       source: a run or adapter directory of this package, a PEFT directory, or what `read_tree` reads.
       to: one of `TARGETS`.
       out: the new directory.
-      base: the base model, a value of `model.path`; by default a run's or PEFT adapter's own.
+      base: the base model, a value of `model.path`; by default the one that a run or PEFT adapter names.
       library: one of `LIBRARIES`, where the names fit several.
       scale, alpha: the scale of A B, or alpha of a scale alpha / rank, of a library that stores neither.
       path_map: JSON file with a list of rules `[ours, theirs]` for names that no recipe knows.
       leave_out: regular expressions of tensors to leave out, by path.
       dtype: dtype of the weights of a merged model, or of the factors in a GGUF file.
       no_verify: skip the comparison of the outputs at source and target.
+      allow_different: parts of a run's base that may differ from what it was trained on, see `PARTS`.
 
     Raises:
       ValueError, OSError: an argument or file is invalid, a tensor has no place at the target, or the outputs
@@ -101,57 +122,79 @@ def convert(
     check_new_path("--out", out)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
-    target = out.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
     directory = find_adapter(source) if library in (None, "loraplus") else None
-    is_ours = directory is not None and {"settings", "task", "base"} <= read_notes(directory).keys()
-    if library == "loraplus" and not is_ours:
-        raise ValueError(f"{source} is no run or adapter of loraplus train")
+    is_run = directory is not None and {"settings", "task", "base"} <= read_notes(directory).keys()
+    # The adapter of a loop of one's own, which has no settings.
+    is_own = directory is not None and not is_peft(directory) and not is_run
+    if library == "loraplus" and not is_run and not is_own:
+        raise ValueError(f"{source} is no run and no adapter of loraplus_jax")
+    if allow_different and not is_run:
+        raise ValueError(f"--allow_different is for a run of loraplus train, {source} is none; leave it out")
     foreign = {"--scale": scale, "--alpha": alpha, "--path_map": path_map, "--leave_out": leave_out or None}
     given = [name for name, value in foreign.items() if value is not None]
-    if given and (is_ours or is_peft_directory(source)):
+    if is_own:
+        given = [name for name in given if name != "--path_map"]
+    if given and (is_run or is_own or is_peft_directory(source)):
         raise ValueError(f"{source} has its own names and scales; remove {given[0]}")
-    with atomic_write(target, new=True) as partial:
-        if is_ours:
+    rules = _read_path_map(path_map)
+    with atomic_write(out.resolve(), new=True) as partial:
+        if is_run:
             assert directory is not None
-            lines = _convert_ours(source, directory, to, partial, base, dtype, no_verify)
-        else:
-            read: Source
-            if library in ("peft", "levanter") or (library is None and is_peft_directory(source)):
-                read = PeftSource(source)
-                base = base or read.options.base_model
-            else:
-                rules = _read_path_map(path_map)
-                options: Any = {"scale": scale, "alpha": alpha, "path_map": rules, "leave_out": leave_out}
-                read = TreeSource(source, library, **options)
+            with _relocated(directory, base) as directory:
+                lines = _convert_run(directory, to, partial, dtype, no_verify, allow_different)
+            return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
+        read: Source
+        if is_own:
+            assert directory is not None
             if base is None:
                 raise ValueError(f"{source} does not name its base model: pass --base")
-            lines = _convert_named(read, to, partial, out, base, dtype, no_verify)
-    return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
+            read = _own_source(directory, rules, resolve(base, "model"))
+        elif library in ("peft", "levanter") or (library is None and is_peft_directory(source)):
+            read = PeftSource(source)
+            base = base or read.options.base_model
+        else:
+            options: Any = {"scale": scale, "alpha": alpha, "path_map": rules, "leave_out": leave_out}
+            read = TreeSource(source, library, **options)
+        if base is None:
+            raise ValueError(f"{source} does not name its base model: pass --base")
+        lines = _convert_named(read, to, partial, out, base, dtype, no_verify)
+        return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
 
 
-def _convert_ours(
-    place: Path,
-    directory: Path,
-    to: str,
-    partial: Path,
-    base: str | None,
-    dtype: str | None,
-    no_verify: bool,
+@contextlib.contextmanager
+def _relocated(directory: Path, base: str | None) -> Iterator[Path]:
+    """A run's adapter directory, or a copy whose settings name another place of the base."""
+    if base is None:
+        yield directory
+        return
+    notes = read_notes(directory)
+    settings = notes["settings"]
+    notes["settings"] = {**settings, "model": {**settings["model"], "path": base}}
+    with temporary_directory_for(directory.parent) as folder:
+        # In a directory like the run's, as the model card reads its summary.
+        copy = folder / ADAPTER
+        shutil.copytree(directory, copy)
+        if directory.name == ADAPTER and (directory.parent / SUMMARY).is_file():
+            shutil.copyfile(directory.parent / SUMMARY, folder / SUMMARY)
+        files = [name for name in (TENSORS_FILE, WEIGHTS, OWN_TENSORS_FILE) if (copy / name).is_file()]
+        notes_path(copy).write_text(record_text(notes, copy, files), encoding="utf-8")
+        yield copy
+
+
+def _convert_run(
+    directory: Path, to: str, partial: Path, dtype: str | None, no_verify: bool, allow: Sequence[str]
 ) -> list[str]:
-    """Converts a run or an adapter with training settings; returns lines for the summary."""
-    own_base = read_notes(directory)["settings"]["model"]["path"]
-    if base is not None and resolve(base, "model").resolve() != resolve(own_base, "model").resolve():
-        raise ValueError(f"--base {base} is not the base of {place}, {own_base}; leave it out")
+    """Converts an adapter with training settings; returns lines for the summary."""
     if to != "loraplus":
         form = "gguf" if to == "gguf" else None
-        about = export_run(place, partial, merged=to == "merged", format=form, dtype=dtype)
+        options: Any = {"merged": to == "merged", "format": form, "dtype": dtype}
+        about = export_run(directory, partial, allow_different=allow, **options)
         lines = [about.partition(": ")[2]]
     elif not is_peft(directory):
         shutil.copytree(directory, partial)
         lines = ["adapter directory, copied"]
     else:
-        tuned = load_tuned(directory)
+        tuned = load_tuned(directory, allow_different=allow)
         own = {
             name: value
             for name, value in tuned.notes.items()
@@ -162,28 +205,44 @@ def _convert_ours(
         lines = ["adapter directory"]
     if no_verify:
         return [*lines, "not verified (--no_verify)"]
-    tuned = load_tuned(place)
-    own_path = resolve(own_base, "model")
-    if to in ("merged", "gguf") and tuned.settings.is_language and gguf.find(own_path) is None:
+    described = describe_adapter(directory, None, allow)
+    adapter = read_adapter(directory, described.parts)
+    is_checkpoint = described.settings.is_language and gguf.find(described.base) is None
+    if to != "loraplus" and is_checkpoint and adapter.config is not None:
         # In float32, on the original weights, and rounded as in the files: a run may compute with others.
-        with temporary_directory_for(place) as folder:
-            export_run(place, folder / "peft")
-            if not (folder / "peft" / OWN_TENSORS_FILE).is_file():
-                read = PeftSource(folder / "peft")
-                return [*lines, _format(_verify(read, read_named_base(own_path), to, partial, dtype))]
+        parts = described.parts
+        source = OwnSource(
+            directory, adapter, export.path_map(parts.base.table, transformers_class_of(parts))
+        )
+        return [*lines, _format(_verify(source, read_named_base(described.base), to, partial, dtype))]
+    tuned = load_tuned(directory, allow_different=allow)
     if tuned.settings.model.quantize in ("nf4", "int8") and to in ("merged", "gguf"):
         return [*lines, "not verified: the run has a quantized base, and this is for the original weights"]
     trainable = {name: disabled(x) if name == "lora" else x for name, x in tuned.parts.trainable.items()}
     plain = verify_by.tuned_outputs(tuned._replace(parts=tuned.parts._replace(trainable=trainable)))
     if to == "gguf":
-        named = read_named_base(own_path)
+        named = read_named_base(tuned.base)
         outputs = verify_by.our_logits(named.source, _gguf_weights(partial, named))
     else:
-        outputs = verify_by.tuned_outputs(load_tuned(partial))
+        outputs = verify_by.tuned_outputs(load_tuned(partial, allow_different=allow))
     verified = compare(
         "outputs", "loraplus", plain, verify_by.tuned_outputs(tuned), outputs, _tolerance(to, dtype, None)
     )
     return [*lines, _format(verified)]
+
+
+def _own_source(directory: Path, rules: PathMap, base: Path) -> OwnSource:
+    """The adapter of a loop of one's own; without rules, of a model of this package."""
+    if not rules:
+        values: Any = load_config(base)
+        if values.get("model_type") not in MODEL_TYPES:
+            raise ValueError(
+                f"{directory} has the module names of your model: pass --path_map with those of transformers"
+            )
+        config = model_config(base)
+        table = family_of(config.model_type).name_table(config)
+        rules = export.path_map(table, export.causal_lm_class(config))
+    return OwnSource(directory, load_adapter(directory), rules)
 
 
 def _convert_named(
@@ -265,15 +324,9 @@ def _write_gguf(partial: Path, peft: Path, base: Path, dtype: str | None) -> lis
 
 def _gguf_weights(directory: Path, base: NamedBase) -> dict[str, np.ndarray]:
     """The base's tensors with the adapter of a GGUF file, float32."""
-    factors = load_gguf_adapter(directory / GGUF_FILE, base.source)
-    locations, weights = base.locate(factors), {}
-    for name, (a, b, scale) in factors.items():
-        module = locations[name]
-        change = (
-            scale * np.asarray(a, np.float32) @ np.asarray(b, np.float32)
-        )  # (in, out), in tokens of an embedding
-        old = base.weight(module)
-        total = old + (change if base.is_embedding(module) else change.T)
+    weights, modules = {}, [name.removesuffix(".weight") for name in base.tensors]
+    for module, change in verify_by.gguf_changes(directory / GGUF_FILE, base.config, modules).items():
+        total = base.weight(module) + change
         weights[f"{module}.weight"] = total.T if base.is_conv1d(module) else total
     return weights
 
@@ -312,13 +365,14 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
             "logits", "PEFT" if to == "peft" else "transformers", plain, at_source, at_target, tolerance
         )
     plain, at_source = (verify_by.our_logits(base.source, each) for each in ({}, weights))
+    by = "loraplus"
     if to == "gguf":
-        at_target = verify_by.our_logits(base.source, _gguf_weights(partial, base))
+        by, at_target = "gguf and loraplus", verify_by.our_logits(base.source, _gguf_weights(partial, base))
     elif to == "merged":
         at_target = verify_by.our_logits(partial)
     else:
         at_target = verify_by.opened_logits(partial)
-    return compare("logits", "loraplus", plain, at_source, at_target, tolerance)
+    return compare("logits", by, plain, at_source, at_target, tolerance)
 
 
 def _tolerance(to: str, dtype: str | None, is_low: bool | None) -> float:
@@ -347,7 +401,7 @@ def _read_path_map(file: Path | None) -> PathMap:
         return ()
     content = read_json(file)
     rules = content.get("rules")
-    if not isinstance(rules, list) or not all(isinstance(rule, list) and len(rule) == 2 for rule in rules):
+    if not isinstance(rules, list) or not all(isinstance(rule, list) for rule in rules):
         raise ValueError(f'{file} must be {{"rules": [[ours, theirs], ...]}}, got {content!r:.80}')
     try:
         check_path_map([tuple(rule) for rule in rules])

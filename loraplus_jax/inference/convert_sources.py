@@ -1,26 +1,30 @@
-"""The adapters that `loraplus convert` reads: PEFT's directories, and trees of factors of other libraries.
+"""The adapters that `loraplus convert` reads: our own, PEFT's, and trees of factors of other libraries.
 
-Both become an adapter of a `NamedBase`, and tell separately what they make of each weight, for the verification.
+All become an adapter of a `NamedBase`, and tell separately what they make of each weight, for the verification.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from .._utils.json_files import read_json
+from ..adapter.lora import weight_delta
 from ..adapter.target_rules import config_of
-from ..adapter.tree import unflatten
+from ..adapter.tree import flat_factors, unflatten
+from ..inits.from_weights import as_difference
 from ..interop.adapter_directory import Adapter, host_array, read_tensors, tensor_bytes
 from ..interop.factor_trees import read_tree
 from ..interop.library_recipes import Recipe, dense_changes, find_recipe, read_factors
-from ..interop.path_map import FACTOR, MAGNITUDE_END, PathMap
+from ..interop.path_map import FACTOR, MAGNITUDE_END, Index, PathMap, Target, adapted_leaves
 from ..interop.peft_adapter_config import PeftOptions
 from ..interop.peft_files import (
     OPTIONS,
@@ -29,6 +33,7 @@ from ..interop.peft_files import (
     load_peft,
     peft_names,
     peft_options,
+    save_peft,
 )
 from ..models.checkpoints.named_base import NamedBase
 from ..optim.find_pairs import factor_pairs
@@ -236,6 +241,83 @@ class PeftSource:
         renamed = {n.replace(_PREFIX + _LEVANTER, _PREFIX, 1): tensor for n, tensor in tensors.items()}
         (folder / WEIGHTS).write_bytes(tensor_bytes(renamed))
         return folder
+
+
+class OwnSource:
+    """An adapter of this package, by the names of its model.
+
+    Args:
+      place: its directory, for messages.
+      adapter: the adapter.
+      path_map: transformers' names of its modules.
+    """
+
+    def __init__(self, place: Path, adapter: Adapter, path_map: PathMap) -> None:
+        if adapter.config is None:
+            raise ValueError(f"{place} has no adapter: the model was trained in full")
+        self.place, self.path_map = place, path_map
+        self.adapter = adapter
+        if adapter.start:  # for the original base, which the start made a packed one resemble
+            difference = as_difference(adapter.lora, adapter.start, adapter.specs, adapter.config)
+            self.adapter = Adapter(*difference, adapter.extras)
+
+    @property
+    def about(self) -> str:
+        """Whose it is."""
+        return "an adapter of loraplus_jax"
+
+    def read(self, base: NamedBase) -> NamedAdapter:
+        """Reads the directory that `save_peft` writes."""
+        with self._as_peft() as source:
+            return source.read(base)
+
+    def weights(self, base: NamedBase) -> Iterator[tuple[str, np.ndarray]]:
+        """Adds s A B to each weight, in the axes of our leaf, before any factor is converted."""
+        adapter, totals = self.adapter, dict[str, np.ndarray]()
+        factors = flat_factors(adapter.lora, adapter.specs)
+        for path, target in adapted_leaves(adapter.specs, self.path_map)[0].items():
+            spec = target.spec
+            a, b, *magnitudes = (jnp.asarray(factors[name]) for name in spec.factor_paths(path))
+            product = np.asarray(weight_delta(a, b, spec))
+            for index, name in target.names.items():
+                module = base.locate([name])[name]
+                total = totals.setdefault(module, np.array(base.weight(module)))
+                change = _slice_of_leaf(product, spec.base_letters, target, index)
+                rows = target.outputs.rows if target.outputs else slice(None)
+                total[rows] += change if base.is_embedding(module) else change.T
+                for m in magnitudes:
+                    letters = spec.factor_letters[1]
+                    values = np.asarray(m, np.float32).take(0, letters.index("r"))  # that axis has size 1
+                    size = _slice_of_leaf(values, letters.replace("r", ""), target, index).reshape(-1)
+                    total[rows] *= (size / np.linalg.norm(total[rows], axis=1))[:, None]
+        for module, total in totals.items():
+            yield f"{module}.weight", total.T if base.is_conv1d(module) else total
+        if adapter.extras:
+            with self._as_peft() as source:
+                yield from (each for each in source.weights(base) if each[0].rpartition(".")[0] not in totals)
+
+    @contextlib.contextmanager
+    def _as_peft(self) -> Iterator[PeftSource]:
+        adapter = self.adapter
+        assert adapter.config is not None
+        with temporary_directory_for(self.place) as folder:
+            extras = adapter.extras or None
+            save_peft(
+                folder / "peft", adapter.lora, adapter.specs, adapter.config, self.path_map, extras=extras
+            )
+            yield PeftSource(folder / "peft")
+
+
+def _slice_of_leaf(array: np.ndarray, letters: str, target: Target, index: Index) -> np.ndarray:
+    """A slice of a leaf with these axes as (in, out)."""
+    at = dict(zip(target.letters, index, strict=True))
+    kept = [c for c in letters if c not in at]
+    part = array[tuple(at.get(c, slice(None)) for c in letters)]
+    spec = target.spec
+    role = dict(zip((c for c in spec.base_letters if c.islower()), spec.axes, strict=True))
+    order = sorted(kept, key=lambda c: (role[c] != "i", kept.index(c)))
+    inputs = math.prod(part.shape[kept.index(c)] for c in kept if role[c] == "i")
+    return part.transpose([kept.index(c) for c in order]).reshape(inputs, -1)
 
 
 @contextlib.contextmanager

@@ -185,9 +185,8 @@ def _write_gguf_adapter(
     base: str,
     allow: Sequence[str],
 ) -> str:
-    target, name = to.resolve(), "adapter.gguf"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target, new=True) as partial, tempfile.TemporaryDirectory() as folder:
+    name = "adapter.gguf"
+    with atomic_write(to.resolve(), new=True) as partial, tempfile.TemporaryDirectory() as folder:
         peft = Path(folder) / "peft"
         try:
             _write_peft(tuned, adapter, peft, card, base, allow)
@@ -229,9 +228,7 @@ def _write_merged(
     merge = CheckpointMerge(
         parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras, dequantize=dequantized
     )
-    target = to.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target, new=True) as partial:
+    with atomic_write(to.resolve(), new=True) as partial:
         partial.mkdir()
         if format == "gguf":
             gguf_export.write_gguf(partial / "model.gguf", tuned.base, merge, dtype or "float16")

@@ -160,6 +160,48 @@ def torch_logits(source: Path, *, changed: Weights = {}, adapter: Path | None = 
             return model(ids).logits.numpy()
 
 
+def gguf_changes(file: Path, config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, np.ndarray]:
+    """What llama.cpp adds to the weights of modules for a GGUF adapter, with its own names, by its Python package.
+
+    Args:
+      file: the adapter.
+      config: the base's `config.json`.
+      modules: names of modules of the base.
+
+    Returns:
+      A dict from each adapted module to the change of its weight, float32 (out, in), of an embedding (vocab, dim).
+
+    Raises:
+      ConversionFailed: a tensor of the file belongs to none of the modules.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    kind = reader.fields["general.architecture"].contents()
+    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
+    layers = config["n_layer" if kind == "gpt2" else "num_hidden_layers"]
+    names = gguf.get_tensor_name_map(architecture, layers)
+    alpha, changes = float(reader.fields["adapter.lora.alpha"].contents()), {}
+    for module in modules:
+        name = names.get_name(module)
+        if (a := tensors.pop(f"{name}.weight.lora_a", None)) is None:
+            continue
+        b = tensors.pop(f"{name}.weight.lora_b")
+        # Of the embedding, A is (vocab, r).
+        change = alpha / b.shape[1] * (a @ b.T if name == "token_embd" else b @ a)
+        if kind == "llama" and module.endswith(("q_proj", "k_proj")):
+            heads = config["num_attention_heads"]
+            if module.endswith("k_proj"):
+                heads = config.get("num_key_value_heads") or heads
+            # Back from the order of its converter, which interleaves the halves of a head.
+            change = change.reshape(heads, -1, 2, change.shape[1]).swapaxes(1, 2).reshape(change.shape)
+        changes[module] = change
+    if tensors:
+        raise ConversionFailed(f"{file}: {min(tensors)} belongs to no module of the base")
+    return changes
+
+
 def layer_outputs(base: NamedBase, names: Iterable[str], weights: Weights) -> np.ndarray:
     """Outputs of single layers on random inputs: for bases that nothing here can run, one row after the other."""
     rng, outputs = np.random.default_rng(SEED), []

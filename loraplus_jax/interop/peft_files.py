@@ -151,7 +151,6 @@ def save_peft(
     files |= {OWN_TENSORS_FILE: tensor_bytes(flatten(own))} if own else {}
     files |= {"README.md": readme.encode()} if readme is not None else {}
     directory = Path(directory).resolve()
-    directory.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(directory, new=True) as partial:
         partial.mkdir()
         for name, content in files.items():

@@ -1,5 +1,6 @@
 """Files and directories are replaced as a whole, after they are on disk; JSON holds no NaN."""
 
+import contextlib
 import errno
 import json
 import math
@@ -140,6 +141,16 @@ def test_a_full_disk_names_the_path_that_the_caller_knows(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device", *names)
         assert raised.value.filename == str(path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_leaves_no_parents(tmp_path):
+    path = tmp_path / "a" / "b" / "c"
+    with contextlib.suppress(KeyboardInterrupt), atomic_write(path, new=True) as written:
+        written.mkdir()
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    write_text(path, "x", new=True)
+    assert path.read_text() == "x"
 
 
 def test_a_directory_that_is_gone_is_not_made_again(tmp_path):

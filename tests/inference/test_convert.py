@@ -4,16 +4,25 @@ import json
 import re
 import shutil
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
+from loraplus_jax.adapter.target_rules import config_of
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference import verify_conversion
+from loraplus_jax.interop.adapter_directory import save_adapter
+from loraplus_jax.models.checkpoints.hf import load_params
+from loraplus_jax.models.families import family_of
+from loraplus_jax.tasks.causal_lm import model_config
 
 from ..integration.gpt2_world import write_gpt2
 from ..interop.library_trees import LIBRARIES
+from ..interop.models import factors, spec_of
 from ..messages import assert_mentions
 from .conversions import (
     BIG,
@@ -25,6 +34,8 @@ from .conversions import (
     write_peft,
 )
 
+GGUF = "gguf and loraplus"
+"""Who verifies a GGUF adapter: its package reads the file, and this one computes."""
 pytestmark = pytest.mark.usefixtures("cache")
 
 
@@ -60,7 +71,7 @@ def rejected(capsys, *words, out):
 
 def differences(text):
     """Of the verification's line: by whom, the largest difference, the largest output, the adapter's effect."""
-    match = re.search(r"verified by (\w+): .* at most (\S+) .* up to (\S+); .* up to (\S+)\)", text)
+    match = re.search(r"verified by ([\w ]+): .* at most (\S+) .* up to (\S+); .* up to (\S+)\)", text)
     assert match, text
     return match[1], *(float(match[n]) for n in (2, 3, 4))
 
@@ -235,6 +246,9 @@ def test_levanter(base, tmp_path, capsys, by_us):
     names = load_file(tmp_path / "out/adapter_model.safetensors")
     assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in names} == modules.keys()
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"]
+    for to, by in (("merged", "loraplus"), ("loraplus", "loraplus"), ("gguf", GGUF)):
+        more = ("--dtype", "float32") if to == "gguf" else ()
+        check(converted(capsys, source, "--to", to, "--out", tmp_path / to, *more), by)
 
 
 @pytest.mark.slow
@@ -342,8 +356,9 @@ def test_runs(to, untrained_talk, tmp_path, capsys):
     out = tmp_path / "out"
     more = ("--dtype", "float32") if to == "gguf" else ()  # its random factors are large
     text = converted(capsys, untrained_talk.out, "--to", to, "--out", out, *more)
-    # Its base is quantized; merged and gguf are for the original weights.
-    by = "transformers" if to == "merged" and verify_conversion.has_peft() else "loraplus"
+    # Its base is quantized; all but our own form are compared on the original weights.
+    others = {"merged": "transformers", "peft": "PEFT"} if verify_conversion.has_peft() else {}
+    by = GGUF if to == "gguf" else others.get(to, "loraplus")
     found, difference, size, _ = differences(text)
     assert found == by
     assert difference <= 1e-5 * size
@@ -356,6 +371,95 @@ def test_runs(to, untrained_talk, tmp_path, capsys):
     assert (out / files[to]).is_file()
 
 
+def own_adapter(base, directory, **options):
+    """An adapter of a loop of one's own, for this package's model of a base."""
+    config = model_config(base)
+    lora_config = LoRAPlusConfig(target_modules=["q_proj", "down_proj"], rank=2, alpha=3, **options)
+    model = apply_lora_plus(family_of(config.model_type).model(config), lora_config)
+    ids = jnp.zeros((1, 4), jnp.int32)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), ids)["params"])
+    params = load_params(base, family_of(config.model_type).name_table(config), shapes)
+    lora, specs = init_lora(model, jax.random.key(1), ids, base={"params": params})
+    rng = np.random.default_rng(3)
+    lora = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), lora)
+    save_adapter(directory, lora, specs, lora_config)
+    return model, params, lora
+
+
+@pytest.mark.parametrize(
+    ("to", "variant"),
+    [
+        ("merged", "lora"),
+        ("merged", "dora"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [("peft", "lora"), ("peft", "dora")]),
+        *(pytest.param(to, "lora", marks=pytest.mark.slow) for to in ("loraplus", "gguf")),
+    ],
+)
+def test_an_adapter_of_a_loop_of_ones_own(to, variant, base, tmp_path, capsys, by_us):
+    model, params, lora = own_adapter(base, tmp_path / "adapter", variant=variant)
+    more = ("--dtype", "float32") if to == "gguf" else ()
+    words = ("--to", to, "--base", base, "--out", tmp_path / "out", *more)
+    check(converted(capsys, tmp_path / "adapter", *words), GGUF if to == "gguf" else "loraplus")
+    if to == "merged":
+        ids = verify_conversion.token_ids(model.config.vocab_size)
+        expected = model.apply({"params": params, "lora": lora}, ids)
+        found = verify_conversion.our_logits(tmp_path / "out")
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_an_adapter_with_names_and_axes_of_ones_own(base, tmp_path, capsys, by_us):
+    """Stacked layers, heads on axes of their own, and keys and values in one weight."""
+    specs = {
+        "blocks/query": spec_of(
+            "dense", "ioo", (2, 32, 4, 8), stacked=(0,), leaf="params/blocks/query/kernel"
+        ),
+        "blocks/kv": spec_of("einsum", "bioo", (2, 2, 32, 2, 8), stacked=(0,), leaf="params/blocks/kv/w"),
+    }
+    lora = {
+        "blocks": {name: factors(specs[f"blocks/{name}"], n)["m"] for n, name in enumerate(("query", "kv"))}
+    }
+    lora = jax.tree.map(lambda x: 0.3 * x, lora)
+    save_adapter(tmp_path / "adapter", lora, specs, config_of(specs))
+    words = (tmp_path / "adapter", "--to", "merged", "--base", base)
+    rules = [
+        ["blocks/query", "model.layers.{n}.self_attn.q_proj"],
+        ["blocks/kv", "model.layers.{n}.self_attn.{k_proj|v_proj}", "Linear"],
+    ]
+    (tmp_path / "map.json").write_text(json.dumps({"rules": rules}))
+    error = rejected(capsys, *words, out=tmp_path / "out")
+    assert_mentions(error, "path map", "blocks/query")
+    assert_mentions(rejected(capsys, *words, "--scale", 1, out=tmp_path / "out"), "--scale")
+    check(
+        converted(capsys, *words, "--path_map", tmp_path / "map.json", "--out", tmp_path / "out"), "loraplus"
+    )
+    found, changes = load_file(tmp_path / "out/model.safetensors"), {}
+    for n in range(2):
+        start = f"model.layers.{n}.self_attn"
+        a, b = (np.asarray(lora["blocks"]["query"][f"lora_{x}"][n]) for x in "ab")
+        changes[f"{start}.q_proj"] = 1.5 * np.einsum("ir,rhd->hdi", a, b).reshape(32, 32)
+        a, b = (np.asarray(lora["blocks"]["kv"][f"lora_{x}"][n]) for x in "ab")
+        for part, name in enumerate(("k_proj", "v_proj")):
+            changes[f"{start}.{name}"] = 1.5 * np.einsum("ir,rhd->hdi", a[part], b[part]).reshape(16, 32)
+    for key, value in expected_weights(base, changes).items():
+        np.testing.assert_allclose(found[key], value, rtol=0, atol=5e-6, err_msg=key)
+
+
+@pytest.mark.slow
+def test_a_run_whose_base_has_moved(untrained_talk, tmp_path, capsys):
+    base = tmp_path / "base"
+    settings = json.loads((untrained_talk.out / "adapter/adapter.json").read_text())["settings"]
+    shutil.copytree(settings["model"]["path"], base)
+    words = (untrained_talk.out, "--to", "peft", "--base", base)
+    converted(capsys, *words, "--out", tmp_path / "out")
+    options = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert options["base_model_name_or_path"] == str(base)
+    tensors = load_file(base / "model.safetensors")
+    save_file({key: x + 1 for key, x in tensors.items()}, base / "model.safetensors")
+    assert_mentions(rejected(capsys, *words, out=tmp_path / "no"), "base.weights", "--allow_different")
+    words = (*words, "--allow_different", "base.weights", "--no_verify")
+    converted(capsys, *words, "--out", tmp_path / "other")
+
+
 @pytest.mark.slow
 def test_a_run_of_an_encoder(untrained, tmp_path, capsys):
     text = converted(capsys, untrained.out, "--to", "peft", "--out", tmp_path / "out")
@@ -366,16 +470,35 @@ def test_a_run_of_an_encoder(untrained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("float16", 5e-3, marks=pytest.mark.slow)]
+    "name",
+    [
+        name if name == "gemma" else pytest.param(name, marks=pytest.mark.slow)
+        for name in LIBRARIES
+        if name != "openpi"
+    ],
 )
-def test_gguf(dtype, tolerance, base, tmp_path, capsys):
-    _, options = write_library("gemma", tmp_path / "source.safetensors")
-    words = ("--to", "gguf", "--base", base, "--out", tmp_path / "out", "--dtype", dtype, *flags(options))
-    by, difference, size, effect = differences(converted(capsys, tmp_path / "source.safetensors", *words))
-    assert by == "loraplus"
-    assert difference <= tolerance * size
-    assert effect > BIG * size
+def test_another_library_for_llama_cpp(name, base, tmp_path, capsys):
+    _, options = write_library(name, tmp_path / "source.safetensors")
+    words = ("--to", "gguf", "--base", base, "--out", tmp_path / "out", "--dtype", "float32", *flags(options))
+    check(converted(capsys, tmp_path / "source.safetensors", *words), GGUF)
     assert (tmp_path / "out/adapter.gguf").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PEFT)
+def test_adapters_of_peft_for_llama_cpp(kind, base, tmp_path, capsys):
+    source = write_peft(tmp_path / "peft", modules_of(base, "q_proj", "up_proj"), base, **PEFT[kind])
+    words = (source, "--to", "gguf", "--dtype", "float32")
+    if kind == "dora":
+        assert_mentions(rejected(capsys, *words, out=tmp_path / "out"), "DoRA", "--to merged")
+        return
+    check(converted(capsys, *words, "--out", tmp_path / "out"), GGUF)
+    shutil.rmtree(tmp_path / "out")
+    by, difference, size, effect = differences(
+        converted(capsys, source, "--to", "gguf", "--out", tmp_path / "out")
+    )
+    assert by == GGUF
+    assert difference <= 5e-3 * size < effect  # float16, the default
 
 
 @pytest.mark.slow

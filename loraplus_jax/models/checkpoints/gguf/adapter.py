@@ -1,4 +1,4 @@
-"""GGUF adapters, the files of llama.cpp's `--lora`: written from PEFT directories, and read.
+"""GGUF adapters, the files of llama.cpp's `--lora`, written from PEFT directories.
 
 For a weight NAME of the base, `NAME.lora_a` (r, in) and `NAME.lora_b` (out, r) hold PEFT's A and B; for the
 embedding `lora_a` is (vocab, r). llama.cpp adds alpha / r · B A, with one alpha for the file. Names, keys and
@@ -29,8 +29,6 @@ from ..name_table import expand, shape_in_file
 from . import load as gguf
 from .export import DTYPES, storage_type
 
-Factors = tuple[np.ndarray, np.ndarray, float]
-"""A (in, r), B (r, out), both float32, and the scale s: the weight (in, out) changes by s A B."""
 _ALPHA, _TYPE = "adapter.lora.alpha", "adapter.type"
 _TIED = "the embedding is also the head, to which llama.cpp cannot apply an adapter"
 _MERGE = "merge it into the weights instead: loraplus export --merged, or loraplus convert --to merged"
@@ -136,70 +134,9 @@ def save_gguf_adapter(file: Path, peft: Path, base: Path, *, dtype: str = "float
             b = rows
         stored[f"{module.tensor}.lora_a"] = a.T if module.is_embedding else a
         stored[f"{module.tensor}.lora_b"] = b
-    target = file.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target, new=True) as partial:
+    with atomic_write(file.resolve(), new=True) as partial:
         _write(partial, stored, architecture, alpha, dtype)
     return SavedAdapter(file, architecture, dtype, len(pairs), alpha, factors)
-
-
-def load_gguf_adapter(file: Path, base: Path) -> dict[str, Factors]:
-    """Reads a GGUF adapter, dequantized.
-
-    Args:
-      file: the file.
-      base: the base model, as for `save_gguf_adapter`.
-
-    Returns:
-      A dict from Hugging Face's name of each adapted module to A (in, r), B (r, out) and the scale s. in is the
-      vocabulary for the embedding.
-
-    Raises:
-      ValueError: the file is damaged, is no LoRA adapter, or does not match the base; lists all problems.
-    """
-    content = gguf.read(file)
-    architecture, modules = _modules(base)
-    keys = {"general.type": "adapter", _TYPE: "lora", "general.architecture": architecture}
-    problems = [
-        f"{key} must be {value}, got {content.one(key)!r:.80}"
-        for key, value in keys.items()
-        if content.one(key) != value
-    ]
-    alpha = content.one(_ALPHA, 0.0)
-    if type(alpha) is not float or not 0 <= alpha < math.inf:
-        problems.append(f"{_ALPHA} must be a number of at least 0, got {alpha!r:.80}")
-    if "adapter.alora.invocation_tokens" in content.metadata:
-        problems.append("adapter.alora.invocation_tokens is not supported")
-    raise_problems(f"{file} is not a LoRA adapter for {base}", problems)
-    by_tensor = {module.tensor: name for name, module in modules.items()}
-    pairs: dict[str, dict[str, np.ndarray]] = {}
-    for key, tensor in content.tensors.items():
-        weight, _, factor = key.rpartition(".lora_")
-        name = by_tensor.get(weight)
-        if name is None or factor not in ("a", "b"):
-            problems.append(f"+ {key:.80} is not the lora_a or lora_b of a weight of the base")
-        elif tensor.dtype not in gguf.DTYPES:
-            problems.append(f"~ {key} is {tensor.dtype}, must be one of {', '.join(gguf.DTYPES)}")
-        elif modules[name].unsupported:
-            problems.append(f"+ {key}: {modules[name].unsupported}")
-        else:
-            pairs.setdefault(name, {})[factor] = gguf.View(content, tensor)[:]
-    adapter: dict[str, Factors] = {}
-    for name, pair in pairs.items():
-        module = modules[name]
-        a, b = pair.get("a"), pair.get("b")
-        if a is None or b is None:
-            problems.append(f"- {module.tensor}.lora_{'b' if b is None else 'a'} is missing")
-            continue
-        a = a.T if module.is_embedding else a
-        if problem := _shape_problem(f"{module.tensor}", a, b, module):
-            problems.append(problem)
-            continue
-        b = b[gguf.rotary_order(len(b), module.heads)] if module.heads else b
-        # llama.cpp takes an alpha of 0 for none.
-        adapter[name] = a.T, b.T, alpha / len(a) if alpha else 1.0
-    raise_problems(f"{file} does not match {base}", problems)
-    return adapter
 
 
 def _modules(base: Path) -> tuple[str, dict[str, _Module]]:

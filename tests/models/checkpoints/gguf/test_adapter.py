@@ -10,12 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
+from loraplus_jax.inference.verify_conversion import gguf_changes
 from loraplus_jax.interop.peft_files import save_peft
 from loraplus_jax.models.checkpoints import export
-from loraplus_jax.models.checkpoints.gguf.adapter import load_gguf_adapter, save_gguf_adapter
+from loraplus_jax.models.checkpoints.gguf.adapter import save_gguf_adapter
 from loraplus_jax.models.families import family_of
 
-from ....messages import assert_mentions, mentions
+from ....messages import mentions
 from ...golden import IDS, load, run, write_golden
 from .files import gguf_of
 
@@ -101,13 +102,13 @@ def test_a_file_has_llama_cpps_keys_names_and_layouts(tmp_path):
     assert values["token_embd.weight.lora_a"] == [[0, 6], [1, 7], [2, 8], [3, 9], [4, 10], [5, 11]]
     assert values["token_embd.weight.lora_b"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert (saved.architecture, saved.modules, saved.alpha, saved.factors) == ("llama", 4, 4.0, {})
-    again = load_gguf_adapter(tmp_path / "a.gguf", tmp_path / "base")
-    assert again.keys() == {Q, V, "lm_head", "model.embed_tokens"}
-    assert {scale for _, _, scale in again.values()} == {2.0}
-    np.testing.assert_array_equal(again[Q][0], numbers(2, 4).T)
-    np.testing.assert_array_equal(again[Q][1], numbers(4, 2).T)
-    np.testing.assert_array_equal(again["model.embed_tokens"][0], numbers(2, 6).T)
-    np.testing.assert_array_equal(again["model.embed_tokens"][1], numbers(4, 2).T)
+    embed = "model.embed_tokens"
+    again = gguf_changes(tmp_path / "a.gguf", TINY, ["model.norm", "lm_head", embed, V, Q])
+    assert again.keys() == {Q, V, "lm_head", embed}
+    np.testing.assert_array_equal(again[Q], 2 * numbers(4, 2) @ numbers(2, 4))
+    np.testing.assert_array_equal(again[embed], 2 * (numbers(4, 2) @ numbers(2, 6)).T)
+    with pytest.raises(ValueError, match=mentions("a.gguf", "blk.1.attn_q.weight.lora_a", "no module")):
+        gguf_changes(tmp_path / "a.gguf", TINY, ["lm_head", embed, V])
 
 
 @pytest.mark.parametrize(
@@ -122,9 +123,10 @@ def test_factors_have_the_type_that_was_asked_for_where_rows_divide_into_blocks(
     save_gguf_adapter(tmp_path / "a.gguf", source, folder, dtype=dtype)
     found = contents(tmp_path / "a.gguf")[1]
     assert tuple(found[f"blk.0.attn_v.weight.lora_{x}"][0] for x in "ab") == kinds
-    a, b, _ = load_gguf_adapter(tmp_path / "a.gguf", folder)[V]
-    np.testing.assert_allclose(a, numbers(2, 32).T, rtol=0, atol=63 * tolerance)
-    np.testing.assert_allclose(b, numbers(32, 2).T, rtol=0, atol=63 * tolerance)
+    values = contents(tmp_path / "a.gguf")[1]
+    for x, shape in (("a", (2, 32)), ("b", (32, 2))):
+        found = values[f"blk.0.attn_v.weight.lora_{x}"][2]
+        np.testing.assert_allclose(found, numbers(*shape), rtol=0, atol=63 * tolerance)
 
 
 @pytest.mark.parametrize(
@@ -147,16 +149,17 @@ def test_scales_that_one_alpha_cannot_say_are_in_b(tmp_path, options, alpha, fac
     assert saved.alpha == pytest.approx(alpha, 1e-7)
     assert saved.factors == pytest.approx(factors, 1e-7)
     assert ("exactly" in saved.describe()) == (set(factors.values()) <= {2, 0.5} and bool(factors))
-    found = load_gguf_adapter(tmp_path / "a.gguf", folder)
-    for name, (a, b, scale) in found.items():
+    found = gguf_changes(tmp_path / "a.gguf", TINY, [Q, V, f"{LAYER}.mlp.up_proj"])
+    assert len(found) == 3
+    for name, change in found.items():
         r = rank if name == Q else 2
         # PEFT's: alpha / r, or alpha / sqrt(r).
         own = options.get("alpha_pattern", {}).get("q_proj" if name == Q else "", 4)
         if "(q|v)_proj" in options.get("alpha_pattern", {}) and name in (Q, V):
             own = 8
         wanted = own / r ** (0.5 if options.get("use_rslora") else 1)
-        inner, out = a.shape[0], b.shape[1]
-        np.testing.assert_allclose(scale * a @ b, wanted * numbers(r, inner).T @ numbers(out, r).T, rtol=3e-7)
+        out, inner = change.shape
+        np.testing.assert_allclose(change, wanted * numbers(out, r) @ numbers(r, inner), rtol=3e-7)
 
 
 CAUSAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -203,11 +206,11 @@ def test_the_base_with_the_factors_read_back_has_our_logits(name, tmp_path):
     source = gguf_of(folder, tmp_path / "base.gguf") if name == "gpt2_untied" else folder
     save_gguf_adapter(tmp_path / "a.gguf", folder / "peft", source, dtype="float32")
     weights = load_file(folder / "model.safetensors")
-    for module, (a, b, scale) in load_gguf_adapter(tmp_path / "a.gguf", source).items():
-        # Conv1D and embeddings store the weight as (in, out).
-        is_linear = module == "lm_head" or (module.endswith("_proj") and "c_" not in module)
-        change = np.float32(scale) * a @ b
-        weights[f"{module}.weight"] = weights[f"{module}.weight"] + (change.T if is_linear else change)
+    config = json.loads((folder / "config.json").read_text())
+    modules = [name.removesuffix(".weight") for name in weights]
+    for module, change in gguf_changes(tmp_path / "a.gguf", config, modules).items():
+        # Conv1D stores the weight as (in, out).
+        weights[f"{module}.weight"] = weights[f"{module}.weight"] + (change.T if ".c_" in module else change)
     save_file(weights, folder / "model.safetensors")
     found = run(model, {"params": load(folder)[1]}, ids)
     largest = np.abs(wanted).max()
@@ -274,44 +277,3 @@ def test_other_invalid_sources_are_rejected(tmp_path):
     save_gguf_adapter(tmp_path / "a.gguf", large, folder, dtype="float32")
     with pytest.raises(ValueError, match=mentions("a.gguf", "exists")):
         save_gguf_adapter(tmp_path / "a.gguf", large, folder, dtype="float32")
-
-
-def write(path, tensors, **changes):
-    keys = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0} | changes
-    writer = package.GGUFWriter(path, keys.pop("general.architecture", "llama"))
-    for key, value in keys.items():
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_float32(key, value)
-    for name, value in tensors.items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def test_files_of_others_are_read_as_llama_cpp_reads_them(tmp_path):
-    name, folder = "blk.0.attn_v.weight.lora_", base(tmp_path / "base")
-    tensors = {f"{name}a": numbers(2, 4), f"{name}b": numbers(4, 2)}
-    for alpha, scale in ((4.0, 2.0), (0.0, 1.0)):
-        path = write(tmp_path / f"{alpha}.gguf", tensors, **{"adapter.lora.alpha": alpha})
-        assert load_gguf_adapter(path, folder)[V][2] == scale
-    for n, (changes, content, words) in enumerate(
-        [
-            ({"general.type": "model"}, tensors, ["general.type", "adapter", "model"]),
-            ({"adapter.type": "vera"}, tensors, ["adapter.type", "lora", "vera"]),
-            ({"general.architecture": "qwen2"}, tensors, ["general.architecture", "llama", "qwen2"]),
-            ({"adapter.lora.alpha": -1.0}, tensors, ["adapter.lora.alpha", -1.0]),
-            ({}, {f"{name}a": numbers(2, 4)}, [f"{name}b", "missing"]),
-            ({}, {f"{name}a": numbers(2, 5), f"{name}b": numbers(4, 2)}, ["(2, 4)", "(2, 5)"]),
-            ({}, tensors | {"blk.0.attn_norm.weight": numbers(4)}, ["blk.0.attn_norm.weight"]),
-            ({}, {"blk.9.attn_v.weight.lora_a": numbers(2, 4)}, ["blk.9.attn_v.weight.lora_a"]),
-        ]
-    ):
-        path = write(tmp_path / f"bad{n}.gguf", content, **changes)
-        with pytest.raises(ValueError, match=r"\w") as caught:
-            load_gguf_adapter(path, folder)
-        assert_mentions(str(caught.value), path, *words)
