@@ -17,6 +17,7 @@ import numpy as np
 from flax.core import meta
 from jax.core import Tracer
 
+from .._utils.validation import check_int
 from .config import LoRAPlusConfig
 from .lora import SCALE
 from .spec import AdapterSpec, Specs
@@ -169,11 +170,12 @@ def put_adapter(stack: AdapterStack, slot: int, adapter: AdapterLike | None) -> 
       A stack of the same structure, shapes and dtypes, with which compiled functions run without a compilation.
 
     Raises:
+      TypeError: `slot` is no integer.
       ValueError: there is no such slot, or the adapter does not fit the stack's room: it adapts another module, has
         a larger rank, or fully trains another parameter.
     """
-    if not isinstance(slot, int) or not 0 <= slot < stack.slots:
-        raise ValueError(f"slot must be from 0 to {stack.slots - 1}, got {slot!r}")
+    slot = int(slot) if isinstance(slot, np.integer) else slot
+    check_int("slot", slot, at_least=0, at_most=stack.slots - 1)
     axes = _row_axes(stack.room)
     shapes = {path: tuple(np.delete(x.shape, axes.get(path, 0))) for path, x in stack.values.items()}
     new = _slot_values(adapter, stack.room, shapes, stack.rest, "the adapter")

@@ -542,7 +542,7 @@ CONVERT = {
     ),
     "--dtype": value(
         "dtype of a merged model's weights (default: the base's) or of a GGUF adapter (default: float16)",
-        choices=("float32", "bfloat16", "float16"),
+        choices=("float32", "bfloat16", "float16", "q8_0"),
     ),
     "--no_verify": flag("do not compare the outputs of the model before and after"),
     **ALLOW,

@@ -81,12 +81,16 @@ def read_descriptions(path: str | Path, columns: Mapping[str, str] | None = None
     ]
 
 
-def read_inputs(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Input]:
-    """Reads the distinct inputs of such a file in order, without their texts: it needs no column `ref`."""
+def read_inputs(
+    path: str | Path, columns: Mapping[str, str] | None = None, *, distinct: bool = True
+) -> list[Input]:
+    """Reads the inputs of such a file in order, by default each once; it needs no column `ref`."""
     path, (name, _) = Path(path), _column_names(columns)
     rows = read_rows(path, (name,))
     mrs = [row.values[name] for row in rows]
     turns = _user_turns(mrs, [location_of(path, row.line) for row in rows], name)
+    if not distinct:
+        return [Input(mr, turn, ()) for mr, turn in zip(mrs, turns, strict=True)]
     # Reversed, so that of equal inputs the first spelling is kept.
     first = dict(zip(reversed(turns), reversed(mrs), strict=True))
     return [Input(first[turn], turn, ()) for turn in dict.fromkeys(turns)]

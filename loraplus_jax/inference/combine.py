@@ -12,6 +12,7 @@ from ..interop.combination import combine_adapters
 from ..training.provenance import check_allowed, check_identity
 from ..training.run_files import ADAPTER
 from ..training.saved_adapter import is_peft, read_adapter, read_notes, require_adapter
+from .generate import as_instruction_model, describe_peft
 from .predict import describe_adapter
 
 KEPT = ("settings", "task", "identity")
@@ -53,7 +54,7 @@ def combine_runs(
       adapters: runs or adapter directories, in this package's format or PEFT's, each as `DIR` or `DIR=WEIGHT`.
       how: the way, see `combine_adapters`.
       out: the new directory.
-      config: a training config, for adapters that PEFT made.
+      config: a training config, for adapters that PEFT made for an encoder, or whose file names no base.
       allow_different: parts of the base model in which the adapters may differ, see `PARTS`.
       **options: options of `combine_adapters`.
 
@@ -117,7 +118,10 @@ def _read(name: str, weight: float, config: str | None, allow: Sequence[str]) ->
     if not is_peft(directory):
         return Source(name, directory, weight, load_adapter(directory), notes)
     # Only the model says where the tensors of PEFT's file belong.
-    tuned = describe_adapter(directory, None if "settings" in notes else config, allow)
+    if "settings" in notes or config is not None:
+        tuned = describe_adapter(directory, None if "settings" in notes else config, allow)
+    else:
+        tuned = as_instruction_model(describe_peft(directory))
     if "settings" not in notes:
         settings = {key: value for key, value in tuned.settings.to_json().items() if key != "output_dir"}
         notes = {**notes, "settings": settings, "task": tuned.task.notes(), "identity": dict(tuned.identity)}

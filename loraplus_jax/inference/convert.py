@@ -28,8 +28,7 @@ from ..models.checkpoints.merge import CheckpointMerge, dtype_of
 from ..models.checkpoints.named_base import NamedBase, read_named_base
 from ..models.families import MODEL_TYPES, family_of
 from ..step.fingerprints import fingerprint
-from ..tasks.causal_lm import LanguageTask, model_config
-from ..training.provenance import model_identity
+from ..tasks.causal_lm import model_config
 from ..training.run_files import ADAPTER, SUMMARY
 from ..training.saved_adapter import (
     find_adapter,
@@ -49,7 +48,7 @@ from .convert_sources import (
     temporary_directory_for,
 )
 from .export import DTYPES, export_run
-from .generate import open_model
+from .generate import as_instruction_model, open_model
 from .predict import describe_adapter, load_tuned
 from .verify_conversion import Verified, compare
 
@@ -63,9 +62,9 @@ _WRITTEN = {
     "loraplus": "adapter directory",
     "merged": "merged model",
 }
-_DTYPES = {"merged": DTYPES["hf"], "gguf": ("float32", "float16")}
-TOLERANCE, LOW_PRECISION = 1e-5, 5e-3
-"""Largest difference relative to the largest output: of float32, and of 16-bit weights or factors."""
+_DTYPES = {"merged": DTYPES["hf"], "gguf": DTYPES["gguf"]}
+TOLERANCE, LOW_PRECISION, EIGHT_BITS = 1e-5, 5e-3, 5e-2
+"""Largest difference relative to the largest output: of float32, of 16-bit and of 8-bit weights or factors."""
 
 
 def convert(
@@ -302,13 +301,12 @@ def _convert_named(
 
 def _write_ours(partial: Path, peft: Path) -> None:
     """Writes an adapter directory that `loraplus generate` opens on its own."""
-    tuned = open_model(str(peft), None, None, None, ())
+    tuned = as_instruction_model(open_model(str(peft), None, None, None, ()))
     parts, settings = tuned.parts, tuned.settings
-    task = LanguageTask(kind="instruction")
     notes = {
         "settings": {name: value for name, value in settings.to_json().items() if name != "output_dir"},
-        "task": task.notes(),
-        "identity": model_identity(settings, tuned.base, task),
+        "task": tuned.task.notes(),
+        "identity": tuned.identity,
     }
     save_adapter(
         partial, parts.trainable, parts.specs, settings.applied, base=fingerprint(parts.frozen), **notes
@@ -376,6 +374,8 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
 
 
 def _tolerance(to: str, dtype: str | None, is_low: bool | None) -> float:
+    if dtype == "q8_0":
+        return EIGHT_BITS
     if is_low is None:
         is_low = to == "merged" and dtype not in (None, "float32")
     return LOW_PRECISION if is_low or (to == "gguf" and dtype != "float32") else TOLERANCE

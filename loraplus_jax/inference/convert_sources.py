@@ -287,8 +287,9 @@ class OwnSource:
                 total[rows] += change if base.is_embedding(module) else change.T
                 for m in magnitudes:
                     letters = spec.factor_letters[1]
-                    values = np.asarray(m, np.float32).take(0, letters.index("r"))  # that axis has size 1
-                    size = _slice_of_leaf(values, letters.replace("r", ""), target, index).reshape(-1)
+                    values = np.asarray(m, np.float32)
+                    values = np.take(values, 0, letters.index("r"))  # an axis of size 1
+                    size = _slice_of_leaf(values, letters.replace("r", ""), target, index)[0]
                     total[rows] *= (size / np.linalg.norm(total[rows], axis=1))[:, None]
         for module, total in totals.items():
             yield f"{module}.weight", total.T if base.is_conv1d(module) else total

@@ -12,16 +12,35 @@ from ..data.fetch import resolve
 from ..interop.peft_files import NOTES_FILE, peft_options
 from ..models.decoding.generate import Sampling, check_sampling
 from ..settings.schema import DataSettings, Dtype, GenerationSettings, ModelSettings, Settings
+from ..tasks.causal_lm import LanguageTask
 from ..tasks.chat_generation import ChatModel
 from ..training.distributed import raise_together
+from ..training.provenance import model_identity
 from ..training.run_directory import describe_unfinished
 from ..training.saved_adapter import find_adapter, is_peft, read_notes
 from ..training.setup import base_parts, build_model
 from .devices import MeshSizes, check_same_rows
-from .predict import TunedModel, check_weights, load_tuned, load_weights, load_whole, settings_with_adapter
-from .several_adapters import SeveralAdapters, open_adapters, read_adapter_names, slots_of, use_of
+from .predict import (
+    NO_DATA,
+    TunedModel,
+    check_weights,
+    load_tuned,
+    load_weights,
+    load_whole,
+    settings_with_adapter,
+)
+from .several_adapters import (
+    SeveralAdapters,
+    open_adapters,
+    read_adapter_column,
+    read_adapter_names,
+    slots_of,
+    use_of,
+)
 
 MAX_TOKENS = 128
+EVALUATED_TOKENS = 1024
+"""Most tokens of a row in `loraplus eval --data` for an adapter that was trained elsewhere."""
 
 
 def generate_answers(
@@ -102,17 +121,14 @@ def generate_answers(
         tuned = open_model(place, template, dtype, config, allow_different, mesh)
     settings, model = tuned.settings, tuned.parts.model
     with raise_together():
-        chats = _chats(prompts, data, system, settings)
+        chats = _chats(prompts, data, system, settings, distinct=several is None)
         names: list[str] = []
         if several is not None and data is None:
             use = use_of(use, several)
             chats, names = [chat for chat in chats for _ in use], [*use] * len(chats)
         elif several is not None:
-            if settings.task == "generation":
-                raise ValueError(
-                    "--adapter with --data does not support task generation; pass --prompt and --use"
-                )
-            names, locations = read_adapter_names(resolve(str(data), "data"))
+            read = read_adapter_column if settings.task == "generation" else read_adapter_names
+            names, locations = read(resolve(str(data), "data"))
             slots_of(names, several, locations)
         is_generation = settings.task == "generation"
         default = settings.generation.max_new_tokens if is_generation else MAX_TOKENS
@@ -168,10 +184,14 @@ def _open_several(
     return several
 
 
-def _chats(prompts: Sequence[str], data: str | None, system: str | None, settings: Settings) -> list[Chat]:
+def _chats(
+    prompts: Sequence[str], data: str | None, system: str | None, settings: Settings, *, distinct: bool
+) -> list[Chat]:
+    """What to answer; of data for task generation each input once if `distinct`."""
     if settings.task == "generation":
         if data is not None:
-            return [Chat((x.turn,)) for x in read_inputs(resolve(data, "data"), settings.data.column_names)]
+            file, columns = resolve(data, "data"), settings.data.column_names
+            return [Chat((x.turn,)) for x in read_inputs(file, columns, distinct=distinct)]
         prompts = [linearize(text) for text in prompts]
     if data is not None:
         chats = read_chats(resolve(data, "data"), settings.data.column_names)
@@ -237,19 +257,37 @@ def _open_untuned(
             raise FileNotFoundError(unfinished)
     elif not is_peft(directory):
         raise ValueError(f"{directory} has no training settings; use a run or adapter from loraplus train")
-    name = source if directory is None else peft_options(directory).base_model
+    else:
+        return load_weights(directory, describe_peft(directory, template, dtype), mesh)
+    base, settings = resolve(source, "model"), _plain_settings(source, template, dtype)
+    parts = base_parts(settings, base, None)
+    return load_whole(TunedModel(settings, None, parts, base), mesh)
+
+
+def describe_peft(directory: Path, template: str | None = None, dtype: Dtype | None = None) -> TunedModel:
+    """A language model with an adapter that PEFT wrote, on the base that it names, with shapes as variables.
+
+    Raises:
+      ValueError, OSError: the adapter names no base, or one that is no language model of this package.
+    """
+    name = peft_options(directory).base_model
     if name is None:
         raise ValueError(
             f"{directory} does not name its base model; pass --config with a training config that sets "
             "model.path"
         )
     base, settings = resolve(name, "model"), _plain_settings(name, template, dtype)
-    if directory is not None:
-        settings = settings_with_adapter(directory, settings, base, None)
-        parts = build_model(settings, base, None, settings.applied)
-        return load_weights(directory, TunedModel(settings, None, parts, base), mesh)
-    parts = base_parts(settings, base, None)
-    return load_whole(TunedModel(settings, None, parts, base), mesh)
+    settings = settings_with_adapter(directory, settings, base, None)
+    return TunedModel(settings, None, build_model(settings, base, None, settings.applied), base)
+
+
+def as_instruction_model(tuned: TunedModel) -> TunedModel:
+    """The same with what `save_adapter` must know of a run for `generate`, `eval` and `export`."""
+    task, model = LanguageTask(kind="instruction"), tuned.parts.base.model
+    longest = min(EVALUATED_TOKENS, model.config.max_length)  # pyright: ignore[reportAttributeAccessIssue]
+    data = dataclasses.replace(tuned.settings.data, max_length=longest)
+    settings = dataclasses.replace(tuned.settings, data=data)
+    return tuned._replace(settings=settings, task=task, identity=model_identity(settings, tuned.base, task))
 
 
 def _plain_settings(model: str, template: str | None, dtype: Dtype | None) -> Settings:
@@ -257,7 +295,7 @@ def _plain_settings(model: str, template: str | None, dtype: Dtype | None) -> Se
     weights_dtype = dtype or "float32"
     return Settings(
         model=ModelSettings(path=model, dtype=weights_dtype, param_dtype=weights_dtype),
-        data=DataSettings(train="-", max_length=2, template=template or "model"),
+        data=DataSettings(train=NO_DATA, max_length=2, template=template or "model"),
         task="instruction",
         output_dir="-",
     )

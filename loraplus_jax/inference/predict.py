@@ -50,6 +50,8 @@ from ..training.setup import base_parts, build_model, load_model, read_params, t
 from .devices import MeshSizes, check_same_rows, choose_mesh, shardings_of, to_mesh, write_once
 
 OUTPUT_SUFFIX = ".jsonl"
+NO_DATA = "-"
+"""`data.train` of an adapter that was trained elsewhere."""
 
 
 class TunedModel(NamedTuple):
@@ -245,6 +247,8 @@ def evaluate_run(
     tuned = load_tuned(directory, config, allow_different, mesh)
     settings, module, on = tuned.settings, task_module(tuned.settings), tuned.mesh
     with raise_together():
+        if data is None and settings.data.train == NO_DATA:
+            raise ValueError(f"{directory} has no data of its own; pass --data FILE or --tasks")
         try:
             evaluated: Split = module.load_split(settings, tuned.base, tuned.task, split, data)
         except KeyError as error:

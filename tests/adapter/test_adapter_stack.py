@@ -196,7 +196,7 @@ def test_changing_a_slot_recompiles_nothing():
     run = mixed_batch(model, stack)
     expected = by_themselves(model, base, adapters)
     run(base, stack, ROWS, IDS)
-    stack = put_adapter(put_adapter(stack, 3, adapters[3]), 2, adapters[0])
+    stack = put_adapter(put_adapter(stack, np.int64(3), adapters[3]), 2, adapters[0])
     wrong = run(base, stack, ROWS, IDS)
     stack = put_adapter(put_adapter(stack, 2, adapters[2]), 4, adapters[1])
     found = run(base, put_adapter(stack, 4, None), ROWS, IDS)
@@ -276,6 +276,8 @@ def test_what_does_not_fit_is_an_error():
     for call, words in cases:
         with pytest.raises(ValueError, match=mentions(*words)):
             call()
+    with pytest.raises(TypeError, match=mentions("slot", "integer", "True")):
+        put_adapter(stack, True, None)
     large = dataclasses.replace(adapters[0].config, rank=5)
     (other,) = make_adapters(model, base, [large])
     with pytest.raises(ValueError, match=mentions("rank", 2, 5, "q_proj")):

@@ -1,5 +1,6 @@
 """`loraplus combine` on adapters that were never trained: what evaluates, generates and exports its result."""
 
+import functools
 import json
 import shutil
 
@@ -65,6 +66,10 @@ def test_parts_of_one_adapter_in_either_format_make_the_adapter(run, tmp_path, c
     assert near(evaluated(capsys, again), exact)
     assert read_adapter_json(again)["base"] == source["base"]
     assert load_adapter(again).config.rank == 4
+    # Its file names the base.
+    printed(capsys, "combine", f"{bare}=0.25", f"{bare}/=0.75", *svd, "--out", tmp_path / "no_config")
+    found, wanted = (load_adapter(place).lora for place in (tmp_path / "no_config", again))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, wanted)
 
 
 def saved(directory, base=None, seed=0):

@@ -125,6 +125,12 @@ def test_another_library_for_others(to, base, tmp_path, capsys, by_us):
     out = tmp_path / "out"
     words = ("--base", base, "--out", out, *flags(options))
     check(converted(capsys, tmp_path / "source.safetensors", "--to", to, *words), "loraplus")
+    if to == "loraplus":  # it has no data, and a row of the data has as many tokens as the model takes
+        rows = [{"instruction": "say many words", "output": "here are all of them"}] * 3
+        (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main(["eval", str(out), "--data", str(tmp_path / "chat.jsonl")]) == 0
+        assert main(["eval", str(out)]) == 2
+        assert_mentions(capsys.readouterr().err, out, "--data", "--tasks")
     # And from there on, with the same logits: to PEFT, to our own directory, merged.
     again = tmp_path / "again"
     check(converted(capsys, out, "--to", "merged", "--out", again), "loraplus")

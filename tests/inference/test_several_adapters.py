@@ -6,6 +6,7 @@ import pytest
 
 from loraplus_jax.cli.commands import main
 
+from ..integration import language_world as language
 from ..integration.runs import flags, lines_of
 from ..messages import assert_mentions
 from .conftest import with_adapter
@@ -75,6 +76,24 @@ def test_texts_are_those_of_each_adapter_alone(talks, tmp_path, search):
         assert [mixed[n]["prompt"] for n in own] == [alone[n]["prompt"] for n in own]
     answers = {row["answer"] for row in mixed}
     assert len(answers) > 4
+
+
+@pytest.mark.slow
+def test_data_to_text_of_each_adapter_alone(talk, tmp_path):
+    """An input of two adapters is described by both."""
+    talk.describe(beams=1, max_new_tokens=6, inputs=6, batch_size=4)
+    overrides = {"all": (), "two": OTHER}
+    made = {name: with_adapter(talk, tmp_path / name, *more) for name, more in overrides.items()}
+    mrs = [row["mr"] for row in language.descriptions()[:3]]
+    rows = [{"mr": mr, "adapter": name} for mr in mrs for name in made]
+    talk.write_rows("named.csv", rows)
+    data = talk.directory / "named.csv"
+    mixed = run(tmp_path, "generate", made["all"].out, *named(made), "--data", data)
+    assert [row["adapter"] for row in mixed] == ["all", "two"] * 3
+    for name, world in made.items():
+        alone = run(tmp_path, "generate", world.out, "--data", data)
+        found = {row["prompt"]: row["answer"] for row in mixed if row["adapter"] == name}
+        assert found == {row["prompt"]: row["answer"] for row in alone}
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ class NamedBase(NamedTuple):
             spellings += [name.removeprefix(prefix) for prefix in PREFIXES]
             if (module := next((each for each in spellings if each in modules), None)) is None:
                 close = suggest(name, modules, fallback=False)
-                raise ValueError(f"{self.source} has no module {name}{close}: is it the adapter's base?")
+                raise ValueError(f"{self.source} is not the adapter's base: it has no module {name}{close}")
             found[name] = module
         return found
 
