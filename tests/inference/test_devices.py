@@ -139,6 +139,19 @@ def test_two_processes_answer_and_evaluate_what_one_device_does(untrained_talk, 
     near(json.loads(output_of("eval", out, *fsdp, devices=1)), evaluate_run(out))
 
 
+@pytest.mark.long
+def test_two_processes_answer_with_the_adapter_of_each_request(untrained_talk, tmp_path):
+    out, file = untrained_talk.out, tmp_path / "answers.jsonl"
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    adapters, use = [f"me={out}"], ("me", "base")
+    named = ("--adapter", *adapters, *(word for name in use for word in ("--use", name)))
+    words = ("generate", out, *named, *prompts, "--max_tokens", "8", "--output", file, *SPLIT)
+    assert output_of(*words, devices=4) == ""
+    alone = generate_answers(str(out), prompts=PROMPTS, max_tokens=8, adapters=adapters, use=use)
+    assert lines_of(file) == alone
+    assert len({row["answer"] for row in alone}) > len(PROMPTS)
+
+
 @pytest.mark.slow
 def test_two_processes_evaluate_tasks_on_a_model(first_talk, tmp_path):
     root = write_tasks(tmp_path / "tasks")
