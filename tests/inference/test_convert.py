@@ -509,7 +509,9 @@ def test_adapters_of_peft_for_llama_cpp(kind, base, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LIBRARIES if name != "openpi"])
-@pytest.mark.parametrize("to", ["peft", "merged", "loraplus"])
+@pytest.mark.parametrize(
+    "to", ["peft", *(pytest.param(to, marks=pytest.mark.long) for to in ("merged", "loraplus"))]
+)
 def test_another_library_by_peft_and_transformers(name, to, base, tmp_path, capsys):
     _, options = write_library(name, tmp_path / "source.safetensors")
     words = ("--to", to, "--base", base, "--out", tmp_path / "out", *flags(options))

@@ -233,6 +233,7 @@ def test_where_there_is_no_cpu_a_short_measurement_chooses_the_members_at_once(h
     assert recorded.alive == [[True, True]] * 4
 
 
+@pytest.mark.long
 def test_neither_the_evaluation_batch_nor_the_slots_change_a_loss(home, members, monkeypatch):
     split = members.population.data.splits["test"]
     expected = members.evaluate(split)

@@ -94,7 +94,7 @@ def test_the_time_by_hand(planned):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("bert", marks=pytest.mark.long)])
 def test_an_evaluation_of_all_layers_is_counted(tmp_path, kind):
     if kind == "llama":  # its loss in eight chunks, whose loop would count once
         settings = llama(tmp_path, model={"loss_chunk": 16}, train={"accumulate": 2})
