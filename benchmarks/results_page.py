@@ -169,6 +169,50 @@ def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
     save_figure(figure, path)
 
 
+def map_points(report: Report) -> list[tuple[float, float, float]]:
+    """(η_A, η_B, mean validation loss over the seeds) of each setting that trained to the end."""
+    losses: dict[tuple[float, float], list[float | None]] = {}
+    for method in report["methods"].values():
+        for row in method["search"]:
+            if row["step"] == report["protocol"]["steps"]:
+                rate = row["learning_rate"]
+                losses.setdefault((rate, rate * row["lr_ratio"]), []).append(row["loss"])
+    return [(*rates, sum(x) / len(x)) for rates, x in losses.items() if None not in x]  # pyright: ignore
+
+
+def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
+    """The validation loss over (η_A, η_B), a panel a study; the line is plain LoRA, the frame the lowest loss."""
+    plt = pyplot()
+    columns = min(2, len(studies))
+    rows = -(-len(studies) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(5 * columns, 4.2 * rows), squeeze=False, layout="constrained"
+    )
+    for axes, (title, report) in zip(panels.flat, studies.items(), strict=False):
+        points = map_points(report)
+        best, losses = min(points, key=lambda point: point[2]), sorted(point[2] for point in points)
+        # Of the upper half of the losses, which may be far above, the colors need not tell one from another.
+        shown = axes.scatter(
+            [point[0] for point in points],
+            [point[1] for point in points],
+            c=[point[2] for point in points],
+            cmap="viridis_r",
+            vmax=losses[len(losses) // 2],
+            marker="s",
+            s=150,
+        )
+        figure.colorbar(shown, ax=axes, label="validation loss", extend="max")
+        axes.plot(
+            *best[:2], "s", markersize=16, markerfacecolor="none", markeredgecolor="red", markeredgewidth=2
+        )
+        ends = [end(point[0] for point in points) for end in (min, max)]
+        axes.plot(ends, ends, "--", color="black", linewidth=1, zorder=0)
+        axes.set(xscale="log", yscale="log", xlabel="η_A", ylabel="η_B", title=title)
+    for axes in panels.flat[len(studies) :]:
+        axes.set_visible(False)
+    save_figure(figure, path)
+
+
 def filled(page: str, tables: Mapping[str, Mapping[str, Report]]) -> str:
     """The page with every block filled."""
     blocks = {"summary": summary_lines(tables)}
@@ -187,6 +231,8 @@ def main() -> None:
     path, tables = DOCS / "results.md", read()
     write_text(path, filled(path.read_text(encoding="utf-8"), tables))
     draw(tables, DOCS / "results" / "differences.png")
+    if tables["lambda"]:
+        draw_maps(tables["lambda"], DOCS / "results" / "lambda_map.png")
 
 
 if __name__ == "__main__":

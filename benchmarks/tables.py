@@ -32,7 +32,7 @@ from loraplus_jax._utils.atomic import to_json, write_text
 from loraplus_jax._utils.records import DIGEST, read_record
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.yaml_files import read_yaml
-from loraplus_jax.sweep.method_comparison import compare_methods, compare_runs, method_run
+from loraplus_jax.sweep.method_comparison import MethodRun, compare_methods, compare_runs, method_run
 from loraplus_jax.sweep.report import REPORT
 from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.sweep.statistics import ratio_interval, steps_to, t_interval
@@ -40,7 +40,6 @@ from loraplus_jax.training.run_files import CONFIG, read_summary
 from loraplus_jax.training.signals import Stopped
 
 REPOSITORY = Path(__file__).parents[1]
-LAMBDAS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 class Sample(NamedTuple):
@@ -76,9 +75,8 @@ GLUE = {
     "train.eval_batch_size": 64,
     "train.steps": None,
     "train.epochs": 3.0,
-    # Five rates a method: all for a quarter of the steps, two to the end.
-    "sweep.rungs": [0.25],
-    "sweep.keep": 0.4,
+    # Five rates a method, all to the end: at a quarter of the steps the best rate is still too high.
+    "sweep.method": "grid",
     "sweep.learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
     "sweep.lr_ratios": [4],
     "sweep.report_seeds": 5,
@@ -128,7 +126,19 @@ CONVERGENCE = {
     "sweep.report_seeds": 8,
     "sweep.curve_points": 12,
 }
-LAMBDA_RATES = [2.5e-5, 1e-4, 4e-4, 1.6e-3, 6.4e-3]
+LAMBDA = {
+    "train.steps": None,
+    "sweep.method": "grid",
+    # Of λ = 1; `compare_lambdas` divides them by √λ, so that the product of both factors' rates is the same.
+    "sweep.learning_rates": [2.5e-4, 7.1e-4, 2e-3, 5.7e-3],
+    "sweep.lr_ratios": [2, 4, 8, 16, 32],
+    "sweep.methods": ["lora", "lora_plus"],
+    "sweep.report_seeds": 5,
+    "sweep.curve_points": 10,
+}
+"""Every rate to the end of an epoch or more."""
+STARTS = {"B zero": "lora", "A zero": "lora_b"}
+"""Which factor is zero before the first step: `lora.init` by name."""
 
 
 def glue(name: str, **settings: Any) -> Study:
@@ -206,26 +216,21 @@ STUDIES: dict[str, dict[str, Study]] = {
         "instructions": Study("smollm2_chat.yaml", CONVERGENCE | {"train.batch_size": 1}),
     },
     "lambda": {
-        "reviews": Study(
-            "quickstart_sweep.yaml",
-            {
-                "data.max_length": 32,
-                "data.test_fraction": 0.1,
-                "optimizer.warmup_steps": 8,
-                "optimizer.max_grad_norm": None,  # "unstable" must be possible
-                "train.batch_size": 16,
-                "train.eval_batch_size": 128,
-                "train.steps": 80,
-                "sweep.method": "grid",
-                "sweep.seeds": [0, 1],
-                "sweep.learning_rates": LAMBDA_RATES,
-                "sweep.lr_ratios": [LAMBDAS[0]],
-                "sweep.methods": ["lora", "lora_plus"],
-                "sweep.method_learning_rates": {"lora": LAMBDA_RATES},
-                "sweep.report_seeds": 5,
-                "sweep.curve_points": 6,
-            },
-        )
+        f"{data}, {start}": study._replace(settings={**study.settings, "lora.init": init})
+        for data, study in {
+            "CoLA": glue("cola", **LAMBDA),
+            "instructions": Study(
+                "smollm2_chat.yaml",
+                LAMBDA
+                | {
+                    "train.epochs": 1.0,
+                    "train.prompt": None,
+                    "sweep.learning_rates": [1e-4, 2.8e-4, 8e-4, 2.3e-3],
+                },
+            ),
+            "SST-2": glue("sst2", **LAMBDA, **{"data.validation_fraction": 0.01, "train.epochs": 1.0}),
+        }.items()
+        for start, init in STARTS.items()
     },
     "methods": {
         "reviews": Study(
@@ -320,13 +325,18 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def compare_lambdas(run: SweepRun) -> dict[str, Any]:
-    """Tunes each lambda on the same rates of A and compares it with lambda 1, which is plain LoRA."""
-    runs, labels = {"lora": method_run(run, "lora")}, {"lora": "λ = 1 (LoRA)"}
-    for ratio in LAMBDAS:
-        name = f"lambda_{ratio:g}"
-        one = dataclasses.replace(run, sweep=dataclasses.replace(run.sweep, lr_ratios=(ratio,)))
-        directory = str(Path(run.output_dir) / name)
-        runs[name] = dataclasses.replace(method_run(one, "lora_plus"), output_dir=directory)
+    """Tunes η_A for each λ and compares it with λ = 1, which is plain LoRA."""
+    rates, ratios = run.sweep.learning_rates or (), run.sweep.lr_ratios
+
+    def tuned(method: str, **changes: Any) -> MethodRun:
+        return method_run(dataclasses.replace(run, sweep=dataclasses.replace(run.sweep, **changes)), method)
+
+    runs = {"lora": tuned("lora", lr_ratios=ratios[:1], method_learning_rates={"lora": rates})}
+    labels = {"lora": "λ = 1 (LoRA)"}
+    for ratio in ratios:
+        name, own = f"lambda_{ratio:g}", [float(f"{rate / ratio**0.5:.3g}") for rate in rates]
+        one = tuned("lora_plus", lr_ratios=(ratio,), learning_rates=own, method_learning_rates={})
+        runs[name] = dataclasses.replace(one, output_dir=str(Path(run.output_dir) / name))
         labels[name] = f"λ = {ratio:g}"
     return compare_runs(run, runs, labels)
 

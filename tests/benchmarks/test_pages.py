@@ -44,3 +44,17 @@ def test_the_results_page_is_what_its_files_give(benchmarks):
     for studies in tables.values():
         for title, study in studies.items():
             assert f"{study['methods']['lora']['loss']:.4f}" in page, title
+
+
+def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):
+    from results_page import map_points
+
+    def row(rate, ratio, loss, step=8):
+        return {"learning_rate": rate, "lr_ratio": ratio, "loss": loss, "step": step}
+
+    searches = [
+        [row(1e-3, 1.0, 0.5), row(1e-3, 1.0, 0.7), row(2e-3, 1.0, None), row(2e-3, 1.0, 0.1)],
+        [row(1e-3, 4.0, 0.25), row(2e-3, 4.0, 0.2, step=2)],
+    ]
+    report = {"protocol": {"steps": 8}, "methods": {str(n): {"search": x} for n, x in enumerate(searches)}}
+    assert map_points(report) == [(1e-3, 1e-3, 0.6), (1e-3, 4e-3, 0.25)]
