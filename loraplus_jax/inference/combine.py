@@ -28,6 +28,7 @@ class Source(NamedTuple):
       weight: w.
       adapter: its factors.
       notes: its metadata.
+      base: the base that PEFT's file names; None for any other adapter.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Source(NamedTuple):
     weight: float
     adapter: Adapter
     notes: Mapping[str, Any]
+    base: Path | None = None
 
 
 def combine_runs(
@@ -79,6 +81,14 @@ def combine_runs(
     weights = first.notes.get("base")
     for source in sources.values():
         check_identity(source.directory, source.notes, model, weights=weights, allow=allow_different)
+    # Without fingerprints, names are all there is.
+    bases = {source.base: source for source in sources.values() if source.base is not None}
+    if len(bases) > 1 and "base.weights" not in allow_different:
+        named = " and ".join(f"{base} ({source.name})" for base, source in bases.items())
+        raise ValueError(
+            f"the adapters name different bases, {named}; if these hold the same weights, add --allow_different "
+            "base.weights"
+        )
     combined = combine_adapters(
         {name: source.adapter for name, source in sources.items()},
         [source.weight for source in sources.values()],
@@ -96,7 +106,8 @@ def combine_runs(
         **{name: noted[name] for name in KEPT if name in noted},
     )
     ranks = sorted({spec.rank for spec in combined.specs.values()})
-    return f"{out}: {how} of {len(sources)} adapters, rank {', '.join(map(str, ranks))}"
+    count = f"{len(sources)} adapter{'s' if len(sources) > 1 else ''}"
+    return f"{out}: {how} of {count}, rank {', '.join(map(str, ranks))}"
 
 
 def _split(text: str) -> tuple[str, float]:
@@ -125,7 +136,8 @@ def _read(name: str, weight: float, config: str | None, allow: Sequence[str]) ->
     if "settings" not in notes:
         settings = {key: value for key, value in tuned.settings.to_json().items() if key != "output_dir"}
         notes = {**notes, "settings": settings, "task": tuned.task.notes(), "identity": dict(tuned.identity)}
-    return Source(name, directory, weight, read_adapter(directory, tuned.parts), notes)
+    theirs = None if notes.get("base") is not None else tuned.base.resolve()
+    return Source(name, directory, weight, read_adapter(directory, tuned.parts), notes, theirs)
 
 
 def _record(source: Source) -> dict[str, Any]:

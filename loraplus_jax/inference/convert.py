@@ -1,9 +1,8 @@
 """`loraplus convert`: writes an adapter of a known library for others, or merged into its base."""
 
-import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,30 +11,28 @@ import numpy as np
 
 from .._utils.atomic import atomic_write, to_json
 from .._utils.json_files import read_json
-from .._utils.records import record_text
-from .._utils.validation import check_choice, check_new_path, check_number
+from .._utils.validation import check_choice, check_new_path, check_number, suggest
 from ..adapter.lora import disabled
+from ..adapter.tree import flatten
 from ..data.fetch import ASSETS, is_public, resolve
-from ..interop.adapter_directory import TENSORS_FILE, load_adapter, save_adapter
+from ..interop.adapter_directory import check_finite, load_adapter, save_adapter
 from ..interop.library_recipes import NAMES
-from ..interop.path_map import PathMap, check_path_map
-from ..interop.peft_files import OPTIONS, OWN_TENSORS_FILE, WEIGHTS, save_peft
+from ..interop.path_map import PathMap, check_path_map, torch_module_of
+from ..interop.peft_files import OPTIONS, WEIGHTS, peft_options, save_peft
 from ..models.checkpoints import export
 from ..models.checkpoints.gguf import load as gguf
 from ..models.checkpoints.gguf.adapter import save_gguf_adapter
-from ..models.checkpoints.hf import load_config
 from ..models.checkpoints.merge import CheckpointMerge, dtype_of
 from ..models.checkpoints.named_base import NamedBase, read_named_base
-from ..models.families import MODEL_TYPES, family_of
+from ..models.families import family_of
 from ..step.fingerprints import fingerprint
 from ..tasks.causal_lm import model_config
-from ..training.run_files import ADAPTER, SUMMARY
 from ..training.saved_adapter import (
     find_adapter,
     is_peft,
-    notes_path,
     read_adapter,
     read_notes,
+    require_adapter,
     transformers_class_of,
 )
 from . import verify_conversion as verify_by
@@ -64,7 +61,8 @@ _WRITTEN = {
 }
 _DTYPES = {"merged": DTYPES["hf"], "gguf": DTYPES["gguf"]}
 TOLERANCE, LOW_PRECISION, EIGHT_BITS = 1e-5, 5e-3, 5e-2
-"""Largest difference relative to the largest output: of float32, of 16-bit and of 8-bit weights or factors."""
+"""Largest difference of float32, of 16-bit and of 8-bit numbers, relative to the largest output; of a GGUF adapter,
+of which only the factors are rounded, relative to what the adapter changes."""
 
 
 def convert(
@@ -121,91 +119,106 @@ def convert(
     check_new_path("--out", out)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
-    directory = find_adapter(source) if library in (None, "loraplus") else None
-    is_run = directory is not None and {"settings", "task", "base"} <= read_notes(directory).keys()
-    # The adapter of a loop of one's own, which has no settings.
-    is_own = directory is not None and not is_peft(directory) and not is_run
-    if library == "loraplus" and not is_run and not is_own:
-        raise ValueError(f"{source} is no run and no adapter of loraplus_jax")
-    if allow_different and not is_run:
-        raise ValueError(f"--allow_different is for a run of loraplus train, {source} is none; leave it out")
-    foreign = {"--scale": scale, "--alpha": alpha, "--path_map": path_map, "--leave_out": leave_out or None}
-    given = [name for name, value in foreign.items() if value is not None]
-    if is_own:
-        given = [name for name in given if name != "--path_map"]
-    if given and (is_run or is_own or is_peft_directory(source)):
-        raise ValueError(f"{source} has its own names and scales; remove {given[0]}")
+    kind = _kind_of(source, library)
+    options = {"--scale": scale, "--alpha": alpha, "--path_map": path_map, "--leave_out": leave_out or None}
+    options["--allow_different"] = allow_different or None
+    if given := [name for name, value in options.items() if value is not None and name not in _OPTIONS[kind]]:
+        raise ValueError(f"{given[0]} does not apply to {source}, {_KINDS[kind]}; remove it")
     rules = _read_path_map(path_map)
     with atomic_write(out.resolve(), new=True) as partial:
-        if is_run:
-            assert directory is not None
-            with _relocated(directory, base) as directory:
-                lines = _convert_run(directory, to, partial, dtype, no_verify, allow_different)
+        if kind == "run":
+            place = None if base is None else _lasting_name(base, resolve(base, "model"))
+            lines = _convert_run(
+                require_adapter(source), place, to, partial, dtype, no_verify, allow_different
+            )
             return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
-        read: Source
-        if is_own:
-            assert directory is not None
-            if base is None:
-                raise ValueError(f"{source} does not name its base model: pass --base")
-            read = _own_source(directory, rules, resolve(base, "model"))
-        elif library in ("peft", "levanter") or (library is None and is_peft_directory(source)):
-            read = PeftSource(source)
-            base = base or read.options.base_model
-        else:
-            options: Any = {"scale": scale, "alpha": alpha, "path_map": rules, "leave_out": leave_out}
-            read = TreeSource(source, library, **options)
+        if kind == "peft":
+            base = base or peft_options(source).base_model
         if base is None:
             raise ValueError(f"{source} does not name its base model: pass --base")
-        lines = _convert_named(read, to, partial, out, base, dtype, no_verify)
+        named = read_named_base(resolve(base, "model"))
+        read: Source
+        if kind == "own":
+            read = _own_source(require_adapter(source), rules, path_map, named)
+        elif kind == "peft":
+            read = PeftSource(source)
+        else:
+            read = TreeSource(source, library, scale=scale, alpha=alpha, path_map=rules, leave_out=leave_out)
+        lines = _convert_named(
+            read, to, partial, out, named, _lasting_name(base, named.source), dtype, no_verify
+        )
         return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
 
 
-@contextlib.contextmanager
-def _relocated(directory: Path, base: str | None) -> Iterator[Path]:
-    """A run's adapter directory, or a copy whose settings name another place of the base."""
-    if base is None:
-        yield directory
-        return
-    notes = read_notes(directory)
-    settings = notes["settings"]
-    notes["settings"] = {**settings, "model": {**settings["model"], "path": base}}
-    with temporary_directory_for(directory.parent) as folder:
-        # In a directory like the run's, as the model card reads its summary.
-        copy = folder / ADAPTER
-        shutil.copytree(directory, copy)
-        if directory.name == ADAPTER and (directory.parent / SUMMARY).is_file():
-            shutil.copyfile(directory.parent / SUMMARY, folder / SUMMARY)
-        files = [name for name in (TENSORS_FILE, WEIGHTS, OWN_TENSORS_FILE) if (copy / name).is_file()]
-        notes_path(copy).write_text(record_text(notes, copy, files), encoding="utf-8")
-        yield copy
+_KINDS = {
+    "run": "a run of loraplus train",
+    "own": "an adapter of this package",
+    "peft": "a PEFT adapter",
+    "tree": "factors of another library",
+}
+_OPTIONS = {
+    "run": ("--allow_different",),
+    "own": ("--path_map",),
+    "peft": (),
+    "tree": ("--scale", "--alpha", "--path_map", "--leave_out"),
+}
+"""Which options apply to which kind of source."""
+
+
+def _kind_of(source: Path, library: str | None) -> str:
+    """The kind of a source, one of `_KINDS`; raises ValueError if `--from` says another one."""
+    directory, kind = find_adapter(source), "tree"
+    if directory is not None and {"settings", "task", "base"} <= read_notes(directory).keys():
+        kind = "run"
+    elif directory is not None and not is_peft(directory):
+        kind = "own"
+    elif is_peft_directory(source):
+        kind = "peft"
+    libraries = {"run": ("loraplus",), "own": ("loraplus",), "peft": ("peft", "levanter"), "tree": NAMES}
+    # What this package exports for PEFT is both.
+    if kind == "run" and is_peft_directory(source) and library in libraries["peft"]:
+        kind = "peft"
+    if library is not None and library not in libraries[kind]:
+        raise ValueError(f"{source} is {_KINDS[kind]}; remove --from {library}")
+    return kind
+
+
+def _lasting_name(base: str, path: Path) -> str:
+    """The name of the base to write: a Hub id stays one, as a path of the cache would mean nothing elsewhere."""
+    return base if base not in ASSETS and is_public(base, "model") else str(path.resolve())
 
 
 def _convert_run(
-    directory: Path, to: str, partial: Path, dtype: str | None, no_verify: bool, allow: Sequence[str]
+    directory: Path,
+    base: str | None,
+    to: str,
+    partial: Path,
+    dtype: str | None,
+    no_verify: bool,
+    allow: Sequence[str],
 ) -> list[str]:
     """Converts an adapter with training settings; returns lines for the summary."""
+    if base is None:
+        try:
+            resolve(read_notes(directory)["settings"]["model"]["path"], "model")
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}; or pass --base with its new place") from None
+    described = describe_adapter(directory, None, allow, base)
+    adapter = read_adapter(directory, described.parts)
+    check_finite(directory, adapter.lora)
     if to != "loraplus":
         form = "gguf" if to == "gguf" else None
         options: Any = {"merged": to == "merged", "format": form, "dtype": dtype}
-        about = export_run(directory, partial, allow_different=allow, **options)
+        about = export_run(directory, partial, base=base, allow_different=allow, **options)
         lines = [about.partition(": ")[2]]
-    elif not is_peft(directory):
-        shutil.copytree(directory, partial)
-        lines = ["adapter directory, copied"]
     else:
-        tuned = load_tuned(directory, allow_different=allow)
-        own = {
-            name: value
-            for name, value in tuned.notes.items()
-            if name in ("base", "settings", "task", "identity")
-        }
-        config, parts = tuned.settings.applied, tuned.parts
-        save_adapter(partial, parts.trainable, parts.specs, config, **own)
+        kept = ("base", "settings", "task", "identity", "combined")
+        own = {name: described.notes[name] for name in kept if name in described.notes}
+        trainable = {"lora": adapter.lora, **adapter.extras}
+        save_adapter(partial, trainable, adapter.specs, adapter.config, start=adapter.start or None, **own)
         lines = ["adapter directory"]
     if no_verify:
         return [*lines, "not verified (--no_verify)"]
-    described = describe_adapter(directory, None, allow)
-    adapter = read_adapter(directory, described.parts)
     is_checkpoint = described.settings.is_language and gguf.find(described.base) is None
     if to != "loraplus" and is_checkpoint and adapter.config is not None:
         # In float32, on the original weights, and rounded as in the files: a run may compute with others.
@@ -214,7 +227,7 @@ def _convert_run(
             directory, adapter, export.path_map(parts.base.table, transformers_class_of(parts))
         )
         return [*lines, _format(_verify(source, read_named_base(described.base), to, partial, dtype))]
-    tuned = load_tuned(directory, allow_different=allow)
+    tuned = load_tuned(directory, allow_different=allow, base=base)
     if tuned.settings.model.quantize in ("nf4", "int8") and to in ("merged", "gguf"):
         return [*lines, "not verified: the run has a quantized base, and this is for the original weights"]
     trainable = {name: disabled(x) if name == "lora" else x for name, x in tuned.parts.trainable.items()}
@@ -224,42 +237,53 @@ def _convert_run(
         outputs = verify_by.our_logits(named.source, _gguf_weights(partial, named))
     else:
         outputs = verify_by.tuned_outputs(load_tuned(partial, allow_different=allow))
-    verified = compare(
-        "outputs", "loraplus", plain, verify_by.tuned_outputs(tuned), outputs, _tolerance(to, dtype, None)
-    )
+    low = (to == "merged" and dtype not in (None, "float32")) or (to == "gguf" and dtype != "float32")
+    tolerance = (EIGHT_BITS if dtype == "q8_0" else LOW_PRECISION) if low else TOLERANCE
+    verified = compare("outputs", "loraplus", plain, verify_by.tuned_outputs(tuned), outputs, tolerance)
     return [*lines, _format(verified)]
 
 
-def _own_source(directory: Path, rules: PathMap, base: Path) -> OwnSource:
+def _own_source(directory: Path, rules: PathMap, file: Path | None, base: NamedBase) -> OwnSource:
     """The adapter of a loop of one's own; without rules, of a model of this package."""
+    adapter = load_adapter(directory)
     if not rules:
-        values: Any = load_config(base)
-        if values.get("model_type") not in MODEL_TYPES:
+        if not verify_by.is_known(base):
             raise ValueError(
                 f"{directory} has the module names of your model: pass --path_map with those of transformers"
             )
-        config = model_config(base)
+        config = model_config(base.source)
         table = family_of(config.model_type).name_table(config)
         rules = export.path_map(table, export.causal_lm_class(config))
-    return OwnSource(directory, load_adapter(directory), rules)
+    modules = {*adapter.specs, *(path.rpartition("/")[0] for path in adapter.specs)}
+    modules |= {path.removeprefix("params/").rpartition("/")[0] for path in flatten(adapter.extras)}
+    unused = [rule[0] for rule in rules if not any(torch_module_of([rule], module) for module in modules)]
+    if file is not None and unused:
+        raise ValueError(
+            f"{file}: {unused[0]!r} is the path of no module of {directory}{suggest(unused[0], modules)}"
+        )
+    return OwnSource(directory, adapter, rules)
 
 
 def _convert_named(
-    source: Source, to: str, partial: Path, out: Path, base_name: str, dtype: str | None, no_verify: bool
+    source: Source,
+    to: str,
+    partial: Path,
+    out: Path,
+    base: NamedBase,
+    name: str,
+    dtype: str | None,
+    no_verify: bool,
 ) -> list[str]:
-    """Converts an adapter for a checkpoint by the names of its tensors; returns lines for the summary."""
-    base = read_named_base(resolve(base_name, "model"))
+    """Converts an adapter for a checkpoint, called `name`; returns lines for the summary."""
     named = source.read(base)
-    # A Hub id stays one: a path of this machine's cache would mean nothing elsewhere.
-    is_hub_id = base_name not in ASSETS and is_public(base_name, "model")
-    name = base_name if is_hub_id else str(base.source.resolve())
     adapter, form = named.adapter, base.transformers_class()
     assert adapter.config is not None
+    check_finite(source.place, adapter.lora)
     lines = [f"{_WRITTEN[to]} with {len(adapter.specs)} adapted layers, from {source.about}"]
 
     def write_peft(directory: Path) -> None:
         if isinstance(source, PeftSource) and not source.needs_rewriting(base):
-            _copy_peft(source.directory, directory, name)
+            _copy_peft(source.place, directory, name)
             return
         save_peft(
             directory,
@@ -286,7 +310,8 @@ def _convert_named(
         with temporary_directory_for(out) as folder:
             write_peft(folder / "peft")
             if to == "gguf":
-                lines += _write_gguf(partial, folder / "peft", base.source, dtype)
+                written = _write_gguf(partial, folder / "peft", base.source, dtype)
+                lines = [f"{written[0]}, from {source.about}", *written[1:]]
             elif not verify_by.is_known(base):
                 raise ValueError(
                     f"--to loraplus requires a base of a model of this package, got model_type "
@@ -340,7 +365,9 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
                 value = weights[name] if name in weights else np.asarray(view[:], np.float32)
                 weights[name] = value.astype(dtype_of(stored[name])).astype(np.float32)
                 is_low |= stored[name] != "F32"
-    tolerance = _tolerance(to, dtype, is_low)
+    tolerance, of_effect = LOW_PRECISION if is_low else TOLERANCE, 0.0
+    if to == "gguf" and dtype != "float32":  # only factors are rounded, so the changes are, and not the base
+        of_effect = EIGHT_BITS if dtype == "q8_0" else LOW_PRECISION
     if not verify_by.is_known(base):
         if to == "merged":
             written = read_named_base(partial)
@@ -351,7 +378,9 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
         plain, at_source, at_target = (
             verify_by.layer_outputs(base, names, each) for each in ({}, weights, found)
         )
-        return compare("outputs of the adapted layers", "loraplus", plain, at_source, at_target, tolerance)
+        return compare(
+            "outputs of the adapted layers", "loraplus", plain, at_source, at_target, tolerance, of_effect
+        )
     # transformers reads no GGUF file by its path.
     if to in ("peft", "merged") and verify_by.has_peft() and gguf.find(base.source) is None:
         plain, at_source = (verify_by.torch_logits(base.source, changed=each) for each in ({}, weights))
@@ -370,15 +399,7 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
         at_target = verify_by.our_logits(partial)
     else:
         at_target = verify_by.opened_logits(partial)
-    return compare("logits", by, plain, at_source, at_target, tolerance)
-
-
-def _tolerance(to: str, dtype: str | None, is_low: bool | None) -> float:
-    if dtype == "q8_0":
-        return EIGHT_BITS
-    if is_low is None:
-        is_low = to == "merged" and dtype not in (None, "float32")
-    return LOW_PRECISION if is_low or (to == "gguf" and dtype != "float32") else TOLERANCE
+    return compare("logits", by, plain, at_source, at_target, tolerance, of_effect)
 
 
 def _format(verified: Verified) -> str:

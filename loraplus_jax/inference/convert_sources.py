@@ -25,7 +25,7 @@ from ..interop.adapter_directory import Adapter, host_array, read_tensors, tenso
 from ..interop.factor_trees import read_tree
 from ..interop.library_recipes import Recipe, dense_changes, find_recipe, read_factors
 from ..interop.path_map import FACTOR, MAGNITUDE_END, Index, PathMap, Target, adapted_leaves
-from ..interop.peft_adapter_config import PeftOptions
+from ..interop.peft_adapter_config import PeftOptions, raise_problems
 from ..interop.peft_files import (
     OPTIONS,
     OWN_TENSORS_FILE,
@@ -56,6 +56,11 @@ class NamedAdapter(NamedTuple):
 
 class Source(Protocol):
     """An adapter to convert."""
+
+    @property
+    def place(self) -> Path:
+        """Where it is."""
+        ...
 
     @property
     def about(self) -> str:
@@ -94,7 +99,7 @@ class TreeSource:
         path_map: PathMap = (),
         leave_out: Sequence[str] = (),
     ) -> None:
-        self.path, tree = path, read_tree(path)
+        self.place, tree = path, read_tree(path)
         ignored = {name: None for name in tree if any(re.fullmatch(rule, name) for rule in leave_out)}
         if unused := [rule for rule in leave_out if not any(re.fullmatch(rule, name) for name in tree)]:
             raise ValueError(f"--leave_out {unused[0]!r:.80} matches no tensor of {path}")
@@ -119,18 +124,18 @@ class TreeSource:
         try:
             factors, others = read_factors(self.tree, self.recipe, config=base.config, **self.options)
         except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
+            raise ValueError(f"{self.place}: {error}") from None
         locations = base.locate(factors)
         specs = base.specs(locations, {name: (len(f.a), f.scale) for name, f in factors.items()})
         lora: dict[str, np.ndarray] = {}
         for (path, spec), (name, f) in zip(specs.items(), factors.items(), strict=True):
             if (f.a.shape[1], f.b.shape[0]) != spec.sides:
                 raise ValueError(
-                    f"{self.path}: the adapter of {name} has {f.a.shape[1]} inputs and {f.b.shape[0]} outputs, its "
-                    f"weight in {base.source} has {spec.sides[0]} and {spec.sides[1]}"
+                    f"{self.place}: the adapter of {name} has {f.a.shape[1]} inputs and {f.b.shape[0]} outputs, "
+                    f"its weight in {base.source} has {spec.sides[0]} and {spec.sides[1]}"
                 )
             lora |= zip(spec.factor_paths(path), (f.a.T, f.b.T), strict=True)
-        check_base_tensors(self.path, others, base)
+        check_base_tensors(self.place, others, base)
         config = config_of(specs)
         # The scale of the config, whose alpha is rounded.
         specs = {path: dataclasses.replace(spec, scale=config.scale_of(path)) for path, spec in specs.items()}
@@ -148,7 +153,7 @@ class PeftSource:
     """A directory in PEFT's format, as PEFT, levanter or this package write it."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.place = directory
         if (directory / OWN_TENSORS_FILE).is_file():
             raise ValueError(
                 f"{directory / OWN_TENSORS_FILE} has variables that the PyTorch model lacks: convert the run"
@@ -163,7 +168,7 @@ class PeftSource:
     def is_levanter(self, base: NamedBase) -> bool:
         """Whether the names have levanter's prefix, which PEFT does not find in the base."""
         is_gpt2 = base.config.get("model_type") == "gpt2"
-        return not is_gpt2 and any(name.startswith(_LEVANTER) for name in peft_names(self.directory))
+        return not is_gpt2 and any(name.startswith(_LEVANTER) for name in peft_names(self.place))
 
     def needs_rewriting(self, base: NamedBase) -> bool:
         """Whether PEFT cannot load the directory as it is."""
@@ -171,15 +176,12 @@ class PeftSource:
 
     def read(self, base: NamedBase) -> NamedAdapter:
         """Reads the directory with the checks of `load_peft`."""
-        if (
-            read_json(self.directory / OPTIONS).get("fan_in_fan_out")
-            and base.config.get("model_type") != "gpt2"
-        ):
+        if read_json(self.place / OPTIONS).get("fan_in_fan_out") and base.config.get("model_type") != "gpt2":
             raise ValueError(
-                f"{self.directory / OPTIONS}: fan_in_fan_out is supported for gpt2, the base is "
+                f"{self.place / OPTIONS}: fan_in_fan_out is supported for gpt2, the base is "
                 f"{base.config.get('model_type')!r:.80}"
             )
-        with temporary_directory_for(self.directory) as folder:
+        with temporary_directory_for(self.place) as folder:
             copy = self._copy(folder, base)
             names = _without_tied_head(peft_names(copy), base)
             adapted = list(dict.fromkeys(m for name in names if (m := _module(name)) is not None))
@@ -200,7 +202,7 @@ class PeftSource:
         """Computes PEFT's formulas on the tensors of its file."""
         tensors = {
             name.removeprefix(_PREFIX): np.asarray(host_array(tensor), np.float32)
-            for name, tensor in read_tensors(self.directory / WEIGHTS).items()
+            for name, tensor in read_tensors(self.place / WEIGHTS).items()
         }
         if self.is_levanter(base):
             tensors = {name.removeprefix(_LEVANTER): tensor for name, tensor in tensors.items()}
@@ -214,7 +216,7 @@ class PeftSource:
             if (saved := kept.get(f"{name}.base_layer.weight")) is not None:
                 if saved.shape != old.shape:
                     raise ValueError(
-                        f"{self.directory}: {name} has a weight of shape {saved.shape}, that of {base.source} has "
+                        f"{self.place}: {name} has a weight of shape {saved.shape}, that of {base.source} has "
                         f"{old.shape}: is it the adapter's base?"
                     )
                 old = saved
@@ -233,11 +235,11 @@ class PeftSource:
 
     def _copy(self, folder: Path, base: NamedBase) -> Path:
         """PEFT's two files alone, with names that PEFT finds: our notes would speak of our own model."""
-        (folder / OPTIONS).write_bytes((self.directory / OPTIONS).read_bytes())
+        (folder / OPTIONS).write_bytes((self.place / OPTIONS).read_bytes())
         if not self.is_levanter(base):
-            (folder / WEIGHTS).write_bytes((self.directory / WEIGHTS).read_bytes())
+            (folder / WEIGHTS).write_bytes((self.place / WEIGHTS).read_bytes())
             return folder
-        tensors = read_tensors(self.directory / WEIGHTS)
+        tensors = read_tensors(self.place / WEIGHTS)
         renamed = {n.replace(_PREFIX + _LEVANTER, _PREFIX, 1): tensor for n, tensor in tensors.items()}
         (folder / WEIGHTS).write_bytes(tensor_bytes(renamed))
         return folder
@@ -257,6 +259,8 @@ class OwnSource:
             raise ValueError(f"{place} has no adapter: the model was trained in full")
         self.place, self.path_map = place, path_map
         self.adapter = adapter
+        self.targets, problems = adapted_leaves(adapter.specs, path_map)
+        raise_problems(f"{place}: the path map does not fit the adapter", problems)
         if adapter.start:  # for the original base, which the start made a packed one resemble
             difference = as_difference(adapter.lora, adapter.start, adapter.specs, adapter.config)
             self.adapter = Adapter(*difference, adapter.extras)
@@ -268,6 +272,12 @@ class OwnSource:
 
     def read(self, base: NamedBase) -> NamedAdapter:
         """Reads the directory that `save_peft` writes."""
+        for path, target in self.targets.items():
+            modules = base.locate(target.names.values()).values()
+            if target.kind == "Conv1D" and not all(map(base.is_conv1d, modules)):
+                raise ValueError(
+                    f"{self.place}: the path map has {path} as Conv1D, which {base.source} is not"
+                )
         with self._as_peft() as source:
             return source.read(base)
 
@@ -275,7 +285,9 @@ class OwnSource:
         """Adds s A B to each weight, in the axes of our leaf, before any factor is converted."""
         adapter, totals = self.adapter, dict[str, np.ndarray]()
         factors = flat_factors(adapter.lora, adapter.specs)
-        for path, target in adapted_leaves(adapter.specs, self.path_map)[0].items():
+        for path, target in adapted_leaves(adapter.specs, self.path_map)[
+            0
+        ].items():  # with the specs of a difference
             spec = target.spec
             a, b, *magnitudes = (jnp.asarray(factors[name]) for name in spec.factor_paths(path))
             product = np.asarray(weight_delta(a, b, spec))

@@ -52,6 +52,7 @@ def export_run(
     format: str | None = None,
     dtype: str | None = None,
     base_model: str | None = None,
+    base: str | None = None,
     allow_different: Sequence[str] = (),
 ) -> str:
     """Exports a run to a new directory, atomically, and to the Hugging Face Hub; returns a summary.
@@ -69,6 +70,7 @@ def export_run(
         float16 for gguf.
       base_model: the name or path by which PEFT finds the base; by default the run's hub id or local path. With
         `push`, a hub id, also for a merged model.
+      base: where the run's base is now, instead of where it was in training.
       allow_different: parts of the base model that may differ from what the run was trained on, see `PARTS`.
     """
     if to is None and push is None:
@@ -103,7 +105,7 @@ def export_run(
     directory = require_adapter(place)
     if not {"settings", "task", "base"} <= read_notes(directory).keys():
         raise ValueError(f"{directory} has no training settings; export a run or adapter from loraplus train")
-    tuned = describe_adapter(directory, None, allow_different)
+    tuned = describe_adapter(directory, None, allow_different, base)
     if push is not None:
         base_model = hub_base(base_model, tuned.settings.model.path)
         settings = public_settings(tuned.notes["settings"], base_model)
@@ -122,12 +124,12 @@ def export_run(
             f"--merged --format gguf requires a GGUF base model, got {tuned.base}; use --format hf and convert "
             "the result with llama.cpp's convert_hf_to_gguf.py, or leave out --merged for an adapter"
         )
-    base = base_model or tuned.settings.model.path
-    if base_model is None and (base in ASSETS or not is_public(base, "model")):
-        base = str(tuned.base.resolve())
+    named = base_model or tuned.settings.model.path
+    if base_model is None and (named in ASSETS or not is_public(named, "model")):
+        named = str(tuned.base.resolve())
     summary = (read_summary(directory.parent) or {}) if directory.name == ADAPTER else {}
     card = functools.partial(
-        model_card.model_card, tuned=tuned, adapter=adapter, summary=summary, base=base, repository=push
+        model_card.model_card, tuned=tuned, adapter=adapter, summary=summary, base=named, repository=push
     )
     # Last of the checks, as it may create the repository, but before an export that may be long.
     existing = [] if push is None else open_repository(push, public=public)
@@ -136,9 +138,9 @@ def export_run(
         if merged:
             written = _write_merged(tuned, adapter, target, card, format, dtype, dequantized, allow_different)
         elif format == "gguf":
-            written = _write_gguf_adapter(tuned, adapter, target, card, dtype, base, allow_different)
+            written = _write_gguf_adapter(tuned, adapter, target, card, dtype, named, allow_different)
         else:
-            written = _write_peft(tuned, adapter, target, card, base, allow_different)
+            written = _write_peft(tuned, adapter, target, card, named, allow_different)
         if push is None:
             return written
         try:
@@ -223,7 +225,7 @@ def _write_merged(
     _base_leaves(tuned, [], allow)
     if tuned.settings.model.quantize in ("nf4", "int8") and not dequantized:
         unquantized = {"base": {"unquantized": values_digest(tensors)}}
-        check_identity(tuned.base, tuned.notes, unquantized, allow=allow)
+        check_identity(tuned.directory or tuned.base, tuned.notes, unquantized, allow=allow)
     extras, own = _split_extras(tuned, adapter, form)
     merge = CheckpointMerge(
         parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras, dequantize=dequantized
@@ -301,7 +303,9 @@ def _base_leaves(tuned: TunedModel, modules: list[str], allow: Sequence[str]) ->
 
     if frozen:
         load_params(tuned.base, parts.base.table, params_of(parts), new=parts.base.new, place=visit)
-        check_identity(tuned.base, tuned.notes, {}, weights=digest_of_lines(lines), allow=allow)
+        check_identity(
+            tuned.directory or tuned.base, tuned.notes, {}, weights=digest_of_lines(lines), allow=allow
+        )
     return leaves
 
 

@@ -65,6 +65,7 @@ class TunedModel(NamedTuple):
       notes: metadata of the adapter or the merged model.
       identity: identity of the base model.
       mesh: device mesh of the variables; None if these are shapes.
+      directory: the adapter's.
     """
 
     settings: Settings
@@ -74,6 +75,7 @@ class TunedModel(NamedTuple):
     notes: Mapping[str, Any] = {}
     identity: Mapping[str, Any] = {}
     mesh: Any = None
+    directory: Path | None = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def load_tuned(
     config: str | None = None,
     allow_different: Sequence[str] = (),
     mesh: MeshSizes = None,
+    base: str | None = None,
 ) -> TunedModel:
     """Loads a run's output directory, an adapter of either format, or a merged model that `export_run` wrote.
 
@@ -96,6 +99,7 @@ def load_tuned(
       config: a training config, for a PEFT adapter; supplies the model, the data and the task.
       allow_different: parts of the base model that may differ from what the run was trained on, see `PARTS`.
       mesh: sizes that replace those of the run's mesh.
+      base: where the base of an adapter is now, instead of `model.path` in its settings.
 
     Raises:
       ValueError, OSError: the directory is none of these or is damaged, or the base model has changed.
@@ -107,15 +111,20 @@ def load_tuned(
             tuned = _load_merged(place, config, allow_different, mesh)
         else:
             directory = require_adapter(place, f", nor a merged model ({NOTES_FILE})")
-            tuned = load_weights(directory, describe_adapter(directory, config, allow_different), mesh)
+            tuned = load_weights(directory, describe_adapter(directory, config, allow_different, base), mesh)
     check_weights(directory or place, tuned, allow_different)
     return tuned
 
 
-def describe_adapter(directory: Path, config: str | None, allow: Sequence[str]) -> TunedModel:
+def describe_adapter(
+    directory: Path, config: str | None, allow: Sequence[str], base_path: str | None = None
+) -> TunedModel:
     """The model of an adapter, with shapes as variables, after a check of the base's identity; see `load_tuned`."""
     notes = read_notes(directory)
     if {"settings", "task", "base"} <= notes.keys():
+        if base_path is not None:
+            settings = {**notes["settings"], "model": {**notes["settings"]["model"], "path": base_path}}
+            notes = {**notes, "settings": settings}
         settings, task = settings_and_task(directory, notes, config)
         lora_config = saved_config(directory)
         base = resolve(settings.model.path, "model")
@@ -134,7 +143,8 @@ def describe_adapter(directory: Path, config: str | None, allow: Sequence[str]) 
         raise ValueError(f"{directory} has no training settings; {advice}")
     identity = model_identity(settings, base, task)
     check_identity(directory, notes, identity, allow=allow)
-    return TunedModel(settings, task, build_model(settings, base, task, lora_config), base, notes, identity)
+    parts = build_model(settings, base, task, lora_config)
+    return TunedModel(settings, task, parts, base, notes, identity, directory=directory)
 
 
 def load_weights(directory: Path, tuned: TunedModel, mesh: MeshSizes) -> TunedModel:

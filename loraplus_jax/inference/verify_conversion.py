@@ -35,6 +35,7 @@ class Verified(NamedTuple):
       size: largest absolute value at the source.
       effect: largest absolute difference between the source and the base without the adapter.
       tolerance: largest allowed difference relative to `size`.
+      of_effect: what is allowed on top, relative to `effect`.
     """
 
     what: str
@@ -43,18 +44,22 @@ class Verified(NamedTuple):
     size: float
     effect: float
     tolerance: float
+    of_effect: float
 
     @property
     def passed(self) -> bool:
         """Whether the difference is rounding."""
-        return self.difference <= self.tolerance * max(self.size, float(np.finfo(np.float32).tiny))
+        allowed = self.tolerance * self.size + self.of_effect * self.effect
+        return self.difference <= max(allowed, float(np.finfo(np.float32).tiny))
 
 
 class ConversionFailed(ValueError):
     """The converted adapter computes something else than its source."""
 
 
-def compare(what: str, by: str, plain: Any, source: Any, target: Any, tolerance: float) -> Verified:
+def compare(
+    what: str, by: str, plain: Any, source: Any, target: Any, tolerance: float, of_effect: float = 0.0
+) -> Verified:
     """Compares arrays of one shape.
 
     Raises:
@@ -67,12 +72,12 @@ def compare(what: str, by: str, plain: Any, source: Any, target: Any, tolerance:
         )
     largest = lambda x: float(np.abs(x).max(initial=0.0))  # noqa: E731
     verified = Verified(
-        what, by, largest(source - target), largest(source), largest(source - plain), tolerance
+        what, by, largest(source - target), largest(source), largest(source - plain), tolerance, of_effect
     )
     if not verified.passed:
         raise ConversionFailed(
             f"{what} at the target differ by {verified.difference:.3g} from the source's, which are up to "
-            f"{verified.size:.3g}: nothing was written"
+            f"{verified.size:.3g} and which the adapter changes by up to {verified.effect:.3g}: nothing was written"
         )
     return verified
 

@@ -214,6 +214,13 @@ def check_ranks(where: str, config: Any, tensors: Mapping[str, Any]) -> None:
         raise ValueError(f"{where}: rank {rank} is above {widest}, the widest axis of the adapter's tensors")
 
 
+def check_finite(where: Any, lora: Mapping[str, Any]) -> None:
+    """Raises ValueError if a factor has a value that is not finite."""
+    for path, factor in flatten(lora).items():
+        if not np.isfinite(np.asarray(factor, np.float32)).all():
+            raise ValueError(f"{where}: {path} has values that are not finite")
+
+
 def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:
     """Raises ValueError unless the factors have the paths and shapes in the specs."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(lora).items()}

@@ -14,7 +14,7 @@ from ..adapter.spec import AdapterSpec
 from ..adapter.target_rules import config_of
 from ..adapter.tree import flat_factors, flatten, unflatten
 from ..optim.pair_state import layouts_of
-from .adapter_directory import Adapter
+from .adapter_directory import Adapter, check_finite
 from .peft_adapter_config import raise_problems
 
 How = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -94,6 +94,8 @@ def combine_adapters(
             table.setdefault(path, {})[name] = spec
     raise_problems("cannot combine the adapters", _problems(adapters, table, how))
     factors = {name: flat_factors(adapter.lora, adapter.specs) for name, adapter in adapters.items()}
+    for name, values in factors.items():
+        check_finite(name, values)
     number_of = {name: n for n, name in enumerate(adapters)}
     ranks = [max(spec.rank for spec in adapter.specs.values()) for adapter in adapters.values()]
     widest = {"cat": sum(ranks), "svd": svd_rank or max(ranks)}.get(how, 0)

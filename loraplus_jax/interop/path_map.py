@@ -83,7 +83,8 @@ class TorchModule(NamedTuple):
 def check_path_map(path_map: PathMap) -> None:
     """Raises ValueError or TypeError for an invalid rule; the message names it."""
     for rule in path_map:
-        if not isinstance(rule, tuple | list) or len(rule) not in (2, 3) or not all(rule):
+        sides = rule if isinstance(rule, tuple | list) else ()
+        if len(sides) not in (2, 3) or not all(isinstance(side, str) and side for side in sides):
             raise TypeError(f"path map: a rule must be (ours, theirs) or (ours, theirs, kind), got {rule!r}")
         ours, theirs = (_HOLE.findall(side) for side in rule[:2])
         if missing := [name for name in ours if name not in theirs]:

@@ -182,14 +182,15 @@ def format_sweep(plan: SweepPlan, run: SweepRun) -> str:
     counts = ", ".join(
         f"{units} from step {start} of the {stage}" for (stage, start), units in stages.items()
     )
+    runs = "a run" if plan.group_size == 1 else f"up to {plan.group_size} runs"
     at_most = "at most " if run.sweep.interim_seeds else ""
     return "\n".join(
         [
             *lines,
-            f"{len(found.spans):,} units of up to {plan.group_size} runs: {counts}",
+            f"{len(found.spans):,} units of {runs}: {counts}",
             f"on {found.workers:,} workers: {at_most}{format_seconds(found.makespan)}; no schedule takes "
             f"less than {format_seconds(found.bound)}, one worker {format_seconds(found.work)}",
-            "these are lower bounds of steps and evaluations; reading the model and compiling come on top"
+            "these are lower bounds for runs one at a time; reading the model and compiling come on top"
             + (", and so does generating texts" if run.task == "generation" else ""),
         ]
     )

@@ -66,7 +66,15 @@ def test_parts_of_one_adapter_in_either_format_make_the_adapter(run, tmp_path, c
     assert near(evaluated(capsys, again), exact)
     assert read_adapter_json(again)["base"] == source["base"]
     assert load_adapter(again).config.rank == 4
-    # Its file names the base.
+    # Its file names the base, and that of another one is another name.
+    other, base = tmp_path / "other", json.loads((bare / "adapter_config.json").read_text())
+    shutil.copytree(bare, other)
+    shutil.copytree(base["base_model_name_or_path"], tmp_path / "copy of the base")
+    base["base_model_name_or_path"] = str(tmp_path / "copy of the base")
+    (other / "adapter_config.json").write_text(json.dumps(base))
+    words = ("combine", bare, other, *svd, "--out", tmp_path / "no")
+    assert_mentions(rejected(capsys, *words), "copy of the base", "--allow_different base.weights")
+    printed(capsys, *words[:-1], tmp_path / "allowed", "--allow_different", "base.weights")
     printed(capsys, "combine", f"{bare}=0.25", f"{bare}/=0.75", *svd, "--out", tmp_path / "no_config")
     found, wanted = (load_adapter(place).lora for place in (tmp_path / "no_config", again))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, wanted)

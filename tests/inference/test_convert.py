@@ -321,10 +321,27 @@ def test_bad_input(base, tmp_path, capsys, by_us):
     assert_mentions(
         rejected(capsys, peft, "--to", "merged", out=out), lonely.removeprefix("base_model.model.")
     )
+    save_file(tensors | {lonely: np.full((32, 2), np.nan, np.float32)}, peft / "adapter_model.safetensors")
+    words = ("--to", "gguf", "--no_verify")
+    assert_mentions(rejected(capsys, peft, *words, out=out), peft, "layers/1/self_attn/q_proj", "finite")
+    assert_mentions(rejected(capsys, peft, *words, "--from", "qwix", out=out), peft, "PEFT", "--from qwix")
+    error = rejected(capsys, peft, *words, "--allow_different", "base.config", out=out)
+    assert_mentions(error, "--allow_different", peft)
     write_openpi_base(tmp_path / "pi")
     write_library("openpi", tmp_path / "pi.safetensors")
     words = (tmp_path / "pi.safetensors", "--to", "loraplus", "--base", tmp_path / "pi", "--scale", 1)
     assert_mentions(rejected(capsys, *words, out=out), "--to", "loraplus", "peft", "merged")
+
+
+def test_a_small_adapter_that_is_lost_on_the_way_is_no_rounding(base, tmp_path, capsys, monkeypatch):
+    source = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base)
+    tensors = load_file(source / "adapter_model.safetensors")
+    small = {name: x * (1e-3 if "lora_B" in name else 1) for name, x in tensors.items()}
+    save_file(small, source / "adapter_model.safetensors")
+    words = (source, "--to", "gguf", "--dtype", "q8_0")
+    converted(capsys, *words, "--out", tmp_path / "out")
+    monkeypatch.setattr(verify_conversion, "gguf_changes", lambda *_: {})
+    assert_mentions(rejected(capsys, *words, out=tmp_path / "no"), "logits", "changes")
 
 
 def test_a_target_that_computes_something_else_is_removed(base, tmp_path, capsys, by_us, monkeypatch):
@@ -435,6 +452,14 @@ def test_an_adapter_with_names_and_axes_of_ones_own(base, tmp_path, capsys, by_u
     error = rejected(capsys, *words, out=tmp_path / "out")
     assert_mentions(error, "path map", "blocks/query")
     assert_mentions(rejected(capsys, *words, "--scale", 1, out=tmp_path / "out"), "--scale")
+    for rule, named in (
+        (["nothing/x", "model.norm"], ("nothing/x", "bad.json", "no module")),
+        ([1, 2], ("bad.json", "(1, 2)")),
+        (["blocks/query", "model.layers.{n}.self_attn.q_proj", "Conv1D"], ("blocks/query", "Conv1D")),
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps({"rules": [rule, *rules]}))
+        error = rejected(capsys, *words, "--path_map", tmp_path / "bad.json", out=tmp_path / "out")
+        assert_mentions(error, *named)
     check(
         converted(capsys, *words, "--path_map", tmp_path / "map.json", "--out", tmp_path / "out"), "loraplus"
     )
@@ -451,7 +476,7 @@ def test_an_adapter_with_names_and_axes_of_ones_own(base, tmp_path, capsys, by_u
 
 
 @pytest.mark.slow
-def test_a_run_whose_base_has_moved(untrained_talk, tmp_path, capsys):
+def test_a_run_whose_base_has_moved(untrained_talk, tmp_path, capsys, monkeypatch):
     base = tmp_path / "base"
     settings = json.loads((untrained_talk.out / "adapter/adapter.json").read_text())["settings"]
     shutil.copytree(settings["model"]["path"], base)
@@ -459,9 +484,22 @@ def test_a_run_whose_base_has_moved(untrained_talk, tmp_path, capsys):
     converted(capsys, *words, "--out", tmp_path / "out")
     options = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert options["base_model_name_or_path"] == str(base)
+    # A copy of the run with a relative path, whose file is damaged afterwards.
+    run_directory = shutil.copytree(untrained_talk.out, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    converted(capsys, run_directory, "--to", "loraplus", "--base", "base", "--out", tmp_path / "own")
+    assert json.loads((tmp_path / "own/adapter.json").read_text())["settings"]["model"]["path"] == str(base)
+    tensors = run_directory / "adapter/adapter.safetensors"
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    error = rejected(capsys, run_directory, "--to", "loraplus", "--base", "base", out=tmp_path / "no")
+    assert_mentions(error, "adapter.safetensors", "changed")
     tensors = load_file(base / "model.safetensors")
     save_file({key: x + 1 for key, x in tensors.items()}, base / "model.safetensors")
     assert_mentions(rejected(capsys, *words, out=tmp_path / "no"), "base.weights", "--allow_different")
+    assert str(untrained_talk.out) in rejected(
+        capsys, *words, out=tmp_path / "no"
+    )  # it was made with another base
     words = (*words, "--allow_different", "base.weights", "--no_verify")
     converted(capsys, *words, "--out", tmp_path / "other")
 

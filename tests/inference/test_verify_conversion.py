@@ -37,6 +37,10 @@ def test_differences_are_relative_to_the_largest_output():
         compare("logits", "us", 0 * ones, 100 * ones, 100.002 * ones, 1e-5)
     with pytest.raises(ConversionFailed, match=mentions("(2,)", "(3,)")):
         compare("logits", "us", 0, ones, ones[:2], 1.0)
+    # Of an adapter that changes 100 by 1, half a percent of the change is little, and all of it is not.
+    assert compare("logits", "us", 99 * ones, 100 * ones, 100.005 * ones, 1e-5, 5e-3).effect == 1
+    with pytest.raises(ConversionFailed, match="changes"):
+        compare("logits", "us", 99 * ones, 100 * ones, 99 * ones, 1e-5, 5e-3)
     with pytest.raises(ConversionFailed):
         compare("logits", "us", 0, ones, np.nan * ones, 1.0)
 
