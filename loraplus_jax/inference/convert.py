@@ -11,6 +11,7 @@ import numpy as np
 
 from .._utils.atomic import atomic_write, to_json
 from .._utils.json_files import read_json
+from .._utils.records import DIGEST, FILES
 from .._utils.validation import check_choice, check_new_path, check_number, suggest
 from ..adapter.lora import disabled
 from ..adapter.tree import flatten
@@ -25,6 +26,7 @@ from ..models.checkpoints.gguf.adapter import save_gguf_adapter
 from ..models.checkpoints.merge import CheckpointMerge, dtype_of
 from ..models.checkpoints.named_base import NamedBase, read_named_base
 from ..models.families import family_of
+from ..step.checkpoint import describe_run
 from ..step.fingerprints import fingerprint
 from ..tasks.causal_lm import model_config
 from ..training.saved_adapter import (
@@ -212,8 +214,8 @@ def _convert_run(
         about = export_run(directory, partial, base=base, allow_different=allow, **options)
         lines = [about.partition(": ")[2]]
     else:
-        kept = ("base", "settings", "task", "identity", "combined")
-        own = {name: described.notes[name] for name in kept if name in described.notes}
+        made_anew = {*describe_run({}, None), DIGEST, FILES} - {"base"}
+        own = {name: value for name, value in described.notes.items() if name not in made_anew}
         trainable = {"lora": adapter.lora, **adapter.extras}
         save_adapter(partial, trainable, adapter.specs, adapter.config, start=adapter.start or None, **own)
         lines = ["adapter directory"]
