@@ -19,6 +19,7 @@ from tables import STUDIES, counts_steps, interval, overall
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from loraplus_jax._utils.atomic import write_text
+from loraplus_jax.sweep.statistics import t_interval
 from loraplus_jax.training.metrics_log import pyplot, save_figure
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -91,6 +92,34 @@ def study_lines(title: str, report: Report) -> list[str]:
             scored.append(row)
         lines += [f"The texts for {report['protocol']['texts']} test inputs:", table(scored)]
     return lines
+
+
+def batch_lines(studies: Mapping[str, Report]) -> list[str]:
+    """Each method at each number of rows in a batch, and both at the number that their own search chose."""
+    rows, best = [], {}
+    for report in studies.values():
+        for name in ("lora", "lora_plus"):
+            method, size = report["methods"][name], report["protocol"]["batch"][0]
+            found = min(row["loss"] for row in method["search"] if row["loss"] is not None)
+            rows.append(
+                {
+                    "method": method["label"],
+                    "rows": size,
+                    "steps": f"{report['protocol']['steps']:,}",
+                    "η_A": f"{method['chosen']['learning_rate']:.3g}",
+                    "validation loss": number(found),
+                    "test loss": number(method["loss"]),
+                }
+            )
+            if name not in best or found < best[name][0]:
+                best[name] = found, size, {run["seed"]: run["test"] for run in method["runs"]}
+    (_, lora_rows, lora), (_, own_rows, own) = best["lora"], best["lora_plus"]
+    difference = t_interval([own[seed]["loss"] - lora[seed]["loss"] for seed in lora], 0.95)
+    return [
+        table(sorted(rows, key=lambda row: (row["method"], row["rows"]))),
+        f"Each at its own best number of rows by validation loss, LoRA {lora_rows} and LoRA+ {own_rows}: test loss "
+        f"of LoRA+ minus LoRA's {interval(difference, '+.4f')} ({difference['pairs']} paired seeds).",
+    ]
 
 
 def beats_constant(report: Report) -> bool | None:
@@ -218,6 +247,8 @@ def filled(page: str, tables: Mapping[str, Mapping[str, Report]]) -> str:
     blocks = {"summary": summary_lines(tables)}
     for name, studies in tables.items():
         blocks[name] = [line for title, report in studies.items() for line in study_lines(title, report)]
+    if tables.get("batch"):
+        blocks["batch"] += batch_lines({"CoLA": tables["glue"]["CoLA"], **tables["batch"]})
     for name, lines in blocks.items():
         start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         text = "\n\n".join([start, *lines, end])

@@ -4,6 +4,7 @@
     python benchmarks/tables.py lambda
     python benchmarks/tables.py methods --data DATA
     python benchmarks/tables.py glue --data DATA
+    python benchmarks/tables.py batch --data DATA
     python benchmarks/tables.py commonsense --data DATA
     python benchmarks/tables.py e2e --data DATA
 
@@ -214,6 +215,21 @@ STUDIES: dict[str, dict[str, Study]] = {
             },
         ),
         "instructions": Study("smollm2_chat.yaml", CONVERGENCE | {"train.batch_size": 1}),
+    },
+    # With the 32 rows of GLUE's CoLA: as many examples, so other numbers of steps.
+    "batch": {
+        f"CoLA, {rows} rows": glue(
+            "cola",
+            **{
+                "train.batch_size": rows,
+                "optimizer.warmup_steps": 640 // rows,
+                "sweep.learning_rates": [
+                    rate * (rows / 32) ** 0.5 for rate in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+                ],
+                "sweep.methods": ["lora_plus"],
+            },
+        )
+        for rows in (8, 128)
     },
     "lambda": {
         f"{data}, {start}": study._replace(settings={**study.settings, "lora.init": init})

@@ -58,3 +58,31 @@ def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):
     ]
     report = {"protocol": {"steps": 8}, "methods": {str(n): {"search": x} for n, x in enumerate(searches)}}
     assert map_points(report) == [(1e-3, 1e-3, 0.6), (1e-3, 4e-3, 0.25)]
+
+
+def test_each_method_is_compared_at_its_own_best_batch(benchmarks):
+    from results_page import batch_lines
+
+    def study(size, lora, lora_plus):
+        methods = {
+            name: {
+                "label": label,
+                "loss": 0.0,
+                "chosen": {"learning_rate": 1e-3},
+                "search": [{"loss": searched}, {"loss": None}],
+                "runs": [{"seed": seed, "test": {"loss": loss}} for seed, loss in enumerate(ends)],
+            }
+            for (name, label), (searched, ends) in zip(
+                {"lora": "LoRA", "lora_plus": "LoRA+"}.items(), (lora, lora_plus), strict=True
+            )
+        }
+        return {"protocol": {"batch": [size, 64], "steps": 10}, "methods": methods}
+
+    studies = {
+        "a": study(8, (0.5, [0.6, 0.7]), (0.3, [0.4, 0.6])),
+        "b": study(32, (0.4, [0.5, 0.7]), (0.6, [9, 9])),
+    }
+    _, line = batch_lines(studies)
+    # Differences -0.1 and -0.1.
+    assert "LoRA 32 and LoRA+ 8" in line
+    assert "−0.1000 [−0.1000, −0.1000] (2 paired seeds)" in line
