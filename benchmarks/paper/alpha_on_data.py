@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from shared import parse_options, report
 
-RATE = 1e-3
+RATE = 2.5e-4
 PLAIN = {"optimizer.weight_decay": 0.0, "optimizer.max_grad_norm": "null", "optimizer.eps": 1e-30}
 CASES: dict[str, tuple[float, dict[str, Any]]] = {
     "no decay, no clipping, epsilon 1e-30": (4, PLAIN),
