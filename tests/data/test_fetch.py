@@ -270,7 +270,7 @@ def test_the_hub_is_asked_for_weights_and_tables_only(monkeypatch):
         (
             ("org/name-1.5_b",),
             {
-                "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                "allow_patterns": ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"],
                 "ignore_patterns": ["consolidated*"],
             },
         ),

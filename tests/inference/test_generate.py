@@ -37,7 +37,7 @@ def test_what_training_leaves_out_is_counted_and_what_generate_answers(tmp_path)
     data = load_data(settings, tmp_path)
     for line, words in zip(data.summary, (("system", 10), ("last answer", 5)), strict=True):
         assert_mentions(line, *words)
-    chats = _chats((), str(path), None, settings)
+    chats = _chats((), str(path), None, settings, distinct=True)
     assert [chat.turns[-1].text for chat in chats[1:3]] == ["say", "what is is "]
     assert [json.loads(chat.tools) for chat in chats] == [[tool]] * 10
 
