@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from .._utils.records import file_digests
 from .._utils.validation import check_new_path, check_number, expand_path
+from ..data.fetch import resolve
 from ..interop import adapter_directory, peft_files
 from ..interop.adapter_directory import Adapter, load_adapter, save_adapter
 from ..interop.combination import combine_adapters
@@ -82,8 +83,14 @@ def combine_runs(
     for source in sources.values():
         check_identity(source.directory, source.notes, model, weights=weights, allow=allow_different)
     # Without fingerprints, names are all there is.
-    bases = {source.base: source for source in sources.values() if source.base is not None}
-    if len(bases) > 1 and "base.weights" not in allow_different:
+    bases: dict[Path, Source] = {}
+    if any(source.base for source in sources.values()) and "base.weights" not in allow_different:
+        for source in sources.values():
+            if source.base is not None:
+                bases[source.base] = source
+            elif "settings" in source.notes:
+                bases[resolve(source.notes["settings"]["model"]["path"], "model").resolve()] = source
+    if len(bases) > 1:
         named = " and ".join(f"{base} ({source.name})" for base, source in bases.items())
         raise ValueError(
             f"the adapters name different bases, {named}; if these hold the same weights, add --allow_different "
@@ -134,8 +141,7 @@ def _read(name: str, weight: float, config: str | None, allow: Sequence[str]) ->
     else:
         tuned = as_instruction_model(describe_peft(directory))
     if "settings" not in notes:
-        settings = {key: value for key, value in tuned.settings.to_json().items() if key != "output_dir"}
-        notes = {**notes, "settings": settings, "task": tuned.task.notes(), "identity": dict(tuned.identity)}
+        notes = {**notes, **tuned.origin}
     theirs = None if notes.get("base") is not None else tuned.base.resolve()
     return Source(name, directory, weight, read_adapter(directory, tuned.parts), notes, theirs)
 

@@ -15,7 +15,7 @@ from .._utils.records import DIGEST, FILES
 from .._utils.validation import check_choice, check_new_path, check_number, suggest
 from ..adapter.lora import disabled
 from ..adapter.tree import flatten
-from ..data.fetch import ASSETS, is_public, resolve
+from ..data.fetch import resolve
 from ..interop.adapter_directory import check_finite, load_adapter, save_adapter
 from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map, torch_module_of
@@ -29,6 +29,7 @@ from ..models.families import family_of
 from ..step.checkpoint import describe_run
 from ..step.fingerprints import fingerprint
 from ..tasks.causal_lm import model_config
+from ..training.provenance import check_allowed
 from ..training.saved_adapter import (
     find_adapter,
     is_peft,
@@ -46,7 +47,7 @@ from .convert_sources import (
     is_peft_directory,
     temporary_directory_for,
 )
-from .export import DTYPES, export_run
+from .export import DTYPES, export_run, lasting_name
 from .generate import as_instruction_model, open_model
 from .predict import describe_adapter, load_tuned
 from .verify_conversion import Verified, compare
@@ -118,6 +119,7 @@ def convert(
             re.compile(rule)
         except re.error as error:
             raise ValueError(f"--leave_out: invalid regular expression {rule!r:.80}: {error}") from None
+    check_allowed(allow_different)
     check_new_path("--out", out)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
@@ -129,7 +131,7 @@ def convert(
     rules = _read_path_map(path_map)
     with atomic_write(out.resolve(), new=True) as partial:
         if kind == "run":
-            place = None if base is None else _lasting_name(base, resolve(base, "model"))
+            place = None if base is None else lasting_name(base, resolve(base, "model"))
             lines = _convert_run(
                 require_adapter(source), place, to, partial, dtype, no_verify, allow_different
             )
@@ -147,7 +149,7 @@ def convert(
         else:
             read = TreeSource(source, library, scale=scale, alpha=alpha, path_map=rules, leave_out=leave_out)
         lines = _convert_named(
-            read, to, partial, out, named, _lasting_name(base, named.source), dtype, no_verify
+            read, to, partial, out, named, lasting_name(base, named.source), dtype, no_verify
         )
         return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
 
@@ -183,11 +185,6 @@ def _kind_of(source: Path, library: str | None) -> str:
     if library is not None and library not in libraries[kind]:
         raise ValueError(f"{source} is {_KINDS[kind]}; remove --from {library}")
     return kind
-
-
-def _lasting_name(base: str, path: Path) -> str:
-    """The name of the base to write: a Hub id stays one, as a path of the cache would mean nothing elsewhere."""
-    return base if base not in ASSETS and is_public(base, "model") else str(path.resolve())
 
 
 def _convert_run(
@@ -329,15 +326,9 @@ def _convert_named(
 def _write_ours(partial: Path, peft: Path) -> None:
     """Writes an adapter directory that `loraplus generate` opens on its own."""
     tuned = as_instruction_model(open_model(str(peft), None, None, None, ()))
-    parts, settings = tuned.parts, tuned.settings
-    notes = {
-        "settings": {name: value for name, value in settings.to_json().items() if name != "output_dir"},
-        "task": tuned.task.notes(),
-        "identity": tuned.identity,
-    }
-    save_adapter(
-        partial, parts.trainable, parts.specs, settings.applied, base=fingerprint(parts.frozen), **notes
-    )
+    parts, config = tuned.parts, tuned.settings.applied
+    notes = tuned.origin
+    save_adapter(partial, parts.trainable, parts.specs, config, base=fingerprint(parts.frozen), **notes)
 
 
 def _write_gguf(partial: Path, peft: Path, base: Path, dtype: str | None) -> list[str]:

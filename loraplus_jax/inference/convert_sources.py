@@ -259,11 +259,11 @@ class OwnSource:
             raise ValueError(f"{place} has no adapter: the model was trained in full")
         self.place, self.path_map = place, path_map
         self.adapter = adapter
-        self.targets, problems = adapted_leaves(adapter.specs, path_map)
-        raise_problems(f"{place}: the path map does not fit the adapter", problems)
         if adapter.start:  # for the original base, which the start made a packed one resemble
             difference = as_difference(adapter.lora, adapter.start, adapter.specs, adapter.config)
             self.adapter = Adapter(*difference, adapter.extras)
+        self.targets, problems = adapted_leaves(self.adapter.specs, path_map)
+        raise_problems(f"{place}: the path map does not fit the adapter", problems)
 
     @property
     def about(self) -> str:
@@ -285,9 +285,7 @@ class OwnSource:
         """Adds s A B to each weight, in the axes of our leaf, before any factor is converted."""
         adapter, totals = self.adapter, dict[str, np.ndarray]()
         factors = flat_factors(adapter.lora, adapter.specs)
-        for path, target in adapted_leaves(adapter.specs, self.path_map)[
-            0
-        ].items():  # with the specs of a difference
+        for path, target in self.targets.items():
             spec = target.spec
             a, b, *magnitudes = (jnp.asarray(factors[name]) for name in spec.factor_paths(path))
             product = np.asarray(weight_delta(a, b, spec))

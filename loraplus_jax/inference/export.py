@@ -124,9 +124,7 @@ def export_run(
             f"--merged --format gguf requires a GGUF base model, got {tuned.base}; use --format hf and convert "
             "the result with llama.cpp's convert_hf_to_gguf.py, or leave out --merged for an adapter"
         )
-    named = base_model or tuned.settings.model.path
-    if base_model is None and (named in ASSETS or not is_public(named, "model")):
-        named = str(tuned.base.resolve())
+    named = base_model or lasting_name(tuned.settings.model.path, tuned.base)
     summary = (read_summary(directory.parent) or {}) if directory.name == ADAPTER else {}
     card = functools.partial(
         model_card.model_card, tuned=tuned, adapter=adapter, summary=summary, base=named, repository=push
@@ -149,6 +147,11 @@ def export_run(
             kept = f"; the export is in {to}: upload it with `hf upload {push} {to}`" if to else ""
             raise ValueError(f"{error}{kept}") from None
         return f"{written}\n{pushed}" if to else pushed
+
+
+def lasting_name(base: str, path: Path) -> str:
+    """The name of the base to write: a Hub id stays one, as a path of the cache would mean nothing elsewhere."""
+    return base if base not in ASSETS and is_public(base, "model") else str(path.resolve())
 
 
 def _write_peft(

@@ -78,6 +78,12 @@ class TunedModel(NamedTuple):
     directory: Path | None = None
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """What an adapter's metadata says of the run: `settings`, `task` and `identity`."""
+        settings = {name: value for name, value in self.settings.to_json().items() if name != "output_dir"}
+        return {"settings": settings, "task": self.task.notes(), "identity": dict(self.identity)}
+
+    @property
     def variables(self) -> dict[str, Any]:
         """All variables of the model."""
         return combine(self.parts.trainable, self.parts.frozen)

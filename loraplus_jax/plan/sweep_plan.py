@@ -151,8 +151,11 @@ def _batch_seconds(
     base = task_module(settings).make_base(settings, directory, data.task)
     # The model's inputs are those of a plan; the rows of an evaluation batch are of the real data.
     columns = task_module(settings).placeholder_data(settings)._replace(task=data.task)
-    work = count_evaluation(settings, base, columns, batches, mesh)
-    return 0.0 if work is None else max(roofline(chip, work, ()).values())
+    if (work := count_evaluation(settings, base, columns, batches, mesh)) is None:
+        raise ValueError(
+            f"an evaluation of {batches.eval_rows} rows does not fit {chip.name}; set train.eval_batch_size lower"
+        )
+    return max(roofline(chip, work, ()).values())
 
 
 def runs_held(plan: Plan) -> int:

@@ -74,6 +74,8 @@ def test_parts_of_one_adapter_in_either_format_make_the_adapter(run, tmp_path, c
     (other / "adapter_config.json").write_text(json.dumps(base))
     words = ("combine", bare, other, *svd, "--out", tmp_path / "no")
     assert_mentions(rejected(capsys, *words), "copy of the base", "--allow_different base.weights")
+    error = rejected(capsys, "combine", run.out, other, *svd, "--out", tmp_path / "no")
+    assert_mentions(error, "copy of the base", run.out, "--allow_different base.weights")
     printed(capsys, *words[:-1], tmp_path / "allowed", "--allow_different", "base.weights")
     printed(capsys, "combine", f"{bare}=0.25", f"{bare}/=0.75", *svd, "--out", tmp_path / "no_config")
     found, wanted = (load_adapter(place).lora for place in (tmp_path / "no_config", again))

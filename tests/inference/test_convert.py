@@ -500,6 +500,8 @@ def test_a_run_whose_base_has_moved(untrained_talk, tmp_path, capsys, monkeypatc
     assert str(untrained_talk.out) in rejected(
         capsys, *words, out=tmp_path / "no"
     )  # it was made with another base
+    other = (untrained_talk.out, "--to", "loraplus", "--no_verify", "--allow_different", "wieghts")
+    assert_mentions(rejected(capsys, *other, out=tmp_path / "no"), "--allow_different", "wieghts")
     words = (*words, "--allow_different", "base.weights", "--no_verify")
     converted(capsys, *words, "--out", tmp_path / "other")
 

@@ -24,6 +24,7 @@ from loraplus_jax.training.setup import task_module
 from ..messages import assert_mentions
 from .tiny import BERT, RANK, config, llama, parts_of, settings_of
 
+HALF_A_SECOND = Work(500.0, 0.0)
 CHIP = Chip("chip", memory=100.0, flops=1000.0, memory_rate=1000.0, link_rate=1.0)
 OPTIONS = (
     *("--sweep.learning_rates=[1e-4,2e-4]", "--sweep.lr_ratios=[2,4]", "--sweep.control=false"),
@@ -43,7 +44,7 @@ def test_the_frozen_weights_exist_once(room, held):
     assert runs_held(run_plan(room)) == held  # pyright: ignore
 
 
-ROWS = {"train": 64, "validation": 20, "test": 9}  # 8 rows in an evaluation batch: 3 and 2 batches
+ROWS = {"train": 64, "validation": 20, "test": 9}  # at most 8 rows in an evaluation batch: 3 and 2 batches
 
 
 def load(run, directory):
@@ -58,12 +59,11 @@ def load(run, directory):
 def planned(tmp_path, monkeypatch):
     """Plans a sweep whose runs have the given plan, for a worker with two devices."""
 
-    def plan(one, workers, *options, topology="chip:2"):
+    def plan(one, workers, *options, topology="chip:2", evaluation=HALF_A_SECOND):
         monkeypatch.setattr(sweep_plan, "plan_for", lambda settings, chip, devices: one)
         monkeypatch.setattr(sweep_plan, "load_sweep_data", load)
         monkeypatch.setattr(sweep_plan, "target_devices", lambda name: (CHIP, jax.devices()[:2]))
-        # An evaluation batch takes half a second.
-        monkeypatch.setattr(sweep_plan, "count_evaluation", lambda *_: Work(500.0, 0.0))
+        monkeypatch.setattr(sweep_plan, "count_evaluation", lambda *_: evaluation)
         run = parse_settings(config(tmp_path), [*OPTIONS, *options], SweepRun)
         return plan_sweep(run, workers, topology), run
 
@@ -120,6 +120,8 @@ def test_an_evaluation_of_all_layers_is_counted(tmp_path, kind):
 def test_a_run_that_fits_no_device(planned):
     with pytest.raises(ValueError, match="and a run needs"):
         planned(run_plan(room=50), 2)
+    with pytest.raises(ValueError, match=r"evaluation of 7 rows.*train\.eval_batch_size"):
+        planned(run_plan(), 2, evaluation=None)
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
