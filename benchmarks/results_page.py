@@ -46,8 +46,11 @@ def protocol_line(report: Report) -> str:
     """How a study was run."""
     p, ran_on = report["protocol"], report["machine"]
     size, length = p["batch"]
+    # Some tried more than others, where `sweep.widen` added rates.
+    counts = sorted({method["settings"] for method in report["methods"].values()})
+    settings = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
     return (
-        f"{p['model']}, {p['steps']:,} steps of {size} rows of up to {length} tokens; {p['settings']} settings a "
+        f"{p['model']}, {p['steps']:,} steps of {size} rows of up to {length} tokens; {settings} settings a "
         f"method, reported on {len(p['report_seeds'])} other seeds and {p['test_rows']:,} test examples. Intervals "
         f"of {100 * p['confidence']:.1f} % each, so that all hold together with 95 %. "
         f"{ran_on.get('processor', '')} {ran_on['cores']} cores.".replace("  ", " ")

@@ -65,8 +65,8 @@ class Study(NamedTuple):
     files: Mapping[str, str | Sample] = {}
 
 
-HALVING = {"sweep.rungs": [0.25], "sweep.keep": 0.5, "train.epochs": None}
-"""Four settings a method: all for a quarter of the steps, two to the end."""
+HALVING = {"sweep.rungs": [0.25], "sweep.keep": 0.5, "sweep.widen": 3, "train.epochs": None}
+"""Four settings a method: all for a quarter of the steps, two to the end; more where the best is at the edge."""
 GLUE = {
     "data.max_length": 128,
     "data.validation_fraction": 0.1,
@@ -79,6 +79,7 @@ GLUE = {
     # Five rates a method, all to the end: at a quarter of the steps the best rate is still too high.
     "sweep.method": "grid",
     "sweep.learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
+    "sweep.widen": 3,
     "sweep.lr_ratios": [4],
     "sweep.report_seeds": 5,
     "sweep.curve_points": 20,
@@ -122,6 +123,7 @@ CONVERGENCE = {
     "sweep.method": "grid",
     "sweep.seeds": [100, 101],
     "sweep.learning_rates": [2.5e-4, 1e-3, 4e-3],
+    "sweep.widen": 3,
     "sweep.lr_ratios": [4, 16],
     "sweep.methods": ["lora_plus"],
     "sweep.report_seeds": 8,
@@ -132,6 +134,7 @@ LAMBDA = {
     "sweep.method": "grid",
     # Of λ = 1; `compare_lambdas` divides them by √λ, so that the product of both factors' rates is the same.
     "sweep.learning_rates": [2.5e-4, 7.1e-4, 2e-3, 5.7e-3],
+    "sweep.widen": 3,
     "sweep.lr_ratios": [2, 4, 8, 16, 32],
     "sweep.methods": ["lora", "lora_plus"],
     "sweep.report_seeds": 5,

@@ -194,6 +194,7 @@ def format_sweep(plan: SweepPlan, run: SweepRun) -> str:
             f"on {found.workers:,} workers: {at_most}{format_seconds(found.makespan)}; no schedule takes "
             f"less than {format_seconds(found.bound)}, one worker {format_seconds(found.work)}",
             "these are lower bounds for runs one at a time; reading the model and compiling come on top"
-            + (", and so does generating texts" if run.task == "generation" else ""),
+            + (", and so does generating texts" if run.task == "generation" else "")
+            + (", and so do the learning rates that sweep.widen adds" if run.sweep.widen else ""),
         ]
     )

@@ -208,6 +208,7 @@ class MethodRun(SweepRun):
         Settings.__post_init__(self)
         self._check_one_process()
         _ = self.trials
+        self._check_widen()
 
     @property
     def arms(self) -> tuple[Arm, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..training.metrics_log import pyplot, save_figure
-from .report import edges
+from .edges import edges
 from .settings import SweepRun, Trial
 from .statistics import CONFIDENCE, compare_arms, report_runs, t_interval
 
@@ -83,7 +83,7 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
             "model": run.model.path,
             "data": ", ".join(run.data.sources),
             "steps": steps,
-            "settings": methods["lora"]["settings"],
+            "settings": min(method["settings"] for method in methods.values()),
             "seeds": list(run.seeds),
             "report_seeds": list(run.report_seeds),
             "metric": metric,

@@ -13,6 +13,7 @@ import jinja2
 from .._utils.atomic import write_text
 from .._utils.records import write_record
 from .._utils.validation import expand_path
+from .edges import edges
 from .figures import PICTURES
 from .halving import comparison_steps, mean_losses, member_steps
 from .interim_report import interval_confidence, reason_to_end, seed_groups
@@ -49,13 +50,15 @@ def make_report(
         rows, and the metrics of a constant answer.
     """
     runs = report_runs(rows, steps, run.sweep.target)
+    # With those that `sweep.widen` added.
+    tried = list(dict.fromkeys([*run.trials, *mean_losses(row for row in rows if row["stage"] == "search")]))
     report: dict[str, Any] = {
         "complete": False,
         "protocol": _protocol(run, steps, metric) | dict(curve),
-        "member_steps": _member_steps(run, rows, steps),
+        "member_steps": _member_steps(rows, len(tried) * len(run.seeds) * steps),
         "search": _search(rows),
         "chosen": {arm: trial._asdict() for arm, trial in chosen.items()},
-        "at_the_edge": values_at_edge(run.trials, chosen),
+        "at_the_edge": values_at_edge(tried, chosen),
         "runs": runs,
         "comparisons": [],
         "ended": None,
@@ -135,31 +138,12 @@ def format_steps(value: float | None) -> str:
     return "never" if value is None else f"{value:.0f}"
 
 
-def edges(tried: Sequence[Trial], best: Trial) -> dict[str, str]:
-    """Which of the best rate and ratio are at an end of what was tried, where a better one may lie beyond.
-
-    A single learning rate counts, since it was not tuned; a single lambda is the user's choice.
-
-    >>> trials = [Trial(rate, 4.0, 16.0, 8) for rate in (1e-4, 1e-3, 1e-2)]
-    >>> edges(trials, trials[2]), edges(trials, trials[1]), edges(trials[:1], trials[0])
-    ({'learning_rate': 'largest'}, {}, {'learning_rate': 'only one'})
-    """
-    found = {}
-    for name in ("learning_rate", "lr_ratio"):
-        values, value = {getattr(trial, name) for trial in tried}, getattr(best, name)
-        if len(values) == 1 and name == "learning_rate":
-            found[name] = "only one"
-        elif len(values) > 1 and value in (min(values), max(values)):
-            found[name] = "largest" if value == max(values) else "smallest"
-    return found
-
-
 def values_at_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[str]:
     """The `edges` of each arm as lines, each with the option that widens the range.
 
-    >>> tried = [Trial(rate, 1.0, 16.0, 8) for rate in (1e-4, 1e-3, 1e-2)]
-    >>> values_at_edge(tried, {"lora": tried[2]})
-    ['LoRA: learning_rate 0.01 is the largest tried of [0.0001, 0.001, 0.01]; widen: --sweep.lora_learning_rates']
+    >>> tried = [Trial(rate, 1.0, 16.0, 8) for rate in (1e-3, 1e-2)]
+    >>> values_at_edge(tried, {"lora": tried[1]})
+    ['LoRA: learning_rate 0.01 is the largest tried of [0.001, 0.01]; widen: --sweep.lora_learning_rates']
     """
     lines = []
     for arm, best in chosen.items():
@@ -193,7 +177,7 @@ def _protocol(run: SweepRun, steps: int, metric: str) -> ReportRow:
     }
 
 
-def _member_steps(run: SweepRun, rows: Sequence[ReportRow], steps: int) -> ReportRow:
+def _member_steps(rows: Sequence[ReportRow], grid: int) -> ReportRow:
     """Training steps of all members so far: the search, the full grid that it replaces, and the report."""
     search = [row for row in rows if row["stage"] == "search"]
     stops = sorted({row["step"] for row in search})
@@ -204,7 +188,7 @@ def _member_steps(run: SweepRun, rows: Sequence[ReportRow], steps: int) -> Repor
             ends[row["arm"], row["seed"]] = row["step"]
     return {
         "search": member_steps(counts, stops),
-        "grid": len(run.trials) * len(run.seeds) * steps,
+        "grid": grid,
         "report": sum(ends.values()),
     }
 

@@ -30,6 +30,7 @@ from ..training.metrics_log import METRICS, SUMMARY
 from ..training.provenance import check_identity
 from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.run_files import CHECKPOINTS
+from .edges import beyond
 from .executor import Executor, InProcess, run_sweeps
 from .figures import draw_figures
 from .halving import (
@@ -180,12 +181,36 @@ class Sweep:
         start, sources = 0, dict[MemberSpec, Source]()
         for stop in comparison_steps(self.run.sweep, self.steps):
             if not members:
-                return
+                break
             units = self.make_units("search", f"search-{stop}", members, start, (stop,), sources)
             yield from self.run_stage(units)
             remaining = self.choose(stop)
             members = [member for member in members if member.trial in remaining]
             start, sources = stop, _sources(units)
+        for arm in self.run.searched:
+            yield from self.widen(arm)
+
+    def widen(self, arm: str) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
+        """Tries further learning rates of an arm while its best is the smallest or largest tried."""
+        for number in range(self.run.sweep.widen):
+            best, rows = self.chosen[arm], [row for row in self.rows if row["arm"] == arm]
+            if (further := beyond(mean_losses(rows), best)) is None:
+                return
+            self.console.print(
+                f"{self.title}{self.labels[arm]}: the best learning rate {best.learning_rate:g} is at the edge of "
+                f"the search range; trying {further.learning_rate:g}"
+            )
+            # To the step at which the best was selected, which is a rung if it alone was left.
+            last = max(row["step"] for row in rows if Trial(*row["trial"]) == best)
+            stops = tuple(stop for stop in comparison_steps(self.run.sweep, self.steps) if stop <= last)
+            members = [MemberSpec(further.arm, further, seed) for seed in self.run.seeds]
+            yield from self.run_stage(
+                self.make_units("search", f"wider-{arm}-{number}", members, 0, stops, {})
+            )
+            scores = mean_losses(row for row in self.rows if row["arm"] == arm and row["step"] == last)
+            self.chosen[arm] = best_trial(scores, arm) or best
+            self.print_scores(last, scores, {arm: self.chosen[arm]})
+            write_report(self.directory, self.report())
 
     def report_continues(self) -> bool:
         """Whether another group of report seeds follows; the analysis so far is in the report."""
@@ -342,7 +367,8 @@ class Sweep:
         evaluations -= sum(done[split] * count for split, count in batches.items())
         seconds = total * step_seconds + evaluations * progress.batch_seconds
         counts = {"training steps": total, "evaluation batches": evaluations}
-        bound = "at most" if run.sweep.interim_seeds else "about"
+        bounds = ["at most"] * bool(run.sweep.interim_seeds) + ["at least"] * bool(run.sweep.widen)
+        bound = bounds[0] if len(bounds) == 1 else "about"
         workers = self.executor.workers
         also = f"waiting for the slowest of {workers} workers" if workers > 1 else ""
         also += " and for other methods" if self.title else ""

@@ -35,6 +35,7 @@ RATE_MULTIPLES = (0.25, 0.5, 1.0, 2.0)
 """Default learning rates of LoRA+, as multiples of optimizer.learning_rate."""
 MAX_SAMPLES, MOST_REPORT_SEEDS, MOST_MEMBERS = 1000, 1000, 10_000
 """Upper limits: all members of a stage are in memory at the same time."""
+MOST_FURTHER_RATES = 10
 MAX_DRAWS_PER_SAMPLE = 100
 """Limit of random draws per requested sample, as repeated settings are drawn again."""
 
@@ -64,6 +65,8 @@ class SweepSettings:
       ranks: ranks to try with both methods; null uses lora.rank.
       samples: number of random settings per method, instead of every combination; rates and ratios are log-uniform
         between the smallest and largest listed, alphas and ranks come from their lists.
+      widen: most further learning rates that a method tries, one after another, while its best is the smallest or
+        largest tried; each is as far from the last as those of the list are from each other.
       seeds: random seeds of the search; null uses the run's seed.
       report_seeds: number of new seeds for the final comparison, counting up from the largest search seed + 1; use
         8 for a publishable result.
@@ -99,6 +102,7 @@ class SweepSettings:
     alphas: Rates | None = None
     ranks: Annotated[tuple[Count, ...], Field(min_length=1), Distinct] | None = None
     samples: Annotated[Count, Field(le=MAX_SAMPLES)] | None = None
+    widen: Annotated[Int, Field(ge=0, le=MOST_FURTHER_RATES)] = 0
     seeds: Annotated[tuple[Index, ...], Field(min_length=1), Distinct] | None = None
     report_seeds: Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)] = 3
     interim_seeds: Annotated[tuple[Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)], ...], Distinct] = ()
@@ -220,6 +224,8 @@ class SweepRun(Settings):
         if self.lora.init in BASE_INITS:
             self._check_start()
         self._check_size()
+        if self.sweep.methods is None:  # else each method's own run checks its rates
+            self._check_widen()
         for trial in self.trials:
             self.settings_of(trial, self.seed)
             if self.sweep.control:
@@ -237,6 +243,15 @@ class SweepRun(Settings):
                 f"a sweep trains at most {MOST_MEMBERS:,} runs, got {members:,} ({count:,} settings x {seeds:,} of "
                 "sweep.seeds); shorten the lists or set a smaller sweep.samples"
             )
+
+    def _check_widen(self) -> None:
+        for arm in self.searched if self.sweep.widen else ():
+            rates = {trial.learning_rate for trial in self.trials if trial.arm == arm}
+            if len(rates) == 1:
+                raise ValueError(
+                    f"sweep.widen continues the spacing of at least two learning rates, got {self.sweep.widen} and "
+                    f"only {rates.pop():g} for {ARM_LABELS[arm]}; list more rates or set it to 0"
+                )
 
     def _check_one_process(self) -> None:
         if (self.mesh.fsdp, self.mesh.tensor) != (1, 1) or self.distributed.coordinator is not None:

@@ -234,6 +234,30 @@ def test_a_report_in_groups_trains_the_same_runs_and_resumes_in_each(world, swep
     assert_mentions(capsys.readouterr().out, "no significant difference", "2 report seeds", "3 of 3")
 
 
+def test_a_wider_search_resumes_and_reports_what_it_tried(world, tmp_path, capsys, undrawn):
+    # Two rates a method: either is an end.
+    options = (
+        *("--sweep.lora_learning_rates", "[1e-4,2e-4]", "--sweep.widen", "1", "--sweep.control", "false"),
+        *("--sweep.lr_ratios", "[4]", "--sweep.keep", "0.75"),
+    )
+    stopped_at(16 + 6, world, *options)
+    assert_mentions(capsys.readouterr().out, "LoRA: the best learning rate", "edge", "trying", "at least")
+    assert run_sweep(world, *options) == 0
+    assert "resuming from step 6 of the search" in capsys.readouterr().out
+    assert run_sweep(world, *options, out=tmp_path / "straight") == 0
+    assert result_of(world.out)[1] == result_of(tmp_path / "straight")[1]
+    report = report_of(world.out)
+    assert [sum(row["step"] == step for row in report["search"]) for step in (4, 16)] == [6, 6]
+    assert report["member_steps"]["search"] == 6 * 16
+    for arm in ("lora", "lora_plus"):
+        rates = {row["learning_rate"] for row in report["search"] if row["arm"] == arm}
+        assert len(rates) == 3
+        last = [row for row in report["search"] if row["step"] == 16 and row["arm"] == arm]
+        assert (
+            report["chosen"][arm]["learning_rate"] == min(last, key=lambda row: row["loss"])["learning_rate"]
+        )
+
+
 def test_a_decided_report_ends_early(world, capsys, undrawn, monkeypatch):
     step, ready = DeviceSlots.step, []
 

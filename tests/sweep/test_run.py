@@ -1,5 +1,6 @@
 """Which split decides at each stage of a sweep, on units whose losses are given."""
 
+import math
 import types
 
 import pytest
@@ -29,18 +30,20 @@ class GivenLosses:
         abstract = types.SimpleNamespace(data=data, steps=8, shapes=None)
         return Opened(abstract, {"base": None, "identity": {}}, 1, self.group_size or most)  # pyright: ignore
 
+    def loss(self, split, trial):
+        return 9.0 + SLOPES[split] * trial.learning_rate * trial.lr_ratio
+
     def submit(self, sweep, unit):
         self.queue.append((sweep, unit))
         self.units.append(unit)
 
     def wait(self):
         sweep, unit = self.queue.pop()
-        slope, rows = SLOPES[unit.split], []
+        rows = []
         for stop in unit.stops:
             for arm, trial, seed in unit.members:
                 key = {"stage": unit.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": stop}
-                loss = 9.0 + slope * trial.learning_rate * trial.lr_ratio
-                rows.append({**key, "split": unit.split, "loss": loss})
+                rows.append({**key, "split": unit.split, "loss": self.loss(unit.split, trial)})
             sweep.follow(unit, Progress(stop, list(rows)))
         return sweep, unit, {"rows": rows, "devices": "1 x given", "seconds": 0.0}
 
@@ -137,3 +140,57 @@ def test_checkpoints_stay_while_units_continue_from_them(ended):
     # Of the stage before the report, and of the report's own; at the end none.
     assert executor.there == {"search-8", "report-0"}
     assert not list(sweep.directory.glob(f"units/*/{CHECKPOINTS}"))
+
+
+LISTED = (
+    *("--sweep.learning_rates=[1e-3,2e-3]", "--sweep.lr_ratios=[4]"),
+    *("--sweep.lora_learning_rates=[1e-3,2e-3]", "--sweep.control=false"),
+)
+
+
+class BestRates(GivenLosses):
+    """The loss grows with the distance to the best rate of each method."""
+
+    def __init__(self, lora, lora_plus, group_size=None):
+        super().__init__(group_size)
+        self.best = {"lora": lora, "lora_plus": lora_plus}
+
+    def loss(self, split, trial):
+        return (
+            math.nan if trial.learning_rate > 1 else abs(math.log(trial.learning_rate / self.best[trial.arm]))
+        )
+
+
+# A halving that keeps one at its rung, step 1 of 8, selects it there; one that keeps both, at the end.
+@pytest.mark.parametrize(
+    ("option", "stops"), [("method=grid", (8,)), ("keep=0.5", (1,)), ("keep=0.75", (1, 8))]
+)
+def test_rates_beyond_the_list_are_tried_until_the_best_is_inside(ended, option, stops):
+    executor = BestRates(lora=3e-4, lora_plus=4e-3)
+    sweep, report = ended(executor, *LISTED, f"--sweep.{option}", "--sweep.widen=2")
+    added = [unit for unit in executor.units if unit.name.startswith("wider")]
+    assert [(unit.name, unit.members[0].trial.learning_rate) for unit in added] == [
+        *(("wider-lora-0-0", 5e-4), ("wider-lora-1-0", 2.5e-4)),
+        *(("wider-lora_plus-0-0", 4e-3), ("wider-lora_plus-1-0", 8e-3)),
+    ]
+    assert {(len(unit.members), unit.start, unit.stops) for unit in added} == {(1, 0, stops)}
+    chosen = {arm: trial.learning_rate for arm, trial in sweep.chosen.items()}
+    assert chosen == {"lora": 2.5e-4, "lora_plus": 4e-3}
+    # Two more rates are the most, and LoRA's best is still an end.
+    assert [line.partition(":")[0] for line in report["at_the_edge"]] == ["LoRA"]
+    steps = report["member_steps"]
+    assert (steps["search"], steps["grid"]) == (8 * stops[-1], 8 * 8)
+
+
+def test_a_rate_that_diverges_ends_the_range(ended):
+    sweep, report = ended(BestRates(lora=1.5e-3, lora_plus=9.0), *LISTED, "--sweep.widen=10")
+    # 0.002 doubled until 1.024 diverges.
+    assert sweep.chosen["lora_plus"].learning_rate == 0.512
+    assert report["at_the_edge"] == []
+
+
+def test_no_rate_is_added_where_the_best_is_inside(ended):
+    options = "--sweep.method=grid", "--sweep.widen=2", "--sweep.learning_rates=[1e-3,2e-3,4e-3]"
+    executor = BestRates(lora=4e-3, lora_plus=2e-3)
+    ended(executor, "--sweep.lr_ratios=[4]", "--sweep.control=false", *options)
+    assert [unit.name for unit in executor.units] == ["search-8-0", "report-0-0"]

@@ -38,7 +38,7 @@ def target(run):
 
 
 # Field, another value, what shows it, and what else must be set. members_at_once is in test_population.py,
-# group_size in test_run.py; ray and worker are in test_ray_tasks.py.
+# group_size and widen in test_run.py; ray and worker are in test_ray_tasks.py.
 def pissa(run):
     return method_run(run, "pissa").trials
 
@@ -66,7 +66,7 @@ EFFECTS = [
 
 
 def test_every_field_has_its_effect():
-    named = {name for name, *_ in EFFECTS} | {"members_at_once", "group_size", "ray", "worker"}
+    named = {name for name, *_ in EFFECTS} | {"members_at_once", "group_size", "ray", "worker", "widen"}
     assert named == {field.name for field in dataclasses.fields(SweepSettings)}
 
 
@@ -176,6 +176,9 @@ BAD = {
     "--sweep.samples=1001": ["sweep.samples", 1, 1000, 1001],
     "--sweep.report_seeds=1": ["sweep.report_seeds", 2, 1],
     "--sweep.report_seeds=1000000000": ["sweep.report_seeds", 2, 1000, 1000000000],
+    "--sweep.widen=11": ["sweep.widen", 0, 10, 11],
+    "--sweep.widen=1 --sweep.learning_rates=[1e-3]": ["sweep.widen", "0.001", "LoRA+", "more rates"],
+    "--sweep.widen=1 --sweep.learning_rates=[1e-3] --sweep.methods=[pissa,lora_plus]": ["lora_plus", "0.001"],
     "--sweep.interim_seeds=[1]": ["sweep.interim_seeds[0]", 2, 1],
     "--sweep.interim_seeds=[3]": ["interim_seeds", "below", "report_seeds 3", 3],
     "--sweep.interim_seeds=[4,2] --sweep.report_seeds=8": ["interim_seeds", "increasing", "[4, 2]"],
