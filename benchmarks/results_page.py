@@ -165,7 +165,7 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
                 }
             )
     lines = [table(rows)]
-    if kept:
+    if len(kept) > 1:
         gain, ratio = overall(kept)
         lines.append(
             f"Mean over the {len(kept)} data sets above the constant answer: gain in the metric "

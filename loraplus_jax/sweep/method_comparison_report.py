@@ -120,7 +120,8 @@ def verdict(methods: Mapping[str, Any], confidence: float) -> str:
     known = {n: i for n, i in known.items() if i["low"] is not None and i["pairs"] == seeds}
     better = {name for name, interval in known.items() if interval["high"] < 0}
     worse = [others[name]["label"] for name, interval in known.items() if interval["low"] > 0]
-    evidence = f"{seeds} paired seeds, {len(others)} comparisons, intervals of {100 * confidence:.1f} % each"
+    comparisons = "1 comparison" if len(others) == 1 else f"{len(others)} comparisons"
+    evidence = f"{seeds} paired seeds, {comparisons}, intervals of {100 * confidence:.1f} % each"
     ranges = {
         n: f"{others[n]['label']} {i['mean']:+.4f} [{i['low']:+.4f}, {i['high']:+.4f}]"
         for n, i in sorted(known.items(), key=lambda item: item[1]["mean"])
