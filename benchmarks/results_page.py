@@ -49,11 +49,12 @@ def protocol_line(report: Report) -> str:
     # Some tried more than others, where `sweep.widen` added rates.
     counts = sorted({method["settings"] for method in report["methods"].values()})
     settings = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
+    hours = f"{p['hours']:.1f} hours on " if "hours" in p else ""
     return (
         f"{p['model']}, {p['steps']:,} steps of {size} rows of up to {length} tokens; {settings} settings a "
         f"method, reported on {len(p['report_seeds'])} other seeds and {p['test_rows']:,} test examples. Intervals "
         f"of {100 * p['confidence']:.1f} % each, so that all hold together with 95 %. "
-        f"{ran_on.get('processor', '')} {ran_on['cores']} cores.".replace("  ", " ")
+        f"{hours}{ran_on.get('processor', '')} {ran_on['cores']} cores.".replace("  ", " ")
     )
 
 
@@ -212,6 +213,50 @@ def map_points(report: Report) -> list[tuple[float, float, float]]:
     return [(*rates, sum(x) / len(x)) for rates, x in losses.items() if None not in x]  # pyright: ignore
 
 
+def loss_by_ratio(report: Report) -> list[tuple[float, float, float, float]]:
+    """(λ, difference in test loss to λ = 1 in percent of it, low, high) of each λ; at λ = 1 it is 0."""
+    points = [(1.0, 0.0, 0.0, 0.0)]
+    for name, method in report["methods"].items():
+        if name != "lora" and (found := relative_loss(report, name)) is not None:
+            points.append((method["chosen"]["lr_ratio"], found["mean"], found["low"], found["high"]))
+    return sorted(points)
+
+
+def draw_ratios(studies: Mapping[str, Report], path: Path) -> None:
+    """The difference in test loss to λ = 1 over λ with its interval, a panel a data set and a line a start."""
+    plt = pyplot()
+    panels = list(dict.fromkeys(title.partition(",")[0] for title in studies))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1 + 4.5 * len(panels), 4), squeeze=False, layout="constrained"
+    )
+    for title, report in studies.items():
+        data, _, start = title.partition(", ")
+        panel, points = axes[0, panels.index(data)], loss_by_ratio(report)
+        # Side by side, where the intervals of two starts would cover each other.
+        shift = 1.04 ** len(panel.lines)
+        ratios, means, lows, highs = (list(values) for values in zip(*points, strict=True))
+        panel.errorbar(
+            [ratio * shift for ratio in ratios],
+            means,
+            [
+                [mean - low for mean, low in zip(means, lows, strict=True)],
+                [high - mean for mean, high in zip(means, highs, strict=True)],
+            ],
+            fmt="o-",
+            capsize=3,
+            label=start,
+        )
+        panel.axhline(0, color="black", linewidth=1, linestyle="--", zorder=0)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+        panel.set(xlabel="λ, each at its own best η_A", title=data)
+        panel.grid(axis="y", alpha=0.3)
+        if start:
+            panel.legend(frameon=False)
+    axes[0, 0].set_ylabel("test loss minus λ = 1's, % of it")
+    save_figure(figure, path)
+
+
 def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
     """The validation loss over (η_A, η_B), a panel a study; the line is plain LoRA, the frame the lowest loss."""
     plt = pyplot()
@@ -266,6 +311,7 @@ def main() -> None:
     write_text(path, filled(path.read_text(encoding="utf-8"), tables))
     draw(tables, DOCS / "results" / "differences.png")
     if tables["lambda"]:
+        draw_ratios(tables["lambda"], DOCS / "results" / "lambda.png")
         draw_maps(tables["lambda"], DOCS / "results" / "lambda_map.png")
 
 

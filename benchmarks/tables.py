@@ -37,6 +37,7 @@ from loraplus_jax.sweep.method_comparison import MethodRun, compare_methods, com
 from loraplus_jax.sweep.report import REPORT
 from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.sweep.statistics import ratio_interval, steps_to, t_interval
+from loraplus_jax.sweep.unit import RESULT, unit_directory
 from loraplus_jax.training.run_files import CONFIG, read_summary
 from loraplus_jax.training.signals import Stopped
 
@@ -338,6 +339,11 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             report = compare_lambdas(run) if name == "lambda" else compare_methods(run)
             ran_on = machine()
         protocol = report["protocol"] | {"batch": [run.train.batch_size, run.data.max_length], "data": title}
+        # Those of all its units, also of those that an earlier command ran.
+        seconds = [
+            read_record(path)["seconds"] for path in done.glob(f"*/{unit_directory(Path(), '*') / RESULT}")
+        ]
+        protocol["hours"] = round(sum(seconds) / 3600, 3)
         if run.task == "generation":
             protocol["texts"] = run.generation.inputs
         kept[title] = report | {"protocol": protocol, "machine": ran_on}

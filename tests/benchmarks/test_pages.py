@@ -60,6 +60,23 @@ def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):
     assert map_points(report) == [(1e-3, 1e-3, 0.6), (1e-3, 4e-3, 0.25)]
 
 
+def test_losses_over_the_ratio_are_shares_of_those_at_ratio_1(benchmarks):
+    from results_page import loss_by_ratio
+
+    def method(ratio, **interval):
+        return {"chosen": {"lr_ratio": ratio}, "against_lora": {"test_loss": interval}}
+
+    report = {
+        "methods": {
+            "lora": {"loss": 0.5, "against_lora": None},
+            "lambda_8": method(8.0, mean=0.01, low=-0.01, high=0.03),
+            "lambda_2": method(2.0, mean=-0.02, low=-0.03, high=-0.01),
+            "lambda_4": method(4.0, mean=None, low=None, high=None),
+        }
+    }
+    assert loss_by_ratio(report) == [(1, 0, 0, 0), (2, -4, -6, -2), (8, 2, -2, 6)]
+
+
 def test_each_method_is_compared_at_its_own_best_batch(benchmarks):
     from results_page import batch_lines
 

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.slow]
 SMALL = flags(
     "--data.max_length 12 --train.steps 8 --train.batch_size 8 --train.eval_batch_size 32"
     " --optimizer.warmup_steps 1 --sweep.report_seeds 2 --sweep.seeds [0,1] --sweep.learning_rates [2e-3,5e-3]"
-    " --sweep.lr_ratios [4] --sweep.curve_points 2"
+    " --sweep.lr_ratios [4] --sweep.curve_points 2 --train.epochs null --sweep.widen 0"
 )
 
 
@@ -27,6 +27,7 @@ def test_a_table_from_a_recipe_to_its_file_and_resumed(world, monkeypatch):
     tables.main([*command, *results])
     content = (world.directory / "results/lambda.json").read_text()
     (report,) = json.loads(content)["studies"].values()
+    assert report["protocol"]["hours"] > 0
     assert [method["label"] for method in report["methods"].values()] == ["λ = 1 (LoRA)", "λ = 4"]
     for method in report["methods"].values():
         assert len(method["search"]) == 4
