@@ -137,6 +137,8 @@ class Sweep:
         """Whether a unit measures times for the estimate: the first one that runs."""
         self.done = Counter[str]()
         """Training steps and evaluation batches of the stages that have ended."""
+        self.added = Counter[str]()
+        """Training steps and evaluations of the settings that `widen` has added."""
         self.devices: set[str] = set()
         self.seconds, self.started = 0.0, time.perf_counter()
 
@@ -204,6 +206,7 @@ class Sweep:
             last = max(row["step"] for row in rows if Trial(*row["trial"]) == best)
             stops = tuple(stop for stop in comparison_steps(self.run.sweep, self.steps) if stop <= last)
             members = [MemberSpec(further.arm, further, seed) for seed in self.run.seeds]
+            self.added += Counter(steps=len(members) * last, validation=len(members) * len(stops))
             yield from self.run_stage(
                 self.make_units("search", f"wider-{arm}-{number}", members, 0, stops, {})
             )
@@ -360,10 +363,10 @@ class Sweep:
         batches = {
             split: batches_of(data.splits[split], progress.eval_rows) for split in ("validation", "test")
         }
-        evaluations = sum(members) * batches["validation"]
+        evaluations = (sum(members) + self.added["validation"]) * batches["validation"]
         evaluations += reported * len(curve_steps(steps, run.sweep.curve_points)) * batches["test"]
         done = self.done + self.work_so_far()
-        total = member_steps(members, stops) + reported * steps - done["steps"]
+        total = member_steps(members, stops) + self.added["steps"] + reported * steps - done["steps"]
         evaluations -= sum(done[split] * count for split, count in batches.items())
         seconds = total * step_seconds + evaluations * progress.batch_seconds
         counts = {"training steps": total, "evaluation batches": evaluations}
