@@ -49,7 +49,7 @@ def protocol_line(report: Report) -> str:
     # Some tried more than others, where `sweep.widen` added rates.
     counts = sorted({method["settings"] for method in report["methods"].values()})
     settings = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
-    hours = f"{p['hours']:.1f} hours on " if "hours" in p else ""
+    hours = f"{p['hours']:.1f} hours of training and evaluation on " if "hours" in p else ""
     return (
         f"{p['model']}, {p['steps']:,} steps of {size} rows of up to {length} tokens; {settings} settings a "
         f"method, reported on {len(p['report_seeds'])} other seeds and {p['test_rows']:,} test examples. Intervals "
@@ -233,7 +233,7 @@ def draw_ratios(studies: Mapping[str, Report], path: Path) -> None:
         data, _, start = title.partition(", ")
         panel, points = axes[0, panels.index(data)], loss_by_ratio(report)
         # Side by side, where the intervals of two starts would cover each other.
-        shift = 1.04 ** len(panel.lines)
+        shift = 1.04 ** len(panel.containers)
         ratios, means, lows, highs = (list(values) for values in zip(*points, strict=True))
         panel.errorbar(
             [ratio * shift for ratio in ratios],
@@ -246,13 +246,14 @@ def draw_ratios(studies: Mapping[str, Report], path: Path) -> None:
             capsize=3,
             label=start,
         )
-        panel.axhline(0, color="black", linewidth=1, linestyle="--", zorder=0)
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
-        panel.set(xlabel="λ, each at its own best η_A", title=data)
-        panel.grid(axis="y", alpha=0.3)
         if start:
             panel.legend(frameon=False)
+    for panel, data in zip(axes.flat, panels, strict=True):
+        panel.axhline(0, color="black", linewidth=1, linestyle="--", zorder=0)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.set(xlabel="λ, each at its own best η_A", title=data)
+        panel.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("test loss minus λ = 1's, % of it")
     save_figure(figure, path)
 

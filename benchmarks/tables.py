@@ -340,9 +340,8 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             ran_on = machine()
         protocol = report["protocol"] | {"batch": [run.train.batch_size, run.data.max_length], "data": title}
         # Those of all its units, also of those that an earlier command ran.
-        seconds = [
-            read_record(path)["seconds"] for path in done.glob(f"*/{unit_directory(Path(), '*') / RESULT}")
-        ]
+        units = done.glob(f"*/{unit_directory(Path(), '*') / RESULT}")
+        seconds = [read_record(unit)["seconds"] for unit in units]
         protocol["hours"] = round(sum(seconds) / 3600, 3)
         if run.task == "generation":
             protocol["texts"] = run.generation.inputs

@@ -186,7 +186,7 @@ def format_sweep(plan: SweepPlan, run: SweepRun) -> str:
         f"{units} from step {start} of the {stage}" for (stage, start), units in stages.items()
     )
     runs = "a run" if plan.group_size == 1 else f"up to {plan.group_size} runs"
-    at_most = "at most " if run.sweep.interim_seeds else ""
+    at_most = "at most " if run.sweep.interim_seeds and not run.sweep.widen else ""
     return "\n".join(
         [
             *lines,

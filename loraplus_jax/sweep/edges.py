@@ -27,16 +27,17 @@ def edges(tried: Collection[Trial], best: Trial) -> dict[str, str]:
 def beyond(tried: Collection[Trial], best: Trial) -> Trial | None:
     """The best setting with the next learning rate beyond those tried, if its own is the smallest or largest.
 
-    Its distance is the mean one of those tried, in logarithms; three digits.
+    It is away by the mean factor between those tried, but at least by 2, and has three digits.
 
     >>> trials = [Trial(rate, 4.0, 16.0, 8) for rate in (1e-4, 5e-4, 2.5e-3)]
     >>> beyond(trials, trials[2]).learning_rate, beyond(trials, trials[0]).learning_rate, beyond(trials, trials[1])
     (0.0125, 2e-05, None)
+    >>> beyond([Trial(rate, 1.0, 16.0, 8) for rate in (1e-4, 1.1e-4)], Trial(1.1e-4, 1.0, 16.0, 8)).learning_rate
+    0.00022
     """
     rates = {trial.learning_rate for trial in tried}
     step = {"largest": 1, "smallest": -1}.get(edges(tried, best).get("learning_rate", ""))
     if step is None:
         return None
-    distance = (max(rates) / min(rates)) ** (step / (len(rates) - 1))
-    further = best._replace(learning_rate=float(f"{best.learning_rate * distance:.3g}"))
-    return None if further.learning_rate in rates else further
+    factor = max(2.0, (max(rates) / min(rates)) ** (1 / (len(rates) - 1)))
+    return best._replace(learning_rate=float(f"{best.learning_rate * factor**step:.3g}"))

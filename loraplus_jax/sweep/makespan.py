@@ -3,7 +3,7 @@
 import heapq
 import types
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,6 +153,10 @@ class _PlannedSweep(Sweep):
             best, self.left = split_at_rung(scores, self.run.sweep.keep)
         self.chosen |= best
         return self.left
+
+    def widen(self) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
+        """No best is at the edge."""
+        yield from ()
 
     def report_continues(self) -> bool:
         """The report may end early, and does not here."""

@@ -54,7 +54,7 @@ def make_report(
     tried = list(dict.fromkeys([*run.trials, *mean_losses(row for row in rows if row["stage"] == "search")]))
     report: dict[str, Any] = {
         "complete": False,
-        "protocol": _protocol(run, steps, metric) | dict(curve),
+        "protocol": _protocol(run, tried, steps, metric) | dict(curve),
         "member_steps": _member_steps(rows, len(tried) * len(run.seeds) * steps),
         "search": _search(rows),
         "chosen": {arm: trial._asdict() for arm, trial in chosen.items()},
@@ -157,8 +157,8 @@ def values_at_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list
     return lines
 
 
-def _protocol(run: SweepRun, steps: int, metric: str) -> ReportRow:
-    settings = {arm: sum(trial.arm == arm for trial in run.trials) for arm in METHODS}
+def _protocol(run: SweepRun, tried: Sequence[Trial], steps: int, metric: str) -> ReportRow:
+    settings = {arm: sum(trial.arm == arm for trial in tried) for arm in METHODS}
     return {
         "model": run.model.path,
         "data": ", ".join(run.data.sources),

@@ -189,31 +189,34 @@ class Sweep:
             remaining = self.choose(stop)
             members = [member for member in members if member.trial in remaining]
             start, sources = stop, _sources(units)
-        for arm in self.run.searched:
-            yield from self.widen(arm)
+        yield from self.widen()
 
-    def widen(self, arm: str) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
-        """Tries further learning rates of an arm while its best is the smallest or largest tried."""
+    def widen(self) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
+        """Tries further learning rates of the arms whose best is the smallest or largest tried."""
         for number in range(self.run.sweep.widen):
-            best, rows = self.chosen[arm], [row for row in self.rows if row["arm"] == arm]
-            if (further := beyond(mean_losses(rows), best)) is None:
-                return
-            self.console.print(
-                f"{self.title}{self.labels[arm]}: the best learning rate {best.learning_rate:g} is at the edge of "
-                f"the search range; trying {further.learning_rate:g}"
-            )
-            # To the step at which the best was selected, which is a rung if it alone was left.
-            last = max(row["step"] for row in rows if Trial(*row["trial"]) == best)
-            stops = tuple(stop for stop in comparison_steps(self.run.sweep, self.steps) if stop <= last)
-            members = [MemberSpec(further.arm, further, seed) for seed in self.run.seeds]
-            self.added += Counter(steps=len(members) * last, validation=len(members) * len(stops))
-            yield from self.run_stage(
-                self.make_units("search", f"wider-{arm}-{number}", members, 0, stops, {})
-            )
-            scores = mean_losses(row for row in self.rows if row["arm"] == arm and row["step"] == last)
-            self.chosen[arm] = best_trial(scores, arm) or best
-            self.print_scores(last, scores, {arm: self.chosen[arm]})
-            write_report(self.directory, self.report())
+            added: dict[int, list[Trial]] = {}
+            for arm, best in self.chosen.items():
+                rows = [row for row in self.rows if row["arm"] == arm]
+                if (further := beyond(mean_losses(rows), best)) is not None:
+                    self.console.print(
+                        f"{self.labels[arm]}: the best learning rate {best.learning_rate:g} is at the edge of the "
+                        f"search range; trying {further.learning_rate:g}"
+                    )
+                    # To the step at which the best was selected, which is a rung if it alone was left.
+                    last = max(row["step"] for row in rows if Trial(*row["trial"]) == best)
+                    added.setdefault(last, []).append(further)
+            for last, trials in added.items():
+                stops = tuple(stop for stop in comparison_steps(self.run.sweep, self.steps) if stop <= last)
+                members = [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in self.run.seeds]
+                self.added += Counter(steps=len(members) * last, validation=len(members) * len(stops))
+                yield from self.run_stage(
+                    self.make_units("search", f"wider-{number}-{last}", members, 0, stops, {})
+                )
+                scores = mean_losses(row for row in self.rows if row["step"] == last)
+                best = {trial.arm: best_trial(scores, trial.arm) for trial in trials}
+                self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
+                self.print_scores(last, scores, best)
+                write_report(self.directory, self.report())
 
     def report_continues(self) -> bool:
         """Whether another group of report seeds follows; the analysis so far is in the report."""
@@ -370,7 +373,8 @@ class Sweep:
         evaluations -= sum(done[split] * count for split, count in batches.items())
         seconds = total * step_seconds + evaluations * progress.batch_seconds
         counts = {"training steps": total, "evaluation batches": evaluations}
-        bounds = ["at most"] * bool(run.sweep.interim_seeds) + ["at least"] * bool(run.sweep.widen)
+        may_widen = run.sweep.widen > 0 and self.group < 0
+        bounds = ["at most"] * bool(run.sweep.interim_seeds) + ["at least"] * may_widen
         bound = bounds[0] if len(bounds) == 1 else "about"
         workers = self.executor.workers
         also = f"waiting for the slowest of {workers} workers" if workers > 1 else ""

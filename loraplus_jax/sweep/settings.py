@@ -65,8 +65,8 @@ class SweepSettings:
       ranks: ranks to try with both methods; null uses lora.rank.
       samples: number of random settings per method, instead of every combination; rates and ratios are log-uniform
         between the smallest and largest listed, alphas and ranks come from their lists.
-      widen: most further learning rates that a method tries, one after another, while its best is the smallest or
-        largest tried; each is as far from the last as those of the list are from each other.
+      widen: most further learning rates that a method tries, one after another, while its best rate is the smallest
+        or largest tried; each is away by the mean factor between the rates listed, at least 2.
       seeds: random seeds of the search; null uses the run's seed.
       report_seeds: number of new seeds for the final comparison, counting up from the largest search seed + 1; use
         8 for a publishable result.
@@ -250,7 +250,7 @@ class SweepRun(Settings):
             if len(rates) == 1:
                 raise ValueError(
                     f"sweep.widen continues the spacing of at least two learning rates, got {self.sweep.widen} and "
-                    f"only {rates.pop():g} for {ARM_LABELS[arm]}; list more rates or set it to 0"
+                    f"only {rates.pop():g} for {ARM_LABELS[arm]}; try more rates or set it to 0"
                 )
 
     def _check_one_process(self) -> None:

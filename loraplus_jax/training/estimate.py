@@ -19,7 +19,7 @@ class Estimate(NamedTuple):
       seconds: seconds of what is counted.
       memory: peak memory in bytes: of the process on a CPU, otherwise of a device.
       counts: what is counted, such as `{"steps": 300, "evaluations": 4}`.
-      bound: `"about"` or `"at most"`.
+      bound: `"about"`, `"at most"` or `"at least"`.
       also: what takes time beside it.
     """
 

@@ -52,15 +52,17 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(comparing.MethodSweep, "open", interrupted)
-        assert compare(world, methods=FEW) == 130
+        assert compare(world, "--sweep.widen", "1", methods=FEW) == 130
     before = {p: p.stat().st_mtime_ns for p in world.out.glob("*/report.json")}
     # The methods left have no checkpoint; the finished ones are compared.
-    assert compare(world, "--allow_different", "data", methods=FEW) == 0
+    assert compare(world, "--sweep.widen", "1", "--allow_different", "data", methods=FEW) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert len(before) == 2
     report = report_of(world.out)
     assert list(report["methods"]) == ["lora", "pissa", "lora_rite", "full"]
-    assert {m["settings"] for m in report["methods"].values()} == {2}
+    # Of two rates the best is at the edge, and one more is tried.
+    assert {m["settings"] for m in report["methods"].values()} == {3}
+    assert "on\n3 settings with seed" in (world.out / "report.html").read_text()
     full, lora = (report["methods"][name] for name in ("full", "lora"))
     assert full["cost"]["trainable"] > 5 * lora["cost"]["trainable"] > 0
     assert lora["cost"]["step_seconds"] > 0

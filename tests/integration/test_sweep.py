@@ -243,10 +243,9 @@ def test_a_wider_search_resumes_and_reports_what_it_tried(world, tmp_path, capsy
     stopped_at(16 + 6, world, *options)
     assert_mentions(capsys.readouterr().out, "LoRA: the best learning rate", "edge", "trying", "at least")
     assert run_sweep(world, *options) == 0
-    # Of 4 settings and 4 runs of the report 64 steps each, of the added one 16; the 4 have ended.
-    assert_mentions(
-        capsys.readouterr().out, "resuming from step 6 of the search", f"for {64 + 16 - 6} training steps"
-    )
+    # Of 4 settings and 4 runs of the report 64 steps each, of the two added 32; the 4 settings have ended.
+    left = f"for {64 + 32 - 2 * 6} training steps"
+    assert_mentions(capsys.readouterr().out, "resuming from step 6 of the search", left)
     assert run_sweep(world, *options, out=tmp_path / "straight") == 0
     assert result_of(world.out)[1] == result_of(tmp_path / "straight")[1]
     report = report_of(world.out)

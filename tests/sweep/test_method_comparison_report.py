@@ -38,9 +38,10 @@ def test_intervals_edges_and_the_first_line(run):
         {
             "lora": result([0.5, 0.6, 0.7]),
             "dora": result([0.4, 0.49, 0.61]),
-            "pissa": result([0.5, 0.5, 0.9], chosen=4e-3),
+            "pissa": result([0.5, 0.5, 0.9], chosen=4e-3, rates=(1e-3, 2e-3, 3e-3, 4e-3)),
         },
     )
+    assert [m["settings"] for m in report["methods"].values()] == [3, 3, 4]
     # Differences -0.10, -0.11, -0.09: mean -0.1, error 0.01 / sqrt(3), t of 0.9875 with two degrees 6.2053.
     interval = report["methods"]["dora"]["against_lora"]["test_loss"]
     half = 6.2053 * 0.01 / 3**0.5

@@ -165,21 +165,46 @@ class BestRates(GivenLosses):
 @pytest.mark.parametrize(
     ("option", "stops"), [("method=grid", (8,)), ("keep=0.5", (1,)), ("keep=0.75", (1, 8))]
 )
-def test_rates_beyond_the_list_are_tried_until_the_best_is_inside(ended, option, stops):
-    executor = BestRates(lora=3e-4, lora_plus=4e-3)
-    sweep, report = ended(executor, *LISTED, f"--sweep.{option}", "--sweep.widen=2")
+@pytest.mark.parametrize("size", [None, 1])
+def test_rates_beyond_the_list_are_tried_until_the_best_is_inside(ended, option, stops, size):
+    executor = BestRates(lora=3e-4, lora_plus=4e-3, group_size=size)
+    sweep, report = ended(executor, *LISTED, f"--sweep.{option}", "--sweep.widen=2", "--sweep.seeds=[0,1]")
     added = [unit for unit in executor.units if unit.name.startswith("wider")]
-    assert [(unit.name, unit.members[0].trial.learning_rate) for unit in added] == [
-        *(("wider-lora-0-0", 5e-4), ("wider-lora-1-0", 2.5e-4)),
-        *(("wider-lora_plus-0-0", 4e-3), ("wider-lora_plus-1-0", 8e-3)),
+    assert [
+        (unit.name.split("-")[1], member.trial.learning_rate, member.seed)
+        for unit in added
+        for member in unit.members
+    ] == [
+        *(("0", 5e-4, 0), ("0", 5e-4, 1), ("0", 4e-3, 0), ("0", 4e-3, 1)),
+        *(("1", 2.5e-4, 0), ("1", 2.5e-4, 1), ("1", 8e-3, 0), ("1", 8e-3, 1)),
     ]
-    assert {(len(unit.members), unit.start, unit.stops) for unit in added} == {(1, 0, stops)}
+    assert {(unit.start, unit.stops) for unit in added} == {(0, stops)}
     chosen = {arm: trial.learning_rate for arm, trial in sweep.chosen.items()}
     assert chosen == {"lora": 2.5e-4, "lora_plus": 4e-3}
     # Two more rates are the most, and LoRA's best is still an end.
     assert [line.partition(":")[0] for line in report["at_the_edge"]] == ["LoRA"]
     steps = report["member_steps"]
-    assert (steps["search"], steps["grid"]) == (8 * stops[-1], 8 * 8)
+    assert (steps["search"], steps["grid"]) == (16 * stops[-1], 16 * 8)
+    assert report["protocol"]["settings"] == {"lora": 4, "lora_plus": 4}
+
+
+def test_a_further_rate_has_the_best_ratio_and_rank_and_may_be_of_one_method(ended):
+    options = (
+        "--sweep.lr_ratios=[2,4]",
+        "--sweep.ranks=[4,8]",
+        "--sweep.rungs=[0.125,0.5]",
+        "--sweep.keep=0.5",
+    )
+    executor = BestRates(lora=1.5e-3, lora_plus=4e-3)
+    sweep, report = ended(
+        executor, *LISTED, *options, "--sweep.lora_learning_rates=[1e-3,1.5e-3,2e-3]", "--sweep.widen=1"
+    )
+    (added,) = [member for unit in executor.units for member in unit.members if unit.name.startswith("wider")]
+    # The first of equal losses.
+    assert tuple(added.trial) == (4e-3, 2.0, 16.0, 4)
+    assert sweep.chosen["lora_plus"] == added.trial
+    assert report["protocol"]["settings"] == {"lora": 6, "lora_plus": 9}
+    assert report["protocol"]["equal_budgets"] is False
 
 
 def test_a_rate_that_diverges_ends_the_range(ended):
