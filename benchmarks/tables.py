@@ -4,6 +4,7 @@
     python benchmarks/tables.py lambda
     python benchmarks/tables.py methods --data DATA
     python benchmarks/tables.py glue --data DATA
+    python benchmarks/tables.py repeat --data DATA
     python benchmarks/tables.py batch --data DATA
     python benchmarks/tables.py commonsense --data DATA
     python benchmarks/tables.py e2e --data DATA
@@ -221,6 +222,8 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
         "instructions": Study("smollm2_chat.yaml", CONVERGENCE | {"train.batch_size": 1}),
     },
+    # Does a verdict hold on a search seed and report seeds that it has not seen?
+    "repeat": {"CoLA, seeds 100 to 105": glue("cola", seed=100, **{"sweep.methods": ["lora_plus"]})},
     # With the 32 rows of GLUE's CoLA: as many examples, so other numbers of steps.
     "batch": {
         f"CoLA, {rows} rows": glue(
