@@ -19,6 +19,7 @@ from tables import STUDIES, counts_steps, interval, overall
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from loraplus_jax._utils.atomic import write_text
+from loraplus_jax.sweep.method_comparison_report import verdict
 from loraplus_jax.sweep.statistics import t_interval
 from loraplus_jax.training.metrics_log import pyplot, save_figure
 
@@ -84,7 +85,10 @@ def study_lines(title: str, report: Report) -> list[str]:
     rows = [method_row(report, method) for method in report["methods"].values()]
     if metric in constant:
         rows.insert(0, {"method": "constant answer", metric: number(constant[metric])})
-    lines = [f"### {title}", report["verdict"].replace(" -", " −").replace("[-", "[−"), protocol_line(report)]
+    # Of the file's numbers, in today's words; an earlier version had no constant answer.
+    methods = {name: {"over_constant": None, **method} for name, method in report["methods"].items()}
+    found = verdict(methods, report["protocol"]["confidence"])
+    lines = [f"### {title}", found.replace(" -", " −").replace("[-", "[−"), protocol_line(report)]
     lines.append(table([{name: row.get(name, "–") for name in rows[-1]} for row in rows]))
     if texts := [m for m in report["methods"].values() if m.get("text_scores")]:
         scored = []
@@ -150,11 +154,17 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
                 continue
             above = beats_constant(report)
             against = report["methods"]["lora_plus"]["against_lora"]
+            at_the_edge = [
+                report["methods"][name]["label"]
+                for name in ("lora", "lora_plus")
+                if "learning_rate" in report["methods"][name]["at_the_edge"]
+            ]
             counted = above is not False and "constant" in report["protocol"]
             kept += [report] if counted and report["protocol"]["metric"] != "perplexity" else []
             rows.append(
                 {
                     "data": title,
+                    "steps": f"{report['protocol']['steps']:,}",
                     "metric": report["protocol"]["metric"],
                     "LoRA": number(report["methods"]["lora"]["metric"]),
                     "LoRA+ − LoRA": interval(against["test_metric"], "+.4f"),
@@ -163,6 +173,7 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
                     if counts_steps(report)
                     else "–",
                     "above the constant answer": {True: "yes", False: "no", None: "–"}[above],
+                    "best rate at the edge": ", ".join(at_the_edge) or "none",
                 }
             )
     lines = [table(rows)]
@@ -178,7 +189,10 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
 def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
     """The difference in test loss to LoRA with its interval, of every data set, in percent of LoRA's."""
     lines = [
-        (title, {name: relative_loss(report, name) for name in ("lora_plus", "full")})
+        (
+            f"{title}, {report['protocol']['steps']} steps",
+            {name: relative_loss(report, name) for name in ("lora_plus", "full")},
+        )
         for studies in tables.values()
         for title, report in studies.items()
         if "lora_plus" in report["methods"]

@@ -130,7 +130,7 @@ def verdict(methods: Mapping[str, Any], confidence: float) -> str:
         found = ", ".join(ranges[n] for n in ranges if n in better)
         text = f"Lower test loss than tuned LoRA: {found} ({evidence})"
     else:
-        nearest = f"; the best is {next(iter(ranges.values()))}" if ranges else ""
+        nearest = f"; the lowest difference is {next(iter(ranges.values()))}" if ranges else ""
         text = f"No method has a significantly lower test loss than tuned LoRA{nearest} ({evidence})"
     notes = {
         "significantly higher": worse,
