@@ -28,6 +28,10 @@ Report = Mapping[str, Any]
 """A study of a table, or a part of it."""
 
 
+AGAIN = ("repeat", "batch")
+"""Tables of data that another one has: in the summary they would count twice."""
+
+
 def read() -> dict[str, dict[str, Report]]:
     """The studies of each table that has been measured in the form of `tables.py`."""
     found = {}
@@ -148,9 +152,9 @@ def relative_loss(report: Report, name: str) -> dict[str, Any] | None:
 def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
     """One line a data set: LoRA+ and full fine-tuning against LoRA; means over those above the constant answer."""
     rows, kept = [], []
-    for studies in tables.values():
+    for name, studies in tables.items():
         for title, report in studies.items():
-            if "lora_plus" not in report["methods"]:
+            if name in AGAIN or "lora_plus" not in report["methods"]:
                 continue
             above = beats_constant(report)
             against = report["methods"]["lora_plus"]["against_lora"]
@@ -193,9 +197,9 @@ def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
             f"{title}, {report['protocol']['steps']} steps",
             {name: relative_loss(report, name) for name in ("lora_plus", "full")},
         )
-        for studies in tables.values()
+        for name, studies in tables.items()
         for title, report in studies.items()
-        if "lora_plus" in report["methods"]
+        if name not in AGAIN and "lora_plus" in report["methods"]
     ]
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * len(lines)), layout="constrained")
@@ -239,7 +243,7 @@ def loss_by_ratio(report: Report) -> list[tuple[float, float, float, float]]:
 def draw_ratios(studies: Mapping[str, Report], path: Path) -> None:
     """The difference in test loss to λ = 1 over λ with its interval, a panel a data set and a line a start."""
     plt = pyplot()
-    panels = list(dict.fromkeys(title.partition(",")[0] for title in studies))
+    panels = list(dict.fromkeys(title.partition(", ")[0] for title in studies))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(1 + 4.5 * len(panels), 4), squeeze=False, layout="constrained"
     )
@@ -313,11 +317,15 @@ def filled(page: str, tables: Mapping[str, Mapping[str, Report]]) -> str:
     if tables.get("batch"):
         blocks["batch"] += batch_lines({"CoLA": tables["glue"]["CoLA"], **tables["batch"]})
     for name, lines in blocks.items():
+        if not lines:
+            continue
         start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         text = "\n\n".join([start, *lines, end])
         page, count = re.subn(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: text, page, flags=re.DOTALL)  # noqa: B023
-        if count > 1:
-            raise ValueError(f"docs/results.md has {count} blocks of {name}; keep one")
+        if count != 1:
+            raise ValueError(
+                f"docs/results.md has {count} blocks of {name}, from {start} to {end}; it needs one"
+            )
     return page
 
 

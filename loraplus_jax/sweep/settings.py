@@ -35,7 +35,6 @@ RATE_MULTIPLES = (0.25, 0.5, 1.0, 2.0)
 """Default learning rates of LoRA+, as multiples of optimizer.learning_rate."""
 MAX_SAMPLES, MOST_REPORT_SEEDS, MOST_MEMBERS = 1000, 1000, 10_000
 """Upper limits: all members of a stage are in memory at the same time."""
-MOST_FURTHER_RATES = 10
 MAX_DRAWS_PER_SAMPLE = 100
 """Limit of random draws per requested sample, as repeated settings are drawn again."""
 
@@ -102,7 +101,7 @@ class SweepSettings:
     alphas: Rates | None = None
     ranks: Annotated[tuple[Count, ...], Field(min_length=1), Distinct] | None = None
     samples: Annotated[Count, Field(le=MAX_SAMPLES)] | None = None
-    widen: Annotated[Int, Field(ge=0, le=MOST_FURTHER_RATES)] = 0
+    widen: Annotated[Int, Field(ge=0, le=10)] = 0
     seeds: Annotated[tuple[Index, ...], Field(min_length=1), Distinct] | None = None
     report_seeds: Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)] = 3
     interim_seeds: Annotated[tuple[Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)], ...], Distinct] = ()

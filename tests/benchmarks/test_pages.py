@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -44,6 +46,22 @@ def test_the_results_page_is_what_its_files_give(benchmarks):
     for studies in tables.values():
         for title, study in studies.items():
             assert f"{study['methods']['lora']['loss']:.4f}" in page, title
+
+
+def test_a_table_without_a_place_on_the_page_is_an_error(benchmarks):
+    import results_page
+
+    tables = results_page.read()
+    study = next(iter(tables["glue"].values()))
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    summary = results_page.summary_lines(tables)
+    # CoLA on other seeds is no further data set.
+    again = {**tables, "repeat": {"CoLA": study}}
+    assert results_page.summary_lines(again) == summary
+    with pytest.raises(ValueError, match="0 blocks of repeat"):
+        results_page.filled(page, again)
+    again_on_page = results_page.filled(f"{page}<!-- repeat -->\n<!-- end of repeat -->\n", again)
+    assert again_on_page.count("### CoLA") == 2
 
 
 def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):
