@@ -88,6 +88,9 @@ def test_the_time_by_hand(planned):
     assert_mentions(format_sweep(plan, run), *words, "2 from step 0 of the search")
     plan, _ = planned(run_plan(), 8, "--sweep.group_size=1", "--sweep.curve_points=1")
     assert plan.schedule.makespan == plan.schedule.bound == search + rest + report
+    plan, run = planned(run_plan(), 8, "--sweep.group_size=1", "--sweep.curve_points=1", "--sweep.widen=2")
+    assert plan.schedule.makespan == search + rest + report
+    assert_mentions(format_sweep(plan, run), "on top", "sweep.widen")
     plan, run = planned(run_plan(seconds=0.0), 2)
     assert plan.schedule is None
     assert_mentions(format_sweep(plan, run), "--topology")
