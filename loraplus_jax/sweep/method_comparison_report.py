@@ -89,6 +89,7 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
             "metric": metric,
             "constant": constant,
             "confidence": confidence,
+            "unrelated_text": run.sweep.unrelated_text,
         },
         "methods": methods,
     }

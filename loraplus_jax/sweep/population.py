@@ -29,7 +29,8 @@ from ..step.fingerprints import fingerprint
 from ..step.population import MEMBER_AXIS, map_members
 from ..step.sharding import make_mesh, replicate
 from ..step.train_step import LossFn, TrainState, init_state, make_eval, make_step
-from ..tasks.interface import AdaptedModel, BatchPlan, Losses, Shapes, TaskData, row_count
+from ..tasks.causal_lm import load_text
+from ..tasks.interface import AdaptedModel, BatchPlan, Losses, Shapes, Split, TaskData, row_count
 from ..training.adapter_start import begin_from, make_start
 from ..training.estimate import count_flops
 from ..training.memory import check_memory
@@ -121,6 +122,7 @@ class AbstractPopulation(NamedTuple):
       steps: optimizer steps of a full run.
       widest: settings of the sweep with the largest rank.
       shapes: the model of that rank, with shapes as variables.
+      unrelated: rows of `sweep.unrelated_text`.
     """
 
     directory: Path
@@ -128,6 +130,7 @@ class AbstractPopulation(NamedTuple):
     steps: int
     widest: SweepRun
     shapes: AdaptedModel
+    unrelated: Split | None
 
 
 def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> AbstractPopulation:
@@ -144,7 +147,9 @@ def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> Abstra
     tx = make_optimizer(run.shared_optimizer, widest.lr_ratio, steps, shapes.specs)
     check_rates(run.optimizer, tx, shapes.trainable)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
-    return AbstractPopulation(directory, data, steps, widest, shapes)
+    path = run.sweep.unrelated_text
+    unrelated = None if path is None else load_text(run, directory, path)
+    return AbstractPopulation(directory, data, steps, widest, shapes, unrelated)
 
 
 def load_sweep_data(run: SweepRun, directory: Path, loaded: TaskData | None = None) -> tuple[TaskData, int]:
@@ -172,8 +177,9 @@ def load_weights(abstract: AbstractPopulation) -> Any:
 
 def identity_of(abstract: AbstractPopulation) -> dict[str, Any]:
     """The identity of the base, without its weights, and of the data."""
-    data = abstract.data
-    return model_identity(abstract.widest, abstract.directory, data.task) | {"data": data.digests}
+    data, unrelated = abstract.data, abstract.unrelated
+    digests = data.digests | ({} if unrelated is None else {"unrelated": unrelated.digest})
+    return model_identity(abstract.widest, abstract.directory, data.task) | {"data": digests}
 
 
 def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -> Population:
@@ -189,7 +195,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     """
     mesh = Mesh(make_mesh(run.mesh.data).devices.reshape(-1), (MEMBER_AXIS,))
     abstract = abstract_population(run)
-    directory, data, steps, widest, shapes = abstract
+    directory, data, steps, widest, shapes, _ = abstract
     config = widest.applied
     # From shapes, before weights are read: what is too large is known in seconds.
     seeds = (*run.seeds, *run.report_seeds)
@@ -326,7 +332,7 @@ def _compile_programs(
     abstract: AbstractPopulation, batches: BatchPlan, mesh: Mesh, capacity: int, at_once: int | None
 ) -> tuple[Programs, Callable[[int], Programs]]:
     """Compiles, from shapes, the programs for all members; also returns a function that does for fewer."""
-    run, (_, data, steps, _, shapes) = abstract.widest, abstract
+    run, data, steps, shapes = abstract.widest, abstract.data, abstract.steps, abstract.shapes
     losses = task_module(run).make_losses(run, data.task, shapes, scored=batches.scored)
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)  # noqa: E731
     # eval_shape traces without computing; asarray, as NumPy's scalars have no place in a trace's outputs.

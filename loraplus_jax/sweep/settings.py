@@ -86,6 +86,9 @@ class SweepSettings:
         lora_rite, lora_muon, full.
       method_learning_rates: learning rates of single methods, with methods: a mapping from a method to a list as
         long as the settings of LoRA+; by default those of plain LoRA, a tenth of them for pissa, olora and full.
+      unrelated_text: with methods, of a language model: a file of texts unlike the training data, on which each
+        method's loss is measured before and after training, to see how much it forgets; in the formats of
+        data.train for task instruction.
       ray: run the sweep on Ray: auto (the cluster of this node), the HOST:PORT of a cluster, or local (starts Ray
         on this machine alone); null runs it in this process.
       worker: resources of a worker with ray, by Ray's names, such as {GPU: 1}, {TPU: 4} or {CPU: 8}; null takes a
@@ -113,6 +116,7 @@ class SweepSettings:
     members_at_once: Annotated[Count, Field(le=MOST_MEMBERS)] | None = None
     methods: Annotated[tuple[MethodName, ...], Field(min_length=1), Distinct] | None = None
     method_learning_rates: dict[MethodName, Rates] = dataclasses.field(default_factory=dict)
+    unrelated_text: str | None = None
     ray: str | None = None
     worker: dict[str, Rate] | None = None
     group_size: Annotated[Count, Field(le=MOST_MEMBERS)] | None = None
@@ -132,6 +136,10 @@ class SweepSettings:
         for name in self.method_learning_rates:
             if name not in (self.methods or ()):
                 raise ValueError(f"method_learning_rates must be of sweep.methods, got {name}; add it there")
+        if self.unrelated_text is not None and self.methods is None:
+            raise ValueError(
+                f"unrelated_text must be null without methods, got {self.unrelated_text}; set sweep.methods"
+            )
         for name in ("alphas", "ranks", "samples", "lora_learning_rates") if self.methods else ():
             if getattr(self, name) is not None:
                 where = "; use method_learning_rates" if name == "lora_learning_rates" else ""
@@ -207,6 +215,8 @@ class SweepRun(Settings):
                 f"init_adapter is unsupported in a sweep, got {self.init_adapter}; remove it, as each "
                 "setting initializes its own adapter"
             )
+        if self.sweep.unrelated_text is not None and not self.is_language:
+            raise ValueError(f"sweep.unrelated_text needs a language model, got task {self.task}; remove it")
         self._check_one_process()
         if max(self.seeds) + self.sweep.report_seeds >= 2**32:
             raise ValueError(

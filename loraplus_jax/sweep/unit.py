@@ -33,6 +33,7 @@ from ..training.signals import Stopped, StopSignal
 from .device_slots import DeviceSlots, stored_members
 from .population import Members, Population, add_scales
 from .settings import Trial
+from .unrelated_text import make_unrelated_loss
 
 RESULT = "result.json"
 TIMED_STEP = 3
@@ -72,7 +73,7 @@ class Unit(NamedTuple):
       split: the split that it evaluates.
       sources: where each member's state at `start` is; empty at step 0.
       is_timed: whether to measure an evaluation batch and a step, for an estimate.
-      is_scored: whether to generate and score texts and to measure the cost of a step at the end.
+      is_scored: whether to score texts and to measure the cost of a step at the end.
     """
 
     name: str
@@ -328,19 +329,30 @@ class _UnitRun:
             )
 
     def score_texts(self) -> list[dict[str, Any]]:
-        """The seed and the scores of the texts of each member (task generation); else empty."""
+        """The seed and the scores of each member: of its texts (task generation), and on `sweep.unrelated_text`."""
         run, parts, data = self.population.run, self.population.parts, self.population.data
-        if not isinstance(data.task, LanguageTask) or data.task.kind != "generation":
+        texts = None
+        if isinstance(data.task, LanguageTask) and data.task.kind == "generation":
+            directory = resolve(run.model.path, "model")
+            texts = HeldOutTexts.from_settings(run, directory, data.task, parts.model, data.inputs)
+        unrelated_loss = make_unrelated_loss(self.population)
+        if texts is None and unrelated_loss is None:
             return []
-        directory = resolve(run.model.path, "model")
-        texts = HeldOutTexts.from_settings(run, directory, data.task, parts.model, data.inputs)
+        first = self.unit.members[0]
+        # Before the first step every member computes what the base does.
+        before = unrelated_loss(self.population.first(first.trial, first.seed)) if unrelated_loss else 0.0
         rows, members = [], self.slots.to_host()
         for slot, number in enumerate(self.slots.slots):
             member = jax.tree.map(lambda leaf, slot=slot: leaf[slot], members)
             if number >= 0 and member.alive:
-                frozen = add_scales(parts.frozen, parts.specs, member)
-                _, scores = texts.generate(combine(member.state.trainable, frozen))
-                rows.append({"seed": self.unit.members[number].seed, **scores})
+                row: dict[str, Any] = {"seed": self.unit.members[number].seed}
+                if texts is not None:
+                    frozen = add_scales(parts.frozen, parts.specs, member)
+                    row |= texts.generate(combine(member.state.trainable, frozen))[1]
+                if unrelated_loss is not None:
+                    after = unrelated_loss(member)
+                    row |= {"unrelated_loss": after, "unrelated_loss_change": after - before}
+                rows.append(row)
         return rows
 
     def cost(self) -> dict[str, Any]:

@@ -353,6 +353,13 @@ def load_split(
     return Split(columns, len(examples), _digest(examples), tuple(inputs))
 
 
+def load_text(settings: Settings, directory: Path, value: str) -> Split:
+    """Loads a file of texts or conversations, whatever the task, as packed rows of `data.max_length` tokens."""
+    chats, length = read_chats(resolve(value, "data")), settings.data.max_length
+    sequences = tokenize_chats(chats, *tokenizer_and_template(settings, directory, None), length)
+    return Split(pack(sequences, length), len(chats), _digest(chats))
+
+
 def tokenizer_and_template(
     settings: Settings, directory: Path, task: LanguageTask | None
 ) -> tuple[Tokenizer, ChatTemplate]:

@@ -1,13 +1,17 @@
 """`sweep.methods` on the tiny world: equal budgets, resuming, a report whose first line answers."""
 
+import jax
+import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer
 
 from loraplus_jax.cli.commands import main
+from loraplus_jax.inference.predict import load_tuned
 from loraplus_jax.sweep import method_comparison as comparing
 
 from ..messages import assert_mentions
-from .runs import flags, report_of, summary_of
+from .runs import NO_PROMPT, flags, report_of, summary_of
 
 FLAGS = flags(
     "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [4] --sweep.report_seeds 2 --sweep.rungs [0.5]"
@@ -39,6 +43,42 @@ def test_texts_of_each_method_are_those_of_its_single_runs(talk):
     for name, score in methods["lora_plus"]["text_scores"].items():
         gains = [a[name] - b[name] for a, b in zip(own["lora_plus"], own["lora"], strict=True)]
         assert score["gain"]["mean"] == pytest.approx(sum(gains) / 2)
+
+
+@pytest.mark.slow
+def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk):
+    """On plain texts, whatever the task: here questions, of which only the choices count."""
+    talk.change_config(task="multiple_choice")
+    talk.change_config("data", path=str(talk.directory / "questions.jsonl"))
+    texts = ["the snow is white", "grass is green and the sky is blue"]
+    file = talk.write_rows("texts.jsonl", [{"text": text} for text in texts])
+    flags = (*NO_PROMPT, "--sweep.curve_points", "1", "--sweep.unrelated_text", str(file))
+    assert compare(talk, *flags, methods="[lora_plus]") == 0
+    method = report_of(talk.out)["methods"]["lora_plus"]
+    scores = report_of(talk.out / "lora_plus")["text_scores"]
+    assert [row["seed"] for row in scores] == [run["seed"] for run in method["runs"]]
+    first, chosen = scores[0], method["chosen"]
+    args = ("--seed", first["seed"], "--lora.lr_ratio", chosen["lr_ratio"])
+    args += ("--optimizer.learning_rate", chosen["learning_rate"], "--train.steps", 8)
+    tuned = load_tuned(talk.trained(*NO_PROMPT, *map(str, args), out=talk.directory / "single"))
+    tokenizer = Tokenizer.from_file(str(talk.model / "tokenizer.json"))
+
+    def loss(variables):
+        parts = []
+        for ids in (np.array([tokenizer.encode(text).ids]) for text in texts):
+            logits = np.asarray(tuned.parts.model.apply(variables, ids, np.ones_like(ids))[0], np.float64)
+            parts += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(ids.size), np.roll(ids[0], -1)])[
+                :-1
+            ].tolist()
+        return np.mean(parts)
+
+    after = loss(tuned.variables)
+    base = loss(tuned.variables | {"lora": jax.tree.map(np.zeros_like, tuned.variables["lora"])})
+    assert first["unrelated_loss"] == pytest.approx(after, rel=1e-5)
+    assert first["unrelated_loss_change"] == pytest.approx(after - base, rel=1e-3)
+    assert abs(after - base) > 0.01
+    page = (talk.out / "report.html").read_text()
+    assert_mentions(page, "unrelated_loss_change", "texts.jsonl")
 
 
 @pytest.mark.slow

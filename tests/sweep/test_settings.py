@@ -38,7 +38,8 @@ def target(run):
 
 
 # Field, another value, what shows it, and what else must be set. members_at_once is in test_population.py,
-# group_size and widen in test_run.py; ray and worker are in test_ray_tasks.py.
+# group_size and widen in test_run.py; ray and worker are in test_ray_tasks.py, unrelated_text is in
+# integration/test_methods.py.
 def pissa(run):
     return method_run(run, "pissa").trials
 
@@ -66,7 +67,14 @@ EFFECTS = [
 
 
 def test_every_field_has_its_effect():
-    named = {name for name, *_ in EFFECTS} | {"members_at_once", "group_size", "ray", "worker", "widen"}
+    named = {name for name, *_ in EFFECTS} | {
+        "members_at_once",
+        "group_size",
+        "ray",
+        "worker",
+        "widen",
+        "unrelated_text",
+    }
     assert named == {field.name for field in dataclasses.fields(SweepSettings)}
 
 
@@ -183,6 +191,12 @@ BAD = {
     "--sweep.interim_seeds=[3]": ["interim_seeds", "below", "report_seeds 3", 3],
     "--sweep.interim_seeds=[4,2] --sweep.report_seeds=8": ["interim_seeds", "increasing", "[4, 2]"],
     "--sweep.interim_seeds=[2] --sweep.methods=[pissa]": ["interim_seeds", "empty", "[2]"],
+    "--sweep.unrelated_text=text.jsonl": ["unrelated_text", "text.jsonl", "null", "sweep.methods"],
+    "--sweep.unrelated_text=text.jsonl --sweep.methods=[full]": [
+        "unrelated_text",
+        "language",
+        "classification",
+    ],
     "--sweep.group_size=0": ["sweep.group_size", 1, 0],
     '--sweep.worker={"GPU":1}': ["worker", "GPU", "sweep.ray"],
     "--sweep.members_at_once=10001": ["sweep.members_at_once", 1, 10000, 10001],
