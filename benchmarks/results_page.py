@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,30 @@ def study_lines(title: str, report: Report) -> list[str]:
     found = verdict(methods, report["protocol"]["confidence"])
     lines = [f"### {title}", found.replace(" -", " −").replace("[-", "[−"), protocol_line(report)]
     lines.append(table([{name: row.get(name, "–") for name in rows[-1]} for row in rows]))
-    if texts := [m for m in report["methods"].values() if m.get("text_scores")]:
-        scored = []
-        for method in texts:
-            row = {"method": method["label"]}
-            for name, score in method["text_scores"].items():
+    texts, forgetting = [], []
+    for method in report["methods"].values():
+        row, scores = {"method": method["label"]}, dict(method.get("text_scores", {}))
+        loss, change = (scores.pop(name, None) for name in ("unrelated_loss", "unrelated_loss_change"))
+        if loss and change:
+            before, after = loss["mean"] - change["mean"], loss["mean"]
+            forgetting.append(
+                row
+                | {"perplexity before": number(exp(before), ".3f"), "after": number(exp(after), ".3f")}
+                | {"change of the loss": number(change["mean"], "+.4f")}
+                | {"minus LoRA's": interval(method["against_lora"] and change["gain"], "+.4f")}
+            )
+        if scores:
+            for name, score in scores.items():
                 row[name] = number(score["mean"], ".2f")
                 row[f"{name} − LoRA's"] = interval(method["against_lora"] and score["gain"], "+.2f")
-            scored.append(row)
-        lines += [f"The texts for {report['protocol']['texts']} test inputs:", table(scored)]
+            texts.append(row)
+    if texts:
+        lines += [f"The texts for {report['protocol']['texts']} test inputs:", table(texts)]
+    if forgetting:
+        lines += [
+            "Encyclopedia articles that no run trained on, before and after training:",
+            table(forgetting),
+        ]
     return lines
 
 

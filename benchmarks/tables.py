@@ -1,11 +1,11 @@
 """How do tuned methods compare with tuned LoRA? The tables of docs/results.md, one command a table.
 
-    python benchmarks/tables.py convergence
     python benchmarks/tables.py lambda
     python benchmarks/tables.py methods --data DATA
     python benchmarks/tables.py glue --data DATA
     python benchmarks/tables.py repeat --data DATA
     python benchmarks/tables.py batch --data DATA
+    python benchmarks/tables.py chat
     python benchmarks/tables.py commonsense --data DATA
     python benchmarks/tables.py e2e --data DATA
 
@@ -18,7 +18,6 @@ in --output_dir, where each study has a page with its tables. It writes results/
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import random
@@ -32,7 +31,8 @@ from common import RESULTS, machine
 
 from loraplus_jax._utils.atomic import to_json, write_text
 from loraplus_jax._utils.records import DIGEST, read_record
-from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.data.fetch import ASSETS, fetch
+from loraplus_jax.settings.parsing import parse_settings, settings_from_json
 from loraplus_jax.settings.yaml_files import read_yaml
 from loraplus_jax.sweep.method_comparison import MethodRun, compare_methods, compare_runs, method_run
 from loraplus_jax.sweep.report import REPORT
@@ -46,7 +46,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 class Sample(NamedTuple):
-    """Rows of a file: at most `rows`, drawn at random among those of at most `characters`."""
+    """At most `rows` rows of a file or a named data set, drawn at random among those of at most `characters`."""
 
     path: str
     rows: int | None = None
@@ -67,12 +67,11 @@ class Study(NamedTuple):
     files: Mapping[str, str | Sample] = {}
 
 
-HALVING = {"sweep.rungs": [0.25], "sweep.keep": 0.5, "sweep.widen": 3, "train.epochs": None}
-"""Four settings a method: all for a quarter of the steps, two to the end; more where the best is at the edge."""
+FORGETTING = {"sweep.unrelated_text": Sample("wiki-demo", 60)}
+"""The text on which every language study measures what a method forgets."""
 GLUE = {
     "data.max_length": 128,
     "data.validation_fraction": 0.1,
-    "lora.init": "lora",
     "optimizer.warmup_steps": 20,
     "train.batch_size": 32,
     "train.eval_batch_size": 64,
@@ -89,47 +88,49 @@ GLUE = {
 }
 """Whole epochs, at GLUE's own batch size."""
 SMOLLM2 = {
-    **HALVING,
-    "sweep.learning_rates": [1e-4, 2e-4, 4e-4, 8e-4],
-    "sweep.lr_ratios": [4],
-    "sweep.report_seeds": 3,
-    "sweep.curve_points": 2,
-    "sweep.methods": ["lora_plus"],
-    "train.steps": 40,
-}
-ARC = {"train.batch_size": 2, "train.eval_batch_size": 2, "sweep.curve_points": 1}
-METHODS = {
-    **HALVING,
-    "data.validation_fraction": 0.1,
-    "optimizer.warmup_steps": 5,
-    "train.batch_size": 16,
-    "train.eval_batch_size": 64,
-    "sweep.learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3],
+    "train.steps": None,
+    "train.epochs": 1.0,
+    "train.prompt": None,
+    "sweep.method": "grid",
+    # Each method's own, around what short runs found best.
+    "sweep.learning_rates": [2e-4, 5e-4, 1.25e-3],
+    "sweep.method_learning_rates": {"lora": [4e-4, 1e-3, 2.5e-3]},
+    "sweep.widen": 3,
     "sweep.lr_ratios": [4],
     "sweep.report_seeds": 5,
-    "train.steps": 40,
-    "sweep.curve_points": 2,
-    "sweep.methods": [
-        *("lora_plus", "dora", "adalora", "pissa", "riemannian", "lora_rite", "lora_muon", "full")
-    ],
-    # LoRA-Muon's rate is the norm of a step of A B, on another scale than the rates of entries.
-    "sweep.method_learning_rates": {"lora_muon": [0.01, 0.03, 0.1, 0.3]},
+    "sweep.curve_points": 4,
+    "sweep.methods": ["lora", "lora_plus"],
 }
-CONVERGENCE = {
-    "optimizer.schedule": "linear",
-    "optimizer.warmup_steps": 6,
-    "optimizer.max_grad_norm": None,
+"""An epoch, every rate to the end."""
+RATES = {
+    **dict.fromkeys(("lora", "lora_b", "dora", "riemannian"), 1.4e-3),
+    "adalora": 2.8e-3,
+    "pissa": 3.5e-4,
+    "lora_rite": 6e-4,
+    "full": 8e-5,
+    # The norm of a step of A B, on another scale than the rates of entries.
+    "lora_muon": 0.03,
+}
+"""The middle of three rates of each method, around what short runs found best."""
+METHODS = {
+    "optimizer.warmup_steps": 20,
+    "train.steps": 300,
     "train.epochs": None,
-    "train.prompt": None,
-    "train.steps": 60,
+    "train.batch_size": 16,
+    "train.eval_batch_size": 64,
     "sweep.method": "grid",
-    "sweep.seeds": [100, 101],
-    "sweep.learning_rates": [2.5e-4, 1e-3, 4e-3],
+    "sweep.learning_rates": [2.5e-4, 7e-4, 2e-3],
+    "sweep.method_learning_rates": {
+        name: [float(f"{rate * factor:.3g}") for factor in (0.35, 1, 2.8)] for name, rate in RATES.items()
+    },
     "sweep.widen": 3,
-    "sweep.lr_ratios": [4, 16],
-    "sweep.methods": ["lora_plus"],
-    "sweep.report_seeds": 8,
-    "sweep.curve_points": 12,
+    "sweep.lr_ratios": [4],
+    "sweep.report_seeds": 5,
+    "sweep.curve_points": 20,
+    "sweep.methods": [
+        *("lora", "lora_plus", "lora_b", "dora", "adalora", "pissa", "riemannian", "lora_rite", "lora_muon"),
+        "full",
+    ],
 }
 LAMBDA = {
     "train.steps": None,
@@ -155,14 +156,20 @@ def glue(name: str, **settings: Any) -> Study:
     )
 
 
-def commonsense(folder: str, length: int, characters: int, rows: int, **settings: Any) -> Study:
-    """A set of LLM-Adapters with SmolLM2-135M, without its longest questions; tested on some of them."""
+def commonsense(folder: str, characters: int) -> Study:
+    """A set of LLM-Adapters with SmolLM2-135M, without its longest questions; tested on 500 of them."""
+    settings = {
+        "data.max_length": 96,
+        "train.batch_size": 8,
+        "train.eval_batch_size": 8,
+        "sweep.curve_points": 1,
+    }
     train, test = (
-        Sample(f"commonsense/{folder}/{split}.json", count, characters)
-        for split, count in (("train", None), ("test", rows))
+        Sample(f"commonsense/{folder}/{split}.json", rows, characters)
+        for split, rows in (("train", 2400), ("test", 500))
     )
-    own = {"data.max_length": length} | settings
-    return Study("smollm2_commonsense.yaml", SMOLLM2 | own, {"data.train": train, "data.test": test})
+    files = {"data.train": train, "data.test": test, **FORGETTING}
+    return Study("smollm2_commonsense.yaml", SMOLLM2 | settings, files)
 
 
 STUDIES: dict[str, dict[str, Study]] = {
@@ -186,41 +193,17 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
         "SST-2": glue("sst2", **{"data.validation_fraction": 0.01, "train.epochs": 1.0}),
     },
+    "chat": {"instructions": Study("smollm2_chat.yaml", SMOLLM2, FORGETTING)},
     "commonsense": {
-        "BoolQ": commonsense("boolq", 64, 180, 120, **{"data.validation_fraction": 0.005}),
-        "ARC-Easy": commonsense("ARC-Easy", 128, 280, 40, **ARC | {"data.validation_fraction": 0.03}),
-        "ARC-Challenge": commonsense(
-            "ARC-Challenge", 128, 280, 40, **ARC | {"data.validation_fraction": 0.1}
-        ),
+        "BoolQ": commonsense("boolq", 180),
+        "ARC-Easy": commonsense("ARC-Easy", 280),
     },
     "e2e": {
         "E2E": Study(
             "smollm2_e2e.yaml",
-            SMOLLM2
-            | {
-                "data.template": "plain",
-                "data.packing": False,
-                "data.max_length": 112,
-                "data.validation_fraction": 0.01,
-                "optimizer.schedule": "linear",
-                "generation.inputs": 24,
-                "sweep.curve_points": 1,
-            },
-            {"data.train": "e2e/devset.csv", "data.test": "e2e/testset_w_refs.csv"},
+            SMOLLM2 | {"generation.inputs": 200, "sweep.report_seeds": 3},
+            {"data.train": "e2e/devset.csv", "data.test": "e2e/testset_w_refs.csv", **FORGETTING},
         )
-    },
-    "convergence": {
-        "reviews": Study(
-            "quickstart_sweep.yaml",
-            CONVERGENCE
-            | {
-                "data.max_length": 32,
-                "train.batch_size": 16,
-                "train.eval_batch_size": 128,
-                "sweep.methods": ["lora_plus", "lora_b", "full"],
-            },
-        ),
-        "instructions": Study("smollm2_chat.yaml", CONVERGENCE | {"train.batch_size": 1}),
     },
     # Does a verdict hold on a search seed and report seeds that it has not seen?
     "repeat": {"CoLA, seeds 100 to 105": glue("cola", seed=100, **{"sweep.methods": ["lora_plus"]})},
@@ -249,39 +232,33 @@ STUDIES: dict[str, dict[str, Study]] = {
                 | {
                     "train.epochs": 1.0,
                     "train.prompt": None,
-                    "sweep.learning_rates": [1e-4, 2.8e-4, 8e-4],
+                    "sweep.learning_rates": [4e-4, 1e-3, 2.5e-3],
+                    "sweep.report_seeds": 3,
+                    "sweep.curve_points": 4,
                 },
+                FORGETTING,
             ),
             "SST-2": glue("sst2", **LAMBDA | {"data.validation_fraction": 0.01, "train.epochs": 1.0}),
         }.items()
         for start, init in STARTS.items()
     },
     "methods": {
-        "reviews": Study(
-            "quickstart_sweep.yaml",
-            METHODS | {"data.max_length": 32, "data.validation_fraction": 0.04, "data.test_fraction": 0.05},
-        ),
-        "STS-B": glue(
-            "stsb",
-            task="regression",
-            **METHODS | {"data.max_length": 40, "lora.init": "he_uniform", "sweep.curve_points": 1},
-        ),
+        "reviews": Study("quickstart_sweep.yaml", METHODS),
+        "STS-B": glue("stsb", task="regression", **METHODS),
         "instructions": Study(
             "smollm2_chat.yaml",
             SMOLLM2
             | {
-                "data.validation_fraction": 0.03,
-                "data.test_fraction": 0.03,
-                "optimizer.warmup_steps": 2,
-                "train.batch_size": 1,
-                "train.steps": 12,
-                "train.prompt": None,
-                "sweep.report_seeds": 5,
-                "sweep.curve_points": 1,
+                "sweep.report_seeds": 3,
                 # Without `full`: its moments and weights take 1.6 GB a member.
                 "sweep.methods": METHODS["sweep.methods"][:-1],
-                "sweep.method_learning_rates": METHODS["sweep.method_learning_rates"],
+                "sweep.method_learning_rates": {
+                    name: rates
+                    for name, rates in METHODS["sweep.method_learning_rates"].items()
+                    if name != "full"
+                },
             },
+            FORGETTING,
         ),
     },
 }
@@ -293,10 +270,10 @@ MIN_POINTS = 4
 
 def settings_of(study: Study, options: argparse.Namespace, directory: Path) -> SweepRun:
     """The settings of a study; what it samples of a file lies in the directory."""
-    # As in those of the published tables that are not measured anew yet.
-    values = {"lora.init": "he_uniform", **study.settings}
+    values = dict(study.settings)
     for name, file in study.files.items():
-        source = (options.data or Path("data")) / (file.path if isinstance(file, Sample) else file)
+        path = file.path if isinstance(file, Sample) else file
+        source = fetch(path) if path in ASSETS else (options.data or Path("data")) / path
         values[name] = source if isinstance(file, str) else sample(source, file, directory / "data")
     given = [part for name, value in values.items() for part in (f"--{name}", option(value))]
     recipe = options.recipe or REPOSITORY / "configs" / study.recipe
@@ -311,9 +288,9 @@ def option(value: Any) -> str:
 
 
 def sample(source: Path, wanted: Sample, directory: Path) -> Path:
-    """Writes the rows of a .json or .csv file to a file of the same name, and returns its path."""
-    with source.open(encoding="utf-8-sig", newline="") as file:
-        rows = json.load(file) if source.suffix == ".json" else list(csv.DictReader(file))
+    """Writes the rows of a .json or .jsonl file to a .jsonl file of the same name, and returns its path."""
+    with source.open(encoding="utf-8-sig") as file:
+        rows = json.load(file) if source.suffix == ".json" else [json.loads(line) for line in file]
     if wanted.characters is not None:
         rows = [row for row in rows if len(row["instruction"]) <= wanted.characters]
     if wanted.rows is not None:
@@ -334,7 +311,8 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for title in options.only or studies:
         run = settings_of(studies[title], options, options.output_dir / name / title)
         done = Path(run.output_dir)
-        if read_summary(done) is not None and read_yaml(done / CONFIG) == run.to_json():
+        # Parsed, so that a setting that a finished study of an earlier version lacks has its default.
+        if read_summary(done) is not None and settings_from_json(read_yaml(done / CONFIG), SweepRun) == run:
             report = {n: value for n, value in read_record(done / REPORT).items() if n != DIGEST}
             # Where it ran, which need not be where its table is written.
             ran_on = kept.get(title, {}).get("machine") or machine()

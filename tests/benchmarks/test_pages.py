@@ -64,6 +64,21 @@ def test_a_table_without_a_place_on_the_page_is_an_error(benchmarks):
     assert again_on_page.count("### CoLA") == 2
 
 
+def test_what_a_method_forgets_has_a_table_of_its_own(benchmarks):
+    import results_page
+
+    report = json.loads(json.dumps(next(iter(results_page.read()["glue"].values()))))
+    change = {"mean": 0.5, "gain": {"mean": 0.25, "low": 0.125, "high": 0.375}}
+    scores = {"unrelated_loss": {"mean": 3.0, "gain": None}, "unrelated_loss_change": change}
+    for method in report["methods"].values():
+        method["text_scores"] = scores
+    (*_, head, lines) = results_page.study_lines("CoLA", report)
+    assert "before and after" in head
+    _, _, lora, lora_plus, *_ = map(cells, lines.splitlines())
+    assert lora == ["LoRA", "12.182", "20.086", "+0.5000", "–"]  # e^2.5 and e^3
+    assert lora_plus == ["LoRA+", "12.182", "20.086", "+0.5000", "+0.2500 [+0.1250, +0.3750]"]
+
+
 def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):
     from results_page import map_points
 

@@ -1,9 +1,12 @@
 """`benchmarks/tables.py`: means over data sets by hand, samples of data, and invalid input."""
 
+import argparse
 import json
 import math
 
 import pytest
+
+from loraplus_jax.sweep.method_comparison import method_run
 
 
 def run(seed, metric, curve, target=None, steps=None, diverged=False):
@@ -73,22 +76,28 @@ def test_a_sample_is_the_same_each_time_and_keeps_to_its_limits(tmp_path):
     assert all(len(row["instruction"]) <= 20 for row in found)
     first = path.read_bytes()
     assert sample(tmp_path / "q.json", Sample("q.json", 5, 20), tmp_path / "out").read_bytes() == first
-    (tmp_path / "t.csv").write_text('\ufeffmr,ref\nname[A],"Two\nlines, ""A""."\n', encoding="utf-8")
-    (row,) = sample(tmp_path / "t.csv", Sample("t.csv"), tmp_path / "out").read_text().splitlines()
-    assert json.loads(row) == {"mr": "name[A]", "ref": 'Two\nlines, "A".'}
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (row,) = sample(tmp_path / "t.jsonl", Sample("t.jsonl", 1), tmp_path / "out").read_text().splitlines()
+    assert json.loads(row)["text"] in ("a", "b")
 
 
-def test_tables_start_as_those_that_are_published(tmp_path):
-    from argparse import Namespace
+def test_the_settings_of_every_study_and_of_each_of_its_methods_are_valid(tmp_path, monkeypatch):
+    import tables
 
-    from tables import STUDIES, settings_of
-
-    options = Namespace(data=None, recipe=None, settings=[])
-    for studies in STUDIES.values():
-        for study in studies.values():
-            if not study.files:
-                init = study.settings.get("lora.init", "he_uniform")
-                assert settings_of(study, options, tmp_path).lora.init == init
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a", "instruction": "b"}\n')
+    for folder in ("boolq", "ARC-Easy"):
+        (tmp_path / "commonsense" / folder).mkdir(parents=True)
+        for split in ("train", "test"):
+            (tmp_path / "commonsense" / folder / f"{split}.json").write_text('[{"instruction": "b"}]')
+    monkeypatch.setattr(tables, "fetch", lambda name: text)
+    options = argparse.Namespace(data=tmp_path, recipe=None, settings=[])
+    for name, studies in tables.STUDIES.items():
+        for title, study in studies.items():
+            run = tables.settings_of(study, options, tmp_path / name / title)
+            assert run.lora.init == tables.STARTS.get(title.partition(", ")[2], "lora")
+            for method in () if name == "lambda" else run.sweep.methods:
+                assert method_run(run, method).sweep.widen > 0
 
 
 @pytest.mark.parametrize(
