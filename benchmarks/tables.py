@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import json
 import random
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,11 +47,15 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 class Sample(NamedTuple):
-    """At most `rows` rows of a file or a named data set, drawn at random among those of at most `characters`."""
+    """At most `rows` rows of a file or a named data set, drawn at random among those of at most `characters`.
+
+    With `spelled`, questions of LLM-Adapters are answered by the text of a choice instead of its number.
+    """
 
     path: str
     rows: int | None = None
     characters: int | None = None
+    spelled: bool = False
 
 
 class Study(NamedTuple):
@@ -156,20 +161,19 @@ def glue(name: str, **settings: Any) -> Study:
     )
 
 
-def commonsense(folder: str, characters: int) -> Study:
-    """A set of LLM-Adapters with SmolLM2-135M, without its longest questions; tested on 500 of them."""
-    settings = {
+def commonsense(**files: Sample) -> Study:
+    """A set of LLM-Adapters with SmolLM2-135M."""
+    settings: dict[str, Any] = {
+        "data.template": "model",
         "data.max_length": 96,
         "train.batch_size": 8,
         "train.eval_batch_size": 8,
-        "sweep.curve_points": 1,
+        "sweep.report_seeds": 3,
     }
-    train, test = (
-        Sample(f"commonsense/{folder}/{split}.json", rows, characters)
-        for split, rows in (("train", 2400), ("test", 500))
-    )
-    files = {"data.train": train, "data.test": test, **FORGETTING}
-    return Study("smollm2_commonsense.yaml", SMOLLM2 | settings, files)
+    if "path" in files:  # instead of the recipe's files
+        settings |= {"data.train": None, "data.test": None}
+    files = {f"data.{name}": file for name, file in files.items()}
+    return Study("smollm2_commonsense.yaml", SMOLLM2 | settings, files | FORGETTING)
 
 
 STUDIES: dict[str, dict[str, Study]] = {
@@ -195,8 +199,16 @@ STUDIES: dict[str, dict[str, Study]] = {
     },
     "chat": {"instructions": Study("smollm2_chat.yaml", SMOLLM2, FORGETTING)},
     "commonsense": {
-        "BoolQ": commonsense("boolq", 180),
-        "ARC-Easy": commonsense("ARC-Easy", 280),
+        "ARC-Easy": commonsense(
+            train=Sample("commonsense/ARC-Easy/train.json", None, 240, True),
+            test=Sample("commonsense/ARC-Easy/test.json", 500, 240, True),
+        ),
+        # Only its test file is there: a part of it is held out.
+        "PIQA": commonsense(path=Sample("commonsense/piqa/test.json", None, 240, True)),
+        "BoolQ": commonsense(
+            train=Sample("commonsense/boolq/train.json", 2400, 180),
+            test=Sample("commonsense/boolq/test.json", 500, 180),
+        ),
     },
     "e2e": {
         "E2E": Study(
@@ -291,14 +303,29 @@ def sample(source: Path, wanted: Sample, directory: Path) -> Path:
     """Writes the rows of a .json or .jsonl file to a .jsonl file of the same name, and returns its path."""
     with source.open(encoding="utf-8-sig") as file:
         rows = json.load(file) if source.suffix == ".json" else [json.loads(line) for line in file]
+    if wanted.spelled:
+        rows = [spell(row) for row in rows]
     if wanted.characters is not None:
-        rows = [row for row in rows if len(row["instruction"]) <= wanted.characters]
+        rows = [
+            row
+            for row in rows
+            if len(row["instruction"]) + max(map(len, row.get("choices", [""]))) <= wanted.characters
+        ]
     if wanted.rows is not None:
         rows = random.Random(0).sample(rows, min(wanted.rows, len(rows)))
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / source.with_suffix(".jsonl").name
     write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
     return path
+
+
+def spell(row: Mapping[str, str]) -> dict[str, Any]:
+    """A question of LLM-Adapters, "... question: Q", "Answer1: A Answer2: B", "Answer format", by its choices."""
+    question, _, rest = row["instruction"].rpartition("Answer format")[0].partition("\n\n")
+    choices = [choice.strip() for choice in re.split(r"(?:Answer|Solution)\d: ", rest)[1:]]
+    number = int(row["answer"].removeprefix("answer").removeprefix("solution"))
+    text = question.partition("question: ")[2]
+    return {"instruction": text, "choices": choices, "answer": choices[number - 1]}
 
 
 def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -81,15 +81,40 @@ def test_a_sample_is_the_same_each_time_and_keeps_to_its_limits(tmp_path):
     assert json.loads(row)["text"] in ("a", "b")
 
 
+@pytest.mark.parametrize(
+    ("instruction", "answer", "choices"),
+    [
+        (
+            "Please choose the correct answer to the question: What melts?\n\nAnswer1: ice Answer2: hot iron "
+            "Answer3: a: b\n\nAnswer format: answer1/answer2/answer3",
+            "answer2",
+            ["ice", "hot iron", "a: b"],
+        ),
+        (
+            "Please choose the correct solution to the question: What melts?\n\nSolution1: ice.\n\nSolution2: "
+            "iron.\n\nAnswer format: solution1/solution2",
+            "solution2",
+            ["ice.", "iron."],
+        ),
+    ],
+)
+def test_a_question_is_answered_by_the_text_of_a_choice(instruction, answer, choices):
+    from tables import spell
+
+    row = {"instruction": instruction, "answer": answer}
+    assert spell(row) == {"instruction": "What melts?", "choices": choices, "answer": choices[1]}
+
+
 def test_the_settings_of_every_study_and_of_each_of_its_methods_are_valid(tmp_path, monkeypatch):
     import tables
 
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a", "instruction": "b"}\n')
-    for folder in ("boolq", "ARC-Easy"):
+    row = {"instruction": "question: b\n\nAnswer1: c Answer2: d\n\nAnswer format", "answer": "answer2"}
+    for folder in ("boolq", "ARC-Easy", "piqa"):
         (tmp_path / "commonsense" / folder).mkdir(parents=True)
         for split in ("train", "test"):
-            (tmp_path / "commonsense" / folder / f"{split}.json").write_text('[{"instruction": "b"}]')
+            (tmp_path / "commonsense" / folder / f"{split}.json").write_text(json.dumps([row]))
     monkeypatch.setattr(tables, "fetch", lambda name: text)
     options = argparse.Namespace(data=tmp_path, recipe=None, settings=[])
     for name, studies in tables.STUDIES.items():
@@ -104,7 +129,7 @@ def test_the_settings_of_every_study_and_of_each_of_its_methods_are_valid(tmp_pa
     ("command", "words"),
     [
         (["lambda", "--only", "sentences"], ("--only", "CoLA, B zero", "sentences")),
-        (["commonsense", "--data", "nowhere"], ("nowhere/commonsense/boolq/train.json",)),
+        (["commonsense", "--data", "nowhere"], ("nowhere/commonsense/ARC-Easy/train.json",)),
         (["lambda", "--sweep.curve_points", "0"], ("sweep.curve_points", "0")),
         (["lambda", "--recipe", "none.yaml"], ("none.yaml",)),
     ],
