@@ -166,9 +166,11 @@ def commonsense(**files: Sample) -> Study:
     settings: dict[str, Any] = {
         "data.template": "model",
         "data.max_length": 96,
+        "data.validation_fraction": 0.06,
         "train.batch_size": 8,
         "train.eval_batch_size": 8,
         "sweep.report_seeds": 3,
+        "sweep.curve_points": 1,
     }
     if "path" in files:  # instead of the recipe's files
         settings |= {"data.train": None, "data.test": None}
@@ -200,14 +202,14 @@ STUDIES: dict[str, dict[str, Study]] = {
     "chat": {"instructions": Study("smollm2_chat.yaml", SMOLLM2, FORGETTING)},
     "commonsense": {
         "ARC-Easy": commonsense(
-            train=Sample("commonsense/ARC-Easy/train.json", None, 240, True),
-            test=Sample("commonsense/ARC-Easy/test.json", 500, 240, True),
+            train=Sample("commonsense/ARC-Easy/train.json", 1000, 200, True),
+            test=Sample("commonsense/ARC-Easy/test.json", 200, 200, True),
         ),
         # Only its test file is there: a part of it is held out.
-        "PIQA": commonsense(path=Sample("commonsense/piqa/test.json", None, 240, True)),
+        "PIQA": commonsense(path=Sample("commonsense/piqa/test.json", 1000, 200, True)),
         "BoolQ": commonsense(
-            train=Sample("commonsense/boolq/train.json", 2400, 180),
-            test=Sample("commonsense/boolq/test.json", 500, 180),
+            train=Sample("commonsense/boolq/train.json", 1000, 180),
+            test=Sample("commonsense/boolq/test.json", 200, 180),
         ),
     },
     "e2e": {
