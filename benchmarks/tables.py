@@ -74,6 +74,39 @@ class Study(NamedTuple):
 
 FORGETTING = {"sweep.unrelated_text": Sample("wiki-demo", 60)}
 """The text on which every language study measures what a method forgets."""
+MIDDLES = {
+    "lora": 1.4e-3,
+    "lora_plus": 7e-4,
+    "lora_b": 1.4e-3,
+    "dora": 1.4e-3,
+    "adalora": 2.8e-3,
+    "pissa": 3.5e-4,
+    "riemannian": 1.4e-3,
+    "lora_rite": 6e-4,
+    "lora_muon": 0.03,  # the norm of a step of A B, on another scale than the rates of entries
+    "full": 8e-5,
+}
+"""The middle of three rates of each method, around what short runs found best."""
+
+
+def tuned(*methods: str, points: int) -> dict[str, Any]:
+    """Each method's three rates, all to the end, and more while its best is at the edge.
+
+    At a quarter of the steps the best rate is still too high.
+    """
+    rates = {name: [float(f"{MIDDLES[name] * factor:.3g}") for factor in (0.35, 1, 2.8)] for name in methods}
+    return {
+        "sweep.method": "grid",
+        "sweep.methods": list(methods),
+        "sweep.learning_rates": rates.pop("lora_plus"),
+        "sweep.method_learning_rates": rates,
+        "sweep.lr_ratios": [4],
+        "sweep.widen": 3,
+        "sweep.report_seeds": 5,
+        "sweep.curve_points": points,
+    }
+
+
 GLUE = {
     "data.max_length": 128,
     "data.validation_fraction": 0.1,
@@ -82,60 +115,29 @@ GLUE = {
     "train.eval_batch_size": 64,
     "train.steps": None,
     "train.epochs": 3.0,
-    # Five rates a method, all to the end: at a quarter of the steps the best rate is still too high.
-    "sweep.method": "grid",
-    "sweep.learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
-    "sweep.widen": 3,
-    "sweep.lr_ratios": [4],
-    "sweep.report_seeds": 5,
-    "sweep.curve_points": 20,
-    "sweep.methods": ["lora_plus", "full"],
+    **tuned("lora", "lora_plus", "full", points=20),
 }
 """Whole epochs, at GLUE's own batch size."""
+FIVE = {
+    "sweep.learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
+    "sweep.method_learning_rates": {},
+    "sweep.methods": ["lora_plus"],
+}
+"""Five rates of LoRA+, and as many of LoRA over the same range of η_A and η_B."""
 SMOLLM2 = {
     "train.steps": None,
     "train.epochs": 1.0,
     "train.prompt": None,
-    "sweep.method": "grid",
-    # Each method's own, around what short runs found best.
-    "sweep.learning_rates": [2e-4, 5e-4, 1.25e-3],
-    "sweep.method_learning_rates": {"lora": [4e-4, 1e-3, 2.5e-3]},
-    "sweep.widen": 3,
-    "sweep.lr_ratios": [4],
-    "sweep.report_seeds": 5,
-    "sweep.curve_points": 4,
-    "sweep.methods": ["lora", "lora_plus"],
+    **tuned("lora", "lora_plus", points=4),
 }
-"""An epoch, every rate to the end."""
-RATES = {
-    **dict.fromkeys(("lora", "lora_b", "dora", "riemannian"), 1.4e-3),
-    "adalora": 2.8e-3,
-    "pissa": 3.5e-4,
-    "lora_rite": 6e-4,
-    "full": 8e-5,
-    # The norm of a step of A B, on another scale than the rates of entries.
-    "lora_muon": 0.03,
-}
-"""The middle of three rates of each method, around what short runs found best."""
+"""An epoch."""
 METHODS = {
     "optimizer.warmup_steps": 20,
     "train.steps": 300,
     "train.epochs": None,
     "train.batch_size": 16,
     "train.eval_batch_size": 64,
-    "sweep.method": "grid",
-    "sweep.learning_rates": [2.5e-4, 7e-4, 2e-3],
-    "sweep.method_learning_rates": {
-        name: [float(f"{rate * factor:.3g}") for factor in (0.35, 1, 2.8)] for name, rate in RATES.items()
-    },
-    "sweep.widen": 3,
-    "sweep.lr_ratios": [4],
-    "sweep.report_seeds": 5,
-    "sweep.curve_points": 20,
-    "sweep.methods": [
-        *("lora", "lora_plus", "lora_b", "dora", "adalora", "pissa", "riemannian", "lora_rite", "lora_muon"),
-        "full",
-    ],
+    **tuned(*MIDDLES, points=20),
 }
 LAMBDA = {
     "train.steps": None,
@@ -143,6 +145,7 @@ LAMBDA = {
     "sweep.method": "grid",
     # Of λ = 1; `compare_lambdas` divides them by √λ, so that the product of both factors' rates is the same.
     "sweep.learning_rates": [2.5e-4, 7.1e-4, 2e-3],
+    "sweep.method_learning_rates": {},
     "sweep.widen": 3,
     "sweep.lr_ratios": [2, 4, 8, 16, 32],
     "sweep.methods": ["lora", "lora_plus"],
@@ -180,7 +183,7 @@ def commonsense(**files: Sample) -> Study:
 
 STUDIES: dict[str, dict[str, Study]] = {
     "glue": {
-        "CoLA": glue("cola"),
+        "CoLA": glue("cola", **FIVE | {"sweep.methods": ["lora_plus", "full"]}),
         "STS-B": glue("stsb", task="regression"),
         "MRPC": glue("mrpc"),
         "RTE": glue("rte"),
@@ -220,18 +223,16 @@ STUDIES: dict[str, dict[str, Study]] = {
         )
     },
     # Does a verdict hold on a search seed and report seeds that it has not seen?
-    "repeat": {"CoLA, seeds 100 to 105": glue("cola", seed=100, **{"sweep.methods": ["lora_plus"]})},
+    "repeat": {"CoLA, seeds 100 to 105": glue("cola", seed=100, **FIVE)},
     # With the 32 rows of GLUE's CoLA: as many examples, so other numbers of steps.
     "batch": {
         f"CoLA, {rows} rows": glue(
             "cola",
-            **{
+            **FIVE
+            | {
                 "train.batch_size": rows,
                 "optimizer.warmup_steps": 640 // rows,
-                "sweep.learning_rates": [
-                    rate * (rows / 32) ** 0.5 for rate in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-                ],
-                "sweep.methods": ["lora_plus"],
+                "sweep.learning_rates": [rate * (rows / 32) ** 0.5 for rate in FIVE["sweep.learning_rates"]],
             },
         )
         for rows in (8, 128)
@@ -259,19 +260,12 @@ STUDIES: dict[str, dict[str, Study]] = {
     "methods": {
         "reviews": Study("quickstart_sweep.yaml", METHODS),
         "STS-B": glue("stsb", task="regression", **METHODS),
+        # Without `full`: its moments and weights take 1.6 GB a member.
         "instructions": Study(
             "smollm2_chat.yaml",
             SMOLLM2
-            | {
-                "sweep.report_seeds": 3,
-                # Without `full`: its moments and weights take 1.6 GB a member.
-                "sweep.methods": METHODS["sweep.methods"][:-1],
-                "sweep.method_learning_rates": {
-                    name: rates
-                    for name, rates in METHODS["sweep.method_learning_rates"].items()
-                    if name != "full"
-                },
-            },
+            | tuned(*(name for name in MIDDLES if name != "full"), points=4)
+            | {"sweep.report_seeds": 3},
             FORGETTING,
         ),
     },
