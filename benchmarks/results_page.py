@@ -325,9 +325,40 @@ def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
     save_figure(figure, path)
 
 
+def overhead_lines() -> list[str]:
+    """What a step of each method costs, from `overhead.py`."""
+    content = json.loads((RESULTS / "tables" / "overhead.json").read_text())
+    methods = {row["method"]: row for row in content["rows"]}
+    lora, own = methods["lora"], methods["lora_plus"]
+    ratios = {n: own[n] / lora[n] for n in ("flops", "peak_bytes", "optimizer_bytes")}
+    rows = [
+        {
+            "method": name,
+            "trained": f"{row['trainable']:,}",
+            "optimizer state, MB": f"{row['optimizer_bytes'] / 1e6:.2f}",
+            "memory of a step, MB": f"{row['peak_bytes'] / 1e6:.1f}",
+            "GFLOP": f"{row['flops'] / 1e9:.4f}",
+            **{f"{part}, ms": f"{1e3 * row[part]:.0f}" for part in ("forward", "backward")},
+            "optimizer step, ms": f"{1e3 * row['optimizer']:.2f}",
+            "step / LoRA's": f"{row['step_over_lora']:.3f}",
+        }
+        for name, row in methods.items()
+    ]
+    (size, length), ran_on = content["batch"], content["machine"]
+    cores = f"{ran_on.get('processor', '')} {ran_on['cores']} cores".strip()
+    return [
+        f"**Result.** LoRA+ needs {ratios['flops']:.4f} × LoRA's FLOPs, {ratios['peak_bytes']:.4f} × its memory "
+        f"and {ratios['optimizer_bytes']:.4f} × its optimizer state. A step takes {own['step_over_lora']:.3f} × "
+        f"the time, the optimizer's part {own['optimizer_over_lora']:.3f} × (medians of {content['rounds']} rounds).",
+        f"MiniLM's shape, {size} × {length} tokens, rank {content['rank']} on query and value, {cores}. Memory is "
+        "the compiler's: arguments and temporaries. Backward is the gradient's time less the forward pass.",
+        table(rows),
+    ]
+
+
 def filled(page: str, tables: Mapping[str, Mapping[str, Report]]) -> str:
     """The page with every block filled."""
-    blocks = {"summary": summary_lines(tables)}
+    blocks = {"summary": summary_lines(tables), "overhead": overhead_lines()}
     for name, studies in tables.items():
         blocks[name] = [line for title, report in studies.items() for line in study_lines(title, report)]
     if tables.get("batch"):
