@@ -349,7 +349,7 @@ def overhead_lines() -> list[str]:
     return [
         f"**Result.** LoRA+ needs {ratios['flops']:.4f} × LoRA's FLOPs, {ratios['peak_bytes']:.4f} × its memory "
         f"and {ratios['optimizer_bytes']:.4f} × its optimizer state. A step takes {own['step_over_lora']:.3f} × "
-        f"the time, the optimizer's part {own['optimizer_over_lora']:.3f} × (medians of {content['rounds']} rounds).",
+        f"the time, its optimizer {own['optimizer_over_lora']:.3f} × (medians of {content['rounds']} rounds).",
         f"MiniLM's shape, {size} × {length} tokens, rank {content['rank']} on query and value, {cores}. Memory is "
         "the compiler's: arguments and temporaries. Backward is the gradient's time less the forward pass.",
         table(rows),
