@@ -61,7 +61,7 @@ def test_a_table_without_a_place_on_the_page_is_an_error(benchmarks):
     with pytest.raises(ValueError, match="0 blocks of repeat"):
         results_page.filled(page, again)
     again_on_page = results_page.filled(f"{page}<!-- repeat -->\n<!-- end of repeat -->\n", again)
-    assert again_on_page.count("### CoLA") == 2
+    assert again_on_page.count("### CoLA\n") == 2
 
 
 def test_what_a_method_forgets_has_a_table_of_its_own(benchmarks):
