@@ -10,7 +10,6 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def method_row(report: Report, method: Report) -> dict[str, str]:
 
 
 def study_lines(title: str, report: Report) -> list[str]:
-    """A study: what it found, how it was run, a line a method, and the scores of generated texts."""
+    """A study: what it found, how it was run, a line a method, scores of texts, and what was forgotten."""
     metric, constant = report["protocol"]["metric"], report["protocol"].get("constant", {})
     rows = [method_row(report, method) for method in report["methods"].values()]
     if metric in constant:
@@ -95,31 +94,30 @@ def study_lines(title: str, report: Report) -> list[str]:
     found = verdict(methods, report["protocol"]["confidence"])
     lines = [f"### {title}", found.replace(" -", " −").replace("[-", "[−"), protocol_line(report)]
     lines.append(table([{name: row.get(name, "–") for name in rows[-1]} for row in rows]))
-    texts, forgetting = [], []
-    for method in report["methods"].values():
-        row, scores = {"method": method["label"]}, dict(method.get("text_scores", {}))
-        loss, change = (scores.pop(name, None) for name in ("unrelated_loss", "unrelated_loss_change"))
-        if loss and change:
-            before, after = loss["mean"] - change["mean"], loss["mean"]
-            forgetting.append(
-                row
-                | {"perplexity before": number(exp(before), ".3f"), "after": number(exp(after), ".3f")}
-                | {"change of the loss": number(change["mean"], "+.4f")}
-                | {"minus LoRA's": interval(method["against_lora"] and change["gain"], "+.4f")}
-            )
-        if scores:
-            for name, score in scores.items():
+    if texts := [m for m in report["methods"].values() if m.get("text_scores")]:
+        scored = []
+        for method in texts:
+            row = {"method": method["label"]}
+            for name, score in method["text_scores"].items():
                 row[name] = number(score["mean"], ".2f")
                 row[f"{name} − LoRA's"] = interval(method["against_lora"] and score["gain"], "+.2f")
-            texts.append(row)
-    if texts:
-        lines += [f"The texts for {report['protocol']['texts']} test inputs:", table(texts)]
-    if forgetting:
-        lines += [
-            "Encyclopedia articles that no run trained on, before and after training:",
-            table(forgetting),
-        ]
+            scored.append(row)
+        lines += [f"The texts for {report['protocol']['texts']} test inputs:", table(scored)]
+    if forgetting := [forgetting_row(m) for m in report["methods"].values() if m.get("unrelated")]:
+        lines += [f"{report['protocol']['unrelated_text']}, which no run trained on:", table(forgetting)]
     return lines
+
+
+def forgetting_row(method: Report) -> dict[str, str]:
+    """A method's line of what it forgets."""
+    measured = method["unrelated"]
+    return {
+        "method": method["label"],
+        "perplexity before": number(measured["perplexity_before"], ".3f"),
+        "after": number(measured["perplexity_after"], ".3f"),
+        "change of the loss": interval(measured["change"], "+.4f"),
+        "change − LoRA's": interval(method["against_lora"] and measured["against_lora"], "+.4f"),
+    }
 
 
 def batch_lines(studies: Mapping[str, Report]) -> list[str]:

@@ -90,9 +90,9 @@ MIDDLES = {
 
 
 def tuned(*methods: str, points: int) -> dict[str, Any]:
-    """Each method's three rates, all to the end, and more while its best is at the edge.
+    """Each method's three rates, and more while its best is at the edge.
 
-    At a quarter of the steps the best rate is still too high.
+    All to the end, as halving at a quarter of the steps selects too high a rate.
     """
     rates = {name: [float(f"{MIDDLES[name] * factor:.3g}") for factor in (0.35, 1, 2.8)] for name in methods}
     return {
@@ -349,6 +349,8 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         protocol["hours"] = round(sum(seconds) / 3600, 3)
         if run.task == "generation":
             protocol["texts"] = run.generation.inputs
+        if run.sweep.unrelated_text:
+            protocol["unrelated_text"] = Path(run.sweep.unrelated_text).name
         kept[title] = report | {"protocol": protocol, "machine": ran_on}
         yield {title: kept[title] for title in studies if title in kept}
 

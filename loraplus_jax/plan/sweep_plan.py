@@ -2,7 +2,8 @@
 
 Memory and the time of a step are those of the plan of a single run on one device: the frozen weights exist once,
 all else once for each run. The data is read, as the numbers of steps and evaluation batches follow from it. The
-time is a lower bound, as a plan's; reading the model, compiling and generating texts come on top.
+time is a lower bound, as a plan's; reading the model, compiling, generating texts and the loss on
+`sweep.unrelated_text` come on top.
 """
 
 import dataclasses
@@ -195,6 +196,7 @@ def format_sweep(plan: SweepPlan, run: SweepRun) -> str:
             f"less than {format_seconds(found.bound)}, one worker {format_seconds(found.work)}",
             "these are lower bounds for runs one at a time; reading the model and compiling come on top"
             + (", and so does generating texts" if run.task == "generation" else "")
+            + (", and so does the loss on sweep.unrelated_text" if run.sweep.unrelated_text else "")
             + (", and so do the learning rates that sweep.widen adds" if run.sweep.widen else ""),
         ]
     )

@@ -148,6 +148,11 @@ def compare_runs(
             for name in finished:
                 path = _place(runs[name]) / REPORT
                 check_identity(path, read_record(path), identity, weights=weights, allow=allow_different)
+        if (text := lora.data.unrelated) is not None and (cut := lora.data.truncated["unrelated"]):
+            console.print(
+                f"sweep.unrelated_text: {cut:,} of {text.examples:,} texts truncated to data.max_length "
+                f"{run.data.max_length} tokens"
+            )
         began = time.perf_counter()
         output.claim()
         sweeps = {}
@@ -311,7 +316,12 @@ class MethodSweep(Sweep):
     def finish(self) -> dict[str, Any]:
         """Writes the rows, the costs and, last, the summary."""
         scores = [score for result in self.results for score in result["text_scores"]]
-        report = self.report() | {"text_scores": scores, "cost": self.results[0]["cost"]}
+        unrelated = [losses for result in self.results for losses in result["unrelated"]]
+        report = self.report() | {
+            "text_scores": scores,
+            "unrelated": unrelated,
+            "cost": self.results[0]["cost"],
+        }
         self.output.check()
         write_report(self.directory, report)
         self.write_end()

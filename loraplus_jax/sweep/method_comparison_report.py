@@ -75,6 +75,7 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
             else None,
             "cost": result.get("cost"),
             "text_scores": _text_scores(result, results["lora"], confidence),
+            "unrelated": _unrelated(result, results["lora"], confidence),
             "against_lora": None if name == "lora" else compare_arms(runs, name, "lora", metric, confidence),
         }
     return {
@@ -107,6 +108,24 @@ def _text_scores(
             "gain": t_interval([by_seed[s][name] - its[s][name] for s in by_seed if s in its], confidence),
         }
         for name in names
+    }
+
+
+def _unrelated(own: Mapping[str, Any], lora: Mapping[str, Any], confidence: float) -> dict[str, Any] | None:
+    """A method's perplexity of `sweep.unrelated_text`, the change of the loss, and that minus LoRA's, by seed."""
+    changes, its = (
+        {row["seed"]: row["after"] - row["before"] for row in result.get("unrelated", ())}
+        for result in (own, lora)
+    )
+    if not changes:
+        return None
+    return {
+        **{
+            f"perplexity_{when}": float(np.exp(np.mean([row[when] for row in own["unrelated"]])))
+            for when in ("before", "after")
+        },
+        "change": t_interval(list(changes.values()), confidence),
+        "against_lora": t_interval([changes[s] - its[s] for s in changes if s in its], confidence),
     }
 
 

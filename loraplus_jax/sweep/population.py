@@ -30,7 +30,7 @@ from ..step.population import MEMBER_AXIS, map_members
 from ..step.sharding import make_mesh, replicate
 from ..step.train_step import LossFn, TrainState, init_state, make_eval, make_step
 from ..tasks.causal_lm import load_text
-from ..tasks.interface import AdaptedModel, BatchPlan, Losses, Shapes, Split, TaskData, row_count
+from ..tasks.interface import AdaptedModel, BatchPlan, Losses, Shapes, TaskData, row_count
 from ..training.adapter_start import begin_from, make_start
 from ..training.estimate import count_flops
 from ..training.memory import check_memory
@@ -122,7 +122,6 @@ class AbstractPopulation(NamedTuple):
       steps: optimizer steps of a full run.
       widest: settings of the sweep with the largest rank.
       shapes: the model of that rank, with shapes as variables.
-      unrelated: rows of `sweep.unrelated_text`.
     """
 
     directory: Path
@@ -130,7 +129,6 @@ class AbstractPopulation(NamedTuple):
     steps: int
     widest: SweepRun
     shapes: AdaptedModel
-    unrelated: Split | None
 
 
 def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> AbstractPopulation:
@@ -147,9 +145,7 @@ def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> Abstra
     tx = make_optimizer(run.shared_optimizer, widest.lr_ratio, steps, shapes.specs)
     check_rates(run.optimizer, tx, shapes.trainable)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
-    path = run.sweep.unrelated_text
-    unrelated = None if path is None else load_text(run, directory, path)
-    return AbstractPopulation(directory, data, steps, widest, shapes, unrelated)
+    return AbstractPopulation(directory, data, steps, widest, shapes)
 
 
 def load_sweep_data(run: SweepRun, directory: Path, loaded: TaskData | None = None) -> tuple[TaskData, int]:
@@ -158,7 +154,19 @@ def load_sweep_data(run: SweepRun, directory: Path, loaded: TaskData | None = No
     Raises:
       ValueError, OSError: the data cannot be read, has no test split, or does not fit the steps and rungs.
     """
-    data = task_module(run).load_data(run, directory) if loaded is None else loaded
+    data = loaded
+    if data is None:
+        data = task_module(run).load_data(run, directory)
+        if (path := run.sweep.unrelated_text) is not None:
+            try:
+                unrelated, truncated = load_text(run, directory, path)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"sweep.unrelated_text: {error}") from None
+            data = data._replace(
+                unrelated=unrelated,
+                digests=data.digests | {"unrelated": unrelated.digest},
+                truncated=data.truncated | {"unrelated": truncated},
+            )
     if "test" not in data.splits:
         raise ValueError(
             "a sweep selects on the validation split and reports on the test split; set data.test with "
@@ -177,9 +185,8 @@ def load_weights(abstract: AbstractPopulation) -> Any:
 
 def identity_of(abstract: AbstractPopulation) -> dict[str, Any]:
     """The identity of the base, without its weights, and of the data."""
-    data, unrelated = abstract.data, abstract.unrelated
-    digests = data.digests | ({} if unrelated is None else {"unrelated": unrelated.digest})
-    return model_identity(abstract.widest, abstract.directory, data.task) | {"data": digests}
+    data = abstract.data
+    return model_identity(abstract.widest, abstract.directory, data.task) | {"data": data.digests}
 
 
 def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -> Population:
@@ -195,7 +202,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     """
     mesh = Mesh(make_mesh(run.mesh.data).devices.reshape(-1), (MEMBER_AXIS,))
     abstract = abstract_population(run)
-    directory, data, steps, widest, shapes, _ = abstract
+    directory, data, steps, widest, shapes = abstract
     config = widest.applied
     # From shapes, before weights are read: what is too large is known in seconds.
     seeds = (*run.seeds, *run.report_seeds)
@@ -332,7 +339,7 @@ def _compile_programs(
     abstract: AbstractPopulation, batches: BatchPlan, mesh: Mesh, capacity: int, at_once: int | None
 ) -> tuple[Programs, Callable[[int], Programs]]:
     """Compiles, from shapes, the programs for all members; also returns a function that does for fewer."""
-    run, data, steps, shapes = abstract.widest, abstract.data, abstract.steps, abstract.shapes
+    run, (_, data, steps, _, shapes) = abstract.widest, abstract
     losses = task_module(run).make_losses(run, data.task, shapes, scored=batches.scored)
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)  # noqa: E731
     # eval_shape traces without computing; asarray, as NumPy's scalars have no place in a trace's outputs.

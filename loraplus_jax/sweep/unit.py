@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,7 +195,10 @@ class _UnitRun:
                     self.save()
                     if stop < unit.stops[-1]:
                         self.end_if_stopped()
-        scored = {"text_scores": self.score_texts(), "cost": self.cost()} if unit.is_scored else {}
+        scored: dict[str, Any] = {}
+        if unit.is_scored:
+            scored = {"text_scores": self.score_texts(), "unrelated": self.unrelated_losses()}
+            scored["cost"] = self.cost()  # which trains on
         # The units that continue from here read the checkpoint.
         self.output.manager.wait_until_finished()
         result = {
@@ -329,31 +332,38 @@ class _UnitRun:
             )
 
     def score_texts(self) -> list[dict[str, Any]]:
-        """The seed and the scores of each member: of its texts (task generation), and on `sweep.unrelated_text`."""
+        """The seed and the scores of the texts of each member (task generation); else empty."""
         run, parts, data = self.population.run, self.population.parts, self.population.data
-        texts = None
-        if isinstance(data.task, LanguageTask) and data.task.kind == "generation":
-            directory = resolve(run.model.path, "model")
-            texts = HeldOutTexts.from_settings(run, directory, data.task, parts.model, data.inputs)
-        unrelated_loss = make_unrelated_loss(self.population)
-        if texts is None and unrelated_loss is None:
+        if not isinstance(data.task, LanguageTask) or data.task.kind != "generation":
             return []
-        first = self.unit.members[0]
-        # Before the first step every member computes what the base does.
-        before = unrelated_loss(self.population.first(first.trial, first.seed)) if unrelated_loss else 0.0
-        rows, members = [], self.slots.to_host()
+        directory = resolve(run.model.path, "model")
+        texts = HeldOutTexts.from_settings(run, directory, data.task, parts.model, data.inputs)
+        rows = []
+        for spec, member in self.alive_members():
+            frozen = add_scales(parts.frozen, parts.specs, member)
+            _, scores = texts.generate(combine(member.state.trainable, frozen))
+            rows.append({"seed": spec.seed, **scores})
+        return rows
+
+    def unrelated_losses(self) -> list[dict[str, Any]]:
+        """The seed of each member and its loss on `sweep.unrelated_text` before and after training; else empty."""
+        if (loss := make_unrelated_loss(self.population)) is None:
+            return []
+        # All members compute the same before their first step.
+        before = loss(self.population.first(*self.unit.members[0][1:]))
+        rows = [
+            {"seed": spec.seed, "before": before, "after": loss(member)}
+            for spec, member in self.alive_members()
+        ]
+        return [row for row in rows if math.isfinite(row["after"])]
+
+    def alive_members(self) -> Iterator[tuple[MemberSpec, Members]]:
+        """The members that have not diverged, on the host."""
+        members = self.slots.to_host()
         for slot, number in enumerate(self.slots.slots):
             member = jax.tree.map(lambda leaf, slot=slot: leaf[slot], members)
             if number >= 0 and member.alive:
-                row: dict[str, Any] = {"seed": self.unit.members[number].seed}
-                if texts is not None:
-                    frozen = add_scales(parts.frozen, parts.specs, member)
-                    row |= texts.generate(combine(member.state.trainable, frozen))[1]
-                if unrelated_loss is not None:
-                    after = unrelated_loss(member)
-                    row |= {"unrelated_loss": after, "unrelated_loss_change": after - before}
-                rows.append(row)
-        return rows
+                yield self.unit.members[number], member
 
     def cost(self) -> dict[str, Any]:
         """Trainable parameters, and seconds of a member's step (median); it trains the members on."""

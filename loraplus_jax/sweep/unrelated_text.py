@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from ..data.batches import round_up
-from ..step.sharding import batch_parts, make_mesh
+from ..step.sharding import batch_parts, make_mesh, replicate
 from ..step.train_step import make_eval
 from ..tasks.causal_lm import LanguageTask, make_losses
 from ..training.evaluation import evaluate
@@ -11,18 +10,20 @@ from .population import Members, Population, add_scales
 
 
 def make_unrelated_loss(population: Population) -> Callable[[Members], float] | None:
-    """Returns a function to a member's mean loss per token of the text; None if none is set."""
-    run, parts, text = population.run, population.parts, population.abstract.unrelated
+    """Returns a function from a member to its mean loss per token of the text; None if there is no text."""
+    run, parts, text = population.run, population.parts, population.data.unrelated
     if text is None:
         return None
     mesh = make_mesh(run.mesh.data)
-    size = round_up(run.train.eval_batch_size, batch_parts(mesh))
     # Of all tokens of a text, whatever the task of the sweep.
     losses = make_losses(run, LanguageTask(kind="instruction"), parts, mesh)
     evaluate_batch = make_eval(losses.evaluate, mesh=mesh)
+    # One row a device: the members fill the memory, and a trained head computes the logits of all tokens.
+    size = batch_parts(mesh)
 
     def loss(member: Members) -> float:
+        trainable = replicate(mesh, member.state.trainable)
         frozen = add_scales(parts.frozen, parts.specs, member)
-        return evaluate(evaluate_batch, member.state.trainable, frozen, text.columns, size, mesh)["loss"]
+        return evaluate(evaluate_batch, trainable, frozen, text.columns, size, mesh)["loss"]
 
     return loss

@@ -353,11 +353,15 @@ def load_split(
     return Split(columns, len(examples), _digest(examples), tuple(inputs))
 
 
-def load_text(settings: Settings, directory: Path, value: str) -> Split:
-    """Loads a file of texts or conversations, whatever the task, as packed rows of `data.max_length` tokens."""
+def load_text(settings: Settings, directory: Path, value: str) -> tuple[Split, int]:
+    """Loads a file of texts or conversations, whatever the task, as packed rows of `data.max_length` tokens.
+
+    Returns:
+      The rows, and the number of truncated texts.
+    """
     chats, length = read_chats(resolve(value, "data")), settings.data.max_length
     sequences = tokenize_chats(chats, *tokenizer_and_template(settings, directory, None), length)
-    return Split(pack(sequences, length), len(chats), _digest(chats))
+    return Split(pack(sequences, length), len(chats), _digest(chats)), sequences.truncated
 
 
 def tokenizer_and_template(

@@ -44,6 +44,15 @@ class TaskProtocol(Protocol):
         ...
 
 
+class Split(NamedTuple):
+    """A split to evaluate; its fields are those of `TaskData` for it."""
+
+    columns: Batch
+    examples: int
+    digest: str
+    inputs: tuple[Input, ...] = ()
+
+
 class TaskData(NamedTuple):
     """A task and its data, split and tokenized.
 
@@ -57,6 +66,8 @@ class TaskData(NamedTuple):
       inputs: the distinct inputs of the held-out split with their references (task generation).
       constant: the metrics on the held-out split of the constant answer that is best on the train split; empty for
         tasks without one.
+      unrelated: a text unlike the data, whose loss a sweep of methods measures (`sweep.unrelated_text`); its digest
+        is among the others.
     """
 
     task: TaskProtocol
@@ -67,20 +78,12 @@ class TaskData(NamedTuple):
     summary: tuple[str, ...] = ()
     inputs: tuple[Input, ...] = ()
     constant: Mapping[str, float] = {}
+    unrelated: Split | None = None
 
 
 def held_out_split(splits: Mapping[str, Any]) -> str:
     """Name of the split on which a run is evaluated before and after training."""
     return "test" if "test" in splits else "validation"
-
-
-class Split(NamedTuple):
-    """A split to evaluate; its fields are those of `TaskData` for it."""
-
-    columns: Batch
-    examples: int
-    digest: str
-    inputs: tuple[Input, ...] = ()
 
 
 class BaseModel(NamedTuple):

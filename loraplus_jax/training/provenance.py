@@ -56,7 +56,11 @@ def check_allowed(allow: Sequence[str]) -> None:
     """Raises ValueError if a name is not a part of an identity, or a field of one."""
     kinds = (BertConfig, *(family.config for family in FAMILIES))
     configs = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    fields = {"base.config": configs, "special_tokens": {"bos", "eos", "stop"}, "data": set(SPLITS)}
+    fields = {
+        "base.config": configs,
+        "special_tokens": {"bos", "eos", "stop"},
+        "data": {*SPLITS, "unrelated"},
+    }
     for name in allow:
         part, _, field = name.rpartition(".")
         if field not in fields.get(part, ()):

@@ -68,15 +68,16 @@ def test_what_a_method_forgets_has_a_table_of_its_own(benchmarks):
     import results_page
 
     report = json.loads(json.dumps(next(iter(results_page.read()["glue"].values()))))
-    change = {"mean": 0.5, "gain": {"mean": 0.25, "low": 0.125, "high": 0.375}}
-    scores = {"unrelated_loss": {"mean": 3.0, "gain": None}, "unrelated_loss_change": change}
+    report["protocol"]["unrelated_text"] = "2 texts"
+    change = {"mean": 0.25, "low": 0.125, "high": 0.375}
     for method in report["methods"].values():
-        method["text_scores"] = scores
+        method["unrelated"] = {"perplexity_before": 2.0, "perplexity_after": 3.0, "change": change}
+        method["unrelated"]["against_lora"] = change
     (*_, head, lines) = results_page.study_lines("CoLA", report)
-    assert "before and after" in head
+    assert head.startswith("2 texts")
     _, _, lora, lora_plus, *_ = map(cells, lines.splitlines())
-    assert lora == ["LoRA", "12.182", "20.086", "+0.5000", "–"]  # e^2.5 and e^3
-    assert lora_plus == ["LoRA+", "12.182", "20.086", "+0.5000", "+0.2500 [+0.1250, +0.3750]"]
+    assert lora == ["LoRA", "2.000", "3.000", "+0.2500 [+0.1250, +0.3750]", "–"]
+    assert lora_plus[-1] == "+0.2500 [+0.1250, +0.3750]"
 
 
 def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):

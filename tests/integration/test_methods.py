@@ -46,39 +46,57 @@ def test_texts_of_each_method_are_those_of_its_single_runs(talk):
 
 
 @pytest.mark.slow
-def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk):
+def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk, capsys):
     """On plain texts, whatever the task: here questions, of which only the choices count."""
     talk.change_config(task="multiple_choice")
     talk.change_config("data", path=str(talk.directory / "questions.jsonl"))
-    texts = ["the snow is white", "grass is green and the sky is blue"]
+    texts = ["the snow is white", "grass is green and the sky is blue", "the sun is yellow " * 9]
     file = talk.write_rows("texts.jsonl", [{"text": text} for text in texts])
-    flags = (*NO_PROMPT, "--sweep.curve_points", "1", "--sweep.unrelated_text", str(file))
-    assert compare(talk, *flags, methods="[lora_plus]") == 0
-    method = report_of(talk.out)["methods"]["lora_plus"]
-    scores = report_of(talk.out / "lora_plus")["text_scores"]
-    assert [row["seed"] for row in scores] == [run["seed"] for run in method["runs"]]
-    first, chosen = scores[0], method["chosen"]
-    args = ("--seed", first["seed"], "--lora.lr_ratio", chosen["lr_ratio"])
-    args += ("--optimizer.learning_rate", chosen["learning_rate"], "--train.steps", 8)
+    flags = (*NO_PROMPT, "--mesh.data", "2", "--sweep.curve_points", "1", "--sweep.unrelated_text", str(file))
+    methods = "[lora_plus,pissa,full]"
+    assert compare(talk, *flags, methods=methods) == 0
+    assert "1 of 3 texts truncated to data.max_length 32" in capsys.readouterr().out
+    report = report_of(talk.out)["methods"]
+    seeds = [run["seed"] for run in report["lora"]["runs"]]
+    losses = {name: report_of(talk.out / name)["unrelated"] for name in report}
+    assert all([row["seed"] for row in rows] == seeds for rows in losses.values())
+    first, chosen = losses["lora_plus"][0], report["lora_plus"]["chosen"]
+    args = ("--seed", seeds[0], "--lora.lr_ratio", chosen["lr_ratio"], "--train.steps", 8)
+    args += ("--optimizer.learning_rate", chosen["learning_rate"])
     tuned = load_tuned(talk.trained(*NO_PROMPT, *map(str, args), out=talk.directory / "single"))
     tokenizer = Tokenizer.from_file(str(talk.model / "tokenizer.json"))
 
     def loss(variables):
         parts = []
-        for ids in (np.array([tokenizer.encode(text).ids]) for text in texts):
+        for ids in (np.array([tokenizer.encode(text).ids[:32]]) for text in texts):
             logits = np.asarray(tuned.parts.model.apply(variables, ids, np.ones_like(ids))[0], np.float64)
-            parts += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(ids.size), np.roll(ids[0], -1)])[
-                :-1
-            ].tolist()
+            at_next = logits[np.arange(ids.size), np.roll(ids[0], -1)]
+            parts += (np.log(np.exp(logits).sum(-1)) - at_next)[:-1].tolist()
         return np.mean(parts)
 
     after = loss(tuned.variables)
     base = loss(tuned.variables | {"lora": jax.tree.map(np.zeros_like, tuned.variables["lora"])})
-    assert first["unrelated_loss"] == pytest.approx(after, rel=1e-5)
-    assert first["unrelated_loss_change"] == pytest.approx(after - base, rel=1e-3)
+    assert first["after"] == pytest.approx(after, rel=1e-5)
     assert abs(after - base) > 0.01
-    page = (talk.out / "report.html").read_text()
-    assert_mentions(page, "unrelated_loss_change", "texts.jsonl")
+    assert all(row["before"] == pytest.approx(base, rel=1e-5) for rows in losses.values() for row in rows)
+    for name, rows in losses.items():
+        found = report[name]["unrelated"]
+        assert found["perplexity_before"] == pytest.approx(np.exp(base), rel=1e-4)
+        assert found["perplexity_after"] == pytest.approx(np.exp(np.mean([row["after"] for row in rows])))
+        assert found["change"]["mean"] == pytest.approx(
+            np.mean([row["after"] - row["before"] for row in rows])
+        )
+        pairs = [own["after"] - its["after"] for own, its in zip(rows, losses["lora"], strict=True)]
+        assert found["against_lora"]["mean"] == pytest.approx(np.mean(pairs), abs=1e-5)
+    assert_mentions((talk.out / "report.html").read_text(), "texts.jsonl", "change of the loss")
+    # What is read back must be of the same texts.
+    talk.write_rows("texts.jsonl", [{"text": "the sky is green"}])
+    (talk.out / "summary.json").unlink()
+    assert compare(talk, *flags, methods=methods) == 2
+    assert_mentions(capsys.readouterr().err, "data.unrelated", "--allow_different data")
+    talk.write_rows("texts.jsonl", [{"txt": "the sky is green"}])
+    assert compare(talk, *flags, methods=methods) == 2
+    assert_mentions(capsys.readouterr().err, "sweep.unrelated_text", "texts.jsonl", "text")
 
 
 @pytest.mark.slow
