@@ -223,7 +223,20 @@ STUDIES: dict[str, dict[str, Study]] = {
         )
     },
     # Does a verdict hold on a search seed and report seeds that it has not seen?
-    "repeat": {"CoLA, seeds 100 to 105": glue("cola", seed=100, **FIVE)},
+    "repeat": {
+        "CoLA, A zero, seeds 100 to 105": glue(
+            "cola",
+            seed=100,
+            **LAMBDA
+            | {
+                "lora.init": "lora_b",
+                "sweep.lr_ratios": [32],
+                "sweep.learning_rates": [4.42e-5, 1.26e-4, 3.54e-4],
+                "sweep.method_learning_rates": {"lora": LAMBDA["sweep.learning_rates"]},
+            },
+        ),
+        "CoLA, seeds 100 to 105": glue("cola", seed=100, **FIVE),
+    },
     # With the 32 rows of GLUE's CoLA: as many examples, so other numbers of steps.
     "batch": {
         f"CoLA, {rows} rows": glue(
