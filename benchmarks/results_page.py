@@ -126,7 +126,7 @@ def batch_lines(studies: Mapping[str, Report]) -> list[str]:
     for report in studies.values():
         for name in ("lora", "lora_plus"):
             method, size = report["methods"][name], report["protocol"]["batch"][0]
-            found = min(row["loss"] for row in method["search"] if row["loss"] is not None)
+            found, _ = lowest(method)
             rows.append(
                 {
                     "method": method["label"],
@@ -152,6 +152,33 @@ def beats_constant(report: Report) -> bool | None:
     """Whether a method is significantly better than the constant answer; None where no such answer is known."""
     estimates = [method.get("over_constant") for method in report["methods"].values()]
     return None if not any(estimates) else any((e["low"] or 0) > 0 for e in estimates if e)
+
+
+def start_lines(studies: Mapping[str, Report]) -> list[str]:
+    """Both starts of a data set: LoRA's test loss, and that of the λ that the search found best with A zero."""
+    lines = []
+    for title, b_zero in studies.items():
+        if (a_zero := studies.get(title.replace("B zero", "A zero"), b_zero)) is b_zero:
+            continue
+        best = min(a_zero["methods"].values(), key=lambda method: lowest(method)[0])
+        lora, *others = (
+            {run["seed"]: run["test"]["loss"] for run in method["runs"]}
+            for method in (b_zero["methods"]["lora"], a_zero["methods"]["lora"], best)
+        )
+        # Two comparisons, which hold together with 95 %.
+        differences = [t_interval([other[seed] - lora[seed] for seed in lora], 0.975) for other in others]
+        lora_differs, best_differs = (interval(difference, "+.4f") for difference in differences)
+        lines.append(
+            f"**Both starts**, {title.partition(', ')[0]}: test loss with A zero minus LoRA's with B zero, "
+            f"{lora_differs} for λ = 1 and {best_differs} for {best['label']}, which has the lowest validation "
+            f"loss ({len(lora)} paired seeds, intervals of 97.5 % each)."
+        )
+    return lines
+
+
+def lowest(method: Report) -> tuple[float, float]:
+    """The lowest validation loss of a method's search, and the learning rate that has it."""
+    return min((row["loss"], row["learning_rate"]) for row in method["search"] if row["loss"] is not None)
 
 
 def relative_loss(report: Report, name: str) -> dict[str, Any] | None:
@@ -298,16 +325,21 @@ def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
     figure, panels = plt.subplots(
         rows, columns, figsize=(5 * columns, 4.2 * rows), squeeze=False, layout="constrained"
     )
+    # One scale of colors a data set. Of the upper half of the losses, which may be far above, the colors need not
+    # tell one from another.
+    losses: dict[str, list[float]] = {}
+    for title, report in studies.items():
+        losses.setdefault(title.partition(", ")[0], []).extend(point[2] for point in map_points(report))
     for axes, (title, report) in zip(panels.flat, studies.items(), strict=False):
         points = map_points(report)
-        best, losses = min(points, key=lambda point: point[2]), sorted(point[2] for point in points)
-        # Of the upper half of the losses, which may be far above, the colors need not tell one from another.
+        best, scale = min(points, key=lambda point: point[2]), sorted(losses[title.partition(", ")[0]])
         shown = axes.scatter(
             [point[0] for point in points],
             [point[1] for point in points],
             c=[point[2] for point in points],
             cmap="viridis_r",
-            vmax=losses[len(losses) // 2],
+            vmin=scale[0],
+            vmax=scale[len(scale) // 2],
             marker="s",
             s=150,
         )
@@ -359,6 +391,8 @@ def filled(page: str, tables: Mapping[str, Mapping[str, Report]]) -> str:
     blocks = {"summary": summary_lines(tables), "overhead": overhead_lines()}
     for name, studies in tables.items():
         blocks[name] = [line for title, report in studies.items() for line in study_lines(title, report)]
+    if tables.get("lambda"):
+        blocks["lambda"] += start_lines(tables["lambda"])
     if tables.get("batch"):
         blocks["batch"] += batch_lines({"CoLA": tables["glue"]["CoLA"], **tables["batch"]})
     for name, lines in blocks.items():

@@ -80,6 +80,27 @@ def test_what_a_method_forgets_has_a_table_of_its_own(benchmarks):
     assert lora_plus[-1] == "+0.2500 [+0.1250, +0.3750]"
 
 
+def test_both_starts_are_compared_by_seed_at_the_lambda_that_the_search_chose(benchmarks):
+    from results_page import start_lines
+
+    def method(label, found, *losses):
+        runs = [{"seed": seed, "test": {"loss": loss}} for seed, loss in enumerate(losses)]
+        search = [{"learning_rate": 1.0, "loss": found}, {"learning_rate": 2.0, "loss": None}]
+        return {"label": label, "search": search, "runs": runs}
+
+    b_zero = {"lora": method("λ = 1", 0.1, 1.0, 2.0)}
+    a_zero = {
+        "lora": method("λ = 1", 0.5, 1.5, 2.5),
+        "lambda_2": method("λ = 2", 0.3, 1.25, 2.25),
+        "lambda_4": method("λ = 4", 0.4, 0.0, 0.0),
+    }
+    studies = {"X, B zero": {"methods": b_zero}, "X, A zero": {"methods": a_zero}}
+    (line,) = start_lines(studies)
+    assert "X: " in line
+    assert "+0.5000 [+0.5000, +0.5000] for λ = 1 and +0.2500 [+0.2500, +0.2500] for λ = 2" in line
+    assert start_lines({"X, B zero": {"methods": b_zero}}) == []
+
+
 def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):
     from results_page import map_points
 
