@@ -126,7 +126,7 @@ def batch_lines(studies: Mapping[str, Report]) -> list[str]:
     for report in studies.values():
         for name in ("lora", "lora_plus"):
             method, size = report["methods"][name], report["protocol"]["batch"][0]
-            found, _ = lowest(method)
+            found = lowest(method)
             rows.append(
                 {
                     "method": method["label"],
@@ -160,7 +160,7 @@ def start_lines(studies: Mapping[str, Report]) -> list[str]:
     for title, b_zero in studies.items():
         if (a_zero := studies.get(title.replace("B zero", "A zero"), b_zero)) is b_zero:
             continue
-        best = min(a_zero["methods"].values(), key=lambda method: lowest(method)[0])
+        best = min(a_zero["methods"].values(), key=lowest)
         lora, *others = (
             {run["seed"]: run["test"]["loss"] for run in method["runs"]}
             for method in (b_zero["methods"]["lora"], a_zero["methods"]["lora"], best)
@@ -176,9 +176,9 @@ def start_lines(studies: Mapping[str, Report]) -> list[str]:
     return lines
 
 
-def lowest(method: Report) -> tuple[float, float]:
-    """The lowest validation loss of a method's search, and the learning rate that has it."""
-    return min((row["loss"], row["learning_rate"]) for row in method["search"] if row["loss"] is not None)
+def lowest(method: Report) -> float:
+    """The lowest validation loss of a method's search."""
+    return min(row["loss"] for row in method["search"] if row["loss"] is not None)
 
 
 def relative_loss(report: Report, name: str) -> dict[str, Any] | None:
