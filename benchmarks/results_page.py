@@ -157,19 +157,23 @@ def beats_constant(report: Report) -> bool | None:
 def start_lines(studies: Mapping[str, Report]) -> list[str]:
     """Both starts of a data set: LoRA's test loss, and that of the λ that the search found best with A zero."""
     lines = []
-    for title, b_zero in studies.items():
-        if (a_zero := studies.get(title.replace("B zero", "A zero"), b_zero)) is b_zero:
+    for title, a_zero in studies.items():
+        data, _, start = title.partition(", ")
+        if start != "A zero" or (b_zero := studies.get(f"{data}, B zero")) is None:
             continue
         best = min(a_zero["methods"].values(), key=lowest)
         lora, *others = (
-            {run["seed"]: run["test"]["loss"] for run in method["runs"]}
+            {run["seed"]: run["test"]["loss"] for run in method["runs"] if run["test"]}
             for method in (b_zero["methods"]["lora"], a_zero["methods"]["lora"], best)
         )
         # Two comparisons, which hold together with 95 %.
-        differences = [t_interval([other[seed] - lora[seed] for seed in lora], 0.975) for other in others]
+        differences = [
+            t_interval([other[seed] - lora[seed] for seed in lora if seed in other], 0.975)
+            for other in others
+        ]
         lora_differs, best_differs = (interval(difference, "+.4f") for difference in differences)
         lines.append(
-            f"**Both starts**, {title.partition(', ')[0]}: test loss with A zero minus LoRA's with B zero, "
+            f"**Both starts**, {data}: test loss with A zero minus LoRA's with B zero, "
             f"{lora_differs} for λ = 1 and {best_differs} for {best['label']}, which has the lowest validation "
             f"loss ({len(lora)} paired seeds, intervals of 97.5 % each)."
         )

@@ -97,6 +97,8 @@ def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk, capsys):
     talk.write_rows("texts.jsonl", [{"txt": "the sky is green"}])
     assert compare(talk, *flags, methods=methods) == 2
     assert_mentions(capsys.readouterr().err, "sweep.unrelated_text", "texts.jsonl", "text")
+    talk.write_rows("texts.jsonl", [{"text": "the sky is green"}])
+    assert compare(talk, *flags, "--allow_different", "data.unrelated", methods=methods) == 0
 
 
 @pytest.mark.slow
