@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .dot import dot_general
+
 
 class Part(nn.Module):
     """A module with a config, and layers that have the config's initialization.
@@ -25,7 +27,9 @@ class Part(nn.Module):
     def dense(self, features: int, name: str | None = None, *, bias: bool = True) -> nn.Dense:
         """A Dense layer."""
         init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, bias, self.dtype, self.param_dtype, kernel_init=init, name=name)
+        return nn.Dense(
+            features, bias, self.dtype, self.param_dtype, kernel_init=init, dot_general=dot_general, name=name
+        )
 
     @nn.nowrap
     def embed(self, rows: int, name: str | None = None) -> nn.Embed:
