@@ -55,8 +55,10 @@ def protocol_line(report: Report) -> str:
     counts = sorted({method["settings"] for method in report["methods"].values()})
     settings = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
     hours = f"{p['hours']:.1f} hours of training and evaluation on " if "hours" in p else ""
+    # All studies of an earlier version computed in float32.
+    dtype = "" if p.get("dtype", "float32") == "float32" else f" in {p['dtype']}"
     return (
-        f"{p['model']}, {p['steps']:,} steps of {size} rows of up to {length} tokens; {settings} settings a "
+        f"{p['model']}{dtype}, {p['steps']:,} steps of {size} rows of up to {length} tokens; {settings} settings a "
         f"method, reported on {len(p['report_seeds'])} other seeds and {p['test_rows']:,} test examples. Intervals "
         f"of {100 * p['confidence']:.1f} % each, so that all hold together with 95 %. "
         f"{hours}{ran_on.get('processor', '')} {ran_on['cores']} cores.".replace("  ", " ")
