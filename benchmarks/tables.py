@@ -88,15 +88,15 @@ MIDDLES = {
     "lora_muon": 0.03,  # the norm of a step of A B, on another scale than the rates of entries
     "full": 8e-5,
 }
-"""The middle of three rates of each method, around what short runs found best."""
+"""The middle of the rates of each method, around what short runs found best."""
 
 
 def tuned(*methods: str, points: int) -> dict[str, Any]:
-    """Each method's three rates, and more while its best is at the edge.
+    """Each method's four rates, and more while its best is at the edge.
 
     All to the end, as halving at a quarter of the steps selects too high a rate.
     """
-    rates = {name: [float(f"{MIDDLES[name] * factor:.3g}") for factor in (0.35, 1, 2.8)] for name in methods}
+    rates = {name: [float(f"{MIDDLES[name] * factor:.3g}") for factor in (0.25, 0.63, 1.6, 4)] for name in methods}
     return {
         "sweep.method": "grid",
         "sweep.methods": list(methods),
