@@ -96,7 +96,9 @@ def tuned(*methods: str, points: int) -> dict[str, Any]:
 
     All to the end, as halving at a quarter of the steps selects too high a rate.
     """
-    rates = {name: [float(f"{MIDDLES[name] * factor:.3g}") for factor in (0.25, 0.63, 1.6, 4)] for name in methods}
+    rates = {
+        name: [float(f"{MIDDLES[name] * factor:.3g}") for factor in (0.25, 0.63, 1.6, 4)] for name in methods
+    }
     return {
         "sweep.method": "grid",
         "sweep.methods": list(methods),
