@@ -361,7 +361,8 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if read_summary(done) is not None and settings_from_json(read_yaml(done / CONFIG), SweepRun) == run:
             report = {n: value for n, value in read_record(done / REPORT).items() if n != DIGEST}
             # Where it ran, which need not be where its table is written.
-            ran_on = kept.get(title, {}).get("machine") or machine()
+            old = kept.get(title, {})
+            ran_on = old["machine"] if old.get("methods") == report["methods"] else machine()
         else:
             report = compare_lambdas(run) if name == "lambda" else compare_methods(run)
             ran_on = machine()
