@@ -73,7 +73,7 @@ class Study(NamedTuple):
 
 
 BFLOAT16 = {"model.dtype": "bfloat16"}
-"""Two thirds of the time on a CPU with bfloat16 instructions. The studies of CoLA compute in float32."""
+"""Faster on a CPU with bfloat16 instructions. The studies of CoLA compute in float32."""
 FORGETTING = {"sweep.unrelated_text": Sample("wiki-demo", 60)}
 """The text on which every language study measures what a method forgets."""
 MIDDLES = {

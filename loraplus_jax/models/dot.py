@@ -16,14 +16,16 @@ def dot_general(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """`jax.lax.dot_general` for `nn.Dense`, faster with bfloat16 on a CPU.
+    """`jax.lax.dot_general` for `nn.Dense`, x (..., in) by kernel (in, out), faster with bfloat16 on a CPU.
 
     XLA on a CPU uses the processor's bfloat16 instructions only for products whose result is float32. It computes
-    those with a bfloat16 result, which autodiff makes as well, in float32.
+    those with a bfloat16 result, which autodiff makes as well, in float32. Any other product is that of `jax.lax`.
     """
-    if not x.dtype == kernel.dtype == jnp.bfloat16 or (precision, preferred_element_type) != (None, None):
-        return lax.dot_general(x, kernel, dimension_numbers, precision, preferred_element_type)
-    return _dense(x, kernel)
+    of_dense = ((((x.ndim - 1,), (0,)), ((), ())), None, None)
+    is_dense = (dimension_numbers, precision, preferred_element_type) == of_dense and kernel.ndim == 2
+    if is_dense and x.dtype == kernel.dtype == jnp.bfloat16:
+        return _dense(x, kernel)
+    return lax.dot_general(x, kernel, dimension_numbers, precision, preferred_element_type)
 
 
 @jax.custom_vjp

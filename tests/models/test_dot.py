@@ -68,6 +68,13 @@ def test_any_other_product_is_that_of_jax(dtype, options):
     assert own == jaxs
 
 
+def test_bfloat16_by_a_transposed_kernel_is_that_of_jax():
+    _, kernel, gradient = arrays()
+    transposed = (((2,), (1,)), ((), ()))
+    own, jaxs = (product(gradient, kernel, transposed) for product in (dot_general, lax.dot_general))
+    np.testing.assert_array_equal(own, jaxs)
+
+
 def test_the_gradient_of_a_frozen_kernel_is_not_computed():
     x, kernel, _ = arrays()
 
