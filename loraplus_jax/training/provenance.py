@@ -112,11 +112,15 @@ def check_identity(
 def checked_metadata(
     manager: ocp.CheckpointManager, step: int, metadata: Mapping[str, Any], allow: Sequence[str]
 ) -> dict[str, Any]:
-    """The metadata to restore a checkpoint with: the current one, with the saved identity after checking it."""
+    """The metadata to restore a checkpoint with: the current one, with the saved identity after checking it.
+
+    Fields that the checkpoint of an earlier version lacks, such as new settings, are left out: `check_directory`
+    compares the settings.
+    """
     saved = read_metadata(manager, step)
     source, weights = Path(manager.directory) / str(step), metadata["base"]
     check_identity(source, saved, metadata["identity"], weights=weights, allow=allow)
-    return {**metadata, **{name: saved[name] for name in ("base", "identity") if name in saved}}
+    return _common(metadata, saved) | {name: saved[name] for name in ("base", "identity") if name in saved}
 
 
 def _common(values: Any, others: Any) -> Any:

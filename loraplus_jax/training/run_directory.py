@@ -21,6 +21,7 @@ from .._utils.json_files import check_file, read_text
 from .._utils.multihost import allgather, is_lead
 from .._utils.validation import expand_path
 from ..data.fetch import cache_dir
+from ..settings.parsing import settings_from_json
 from ..settings.schema import STOP_FIELDS, Settings, split_settings
 from ..step.checkpoint import (
     PACKAGES,
@@ -135,6 +136,12 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
     if ("sweep" in old) != ("sweep" in settings.to_json()):
         kind = "sweep" if "sweep" in old else "single run"
         raise ValueError(f"output_dir {directory} contains a {kind}; {remedy}")
+    try:  # a setting that an earlier version did not have has its default
+        old = settings_from_json(old, type(settings)).to_json()
+    except ValueError as error:
+        raise ValueError(
+            f"output_dir {directory} contains a run of another version, {directory / CONFIG}: {error}; {remedy}"
+        ) from None
     (old_fixed, old_free), (fixed, free) = (
         split_settings(v, "", settings.resumable_fields) for v in (old, settings.to_json())
     )

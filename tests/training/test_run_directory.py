@@ -340,6 +340,20 @@ def test_settings_of_a_run_that_are_none_are_named(tmp_path, content):
             act()
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_has_its_default(tmp_path):
+    directory = run_of(tmp_path / "run", SETTINGS)
+    old = yaml.safe_load((directory / "config.yaml").read_text())
+    del old["train"]["max_skipped"], old["model"]["pooling"], old["generation"]
+    (directory / "config.yaml").write_text(yaml.safe_dump(old))
+    assert check_directory(directory, SETTINGS, fresh=False) == []
+    other = dataclasses.replace(SETTINGS, model=ModelSettings(path="m", pooling="cls"))
+    with pytest.raises(ValueError, match=mentions("model.pooling", '"mean" in that run', '"cls" here')):
+        check_directory(directory, other, fresh=False)
+    (directory / "config.yaml").write_text(yaml.safe_dump(old | {"renamed": 1}))
+    with pytest.raises(ValueError, match=mentions("another version", "config.yaml", "renamed", "--fresh")):
+        check_directory(directory, SETTINGS, fresh=False)
+
+
 def test_a_sweep_may_change_less_and_a_finished_one_stays_finished(tmp_path):
     (tmp_path / "run").mkdir()
     old = {**PLAIN, "sweep": {}}
@@ -437,6 +451,20 @@ def test_damaged_checkpoints_are_moved_and_the_next_restored_but_the_last_stays(
     assert set((tmp_path / "damaged_checkpoints").iterdir()) == moved
     assert_mentions(output.console.file.getvalue(), *moved)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_fields_that_it_has(tmp_path):
+    old = METADATA | {"settings": {"model": {"path": "m"}}}
+    new = METADATA | {"settings": {"model": {"path": "m", "pooling": "mean"}, "seed": 3}, "new": 1}
+    with opened(tmp_path) as output:
+        output.claim()
+        output.open_manager()
+        save_checkpoint(output.manager, state(1), metadata=old)
+        output.manager.wait_until_finished()
+        assert output.restore(state(0), new).state.step == 1
+        for settings in ({"model": {"path": "n"}}, {"model": {}}):
+            with pytest.raises(ValueError, match=mentions("settings.model.path")):
+                output.restore(state(0), METADATA | {"settings": settings})
 
 
 def test_a_difference_is_allowed_where_there_is_something_to_compare_with(tmp_path):
