@@ -55,12 +55,13 @@ def protocol_line(report: Report) -> str:
     counts = sorted({method["settings"] for method in report["methods"].values()})
     settings = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
     hours = f"{p['hours']:.1f} hours of training and evaluation on " if "hours" in p else ""
+    together = " each: those of test loss hold together with 95 %" if p["confidence"] > 0.95 else ""
     # All studies of an earlier version computed in float32.
     dtype = "" if p.get("dtype", "float32") == "float32" else f" in {p['dtype']}"
     return (
         f"{p['model']}{dtype}, {p['steps']:,} steps of {size} rows of up to {length} tokens; {settings} settings a "
         f"method, reported on {len(p['report_seeds'])} other seeds and {p['test_rows']:,} test examples. Intervals "
-        f"of {100 * p['confidence']:.1f} % each, so that all hold together with 95 %. "
+        f"of {100 * p['confidence']:.1f} %{together}. "
         f"{hours}{ran_on.get('processor', '')} {ran_on['cores']} cores.".replace("  ", " ")
     )
 
@@ -90,7 +91,14 @@ def study_lines(title: str, report: Report) -> list[str]:
     metric, constant = report["protocol"]["metric"], report["protocol"].get("constant", {})
     rows = [method_row(report, method) for method in report["methods"].values()]
     if metric in constant:
-        rows.insert(0, {"method": "constant answer", metric: number(constant[metric])})
+        rows.insert(
+            0,
+            {
+                "method": "constant answer",
+                metric: number(constant[metric]),
+                "test loss": number(constant.get("loss")),
+            },
+        )
     # Of the file's numbers, in today's words; an earlier version had no constant answer.
     methods = {name: {"over_constant": None, **method} for name, method in report["methods"].items()}
     found = verdict(methods, report["protocol"]["confidence"])
@@ -239,31 +247,37 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
 
 def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
     """The difference in test loss to LoRA with its interval, of every data set, in percent of LoRA's."""
-    lines = [
-        (
-            f"{title}, {report['protocol']['steps']} steps",
-            {name: relative_loss(report, name) for name in ("lora_plus", "full")},
-        )
+    shown = [
+        (title, report)
         for name, studies in tables.items()
         for title, report in studies.items()
         if name not in AGAIN and "lora_plus" in report["methods"]
     ]
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.4 * len(lines)), layout="constrained")
-    styles = {"lora_plus": ("LoRA+", "#0b5fa5", "o", 0.12), "full": ("all weights", "#b5651d", "s", -0.12)}
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(shown)), layout="constrained")
+    styles = {
+        "lora_plus": ("LoRA+", "#0b5fa5", "o", 0.12),
+        "full": ("full fine-tuning", "#b5651d", "s", -0.12),
+    }
     for name, (label, color, marker, shift) in styles.items():
-        shown = [
-            (len(lines) - row + shift, found[name]) for row, (_, found) in enumerate(lines) if found[name]
-        ]
-        for height, estimate in shown:
-            axes.hlines(height, estimate["low"], estimate["high"], color=color, linewidth=2)
-        means = [estimate["mean"] for _, estimate in shown]
-        axes.plot(means, [height for height, _ in shown], marker, color=color, label=label)
+        for row, (_, report) in enumerate(shown):
+            if (found := relative_loss(report, name)) is None:
+                continue
+            height, methods = shift - row, report["methods"]
+            tuned = not (methods["lora"]["at_the_edge"] or methods[name]["at_the_edge"])
+            axes.hlines(height, found["low"], found["high"], color=color, linewidth=2)
+            axes.plot(found["mean"], height, marker, color=color, markerfacecolor=color if tuned else "white")
+        axes.plot([], [], marker, color=color, label=label)
+    axes.plot([], [], "o", color="gray", markerfacecolor="white", label="best rate at the edge")
     axes.axvline(0, color="black", linewidth=1, linestyle="--")
-    axes.set_yticks([len(lines) - row for row in range(len(lines))], [title for title, _ in lines])
-    axes.set(xlabel="test loss minus tuned LoRA's, % of it; left of the line is better", xscale="symlog")
+    titles = [f"{title}, {report['protocol']['steps']} steps" for title, report in shown]
+    axes.set_yticks([-row for row in range(len(shown))], titles)
+    axes.set(xlabel="test loss relative to tuned LoRA's (%), lower is better", xscale="symlog")
+    ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
+    axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside upper right", ncols=3)
     save_figure(figure, path)
 
 
@@ -319,7 +333,7 @@ def draw_ratios(studies: Mapping[str, Report], path: Path) -> None:
         panel.xaxis.set_major_formatter("{x:g}")
         panel.set(xlabel="λ, each at its own best η_A", title=data)
         panel.grid(axis="y", alpha=0.3)
-    axes[0, 0].set_ylabel("test loss minus λ = 1's, % of it")
+    axes[0, 0].set_ylabel("test loss relative to λ = 1 of the same start (%)")
     save_figure(figure, path)
 
 
@@ -353,7 +367,14 @@ def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
         axes.plot(
             *best[:2], "s", markersize=16, markerfacecolor="none", markeredgecolor="red", markeredgewidth=2
         )
-        ends = [end(point[0] for point in points) for end in (min, max)]
+        farthest: dict[str, tuple[float, float]] = {}
+        for rate, other, _ in points:
+            ratio = f"{other / rate:.2g}"
+            farthest[ratio] = max(farthest.get(ratio, (0.0, 0.0)), (rate, other))
+        for ratio, end in farthest.items():
+            axes.annotate(f"λ = {ratio}", end, (8, 5), textcoords="offset points", fontsize=8)
+        axes.margins(0.2)
+        ends = [rate for rate, other, _ in sorted(points) if rate == other]
         axes.plot(ends, ends, "--", color="black", linewidth=1, zorder=0)
         axes.set(xscale="log", yscale="log", xlabel="η_A", ylabel="η_B", title=title)
     for axes in panels.flat[len(studies) :]:

@@ -24,7 +24,7 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
 
     Every method is compared with LoRA on the same seeds, and with the constant answer that is best on the train
     split: where no method is better than that, a difference between methods says little. With k comparisons each
-    interval has the confidence 1 - 0.05 / k (Bonferroni), so that all hold together with 95 %.
+    interval has the confidence 1 - 0.05 / k (Bonferroni), so that those of test loss hold together with 95 %.
 
     Args:
       run: settings of the comparison.
@@ -143,14 +143,16 @@ def verdict(methods: Mapping[str, Any], confidence: float) -> str:
     comparisons = "1 comparison" if len(others) == 1 else f"{len(others)} comparisons"
     evidence = f"{seeds} paired seeds, {comparisons}, intervals of {100 * confidence:.1f} % each"
     ranges = {
-        n: f"{others[n]['label']} {i['mean']:+.4f} [{i['low']:+.4f}, {i['high']:+.4f}]"
+        n: f"{i['mean']:+.4f} [{i['low']:+.4f}, {i['high']:+.4f}]"
         for n, i in sorted(known.items(), key=lambda item: item[1]["mean"])
     }
     if better:
-        found = ", ".join(ranges[n] for n in ranges if n in better)
+        found = ", ".join(f"{others[n]['label']} {ranges[n]}" for n in ranges if n in better)
         text = f"Lower test loss than tuned LoRA: {found} ({evidence})"
     else:
-        nearest = f"; the lowest difference is {next(iter(ranges.values()))}" if ranges else ""
+        name, nearest = next(iter(ranges), ""), ""
+        if name:
+            nearest = f"; the lowest difference is that of {others[name]['label']}, {ranges[name]}"
         text = f"No method has a significantly lower test loss than tuned LoRA{nearest} ({evidence})"
     notes = {
         "significantly higher": worse,
