@@ -161,9 +161,9 @@ LAMBDA = {
 """Every rate to the end, and more where the best is at the edge."""
 STARTS = {
     "B zero": {"lora.init": "lora"},
-    "A zero": {"lora.init": "lora_b", "sweep.lr_ratios": [*LAMBDA["sweep.lr_ratios"], 64]},
+    "A zero": {"lora.init": "lora_b", "sweep.lr_ratios": [*LAMBDA["sweep.lr_ratios"], 64, 128]},
 }
-"""Which factor is zero before the first step. With A zero the best of λ up to 32 on CoLA is 32."""
+"""Which factor is zero before the first step. With A zero a larger λ is better."""
 
 
 def glue(name: str, **settings: Any) -> Study:
