@@ -369,7 +369,7 @@ def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
         )
         farthest: dict[str, tuple[float, float]] = {}
         for rate, other, _ in points:
-            ratio = f"{other / rate:.2g}"
+            ratio = f"{other / rate:.3g}"
             farthest[ratio] = max(farthest.get(ratio, (0.0, 0.0)), (rate, other))
         for ratio, end in farthest.items():
             axes.annotate(f"λ = {ratio}", end, (8, 5), textcoords="offset points", fontsize=8)
