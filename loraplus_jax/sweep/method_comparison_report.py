@@ -150,10 +150,11 @@ def verdict(methods: Mapping[str, Any], confidence: float) -> str:
         found = ", ".join(f"{others[n]['label']} {ranges[n]}" for n in ranges if n in better)
         text = f"Lower test loss than tuned LoRA: {found} ({evidence})"
     else:
-        name, nearest = next(iter(ranges), ""), ""
-        if name:
-            nearest = f"; the lowest difference is that of {others[name]['label']}, {ranges[name]}"
-        text = f"No method has a significantly lower test loss than tuned LoRA{nearest} ({evidence})"
+        text = "No method has a significantly lower test loss than tuned LoRA"
+        if ranges:
+            name, lowest = next(iter(ranges.items()))
+            text += f"; the lowest difference is that of {others[name]['label']}, {lowest}"
+        text += f" ({evidence})"
     notes = {
         "significantly higher": worse,
         "no result": [method["label"] for name, method in others.items() if name not in known],
