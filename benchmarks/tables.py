@@ -177,9 +177,10 @@ def commonsense(**files: Sample) -> Study:
     """A set of LLM-Adapters with SmolLM2-135M."""
     settings: dict[str, Any] = {
         "data.template": "model",
-        "data.max_length": 96,
+        "data.max_length": 256,
+        "data.packing": True,
         "data.validation_fraction": 0.06,
-        "train.batch_size": 8,
+        "train.batch_size": 2,
         "train.eval_batch_size": 8,
         "sweep.report_seeds": 3,
         "sweep.curve_points": 1,

@@ -95,11 +95,12 @@ def encode_choices(
       questions: N questions with at most C choices.
       tokenizer: the model's tokenizer.
       template: the chat template.
-      max_length: T, tokens per row.
+      max_length: most tokens of a choice with its prompt.
 
     Returns:
       int32 `input_ids` and `segment_ids` and float32 `loss_mask`, each `(N, C, T)`, as from `pad`, with segment 0
-      throughout padded choices; int32 `answer` and `n_choices`, each `(N,)`; and int32 `byte_lengths` `(N, C)`, the
+      throughout padded choices; T is the most tokens in a row, rounded up to 32, 64, 96 or a multiple of 128, but
+      at most `max_length`. int32 `answer` and `n_choices`, each `(N,)`; and int32 `byte_lengths` `(N, C)`, the
       UTF-8 bytes of each choice, 1 for padded choices.
 
     Raises:
@@ -108,7 +109,12 @@ def encode_choices(
     """
     check_int("max_length", max_length, at_least=2)
     width = max((len(q.choices) for q in questions), default=0)
-    shape = (len(questions), width, max_length)
+    tokens = tokenize_choices(questions, tokenizer, template)
+    longest = max((len(ids) for rows in tokens for ids, _ in rows), default=0)
+    # Rows of `max_length`, which may be that of packed training, would be mostly padding. From 128 tokens on,
+    # attention kernels need multiples of 128.
+    multiple = 32 if longest <= 128 else 128
+    shape = (len(questions), width, min(-(-longest // multiple) * multiple, max_length))
     arrays = {
         "input_ids": np.zeros(shape, np.int32),
         "segment_ids": np.zeros(shape, np.int32),
@@ -118,7 +124,7 @@ def encode_choices(
         "byte_lengths": np.ones(shape[:2], np.int32),
     }
     problems = []
-    for n, rows in enumerate(tokenize_choices(questions, tokenizer, template)):
+    for n, rows in enumerate(tokens):
         for c, (ids, first) in enumerate(rows):
             if len(ids) > max_length:
                 problem = (

@@ -240,12 +240,16 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
             splits[name], truncated[name] = encode_choices(examples, *tools, settings.data.max_length), 0
         else:
             splits[name], truncated[name] = _encode(settings, tools, examples)
-    # Equally many choices for all questions, so that one compiled program evaluates every split.
-    widest = max((x["byte_lengths"].shape[1] for x in splits.values() if "byte_lengths" in x), default=0)
-    for columns in splits.values():
-        for name in ("input_ids", "segment_ids", "loss_mask", "byte_lengths") if "answer" in columns else ():
+    # The same shape of all questions, so that one compiled program evaluates every split.
+    questions = [columns for columns in splits.values() if "answer" in columns]
+    widest = np.max([columns["input_ids"].shape[1:] for columns in questions], axis=0, initial=0)
+    for columns in questions:
+        for name in ("input_ids", "segment_ids", "loss_mask", "byte_lengths"):
             array = columns[name]
-            padding = [(0, 0), (0, widest - array.shape[1]), *([(0, 0)] * (array.ndim - 2))]
+            padding = [
+                (0, 0),
+                *((0, most - size) for most, size in zip(widest, array.shape[1:], strict=False)),
+            ]
             columns[name] = np.pad(array, padding, constant_values=1 if name == "byte_lengths" else 0)
     sizes = {name: len(examples) for name, examples in rows.items()}
     digests = {name: _digest(examples) for name, examples in rows.items()}

@@ -98,7 +98,8 @@ def test_only_the_choice_is_scored(tokenizer, source):
         Question("b", ("no", "b"), 0),
     ]
     arrays = encode_choices(questions, tokenizer, template(source), 64)
-    assert arrays["input_ids"].shape == arrays["segment_ids"].shape == arrays["loss_mask"].shape == (2, 3, 64)
+    assert arrays["input_ids"].shape == arrays["segment_ids"].shape == arrays["loss_mask"].shape
+    assert arrays["input_ids"].shape[:2] == (2, 3)
     assert (arrays["answer"].tolist(), arrays["n_choices"].tolist()) == ([1, 0], [3, 2])
     assert arrays["byte_lengths"].tolist() == [[3, 18, 4], [2, 1, 1]]
     for n, question in enumerate(questions):
@@ -125,4 +126,14 @@ def test_a_question_that_is_too_long_is_rejected(tokenizer):
         ValueError, match=mentions("f:3", f"{need} tokens", "choice 2", f"max_length {need - 1}")
     ):
         encode_choices([question], tokenizer, template(), need - 1)
-    assert encode_choices([], tokenizer, template(), 9)["input_ids"].shape == (0, 0, 9)
+    assert encode_choices([], tokenizer, template(), 9)["input_ids"].shape == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("letters", "most", "row"), [(1, 500, 32), (60, 500, 96), (60, 90, 90), (200, 500, 256), (200, 240, 240)]
+)
+def test_rows_are_hardly_longer_than_the_longest_choice(tokenizer, letters, most, row):
+    arrays = encode_choices([Question("a", ("b", "b" * letters), 0)], tokenizer, template(), most)
+    need = int(arrays["segment_ids"].sum(-1).max())
+    assert arrays["input_ids"].shape == (1, 2, row)
+    assert need <= row
