@@ -191,6 +191,10 @@ def commonsense(**files: Sample) -> Study:
     return Study("smollm2_commonsense.yaml", SMOLLM2 | settings, files | FORGETTING)
 
 
+ARC_EASY = commonsense(
+    train=Sample("commonsense/ARC-Easy/train.json", 1000, 200, True),
+    test=Sample("commonsense/ARC-Easy/test.json", 200, 200, True),
+)
 STUDIES: dict[str, dict[str, Study]] = {
     "glue": {
         "CoLA": glue("cola", **FIVE | {"sweep.methods": ["lora_plus", "full"]}),
@@ -215,10 +219,7 @@ STUDIES: dict[str, dict[str, Study]] = {
     },
     "chat": {"instructions": Study("smollm2_chat.yaml", SMOLLM2, FORGETTING)},
     "commonsense": {
-        "ARC-Easy": commonsense(
-            train=Sample("commonsense/ARC-Easy/train.json", 1000, 200, True),
-            test=Sample("commonsense/ARC-Easy/test.json", 200, 200, True),
-        ),
+        "ARC-Easy": ARC_EASY,
         # Only its test file is there: a part of it is held out.
         "PIQA": commonsense(path=Sample("commonsense/piqa/test.json", 1000, 200, True)),
         "BoolQ": commonsense(
@@ -247,6 +248,7 @@ STUDIES: dict[str, dict[str, Study]] = {
             },
         ),
         "CoLA, seeds 100 to 105": glue("cola", seed=100, **FIVE),
+        "ARC-Easy, seeds 100 to 103": ARC_EASY._replace(settings={**ARC_EASY.settings, "seed": 100}),
     },
     # With the 32 rows of GLUE's CoLA: as many examples, so other numbers of steps.
     "batch": {
