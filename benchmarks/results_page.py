@@ -237,10 +237,11 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
             )
     lines = [table(rows)]
     if len(kept) > 1:
-        gain, ratio = overall(kept)
+        counted = [report for report in kept if counts_steps(report)]
+        steps = f"{interval(overall(counted)[1], '.2f')} ({len(counted)} data sets)" if counted else "–"
         lines.append(
             f"Mean over the {len(kept)} data sets above the constant answer: gain in the metric "
-            f"{interval(gain, '+.4f')}, LoRA's steps over those of LoRA+ {interval(ratio, '.2f')}."
+            f"{interval(overall(kept)[0], '+.4f')}, LoRA's steps over those of LoRA+ {steps}."
         )
     return lines
 
