@@ -123,8 +123,8 @@ def forgetting_row(method: Report) -> dict[str, str]:
     measured = method["unrelated"]
     return {
         "method": method["label"],
-        "perplexity before": number(measured["perplexity_before"], ".3f"),
-        "after": number(measured["perplexity_after"], ".3f"),
+        "perplexity before": number(measured["perplexity_before"], ".5g"),
+        "after": number(measured["perplexity_after"], ".5g"),
         "change of the loss": interval(measured["change"], "+.4f"),
         "change − LoRA's": interval(method["against_lora"] and measured["against_lora"], "+.4f"),
     }
