@@ -123,8 +123,8 @@ def forgetting_row(method: Report) -> dict[str, str]:
     measured = method["unrelated"]
     return {
         "method": method["label"],
-        "perplexity before": number(measured["perplexity_before"], ".5g"),
-        "after": number(measured["perplexity_after"], ".5g"),
+        "perplexity before": number(measured["perplexity_before"], "#.5g"),
+        "after": number(measured["perplexity_after"], "#.5g"),
         "change of the loss": interval(measured["change"], "+.4f"),
         "change − LoRA's": interval(method["against_lora"] and measured["against_lora"], "+.4f"),
     }
@@ -238,10 +238,12 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
     lines = [table(rows)]
     if len(kept) > 1:
         counted = [report for report in kept if counts_steps(report)]
+        gain = overall(kept)[0]
         steps = f"{interval(overall(counted)[1], '.2f')} ({len(counted)} data sets)" if counted else "–"
         lines.append(
             f"Mean over the {len(kept)} data sets above the constant answer: gain in the metric "
-            f"{interval(overall(kept)[0], '+.4f')}, LoRA's steps over those of LoRA+ {steps}."
+            f"{interval(gain, '+.4f')} on the {gain['pairs']} seeds that all have, LoRA's steps over those of "
+            f"LoRA+ {steps}."
         )
     return lines
 

@@ -112,7 +112,7 @@ def encode_choices(
     tokens = tokenize_choices(questions, tokenizer, template)
     longest = max((len(ids) for rows in tokens for ids, _ in rows), default=0)
     # Rows of `max_length`, which may be that of packed training, would be mostly padding. From 128 tokens on,
-    # attention kernels need multiples of 128.
+    # attention kernels want multiples of 128.
     multiple = 32 if longest <= 128 else 128
     shape = (len(questions), width, min(-(-longest // multiple) * multiple, max_length))
     arrays = {

@@ -76,7 +76,7 @@ def test_what_a_method_forgets_has_a_table_of_its_own(benchmarks):
     (*_, head, lines) = results_page.study_lines("CoLA", report)
     assert head.startswith("2 texts")
     _, _, lora, lora_plus, *_ = map(cells, lines.splitlines())
-    assert lora == ["LoRA", "2.000", "3.000", "+0.2500 [+0.1250, +0.3750]", "–"]
+    assert lora == ["LoRA", "2.0000", "3.0000", "+0.2500 [+0.1250, +0.3750]", "–"]
     assert lora_plus[-1] == "+0.2500 [+0.1250, +0.3750]"
 
 
