@@ -238,12 +238,11 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
     lines = [table(rows)]
     if len(kept) > 1:
         counted = [report for report in kept if counts_steps(report)]
-        gain = overall(kept)[0]
-        steps = f"{interval(overall(counted)[1], '.2f')} ({len(counted)} data sets)" if counted else "–"
+        gain, steps = overall(kept)[0], overall(counted)[1] if counted else None
         lines.append(
             f"Mean over the {len(kept)} data sets above the constant answer: gain in the metric "
-            f"{interval(gain, '+.4f')} on the {gain['pairs']} seeds that all have, LoRA's steps over those of "
-            f"LoRA+ {steps}."
+            f"{interval(gain, '+.4f')} on the {gain['pairs']} seeds that all have; LoRA's steps over those of "
+            f"LoRA+, on {len(counted)} of them, {interval(steps, '.2f')}."
         )
     return lines
 

@@ -246,10 +246,8 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     for columns in questions:
         for name in ("input_ids", "segment_ids", "loss_mask", "byte_lengths"):
             array = columns[name]
-            padding = [
-                (0, 0),
-                *((0, most - size) for most, size in zip(widest, array.shape[1:], strict=False)),
-            ]
+            missing = widest[: array.ndim - 1] - array.shape[1:]
+            padding = [(0, 0), *((0, count) for count in missing)]
             columns[name] = np.pad(array, padding, constant_values=1 if name == "byte_lengths" else 0)
     sizes = {name: len(examples) for name, examples in rows.items()}
     digests = {name: _digest(examples) for name, examples in rows.items()}

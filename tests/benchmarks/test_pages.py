@@ -64,6 +64,23 @@ def test_a_table_without_a_place_on_the_page_is_an_error(benchmarks):
     assert again_on_page.count("### CoLA\n") == 2
 
 
+def test_the_mean_of_steps_leaves_out_curves_that_do_not_count_them(benchmarks):
+    import results_page
+
+    study = results_page.read()["glue"]["CoLA"]
+    coarse = json.loads(json.dumps(study))
+    for method in coarse["methods"].values():
+        for run in method["runs"]:
+            run["curve"] = [run["curve"][0], run["curve"][-1]]
+    alone, both = (
+        results_page.summary_lines({"glue": {"CoLA": study, "other": other}})[-1] for other in (coarse, study)
+    )
+    assert "LoRA+, on 1 of them, 1.30 [" in alone
+    assert both == alone.replace("on 1 of", "on 2 of")
+    none = results_page.summary_lines({"glue": {"CoLA": coarse, "other": coarse}})[-1]
+    assert none.endswith("on 0 of them, –.")
+
+
 def test_what_a_method_forgets_has_a_table_of_its_own(benchmarks):
     import results_page
 

@@ -77,10 +77,12 @@ def test_multiple_choice_learns_and_is_what_full_logits_say(chosen, capsys):
     assert found["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_separate_files_whose_questions_have_other_numbers_of_choices(talk, capsys):
+def test_separate_files_whose_questions_have_other_numbers_of_choices_and_lengths(talk, capsys):
+    talk.change_config("data", max_length=64)
     rows = tiny.questions()
     few = [row for row in rows if len(row["choices"]) == 2]
     many = [row for row in rows if len(row["choices"]) == 4]
+    many[0] = many[0] | {"prompt": "the snow is white " * 7}
     files = [
         word
         for name, part in {"train": rows[:60], "validation": few[:9], "test": many[:7]}.items()
