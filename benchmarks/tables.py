@@ -363,7 +363,7 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     kept = json.loads(path.read_text())["studies"] if path.exists() else {}
     studies = STUDIES[name]
     if unknown := [title for title in options.only or () if title not in studies]:
-        raise ValueError(f"--only must be of {', '.join(studies)}, got {', '.join(unknown)}")
+        raise ValueError(f"--only must be of {'; '.join(studies)}; got {'; '.join(unknown)}")
     for title in options.only or studies:
         run = settings_of(studies[title], options, options.output_dir / name / title)
         done = Path(run.output_dir)
