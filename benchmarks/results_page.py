@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, table
-from tables import STUDIES, counts_steps, interval, overall
+from tables import LOWER_IS_BETTER, STUDIES, counts_steps, interval, overall
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -219,7 +219,7 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
                 if "learning_rate" in report["methods"][name]["at_the_edge"]
             ]
             counted = above is not False and "constant" in report["protocol"]
-            kept += [report] if counted and report["protocol"]["metric"] != "perplexity" else []
+            kept += [report] if counted and report["protocol"]["metric"] not in LOWER_IS_BETTER else []
             rows.append(
                 {
                     "data": title,
@@ -238,10 +238,10 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
     lines = [table(rows)]
     if len(kept) > 1:
         counted = [report for report in kept if counts_steps(report)]
-        gain, steps = overall(kept)[0], overall(counted)[1] if counted else None
+        gain, steps = overall(kept, "test_metric"), overall(counted, "steps_ratio") if counted else None
         lines.append(
             f"Mean over the {len(kept)} data sets above the constant answer: gain in the metric "
-            f"{interval(gain, '+.4f')} on the {gain['pairs']} seeds that all have; LoRA's steps over those of "
+            f"{interval(gain, '+.4f')}; LoRA's steps over those of "
             f"LoRA+, on {len(counted)} of them, {interval(steps, '.2f')}."
         )
     return lines

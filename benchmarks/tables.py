@@ -22,13 +22,13 @@ import dataclasses
 import json
 import random
 import re
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from common import RESULTS, machine
+from scipy import stats
 
 from loraplus_jax._utils.atomic import to_json, write_text
 from loraplus_jax._utils.records import DIGEST, read_record
@@ -38,7 +38,6 @@ from loraplus_jax.settings.yaml_files import read_yaml
 from loraplus_jax.sweep.method_comparison import MethodRun, compare_methods, compare_runs, method_run
 from loraplus_jax.sweep.report import REPORT
 from loraplus_jax.sweep.settings import SweepRun
-from loraplus_jax.sweep.statistics import ratio_interval, steps_to, t_interval
 from loraplus_jax.sweep.unit import RESULT, unit_directory
 from loraplus_jax.training.run_files import CONFIG, read_summary
 from loraplus_jax.training.signals import Stopped
@@ -421,37 +420,30 @@ def counts_steps(report: Mapping[str, Any]) -> bool:
     return all(len(run["curve"]) > MIN_POINTS for run in runs)
 
 
-def overall(studies: Sequence[Mapping[str, Any]], name: str = "lora_plus") -> tuple[dict, dict]:
-    """Gain of a method over LoRA in the metric, and LoRA's steps over its own.
+def overall(studies: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any] | None:
+    """Mean over the studies of LoRA+ against LoRA: of the `test_metric`, or geometric of the `steps_ratio`.
 
-    Each is the mean over the studies, with an interval over the seeds of the studies' own confidence.
+    Variances of independent means add; degrees of freedom by Welch and Satterthwaite. With 3 and 5 seeds, intervals
+    of 95 % cover 93 to 96 %. None if a study has no interval.
     """
-    confidence = max(report["protocol"]["confidence"] for report in studies)
-    by_study = [pairs_of(report, name) for report in studies]
-    seeds = sorted(set.intersection(*(set(pairs) for pairs in by_study)))
-    gains = [float(np.mean([pairs[seed][0] for pairs in by_study])) for seed in seeds]
-    rows = [[pairs[seed][1] for pairs in by_study] for seed in seeds]
-    ratios = [statistics.geometric_mean(row) for row in rows if None not in row]
-    return t_interval(gains, confidence), ratio_interval(ratios, [1.0] * len(ratios), confidence)
+    to, back = (np.log, np.exp) if measure == "steps_ratio" else (float, float)
+    found = [report["methods"]["lora_plus"]["against_lora"][measure] for report in studies]
+    confidences = [report["protocol"]["confidence"] for report in studies]
+    if any(estimate["low"] is None for estimate in found):
+        return None
+    freedom = np.array([estimate["pairs"] - 1 for estimate in found])
+    halves = np.array([to(estimate["high"]) - to(estimate["low"]) for estimate in found]) / 2
+    variances = (halves / half_width(confidences, freedom)) ** 2
+    variance = variances.sum()
+    degrees = variance**2 / (variances**2 / freedom).sum() if variance else 1
+    mean = np.mean([to(estimate["mean"]) for estimate in found])
+    half = half_width(max(confidences), degrees) * variance**0.5 / len(studies)
+    return {"mean": float(back(mean)), "low": float(back(mean - half)), "high": float(back(mean + half))}
 
 
-def pairs_of(report: Mapping[str, Any], name: str) -> dict[int, tuple[float, float | None]]:
-    """By seed: a method's gain in the metric over LoRA, and the ratio of LoRA's steps over its own.
-
-    Steps are those to the worse of the two final losses; the ratio is None if that is where training began.
-    """
-    lora = {run["seed"]: run for run in report["methods"]["lora"]["runs"]}
-    metric, pairs = report["protocol"]["metric"], {}
-    for run in report["methods"][name]["runs"]:
-        other = lora[run["seed"]]
-        if run["diverged"] or other["diverged"]:
-            continue
-        gain = run["test"][metric] - other["test"][metric]
-        own, its = run["steps_to_target"], steps_to(other["curve"], run["target"])
-        at_start = other["curve"][0][1] <= run["target"]
-        ratio = None if own is None or its is None or at_start else its / own
-        pairs[run["seed"]] = -gain if metric in LOWER_IS_BETTER else gain, ratio
-    return pairs
+def half_width(confidence: Any, degrees: Any) -> Any:
+    """Of a two-sided t-interval, in standard errors."""
+    return stats.t.ppf((1 + np.asarray(confidence)) / 2, degrees)
 
 
 def print_verdict(studies: Mapping[str, Mapping[str, Any]]) -> None:
@@ -459,9 +451,12 @@ def print_verdict(studies: Mapping[str, Mapping[str, Any]]) -> None:
     shares = [report for report in studies.values() if report["protocol"]["metric"] not in LOWER_IS_BETTER]
     counted = [report for report in studies.values() if counts_steps(report)]
     if shares:
-        print("gain of LoRA+ over LoRA, mean over the data sets:", interval(overall(shares)[0], "+.4f"))
+        print(
+            "gain of LoRA+ over LoRA, mean over the data sets:",
+            interval(overall(shares, "test_metric"), "+.4f"),
+        )
     if counted:
-        print("LoRA's steps over those of LoRA+, mean:", interval(overall(counted)[1], ".2f"))
+        print("LoRA's steps over those of LoRA+, mean:", interval(overall(counted, "steps_ratio"), ".2f"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

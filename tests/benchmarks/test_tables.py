@@ -1,67 +1,77 @@
-"""`benchmarks/tables.py`: means over data sets by hand, samples of data, and invalid input."""
+"""`benchmarks/tables.py`: means over data sets by hand and by simulation, samples of data, and invalid input."""
 
 import argparse
 import json
 import math
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from loraplus_jax.sweep.method_comparison import method_run
+from loraplus_jax.sweep.statistics import ratio_interval, t_interval
 
 
-def run(seed, metric, curve, target=None, steps=None, diverged=False):
-    test = None if diverged else {"loss": curve[-1][1], "accuracy": metric}
-    return {"seed": seed, "curve": curve, "test": test, "target": target, "steps_to_target": steps} | {
-        "diverged": diverged
-    }
-
-
-def report(gains, speeds):
-    """LoRA falls from 1 to 0 in 100 steps; LoRA+ gets there `speed` times faster."""
-    own = [
-        run(s, 0.5 + gain, [[0, 1.0], [100 / speed, 0.0]], 0.0, 100 / speed)
-        for s, (gain, speed) in enumerate(zip(gains, speeds, strict=True))
-    ]
-    lora = [run(s, 0.5, [[0, 1.0], [100, 0.0]]) for s in range(len(gains))]
+def report(gains, ratios, confidence=0.95):
+    """A study of which `overall` reads the intervals of LoRA+ against LoRA."""
+    measures = {"test_metric": t_interval(gains, confidence)}
+    measures["steps_ratio"] = ratio_interval(ratios, [1.0] * len(ratios), confidence)
     return {
-        "protocol": {"metric": "accuracy", "confidence": 0.95},
-        "methods": {"lora": {"runs": lora}, "lora_plus": {"runs": own}},
+        "protocol": {"metric": "accuracy", "confidence": confidence},
+        "methods": {"lora_plus": {"against_lora": measures}},
     }
 
 
-def test_the_mean_over_data_sets_is_paired_by_seed():
+def test_one_data_set_has_its_own_interval():
     from tables import overall
 
-    first, second = report([0.01, 0.03, 0.02], [2.0, 2.0, 8.0]), report([0.03, 0.03, 0.0], [2.0, 8.0, 2.0])
-    gain, ratio = overall([first, second], "lora_plus")
-    # Means of the seeds 0.02, 0.03, 0.01: mean 0.02, error 0.01 / sqrt(3), t of 0.975 with two degrees 4.30265.
-    half = 4.30265 * 0.01 / math.sqrt(3)
-    assert [gain[n] for n in ("low", "mean", "high")] == pytest.approx(
-        [0.02 - half, 0.02, 0.02 + half], abs=1e-6
+    study = report([0.01, 0.03, 0.02], [2.0, 2.0, 8.0], 0.99)
+    for measure, own in study["methods"]["lora_plus"]["against_lora"].items():
+        assert overall([study], measure) == pytest.approx({n: own[n] for n in ("mean", "low", "high")})
+
+
+def test_the_mean_over_data_sets_uses_all_their_seeds():
+    from tables import overall
+
+    first, second = report([0.01, 0.03, 0.02], [2.0, 4.0, 8.0]), report([0.05, 0.01, 0.03, 0.07], [4.0, 16.0])
+    # Variances of the means 1e-4/3 and (20/3)e-4/4, so 6/3 e-4 together, with 4e-8 / (1/9/2 + 25/9/3)e-8 degrees.
+    gain = overall([first, second], "test_metric")
+    degrees = 4 / (1 / 18 + 25 / 27)
+    half = stats.t.ppf(0.975, degrees) * math.sqrt(2e-4) / 2
+    assert [gain[n] for n in ("low", "mean", "high")] == pytest.approx([0.03 - half, 0.03, 0.03 + half])
+    # Geometric means 4 and 8.
+    assert overall([first, second], "steps_ratio")["mean"] == pytest.approx(math.sqrt(32))
+    # The wider confidence of the two holds for both.
+    wider = overall([first, report([0.05, 0.01, 0.03, 0.07], [4.0, 16.0], 0.99)], "test_metric")
+    assert wider["mean"] == pytest.approx(0.03)
+    assert wider["high"] - 0.03 == pytest.approx(
+        half * stats.t.ppf(0.995, degrees) / stats.t.ppf(0.975, degrees)
     )
-    # Geometric means of the seeds 2, 4, 4: their logarithms' mean is 5/3 of log 2.
-    assert ratio["mean"] == pytest.approx(2 ** (5 / 3))
-    second["methods"]["lora_plus"]["runs"][0] = run(0, None, [[0, None]], diverged=True)
-    assert overall([first, second], "lora_plus")[0]["pairs"] == 2
+    assert overall([first, report([0.05], [4.0])], "test_metric") is None
 
 
-def test_intervals_over_data_sets_have_the_confidence_of_their_tables():
+@pytest.mark.parametrize(("noise", "share"), [((1, 1, 1), 0.955), ((3, 1, 1), 0.93)])
+def test_intervals_over_data_sets_cover_the_true_mean(noise, share):
     from tables import overall
 
-    study = report([0.01, 0.03, 0.02], [2.0, 2.0, 8.0])
-    study["protocol"]["confidence"] = 0.99
-    gain, _ = overall([study], "lora_plus")
-    # t of 0.995 with two degrees of freedom.
-    assert gain["high"] - gain["mean"] == pytest.approx(9.92484 * 0.01 / math.sqrt(3), abs=1e-6)
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(2000):
+        sets = [
+            report(rng.normal(n, s, seeds), [1.0, 1.0])
+            for n, (s, seeds) in enumerate(zip(noise, (3, 5, 5), strict=True))
+        ]
+        found = overall(sets, "test_metric")
+        covered += found["low"] <= 1 <= found["high"]
+    assert covered / 2000 == pytest.approx(share, abs=0.015)
 
 
 def test_steps_are_only_counted_on_curves_with_enough_points():
     from tables import counts_steps
 
-    study = report([0.01], [2.0])
+    runs = [{"diverged": False, "curve": [[0, 1.0], [1, 0.0]]}]
+    study = {"methods": {"lora": {"runs": runs}}}
     assert not counts_steps(study)
-    for method in study["methods"].values():
-        method["runs"][0]["curve"] = [[n, 1.0 - n] for n in range(5)]
+    runs[0]["curve"] = [[n, 1.0 - n] for n in range(5)]
     assert counts_steps(study)
 
 
