@@ -121,6 +121,8 @@ GLUE = {
     **tuned("lora", "lora_plus", "full", points=20),
 }
 """Whole epochs, at GLUE's own batch size."""
+SST2 = {"data.validation_fraction": 0.01, "data.limit": 10_000, "train.epochs": 1.0}
+"""A seventh of its rows: with all, two cores take ten hours for λ."""
 FIVE = {
     "sweep.learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
     "sweep.method_learning_rates": {},
@@ -135,6 +137,8 @@ SMOLLM2 = {
     **tuned("lora", "lora_plus", points=4),
 }
 """An epoch."""
+HALF = {"data.limit": 440, "train.batch_size": 2}
+"""Half of the instructions, in as many steps: with all, two cores take four to six hours."""
 METHODS = {
     **BFLOAT16,
     "optimizer.warmup_steps": 20,
@@ -214,7 +218,7 @@ STUDIES: dict[str, dict[str, Study]] = {
             },
             {"data.path": "glue/QNLI/dev.tsv"},
         ),
-        "SST-2": glue("sst2", **BFLOAT16 | {"data.validation_fraction": 0.01, "train.epochs": 1.0}),
+        "SST-2": glue("sst2", **BFLOAT16 | SST2),
     },
     "chat": {"instructions": Study("smollm2_chat.yaml", SMOLLM2, FORGETTING)},
     "commonsense": {
@@ -229,7 +233,8 @@ STUDIES: dict[str, dict[str, Study]] = {
     "e2e": {
         "E2E": Study(
             "smollm2_e2e.yaml",
-            SMOLLM2 | {"generation.inputs": 200, "sweep.report_seeds": 3},
+            # A third of the rows of both files: with all, two cores take six hours.
+            SMOLLM2 | {"data.limit": 1500, "generation.inputs": 200, "sweep.report_seeds": 3},
             {"data.train": "e2e/devset.csv", "data.test": "e2e/testset_w_refs.csv", **FORGETTING},
         )
     },
@@ -271,6 +276,7 @@ STUDIES: dict[str, dict[str, Study]] = {
                 LAMBDA
                 | BFLOAT16
                 | {
+                    **HALF,
                     "train.epochs": 1.0,
                     "train.prompt": None,
                     "sweep.learning_rates": [4e-4, 1e-3, 2.5e-3],
@@ -279,13 +285,7 @@ STUDIES: dict[str, dict[str, Study]] = {
                 },
                 FORGETTING,
             ),
-            "SST-2": glue(
-                "sst2",
-                # A seventh of its rows, 313 steps: all of them take about ten hours.
-                **LAMBDA
-                | BFLOAT16
-                | {"data.validation_fraction": 0.01, "data.limit": 10_000, "train.epochs": 1.0},
-            ),
+            "SST-2": glue("sst2", **LAMBDA | BFLOAT16 | SST2),
         }.items()
         for start, settings in STARTS.items()
     },
@@ -296,6 +296,7 @@ STUDIES: dict[str, dict[str, Study]] = {
         "instructions": Study(
             "smollm2_chat.yaml",
             SMOLLM2
+            | HALF
             | tuned(*(name for name in MIDDLES if name != "full"), points=4)
             | {"sweep.report_seeds": 3},
             FORGETTING,
