@@ -26,9 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from common import RESULTS, machine
-from scipy import stats
 
 from loraplus_jax._utils.atomic import to_json, write_text
 from loraplus_jax._utils.records import DIGEST, read_record
@@ -304,9 +302,6 @@ STUDIES: dict[str, dict[str, Study]] = {
     },
 }
 """By table, cheapest first."""
-LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae")
-MIN_POINTS = 4
-"""Evaluations after the first step that a curve needs for its steps to be counted: it is straight between them."""
 
 
 def settings_of(study: Study, options: argparse.Namespace, directory: Path) -> SweepRun:
@@ -407,59 +402,6 @@ def compare_lambdas(run: SweepRun) -> dict[str, Any]:
     return compare_runs(run, runs, labels)
 
 
-def interval(estimate: Mapping[str, Any] | None, form: str) -> str:
-    """A mean and its interval, or a dash."""
-    if estimate is None or estimate["low"] is None:
-        return "–"
-    mean, low, high = (format(estimate[name], form) for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]".replace("-", "−")
-
-
-def counts_steps(report: Mapping[str, Any]) -> bool:
-    """Whether a study's curves have enough points to count steps on them."""
-    runs = [run for method in report["methods"].values() for run in method["runs"] if not run["diverged"]]
-    return all(len(run["curve"]) > MIN_POINTS for run in runs)
-
-
-def overall(studies: Sequence[Mapping[str, Any]], measure: str) -> dict[str, Any] | None:
-    """Mean over the studies of LoRA+ against LoRA: of the `test_metric`, or geometric of the `steps_ratio`.
-
-    Variances of independent means add; degrees of freedom by Welch and Satterthwaite. With 3 and 5 seeds, intervals
-    of 95 % cover 93 to 96 %. None if a study has no interval.
-    """
-    to, back = (np.log, np.exp) if measure == "steps_ratio" else (float, float)
-    found = [report["methods"]["lora_plus"]["against_lora"][measure] for report in studies]
-    confidences = [report["protocol"]["confidence"] for report in studies]
-    if any(estimate["low"] is None for estimate in found):
-        return None
-    freedom = np.array([estimate["pairs"] - 1 for estimate in found])
-    halves = np.array([to(estimate["high"]) - to(estimate["low"]) for estimate in found]) / 2
-    variances = (halves / half_width(confidences, freedom)) ** 2
-    variance = variances.sum()
-    degrees = variance**2 / (variances**2 / freedom).sum() if variance else 1
-    mean = np.mean([to(estimate["mean"]) for estimate in found])
-    half = half_width(max(confidences), degrees) * variance**0.5 / len(studies)
-    return {"mean": float(back(mean)), "low": float(back(mean - half)), "high": float(back(mean + half))}
-
-
-def half_width(confidence: Any, degrees: Any) -> Any:
-    """Of a two-sided t-interval, in standard errors."""
-    return stats.t.ppf((1 + np.asarray(confidence)) / 2, degrees)
-
-
-def print_verdict(studies: Mapping[str, Mapping[str, Any]]) -> None:
-    """LoRA+ against LoRA over all studies; only metrics that are shares of 1 can be averaged."""
-    shares = [report for report in studies.values() if report["protocol"]["metric"] not in LOWER_IS_BETTER]
-    counted = [report for report in studies.values() if counts_steps(report)]
-    if shares:
-        print(
-            "gain of LoRA+ over LoRA, mean over the data sets:",
-            interval(overall(shares, "test_metric"), "+.4f"),
-        )
-    if counted:
-        print("LoRA's steps over those of LoRA+, mean:", interval(overall(counted, "steps_ratio"), ".2f"))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -476,8 +418,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.results.mkdir(parents=True, exist_ok=True)
             content = to_json({"studies": studies}, indent=1) + "\n"
             write_text(options.results / f"{options.name}.json", content)
-            if options.name != "lambda":
-                print_verdict(studies)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except Stopped as stop:

@@ -9,7 +9,7 @@ import numpy as np
 from ..training.metrics_log import pyplot, save_figure
 from .edges import edges
 from .settings import SweepRun, Trial
-from .statistics import CONFIDENCE, compare_arms, report_runs, t_interval
+from .statistics import CONFIDENCE, compare_arms, report_runs, t_interval, untrained
 
 PICTURES = {
     "differences": "Test loss minus tuned LoRA's, paired by seed: mean and interval. Left of the line is better.",
@@ -89,6 +89,7 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
             "report_seeds": list(run.report_seeds),
             "metric": metric,
             "constant": constant,
+            "untrained": untrained(rows["lora"], metric),
             "confidence": confidence,
             "unrelated_text": run.sweep.unrelated_text,
         },

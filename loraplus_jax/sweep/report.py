@@ -18,7 +18,7 @@ from .figures import PICTURES
 from .halving import comparison_steps, mean_losses, member_steps
 from .interim_report import interval_confidence, reason_to_end, seed_groups
 from .settings import ARM_LABELS, METHODS, SweepRun, Trial
-from .statistics import compare_arms, decision, lora_label, recommended_arm, report_runs, verdict
+from .statistics import compare_arms, decision, lora_label, recommended_arm, report_runs, untrained, verdict
 
 REPORT, PAGE, WINNER = "report.json", "report.html", "winner.yaml"
 RATE_OPTIONS = {
@@ -54,7 +54,9 @@ def make_report(
     tried = list(dict.fromkeys([*run.trials, *mean_losses(row for row in rows if row["stage"] == "search")]))
     report: dict[str, Any] = {
         "complete": False,
-        "protocol": _protocol(run, tried, steps, metric) | dict(curve),
+        "protocol": _protocol(run, tried, steps, metric)
+        | dict(curve)
+        | {"untrained": untrained(rows, metric)},
         "member_steps": _member_steps(rows, len(tried) * len(run.seeds) * steps),
         "search": _search(rows),
         "chosen": {arm: trial._asdict() for arm, trial in chosen.items()},

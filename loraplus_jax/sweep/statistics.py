@@ -72,6 +72,15 @@ def steps_to(curve: Curve, target: float) -> float | None:
     return None
 
 
+def untrained(rows: Sequence[RunRow], metric: str) -> dict[str, float]:
+    """Mean metric and loss before the first step, over the report seeds; empty before there are any.
+
+    A new head starts with random values, others for each seed, so an encoder has no more than its chance level.
+    """
+    start = [row for row in rows if (row["stage"], row["step"]) == ("report", 0) and row["loss"] is not None]
+    return {name: float(np.mean([row[name] for row in start])) for name in (metric, "loss") if start}
+
+
 def report_runs(
     rows: Sequence[RunRow], steps: int, target: float | None, pair: tuple[str, str] = ("lora", "lora_plus")
 ) -> list[RunRow]:

@@ -1,9 +1,14 @@
 """The figures of the pages are those of the JSON files that the benchmarks wrote."""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
+
+from loraplus_jax.sweep.statistics import ratio_interval, t_interval
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -54,14 +59,85 @@ def test_a_table_without_a_place_on_the_page_is_an_error(benchmarks):
     tables = results_page.read()
     study = next(iter(tables["glue"].values()))
     page = (DOCS / "results.md").read_text(encoding="utf-8")
-    summary = results_page.summary_lines(tables)
-    # CoLA on other seeds is no further data set.
-    again = {**tables, "repeat": {"CoLA": study}}
-    assert results_page.summary_lines(again) == summary
+    rows, mean = results_page.summary_lines(tables)
+    # CoLA on other seeds is no further data set, and counts half of it in the mean.
+    again = {**tables, "repeat": {"CoLA": study, "CoLA, seeds 8 to 9": study}}
+    assert results_page.summary_lines(again)[0] == rows
+    assert "with CoLA and ARC-Easy [on other" in mean
+    assert "with CoLA [on other" in results_page.summary_lines(again)[1]
     with pytest.raises(ValueError, match="0 blocks of repeat"):
         results_page.filled(page.replace("<!-- repeat -->", ""), again)
     again_on_page = results_page.filled(page, again)
     assert again_on_page.count("### CoLA\n") == 2
+
+
+def report(gains, ratios, confidence=0.95):
+    """A study of which `overall` reads the intervals of LoRA+ against LoRA."""
+    measures = {"test_metric": t_interval(gains, confidence)}
+    measures["steps_ratio"] = ratio_interval(ratios, [1.0] * len(ratios), confidence)
+    return {
+        "protocol": {"metric": "accuracy", "confidence": confidence},
+        "methods": {"lora_plus": {"against_lora": measures}},
+    }
+
+
+def test_one_data_set_has_its_own_interval():
+    from results_page import overall
+
+    study = report([0.01, 0.03, 0.02], [2.0, 2.0, 8.0], 0.99)
+    for measure, own in study["methods"]["lora_plus"]["against_lora"].items():
+        known = {name: own[name] for name in ("mean", "low", "high")} | {"confidence": 0.99}
+        assert overall([[study]], measure) == pytest.approx(known)
+
+
+def test_the_mean_over_data_sets_uses_all_their_seeds():
+    from results_page import overall
+
+    first, second = report([0.01, 0.03, 0.02], [2.0, 4.0, 8.0]), report([0.05, 0.01, 0.03, 0.07], [4.0, 16.0])
+    # Variances of the means 1e-4/3 and (20/3)e-4/4, so 6/3 e-4 together, with 4e-8 / (1/9/2 + 25/9/3)e-8 degrees.
+    gain = overall([[first], [second]], "test_metric")
+    degrees = 4 / (1 / 18 + 25 / 27)
+    half = stats.t.ppf(0.975, degrees) * math.sqrt(2e-4) / 2
+    assert [gain[n] for n in ("low", "mean", "high")] == pytest.approx([0.03 - half, 0.03, 0.03 + half])
+    # Geometric means 4 and 8.
+    assert overall([[first], [second]], "steps_ratio")["mean"] == pytest.approx(math.sqrt(32))
+    # A data set's two studies count half each: means 0.02 and 0.04 beside 0.02, each with its share squared.
+    again = overall([[first], [first, second]], "test_metric")
+    variances = np.array([1 / 3 / 4, 1 / 3 / 16, 5 / 3 / 16]) * 1e-4
+    error = variances.sum() ** 0.5
+    quantile = stats.t.ppf(0.975, error**4 / (variances**2 / [2, 2, 3]).sum())
+    assert (again["mean"], again["high"]) == pytest.approx((0.025, 0.025 + quantile * error))
+    # The wider confidence of the two holds for both.
+    wider = overall([[first], [report([0.05, 0.01, 0.03, 0.07], [4.0, 16.0], 0.99)]], "test_metric")
+    assert wider["mean"] == pytest.approx(0.03)
+    assert wider["high"] - 0.03 == pytest.approx(
+        half * stats.t.ppf(0.995, degrees) / stats.t.ppf(0.975, degrees)
+    )
+
+
+@pytest.mark.parametrize(("noise", "share"), [((1, 1, 1), 0.955), ((3, 1, 1), 0.93)])
+def test_intervals_over_data_sets_cover_the_true_mean(noise, share):
+    from results_page import overall
+
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(2000):
+        sets = [
+            [report(rng.normal(n, s, seeds), [1.0, 1.0])]
+            for n, (s, seeds) in enumerate(zip(noise, (3, 5, 5), strict=True))
+        ]
+        found = overall(sets, "test_metric")
+        covered += found["low"] <= 1 <= found["high"]
+    assert covered / 2000 == pytest.approx(share, abs=0.015)
+
+
+def test_steps_are_only_counted_on_curves_with_enough_points():
+    from results_page import counts_steps
+
+    runs = [{"diverged": False, "curve": [[0, 1.0], [1, 0.0]]}]
+    study = {"methods": {"lora": {"runs": runs}}}
+    assert not counts_steps(study)
+    runs[0]["curve"] = [[n, 1.0 - n] for n in range(5)]
+    assert counts_steps(study)
 
 
 def test_the_mean_of_steps_leaves_out_curves_that_do_not_count_them(benchmarks):
@@ -78,7 +154,18 @@ def test_the_mean_of_steps_leaves_out_curves_that_do_not_count_them(benchmarks):
     assert "LoRA+, on 1 of them, 1.30 [0.75, 2.25]." in alone
     assert "LoRA+, on 2 of them, 1.30 [0.96, 1.76]." in both
     none = results_page.summary_lines({"glue": {"CoLA": coarse, "other": coarse}})[-1]
-    assert none.endswith("on 0 of them, –.")
+    assert none.endswith("on 0 of them, –. Intervals of 97.5 %.")
+
+
+def test_the_levels_without_training_come_first(benchmarks):
+    import results_page
+
+    report = json.loads(json.dumps(results_page.read()["glue"]["CoLA"]))
+    report["protocol"]["untrained"] = {"matthews": 0.0625, "loss": 0.75}
+    _, _, constant, before, lora, *_ = map(cells, results_page.study_lines("CoLA", report)[-1].splitlines())
+    assert constant[:5] == ["constant answer", "–", "–", "0.0000", "–"]
+    assert before[:6] == ["before training", "–", "–", "0.0625", "–", "0.7500"]
+    assert lora[0] == "LoRA"
 
 
 def test_what_a_method_forgets_has_a_table_of_its_own(benchmarks):

@@ -1,78 +1,11 @@
-"""`benchmarks/tables.py`: means over data sets by hand and by simulation, samples of data, and invalid input."""
+"""`benchmarks/tables.py`: samples of data, and invalid input."""
 
 import argparse
 import json
-import math
 
-import numpy as np
 import pytest
-from scipy import stats
 
 from loraplus_jax.sweep.method_comparison import method_run
-from loraplus_jax.sweep.statistics import ratio_interval, t_interval
-
-
-def report(gains, ratios, confidence=0.95):
-    """A study of which `overall` reads the intervals of LoRA+ against LoRA."""
-    measures = {"test_metric": t_interval(gains, confidence)}
-    measures["steps_ratio"] = ratio_interval(ratios, [1.0] * len(ratios), confidence)
-    return {
-        "protocol": {"metric": "accuracy", "confidence": confidence},
-        "methods": {"lora_plus": {"against_lora": measures}},
-    }
-
-
-def test_one_data_set_has_its_own_interval():
-    from tables import overall
-
-    study = report([0.01, 0.03, 0.02], [2.0, 2.0, 8.0], 0.99)
-    for measure, own in study["methods"]["lora_plus"]["against_lora"].items():
-        assert overall([study], measure) == pytest.approx({n: own[n] for n in ("mean", "low", "high")})
-
-
-def test_the_mean_over_data_sets_uses_all_their_seeds():
-    from tables import overall
-
-    first, second = report([0.01, 0.03, 0.02], [2.0, 4.0, 8.0]), report([0.05, 0.01, 0.03, 0.07], [4.0, 16.0])
-    # Variances of the means 1e-4/3 and (20/3)e-4/4, so 6/3 e-4 together, with 4e-8 / (1/9/2 + 25/9/3)e-8 degrees.
-    gain = overall([first, second], "test_metric")
-    degrees = 4 / (1 / 18 + 25 / 27)
-    half = stats.t.ppf(0.975, degrees) * math.sqrt(2e-4) / 2
-    assert [gain[n] for n in ("low", "mean", "high")] == pytest.approx([0.03 - half, 0.03, 0.03 + half])
-    # Geometric means 4 and 8.
-    assert overall([first, second], "steps_ratio")["mean"] == pytest.approx(math.sqrt(32))
-    # The wider confidence of the two holds for both.
-    wider = overall([first, report([0.05, 0.01, 0.03, 0.07], [4.0, 16.0], 0.99)], "test_metric")
-    assert wider["mean"] == pytest.approx(0.03)
-    assert wider["high"] - 0.03 == pytest.approx(
-        half * stats.t.ppf(0.995, degrees) / stats.t.ppf(0.975, degrees)
-    )
-    assert overall([first, report([0.05], [4.0])], "test_metric") is None
-
-
-@pytest.mark.parametrize(("noise", "share"), [((1, 1, 1), 0.955), ((3, 1, 1), 0.93)])
-def test_intervals_over_data_sets_cover_the_true_mean(noise, share):
-    from tables import overall
-
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(2000):
-        sets = [
-            report(rng.normal(n, s, seeds), [1.0, 1.0])
-            for n, (s, seeds) in enumerate(zip(noise, (3, 5, 5), strict=True))
-        ]
-        found = overall(sets, "test_metric")
-        covered += found["low"] <= 1 <= found["high"]
-    assert covered / 2000 == pytest.approx(share, abs=0.015)
-
-
-def test_steps_are_only_counted_on_curves_with_enough_points():
-    from tables import counts_steps
-
-    runs = [{"diverged": False, "curve": [[0, 1.0], [1, 0.0]]}]
-    study = {"methods": {"lora": {"runs": runs}}}
-    assert not counts_steps(study)
-    runs[0]["curve"] = [[n, 1.0 - n] for n in range(5)]
-    assert counts_steps(study)
 
 
 def test_a_sample_is_the_same_each_time_and_keeps_to_its_limits(tmp_path):

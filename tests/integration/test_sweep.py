@@ -140,6 +140,9 @@ def test_the_pages_numbers_are_the_reports_and_it_needs_no_network(swept):
         assert text in (format_number(value), format_number(value, sign=True), format_steps(value)), path
     shown = {path for path, *_ in page.numbers}
     assert {f"runs.{n}.test.loss" for n in range(6)} <= shown
+    starts = [run["curve"][0][1] for run in report["runs"] if run["arm"] == "lora"]
+    assert report["protocol"]["untrained"]["loss"] == pytest.approx(sum(starts) / len(starts))
+    assert "protocol.untrained.loss" in shown
     assert {f"comparisons.{n}.steps_ratio.{k}" for n in range(2) for k in ("mean", "low", "high")} <= shown
     assert report["verdict"] in page.text
     assert report["command"] in page.text
