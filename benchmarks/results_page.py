@@ -31,6 +31,8 @@ Report = Mapping[str, Any]
 LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae")
 MIN_POINTS = 4
 """Evaluations after the first step that a curve needs for its steps to be counted: it is straight between them."""
+RECOMMENDED = "lambda_64"
+"""The λ with which the documentation starts with A zero."""
 AGAIN = ("repeat", "batch")
 """Tables of data that another one has: in the summary they would count twice."""
 
@@ -183,27 +185,33 @@ def beats_constant(report: Report) -> bool | None:
 
 
 def start_lines(studies: Mapping[str, Report]) -> list[str]:
-    """Both starts of a data set: LoRA's test loss, and that of the λ that the search found best with A zero."""
+    """Both starts of a data set: LoRA's test loss with B zero, and with A zero those of three λ."""
     lines = []
     for title, a_zero in studies.items():
         data, _, start = title.partition(", ")
         if start != "A zero" or (b_zero := studies.get(f"{data}, B zero")) is None:
             continue
-        best = min(a_zero["methods"].values(), key=lowest)
+        best = min(a_zero["methods"], key=lambda name: lowest(a_zero["methods"][name]))
         lora, *others = (
             {run["seed"]: run["test"]["loss"] for run in method["runs"] if run["test"]}
-            for method in (b_zero["methods"]["lora"], a_zero["methods"]["lora"], best)
+            for method in (
+                b_zero["methods"]["lora"],
+                *(a_zero["methods"][n] for n in ("lora", RECOMMENDED, best)),
+            )
         )
-        # Two comparisons, which hold together with 95 %.
-        differences = [
-            t_interval([other[seed] - lora[seed] for seed in lora if seed in other], 0.975)
+        # Three comparisons, which hold together with 95 %.
+        confidence = 1 - 0.05 / 3
+        one, fixed, chosen = (
+            interval(
+                t_interval([other[seed] - lora[seed] for seed in lora if seed in other], confidence), "+.4f"
+            )
             for other in others
-        ]
-        lora_differs, best_differs = (interval(difference, "+.4f") for difference in differences)
+        )
         lines.append(
-            f"**Both starts**, {data}: test loss with A zero minus LoRA's with B zero, "
-            f"{lora_differs} for λ = 1 and {best_differs} for {best['label']}, which has the lowest validation "
-            f"loss ({len(lora)} paired seeds, intervals of 97.5 % each)."
+            f"**Both starts**, {data}: test loss with A zero minus LoRA's with B zero, {one} for λ = 1, "
+            f"{fixed} for {a_zero['methods'][RECOMMENDED]['label']}, and {chosen} for "
+            f"{a_zero['methods'][best]['label']}, which has the lowest validation loss ({len(lora)} paired seeds, "
+            f"intervals of {100 * confidence:.1f} % each)."
         )
     return lines
 
@@ -252,7 +260,7 @@ def half_width(confidence: Any, degrees: Any) -> Any:
 
 
 def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
-    """One line a data set: LoRA+ and full fine-tuning against LoRA; means over those above the constant answer."""
+    """One line a data set, LoRA+ against LoRA, and means over those above the constant answer."""
     rows, kept = [], []
     for name, studies in tables.items():
         for title, report in studies.items():
@@ -292,8 +300,8 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
         first = interval(overall([reports[:1] for reports in kept], "test_metric"), "+.4f")
         lines.append(
             f"Mean over the {len(kept)} data sets above the constant answer{note}: gain in the metric "
-            f"{interval(gain, '+.4f')}{f', without these {first}' if twice else ''}; LoRA's steps over those of "
-            f"LoRA+, on {len(counted)} of them, {interval(steps, '.2f')}. Intervals of "
+            f"{interval(gain, '+.4f')}{f', without these repetitions {first}' if twice else ''}; LoRA's steps over "
+            f"those of LoRA+, on {len(counted)} of them, {interval(steps, '.2f')}. Intervals of "
             f"{100 * gain['confidence']:.1f} %."
         )
     return lines
@@ -326,7 +334,8 @@ def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
     axes.axvline(0, color="black", linewidth=1, linestyle="--")
     titles = [f"{title}, {report['protocol']['steps']} steps" for title, report in shown]
     axes.set_yticks([-row for row in range(len(shown))], titles)
-    axes.set(xlabel="test loss relative to tuned LoRA's (%), lower is better", xscale="symlog")
+    axes.set(xlabel="test loss relative to tuned LoRA's (%), lower is better")
+    axes.set_xscale("symlog", linthresh=1)
     ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
     axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
     axes.minorticks_off()

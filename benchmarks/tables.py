@@ -1,6 +1,6 @@
 """How do tuned methods compare with tuned LoRA? The tables of docs/results.md, one command a table.
 
-    python benchmarks/tables.py lambda
+    python benchmarks/tables.py lambda --data DATA
     python benchmarks/tables.py methods --data DATA
     python benchmarks/tables.py glue --data DATA
     python benchmarks/tables.py repeat --data DATA
@@ -301,7 +301,7 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
     },
 }
-"""By table, cheapest first."""
+"""By table."""
 
 
 def settings_of(study: Study, options: argparse.Namespace, directory: Path) -> SweepRun:

@@ -136,7 +136,9 @@ def test_steps_are_only_counted_on_curves_with_enough_points():
     runs = [{"diverged": False, "curve": [[0, 1.0], [1, 0.0]]}]
     study = {"methods": {"lora": {"runs": runs}}}
     assert not counts_steps(study)
-    runs[0]["curve"] = [[n, 1.0 - n] for n in range(5)]
+    runs[0]["curve"] = [[n, 1.0 - n] for n in range(4)]
+    assert not counts_steps(study)
+    runs[0]["curve"].append([4, 0.0])
     assert counts_steps(study)
 
 
@@ -195,12 +197,15 @@ def test_both_starts_are_compared_by_seed_at_the_lambda_that_the_search_chose(be
     a_zero = {
         "lora": method("λ = 1", 0.5, 1.5, 2.5),
         "lambda_2": method("λ = 2", 0.3, 1.25, 2.25),
-        "lambda_4": method("λ = 4", 0.4, 0.0, 0.0),
+        "lambda_64": method("λ = 64", 0.4, 0.5, 1.5),
     }
     studies = {"X, B zero": {"methods": b_zero}, "X, A zero": {"methods": a_zero}}
     (line,) = start_lines(studies)
     assert "X: " in line
-    assert "+0.5000 [+0.5000, +0.5000] for λ = 1 and +0.2500 [+0.2500, +0.2500] for λ = 2" in line
+    assert (
+        "+0.5000 [+0.5000, +0.5000] for λ = 1, −0.5000 [−0.5000, −0.5000] for λ = 64, and +0.2500 [" in line
+    )
+    assert "+0.2500] for λ = 2, which has the lowest validation loss (2 paired seeds" in line
     assert start_lines({"X, B zero": {"methods": b_zero}}) == []
 
 

@@ -10,13 +10,13 @@ LABELS = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA"}
 
 
 def result(losses, chosen=2e-3, rates=(1e-3, 2e-3, 4e-3), accuracies=(0.5, 0.5, 0.5), constant=0.4):
-    """What a method's sweep reports: a search of three rates, and losses on seeds 1 to 3, from 1.0 at first."""
+    """What a method's sweep reports: a search of three rates, and losses on seeds 1 to 3, from 1 to 3 at first."""
     rows = [
         {"stage": "search", "trial": [rate, 1.0, 16.0, 8], "step": 4, "loss": 0.5, "seed": 0}
         for rate in rates
     ]
     for seed, loss in enumerate(losses, 1):
-        for step, value, accuracy in ((0, 1.0, seed / 8), (10, loss, accuracies[seed - 1])):
+        for step, value, accuracy in ((0, float(seed), seed / 8), (10, loss, accuracies[seed - 1])):
             rows.append({"stage": "report", "trial": [chosen, 1.0, 16.0, 8], "seed": seed, "step": step})
             rows[-1] |= {"split": "test", "loss": value, "accuracy": accuracy}
     trial = {"learning_rate": chosen, "lr_ratio": 1.0, "alpha": 16.0, "rank": 8}
@@ -90,5 +90,5 @@ def test_a_method_is_compared_with_a_constant_answer(run):
     assert report["methods"]["dora"]["over_constant"]["low"] == pytest.approx(0.01)
     assert_mentions(report["verdict"], "not significantly better than a constant answer: LoRA, PiSSA")
     assert report["protocol"]["constant"] == {"accuracy": 0.4}
-    # The mean of the seeds' 1/8, 2/8 and 3/8.
-    assert report["protocol"]["untrained"] == {"accuracy": 0.25, "loss": 1.0}
+    # The mean of the seeds' 1/8, 2/8 and 3/8, and of 1, 2 and 3.
+    assert report["protocol"]["untrained"] == {"accuracy": 0.25, "loss": 2.0}
