@@ -120,7 +120,7 @@ GLUE = {
 }
 """Whole epochs, at GLUE's own batch size."""
 SST2 = {"data.validation_fraction": 0.01, "data.limit": 10_000, "train.epochs": 1.0}
-"""A seventh of its rows: with all, two cores take ten hours for λ."""
+"""A seventh of its rows: with all, two cores would take about six hours for λ."""
 FIVE = {
     "sweep.learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
     "sweep.method_learning_rates": {},
@@ -136,7 +136,7 @@ SMOLLM2 = {
 }
 """An epoch."""
 HALF = {"data.limit": 440, "train.batch_size": 2}
-"""Half of the instructions, in as many steps: with all, two cores take four to six hours."""
+"""Half of the instructions, in as many steps: with all, two cores would take four to six hours."""
 METHODS = {
     **BFLOAT16,
     "optimizer.warmup_steps": 20,
@@ -231,7 +231,7 @@ STUDIES: dict[str, dict[str, Study]] = {
     "e2e": {
         "E2E": Study(
             "smollm2_e2e.yaml",
-            # A third of the rows of both files: with all, two cores take six hours.
+            # A third of the rows of both files: with all, two cores would take about six hours.
             SMOLLM2 | {"data.limit": 1500, "generation.inputs": 200, "sweep.report_seeds": 3},
             {"data.train": "e2e/devset.csv", "data.test": "e2e/testset_w_refs.csv", **FORGETTING},
         )

@@ -60,7 +60,7 @@ def test_a_table_without_a_place_on_the_page_is_an_error(benchmarks):
     study = next(iter(tables["glue"].values()))
     page = (DOCS / "results.md").read_text(encoding="utf-8")
     rows, mean = results_page.summary_lines(tables)
-    # CoLA on other seeds is no further data set, and counts half of it in the mean.
+    # CoLA on other seeds is no further data set.
     again = {**tables, "repeat": {"CoLA": study, "CoLA, seeds 8 to 9": study}}
     assert results_page.summary_lines(again)[0] == rows
     assert "with CoLA and ARC-Easy [on other" in mean
@@ -69,6 +69,21 @@ def test_a_table_without_a_place_on_the_page_is_an_error(benchmarks):
         results_page.filled(page.replace("<!-- repeat -->", ""), again)
     again_on_page = results_page.filled(page, again)
     assert again_on_page.count("### CoLA\n") == 2
+
+
+def test_a_data_set_measured_twice_counts_with_both_studies(benchmarks):
+    import results_page
+
+    glue, repeat = (results_page.read()[name] for name in ("glue", "repeat"))
+    first, second, other = glue["CoLA"], repeat["CoLA, seeds 100 to 105"], glue["STS-B"]
+    tables = {"glue": {"CoLA": first, "STS-B": other}, "repeat": {"CoLA, seeds 8 to 9": second}}
+    mean = results_page.summary_lines(tables)[1]
+    both, alone = (
+        results_page.interval(results_page.overall([studies, [other]], "test_metric"), "+.4f")
+        for studies in ([first, second], [first])
+    )
+    assert f"gain in the metric {both}, without these repetitions {alone};" in mean
+    assert both != alone
 
 
 def report(gains, ratios, confidence=0.95):
