@@ -1,9 +1,9 @@
-"""Fills the tables of docs/results.md from results/tables/, and draws its picture: no number is copied by hand.
+"""Fills the tables of docs/results.md from results/tables/, and draws its pictures: no number is copied by hand.
 
     python benchmarks/results_page.py
 
 On the page, what stands between `<!-- NAME -->` and `<!-- end of NAME -->` is replaced by the table NAME of
-`tables.py`, and between those of `summary` by one line for each data set.
+`tables.py`, and between those of `summary` and `convergence` by one line for each data set.
 """
 
 import json
@@ -33,6 +33,12 @@ MIN_POINTS = 4
 """Evaluations after the first step that a curve needs for its steps to be counted: it is straight between them."""
 RECOMMENDED = "lambda_64"
 """The λ with which the documentation starts with A zero."""
+LINES = {
+    "lora": ("LoRA", "#555555"),
+    "lora_plus": ("LoRA+", "#0b5fa5"),
+    "full": ("full fine-tuning", "#b5651d"),
+}
+"""Methods in the pictures, with their names and colors."""
 AGAIN = ("repeat", "batch")
 """Tables of data that another one has: in the summary they would count twice."""
 
@@ -307,6 +313,56 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
     return lines
 
 
+def with_curves(studies: Mapping[str, Report]) -> dict[str, Report]:
+    """The data sets on which steps are counted: above the constant answer, and with points enough."""
+    return {t: report for t, report in studies.items() if beats_constant(report) and counts_steps(report)}
+
+
+def convergence_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
+    """LoRA's steps over those of LoRA+, of full fine-tuning and, with A zero at the start, of a large λ."""
+
+    def ratio(report: Report | None, name: str) -> str:
+        return (
+            "–" if report is None else interval(report["methods"][name]["against_lora"]["steps_ratio"], ".2f")
+        )
+
+    rows = [
+        {
+            "data": title,
+            "steps": f"{report['protocol']['steps']:,}",
+            "LoRA+": ratio(report, "lora_plus"),
+            "full fine-tuning": ratio(report, "full"),
+            "A zero: λ = 64 against λ = 1": ratio(tables["lambda"].get(f"{title}, A zero"), RECOMMENDED),
+        }
+        for title, report in with_curves(tables["glue"]).items()
+    ]
+    return [table(rows)]
+
+
+def draw_curves(studies: Mapping[str, Report], path: Path) -> None:
+    """The test loss over the steps, a panel a data set: the mean of the seeds, and their lowest and highest."""
+    plt = pyplot()
+    columns = min(2, len(studies))
+    rows = -(-len(studies) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(4.5 * columns, 3.5 * rows), squeeze=False, layout="constrained"
+    )
+    for axes, (title, report) in zip(panels.flat, studies.items(), strict=False):
+        for name, (label, color) in LINES.items():
+            curves = np.array(
+                [run["curve"] for run in report["methods"][name]["runs"] if not run["diverged"]]
+            )
+            steps, losses = curves[0, 1:, 0], curves[:, 1:, 1]
+            axes.plot(steps, losses.mean(0), ".-", color=color, label=label)
+            axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.15, linewidth=0)
+        axes.set(xlabel="step", ylabel="test loss", title=title)
+        axes.grid(alpha=0.3)
+    panels.flat[0].legend(frameon=False)
+    for axes in panels.flat[len(studies) :]:
+        axes.set_visible(False)
+    save_figure(figure, path)
+
+
 def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
     """The difference in test loss to LoRA with its interval, of every data set, in percent of LoRA's."""
     shown = [
@@ -317,11 +373,8 @@ def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
     ]
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(shown)), layout="constrained")
-    styles = {
-        "lora_plus": ("LoRA+", "#0b5fa5", "o", 0.12),
-        "full": ("full fine-tuning", "#b5651d", "s", -0.12),
-    }
-    for name, (label, color, marker, shift) in styles.items():
+    for name, marker, shift in (("lora_plus", "o", 0.12), ("full", "s", -0.12)):
+        label, color = LINES[name]
         for row, (_, report) in enumerate(shown):
             if (found := relative_loss(report, name)) is None:
                 continue
@@ -478,7 +531,11 @@ def overhead_lines() -> list[str]:
 
 def filled(page: str, tables: Mapping[str, Mapping[str, Report]]) -> str:
     """The page with every block filled."""
-    blocks = {"summary": summary_lines(tables), "overhead": overhead_lines()}
+    blocks = {
+        "summary": summary_lines(tables),
+        "convergence": convergence_lines(tables),
+        "overhead": overhead_lines(),
+    }
     for name, studies in tables.items():
         blocks[name] = [line for title, report in studies.items() for line in study_lines(title, report)]
     if tables.get("lambda"):
@@ -502,6 +559,7 @@ def main() -> None:
     path, tables = DOCS / "results.md", read()
     write_text(path, filled(path.read_text(encoding="utf-8"), tables))
     draw(tables, DOCS / "results" / "differences.png")
+    draw_curves(with_curves(tables["glue"]), DOCS / "results" / "convergence.png")
     if tables["lambda"]:
         draw_ratios(tables["lambda"], DOCS / "results" / "lambda.png")
         draw_maps(tables["lambda"], DOCS / "results" / "lambda_map.png")

@@ -174,6 +174,22 @@ def test_the_mean_of_steps_leaves_out_curves_that_do_not_count_them(benchmarks):
     assert none.endswith("on 0 of them, –. Intervals of 97.5 %.")
 
 
+def test_convergence_has_the_steps_of_each_method_against_its_own_lora(benchmarks):
+    import results_page
+
+    tables = results_page.read()
+    (block,) = results_page.convergence_lines(tables)
+    cola = dict(zip(*(cells(line) for line in block.splitlines()[::2][:2]), strict=True))
+    methods, a_zero = tables["glue"]["CoLA"]["methods"], tables["lambda"]["CoLA, A zero"]["methods"]
+    found = [methods["lora_plus"], methods["full"], a_zero["lambda_64"]]
+    means = [f"{method['against_lora']['steps_ratio']['mean']:.2f}" for method in found]
+    assert [cell.split(" [")[0] for cell in cola.values()] == ["CoLA", "720", *means]
+    # RTE is not learned, so its curves say nothing; without λ's study there is a dash.
+    assert "RTE" not in block
+    (alone,) = results_page.convergence_lines({**tables, "lambda": {}})
+    assert all(line.endswith("| – |") for line in alone.splitlines()[2:])
+
+
 def test_the_levels_without_training_come_first(benchmarks):
     import results_page
 
