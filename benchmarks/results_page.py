@@ -40,7 +40,7 @@ LINES = {
 }
 """Methods in the pictures, with their names and colors."""
 AGAIN = ("repeat", "batch")
-"""Tables of data that another one has: in the summary they would count twice."""
+"""Tables of data that another one has."""
 
 
 def read() -> dict[str, dict[str, Report]]:
@@ -265,38 +265,45 @@ def half_width(confidence: Any, degrees: Any) -> Any:
     return stats.t.ppf((1 + np.asarray(confidence)) / 2, degrees)
 
 
+def data_sets(tables: Mapping[str, Mapping[str, Report]]) -> dict[str, Report]:
+    """LoRA+ against LoRA on each data set, in its first table: in a second one it would count twice."""
+    found: dict[str, Report] = {}
+    for name, studies in tables.items():
+        for title, report in studies.items():
+            if name not in AGAIN and "lora_plus" in report["methods"]:
+                found.setdefault(title, report)
+    return found
+
+
 def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
     """One line a data set, LoRA+ against LoRA, and means over those above the constant answer."""
     rows, kept = [], []
-    for name, studies in tables.items():
-        for title, report in studies.items():
-            if name in AGAIN or "lora_plus" not in report["methods"]:
-                continue
-            above = beats_constant(report)
-            against = report["methods"]["lora_plus"]["against_lora"]
-            at_the_edge = [
-                report["methods"][name]["label"]
-                for name in ("lora", "lora_plus")
-                if "learning_rate" in report["methods"][name]["at_the_edge"]
-            ]
-            if above is not False and "constant" in report["protocol"]:
-                again = [r for t, r in tables.get("repeat", {}).items() if t.startswith(f"{title}, seeds")]
-                kept += [[report, *again]] if report["protocol"]["metric"] not in LOWER_IS_BETTER else []
-            rows.append(
-                {
-                    "data": title,
-                    "steps": f"{report['protocol']['steps']:,}",
-                    "metric": report["protocol"]["metric"],
-                    "LoRA": number(report["methods"]["lora"]["metric"]),
-                    "LoRA+ − LoRA": interval(against["test_metric"], "+.4f"),
-                    "loss, % of LoRA's": interval(relative_loss(report, "lora_plus"), "+.1f"),
-                    "LoRA's steps / LoRA+'s": interval(against["steps_ratio"], ".2f")
-                    if counts_steps(report)
-                    else "–",
-                    "above the constant answer": {True: "yes", False: "no", None: "–"}[above],
-                    "best rate at the edge": ", ".join(at_the_edge) or "none",
-                }
-            )
+    for title, report in data_sets(tables).items():
+        above = beats_constant(report)
+        against = report["methods"]["lora_plus"]["against_lora"]
+        at_the_edge = [
+            report["methods"][name]["label"]
+            for name in ("lora", "lora_plus")
+            if "learning_rate" in report["methods"][name]["at_the_edge"]
+        ]
+        if above is not False and "constant" in report["protocol"]:
+            again = [r for t, r in tables.get("repeat", {}).items() if t.startswith(f"{title}, seeds")]
+            kept += [[report, *again]] if report["protocol"]["metric"] not in LOWER_IS_BETTER else []
+        rows.append(
+            {
+                "data": title,
+                "steps": f"{report['protocol']['steps']:,}",
+                "metric": report["protocol"]["metric"],
+                "LoRA": number(report["methods"]["lora"]["metric"]),
+                "LoRA+ − LoRA": interval(against["test_metric"], "+.4f"),
+                "loss, % of LoRA's": interval(relative_loss(report, "lora_plus"), "+.1f"),
+                "LoRA's steps / LoRA+'s": interval(against["steps_ratio"], ".2f")
+                if counts_steps(report)
+                else "–",
+                "above the constant answer": {True: "yes", False: "no", None: "–"}[above],
+                "best rate at the edge": ", ".join(at_the_edge) or "none",
+            }
+        )
     lines = [table(rows)]
     if len(kept) > 1:
         counted = [reports for reports in kept if all(map(counts_steps, reports))]
@@ -365,17 +372,12 @@ def draw_curves(studies: Mapping[str, Report], path: Path) -> None:
 
 def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
     """The difference in test loss to LoRA with its interval, of every data set, in percent of LoRA's."""
-    shown = [
-        (title, report)
-        for name, studies in tables.items()
-        for title, report in studies.items()
-        if name not in AGAIN and "lora_plus" in report["methods"]
-    ]
+    shown = data_sets(tables)
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(shown)), layout="constrained")
     for name, marker, shift in (("lora_plus", "o", 0.12), ("full", "s", -0.12)):
         label, color = LINES[name]
-        for row, (_, report) in enumerate(shown):
+        for row, report in enumerate(shown.values()):
             if (found := relative_loss(report, name)) is None:
                 continue
             height, methods = shift - row, report["methods"]
@@ -385,7 +387,7 @@ def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
         axes.plot([], [], marker, color=color, label=label)
     axes.plot([], [], "o", color="gray", markerfacecolor="white", label="best rate at the edge")
     axes.axvline(0, color="black", linewidth=1, linestyle="--")
-    titles = [f"{title}, {report['protocol']['steps']} steps" for title, report in shown]
+    titles = [f"{title}, {report['protocol']['steps']} steps" for title, report in shown.items()]
     axes.set_yticks([-row for row in range(len(shown))], titles)
     axes.set(xlabel="test loss relative to tuned LoRA's (%), lower is better")
     axes.set_xscale("symlog", linthresh=1)
