@@ -339,22 +339,31 @@ def convergence_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
             "steps": f"{report['protocol']['steps']:,}",
             "LoRA+": ratio(report, "lora_plus"),
             "full fine-tuning": ratio(report, "full"),
-            "A zero: λ = 64 against λ = 1": ratio(tables["lambda"].get(f"{title}, A zero"), RECOMMENDED),
+            f"A zero: {RECOMMENDED.replace('lambda_', 'λ = ')} against λ = 1": ratio(
+                tables["lambda"].get(f"{title}, A zero"), RECOMMENDED
+            ),
         }
         for title, report in with_curves(tables["glue"]).items()
     ]
     return [table(rows)]
 
 
+def panels_for(count: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
+    """A figure with so many panels, two in a row, and their axes; width and height of one in inches."""
+    columns = min(2, count)
+    rows = -(-count // columns)
+    figure, panels = pyplot().subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    )
+    for axes in panels.flat[count:]:
+        axes.set_visible(False)
+    return figure, panels.flat[:count]
+
+
 def draw_curves(studies: Mapping[str, Report], path: Path) -> None:
     """The test loss over the steps, a panel a data set: the mean of the seeds, and their lowest and highest."""
-    plt = pyplot()
-    columns = min(2, len(studies))
-    rows = -(-len(studies) // columns)
-    figure, panels = plt.subplots(
-        rows, columns, figsize=(4.5 * columns, 3.5 * rows), squeeze=False, layout="constrained"
-    )
-    for axes, (title, report) in zip(panels.flat, studies.items(), strict=False):
+    figure, panels = panels_for(len(studies), 4.5, 3.5)
+    for axes, (title, report) in zip(panels, studies.items(), strict=True):
         for name, (label, color) in LINES.items():
             curves = np.array(
                 [run["curve"] for run in report["methods"][name]["runs"] if not run["diverged"]]
@@ -364,9 +373,7 @@ def draw_curves(studies: Mapping[str, Report], path: Path) -> None:
             axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.15, linewidth=0)
         axes.set(xlabel="step", ylabel="test loss", title=title)
         axes.grid(alpha=0.3)
-    panels.flat[0].legend(frameon=False)
-    for axes in panels.flat[len(studies) :]:
-        axes.set_visible(False)
+    panels[0].legend(frameon=False)
     save_figure(figure, path)
 
 
@@ -457,18 +464,13 @@ def draw_ratios(studies: Mapping[str, Report], path: Path) -> None:
 
 def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
     """The validation loss over (η_A, η_B), a panel a study; the line is plain LoRA, the frame the lowest loss."""
-    plt = pyplot()
-    columns = min(2, len(studies))
-    rows = -(-len(studies) // columns)
-    figure, panels = plt.subplots(
-        rows, columns, figsize=(5 * columns, 4.2 * rows), squeeze=False, layout="constrained"
-    )
+    figure, panels = panels_for(len(studies), 5, 4.2)
     # One scale of colors a data set. Of the upper half of the losses, which may be far above, the colors need not
     # tell one from another.
     losses: dict[str, list[float]] = {}
     for title, report in studies.items():
         losses.setdefault(title.partition(", ")[0], []).extend(point[2] for point in map_points(report))
-    for axes, (title, report) in zip(panels.flat, studies.items(), strict=False):
+    for axes, (title, report) in zip(panels, studies.items(), strict=True):
         points = map_points(report)
         best, scale = min(points, key=lambda point: point[2]), sorted(losses[title.partition(", ")[0]])
         shown = axes.scatter(
@@ -495,8 +497,6 @@ def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
         ends = [rate for rate, other, _ in sorted(points) if rate == other]
         axes.plot(ends, ends, "--", color="black", linewidth=1, zorder=0)
         axes.set(xscale="log", yscale="log", xlabel="η_A", ylabel="η_B", title=title)
-    for axes in panels.flat[len(studies) :]:
-        axes.set_visible(False)
     save_figure(figure, path)
 
 
