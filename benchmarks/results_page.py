@@ -39,6 +39,8 @@ LINES = {
     "full": ("full fine-tuning", "#b5651d"),
 }
 """Methods in the pictures, with their names and colors."""
+THREE = 1 - 0.05 / 3
+"""Confidence of each of three intervals that hold together with 95 %."""
 AGAIN = ("repeat", "batch")
 """Tables of data that another one has."""
 
@@ -205,19 +207,15 @@ def start_lines(studies: Mapping[str, Report]) -> list[str]:
                 *(a_zero["methods"][n] for n in ("lora", RECOMMENDED, best)),
             )
         )
-        # Three comparisons, which hold together with 95 %.
-        confidence = 1 - 0.05 / 3
         one, fixed, chosen = (
-            interval(
-                t_interval([other[seed] - lora[seed] for seed in lora if seed in other], confidence), "+.4f"
-            )
+            interval(t_interval([other[seed] - lora[seed] for seed in lora if seed in other], THREE), "+.4f")
             for other in others
         )
         lines.append(
             f"**Both starts**, {data}: test loss with A zero minus LoRA's with B zero, {one} for λ = 1, "
             f"{fixed} for {a_zero['methods'][RECOMMENDED]['label']}, and {chosen} for "
             f"{a_zero['methods'][best]['label']}, which has the lowest validation loss ({len(lora)} paired seeds, "
-            f"intervals of {100 * confidence:.1f} % each)."
+            f"intervals of {100 * THREE:.1f} % each)."
         )
     return lines
 
@@ -236,7 +234,9 @@ def relative_loss(report: Report, name: str) -> dict[str, Any] | None:
     return {end: loss[end] * scale for end in ("mean", "low", "high")}
 
 
-def overall(data_sets: Sequence[Sequence[Report]], measure: str) -> dict[str, float]:
+def overall(
+    data_sets: Sequence[Sequence[Report]], measure: str, confidence: float = THREE
+) -> dict[str, float]:
     """Mean over data sets of LoRA+ against LoRA: of the `test_metric`, or geometric of the `steps_ratio`.
 
     A data set with several studies counts with their mean. Variances of independent means add; degrees of freedom
@@ -250,14 +250,13 @@ def overall(data_sets: Sequence[Sequence[Report]], measure: str) -> dict[str, fl
     freedom = np.array([estimate["pairs"] - 1 for estimate in found])
     halves = np.array([to(estimate["high"]) - to(estimate["low"]) for estimate in found]) / 2
     variances = (shares * halves / half_width(confidences, freedom)) ** 2
-    variance, confidence = variances.sum(), max(confidences)
+    variance = variances.sum()
     degrees = variance**2 / (variances**2 / freedom).sum() if variance else 1
     mean = shares @ [to(estimate["mean"]) for estimate in found]
     half = half_width(confidence, degrees) * variance**0.5
-    ends = {
+    return {
         name: float(back(end)) for name, end in (("mean", mean), ("low", mean - half), ("high", mean + half))
     }
-    return ends | {"confidence": confidence}
 
 
 def half_width(confidence: Any, degrees: Any) -> Any:
@@ -315,7 +314,7 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
             f"Mean over the {len(kept)} data sets above the constant answer{note}: gain in the metric "
             f"{interval(gain, '+.4f')}{f', without these repetitions {first}' if twice else ''}; LoRA's steps over "
             f"those of LoRA+, on {len(counted)} of them, {interval(steps, '.2f')}. Intervals of "
-            f"{100 * gain['confidence']:.1f} %."
+            f"{100 * THREE:.1f} % each."
         )
     return lines
 
