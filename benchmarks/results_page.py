@@ -319,18 +319,22 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
     return lines
 
 
-def with_curves(studies: Mapping[str, Report]) -> dict[str, Report]:
-    """The data sets on which steps are counted: above the constant answer, and with points enough."""
-    return {t: report for t, report in studies.items() if beats_constant(report) and counts_steps(report)}
+def with_curves(tables: Mapping[str, Mapping[str, Report]]) -> dict[str, Report]:
+    """The data sets on which steps are counted: not at the level of the constant answer, and with points enough."""
+    found = data_sets(tables).items()
+    return {
+        title: report
+        for title, report in found
+        if beats_constant(report) is not False and counts_steps(report)
+    }
 
 
 def convergence_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
     """LoRA's steps over those of LoRA+, of full fine-tuning and, with A zero at the start, of a large λ."""
 
-    def ratio(report: Report | None, name: str) -> str:
-        return (
-            "–" if report is None else interval(report["methods"][name]["against_lora"]["steps_ratio"], ".2f")
-        )
+    def ratio(report: Report, name: str) -> str:
+        method = report["methods"].get(name)
+        return "–" if method is None else interval(method["against_lora"]["steps_ratio"], ".2f")
 
     rows = [
         {
@@ -339,10 +343,10 @@ def convergence_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
             "LoRA+": ratio(report, "lora_plus"),
             "full fine-tuning": ratio(report, "full"),
             f"A zero: {RECOMMENDED.replace('lambda_', 'λ = ')} against λ = 1": ratio(
-                tables["lambda"].get(f"{title}, A zero"), RECOMMENDED
+                tables["lambda"].get(f"{title}, A zero", {"methods": {}}), RECOMMENDED
             ),
         }
-        for title, report in with_curves(tables["glue"]).items()
+        for title, report in with_curves(tables).items()
     ]
     return [table(rows)]
 
@@ -364,6 +368,8 @@ def draw_curves(studies: Mapping[str, Report], path: Path) -> None:
     figure, panels = panels_for(len(studies), 4.5, 3.5)
     for axes, (title, report) in zip(panels, studies.items(), strict=True):
         for name, (label, color) in LINES.items():
+            if name not in report["methods"]:
+                continue
             curves = np.array(
                 [run["curve"] for run in report["methods"][name]["runs"] if not run["diverged"]]
             )
@@ -560,7 +566,7 @@ def main() -> None:
     path, tables = DOCS / "results.md", read()
     write_text(path, filled(path.read_text(encoding="utf-8"), tables))
     draw(tables, DOCS / "results" / "differences.png")
-    draw_curves(with_curves(tables["glue"]), DOCS / "results" / "convergence.png")
+    draw_curves(with_curves(tables), DOCS / "results" / "convergence.png")
     if tables["lambda"]:
         draw_ratios(tables["lambda"], DOCS / "results" / "lambda.png")
         draw_maps(tables["lambda"], DOCS / "results" / "lambda_map.png")

@@ -188,6 +188,13 @@ def test_convergence_has_the_steps_of_each_method_against_its_own_lora(benchmark
     assert "RTE" not in block
     (alone,) = results_page.convergence_lines({**tables, "lambda": {}})
     assert all(line.endswith("| – |") for line in alone.splitlines()[2:])
+    # A study of another table counts too, and may lack a method.
+    bare = json.loads(json.dumps({"chat": {"chats": tables["glue"]["STS-B"]}, "lambda": {}}))
+    del bare["chat"]["chats"]["methods"]["full"]
+    (other,) = results_page.convergence_lines(bare)
+    (row,) = map(cells, other.splitlines()[2:])
+    assert row[0] == "chats"
+    assert row[2].startswith("1.06") and row[3:] == ["–", "–"]
 
 
 def test_the_levels_without_training_come_first(benchmarks):
