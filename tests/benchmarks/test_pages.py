@@ -194,7 +194,8 @@ def test_convergence_has_the_steps_of_each_method_against_its_own_lora(benchmark
     (other,) = results_page.convergence_lines(bare)
     (row,) = map(cells, other.splitlines()[2:])
     assert row[0] == "chats"
-    assert row[2].startswith("1.06") and row[3:] == ["–", "–"]
+    assert row[2].startswith("1.06")
+    assert row[3:] == ["–", "–"]
 
 
 def test_the_levels_without_training_come_first(benchmarks):
