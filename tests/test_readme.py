@@ -43,7 +43,11 @@ def test_files_that_are_named_exist():
     assert links
     assert files
     for target in links + files:
-        assert (ROOT / target).exists(), target
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)", (ROOT / path).read_text(encoding="utf-8"), flags=re.M)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
 
 
 def test_commands_parse(capsys):
