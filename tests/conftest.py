@@ -17,8 +17,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Compiling is most of what the quick suite does. Slow tests see the programs that users run."""
-    if "not slow" in config.option.markexpr:
+    """Compiling is most of what tests do. `.ci/run --all` sees the programs that users run."""
+    if "not long" in config.option.markexpr:
         jax.config.update("jax_disable_most_optimizations", True)
 
 
