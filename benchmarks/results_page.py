@@ -295,7 +295,7 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
                 "metric": report["protocol"]["metric"],
                 "LoRA": number(report["methods"]["lora"]["metric"]),
                 "LoRA+ − LoRA": interval(against["test_metric"], "+.4f"),
-                "loss, % of LoRA's": interval(relative_loss(report, "lora_plus"), "+.1f"),
+                "loss, % of LoRA's": interval(relative_loss(report, "lora_plus"), "+.2f"),
                 "LoRA's steps / LoRA+'s": interval(against["steps_ratio"], ".2f")
                 if counts_steps(report)
                 else "–",

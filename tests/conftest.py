@@ -17,7 +17,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """Compiling is most of what tests do. `.ci/run --all` sees the programs that users run."""
+    """Compiling is most of what tests do. Slow tests in `.ci/run --all` see the programs that users run."""
     if "not long" in config.option.markexpr:
         jax.config.update("jax_disable_most_optimizations", True)
 
@@ -25,6 +25,15 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The file that takes longest comes first: a file stays on one worker, and the others go on meanwhile."""
     items.sort(key=lambda item: item.path.name != "test_processes.py")
+
+
+@pytest.fixture
+def optimized():
+    """Compiles as users do."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -23,17 +23,7 @@ from loraplus_jax.training.setup import task_module
 from ..plan.tiny import BERT, LLAMA, lower_pmap, parts_of, settings_of
 
 pytest.importorskip("jax_cuda13_plugin", reason="pip install 'loraplus_jax[gpu-plan]'")
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optimized():
-    """As in the programs that users run."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 SMALL = LLAMA | {"hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256, "vocab_size": 512}
 SMALL |= {"num_attention_heads": 2, "max_position_embeddings": 256}

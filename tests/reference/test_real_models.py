@@ -22,7 +22,11 @@ from loraplus_jax.training.setup import build_model, load_model
 
 from .families import off, random
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("optimized"),
+]
 LIMIT = 1e-4
 PLACES = {
     name: cache_dir() / ASSETS[name].directory / ASSETS[name].path for name in ("minilm", "smollm2-135m")
