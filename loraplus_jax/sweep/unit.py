@@ -21,6 +21,7 @@ from ..adapter.tree import combine, count
 from ..data.batches import train_batches
 from ..data.fetch import resolve
 from ..step.checkpoint import DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
+from ..step.sharding import make_mesh, replicate
 from ..tasks.causal_lm import LanguageTask
 from ..tasks.held_out_generation import HeldOutTexts
 from ..training.console import LineConsole
@@ -337,11 +338,12 @@ class _UnitRun:
         if not isinstance(data.task, LanguageTask) or data.task.kind != "generation":
             return []
         directory = resolve(run.model.path, "model")
-        texts = HeldOutTexts.from_settings(run, directory, data.task, parts.model, data.inputs)
+        mesh = make_mesh(run.mesh.data)  # one member after another, each on all devices
+        texts = HeldOutTexts.from_settings(run, directory, data.task, parts.model, data.inputs, mesh)
         rows = []
         for spec, member in self.alive_members():
             frozen = add_scales(parts.frozen, parts.specs, member)
-            _, scores = texts.generate(combine(member.state.trainable, frozen))
+            _, scores = texts.generate(replicate(mesh, combine(member.state.trainable, frozen)))
             rows.append({"seed": spec.seed, **scores})
         return rows
 

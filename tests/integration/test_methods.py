@@ -30,7 +30,8 @@ def compare(world, *flags, methods=SOME):
 @pytest.mark.slow
 def test_texts_of_each_method_are_those_of_its_single_runs(talk):
     talk.describe(beams=2, max_new_tokens=8, inputs=6, batch_size=4)
-    assert compare(talk, "--sweep.curve_points", "1", methods="[lora_plus]") == 0
+    flags = ("--mesh.data", "2", "--sweep.curve_points", "1")
+    assert compare(talk, *flags, methods="[lora_plus]") == 0
     methods = report_of(talk.out)["methods"]
     seed, chosen = methods["lora_plus"]["runs"][0]["seed"], methods["lora_plus"]["chosen"]
     args = ("--seed", seed, "--lora.lr_ratio", chosen["lr_ratio"])
