@@ -280,11 +280,6 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
     for title, report in data_sets(tables).items():
         above = beats_constant(report)
         against = report["methods"]["lora_plus"]["against_lora"]
-        at_the_edge = [
-            report["methods"][name]["label"]
-            for name in ("lora", "lora_plus")
-            if "learning_rate" in report["methods"][name]["at_the_edge"]
-        ]
         if above is not False and "constant" in report["protocol"]:
             again = [r for t, r in tables.get("repeat", {}).items() if t.startswith(f"{title}, seeds")]
             kept += [[report, *again]] if report["protocol"]["metric"] not in LOWER_IS_BETTER else []
@@ -300,7 +295,6 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
                 if counts_steps(report)
                 else "–",
                 "above the constant answer": {True: "yes", False: "no", None: "–"}[above],
-                "best rate at the edge": ", ".join(at_the_edge) or "none",
             }
         )
     lines = [table(rows)]
@@ -392,12 +386,9 @@ def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
         for row, report in enumerate(shown.values()):
             if (found := relative_loss(report, name)) is None:
                 continue
-            height, methods = shift - row, report["methods"]
-            tuned = not (methods["lora"]["at_the_edge"] or methods[name]["at_the_edge"])
-            axes.hlines(height, found["low"], found["high"], color=color, linewidth=2)
-            axes.plot(found["mean"], height, marker, color=color, markerfacecolor=color if tuned else "white")
+            axes.hlines(shift - row, found["low"], found["high"], color=color, linewidth=2)
+            axes.plot(found["mean"], shift - row, marker, color=color)
         axes.plot([], [], marker, color=color, label=label)
-    axes.plot([], [], "o", color="gray", markerfacecolor="white", label="best rate at the edge")
     axes.axvline(0, color="black", linewidth=1, linestyle="--")
     titles = [f"{title}, {report['protocol']['steps']} steps" for title, report in shown.items()]
     axes.set_yticks([-row for row in range(len(shown))], titles)

@@ -53,6 +53,16 @@ def test_the_results_page_is_what_its_files_give(benchmarks):
             assert f"{study['methods']['lora']['loss']:.4f}" in page, title
 
 
+def test_no_best_rate_of_the_summary_is_at_the_edge_of_its_range(benchmarks):
+    import results_page
+
+    page = " ".join((DOCS / "results.md").read_text(encoding="utf-8").split())
+    assert "no best rate of LoRA, LoRA+ or full fine-tuning is at the edge of its range" in page
+    for title, study in results_page.data_sets(results_page.read()).items():
+        for name in results_page.LINES.keys() & study["methods"].keys():
+            assert not study["methods"][name]["at_the_edge"], (title, name)
+
+
 def test_a_table_without_a_place_on_the_page_is_an_error(benchmarks):
     import results_page
 
