@@ -28,7 +28,6 @@ from loraplus_jax.training.metrics_log import pyplot, save_figure
 DOCS = Path(__file__).parents[1] / "docs"
 Report = Mapping[str, Any]
 """A study of a table, or a part of it."""
-LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae")
 MIN_POINTS = 4
 """Evaluations after the first step that a curve needs for its steps to be counted: it is straight between them."""
 RECOMMENDED = "lambda_64"
@@ -280,9 +279,9 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
     for title, report in data_sets(tables).items():
         above = beats_constant(report)
         against = report["methods"]["lora_plus"]["against_lora"]
-        if above is not False and "constant" in report["protocol"]:
+        if above:
             again = [r for t, r in tables.get("repeat", {}).items() if t.startswith(f"{title}, seeds")]
-            kept += [[report, *again]] if report["protocol"]["metric"] not in LOWER_IS_BETTER else []
+            kept.append([report, *again])
         rows.append(
             {
                 "data": title,
@@ -398,7 +397,7 @@ def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
     axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
     axes.minorticks_off()
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(frameon=False, loc="outside upper right", ncols=3)
+    figure.legend(frameon=False, loc="outside upper right", ncols=2)
     save_figure(figure, path)
 
 
