@@ -52,7 +52,9 @@ def listening(parent):
 
 
 def has_saved(world):
-    return any(path.name.isdigit() for path in world.out.glob("**/units/*/checkpoints/*"))
+    # Of a sweep or of one of its methods; not "**", which enters directories that another process just renames.
+    units = (world.out / "units", *world.out.glob("*/units"))
+    return any(path.name.isdigit() for unit in units for path in unit.glob("*/checkpoints/*"))
 
 
 def finish(world, *options):
