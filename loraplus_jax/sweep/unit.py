@@ -343,7 +343,8 @@ class _UnitRun:
         rows = []
         for spec, member in self.alive_members():
             frozen = add_scales(parts.frozen, parts.specs, member)
-            _, scores = texts.generate(replicate(mesh, combine(member.state.trainable, frozen)))
+            variables = replicate(mesh, combine(member.state.trainable, frozen))
+            _, scores = texts.generate(variables, self.end_if_stopped)
             rows.append({"seed": spec.seed, **scores})
         return rows
 

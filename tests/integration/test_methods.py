@@ -1,5 +1,7 @@
 """`sweep.methods` on the tiny world: equal budgets, resuming, a report whose first line answers."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from tokenizers import Tokenizer
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference.predict import load_tuned
 from loraplus_jax.sweep import method_comparison as comparing
+from loraplus_jax.tasks.held_out_generation import HeldOutTexts
 
 from ..messages import assert_mentions
 from .runs import NO_PROMPT, flags, report_of, summary_of
@@ -28,9 +31,20 @@ def compare(world, *flags, methods=SOME):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_texts_of_each_method_are_those_of_its_single_runs(talk):
+def test_texts_of_each_method_are_those_of_its_single_runs(talk, monkeypatch, capsys):
     talk.describe(beams=2, max_new_tokens=8, inputs=6, batch_size=4)
     flags = ("--mesh.data", "2", "--sweep.curve_points", "1")
+    generate = HeldOutTexts.generate
+
+    def stopped(*args):
+        signal.raise_signal(signal.SIGTERM)
+        generate(*args)
+        pytest.fail("all texts were generated after a signal")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldOutTexts, "generate", stopped)
+        assert compare(talk, *flags, methods="[lora_plus]") == 128 + signal.SIGTERM
+    assert_mentions(capsys.readouterr().err, "stopped at step 8 of the report", "resume")
     assert compare(talk, *flags, methods="[lora_plus]") == 0
     methods = report_of(talk.out)["methods"]
     seed, chosen = methods["lora_plus"]["runs"][0]["seed"], methods["lora_plus"]["chosen"]
