@@ -132,7 +132,7 @@ def run_unit(
       population: the programs and the base.
       unit: what to run.
       directory: the output directory of the sweep.
-      console: where to print what happens to a damaged checkpoint.
+      console: where to print what happens to a damaged checkpoint, and whose texts are generated.
       allow_different: parts of the base model or data that may differ from those of its checkpoints.
       tell: called after every step and evaluation.
 
@@ -342,6 +342,9 @@ class _UnitRun:
         texts = HeldOutTexts.from_settings(run, directory, data.task, parts.model, data.inputs, mesh)
         rows = []
         for spec, member in self.alive_members():
+            self.output.console.print(
+                f"seed {spec.seed}: generating texts for {len(texts.inputs)} test inputs"
+            )
             frozen = add_scales(parts.frozen, parts.specs, member)
             variables = replicate(mesh, combine(member.state.trainable, frozen))
             _, scores = texts.generate(variables, self.end_if_stopped)

@@ -46,6 +46,9 @@ def test_texts_of_each_method_are_those_of_its_single_runs(talk, monkeypatch, ca
         assert compare(talk, *flags, methods="[lora_plus]") == 128 + signal.SIGTERM
     assert_mentions(capsys.readouterr().err, "stopped at step 8 of the report", "resume")
     assert compare(talk, *flags, methods="[lora_plus]") == 0
+    assert_mentions(
+        capsys.readouterr().out, "seed 1: generating texts for 6 test inputs", "seed 2: generating"
+    )
     methods = report_of(talk.out)["methods"]
     seed, chosen = methods["lora_plus"]["runs"][0]["seed"], methods["lora_plus"]["chosen"]
     args = ("--seed", seed, "--lora.lr_ratio", chosen["lr_ratio"])
