@@ -54,8 +54,8 @@ def tokenize_chats(
     answers are the contents of the blocks. A token that spans the end of a prompt and the start of an answer
     belongs to the answer. Turns that are not `trained` are no answers.
 
-    Each conversation is tokenized as one string, without the special tokens that the tokenizer adds to plain text:
-    a template writes its own. Text that looks like a special token becomes one.
+    Each conversation is tokenized as one string. Text that looks like a special token becomes one. The special
+    tokens that the tokenizer puts before a text, such as BOS, precede plain texts only: a template writes its own.
 
     Args:
       chats: N conversations.
@@ -75,6 +75,7 @@ def tokenize_chats(
     # GPT-2 has one token for both, which ends an answer.
     bos_token = "" if template.bos_token == template.eos_token else template.bos_token
     bos = tokenizer.token_to_id(bos_token or "\0")
+    start = leading_ids(tokenizer)
     ids, masks, prompts = [], [], []
     rendered = [find_answers(template, chat, answers) for chat in chats]
     encodings = tokenize([text for text, _ in rendered], tokenizer)
@@ -84,10 +85,13 @@ def tokenize_chats(
         for span in spans:
             first = tokens.first_after(span.start)
             mask[first : _answer_stop(tokens, span, special, bos, chat, template)] = 1
+        token_ids = tokens.ids
+        if chat.turns[0].role == "text":
+            token_ids, mask = np.append(start, token_ids), np.append(np.zeros(len(start), mask.dtype), mask)
         # Nothing precedes the first token, of which it could be predicted.
         mask[:1] = 0
         prompts.append(int(mask.argmax()) if mask.any() else len(mask))
-        ids.append(tokens.ids)
+        ids.append(token_ids)
         masks.append(mask)
     too_long = [(chat.place, n) for chat, n in zip(chats, prompts, strict=True) if n >= max_length]
     if too_long:
@@ -137,7 +141,7 @@ def find_answers(
         if not spans:
             raise ValueError(
                 f"{chat.place}: the {{% generation %}} blocks of the chat template of {template.origin} are empty: "
-                "put the assistant's text inside them"
+                "put the assistant's text and the token that ends it inside them"
             )
         return rendered, spans[-1:] if answers == "last" else spans
     turns = turns[-1:] if answers == "last" else turns
@@ -156,7 +160,8 @@ def find_answers(
             raise ValueError(
                 f"{chat.place}: cannot locate the answer in turn {turn + 1}: without it, the chat template of "
                 f"{template.origin} renders the earlier turns differently; put {{% generation %}} and "
-                "{% endgeneration %} around the assistant's text in a copy and set data.template to that copy"
+                "{% endgeneration %} around the assistant's text and the token that ends it, in a copy, and set "
+                "data.template to that copy"
             )
     starts = [len(prompt) for prompt in parts[: len(turns)]]
     ends, spans = [*parts[len(turns) :], rendered], []
@@ -267,15 +272,47 @@ class Tokens:
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
     """Yields each text's encoding with exact offsets: no padding, truncation, added tokens or trimmed spaces."""
-    # A copy, as padding and truncation are the tokenizer's own state. Byte-level post-processors trim spaces from
-    # offsets.
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.no_padding()
-    plain.no_truncation()
+    plain = _unpadded(tokenizer)
+    # Byte-level post-processors trim spaces from offsets.
     plain.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     # In pieces: an Encoding takes far more memory than its tokens.
     for start in range(0, len(texts), 1024):
         yield from plain.encode_batch(list(texts[start : start + 1024]), add_special_tokens=False)
+
+
+def _unpadded(tokenizer: Tokenizer) -> Tokenizer:
+    # A copy, as padding and truncation are the tokenizer's own state.
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+def leading_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of the special tokens that the tokenizer itself puts before a text, such as BOS: int32 `(n,)`."""
+    encoding = _unpadded(tokenizer).encode("a")
+    is_special = [*encoding.special_tokens_mask, 0]
+    return np.array(encoding.ids[: is_special.index(0)], np.int32)
+
+
+def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, bool] | None:
+    """Returns the id of the special token that ends an answer, and whether the loss covers it.
+
+    None if the template writes no such token, or does not show where answers are: it can generate, but not train.
+    """
+    chat = Chat((Turn("user", "Is it?"), Turn("assistant", "Yes.")))
+    try:
+        text, spans = find_answers(template, chat)
+    except ValueError:
+        return None
+    (encoding,) = tokenize([text], tokenizer)
+    tokens, span = Tokens(encoding), spans[-1]
+    first = tokens.first_from(span.text_end)
+    (ends,) = np.nonzero(np.isin(tokens.ids[first:], special_ids(tokenizer, template)))
+    if not len(ends):
+        return None
+    end = first + int(ends[0])
+    return int(tokens.ids[end]), end < tokens.first_from(span.end)
 
 
 def special_ids(tokenizer: Tokenizer, template: ChatTemplate) -> np.ndarray:

@@ -258,7 +258,8 @@ def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str
         finally:
             # The limit is global to the process.
             csv.field_size_limit(limit)
-        if len(fields) > 1 or "".join(fields).strip():
+        # An empty line; in a table of one column "" is an empty cell.
+        if fields and not (len(fields) == 1 and fields[0].isspace()):
             yield line, fields
 
 
@@ -351,10 +352,13 @@ def _string_records(
     for number, record in records:
         faults = [f"no column {c!r}{suggest(c, record)}" for c in columns if c not in record]
         selected = {c: record[c] for c in (*columns, "id") if c in record}
+        if selected.get("id", "") is None and "id" not in columns:
+            del selected["id"]
+        # Parquet has other types than JSON, such as decimals, and numbers that are not finite.
         faults += [
-            f"column {c!r} must be a string or a number, got {json.dumps(v)[:40]}"
+            f"column {c!r} must be a string or a number, got {json.dumps(v, default=repr)[:40]}"
             for c, v in selected.items()
-            if v is None or isinstance(v, list | dict)
+            if not isinstance(v, str | int | float) or (isinstance(v, float) and not math.isfinite(v))
         ]
         for fault in faults:
             problems.add(number, fault)

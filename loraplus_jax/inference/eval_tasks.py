@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from .._utils.atomic import to_json
 from .._utils.validation import check_int, check_new_file, expand_path, suggest
 from ..data.chat_template import ChatTemplate
-from ..data.chat_tokens import Tokens, tokenize
+from ..data.chat_tokens import Tokens, leading_ids, tokenize
 from ..data.commonsense import COMMONSENSE, read_commonsense
 from ..data.mmlu import Subject, read_mmlu
 from ..data.multiple_choice import Question, tokenize_choices
@@ -249,9 +249,7 @@ def _encode(
         assert template is not None
         rows = tokenize_choices(questions, tokenizer, template)
         return [_Item([Continuation(*choice) for choice in choices]) for choices in rows]
-    # The tokens that the tokenizer puts before a text, such as BOS.
-    special = tokenizer.encode("a")
-    start = np.array(special.ids[: special.special_tokens_mask.index(0)], np.int32)
+    start = leading_ids(tokenizer)
     items: dict[int, _Item] = {}
     for k in range(shots, -1, -1):
         prompts = {n: subject.prompt(x, k) for n, x in enumerate(questions) if n not in items}

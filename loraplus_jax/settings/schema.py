@@ -162,7 +162,7 @@ class DataSettings:
       packing: pack short conversations into shared rows of max_length tokens (language models); batch sizes then
         count packed rows.
       column_names: column names of the file (language models): expected name to name in the file, such as
-        {instruction: question}.
+        {prompt: question, completion: reply}.
 
     Raises:
       ValueError: a field is out of range, or two fields conflict; the message names them.
@@ -197,6 +197,11 @@ class DataSettings:
                 f"got path={self.path!r} and train={self.train!r}"
             )
         check_requirements(self, "data.")
+        if self.split_seed and self.validation is not None and self.limit is None:
+            raise ValueError(
+                "data.split_seed requires data.validation null or a data.limit; it has no effect with "
+                f"data.validation {self.validation}"
+            )
         if self.glue is None and self.root is not None:
             raise ValueError(f"data.root requires data.path glue/TASK, such as glue/sst2, got {self.path}")
         for name in GLUE_SETS if self.glue else ():
@@ -405,7 +410,7 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("generation.no_repeat_in",), "generation.no_repeat_ngram", ()),
     (("data.validation", "data.test"), "data.train", ()),
     (("data.test_fraction",), "data.path", ()),
-    (("data.validation_fraction", "data.split_seed"), "data.validation", (None,)),
+    (("data.validation_fraction",), "data.validation", (None,)),
     (("optimizer.decay_steps",), "optimizer.schedule", ("wsd",)),
     (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
     (("optimizer.decay",), "optimizer.weight_decay", ()),

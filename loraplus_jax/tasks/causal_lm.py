@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from ..adapter.tree import leaves_by_path
 from ..data.batches import Batch, digest, first_batches, round_up
 from ..data.chat_template import BUILT_IN, ChatTemplate, load_template
-from ..data.chat_tokens import tokenize_chats
+from ..data.chat_tokens import end_of_turn, tokenize_chats
 from ..data.conversations import Chat, Turn, describe_dropped, read_chats
 from ..data.data_to_text import group_references, read_descriptions, select_inputs
 from ..data.duplicates import handle_duplicates
@@ -30,6 +30,7 @@ from ..models.checkpoints.hf import load_config
 from ..models.checkpoints.quantized import choose_formats
 from ..models.decoder import Config, head_kernel
 from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
+from ..models.tokenizer import special_tokens
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
 from ..step.losses import chunked_cross_entropy
@@ -256,7 +257,18 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     constant = (
         constant_choice(rows["train"], rows[held_out_split(rows)]) if task.kind == "multiple_choice" else {}
     )
-    return TaskData(task, splits, sizes, truncated, digests, (*dropped, *duplicates), tuple(inputs), constant)
+    summary = (*dropped, *duplicates, *_untrained_end(*tools))
+    return TaskData(task, splits, sizes, truncated, digests, summary, tuple(inputs), constant)
+
+
+def _untrained_end(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[str]:
+    """Yields a line if `{% generation %}` blocks leave out the token that ends an answer."""
+    end = end_of_turn(tokenizer, template)
+    if end is not None and not end[1]:
+        yield (
+            f"the {{% generation %}} blocks of the chat template of {template.origin} leave out "
+            f"{tokenizer.id_to_token(end[0])} after an answer: training does not teach the model to stop there"
+        )
 
 
 def constant_choice(train: Sequence[Any], questions: Sequence[Any]) -> dict[str, float]:
@@ -385,8 +397,9 @@ def tokenizer_and_template(
         )
     if task is None or task.template is None:
         return tokenizer, load_template(choice, directory)
-    plain = load_template("plain", directory)  # for its bos_token and eos_token
-    return tokenizer, dataclasses.replace(plain, source=task.template, origin=choice)
+    tokens = special_tokens(directory)
+    ends = tokens.get("bos_token", ""), tokens.get("eos_token", "")
+    return tokenizer, ChatTemplate(task.template, choice, *ends)
 
 
 def model_config(directory: Path, *, split_fused: bool = False) -> Config:

@@ -16,7 +16,7 @@ from .._utils.multihost import gather_to_host
 from ..adapter.adapter_stack import AdapterStack
 from ..data.batches import round_up
 from ..data.chat_template import ChatTemplate
-from ..data.chat_tokens import tokenize, tokenize_chats
+from ..data.chat_tokens import end_of_turn, tokenize
 from ..data.conversations import Chat, Turn
 from ..models.decoding.beam_search import make_beam_search
 from ..models.decoding.generate import (
@@ -76,7 +76,8 @@ class ChatModel:
                 f"answers of {new_tokens} tokens leave no room for a prompt: the model's limit for both is "
                 f"{config.max_length}; lower {LIMITS}"
             )
-        stop = sorted({*stop_ids(directory), *end_of_turn_ids(tokenizer, template)})
+        end = end_of_turn(tokenizer, template)
+        stop = sorted({*stop_ids(directory), *(() if end is None else end[:1])})
         if not stop:
             raise ValueError(
                 f"{directory} has no eos_token_id, and the chat template does not show how answers end: "
@@ -168,14 +169,3 @@ class ChatModel:
 def prompt_chat(prompt: str) -> Chat:
     """Returns the conversation of a single prompt."""
     return Chat((Turn("user", prompt),))
-
-
-def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
-    """Returns the id of the token that ends an answer in the template, which training teaches the model to emit."""
-    chat = Chat((Turn("user", "a"), Turn("assistant", "b")))
-    try:
-        sequences = tokenize_chats([chat], tokenizer, template, 1 << 20)
-    except ValueError:
-        # The template does not show where answers are: it can generate, but not train.
-        return ()
-    return (int(sequences.ids[0][sequences.masks[0] > 0][-1]),)

@@ -11,6 +11,7 @@ from tokenizers import (
     decoders,
     models,
     normalizers,
+    processors,
 )
 
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
@@ -20,6 +21,7 @@ from loraplus_jax.data.packed_rows import pad
 
 from ..messages import mentions
 from .chats import (
+    BOS,
     CHATML,
     EOS,
     INST,
@@ -369,6 +371,19 @@ def test_texts_are_learned_whole_and_as_they_stand(tmp_path):
     template = ChatTemplate("{{ raise_exception('not used') }}", "none")
     whole, [span] = find_answers(template, chats[0])
     assert (whole, span.start, span.end) == ("one two three", 0, 13)
+
+
+def test_texts_start_with_what_the_tokenizer_puts_before_them(tokenizer):
+    chats = [Chat((Turn("text", "one two three"),)), chat("a", "b")]
+    with_bos = Tokenizer.from_str(tokenizer.to_str())
+    bos = tokenizer.token_to_id(BOS)
+    with_bos.post_processor = processors.TemplateProcessing(f"{BOS} $A {EOS}", None, [(BOS, bos), (EOS, 0)])
+    without, expected = (tokenize_chats(chats, t, template(), 64) for t in (tokenizer, with_bos))
+    assert expected.ids[0].tolist() == [bos, *without.ids[0]]
+    assert expected.masks[0].tolist() == [0, *[1] * len(without.ids[0])]
+    assert without.masks[0].tolist() == [0, *[1] * (len(without.ids[0]) - 1)]
+    assert expected.ids[1].tolist() == without.ids[1].tolist()
+    assert expected.masks[1].tolist() == without.masks[1].tolist()
 
 
 def test_an_answer_that_occurs_in_the_template_too_is_found_where_it_was_rendered():

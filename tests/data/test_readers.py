@@ -3,6 +3,7 @@
 import csv
 import json
 import tracemalloc
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,33 @@ def test_blank_lines_are_skipped_and_unasked_columns_may_be_empty(tmp_path):
         (5, {"label": "x"}),
         (7, {"label": "y"}),
     ]
+
+
+def test_an_empty_cell_of_a_single_column_is_no_blank_line(tmp_path):
+    path = _write(tmp_path / "a.csv", 'text\n"a"\n""\n\n"b"\n')
+    with pytest.raises(ValueError, match=mentions("a.csv:3", "'text'", "empty")):
+        read_rows(path, ["text"])
+    rows = read_rows(path, ["text"], may_be_empty=["text"])
+    assert [(row.line, row.values["text"]) for row in rows] == [(2, "a"), (3, ""), (5, "b")]
+
+
+def test_an_id_that_is_null_is_none(tmp_path):
+    path = _write(tmp_path / "a.jsonl", '{"id": null, "text": "a"}\n{"id": null, "text": "b"}\n')
+    assert [row.values["text"] for row in read_rows(path, ["text"])] == ["a", "b"]
+    with pytest.raises(ValueError, match=mentions("a.jsonl:1", "'id'", "null")):
+        read_rows(path, ["text", "id"])
+
+
+@pytest.mark.parametrize(
+    ("value", "named"), [(float("nan"), "NaN"), (Decimal("1.50"), "1.50"), (b"a", "b'a'"), (None, "null")]
+)
+def test_values_that_only_parquet_has(tmp_path, value, named):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.table({"text": ["a"], "label": [value]}), tmp_path / "a.parquet")
+    with pytest.raises(
+        ValueError, match=mentions("a.parquet: item 1", "'label'", "string or a number", named)
+    ):
+        read_rows(tmp_path / "a.parquet", ["text", "label"])
 
 
 BAD_FILES = [

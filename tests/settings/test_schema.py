@@ -102,6 +102,11 @@ def test_a_field_without_effect_is_rejected(tmp_path, name, given, without, need
     assert "\n" not in str(caught.value)
 
 
+def test_a_limit_draws_by_the_split_seed_too(tmp_path):
+    flags = ("--data.split_seed", "3", "--data.limit", "5", *FILES_OF_EACH)
+    assert parsed(tmp_path, *flags).data.split_seed == 3
+
+
 def test_processes_are_set_together(tmp_path):
     words = {name: (f"--{name}", str(given)) for name, given in PROCESSES.items()}
     found = parsed(tmp_path, *(w for pair in words.values() for w in pair)).distributed

@@ -1,7 +1,9 @@
 """Losses and metrics of language models by hand, digests of their data, and what is left out of it."""
 
 import dataclasses
+import json
 import math
+import shutil
 
 import flax.linen as nn
 import jax
@@ -15,10 +17,12 @@ from loraplus_jax.data.data_to_text import Description
 from loraplus_jax.data.multiple_choice import Question
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama
+from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import batch_sharding, make_mesh
 from loraplus_jax.step.train_step import make_eval
-from loraplus_jax.tasks.causal_lm import LanguageTask, _digest, constant_choice
+from loraplus_jax.tasks.causal_lm import LanguageTask, _digest, constant_choice, load_data, load_split
 
+from ..integration.language_world import STOP
 from ..marks import slow
 
 TALK, CHOICE = LanguageTask(kind="instruction"), LanguageTask(kind="multiple_choice")
@@ -276,3 +280,25 @@ def test_the_constant_choice_is_the_position_that_is_most_often_right():
         [Question("?", ("a", "b", "c"), n, "") for n in answers] for answers in ((0, 2, 2), (2, 0, 2, 1))
     )
     assert constant_choice(train, test) == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("answer", "lines"),
+    [
+        ("{% generation %}{{ m.content }}" + STOP + "{% endgeneration %}", 0),
+        ("{% generation %}{{ m.content }}{% endgeneration %}" + STOP, 1),
+    ],
+)
+def test_a_template_file_for_a_model_that_names_no_end_token(first_talk, tmp_path, answer, lines):
+    model, template = shutil.copytree(first_talk.model, tmp_path / "model"), tmp_path / "own.jinja"
+    names = json.loads((model / "tokenizer_config.json").read_text()) | {"eos_token": None}
+    (model / "tokenizer_config.json").write_text(json.dumps(names))
+    ask = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}" + STOP
+    template.write_text(ask + "{% else %}" + answer + "{% endif %}{% endfor %}")
+    settings = parse_settings(
+        first_talk.config, ["--data.template", str(template), "--model.path", str(model)]
+    )
+    data = load_data(settings, model)
+    again = load_split(settings, model, data.task, "test", None)  # with the template that the task keeps
+    np.testing.assert_array_equal(again.columns["loss_mask"], data.splits["test"]["loss_mask"])
+    assert sum("does not teach the model to stop" in line for line in data.summary) == lines
