@@ -140,7 +140,7 @@ ERRORS = {
     "settings": ("settings", "cli"),
     "data": ("data",),
     "models": ("models",),
-    "adapters": ("adapter", "linen", "nnx", "quantization"),
+    "adapters": ("adapter", "linen", "nnx", "interpreter", "quantization"),
     "optimizers": ("optim", "inits"),
     "steps": ("step",),
     "files": ("interop",),

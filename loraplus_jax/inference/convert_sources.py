@@ -225,7 +225,7 @@ class PeftSource:
             else:
                 new = old + scale * kept[f"{name}.lora_B.weight"] @ kept[f"{name}.lora_A.weight"]
             if (magnitude := kept.get(f"{name}{MAGNITUDE_END}")) is not None:
-                new *= (magnitude / np.linalg.norm(new, axis=1))[:, None]
+                new = _with_norms(new, magnitude, base.is_embedding(module))
             yield f"{module}.weight", new.T if base.is_conv1d(module) else new
         copies = {f"{name}.base_layer.weight" for name in adapted}
         for name, tensor in kept.items():
@@ -300,7 +300,7 @@ class OwnSource:
                     values = np.asarray(m, np.float32)
                     values = np.take(values, 0, letters.index("r"))  # an axis of size 1
                     size = _slice_of_leaf(values, letters.replace("r", ""), target, index)[0]
-                    total[rows] *= (size / np.linalg.norm(total[rows], axis=1))[:, None]
+                    total[rows] = _with_norms(total[rows], size, base.is_embedding(module))
         for module, total in totals.items():
             yield f"{module}.weight", total.T if base.is_conv1d(module) else total
         if adapter.extras:
@@ -317,6 +317,12 @@ class OwnSource:
                 folder / "peft", adapter.lora, adapter.specs, adapter.config, self.path_map, extras=extras
             )
             yield PeftSource(folder / "peft")
+
+
+def _with_norms(weight: np.ndarray, norms: np.ndarray, is_embedding: bool) -> np.ndarray:
+    """Gives the outputs, rows of a weight or columns of an embedding, these norms, as DoRA does."""
+    axis = 0 if is_embedding else 1
+    return weight * np.expand_dims(norms / np.linalg.norm(weight, axis=axis), axis)
 
 
 def _slice_of_leaf(array: np.ndarray, letters: str, target: Target, index: Index) -> np.ndarray:

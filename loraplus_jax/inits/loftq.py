@@ -36,18 +36,20 @@ def loftq(
       The variables with packed weights, as from `quantize_base`, and the tree of factors, float32, for `"lora"`.
 
     Raises:
-      ValueError: `steps` is below 1, an adapter is of variant dora, or a weight's layers are stacked along another
-        axis than the first.
+      ValueError: `steps` is below 1, an adapter is of variant dora or on some layers of a stack only, or a weight's
+        layers are stacked along another axis than the first.
     """
     check_number("steps", steps, at_least=1)
     reject_magnitude("loftq", specs)
     flat, packed, lora = flatten(base), {}, {}
     for module, spec in specs.items():
+        if spec.layers is not None:
+            raise ValueError(f"{spec.leaf}: loftq needs adapters on all layers of the stack")
         if spec.stacked != (0,) * len(spec.stacked):
             raise ValueError(f"{spec.leaf}: stacked axes of a packed weight must lead, got {spec.stacked}")
         weight = meta.unbox(flat[spec.leaf])
         # Layer by layer: the decomposition of a stack would take the memory of all its layers together.
-        one = dataclasses.replace(spec, shape=spec.shape[len(spec.stacked) :], stacked=(), layers=None)
+        one = dataclasses.replace(spec, shape=spec.shape[len(spec.stacked) :], stacked=())
         layers = np.asarray(weight, np.float32).reshape(-1, *one.shape)
         residuals, *factors = zip(*(_alternate(layer, kind, one, steps) for layer in layers), strict=True)
         residual = np.stack(residuals).reshape(spec.shape)

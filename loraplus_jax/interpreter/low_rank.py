@@ -82,7 +82,16 @@ class LowRankWeight:
         return dataclasses.replace(self, c=output_scale(*arguments))
 
     def sum(self) -> jax.Array:
-        """W + s A B, times c if there is one, in W's dtype, computed in float32 or wider."""
+        """W + s A B, times c if there is one, in W's dtype, computed in float32 or wider.
+
+        Raises:
+          ValueError: there is dropout, which is of the input of the low-rank term.
+        """
+        if self.key is not None:
+            raise ValueError(
+                f"dropout is not supported here: an operation uses the weight of shape {self.w.shape} in a way "
+                "that has no low-rank form; set dropout=0, or leave the layer out of target_modules"
+            )
         base = self.base(whole=True)
         if self.a is None:
             return base
@@ -330,8 +339,10 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | N
         return low_rank_output(x, first, second, scale, equations, precision, shardings)
 
     contracts_outputs = used != left - right
-    if weight.c is not None and contracts_outputs and not common <= set(shared):
-        return None  # c has an axis that x lacks
+    # c has an axis that x or the result lacks.
+    is_summed = any(weight.letters[n] in common for n in contracted)
+    if weight.c is not None and (not common <= set(shared) if contracts_outputs else is_summed):
+        return None
     axes_scaled = "".join(letters) if contracts_outputs else result
     return _Use(term, 1 - position, axes_scaled, contracts_outputs)
 

@@ -1,5 +1,6 @@
 """Adapters that other libraries put into a model: their factors in our form, and their specs."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -102,7 +103,10 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
     weights = [spec.leaf.removeprefix("params/") for spec in specs.values()]
     if unused := [rule for rule in axes or {} if not any(re.fullmatch(rule, path) for path in weights)]:
         raise ValueError(f"axes: {unused[0]!r} matches no adapted weight{suggest(unused[0], weights)}")
-    return ForeignAdapters(unflatten(lora), specs, config_of(specs))
+    config = config_of(specs)
+    # The scale that follows from the config's alpha may differ in the last bit.
+    specs = {path: dataclasses.replace(spec, scale=config.scale_of(path)) for path, spec in specs.items()}
+    return ForeignAdapters(unflatten(lora), specs, config)
 
 
 def _weight(key: str, leaves: Mapping[str, Any]) -> tuple[str, str]:

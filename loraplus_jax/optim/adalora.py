@@ -254,7 +254,12 @@ def _split(leaves: Mapping[str, Any], layouts: Layouts, key: jax.Array) -> Tripl
         a, b = layout_a.wide_rows(leaves[pair.a]), layout_b.wide_rows(leaves[pair.b])
         values = jnp.linalg.norm(b, axis=-1)
         is_zero = values == 0
-        drawn = _Q_STD * jax.random.normal(jax.random.fold_in(key, number), b.shape, b.dtype)
+        # Each rank's rows by themselves, so that they do not depend on the number of ranks.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(
+            jax.random.fold_in(key, number), jnp.arange(b.shape[-2])
+        )
+        shape = (*b.shape[:-2], b.shape[-1])
+        drawn = _Q_STD * jax.vmap(lambda k, s=shape, d=b.dtype: jax.random.normal(k, s, d), out_axes=-2)(keys)
         drawn = jnp.where(jnp.any(a, -1, keepdims=True), drawn, 0)
         q = jnp.where(is_zero[..., None], drawn, b / jnp.where(is_zero, 1, values)[..., None])
         # A copy, since a step that donates parameters and state must not donate a buffer twice.

@@ -191,6 +191,9 @@ def probe(
     a new adapter with `init="lora"` the ratio is infinite, since A's are zero while B is. After a few steps, a
     ratio other than lambda shows that `lora_plus` wraps a transform which belongs outside; see there.
 
+    The updates of `keep_float32` also round the parameters: pass its inner optimizer, `state.inner_state` and
+    `state.masters`.
+
     Args:
       tx, opt_state: optimizer and its state.
       params: trainable variables.

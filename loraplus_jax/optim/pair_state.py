@@ -87,9 +87,12 @@ def _letters(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[str, 
         if a[:batch] != b[:batch]:
             break
         shared, ins, outs = names[:batch], names[batch : len(a) - 1], names[len(a) :][: len(b) - batch - 1]
-        if a[-1] == b[batch]:  # A (batch..., in..., r), B (batch..., r, out...)
+        # A (batch..., in..., r), B (batch..., r, out...), or PyTorch's: A (r, in...), B (out, r, ...). Of a square
+        # weight both fit, and the rank is the smaller axis.
+        flax, torch = a[-1] == b[batch], a[batch] == b[batch + 1]
+        if flax and not (torch and a[batch] < a[-1]):
             found.append((f"{shared}{ins}r", f"{shared}r{outs}"))
-        elif a[batch] == b[batch + 1]:  # PyTorch's: A (r, in...), B (out, r, ...)
+        elif torch:
             found.append((f"{shared}r{ins}", f"{shared}{outs[0]}r{outs[1:]}"))
     if len(found) != 1:
         raise ValueError(f"{module or 'the tree'}: factors {a} and {b} may have batch axes; pass specs")
@@ -97,7 +100,7 @@ def _letters(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[str, 
 
 
 _TINY = 1e-10
-"""Eigenvalues of a Gram matrix below this share of the largest count as zero: those of a B that is still zero."""
+"""Eigenvalues of a Gram matrix below this share of the largest, or below rounding, count as zero."""
 
 
 class PairState(NamedTuple):
@@ -109,13 +112,14 @@ class PairState(NamedTuple):
 
 
 def inverse_root(matrix: jax.Array) -> jax.Array:
-    """Computes S^(-1/2) of symmetric matrices S, zero in the directions in which S is zero.
+    """Computes S^(-1/2) of symmetric matrices S, zero in the directions in which S is zero up to rounding.
 
     Returns:
       (..., r, r), with the shape and dtype of `matrix`.
     """
     values, vectors = jnp.linalg.eigh(matrix)
-    floor = jnp.maximum(_TINY * values[..., -1:], jnp.finfo(values.dtype).tiny)
+    share = max(_TINY, matrix.shape[-1] * float(jnp.finfo(values.dtype).eps))
+    floor = jnp.maximum(share * values[..., -1:], jnp.finfo(values.dtype).tiny)
     # The inner `where` keeps the unused branch finite.
     root = jnp.where(values > floor, 1 / jnp.sqrt(jnp.where(values > floor, values, 1)), 0)
     return (vectors * root[..., None, :]) @ vectors.mT

@@ -302,10 +302,11 @@ def fastest_batch_size(seconds: Callable[[int], float], most: int) -> int:
 
 
 def _optimizer(
-    run: SweepRun, specs: Specs, steps: int, learning_rate: jax.Array, lr_ratio: jax.Array
+    run: SweepRun, specs: Specs, steps: int, learning_rate: jax.Array, lr_ratio: jax.Array, seed: int = 0
 ) -> LoRAPlusTransform:
     # Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
-    return make_optimizer(run.shared_optimizer, lr_ratio, steps, specs, learning_rate=learning_rate)
+    options: Any = {"learning_rate": learning_rate, "seed": seed}
+    return make_optimizer(run.shared_optimizer, lr_ratio, steps, specs, **options)
 
 
 def add_scales(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:
@@ -318,7 +319,7 @@ def _first_member(abstract: AbstractPopulation, trial: Trial, seed: int, trainab
     run, specs = abstract.widest, abstract.shapes.specs
     config = run.settings_of(trial, seed).lora
     rates = np.float32(trial.learning_rate), np.float32(trial.lr_ratio)
-    tx = _optimizer(run, specs, abstract.steps, *map(jnp.asarray, rates))
+    tx = _optimizer(run, specs, abstract.steps, *map(jnp.asarray, rates), seed=seed)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     return Members(
         state=init_state(trainable, tx, jax.random.key_data(key)),

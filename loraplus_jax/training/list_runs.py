@@ -160,10 +160,10 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def best_row(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The best validation by the decisive metric, and its step."""
+    """The best validation after a step by the decisive metric, and its step."""
     best = None
     for row in rows:
-        if "validation/loss" not in row:
+        if "validation/loss" not in row or row["step"] == 0:  # before training there is nothing to select
             continue
         values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
         found = _pick(values) | {"split": "validation", "step": row["step"]}

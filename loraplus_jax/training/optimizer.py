@@ -9,7 +9,7 @@ import optax
 from ..adapter.spec import Specs
 from ..optim.adalora import adalora
 from ..optim.lora_muon import scale_by_lora_muon
-from ..optim.lora_plus import LoRAPlusTransform, lora_plus_adamw
+from ..optim.lora_plus import PEFT_EMBEDDING_RATE, LoRAPlusTransform, lora_plus_adamw
 from ..optim.lora_rite import scale_by_lora_rite
 from ..optim.riemannian import scale_by_riemannian
 from ..optim.schedules import make_schedule
@@ -30,16 +30,19 @@ def make_optimizer(
     specs: Specs,
     *,
     learning_rate: jax.Array | None = None,
+    seed: int = 0,
 ) -> LoRAPlusTransform:
     """Makes the optimizer with a rate schedule per parameter group.
 
-    `learning_rate` replaces that of the settings; it and `lr_ratio` may be traced arrays.
+    `learning_rate` replaces that of the settings; it and `lr_ratio` may be traced arrays. `seed` is that of
+    AdaLoRA's initial values.
     """
     schedule = functools.partial(schedule_for, settings, steps)
     rate = schedule(settings.learning_rate if learning_rate is None else learning_rate)
-    rates: dict[str, Any] = {
-        name: None if (peak := getattr(settings, name)) is None else schedule(peak) for name in GROUP_RATES
-    }
+    peaks = {name: getattr(settings, name) for name in GROUP_RATES}
+    if settings.policy == "peft" and settings.embedding_learning_rate is None:
+        peaks["embedding_learning_rate"] = PEFT_EMBEDDING_RATE  # here, so that it has the schedule too
+    rates: dict[str, Any] = {name: None if peak is None else schedule(peak) for name, peak in peaks.items()}
     precondition = direction = None
     if settings.name == "riemannian":
         precondition = scale_by_riemannian(settings.reg, specs=specs)
@@ -72,6 +75,7 @@ def make_optimizer(
         initial_steps=steps // 10,
         final_steps=3 * steps // 10,
         every=10,
+        seed=seed,
         specs=specs,
     )
     # adalora accepts any optax transform; around this kind it returns one that knows labels and rates.

@@ -211,7 +211,7 @@ def abstract_run(
     steps = count_steps(settings, row_count(data.splits["train"]))
     shapes = build_model(settings, directory, data.task, settings.applied)
     check_tensor(mesh, shapes.base.tensor_sizes)
-    tx = make_optimizer(settings.optimizer, settings.lr_ratio, steps, shapes.specs)
+    tx = make_optimizer(settings.optimizer, settings.lr_ratio, steps, shapes.specs, seed=settings.seed)
     check_rates(settings.optimizer, tx, shapes.trainable)
     if settings.optimizer.target_rank is not None:
         try:

@@ -122,6 +122,8 @@ class Trainer:
         self.answers: dict[str, str] = {}
         self.ranks: dict[str, Any] = {}
         self.pending: list[Any] = []  # metrics of steps that are not logged yet
+        self.timed_steps = 0  # of these the ones that this process has trained
+        self.clock = time.perf_counter()
 
     def run_to_end(self) -> dict[str, Any]:
         """Resumes if possible, trains, evaluates and writes the results; returns the summary."""
@@ -296,6 +298,7 @@ class Trainer:
                 self.state, metrics = self.run.programs.step(self.state, self.frozen, rows)
                 # They stay on the devices: to read them here would wait for the step.
                 self.pending.append(metrics)
+                self.timed_steps += 1
                 self.step = step = step + 1
                 stopping = self.stop.is_due(step)
                 if is_measured:
@@ -326,12 +329,14 @@ class Trainer:
             self.log.write(spike.step, spike.values())
             self.console.print(str(spike))
         now = time.perf_counter()
-        speed, self.clock, self.pending = len(host) / (now - self.clock), now, []
+        speed = self.timed_steps / (now - self.clock)
+        speeds = {"steps_per_second": speed} if self.timed_steps else {}
+        self.clock, self.timed_steps, self.pending = now, 0, []
         done = [row for row in host if not row["skipped"]]
         values = {name: float(np.mean([row[name] for row in done])) for name in (done[0] if done else ())}
         values["skipped"] = float(len(host) - len(done))
         rates = {name: value for name, value in host[-1].items() if name.startswith("rate/")}
-        self.log.write(step, values | rates | {"steps_per_second": speed})
+        self.log.write(step, values | rates | speeds)
         check_skipped(self.run, self.history, first, host, self.manager.latest_step() or 0)
         self.history = history
         return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
@@ -347,6 +352,8 @@ class Trainer:
 
     def evaluate_and_save(self, step: int) -> None:
         """Evaluates on the validation split, logs and prints the result, and saves a checkpoint."""
+        jax.block_until_ready(self.state)
+        began = time.perf_counter()
         if jax.process_count() > 1 and not self.evaluation_pending:
             # No process may leave an evaluation that the others are in, so save the state first.
             self.save(None, evaluation_pending=True)
@@ -373,7 +380,7 @@ class Trainer:
             self.evaluation_pending = False
         else:
             self.save(metrics)
-        self.clock = time.perf_counter()
+        self.clock += time.perf_counter() - began  # the speed is that of training
         self.console.print(f"step {step}: {format_metrics(values)} (validation)")
 
     def save(self, metrics: Mapping[str, float] | None, *, evaluation_pending: bool = False) -> None:
@@ -394,10 +401,11 @@ class Trainer:
         )
 
     def should_stop(self) -> bool:
-        """Whether the last `train.early_stopping` evaluations were all worse than the best."""
+        """Whether the last `train.early_stopping` evaluations after a step were all worse than the best of them."""
         patience = self.settings.early_stopping
         sign = 1 if self.task.mode == "max" else -1
-        values = [sign * value for _, value in self.log.values(f"validation/{self.task.metric}")]
+        # Without a test split the evaluation before training is of validation too, but it has no checkpoint.
+        values = [sign * value for step, value in self.log.values(f"validation/{self.task.metric}") if step]
         if patience is None or len(values) <= patience:
             return False
         values = [-math.inf if math.isnan(value) else value for value in values]

@@ -74,9 +74,10 @@ def test_peft(options, base, tmp_path):
     assert ("DoRA" in source.about) == ("dora" in options)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("has_copy", [False, True], ids=["factors alone", "with the base's weight"])
-def test_an_embedding_of_peft(has_copy, base, tmp_path):
-    directory = write_peft(tmp_path / "peft", {"model.embed_tokens": (4, 4)}, base.source)
+def test_an_embedding_of_peft(has_copy, dora, base, tmp_path):
+    directory = write_peft(tmp_path / "peft", {"model.embed_tokens": (4, 4)}, base.source, dora=dora)
     rng, name = np.random.default_rng(3), "base_model.model.model.embed_tokens.lora_embedding_{}"
     vocabulary, size = base.shape("model.embed_tokens.weight")
     tensors = {
@@ -86,6 +87,9 @@ def test_an_embedding_of_peft(has_copy, base, tmp_path):
     if has_copy:  # as PEFT saves it
         weight = np.asarray(base.tensors["model.embed_tokens.weight"][:])
         tensors["base_model.model.model.embed_tokens.base_layer.weight"] = weight
+    if dora:
+        magnitudes = (1 + rng.random(size)).astype(np.float32)
+        tensors["base_model.model.model.embed_tokens.lora_magnitude_vector"] = magnitudes
     save_file(tensors, directory / "adapter_model.safetensors")
     assert list(check(PeftSource(directory), base)) == ["model.embed_tokens.weight"]
 

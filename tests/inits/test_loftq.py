@@ -1,5 +1,7 @@
 """LoftQ: the packed weights and their first adapters are nearer to the weights than the packed ones alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,3 +79,10 @@ def test_bad_steps(parts):
     base, _, specs = parts
     with pytest.raises(ValueError, match=mentions("steps", 0)):
         loftq(base, "nf4", specs, steps=0)
+
+
+def test_some_layers_of_a_stack_are_rejected(parts):
+    base, _, specs = parts
+    some = {p: dataclasses.replace(spec, layers=(0,)) if spec.stacked else spec for p, spec in specs.items()}
+    with pytest.raises(ValueError, match=mentions("loftq", "all layers")):
+        loftq(base, "nf4", some)

@@ -194,6 +194,17 @@ def test_values_and_gradients_are_those_of_the_merged_model(name, sums):
         )
 
 
+def test_dora_of_a_product_that_sums_over_a_batch_axis():
+    net = Weight((3, 4, 5), einsum("ebi,eio->bo"))
+    with jax.enable_x64(True):
+        x, rules = np.random.default_rng(0).normal(size=(3, 2, 4)), {"w": "eio"}
+        model = apply_lora_plus(net, LoRAPlusConfig(rank=2, target_parameters=rules, variant="dora"))
+        base = net.init(KEY, x)
+        lora, specs = init_lora(model, KEY, x, base=base)
+        lora = jax.tree.map(lambda v: v + 0.1, lora)
+        assert_close(model.apply({**base, "lora": lora}, x), net.apply(merge(base, lora, specs), x))
+
+
 def flops(f, *args):
     return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
 

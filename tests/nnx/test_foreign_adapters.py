@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from loraplus_jax import describe, lora_plus_adamw, merge, save_peft
+from loraplus_jax import describe, load_adapter, lora_plus_adamw, merge, save_adapter, save_peft
 from loraplus_jax.interop.peft_files import load_peft
 from loraplus_jax.nnx import apply_lora_plus, specs_of
 
@@ -48,6 +48,14 @@ def test_lora_of_flax():
     }
     y = X @ kernels["up"]["kernel"] @ kernels["down"]["base_module"]["kernel"]
     np.testing.assert_allclose(y, model(X), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "scale"), [(6, 0.1), (12, 0.7)])
+def test_any_scale_can_be_saved(tmp_path, rank, scale):
+    theirs = {"head": {"kernel": X.T @ X, "lora_a": jnp.ones((8, rank)), "lora_b": jnp.ones((rank, 8))}}
+    lora, specs, config = specs_of(theirs, scale=scale)
+    save_adapter(tmp_path / "a", lora, specs, config)
+    assert load_adapter(tmp_path / "a").specs["head"].scale == pytest.approx(scale, rel=1e-15)
 
 
 def test_a_model_of_one_layer():

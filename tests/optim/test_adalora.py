@@ -149,7 +149,7 @@ def test_thirty_steps_are_the_papers_in_float64():
     """A and B after every step, through all phases; ranks differ in the end, and the reference's masks change."""
     with jax.enable_x64(True):
         params = factors(np.float64)
-        tx = usual(beta1=0.8, beta2=0.7, orthogonality=0.1)
+        tx = usual(beta1=0.8, beta2=0.7, orthogonality=0.1, seed=3)
         start = tx.init(params).triplets
         references = [
             Reference(
@@ -316,6 +316,16 @@ def test_layers_without_adapter_stay_zero_and_do_not_count():
     assert not any(np.any(x[1]) for x in found["q"].values())
     assert not any(np.any(x) for x in (found["v"]["lora_a"][:, 3], found["v"]["lora_b"][3]))
     assert sum(int(np.any(pair["lora_b"], -1).sum()) for pair in found.values()) == 4
+
+
+def test_what_is_drawn_does_not_depend_on_ranks_that_are_not_there():
+    alone = factors()
+    padded = jax.tree.map(lambda x: np.pad(x, [(0, 2 if n == RANK else 0) for n in x.shape]), alone)
+    tx, other = usual(), adalora(optax.sgd(1.0), optax.sgd(1.0), **OFF, seed=1)
+    for path, q in tx.init(alone).triplets.q.items():
+        axis = next(n for n, size in enumerate(q.shape) if size == RANK)
+        np.testing.assert_array_equal(q, jnp.take(tx.init(padded).triplets.q[path], jnp.arange(RANK), axis))
+        assert not np.allclose(q, other.init(alone).triplets.q[path])
 
 
 def test_bfloat16_factors_are_the_state_rounded():

@@ -209,3 +209,14 @@ def test_probe_shows_a_ratio_outside_a_transform_that_keeps_parameters():
         updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = optax.apply_updates(params, updates)
     assert ratios == pytest.approx([8, 48], rel=1e-3)
+
+
+def test_probe_behind_float32_copies_shows_the_realised_rates():
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.3, jnp.bfloat16), TRAINABLE)
+    inner = lora_plus_adamw(1e-4, 4.0)
+    tx = keep_float32(inner)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert float(probe(inner, state.inner_state, state.masters)["b/a"]) == pytest.approx(4, rel=1e-4)

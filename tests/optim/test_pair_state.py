@@ -63,6 +63,24 @@ def test_rows_are_rank_components(a, b, rows):
         np.testing.assert_array_equal(layout.restore(found, leaves[path].shape), leaves[path])
 
 
+def test_of_a_square_weight_the_rank_is_the_smaller_axis():
+    a, b = np.arange(12).reshape(6, 2), np.arange(12, 24).reshape(2, 6)
+    for leaves in ({"lora_A": a, "lora_B": b}, {"lora_A": a.T, "lora_B": b.T}):
+        ((pair, layouts),) = pair_layouts(leaves).items()
+        for path, layout, rows in zip(pair, layouts, (a.T, b), strict=True):
+            np.testing.assert_array_equal(layout.rows(leaves[path]), rows)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_what_float32_rounds_is_no_direction(rows):
+    x = jnp.asarray(np.random.default_rng(rows).normal(size=(8, rows)), jnp.float32)
+    gram = x @ x.T
+    root = inverse_root(gram)
+    # The projection on the directions that the rows span.
+    assert float(jnp.trace(root @ gram @ root)) == pytest.approx(rows, abs=1e-3)
+    assert float(jnp.abs(root).max()) < 2 / float(jnp.linalg.svd(x)[1].min())
+
+
 def test_inverse_roots():
     matrix = np.random.default_rng(5).normal(size=(4, 4))
     matrix = jnp.asarray(matrix @ matrix.T, jnp.float32)

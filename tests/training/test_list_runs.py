@@ -125,7 +125,10 @@ def test_a_failed_run_shows_why_until_it_runs_again(tmp_path):
     ("metric", "best"), [("accuracy", 0.8), ("matthews", 0.8), ("mse", 0.6), ("perplexity", 0.6)]
 )
 def test_the_decisive_metric_decides_the_best(metric, best):
-    assert best_row(validations(EVALUATIONS, metric))["value"] == best
+    rows = validations(EVALUATIONS, metric)
+    assert best_row(rows)["value"] == best
+    # Before training there is no checkpoint that could be selected.
+    assert best_row([{**row, "step": 0} for row in rows]) is None
 
 
 def test_a_sweep_shows_its_lowest_mean_loss_and_its_winner_s_run(tmp_path):

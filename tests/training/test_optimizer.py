@@ -124,3 +124,20 @@ def test_adalora_lowers_the_ranks_between_a_tenth_and_seven_tenths_of_the_steps(
         if not (params["lora"]["query"]["lora_b"] != 0).any(-1).all():
             low.append(step)
     assert low == [20, 30, 40, 50, 60, *range(70, 101)]
+
+
+def test_every_seed_draws_other_values_for_adalora():
+    def drawn(seed):
+        tx = make_optimizer(OptimizerSettings(target_rank=1), 4.0, 100, SPECS, seed=seed)
+        fresh = {"lora": {"query": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.zeros((2, 3))}}}
+        return tx.init(fresh).triplets.q["lora/query/lora_b"]
+
+    np.testing.assert_array_equal(drawn(3), drawn(3))
+    assert not np.allclose(drawn(3), drawn(4))
+
+
+def test_the_embedding_rate_of_peft_follows_the_schedule():
+    fields = {"policy": "peft", "schedule": "linear", "warmup_steps": 2}
+    tx = make_optimizer(OptimizerSettings(**fields), 4.0, 12, SPECS)
+    found = [float(tx.rates(step)["embedding"][0]) for step in (0, 1, 2, 7)]
+    assert found == pytest.approx([0, 5e-7, 1e-6, 5e-7], rel=1e-5)

@@ -3,6 +3,7 @@
 import json
 import math
 import types
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -37,9 +38,10 @@ def test_a_split_is_averaged_over_all_rows_once(size):
     assert all(type(value) is float for value in found.values())
 
 
-def trainer(values, patience, mode="max"):
+def trainer(values, patience, mode="max", before=()):
     """Only what early stopping looks at."""
-    log = types.SimpleNamespace(values=lambda name: list(enumerate(values)) if name == "validation/m" else [])
+    rows = [*((0, value) for value in before), *enumerate(values, 1)]
+    log = types.SimpleNamespace(values=lambda name: rows if name == "validation/m" else [])
     task = types.SimpleNamespace(metric="m", mode=mode)
     return types.SimpleNamespace(settings=TrainSettings(early_stopping=patience), task=task, log=log)
 
@@ -65,6 +67,9 @@ def test_early_stopping_counts_evaluations_without_a_better_one(values, patience
     assert Trainer.should_stop(trainer(values, patience)) is stops  # pyright: ignore
     down = trainer([-value for value in values], patience, "min")
     assert Trainer.should_stop(down) is stops  # pyright: ignore
+    # Without a test split, validation is evaluated before training too.
+    for value in (-9.0, 9.0):
+        assert Trainer.should_stop(trainer(values, patience, before=[value])) is stops  # pyright: ignore
 
 
 def numbered(trainable, frozen, batch):
@@ -92,46 +97,80 @@ def test_rows_are_kept_in_order_without_padding(size):
 TARGETS = {"train": 9.0, "validation": 2.0, "test": 4.0}
 
 
+def _descend(variables, batch, rng):
+    return (-jnp.sum(variables["params"]["w"] * batch["weight"]), jnp.sum(batch["weight"])), {}
+
+
+def _distance(variables, batch, rng):
+    losses = jnp.square(variables["params"]["w"] - batch["target"]) * batch["weight"]
+    return (jnp.sum(losses), jnp.sum(batch["weight"])), {}
+
+
+@pytest.fixture
+def make_run(tmp_path, monkeypatch):
+    """A run whose one weight is the number of steps, and whose loss is its squared distance to a split's target."""
+
+    def make(**train):
+        settings = Settings(
+            model=ModelSettings(path="m"),
+            data=DataSettings(path="d"),
+            train=TrainSettings(steps=5, batch_size=2, compilation_cache=False, **train),
+            method="full",
+            output_dir=str(tmp_path / "out"),
+        )
+        mesh, tx = make_mesh(1), cast(Any, optax.sgd(1.0))
+        task: Any = types.SimpleNamespace(metric="loss", mode="min", derived=lambda values: {})
+        splits = {name: {"target": np.full(4, target, np.float32)} for name, target in TARGETS.items()}
+        data = TaskData(task, splits, dict.fromkeys(splits, 4), {}, {})
+        base: Any = types.SimpleNamespace(rules=((".*", ()),))
+        parts = AdaptedModel(base, base, {}, {"params": {"w": jnp.zeros(())}}, {})
+        step = jit_step(_descend, tx, mesh=mesh, skip_nonfinite=True)
+        programs = Programs(step, make_eval(_distance, mesh=mesh))
+        shardings, notes = state_shardings(parts, tx, mesh), {"base": None, "identity": {}, "task": {}}
+        batches = full_batches(splits["train"], 2, 64)
+        run = Run(settings, data, parts, 5, batches, tx, mesh, shardings, programs, None, None, notes, None)
+        monkeypatch.setattr(training, "prepare", lambda *_, **__: run)
+        monkeypatch.setattr(training, "draw_loss", lambda *_: None)
+        monkeypatch.setattr(Trainer, "expected_peak", lambda _: 0)  # of programs that are not compiled
+        return run
+
+    return make
+
+
+def _rows(run):
+    lines = (Path(run.settings.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 @pytest.mark.parametrize(("select", "selected"), [("best", 2), ("last", 5)])
-def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(
-    tmp_path, monkeypatch, select, selected
-):
-    """The one weight is the number of steps, and a split's loss its squared distance to the split's target."""
-
-    def descend(variables, batch, rng):
-        return (-jnp.sum(variables["params"]["w"] * batch["weight"]), jnp.sum(batch["weight"])), {}
-
-    def distance(variables, batch, rng):
-        losses = jnp.square(variables["params"]["w"] - batch["target"]) * batch["weight"]
-        return (jnp.sum(losses), jnp.sum(batch["weight"])), {}
-
-    settings = Settings(
-        model=ModelSettings(path="m"),
-        data=DataSettings(path="d"),
-        train=TrainSettings(steps=5, batch_size=2, eval_every=1, select=select, compilation_cache=False),
-        method="full",
-        output_dir=str(tmp_path / "out"),
-    )
-    mesh, tx = make_mesh(1), cast(Any, optax.sgd(1.0))
-    task: Any = types.SimpleNamespace(metric="loss", mode="min", derived=lambda values: {})
-    splits = {name: {"target": np.full(4, target, np.float32)} for name, target in TARGETS.items()}
-    data = TaskData(task, splits, dict.fromkeys(splits, 4), {}, {})
-    base: Any = types.SimpleNamespace(rules=((".*", ()),))
-    parts = AdaptedModel(base, base, {}, {"params": {"w": jnp.zeros(())}}, {})
-    programs = Programs(jit_step(descend, tx, mesh=mesh, skip_nonfinite=True), make_eval(distance, mesh=mesh))
-    shardings, notes = state_shardings(parts, tx, mesh), {"base": None, "identity": {}, "task": {}}
-    batches = full_batches(splits["train"], 2, 64)
-    run = Run(settings, data, parts, 5, batches, tx, mesh, shardings, programs, None, None, notes, None)
-    monkeypatch.setattr(training, "prepare", lambda *_, **__: run)
-    monkeypatch.setattr(training, "draw_loss", lambda *_: None)
-    monkeypatch.setattr(Trainer, "expected_peak", lambda _: 0)  # of programs that are not compiled
-    summary = training.train(settings, console=LineConsole(quiet=True))
-    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(make_run, select, selected):
+    run = make_run(eval_every=1, select=select)
+    summary = training.train(run.settings, console=LineConsole(quiet=True))
+    rows = _rows(run)
     evaluated = [(row["step"], name, row[name]) for row in rows for name in row if name.endswith("/loss")]
     assert evaluated == [
         (0, "test/loss", 16.0),
         *((n, "validation/loss", (n - 2.0) ** 2) for n in range(1, 6)),
     ]
-    assert (summary["held_out"]["split"], summary["examples"]) == ("test", data.examples)
+    assert (summary["held_out"]["split"], summary["examples"]) == ("test", run.data.examples)
     assert (summary["before"]["loss"], summary["selected_step"]) == (16.0, selected)
     assert summary["after"]["loss"] == (selected - 4.0) ** 2
+
+
+def test_the_speed_is_that_of_training(make_run, monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: seconds[0]))
+    run = make_run(log_every=2, eval_every=3)
+
+    def lasts(duration, call):
+        def timed(*args):
+            seconds[0] += duration
+            return call(*args)
+
+        return timed
+
+    monkeypatch.setattr(Trainer, "evaluate", lasts(100.0, Trainer.evaluate))
+    slow = run._replace(programs=run.programs._replace(step=lasts(0.5, run.programs.step)))
+    monkeypatch.setattr(training, "prepare", lambda *_, **__: slow)
+    training.train(run.settings, console=LineConsole(quiet=True))
+    assert [row["steps_per_second"] for row in _rows(run) if "steps_per_second" in row] == [2.0, 2.0, 2.0]
