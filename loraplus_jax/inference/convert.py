@@ -236,9 +236,9 @@ def _convert_run(
         outputs = verify_by.our_logits(named.source, _gguf_weights(partial, named))
     else:
         outputs = verify_by.tuned_outputs(load_tuned(partial, allow_different=allow))
-    low = (to == "merged" and dtype not in (None, "float32")) or (to == "gguf" and dtype != "float32")
-    tolerance = (EIGHT_BITS if dtype == "q8_0" else LOW_PRECISION) if low else TOLERANCE
-    verified = compare("outputs", "loraplus", plain, verify_by.tuned_outputs(tuned), outputs, tolerance)
+    is_low = to == "merged" and dtype not in (None, "float32")
+    allowed = LOW_PRECISION if is_low else TOLERANCE, _of_effect(to, dtype)
+    verified = compare("outputs", "loraplus", plain, verify_by.tuned_outputs(tuned), outputs, *allowed)
     return [*lines, _format(verified)]
 
 
@@ -347,6 +347,11 @@ def _gguf_weights(directory: Path, base: NamedBase) -> dict[str, np.ndarray]:
     return weights
 
 
+def _of_effect(to: str, dtype: str | None) -> float:
+    """The share of what the adapter changes that may differ: in a GGUF adapter only the factors are rounded."""
+    return 0.0 if to != "gguf" or dtype == "float32" else EIGHT_BITS if dtype == "q8_0" else LOW_PRECISION
+
+
 def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str | None) -> Verified:
     """Compares outputs at the source, from its tensors and the recipe alone, and at the target, read back."""
     weights = dict(source.weights(base))
@@ -358,9 +363,7 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
                 value = weights[name] if name in weights else np.asarray(view[:], np.float32)
                 weights[name] = value.astype(dtype_of(stored[name])).astype(np.float32)
                 is_low |= stored[name] != "F32"
-    tolerance, of_effect = LOW_PRECISION if is_low else TOLERANCE, 0.0
-    if to == "gguf" and dtype != "float32":  # only factors are rounded, so the changes are, and not the base
-        of_effect = EIGHT_BITS if dtype == "q8_0" else LOW_PRECISION
+    tolerance, of_effect = LOW_PRECISION if is_low else TOLERANCE, _of_effect(to, dtype)
     if not verify_by.is_known(base):
         if to == "merged":
             written = read_named_base(partial)

@@ -33,7 +33,7 @@ from ..training.run_files import read_summary, saved_steps
 from .executor import Executor, run_sweeps
 from .method_comparison_report import PICTURES, compare, draw
 from .population import abstract_population, identity_of, load_weights
-from .report import PAGE, REPORT, render_page, write_report
+from .report import PAGE, REPORT, WINNER, render_page, write_report
 from .run import Sweep, open_executor, sweep
 from .settings import Arm, SweepRun, Trial, grid_rates
 from .unit import Unit
@@ -182,7 +182,8 @@ def compare_runs(
         summary["devices"] = ", ".join(devices)
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         write_record(directory / SUMMARY, summary)
-    console.print(report["verdict"], f"{directory}: {PAGE}, {REPORT}, {SUMMARY}", sep="\n")
+    files = f"{directory}: {PAGE}, {REPORT}, {SUMMARY}, and for each method a config, such as lora/{WINNER}"
+    console.print(report["verdict"], files, sep="\n")
     return report
 
 
@@ -314,7 +315,7 @@ class MethodSweep(Sweep):
         return self.group < 0
 
     def finish(self) -> dict[str, Any]:
-        """Writes the rows, the costs and, last, the summary."""
+        """Writes the rows, the costs, the config of the chosen setting and, last, the summary."""
         scores = [score for result in self.results for score in result["text_scores"]]
         unrelated = [losses for result in self.results for losses in result["unrelated"]]
         report = self.report() | {
@@ -324,6 +325,8 @@ class MethodSweep(Sweep):
         }
         self.output.check()
         write_report(self.directory, report)
+        (best,) = self.chosen.values()
+        self.write_winner(best)
         self.write_end()
         return report
 

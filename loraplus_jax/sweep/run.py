@@ -414,18 +414,20 @@ class Sweep:
         report = make_report(self.run, self.rows, self.chosen, self.steps, data.task.metric, curve)
         return report | dict(self.source)
 
+    def write_winner(self, trial: Trial) -> None:
+        """Writes the config of a run with a chosen setting."""
+        winner = self.run.settings_of(trial, self.run.seed, str(self.directory / "winner"))
+        write_text(self.directory / WINNER, yaml.safe_dump(winner.to_json(), sort_keys=False))
+
     def finish(self) -> dict[str, Any]:
-        """Writes the report with its figures, the winner's recipe and, last, the summary."""
+        """Writes the report with its figures, the winner's config and, last, the summary."""
         report = self.report()
         self.output.check()
         draw_figures(self.directory, report)
         write_report(self.directory, report, page=True)
         if report["winner"] is None:
             raise TrainingFailed(f"{report['decision']} The results are in {PAGE} and {REPORT}")
-        best = self.chosen[report["winner"]["arm"]]
-        winner = self.run.settings_of(best, self.run.seed, str(self.directory / "winner"))
-        text = yaml.safe_dump(winner.to_json(), sort_keys=False)
-        write_text(self.directory / WINNER, text)
+        self.write_winner(self.chosen[report["winner"]["arm"]])
         summary = {
             name: report[name]
             for name in ("decision", "verdict", "winner", "command", "member_steps", "ended")

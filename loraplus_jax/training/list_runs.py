@@ -76,7 +76,9 @@ def find_runs(directory: Path) -> Iterator[Path]:
             continue
         if names & MARKS:
             yield path
-            names &= {WINNER}
+            # That of a sweep, or of each method of a comparison.
+            found = (*path.glob(WINNER), *path.glob(f"*/{WINNER}"))
+            names = {str(part.relative_to(path)) for part in found if part.is_dir()}
         if path == directory or not path.is_symlink():
             waiting += [path / name for name in sorted(names, reverse=True) if not name.startswith(".")]
 

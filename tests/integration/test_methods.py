@@ -5,13 +5,14 @@ import signal
 import jax
 import numpy as np
 import pytest
-import yaml
 from tokenizers import Tokenizer
 
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference.predict import load_tuned
 from loraplus_jax.sweep import method_comparison as comparing
+from loraplus_jax.sweep.report import WINNER
 from loraplus_jax.tasks.held_out_generation import HeldOutTexts
+from loraplus_jax.training.list_runs import find_runs
 
 from ..messages import assert_mentions
 from .runs import NO_PROMPT, flags, report_of, summary_of
@@ -157,16 +158,16 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
     assert page.index("tuned LoRA") < page.index("<h1>")
     row = page.partition("<td>before training</td>")[2].partition("</tr>")[0]
     assert all(f"<td>{value:.4g}</td>" in row for value in report["protocol"]["untrained"].values())
-    # The chosen setting of a method is the single run with its settings.
+    # The config of a method's chosen setting trains the run that was compared.
+    assert f"lora/{WINNER}" in out
     seed = report["protocol"]["report_seeds"][0]
-    rate = report["methods"]["lora_rite"]["chosen"]["learning_rate"]
-    head = str(yaml.safe_load((world.out / "config.yaml").read_text())["optimizer"]["learning_rate"])
-    args = ("--method", "lora", "--optimizer.name", "lora_rite", "--optimizer.learning_rate", str(rate))
-    args += ("--optimizer.head_learning_rate", head, "--seed", str(seed))
-    args += flags("--train.select last --train.steps 8 --train.eval_every 4")
-    run = world.trained(*args, out=world.directory / "one")
-    member = next(run for run in report["methods"]["lora_rite"]["runs"] if run["seed"] == seed)
-    assert summary_of(run)["after"]["loss"] == pytest.approx(member["test"]["loss"], rel=1e-4)
+    for name in ("lora_rite", "full"):
+        args = ("--seed", str(seed), "--train.select", "last")
+        assert main(["train", str(world.out / name / WINNER), *args]) == 0
+        member = next(run for run in report["methods"][name]["runs"] if run["seed"] == seed)
+        loss = summary_of(world.out / name / "winner")["after"]["loss"]
+        assert loss == pytest.approx(member["test"]["loss"], rel=1e-4)
+    assert {*find_runs(world.out)} == {world.out, *(world.out / n / "winner" for n in ("lora_rite", "full"))}
 
 
 @pytest.mark.parametrize(
