@@ -26,6 +26,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 from .._utils.validation import check_int
 from ..data.batches import round_up
 from ..data.chat_template import ChatTemplate
+from ..data.chat_tokens import end_of_turn
 from ..data.conversations import Turn
 from ..models.decoding.generate import (
     NONFINITE_LOGITS,
@@ -206,7 +207,11 @@ class LoRAPlusLM(TemplateLM):
         encoded = [ids[-longest:] for ids in encoded]
         # A stop string of one token ends the generation at once; others are searched in the text below.
         ends = [ids for text in until if len(ids := self.tok_encode(text, add_special_tokens=False)) == 1]
-        generate = self._program(new_tokens, (*stop_ids(self._base), *(ids[0] for ids in ends)))
+        stop = {*stop_ids(self._base), *(ids[0] for ids in ends)}
+        # Once lm-eval has rendered the prompts by the chat template, answers end as in `loraplus generate`.
+        if "_template" in vars(self) and (end := end_of_turn(self._tokenizer, self._template)) is not None:
+            stop.add(end[0])
+        generate = self._program(new_tokens, tuple(sorted(stop)))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(len(prompts)))
         # The longest first: if memory runs out, then at the start.
         order = sorted(range(len(prompts)), key=lambda n: -len(encoded[n]))

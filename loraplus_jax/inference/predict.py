@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._utils.atomic import to_json
+from .._utils.multihost import is_lead
 from .._utils.records import check_files
 from .._utils.validation import check_new_file, suggest
 from ..adapter.adapter_stack import AdapterStack, apply_rows, select_adapters
@@ -291,7 +293,9 @@ def evaluate_run(
     trainable, frozen = tuned.parts.trainable, tuned.parts.frozen
     eval_fn = make_eval(losses.evaluate, mesh=on, shardings=shardings_of(tuned.parts, on))
     values = evaluate(eval_fn, trainable, frozen, evaluated.columns, size, on)
-    results = {"data": data or split or "test", "examples": evaluated.examples}
+    results: dict[str, Any] = {"data": data or split or "test", "examples": evaluated.examples}
+    if evaluated.truncated:  # to data.max_length of the run
+        results["truncated"] = evaluated.truncated
     results |= finish_metrics(tuned.task, values)
     if texts is not None:
         rows, scores = texts.generate(tuned.variables)
@@ -387,7 +391,13 @@ def compute_outputs(
 ) -> np.ndarray:
     """The head's outputs for each text; with `adapters`, each text has the adapter in its slot of the stack."""
     with raise_together():
-        arrays, _ = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
+        arrays, truncated = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
+        if truncated and is_lead():
+            longest = tuned.settings.data.max_length
+            message = (
+                f"truncated {truncated:,} of {len(texts):,} texts to data.max_length {longest} of the run"
+            )
+            print(message, file=sys.stderr)
         # Texts of one row share their adapter.
         slots = np.zeros(len(texts), np.int32) if adapters is None else np.array(adapters[1], np.int32)
         shape, groups = TextRows.fitting(text_lengths(arrays)), []

@@ -109,12 +109,12 @@ def make_rope(
     theta: float,
     scaling: Scaling,
     max_positions: int,
-    slots: int | None = None,
+    lengths: jax.Array | None = None,
 ) -> Rope:
     """Rotary embeddings of positions (B or 1, T) for heads of `size`, as in transformers' `modeling_rope_utils`.
 
-    `dynamic` scales by the largest position of the call. So does `longrope`, but with a cache by its number of
-    `slots`: all its keys must be rotated alike.
+    `dynamic` scales by the largest position of the call. So does `longrope`, but with a cache by the tokens that it
+    will hold of each row, `lengths` (B,): all keys of a row must be rotated alike.
     """
     options = dict(scaling)
     kind = options.get("rope_type", "default")
@@ -126,7 +126,7 @@ def make_rope(
     elif kind == "yarn":
         inverse, attention = _yarn(plain, size, theta, options, max_positions)
     elif kind == "longrope":
-        inverse, attention = _longrope(positions, plain, options, max_positions, slots)
+        inverse, attention = _longrope(positions, plain, options, max_positions, lengths)
     elif kind == "llama3":
         inverse = _llama3(plain, options)
     elif kind == "linear":
@@ -135,7 +135,9 @@ def make_rope(
         inverse = plain / np.array(options["factors"], np.float64)
     else:
         inverse = plain
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)[None, None]
+    # Of all rows, or of each.
+    inverse = jnp.atleast_2d(jnp.asarray(inverse, jnp.float32))[:, None]
+    angles = positions[..., None].astype(jnp.float32) * inverse
     return Rope(jnp.cos(angles) * attention, jnp.sin(angles) * attention)
 
 
@@ -162,13 +164,13 @@ def _longrope(
     plain: np.ndarray,
     options: Mapping[str, Any],
     max_positions: int,
-    slots: int | None,
+    lengths: jax.Array | None,
 ) -> tuple[jax.Array, float]:
     """A divisor for each frequency, others beyond the original context (arXiv 2402.13753, section 3.2)."""
     original = options["original_max_position_embeddings"]
     factor = options.get("factor", max_positions / original)
     default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    longest = jnp.max(positions) + 1 if slots is None else slots
+    longest = jnp.max(positions) + 1 if lengths is None else lengths[:, None]
     short, long = (plain / np.array(options[name]) for name in ("short_factor", "long_factor"))
     # Both lists, of which the program takes one when it knows the length.
     return jnp.where(longest > original, long, short), options.get("attention_factor", default)

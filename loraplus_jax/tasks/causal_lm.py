@@ -360,11 +360,11 @@ def load_split(
     examples = _load_splits(settings)[0][split or "test"] if data is None else _read(settings, data)
     tools = tokenizer_and_template(settings, directory, task)
     if task.kind == "multiple_choice":
-        columns = encode_choices(examples, *tools, settings.data.max_length)
+        columns, truncated = encode_choices(examples, *tools, settings.data.max_length), 0
     else:
-        columns, _ = _encode(settings, tools, examples)
+        columns, truncated = _encode(settings, tools, examples)
     inputs = group_references(examples) if task.kind == "generation" else ()
-    return Split(columns, len(examples), _digest(examples), tuple(inputs))
+    return Split(columns, len(examples), _digest(examples), tuple(inputs), truncated)
 
 
 def load_text(settings: Settings, directory: Path, value: str) -> tuple[Split, int]:

@@ -297,10 +297,10 @@ def load_split(
     else:
         glue, path = find_task(settings.data), resolve(data, "data")
         rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
-    arrays, _ = encode_texts(rows.texts, rows.pairs, tokenizer_for(settings, directory))
+    arrays, truncated = encode_texts(rows.texts, rows.pairs, tokenizer_for(settings, directory))
     columns = arrays | {"label": task.labels(rows)}
     columns, _ = TextRows.fitting(text_lengths(columns)).arrange_all(columns)
-    return Split(columns, len(rows), _digest(rows))
+    return Split(columns, len(rows), _digest(rows), truncated=truncated)
 
 
 def _load_splits(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list[str]]:

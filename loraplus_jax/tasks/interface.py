@@ -51,6 +51,7 @@ class Split(NamedTuple):
     examples: int
     digest: str
     inputs: tuple[Input, ...] = ()
+    truncated: int = 0
 
 
 class TaskData(NamedTuple):

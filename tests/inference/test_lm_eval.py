@@ -110,6 +110,20 @@ def test_whole_texts_in_windows_are_those_of_transformers(ours, theirs):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_with_the_chat_template_answers_end_as_its_turns_do(directory, monkeypatch):
+    from loraplus_jax.inference.lm_eval import LoRAPlusLM
+
+    end = Tokenizer.from_file(str(directory / "model/tokenizer.json")).token_to_id(tiny.END)
+    (directory / "other.jinja").write_text(TEMPLATE.replace("{{ eos_token }}", tiny.END))
+    model = LoRAPlusLM(directory / "model", batch_size=4, template=str(directory / "other.jinja"))
+    stops, make = [], model._make_program
+    monkeypatch.setattr(model, "_program", lambda new, stop: (stops.append(stop), make(new, stop))[1])
+    model.generate_until(requests("generate_until", ("what", {"max_gen_toks": 2})))
+    prompt = model.apply_chat_template([{"role": "user", "content": "what"}])
+    model.generate_until(requests("generate_until", (prompt, {"max_gen_toks": 2})))
+    assert [end in stop for stop in stops] == [False, True]
+
+
 def test_generated_texts_are_those_of_transformers(ours, theirs):
     (longest,) = ours.generate_until(requests("generate_until", ("what", {"max_gen_toks": 12})))
     middle = longest[len(longest) // 2]

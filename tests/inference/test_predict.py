@@ -43,6 +43,18 @@ def test_an_evaluation_counts_right_predictions_of_a_file(untrained):
     assert evaluated["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
+def test_truncated_texts_are_counted(untrained, tmp_path, capsys):
+    rows = untrained.rows()
+    rows[3] |= {"text": "good " * 200}
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate_run(untrained.out, data=str(data))["truncated"] == 1
+    predict_run(untrained.out, texts=TEXTS)
+    assert "truncated" not in capsys.readouterr().err
+    predict_run(untrained.out, data=str(data))
+    assert f"truncated 1 of {len(rows)} texts to data.max_length" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("function", "options", "words"),
     [

@@ -40,11 +40,15 @@ def test_longrope_divides_by_other_factors_beyond_its_context_by_hand():
     scaling = parse_rope_scaling(scaling | {"original_max_position_embeddings": 8})
     options = {"size": 4, "theta": 100.0, "scaling": scaling, "max_positions": 64}
     attention = np.sqrt(1 + np.log(8) / np.log(8))  # eight times as long
-    for last, slots, divisors in ((7, None, [1, 2]), (8, None, [4, 5]), (3, 8, [1, 2]), (3, 9, [4, 5])):
-        rope = make_rope(jnp.array([[last]]), slots=slots, **options)
+    for last, length, divisors in ((7, None, [1, 2]), (8, None, [4, 5]), (3, 8, [1, 2]), (3, 9, [4, 5])):
+        lengths = None if length is None else jnp.array([length])
+        rope = make_rope(jnp.array([[last]]), lengths=lengths, **options)
         angles = last * np.array([1, 0.1]) / divisors
         np.testing.assert_allclose(rope.cos[0, 0], attention * np.cos(angles), rtol=1e-5)
         np.testing.assert_allclose(rope.sin[0, 0], attention * np.sin(angles), rtol=1e-5)
+    both = make_rope(jnp.array([[3], [3]]), lengths=jnp.array([8, 9]), **options)
+    np.testing.assert_allclose(both.cos[1, 0], rope.cos[0, 0])
+    assert not np.allclose(both.cos[0, 0], both.cos[1, 0])
 
 
 def test_the_rest_of_a_head_stays_as_it_is():

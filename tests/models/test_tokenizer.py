@@ -244,6 +244,21 @@ def test_of_several_templates_the_default_one_is_taken(directory):
     assert special_tokens(directory) == {}
 
 
+def test_gemma_3_s_token_for_an_image_is_left_out_of_a_model_of_text(directory):
+    file, config = directory / "tokenizer.json", directory / "config.json"
+    own = Tokenizer.from_file(str(file))
+    own.add_special_tokens(["<image_soft_token>"])
+    own.save(str(file))
+    config.write_text('{"vocab_size": 3}')
+    assert tokenizer(directory).token_to_id("<image_soft_token>") is None
+    config.write_text('{"vocab_size": 4}')
+    assert tokenizer(directory).token_to_id("<image_soft_token>") == 3
+    own.add_special_tokens(["<more>"])
+    own.save(str(file))
+    with pytest.raises(ValueError, match=mentions("<more>", "embedding", "4 rows")):
+        tokenizer(directory)
+
+
 def test_what_is_wrong_with_a_directory_is_named(directory, tmp_path):
     (directory / "config.json").write_text('{"vocab_size": 2}')
     with pytest.raises(ValueError, match=mentions("embedding", "2 rows")):

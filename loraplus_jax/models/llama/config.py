@@ -74,14 +74,18 @@ _GEMMA = Kind(
         "tie_word_embeddings": True,
     },
 )
+_QWEN_WINDOW = {"sliding_window": 4096, "max_window_layers": 28}
 KINDS: Mapping[str, Kind] = {
     "llama": Kind(
         reads=("attention_bias", "mlp_bias"), full=lambda entries: range(entries["num_hidden_layers"])
     ),
     "mistral": Kind(qkv_bias=False, defaults={"sliding_window": 4096}),
-    "qwen2": Kind(qkv_bias=True, reads=("layer_types",), full=_lower_layers),
+    "qwen2": Kind(qkv_bias=True, reads=("layer_types",), full=_lower_layers, defaults=_QWEN_WINDOW),
     "qwen3": Kind(
-        qk_norm=True, reads=("attention_bias", "layer_types"), full=_lower_layers, defaults={"head_dim": 128}
+        qk_norm=True,
+        reads=("attention_bias", "layer_types"),
+        full=_lower_layers,
+        defaults={"head_dim": 128, **_QWEN_WINDOW},
     ),
     "gemma2": _GEMMA._replace(
         reads=(*_GEMMA.reads, "attn_logit_softcapping"),
@@ -277,23 +281,23 @@ class LlamaConfig(ModelConfig):
     def max_length(self) -> int:
         """The longest sequence, in tokens: as configured, or as extended by rotary scaling.
 
-        Llama 3's and Phi-3's configs state the extended length.
+        Llama 3's, Phi-3's and Gemma 3's configs state the extended length.
         """
         options = dict(self.rope_scaling)
-        if options.get("rope_type") in ("llama3", "longrope"):
+        if options.get("rope_type") in ("llama3", "longrope") or self.rope_local_theta is not None:
             return self.max_position_embeddings
         original = options.get("original_max_position_embeddings", self.max_position_embeddings)
         return max(self.max_position_embeddings, int(original * options.get("factor", 1)))
 
-    def rope(self, positions: jax.Array, slots: int | None = None) -> tuple[Rope, ...]:
+    def rope(self, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[Rope, ...]:
         """Rotary embeddings of positions (B or 1, T), and those of the layers with a window if they differ.
 
-        `slots` is the size of the cache, if there is one.
+        `lengths` (B,) are the tokens that the cache will hold of each row, if there is one.
         """
         options: Any = {
             "size": self.rotary_size,
             "max_positions": self.max_position_embeddings,
-            "slots": slots,
+            "lengths": lengths,
         }
         rope = make_rope(positions, theta=self.rope_theta, scaling=self.rope_scaling, **options)
         if self.rope_local_theta is None:
@@ -357,7 +361,10 @@ def _rope_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
         )
     theta = parameters.get("rope_theta", entries.get("rope_theta", 10_000.0))
     original = {key: entries[key] for key in ("original_max_position_embeddings",) if key in kind.defaults}
-    fields = {"rope_theta": theta, "rope_scaling": parse_rope_scaling({**parameters, **original})}
+    scaling, older = parse_rope_scaling({**parameters, **original}), entries.get("rope_scaling")
+    if isinstance(older, Mapping) and older and parse_rope_scaling({**older, **original}) != scaling:
+        raise ValueError("rope_parameters and rope_scaling differ: keep one of them in config.json")
+    fields = {"rope_theta": theta, "rope_scaling": scaling}
     if "rope_local_theta" in kind.reads:
         fields["rope_local_theta"] = local.get("rope_theta", entries["rope_local_base_freq"])
     if "partial_rotary_factor" in kind.reads:

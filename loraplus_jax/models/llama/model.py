@@ -157,8 +157,10 @@ class Llama(CausalLM):
         self, input_ids: jax.Array, positions: jax.Array, shared: Shared, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         """The input of the head (B, T, D), and the updated cache; see `CausalLM.run`."""
-        c, slots = self.config, None if cache is None else cache.key.shape[3]
-        shared = shared._replace(rope=c.rope(positions, slots))
+        c, lengths = self.config, None
+        if cache is not None:  # without the padding before a row's first token
+            lengths = cache.segment_ids.shape[1] - jnp.argmax(cache.segment_ids > 0, axis=1)
+        shared = shared._replace(rope=c.rope(positions, lengths))
         # The factor in the compute dtype, as in transformers: bfloat16 rounds it.
         x = self.embed_tokens(input_ids) * jnp.asarray(c.embedding_scale, self.dtype)
         (x, cache), _ = self.layers((x, cache), shared, jnp.arange(c.num_hidden_layers))
