@@ -234,7 +234,8 @@ def matches(rule: str | Sequence[str], path: str) -> bool:
 
 
 def _distinct(field: str, value: Any, what: str) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    is_mapping = isinstance(value, Mapping) and field != "target_parameters"
+    if isinstance(value, str) or is_mapping or not isinstance(value, Iterable):
         raise TypeError(f"{field} must be a sequence of {what}, got {value!r}")
     items = tuple(value)
     if len(set(map(str, items))) < len(items):
@@ -256,6 +257,8 @@ def _names(field: str, value: Any) -> str | tuple[str, ...]:
 
 def _parameters(value: Any) -> Mapping[str, str]:
     patterns = _distinct("target_parameters", value, "regular expressions, or a mapping from them to axes")
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"target_parameters must contain regular expressions, got {value!r}")
     rules = Rules(value if isinstance(value, Mapping) else dict.fromkeys(patterns, "io"))
     for pattern, axes in rules.items():
         _check_regex("target_parameters", pattern)

@@ -10,8 +10,22 @@ from flax.core import meta
 from ..adapter.config import ALL_LINEAR, LoRAPlusConfig
 from ..adapter.einsum_letters import factor_letters, layer_axis
 from ..adapter.spec import check_layers_of
-from ..adapter.target_rules import TracedModule, check_coverage, is_target, layer_index, matching_rule
-from .layer_adapter import OURS, FactorBox, LoRAPlusLayer, adapter_of, make_factors
+from ..adapter.target_rules import (
+    TracedModule,
+    check_coverage,
+    is_adapted,
+    is_target,
+    layer_index,
+    matching_rule,
+)
+from .layer_adapter import (
+    OURS,
+    FactorBox,
+    LoRAPlusLayer,
+    adapter_of,
+    check_weight_is_its_own,
+    make_factors,
+)
 from .layer_table import METHODS
 
 _NORMS = (nn.WeightNorm, nn.SpectralNorm)
@@ -69,10 +83,12 @@ class Discovery:
                 return
             raise ValueError(f"target_modules: {rule!r} matches {path!r}: {error}") from None
         entry.record(call.kind, call.axes, path)
+        if not is_adapted(self.config, path, call.kind):  # by exclude_modules
+            return
+        check_weight_is_its_own(module, f"target_modules: {rule!r} matches {path!r}")
         weight = meta.unbox(scope.get_variable("params", call.leaf))
         adapter = adapter_of(self.config, path, call.kind, call.leaf, call.axes, weight.shape)
-        if adapter is None:  # by exclude_modules
-            return
+        assert adapter is not None
         if self._norms:
             raise ValueError(
                 f"target_modules: {rule!r} matches {path!r} inside nn.{self._norms[-1]}, which would also "

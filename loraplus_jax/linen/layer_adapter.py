@@ -129,6 +129,18 @@ class LayerAdapter(NamedTuple):
         return cls(spec, shapes, spec.base_letters, spec.factor_letters, config, where)
 
 
+def check_weight_is_its_own(module: nn.Module, where: str) -> None:
+    """Raises ValueError if a layer's class may read another weight than its parameter, such as a normalized one."""
+    layer = type(module)
+    setup = nn.Embed.setup if isinstance(module, nn.Embed) else layer.setup
+    for name, plain in (("param", nn.Module.param), ("setup", setup)):
+        if getattr(layer, name) is not plain:
+            raise ValueError(
+                f"{where}, whose class {layer.__name__} overrides {name}, so that the layer may use another weight "
+                "than its variables hold; name the weight in target_parameters, or the layer in exclude_modules"
+            )
+
+
 # A model is traced many times, and a config and its regular expressions are the same each time.
 @functools.lru_cache(maxsize=4096)
 def adapter_of(

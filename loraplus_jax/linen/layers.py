@@ -8,7 +8,13 @@ import jax
 from flax.core import meta
 
 from ..adapter.config import LoRAPlusConfig
-from .layer_adapter import LoRAPlusLayer, adapter_of, add_low_rank_term, make_factors
+from .layer_adapter import (
+    LoRAPlusLayer,
+    adapter_of,
+    add_low_rank_term,
+    check_weight_is_its_own,
+    make_factors,
+)
 from .layer_table import METHODS
 
 
@@ -26,6 +32,7 @@ def _add_term(y: jax.Array, layer: LoRAPlusLayer, method: Any, *args: Any, modul
         variant=layer.variant,
     )
     scope: Any = module.scope
+    check_weight_is_its_own(module, f"a {type(layer).__name__}")
     # Flax wraps every method of a module; the table has the functions inside.
     call = METHODS[inspect.unwrap(method)](module, *args)
     weight = meta.unbox(scope.get_variable("params", call.leaf))

@@ -26,7 +26,7 @@ from .._utils.validation import suggest
 from ..adapter.config import ALL_LINEAR, LoRAPlusConfig
 from ..adapter.dora import set_magnitudes
 from ..adapter.spec import MAGNITUDE, AdapterSpec
-from ..adapter.target_rules import is_target, matching_rule
+from ..adapter.target_rules import is_adapted, is_target, matching_rule
 from ..adapter.tree import flatten, leaves_by_path
 from ..interpreter.dataflow import trace_dataflow
 from ..quantization.packed_array import is_packed
@@ -218,10 +218,11 @@ class _Call:
                 return y
             rule = matching_rule(config, path)
             raise ValueError(f"target_modules: {rule!r} matches {path!r}: {error}") from None
+        if path is not None and not is_adapted(config, path, call.kind):
+            return y
         weight = meta.unbox(scope.get_variable("params", call.leaf))
         adapter = adapter_of(config, path, call.kind, call.leaf, call.axes, weight.shape)
-        if adapter is None:
-            return y
+        assert adapter is not None
         has_factors = scope.has_variable("params", next(iter(adapter.shapes)))
         # Without a path a layer has an adapter if the model took its variables from an adapted layer.
         may_lack = self.is_new or path is None or (config.layers_to_transform and not self.variables.is_bare)

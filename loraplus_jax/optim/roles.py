@@ -1,5 +1,6 @@
 """Labels trainable leaves by role (A, B, embedding factor, ...), and reads the roles from optimizer states."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
@@ -38,8 +39,8 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
       A tree like `tree`, with a `Role`, str, in place of each leaf.
 
     Raises:
-      ValueError: a factor has no partner, factors do not match each other or the specs, the sides are ambiguous, or
-        another leaf with two or more axes looks like a LoRA factor.
+      ValueError: a factor has no partner, factors do not match each other or the specs, the sides are ambiguous,
+        another leaf with two or more axes looks like a LoRA factor, or the tree is a single array.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,6 +50,11 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
     """
     check_choice("policy", policy, get_args(Policy))
     leaves = leaves_by_path(tree)
+    if "" in leaves:
+        raise ValueError(
+            "the parameters are one array, whose parts have no names, as inside optax.flatten: put the LoRA+ "
+            "optimizer outside of it"
+        )
     is_peft = policy == "peft"
     roles: dict[str, Role] = {}
     for module, pair in factor_pairs(leaves, specs).items():
@@ -143,9 +149,12 @@ def lr_ratio_of(opt_state: Any) -> float | None:
         for state in find_states(opt_state)
         if {"a", "b"} <= state.rates.keys() and state.rates["a"] != 0
     }
-    if len(ratios) > 1:
+    if not ratios:
+        return None
+    # Quotients of float32 rates.
+    if not math.isclose(min(ratios), max(ratios), rel_tol=1e-5):
         raise ValueError(f"all LoRA+ transforms of an optimizer must have one ratio, got {sorted(ratios)}")
-    return float(f"{ratios.pop():.6g}") if ratios else None
+    return float(f"{min(ratios):.6g}")
 
 
 def labels_of(opt_state: Any, tree: Any) -> Any:

@@ -69,9 +69,11 @@ def _construct_number(loader: Any, node: Any) -> int | float:
 
 for _tag in ("int", "float"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_number)
-# PyYAML reads YAML 1.1, in which 1e-4 is text.
+# PyYAML reads YAML 1.1, in which 1e-4 and 1.5e4 are text.
 _StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+"), [*"-+0123456789"]
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+"),
+    [*"-+.0123456789"],
 )
 
 

@@ -206,7 +206,8 @@ def save_checkpoint(
         **{name: ocp.args.JsonSave(values) for name, values in json_items.items()},
     )
     # Forced: orbax skips without a word a step that is not newer than its latest.
-    manager.save(step, args=items, metrics=_add_digest(step, metrics) if metrics else None, force=True)
+    numbers = {name: x.item() if isinstance(x, jax.Array) else x for name, x in (metrics or {}).items()}
+    manager.save(step, args=items, metrics=_add_digest(step, numbers) if numbers else None, force=True)
 
 
 def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -271,9 +272,7 @@ def restore_checkpoint(
         lambda read: fingerprint(read["state"]) == json_items["contents"]["state"],
         state=ocp.args.StandardRestore(jax.tree.map(shape_and_sharding, _to_fields(like))),
     )["state"]
-    state = TrainState(**fields)
-    if jnp.issubdtype(like.rng.dtype, jax.dtypes.prng_key):
-        state = state.replace(rng=jax.random.wrap_key_data(state.rng, impl=jax.random.key_impl(like.rng)))
+    state = jax.tree.map(lambda x, y: _wrap_key_data(x, y) if _is_key(x) else y, like, TrainState(**fields))
     return Restored(state, json_items["input_position"]["position"], json_items["metadata"])
 
 
@@ -323,11 +322,27 @@ def _metric(name: str, mode: str, metrics: Mapping[str, float | None]) -> float:
 
 
 def _to_fields(state: TrainState) -> dict[str, Any]:
-    """The state as orbax stores it: named fields, with the rng key as its data, since files have no key type."""
-    fields = {name: getattr(state, name) for name in ("trainable", "opt_state", "step", "rng")}
-    if jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key):
-        fields["rng"] = jax.random.key_data(state.rng)
-    return fields
+    """The state as orbax stores it: named fields, with keys as their data, since files have no key type."""
+    data = jax.tree.map(lambda x: _key_data(x) if _is_key(x) else x, state)
+    return {name: getattr(data, name) for name in ("trainable", "opt_state", "step", "rng")}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_data(keys: Any) -> Any:
+    is_shape = isinstance(keys, jax.ShapeDtypeStruct)
+    return jax.eval_shape(jax.random.key_data, keys) if is_shape else jax.random.key_data(keys)
+
+
+def _wrap_key_data(like: Any, data: jax.Array) -> jax.Array:
+    """Keys of the type of `like`, which may be shapes."""
+    if isinstance(like, jax.Array):
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+    names = ("threefry2x32", "rbg", "unsafe_rbg")
+    impl = next(name for name in names if jax.random.key(0, impl=name).dtype == like.dtype)
+    return jax.random.wrap_key_data(data, impl=impl)
 
 
 def _read_json_items(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from flax.core import meta
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -307,14 +308,16 @@ def base_shardings(
     """
     letters = {spec.leaf: spec.base_letters for spec in (specs or {}).values()}
     shardings = {}
-    for path, leaf in leaves_by_path(variables, is_leaf=is_packed).items():
+    # Flax's boxes add `/value` to a path.
+    names = leaves_by_path(meta.unbox(variables), is_leaf=is_packed)
+    for (path, leaf), name in zip(leaves_by_path(variables, is_leaf=is_packed).items(), names, strict=True):
         if rules is None:
-            axes = _split_longest(mesh, leaf.shape, letters.get(path, ""))
+            axes = _split_longest(mesh, leaf.shape, letters.get(name, ""))
         else:
-            axes = _apply_rule(path, leaf.shape, rules)
-        shardings[path] = _sharding(mesh, leaf.shape, axes)
-        for name, part_axes in leaf.part_axes(axes).items() if is_packed(leaf) else ():
-            shardings[f"{path}/parts/{name}"] = _sharding(mesh, leaf.parts[name].shape, part_axes)
+            axes = _apply_rule(name, leaf.shape, rules)
+        shardings[path] = shardings[name] = _sharding(mesh, leaf.shape, axes)
+        for part, part_axes in leaf.part_axes(axes).items() if is_packed(leaf) else ():
+            shardings[f"{path}/parts/{part}"] = _sharding(mesh, leaf.parts[part].shape, part_axes)
     return shardings
 
 

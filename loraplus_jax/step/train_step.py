@@ -81,9 +81,13 @@ def init_state(trainable: Any, tx: optax.GradientTransformation, rng: jax.Array)
       A `TrainState` with `step` 0 and the new state of `tx`.
     """
     trainable = jax.tree.map(jnp.array, trainable)
-    return TrainState(
-        trainable=trainable, opt_state=tx.init(trainable), step=jnp.zeros((), jnp.int32), rng=jnp.array(rng)
-    )
+    # The optimizer may hold arrays of its own, such as a learning rate. One after the other, so that only one is
+    # there twice.
+    leaves, structure = jax.tree.flatten(tx.init(trainable))
+    for n, leaf in enumerate(leaves):
+        leaves[n] = jnp.array(leaf)
+    opt_state = jax.tree.unflatten(structure, leaves)
+    return TrainState(trainable, opt_state, step=jnp.zeros((), jnp.int32), rng=jnp.array(rng))
 
 
 def make_step(
@@ -100,7 +104,7 @@ def make_step(
 
     Args:
       loss_fn: function of the combined variables, a batch and a key, see `LossFn`; returns sums, not means.
-      tx: any optax transform; it gets the mean gradient.
+      tx: any optax transform; it gets the mean gradient, and the mean loss as `value` if it takes that.
       accumulate: number of micro-batches per batch, split along the leading axis of every leaf.
       skip_nonfinite: whether to keep variables and optimizer state unchanged if the loss, or the norm of a gradient
         or update, is not finite.
@@ -121,6 +125,7 @@ def make_step(
         return loss[0], _with_loss(loss, metrics)
 
     gradients = jax.grad(sums, has_aux=True)
+    update = optax.with_extra_args_support(tx).update
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(state.rng, state.step)
@@ -133,9 +138,10 @@ def make_step(
             grads, totals = jax.lax.psum((grads, totals), axis_name)
         weight = totals["loss"][1]
         grads = jax.tree.map(lambda g: (g / _nonzero(weight)).astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        means = weighted_means(totals)
+        updates, opt_state = update(grads, state.opt_state, state.trainable, value=means["loss"])
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = weighted_means(totals) | _optimizer_metrics(opt_state, grads, updates)
+        metrics = means | _optimizer_metrics(opt_state, grads, updates)
         if skip_nonfinite:
             # A norm is finite only if all its terms are: no leaf has to be read again.
             names = ("grad_norm/", "update_norm/")

@@ -61,14 +61,14 @@ def test_it_is_frozen():
         ("dropout", "0", TypeError),
         *[("init", value, ValueError) for value in ("he", "", None)],
         *[("target_modules", value, ValueError) for value in ((), "", "(", ["q", "q"])],
-        *[("target_modules", value, TypeError) for value in (None, 3, [3], [""], ["q", "/"])],
-        ("modules_to_save", "head", TypeError),
+        *[("target_modules", value, TypeError) for value in (None, 3, [3], [""], ["q", "/"], {"q": 4})],
+        *[("modules_to_save", value, TypeError) for value in ("head", {"head": 2})],
         ("exclude_modules", "(", ValueError),
         ("exclude_modules", [3], TypeError),
         *[("layers_to_transform", value, ValueError) for value in ([], [-1], [1, 1])],
         *[("layers_to_transform", value, TypeError) for value in ([1.5], [True])],
-        ("layers_to_transform", "1", TypeError),
-        *[("target_parameters", value, TypeError) for value in ("w", 3, [3], {"": "io"}, None)],
+        *[("layers_to_transform", value, TypeError) for value in ("1", {1: 2})],
+        *[("target_parameters", value, TypeError) for value in ("w", 3, [3], {"": "io"}, None, [["w"]])],
         *[
             ("target_parameters", value, ValueError)
             for value in (["("], {"w": "ii"}, {"w": "iO"}, {"w": 3}, ["w", "w"])

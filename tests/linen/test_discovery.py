@@ -330,3 +330,53 @@ def test_rules_are_checked_where_an_outer_model_calls_one_method_only(targets):
     model = OnlyEncodes(apply_lora_plus(Setup(), LoRAPlusConfig(target_modules=targets, rank=2)))
     with pytest.raises(ValueError, match=mentions("target_modules", "'typo'")):
         init_lora(model, KEY, X)
+
+
+class Standardized(nn.Dense):
+    """A layer that changes its weight when it reads it, as StdConv of google-research/vision_transformer does."""
+
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return value - jnp.mean(value, 0, keepdims=True) if name == "kernel" else value
+
+
+class Unit(nn.Embed):
+    """An embedding of vectors of length one."""
+
+    def setup(self):
+        super().setup()
+        self.embedding = self.embedding / jnp.linalg.norm(self.embedding, axis=-1, keepdims=True)
+
+
+class Changes(nn.Module):
+    """Two layers whose weights are not those in the variables."""
+
+    @nn.compact
+    def __call__(self, x):
+        ids = jnp.zeros((2,), jnp.int32)
+        return Standardized(4, name="up")(x) + Unit(7, 4, name="words")(ids)
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (config("up"), ("'up'", "Standardized", "param")),
+        (config(target_modules="all-linear"), ("'up'", "Standardized", "param")),
+        (config("words"), ("'words'", "Unit", "setup")),
+    ],
+)
+def test_a_layer_that_may_change_its_weight_is_rejected(rules, words):
+    model, x = apply_lora_plus(Changes(), rules), jnp.ones((2, 4))
+    for call in (model.init, lambda *args: init_lora(model, *args)):
+        with pytest.raises(ValueError, match=mentions(*words, "target_parameters", "exclude_modules")):
+            call(KEY, x)
+
+
+def test_a_weight_that_a_layer_changes_is_adapted_by_parameter():
+    x, net = jnp.ones((2, 4)), Changes()
+    model = apply_lora_plus(net, config(target_parameters=["up/kernel"]))
+    base = net.init(KEY, x)
+    lora, specs = init_lora(model, KEY, x)
+    lora = drawn(lora)
+    adapted = model.apply({**base, "lora": lora}, x)
+    np.testing.assert_allclose(adapted, net.apply(merge(base, lora, specs), x), rtol=1e-4, atol=1e-4)

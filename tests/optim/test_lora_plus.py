@@ -611,3 +611,18 @@ def test_rates_carry_over_between_starts_as_the_guide_says():
         for old, new in ((decay, decayed), (clip, clipped)):
             assert difference((same_alpha, new), old) > 1e-3
         assert difference(((ratio, 1.0), {}), {}) > 0.1
+
+
+@pytest.mark.parametrize("ratio", [3.0, 5.0, 10.0, 20.0])
+def test_groups_of_other_rates_have_one_ratio(ratio):
+    pair = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))}
+    rates = {"e": 1e-4, "d": 3e-4}
+    labels = lambda params: {"lora": {"e": "e", "d": "d"}}  # noqa: E731
+    tx = optax.multi_transform({n: lora_plus_adamw(rate, ratio) for n, rate in rates.items()}, labels)
+    assert lr_ratio_of(tx.init({"lora": {"e": pair, "d": pair}})) == ratio
+
+
+def test_an_array_without_names_is_rejected():
+    tx = optax.flatten(lora_plus_adamw(1e-3, 4.0))
+    with pytest.raises(ValueError, match=mentions("optax.flatten")):
+        tx.init({"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))})

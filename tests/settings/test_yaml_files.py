@@ -6,9 +6,16 @@ from ..messages import mentions
 from .values import parsed
 
 
-def test_exponents_without_a_point_are_numbers(tmp_path):
-    content = "model: {path: m}\ndata: {path: d}\noutput_dir: o\noptimizer: {learning_rate: 5e-4}\n"
+@pytest.mark.parametrize("number", ["5e-4", "5.e-4", "0.5e-3", ".5e-3", "50E-5", "0.05e-2"])
+def test_every_spelling_of_an_exponent_is_a_number(tmp_path, number):
+    content = (
+        f"model: {{path: m}}\ndata: {{path: d}}\noutput_dir: o\noptimizer: {{learning_rate: {number}}}\n"
+    )
     assert parsed(tmp_path, content=content).optimizer.learning_rate == 5e-4
+
+
+def test_an_exponent_without_a_sign_is_a_number(tmp_path):
+    assert parsed(tmp_path, "--lora.alpha", "1.5e1").lora.alpha == 15
 
 
 @pytest.mark.parametrize(

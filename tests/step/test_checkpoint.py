@@ -203,6 +203,19 @@ def test_another_optimizer_is_rejected(saved):
         restore_checkpoint(manager, init_state(trainable(), tx, jax.random.key(0)), metadata=metadata(seed=5))
 
 
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_keys_of_an_optimizer_and_a_state_of_shapes(tmp_path, make):
+    tx = optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(3)), TX)
+    state, _ = jit_step(loss_fn, tx)(init_state(trainable(), tx, make(0)), FROZEN, BATCH)
+    with open_manager(tmp_path) as manager:
+        save_checkpoint(manager, state, metadata=metadata(), metrics={"loss": jnp.float32(0.5)})
+        manager.wait_until_finished()
+        restored = restore_checkpoint(manager, jax.eval_shape(lambda: state), metadata=metadata()).state
+    data = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x  # noqa: E731
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(data(x), data(y)), restored, state)
+    assert restored.rng.dtype == state.rng.dtype
+
+
 def test_a_missing_checkpoint_is_named(saved, tmp_path):
     with (
         open_manager(saved[0]) as manager,

@@ -5,6 +5,7 @@ import math
 import re
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -395,3 +396,16 @@ def test_memory_of_a_device_falls_with_fsdp():
     sizes = [step.memory_analysis().argument_size_in_bytes for step in (whole, split)]
     base = 4 * sum(x.size for x in jax.tree.leaves(s.frozen))
     assert sizes[0] - sizes[1] > 0.7 * base
+
+
+@pytest.mark.parametrize("rules", [None, ((r"q/kernel", ("fsdp", None)), (r".*", ()))])
+def test_variables_in_flax_s_boxes_have_the_shardings_of_plain_ones(rules):
+    mesh = make_mesh(2, 4)
+    spec = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(512, 512), rank=2, scale=1.0)
+    factors = {"lora_a": jnp.ones((512, 2)), "lora_b": jnp.ones((2, 512))}
+    state = init_state({"lora": {"q": factors}}, lora_plus_adamw(1e-3, 4.0), jax.random.key(0))
+    plain = {"params": {"q": {"kernel": jnp.ones((512, 512))}}}
+    boxed = {"params": {"q": {"kernel": nn.Partitioned(jnp.ones((512, 512)), (None, "fsdp"))}}}
+    found, expected = (make_shardings(mesh, state, x, specs={"q": spec}, rules=rules) for x in (boxed, plain))
+    assert jax.tree.leaves(found) == jax.tree.leaves(expected)
+    assert isinstance(distribute(boxed, found.frozen)["params"]["q"]["kernel"], nn.Partitioned)

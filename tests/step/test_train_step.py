@@ -50,6 +50,35 @@ def scalars(b=0.0):
     return trainable, frozen, batch
 
 
+def held():
+    return optax.inject_hyperparams(lora_plus_adamw)(learning_rate=jnp.float32(0.1), lr_ratio=4.0)
+
+
+def noisy():
+    return optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), lora_plus_adamw(0.1, 4.0))
+
+
+@pytest.mark.parametrize("make", [held, noisy])
+def test_an_optimizer_with_arrays_of_its_own_trains_twice(make):
+    trainable, frozen, batch = scalars()
+    tx = make()
+    step, moved = jit_step(squares, tx), []
+    for _ in range(2):
+        state, _ = step(init_state(trainable, tx, KEY), frozen, batch)
+        moved.append(state.trainable)
+    jax.tree.map(np.testing.assert_array_equal, *moved)
+
+
+def test_an_optimizer_that_takes_the_loss_gets_its_mean():
+    trainable, frozen, batch = scalars()
+    tx = optax.chain(
+        lora_plus(optax.sgd(0.1), lr_ratio=4.0),
+        optax.contrib.reduce_on_plateau(factor=0.5, patience=1, accumulation_size=1),
+    )
+    state, metrics = jit_step(squares, tx)(init_state(trainable, tx, KEY), frozen, batch)
+    assert float(state.opt_state[1].best_value) == pytest.approx(float(metrics["loss"]))
+
+
 def test_a_step_by_hand():
     # errors 1 and 2, loss (1 + 3 * 4) / 4; d loss / d(AB) = (2 * 1 * 1 + 3 * 2 * 2 * 3) / 4 = 9.5;
     # so dA = 9.5 * 0, dB = 9.5 * 2 = 19, and B's rate is 0.4.
