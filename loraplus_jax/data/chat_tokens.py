@@ -55,7 +55,8 @@ def tokenize_chats(
     belongs to the answer. Turns that are not `trained` are no answers.
 
     Each conversation is tokenized as one string. Text that looks like a special token becomes one. The special
-    tokens that the tokenizer puts before a text, such as BOS, precede plain texts only: a template writes its own.
+    tokens that the tokenizer puts before a text, such as BOS, precede plain texts that do not start with them: a
+    template writes its own.
 
     Args:
       chats: N conversations.
@@ -86,7 +87,7 @@ def tokenize_chats(
             first = tokens.first_after(span.start)
             mask[first : _answer_stop(tokens, span, special, bos, chat, template)] = 1
         token_ids = tokens.ids
-        if chat.turns[0].role == "text":
+        if chat.turns[0].role == "text" and not np.array_equal(token_ids[: len(start)], start):
             token_ids, mask = np.append(start, token_ids), np.append(np.zeros(len(start), mask.dtype), mask)
         # Nothing precedes the first token, of which it could be predicted.
         mask[:1] = 0

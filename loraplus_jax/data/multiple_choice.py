@@ -49,7 +49,7 @@ def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -
     """Reads questions from a .jsonl, .json (a list of objects), .csv or .tsv file in UTF-8.
 
     A row has `prompt` (or `question` or `instruction`), `choices`, a list of texts (JSON in CSV and TSV), and
-    `answer`: the correct choice's text, letter, or index from 0, tried in this order; a number of JSON is an index.
+    `answer`: the correct choice's text, letter, or index from 0, tried in this order; a JSON number is an index.
 
     Rows without `choices` have the commonsense format of LLM-Adapters (arXiv 2304.01933): `instruction`, which ends
     in "Answer format: answer1/answer2/answer3" or similar, optionally `input`, and `output`, "the correct answer is

@@ -237,7 +237,7 @@ def _convert_run(
     else:
         outputs = verify_by.tuned_outputs(load_tuned(partial, allow_different=allow))
     is_low = to == "merged" and dtype not in (None, "float32")
-    allowed = LOW_PRECISION if is_low else TOLERANCE, _of_effect(to, dtype)
+    allowed = LOW_PRECISION if is_low else TOLERANCE, _effect_tolerance(to, dtype)
     verified = compare("outputs", "loraplus", plain, verify_by.tuned_outputs(tuned), outputs, *allowed)
     return [*lines, _format(verified)]
 
@@ -347,7 +347,7 @@ def _gguf_weights(directory: Path, base: NamedBase) -> dict[str, np.ndarray]:
     return weights
 
 
-def _of_effect(to: str, dtype: str | None) -> float:
+def _effect_tolerance(to: str, dtype: str | None) -> float:
     """The share of what the adapter changes that may differ: in a GGUF adapter only the factors are rounded."""
     return 0.0 if to != "gguf" or dtype == "float32" else EIGHT_BITS if dtype == "q8_0" else LOW_PRECISION
 
@@ -363,7 +363,7 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
                 value = weights[name] if name in weights else np.asarray(view[:], np.float32)
                 weights[name] = value.astype(dtype_of(stored[name])).astype(np.float32)
                 is_low |= stored[name] != "F32"
-    tolerance, of_effect = LOW_PRECISION if is_low else TOLERANCE, _of_effect(to, dtype)
+    tolerance, of_effect = LOW_PRECISION if is_low else TOLERANCE, _effect_tolerance(to, dtype)
     if not verify_by.is_known(base):
         if to == "merged":
             written = read_named_base(partial)

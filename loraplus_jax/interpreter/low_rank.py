@@ -85,12 +85,12 @@ class LowRankWeight:
         """W + s A B, times c if there is one, in W's dtype, computed in float32 or wider.
 
         Raises:
-          ValueError: there is dropout, which is of the input of the low-rank term.
+          ValueError: dropout is on; it applies to the input of the low-rank term.
         """
         if self.key is not None:
             raise ValueError(
-                f"dropout is not supported here: an operation uses the weight of shape {self.w.shape} in a way "
-                "that has no low-rank form; set dropout=0, or leave the layer out of target_modules"
+                "dropout of an adapter is not supported where an operation needs the whole weight, here of shape "
+                f"{self.w.shape}: set dropout=0, or leave the layer out of target_modules"
             )
         base = self.base(whole=True)
         if self.a is None:
@@ -205,6 +205,8 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
         use = _RULES[name](eqn, inputs, weight) if name in _RULES else None
         if use is not None:
             return [_use(use, eqn, inputs, weight, jaxpr)]
+    if name == "gather":  # a lookup has no dropout
+        inputs = [dataclasses.replace(x, key=None) if isinstance(x, LowRankWeight) else x for x in inputs]
     return run_equation(eqn, [_array(value) for value in inputs], jaxpr)
 
 

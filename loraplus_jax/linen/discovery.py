@@ -23,7 +23,7 @@ from .layer_adapter import (
     FactorBox,
     LoRAPlusLayer,
     adapter_of,
-    check_weight_is_its_own,
+    check_reads_own_weight,
     make_factors,
 )
 from .layer_table import METHODS
@@ -85,7 +85,11 @@ class Discovery:
         entry.record(call.kind, call.axes, path)
         if not is_adapted(self.config, path, call.kind):  # by exclude_modules
             return
-        check_weight_is_its_own(module, f"target_modules: {rule!r} matches {path!r}")
+        check_reads_own_weight(
+            module,
+            f"target_modules: {rule!r} matches {path!r}",
+            "name the weight in target_parameters, or the layer in exclude_modules",
+        )
         weight = meta.unbox(scope.get_variable("params", call.leaf))
         adapter = adapter_of(self.config, path, call.kind, call.leaf, call.axes, weight.shape)
         assert adapter is not None

@@ -129,16 +129,20 @@ class LayerAdapter(NamedTuple):
         return cls(spec, shapes, spec.base_letters, spec.factor_letters, config, where)
 
 
-def check_weight_is_its_own(module: nn.Module, where: str) -> None:
-    """Raises ValueError if a layer's class may read another weight than its parameter, such as a normalized one."""
-    layer = type(module)
-    setup = nn.Embed.setup if isinstance(module, nn.Embed) else layer.setup
-    for name, plain in (("param", nn.Module.param), ("setup", setup)):
-        if getattr(layer, name) is not plain:
-            raise ValueError(
-                f"{where}, whose class {layer.__name__} overrides {name}, so that the layer may use another weight "
-                "than its variables hold; name the weight in target_parameters, or the layer in exclude_modules"
-            )
+def check_reads_own_weight(module: nn.Module, where: str, advice: str) -> None:
+    """Raises ValueError if a layer's class may use another weight than its parameter, such as a normalized one."""
+    layer, problem = type(module), ""
+    if layer.param is not nn.Module.param:
+        problem = "overrides param"
+    elif isinstance(module, nn.Embed) and layer.setup is not nn.Embed.setup:
+        scope: Any = module.scope
+        if module.embedding is not meta.unbox(scope.get_variable("params", "embedding")):
+            problem = "changes its embedding in setup"
+    if problem:
+        raise ValueError(
+            f"{where}, whose class {layer.__name__} {problem}, so that the layer may use another weight than its "
+            f"variables hold; {advice}"
+        )
 
 
 # A model is traced many times, and a config and its regular expressions are the same each time.

@@ -12,7 +12,7 @@ from .layer_adapter import (
     LoRAPlusLayer,
     adapter_of,
     add_low_rank_term,
-    check_weight_is_its_own,
+    check_reads_own_weight,
     make_factors,
 )
 from .layer_table import METHODS
@@ -32,7 +32,8 @@ def _add_term(y: jax.Array, layer: LoRAPlusLayer, method: Any, *args: Any, modul
         variant=layer.variant,
     )
     scope: Any = module.scope
-    check_weight_is_its_own(module, f"a {type(layer).__name__}")
+    where = f"the adapter of {'/'.join(module.path) or 'the model'!r} is in a layer"
+    check_reads_own_weight(module, where, "use apply_lora_plus with target_parameters")
     # Flax wraps every method of a module; the table has the functions inside.
     call = METHODS[inspect.unwrap(method)](module, *args)
     weight = meta.unbox(scope.get_variable("params", call.leaf))

@@ -135,7 +135,7 @@ def make_rope(
         inverse = plain / np.array(options["factors"], np.float64)
     else:
         inverse = plain
-    # Of all rows, or of each.
+    # Shared by all rows, or one per row.
     inverse = jnp.atleast_2d(jnp.asarray(inverse, jnp.float32))[:, None]
     angles = positions[..., None].astype(jnp.float32) * inverse
     return Rope(jnp.cos(angles) * attention, jnp.sin(angles) * attention)

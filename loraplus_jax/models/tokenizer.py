@@ -38,7 +38,7 @@ _PRE_TOKENIZERS: Mapping[str, str | None] = {
 _TRIED: set[bytes] = set()
 # Characters of a token in a GGUF file, whose every split is tried.
 _MAX_PIECE = 2**12
-IMAGE_TOKENS = ("<image_soft_token>",)
+_IMAGE_TOKEN = "<image_soft_token>"  # of Gemma 3
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
@@ -68,21 +68,21 @@ def tokenizer(path: str | Path) -> "Tokenizer":
         config = path / "config.json"
         rows = read_json(config).get("vocab_size") if config.exists() else None
     if type(rows) is int:
-        result = _without_image_tokens(result, rows)
+        result = _without_image_token(result, rows)
         check_ids(result, path, rows)
     return result
 
 
-def _without_image_tokens(tokenizer: "Tokenizer", rows: int) -> "Tokenizer":
+def _without_image_token(tokenizer: "Tokenizer", rows: int) -> "Tokenizer":
     """Leaves out Gemma 3's token for an image where the embedding is that of a model of text alone.
 
     Both have one tokenizer file. Other tokens beyond the embedding are a mistake.
     """
     added = tokenizer.get_added_tokens_decoder()
-    if not any(number >= rows and token.content in IMAGE_TOKENS for number, token in added.items()):
+    if not any(number >= rows and token.content == _IMAGE_TOKEN for number, token in added.items()):
         return tokenizer
     content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in IMAGE_TOKENS]
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != _IMAGE_TOKEN]
     return type(tokenizer).from_str(json.dumps(content))
 
 

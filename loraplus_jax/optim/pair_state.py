@@ -87,10 +87,11 @@ def _letters(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[str, 
         if a[:batch] != b[:batch]:
             break
         shared, ins, outs = names[:batch], names[batch : len(a) - 1], names[len(a) :][: len(b) - batch - 1]
-        # A (batch..., in..., r), B (batch..., r, out...), or PyTorch's: A (r, in...), B (out, r, ...). Of a square
-        # weight both fit, and the rank is the smaller axis.
+        # A (batch..., in..., r), B (batch..., r, out...), or PyTorch's: A (r, in...), B (out, r, ...). Both match
+        # the factors of a square matrix, whose rank is the smaller axis.
         flax, torch = a[-1] == b[batch], a[batch] == b[batch + 1]
-        if flax and not (torch and a[batch] < a[-1]):
+        is_matrix = len(a) == len(b) == batch + 2
+        if flax and not (torch and is_matrix and a[batch] < a[-1]):
             found.append((f"{shared}{ins}r", f"{shared}r{outs}"))
         elif torch:
             found.append((f"{shared}r{ins}", f"{shared}{outs[0]}r{outs[1:]}"))

@@ -69,12 +69,24 @@ def _construct_number(loader: Any, node: Any) -> int | float:
 
 for _tag in ("int", "float"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_number)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that the loader would read as numbers."""
+
+
 # PyYAML reads YAML 1.1, in which 1e-4 and 1.5e4 are text.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+"),
-    [*"-+.0123456789"],
-)
+for _class in (_StrictLoader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        [*"-+.0123456789"],
+    )
+
+
+def to_yaml(values: Any) -> str:
+    """Writes JSON values as YAML that `read_yaml` reads back, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def read_word(text: str) -> Any:

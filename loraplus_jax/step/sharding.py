@@ -309,7 +309,8 @@ def base_shardings(
     letters = {spec.leaf: spec.base_letters for spec in (specs or {}).values()}
     shardings = {}
     # Flax's boxes add `/value` to a path.
-    names = leaves_by_path(meta.unbox(variables), is_leaf=is_packed)
+    is_leaf = lambda x: is_packed(x) or isinstance(x, meta.AxisMetadata)  # noqa: E731
+    names = leaves_by_path(variables, is_leaf=is_leaf)
     for (path, leaf), name in zip(leaves_by_path(variables, is_leaf=is_packed).items(), names, strict=True):
         if rules is None:
             axes = _split_longest(mesh, leaf.shape, letters.get(name, ""))

@@ -182,8 +182,8 @@ def compare_runs(
         summary["devices"] = ", ".join(devices)
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         write_record(directory / SUMMARY, summary)
-    files = f"{directory}: {PAGE}, {REPORT}, {SUMMARY}, and for each method a config, such as lora/{WINNER}"
-    console.print(report["verdict"], files, sep="\n")
+    configs = [f"{name}/{WINNER}" for name, one in runs.items() if (_place(one) / WINNER).exists()]
+    console.print(report["verdict"], f"{directory}: {', '.join((PAGE, REPORT, SUMMARY, *configs))}", sep="\n")
     return report
 
 

@@ -17,11 +17,10 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from .._utils.atomic import to_json, write_text
 from .._utils.records import read_record, write_record
 from ..settings.schema import GENERATION
+from ..settings.yaml_files import to_yaml
 from ..step.checkpoint import PACKAGES
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
@@ -417,7 +416,7 @@ class Sweep:
     def write_winner(self, trial: Trial) -> None:
         """Writes the config of a run with a chosen setting."""
         winner = self.run.settings_of(trial, self.run.seed, str(self.directory / "winner"))
-        write_text(self.directory / WINNER, yaml.safe_dump(winner.to_json(), sort_keys=False))
+        write_text(self.directory / WINNER, to_yaml(winner.to_json()))
 
     def finish(self) -> dict[str, Any]:
         """Writes the report with its figures, the winner's config and, last, the summary."""

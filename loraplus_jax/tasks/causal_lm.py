@@ -257,7 +257,8 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     constant = (
         constant_choice(rows["train"], rows[held_out_split(rows)]) if task.kind == "multiple_choice" else {}
     )
-    summary = (*dropped, *duplicates, *_untrained_end(*tools))
+    has_template = any(not isinstance(x, Chat) or x.turns[0].role != "text" for x in rows["train"])
+    summary = (*dropped, *duplicates, *(_untrained_end(*tools) if has_template else ()))
     return TaskData(task, splits, sizes, truncated, digests, summary, tuple(inputs), constant)
 
 

@@ -76,8 +76,9 @@ def find_runs(directory: Path) -> Iterator[Path]:
             continue
         if names & MARKS:
             yield path
-            # That of a sweep, or of each method of a comparison.
-            found = (*path.glob(WINNER), *path.glob(f"*/{WINNER}"))
+            # The winner's run of a sweep, or of each method of a comparison.
+            methods = [path / name for name in names if not (path / name).is_symlink()]
+            found = [part / WINNER for part in (path, *methods)]
             names = {str(part.relative_to(path)) for part in found if part.is_dir()}
         if path == directory or not path.is_symlink():
             waiting += [path / name for name in sorted(names, reverse=True) if not name.startswith(".")]

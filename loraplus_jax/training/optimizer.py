@@ -34,8 +34,8 @@ def make_optimizer(
 ) -> LoRAPlusTransform:
     """Makes the optimizer with a rate schedule per parameter group.
 
-    `learning_rate` replaces that of the settings; it and `lr_ratio` may be traced arrays. `seed` is that of
-    AdaLoRA's initial values.
+    `learning_rate` replaces that of the settings; it and `lr_ratio` may be traced arrays. `seed`
+    draws AdaLoRA's initial values.
     """
     schedule = functools.partial(schedule_for, settings, steps)
     rate = schedule(settings.learning_rate if learning_rate is None else learning_rate)

@@ -13,7 +13,6 @@ from typing import Any
 import filelock
 import jax
 import orbax.checkpoint as ocp
-import yaml
 from rich.console import Console
 
 from .._utils.atomic import STAGING, add_path_to_errors, write_text
@@ -23,6 +22,7 @@ from .._utils.validation import expand_path
 from ..data.fetch import cache_dir
 from ..settings.parsing import settings_from_json
 from ..settings.schema import STOP_FIELDS, Settings, split_settings
+from ..settings.yaml_files import to_yaml
 from ..step.checkpoint import (
     PACKAGES,
     DamagedCheckpoint,
@@ -177,7 +177,7 @@ def describe_unfinished(directory: Path) -> str | None:
 
 def write_config(directory: Path, settings: Settings) -> None:
     """Writes `config.yaml` atomically."""
-    write_text(directory / CONFIG, yaml.safe_dump(settings.to_json(), sort_keys=False))
+    write_text(directory / CONFIG, to_yaml(settings.to_json()))
 
 
 def archive_results(directory: Path) -> None:

@@ -122,7 +122,7 @@ class Trainer:
         self.answers: dict[str, str] = {}
         self.ranks: dict[str, Any] = {}
         self.pending: list[Any] = []  # metrics of steps that are not logged yet
-        self.timed_steps = 0  # of these the ones that this process has trained
+        self.timed_steps = 0  # steps since `clock` that this process has trained
         self.clock = time.perf_counter()
 
     def run_to_end(self) -> dict[str, Any]:

@@ -382,6 +382,8 @@ def test_texts_start_with_what_the_tokenizer_puts_before_them(tokenizer):
     assert expected.ids[0].tolist() == [bos, *without.ids[0]]
     assert expected.masks[0].tolist() == [0, *[1] * len(without.ids[0])]
     assert without.masks[0].tolist() == [0, *[1] * (len(without.ids[0]) - 1)]
+    rendered = tokenize_chats([Chat((Turn("text", f"{BOS}one two three"),))], with_bos, template(), 64)
+    assert rendered.ids[0].tolist() == expected.ids[0].tolist()
     assert expected.ids[1].tolist() == without.ids[1].tolist()
     assert expected.masks[1].tolist() == without.masks[1].tolist()
 

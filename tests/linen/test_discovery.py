@@ -8,6 +8,7 @@ import pytest
 
 from loraplus_jax import (
     LoRAPlusConfig,
+    LoRAPlusDense,
     apply_lora_plus,
     combine,
     init_lora,
@@ -346,6 +347,27 @@ class Unit(nn.Embed):
     def setup(self):
         super().setup()
         self.embedding = self.embedding / jnp.linalg.norm(self.embedding, axis=-1, keepdims=True)
+
+
+class Dropped(nn.Embed):
+    """An embedding with a submodule of its own, which reads its parameter as it stands."""
+
+    def setup(self):
+        super().setup()
+        self.drop = nn.Dropout(0.1, deterministic=True)
+
+
+def test_an_embedding_with_a_setup_of_its_own_is_adapted():
+    model = apply_lora_plus(Dropped(7, 4), config(target_modules=".*"))
+    assert list(init_lora(model, KEY, jnp.zeros((2,), jnp.int32))[1]) == [""]
+
+
+def test_a_built_in_adapter_whose_layer_changes_its_weight_is_rejected():
+    class Standard(Standardized, LoRAPlusDense):
+        pass
+
+    with pytest.raises(ValueError, match=mentions("Standard", "param", "apply_lora_plus")):
+        Standard(4, rank=2).init(KEY, jnp.ones((2, 4)))
 
 
 class Changes(nn.Module):

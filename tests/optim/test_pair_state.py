@@ -52,6 +52,7 @@ def test_trees_without_clear_pairs_are_rejected(name):
         ((4, 6, 2), (4, 2, 5), ((4, 2, 6), (4, 2, 5))),
         ((6, 3, 2), (2, 5, 4), ((2, 18), (2, 20))),
         ((2, 6), (5, 2), ((2, 6), (2, 5))),  # PyTorch's
+        ((3, 3, 6, 8), (8, 3), ((8, 54), (8, 3))),  # a convolution's
     ],
 )
 def test_rows_are_rank_components(a, b, rows):

@@ -2,6 +2,8 @@
 
 import pytest
 
+from loraplus_jax.settings.yaml_files import read_yaml, to_yaml
+
 from ..messages import mentions
 from .values import parsed
 
@@ -16,6 +18,20 @@ def test_every_spelling_of_an_exponent_is_a_number(tmp_path, number):
 
 def test_an_exponent_without_a_sign_is_a_number(tmp_path):
     assert parsed(tmp_path, "--lora.alpha", "1.5e1").lora.alpha == 15
+
+
+@pytest.mark.parametrize(
+    "text", ["5e-4", "1.5e4", ".5e3", "5e-4_lora", "1.5e4-run", "1e4 and more", "1.5", "null"]
+)
+def test_texts_like_numbers_are_read_back(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_text(to_yaml({"output_dir": text, "seed": 3}))
+    assert read_yaml(path) == {"output_dir": text, "seed": 3}
+
+
+def test_a_text_that_starts_like_a_number_is_a_text(tmp_path):
+    content = "model: {path: m}\ndata: {path: d}\noutput_dir: 5e-4_lora\n"
+    assert parsed(tmp_path, content=content).output_dir == "5e-4_lora"
 
 
 @pytest.mark.parametrize(

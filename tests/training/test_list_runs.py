@@ -152,6 +152,10 @@ def test_a_comparison_is_one_line_and_counts_its_methods(tmp_path):
     run_of(comparison / "lora", kind=SweepRun, rows=sweep_rows({"lora": [0.5]}), summary={"method": "lora"})
     run_of(comparison / "lora_plus", kind=SweepRun, rows=sweep_rows({"lora_plus": [0.4]}))
     assert [*find_runs(tmp_path)] == [comparison]
+    winner = run_of(comparison / "lora/winner", steps=[3])
+    (tmp_path / "linked").symlink_to(comparison / "lora")
+    (comparison / "link").symlink_to(comparison / "lora")
+    assert [*find_runs(comparison)] == [comparison, winner]
     row = describe_run(comparison)
     assert (row["kind"], row["step"], row["steps"], row["best"]["value"]) == ("comparison", 1, 3, 0.4)
 

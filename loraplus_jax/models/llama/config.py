@@ -362,6 +362,8 @@ def _rope_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
     theta = parameters.get("rope_theta", entries.get("rope_theta", 10_000.0))
     original = {key: entries[key] for key in ("original_max_position_embeddings",) if key in kind.defaults}
     scaling, older = parse_rope_scaling({**parameters, **original}), entries.get("rope_scaling")
+    if isinstance(older, Mapping) and "full_attention" in older:
+        older = older["full_attention"]
     if isinstance(older, Mapping) and older and parse_rope_scaling({**older, **original}) != scaling:
         raise ValueError("rope_parameters and rope_scaling differ: keep one of them in config.json")
     fields = {"rope_theta": theta, "rope_scaling": scaling}

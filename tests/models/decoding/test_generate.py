@@ -85,6 +85,32 @@ def test_a_row_does_not_depend_on_the_others_and_other_values_compile_nothing(va
     assert generate.__wrapped__._cache_size() == 2  # another shape
 
 
+LONGROPE = (
+    ("rope_type", "longrope"),
+    ("short_factor", (1.0, 1.0)),
+    ("long_factor", (3.0, 9.0)),
+    ("original_max_position_embeddings", 10),
+)
+
+
+@pytest.mark.parametrize("beams", [None, 2])
+def test_longrope_goes_by_each_row_s_own_length(variables, beams):
+    """A prompt of 3 tokens stays within the original context of 10, one of 8 does not."""
+    config = dataclasses.replace(CONFIG, rope_scaling=LONGROPE)
+    model, prompts = Llama(config), [[5, 6, 7], list(range(1, 9))]
+    if beams is None:
+        make = make_generate(model, config, new_tokens=NEW, stop=())
+        run = lambda prompts: make(variables, *padded(prompts), Sampling(), KEYS[: len(prompts)])  # noqa: E731
+    else:
+        search = make_beam_search(model, config, beams=beams, new_tokens=NEW, stop=())
+        run = lambda prompts: search(variables, *padded(prompts))[0]  # noqa: E731
+    together = np.asarray(run(prompts))
+    for prompt, row in zip(prompts, together, strict=True):
+        np.testing.assert_array_equal(np.asarray(run([prompt]))[0], row)
+    if beams is None:
+        assert together[0].tolist() == greedy_by_hand(model, variables, prompts[:1], NEW)[0]
+
+
 @pytest.mark.slow
 def test_a_stop_token_ends_a_row(model, variables):
     rows = greedy_by_hand(model, variables, PROMPTS, NEW)
