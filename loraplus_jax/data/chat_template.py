@@ -140,12 +140,13 @@ def _split_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(pieces), spans
 
 
-def load_template(choice: str, model: str | Path) -> ChatTemplate:
+def load_template(choice: str, model: str | Path, source: str | None = None) -> ChatTemplate:
     """Loads a chat template: `"model"`, `"plain"`, `"completion"`, or the path of a template file.
 
     Args:
       choice: `"model"` for the model's own template, a name in `BUILT_IN`, or a path.
       model: a Hugging Face directory or a GGUF file; every template uses its `bos_token` and `eos_token`.
+      source: text of the template file `choice`, if it is known; the file is then not opened.
 
     Raises:
       ValueError: the model has no template; a built-in one has no `eos_token` to end answers with; the file cannot
@@ -153,6 +154,8 @@ def load_template(choice: str, model: str | Path) -> ChatTemplate:
     """
     tokens = special_tokens(model)
     bos, eos = tokens.get("bos_token", ""), tokens.get("eos_token", "")
+    if source is not None:
+        return ChatTemplate(source, choice, bos, eos)
     if choice in BUILT_IN:
         if not eos:
             raise ValueError(

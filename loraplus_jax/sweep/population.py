@@ -305,8 +305,9 @@ def _optimizer(
     run: SweepRun, specs: Specs, steps: int, learning_rate: jax.Array, lr_ratio: jax.Array, seed: int = 0
 ) -> LoRAPlusTransform:
     # Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
-    options: Any = {"learning_rate": learning_rate, "seed": seed}
-    return make_optimizer(run.shared_optimizer, lr_ratio, steps, specs, **options)
+    return make_optimizer(
+        run.shared_optimizer, lr_ratio, steps, specs, learning_rate=learning_rate, seed=seed
+    )
 
 
 def add_scales(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from ..models.checkpoints.hf import load_config
 from ..models.checkpoints.quantized import choose_formats
 from ..models.decoder import Config, head_kernel
 from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
-from ..models.tokenizer import special_tokens
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
 from ..step.losses import chunked_cross_entropy
@@ -396,11 +395,7 @@ def tokenizer_and_template(
             "task.template of the adapter's JSON: put it there, or set data.template there to one of "
             f"{', '.join(TEMPLATES)}"
         )
-    if task is None or task.template is None:
-        return tokenizer, load_template(choice, directory)
-    tokens = special_tokens(directory)
-    ends = tokens.get("bos_token", ""), tokens.get("eos_token", "")
-    return tokenizer, ChatTemplate(task.template, choice, *ends)
+    return tokenizer, load_template(choice, directory, None if task is None else task.template)
 
 
 def model_config(directory: Path, *, split_fused: bool = False) -> Config:

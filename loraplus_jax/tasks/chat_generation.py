@@ -76,14 +76,19 @@ class ChatModel:
                 f"answers of {new_tokens} tokens leave no room for a prompt: the model's limit for both is "
                 f"{config.max_length}; lower {LIMITS}"
             )
-        end = end_of_turn(tokenizer, template)
-        stop = sorted({*stop_ids(directory), *(() if end is None else end[:1])})
+        stop = set(stop_ids(directory))
+        if (end := end_of_turn(tokenizer, template)) is not None:
+            stop.add(end[0])
         if not stop:
             raise ValueError(
                 f"{directory} has no eos_token_id, and the chat template does not show how answers end: "
                 "set eos_token_id or use another template"
             )
-        options: Any = {"new_tokens": new_tokens, "stop": stop, "dtype": jnp.dtype(settings.model.dtype)}
+        options: Any = {
+            "new_tokens": new_tokens,
+            "stop": sorted(stop),
+            "dtype": jnp.dtype(settings.model.dtype),
+        }
         options["mesh"] = mesh
         longest, parts = config.max_length - new_tokens, 1 if mesh is None else batch_parts(mesh)
         if search is None:
