@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, load_adapter
 from loraplus_jax.adapter.target_rules import config_of
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference import verify_conversion
@@ -20,10 +20,12 @@ from loraplus_jax.models.checkpoints.hf import load_params
 from loraplus_jax.models.families import family_of
 from loraplus_jax.tasks.causal_lm import model_config
 
+from ..integration import language_world
 from ..integration.gpt2_world import write_gpt2
 from ..interop.library_trees import LIBRARIES
 from ..interop.models import factors, spec_of
 from ..messages import assert_mentions
+from .conftest import with_adapter
 from .conversions import (
     BIG,
     expected_weights,
@@ -392,6 +394,22 @@ def test_runs(to, untrained_talk, tmp_path, capsys):
         "gguf": "adapter.gguf",
     }
     assert (out / files[to]).is_file()
+
+
+def test_a_run_on_a_gguf_base_is_held_to_what_its_adapter_changes(first_talk, tmp_path, capsys, monkeypatch):
+    gguf = language_world.write_gguf_of(first_talk.model, tmp_path / "tiny.gguf")
+    made = with_adapter(first_talk, tmp_path / "world", "--model.path", str(gguf))
+    parts = load_adapter(made.out / "adapter")
+    trained = {"lora": jax.tree.map(lambda x: 0.04 * x, parts.lora), **parts.extras}
+    notes = json.loads((made.out / "adapter/adapter.json").read_text())
+    own = {name: notes[name] for name in ("base", "task", "identity", "settings")}
+    save_adapter(made.out / "adapter", trained, parts.specs, parts.config, **own)
+    words = (made.out, "--to", "gguf", "--dtype", "q8_0")
+    _, difference, size, effect = differences(converted(capsys, *words, "--out", tmp_path / "out"))
+    assert difference <= 5e-2 * effect < effect < 5e-2 * size
+    # Without the adapter the outputs would be within 5e-2 of the largest.
+    monkeypatch.setattr(verify_conversion, "gguf_changes", lambda *_: {})
+    assert_mentions(rejected(capsys, *words, out=tmp_path / "no"), "outputs", "changes")
 
 
 def own_adapter(base, directory, **options):
