@@ -45,13 +45,10 @@ AGAIN = ("repeat", "batch")
 
 
 def read() -> dict[str, dict[str, Report]]:
-    """The studies of each table that has been measured in the form of `tables.py`."""
-    found = {}
-    for name in STUDIES:
-        path = RESULTS / "tables" / f"{name}.json"
-        studies = json.loads(path.read_text())["studies"] if path.exists() else {}
-        found[name] = {title: study for title, study in studies.items() if "protocol" in study}
-    return found
+    """The studies of each table."""
+    return {
+        name: json.loads((RESULTS / "tables" / f"{name}.json").read_text())["studies"] for name in STUDIES
+    }
 
 
 def number(value: float | None, form: str = ".4f") -> str:
@@ -80,15 +77,13 @@ def protocol_line(report: Report) -> str:
     # Some tried more than others, where `sweep.widen` added rates.
     counts = sorted({method["settings"] for method in report["methods"].values()})
     settings = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
-    hours = f"{p['hours']:.1f} hours of training and evaluation on " if "hours" in p else ""
     together = " each: those of test loss hold together with 95 %" if p["confidence"] > 0.95 else ""
-    # All studies of an earlier version computed in float32.
-    dtype = "" if p.get("dtype", "float32") == "float32" else f" in {p['dtype']}"
+    dtype = "" if p["dtype"] == "float32" else f" in {p['dtype']}"
     return (
         f"{p['model']}{dtype}, {p['steps']:,} steps of {size} rows of up to {length} tokens; {settings} settings a "
         f"method, reported on {len(p['report_seeds'])} other seeds and {p['test_rows']:,} test examples. Intervals "
         f"of {100 * p['confidence']:.1f} %{together}. "
-        f"{hours}{ran_on.get('processor', '')} {ran_on['cores']} cores.".replace("  ", " ")
+        f"{p['hours']:.1f} hours of training and evaluation on {ran_on['processor']} {ran_on['cores']} cores."
     )
 
 
@@ -105,7 +100,7 @@ def method_row(report: Report, method: Report) -> dict[str, str]:
         f"{metric} − LoRA's": interval(against and against["test_metric"], "+.4f"),
         "test loss": number(method["loss"]),
         "loss − LoRA's": interval(against and against["test_loss"], "+.4f"),
-        "LoRA's steps / its own": interval(against and against["steps_ratio"], ".2f")
+        "speedup in steps": interval(against and against["steps_ratio"], ".2f")
         if counts_steps(report)
         else "–",
         "seconds": number(cost and cost["step_seconds"] * report["protocol"]["steps"], ".0f"),
@@ -115,20 +110,18 @@ def method_row(report: Report, method: Report) -> dict[str, str]:
 def study_lines(title: str, report: Report) -> list[str]:
     """A study: what it found, how it was run, a line a method, scores of texts, and what was forgotten."""
     protocol, metric = report["protocol"], report["protocol"]["metric"]
-    # An earlier version had neither.
-    known = {
-        "constant answer": protocol.get("constant", {}),
-        "before training": protocol.get("untrained", {}),
-    }
+    # The first studies had no row before training.
+    known = {"constant answer": protocol["constant"], "before training": protocol.get("untrained", {})}
     rows = [
         {"method": name, metric: number(values[metric]), "test loss": number(values.get("loss"))}
         for name, values in known.items()
         if metric in values
     ]
     rows += [method_row(report, method) for method in report["methods"].values()]
-    # Of the file's numbers, in today's words; an earlier version had no constant answer.
-    methods = {name: {"over_constant": None, **method} for name, method in report["methods"].items()}
-    found = verdict(methods, report["protocol"]["confidence"])
+    # Of the file's numbers, in today's words.
+    found = verdict(report["methods"], protocol["confidence"])
+    if "A zero" in title:
+        found = found.replace("tuned LoRA", "tuned λ = 1 with A zero")
     lines = [f"### {title}", found.replace(" -", " −").replace("[-", "[−"), protocol_line(report)]
     lines.append(table([{name: row.get(name, "–") for name in rows[-1]} for row in rows]))
     if texts := [m for m in report["methods"].values() if m.get("text_scores")]:
@@ -288,11 +281,9 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
                 "steps": f"{report['protocol']['steps']:,}",
                 "metric": report["protocol"]["metric"],
                 "LoRA": number(report["methods"]["lora"]["metric"]),
-                "LoRA+ − LoRA": interval(against["test_metric"], "+.4f"),
-                "loss, % of LoRA's": interval(relative_loss(report, "lora_plus"), "+.2f"),
-                "LoRA's steps / LoRA+'s": interval(against["steps_ratio"], ".2f")
-                if counts_steps(report)
-                else "–",
+                "difference in metric": interval(against["test_metric"], "+.4f"),
+                "difference in loss, %": interval(relative_loss(report, "lora_plus"), "+.2f"),
+                "speedup in steps": interval(against["steps_ratio"], ".2f") if counts_steps(report) else "–",
                 "above the constant answer": {True: "yes", False: "no", None: "–"}[above],
             }
         )
@@ -305,9 +296,8 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
         first = interval(overall([reports[:1] for reports in kept], "test_metric"), "+.4f")
         lines.append(
             f"Mean over the {len(kept)} data sets above the constant answer{note}: gain in the metric "
-            f"{interval(gain, '+.4f')}{f', without these repetitions {first}' if twice else ''}; LoRA's steps over "
-            f"those of LoRA+, on {len(counted)} of them, {interval(steps, '.2f')}. Intervals of "
-            f"{100 * THREE:.1f} % each."
+            f"{interval(gain, '+.4f')}{f', without these repetitions {first}' if twice else ''}; speedup in steps, "
+            f"on {len(counted)} of them, {interval(steps, '.2f')}. Intervals of {100 * THREE:.1f} % each."
         )
     return lines
 
@@ -376,8 +366,13 @@ def draw_curves(studies: Mapping[str, Report], path: Path) -> None:
 
 
 def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
-    """The difference in test loss to LoRA with its interval, of every data set, in percent of LoRA's."""
-    shown = data_sets(tables)
+    """The difference in test loss to LoRA with its interval, in percent: data sets and their repetitions."""
+    first = data_sets(tables)
+    again = {title: report for title, report in tables["repeat"].items() if "A zero" not in title}
+    order = list(first)
+    shown = dict(
+        sorted((first | again).items(), key=lambda item: order.index(item[0].partition(", seeds")[0]))
+    )
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(shown)), layout="constrained")
     for name, marker, shift in (("lora_plus", "o", 0.12), ("full", "s", -0.12)):
@@ -389,7 +384,7 @@ def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
             axes.plot(found["mean"], shift - row, marker, color=color)
         axes.plot([], [], marker, color=color, label=label)
     axes.axvline(0, color="black", linewidth=1, linestyle="--")
-    titles = [f"{title}, {report['protocol']['steps']} steps" for title, report in shown.items()]
+    titles = [title + " (not learned)" * (beats_constant(report) is False) for title, report in shown.items()]
     axes.set_yticks([-row for row in range(len(shown))], titles)
     axes.set(xlabel="test loss relative to tuned LoRA's (%), lower is better")
     axes.set_xscale("symlog", linthresh=1)
@@ -557,9 +552,8 @@ def main() -> None:
     write_text(path, filled(path.read_text(encoding="utf-8"), tables))
     draw(tables, DOCS / "results" / "differences.png")
     draw_curves(with_curves(tables), DOCS / "results" / "convergence.png")
-    if tables["lambda"]:
-        draw_ratios(tables["lambda"], DOCS / "results" / "lambda.png")
-        draw_maps(tables["lambda"], DOCS / "results" / "lambda_map.png")
+    draw_ratios(tables["lambda"], DOCS / "results" / "lambda.png")
+    draw_maps(tables["lambda"], DOCS / "results" / "lambda_map.png")
 
 
 if __name__ == "__main__":

@@ -178,8 +178,8 @@ def test_the_mean_of_steps_leaves_out_curves_that_do_not_count_them(benchmarks):
     alone, both = (
         results_page.summary_lines({"glue": {"CoLA": study, "other": other}})[-1] for other in (coarse, study)
     )
-    assert "LoRA+, on 1 of them, 1.30 [0.70, 2.42]." in alone
-    assert "LoRA+, on 2 of them, 1.30 [0.93, 1.81]." in both
+    assert "steps, on 1 of them, 1.30 [0.70, 2.42]." in alone
+    assert "steps, on 2 of them, 1.30 [0.93, 1.81]." in both
     none = results_page.summary_lines({"glue": {"CoLA": coarse, "other": coarse}})[-1]
     assert none.endswith("on 0 of them, –. Intervals of 98.3 % each.")
 
