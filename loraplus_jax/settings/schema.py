@@ -129,7 +129,7 @@ class DataSettings:
     """Data files, their columns, and how they are split.
 
     A file is a path, a name listed by `loraplus fetch`, or a Hub id. Formats are .csv, .tsv, .jsonl and .parquet;
-    language models read .json in place of .parquet.
+    the tasks instruction and multiple_choice read .json in place of .parquet.
 
     Attributes:
       path: single data file, relative to the working directory, split into train, validation and test by
