@@ -10,8 +10,8 @@
 #SBATCH --signal=TERM@300
 
 # The two lines to change. OUTPUT must be on storage that all nodes see.
-CONFIG=smollm2_chat
-OUTPUT=$HOME/runs/chat
+CONFIG=config.yaml
+OUTPUT=$HOME/runs/train
 
 # GPUs per node, not per task: JAX asks for the GPU with the task's number on its node.
 srun loraplus train "$CONFIG" --output_dir "$OUTPUT" --distributed.coordinator auto

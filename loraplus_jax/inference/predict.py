@@ -218,7 +218,7 @@ def _load_merged(
             "with --merged"
         )
     settings, task = settings_and_task(directory, notes, config)
-    # A merged model is used as it is, without an adapter, also one of a run on a packed base.
+    # A merged model is used as it is, without an adapter, also one of a run on a quantized base.
     model = dataclasses.replace(settings.model, path=str(directory), quantize="none", quantize_exclude=None)
     settings = dataclasses.replace(settings, model=model, lora=DEFAULT_LORA)
     check_identity(directory, notes, model_identity(settings, directory, task), allow=allow_different)

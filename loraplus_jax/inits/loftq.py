@@ -24,7 +24,7 @@ def loftq(
     """Packs the adapted weights so that Q + s A B is near W, instead of Q alone.
 
     Alternates `steps` times between Q, the packed W - s A B, and s A B, the best approximation of W - Q of the
-    adapter's rank. The adapter belongs to the packed base.
+    adapter's rank. The adapter belongs to the quantized base.
 
     Args:
       base: variables without adapters, `{"params": ...}`.
@@ -33,7 +33,7 @@ def loftq(
       steps: number of alternations.
 
     Returns:
-      The variables with packed weights, as from `quantize_base`, and the tree of factors, float32, for `"lora"`.
+      The variables with quantized weights, as from `quantize_base`, and the tree of factors, float32, for `"lora"`.
 
     Raises:
       ValueError: `steps` is below 1, an adapter is of variant dora or on some layers of a stack only, or a weight's

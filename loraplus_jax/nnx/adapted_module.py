@@ -64,7 +64,7 @@ def adapters_by_path(model: nnx.Module) -> dict[str, Adapted]:
 
 
 def adapted_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, tuple[AdapterSpec, ...]]]:
-    """Finds the modules of a model with adapters, or with packed weights only.
+    """Finds the modules of a model with adapters, or with quantized weights only.
 
     Yields:
       The module's path, joined by "/"; the module; and its specs, an empty tuple if its weights are only packed.

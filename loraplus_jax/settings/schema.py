@@ -621,7 +621,7 @@ class Settings:
             )
         allowed = ("nf4", "int8") if config.init == "loftq" else ("none",)
         if self.model.quantize not in allowed:
-            other = "" if config.init == "loftq" else "; for a packed base use lora.init loftq"
+            other = "" if config.init == "loftq" else "; for a quantized base use lora.init loftq"
             raise ValueError(
                 f"lora.init {config.init} requires model.quantize {' or '.join(allowed)}, got "
                 f"{self.model.quantize}{other}"

@@ -87,7 +87,7 @@ def make_start(
     for spec in parts.specs.values():
         if config.init == "loftq" and not is_packed(meta.unbox(flat[spec.leaf])):
             raise ValueError(
-                f"lora.init loftq requires packed weights, but {spec.leaf} is not: take it out of "
+                f"lora.init loftq requires quantized weights, but {spec.leaf} is not: take it out of "
                 "model.quantize_exclude, or set lora.init lora"
             )
         if spec.layers is not None:
