@@ -36,8 +36,8 @@ class Adapter(NamedTuple):
       specs: the table of adapted weights.
       config: config of the adapter; None for a fully trained model, whose weights are all extras.
       extras: fully trained variables, `{"params": ...}`, empty if there are none.
-      start: the tree of factors whose s A B made a quantized base resemble the original, empty if there are none. On
-        the original, the adapter is the difference to it: `inits.as_difference`.
+      start: the tree of factors whose s A B made a quantized base resemble the original, empty if there are none.
+        On the original, the adapter is the difference to it: `inits.as_difference`.
     """
 
     lora: dict[str, Any]
