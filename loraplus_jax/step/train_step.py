@@ -115,7 +115,7 @@ def make_step(
       learning rate `rate/ROLE`. With `skip_nonfinite` also `skipped`, 1 or 0.
 
     Raises:
-      ValueError: `accumulate` is below 1 or, when traced, does not divide the batch size.
+      ValueError: `accumulate` is below 1 or, when traced, does not divide the leading axis of every leaf.
     """
     check_int("accumulate", accumulate, at_least=1)
 
@@ -280,9 +280,11 @@ def _accumulate_gradients(
     """Sums gradients and totals over micro-batches."""
     if parts == 1:
         return compute(batch, rng)
-    sizes = {x.shape[0] for x in jax.tree.leaves(batch)}
+    sizes = {jnp.shape(x)[0] if jnp.ndim(x) else 1 for x in jax.tree.leaves(batch)}
     if any(size % parts for size in sizes):
-        raise ValueError(f"accumulate must divide the batch size {sorted(sizes)}, got {parts}")
+        raise ValueError(
+            f"accumulate must divide the leading axis of every leaf of the batch, got {parts} for {sorted(sizes)}"
+        )
     # Example i goes to micro-batch i mod parts. A micro-batch of consecutive examples would be on few devices, and
     # GSPMD would move examples between them.
     micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)

@@ -185,6 +185,8 @@ def test_bad_arguments_are_rejected():
         jit_step(squares, TX, accumulate=0)
     with pytest.raises(ValueError, match=mentions("accumulate", 3, 16)):
         jit_step(squares, TX, accumulate=3)(init_state(trainable, TX, KEY), frozen, batch)
+    with pytest.raises(ValueError, match=mentions("accumulate", "every leaf", 2, "1, 16")):
+        jit_step(squares, TX, accumulate=2)(init_state(trainable, TX, KEY), frozen, {**batch, "scale": 0.5})
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("model",))
     with pytest.raises(ValueError, match=r"'data'.*'model'"):
         jit_step(squares, TX, mesh=mesh)
