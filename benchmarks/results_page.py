@@ -510,7 +510,7 @@ def overhead_lines() -> list[str]:
         for name, row in methods.items()
     ]
     (size, length), ran_on = content["batch"], content["machine"]
-    cores = f"{ran_on.get('processor', '')} {ran_on['cores']} cores".strip()
+    cores = f"{ran_on['processor']} {ran_on['cores']} cores"
     return [
         f"**Result.** LoRA+ needs {ratios['flops']:.4f} × LoRA's FLOPs, {ratios['peak_bytes']:.4f} × its memory "
         f"and {ratios['optimizer_bytes']:.4f} × its optimizer state. A step takes {own['step_over_lora']:.3f} × "
@@ -530,13 +530,9 @@ def filled(page: str, tables: Mapping[str, Mapping[str, Report]]) -> str:
     }
     for name, studies in tables.items():
         blocks[name] = [line for title, report in studies.items() for line in study_lines(title, report)]
-    if tables.get("lambda"):
-        blocks["lambda"] += start_lines(tables["lambda"])
-    if tables.get("batch"):
-        blocks["batch"] += batch_lines({"CoLA": tables["glue"]["CoLA"], **tables["batch"]})
+    blocks["lambda"] += start_lines(tables["lambda"])
+    blocks["batch"] += batch_lines({"CoLA": tables["glue"]["CoLA"], **tables["batch"]})
     for name, lines in blocks.items():
-        if not lines:
-            continue
         start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         text = "\n\n".join([start, *lines, end])
         page, count = re.subn(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: text, page, flags=re.DOTALL)  # noqa: B023

@@ -21,9 +21,9 @@ from .from_weights import make_factors
 def loftq(
     base: Mapping[str, Any], kind: QuantizeTo, specs: Specs, *, steps: int = 5
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Packs the adapted weights so that Q + s A B is near W, instead of Q alone.
+    """Quantizes the adapted weights so that Q + s A B is near W, instead of Q alone.
 
-    Alternates `steps` times between Q, the packed W - s A B, and s A B, the best approximation of W - Q of the
+    Alternates `steps` times between Q, the quantized W - s A B, and s A B, the best approximation of W - Q of the
     adapter's rank. The adapter belongs to the quantized base.
 
     Args:

@@ -67,7 +67,7 @@ def adapted_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, tuple[
     """Finds the modules of a model with adapters, or with quantized weights only.
 
     Yields:
-      The module's path, joined by "/"; the module; and its specs, an empty tuple if its weights are only packed.
+      The module's path, joined by "/"; the module; and its specs, an empty tuple if its weights are only quantized.
     """
     for parts, module in nnx.iter_modules(model):
         if (specs := vars(module).get(ADAPTERS)) is not None:
