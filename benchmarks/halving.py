@@ -39,7 +39,7 @@ def train(run: SweepRun) -> dict[str, dict[str, float]]:
     """The validation losses of all settings with all seeds, by step."""
     entries = [(trial, seed) for seed in run.seeds for trial in run.trials]
     population = prepare_population(run, len(entries))
-    members, losses, data = DeviceSlots(population, len(entries)), {}, population.data.splits
+    members, losses, data = DeviceSlots(population), {}, population.data.splits
     members.fill({n: population.first(*entry) for n, entry in enumerate(entries)})
     size = run.train.batch_size
     arrange = population.batches.arrange

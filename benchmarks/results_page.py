@@ -103,7 +103,9 @@ def method_row(report: Report, method: Report) -> dict[str, str]:
         "speedup in steps": interval(against and against["steps_ratio"], ".2f")
         if counts_steps(report)
         else "–",
-        "seconds": number(cost and cost["step_seconds"] * report["protocol"]["steps"], ".0f"),
+        "seconds": number(
+            cost and cost["step_seconds"] and cost["step_seconds"] * report["protocol"]["steps"], ".0f"
+        ),
     }
 
 

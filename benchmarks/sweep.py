@@ -99,7 +99,7 @@ def timing(rounds: int, backend: str) -> None:
     members = {}
     for name, devices in used.items():
         population = prepare_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun), count)
-        slots = members[name] = DeviceSlots(population, count)
+        slots = members[name] = DeviceSlots(population)
         slots.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
         calls["step", name] = functools.partial(population_step, slots), count
         calls["evaluation batch", name] = functools.partial(slots.evaluate, two_batches), 2 * count
@@ -192,7 +192,7 @@ def sizes(rounds: int, backend: str) -> None:
         run = parse_settings(CONFIG, options, SweepRun)
         population = prepare_population(run, most, in_parallel)
         for size in SIZES:
-            slots = ways[name, size] = DeviceSlots(population, most)
+            slots = ways[name, size] = DeviceSlots(population)
             slots.fill({n: population.first(run.trials[n], 0) for n in range(size)})
     population = next(iter(ways.values())).population
     train, arrange = population.data.splits["train"], population.batches.arrange

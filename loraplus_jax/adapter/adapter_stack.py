@@ -158,7 +158,7 @@ def stack_adapters(
     axes, values = _row_axes(common), {}
     for path, shape in shapes.items():
         own = [content[path] for content in contents if path in content]
-        blank = jnp.zeros(shape, jnp.result_type(*own) if own else jnp.float32)
+        blank = jnp.full(shape, _empty(path), jnp.result_type(*own) if own else jnp.float32)
         values[path] = jnp.stack([content.get(path, blank) for content in contents], axis=axes.get(path, 0))
     return AdapterStack(values, rest, common)
 
@@ -182,7 +182,7 @@ def put_adapter(stack: AdapterStack, slot: int, adapter: AdapterLike | None) -> 
     values = {}
     for path, old in stack.values.items():
         index = (*[slice(None)] * axes.get(path, 0), slot)
-        values[path] = old.at[index].set(new[path].astype(old.dtype) if path in new else 0)
+        values[path] = old.at[index].set(new[path].astype(old.dtype) if path in new else _empty(path))
     return dataclasses.replace(stack, values=values)
 
 
@@ -375,6 +375,11 @@ def _row_axes(room: Room) -> dict[str, int]:
             axes[f"lora/{name}"] = axis
         axes[_scale_path(module)] = left
     return axes
+
+
+def _empty(path: str) -> float:
+    """What an empty slot has where neither an adapter nor the base has a value: no change, or an error to see."""
+    return np.nan if path.startswith("params/") else 0.0
 
 
 def _scale_path(module: str) -> str:

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from .._utils.multihost import gather_to_host
 from ..quantization.packed_array import is_packed
 from .spec import Specs
-from .tree import flatten, replace_leaves
+from .tree import flatten, replace_leaves, with_collection
 
 
 def output_norms(weight: Any, letters: str, factor_letters: tuple[str, str]) -> jax.Array:
@@ -91,7 +91,7 @@ def set_magnitudes(lora: Mapping[str, Any], base: Mapping[str, Any], specs: Spec
     """Sets the magnitudes of adapters of variant dora to the norms of their weights, so that A B = 0 has no effect.
 
     Args:
-      lora, specs: the tree of adapters and their table.
+      lora, specs: the tree of adapters, or variables with it in the collection `"lora"`, and their table.
       base: variables without adapters, `{"params": ...}`; weights may be packed or sharded.
 
     Returns:
@@ -111,7 +111,10 @@ def set_magnitudes(lora: Mapping[str, Any], base: Mapping[str, Any], specs: Spec
         # On the host they are the same on every process, as all that is trained is at first.
         is_traced = isinstance(norms, Tracer)
         new[spec.factor_paths(module)[2]] = norms if is_traced else jnp.asarray(gather_to_host(norms))
-    return replace_leaves(lora, new)
+    wrapped = with_collection(lora, specs)
+    return replace_leaves(
+        lora, new if wrapped is not lora else {f"lora/{path}": x for path, x in new.items()}
+    )
 
 
 _jit_norms = jax.jit(output_norms, static_argnums=(1, 2))

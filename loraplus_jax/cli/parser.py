@@ -106,10 +106,13 @@ def _split(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[list[
     takes_value = {name: "type" in more for name, more in arguments.items() if name[0] == "-"}
     takes_value |= {"-h": False, "--help": False}
     own, settings, rest = [words[0]], [], iter(words[1:])
-    for index, word in enumerate(rest):
+    is_before = "config" in arguments  # its config, which is the first word that is no option
+    for word in rest:
         name, equals, _ = word.partition("=")
         if "config" in arguments:  # all words are settings and their values, except it and the options
-            is_setting, has_value = not (name in takes_value or (index == 0 and word[:1] != "-")), False
+            is_config, has_value = is_before and word[:1] != "-", False
+            is_setting = not (is_config or name in takes_value)
+            is_before &= not (is_config or is_setting)
         else:
             is_setting = has_value = name.startswith("--") and "." in name
         part = settings if is_setting else own

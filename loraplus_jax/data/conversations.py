@@ -1,5 +1,6 @@
 """Reads conversations from files of messages, instructions, prompts with completions, or plain texts."""
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
@@ -20,6 +21,8 @@ WEIGHTS = {"weight": "0 or 1", "train": "false or true", "training": "false or t
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message with thoughts that some chat templates write before its content."""
 
+ANSWERS = ("output", "completion")
+"""Columns that hold an answer."""
 LAYOUTS: Sequence[tuple[Mapping[str, str], Sequence[str]]] = (
     ({"messages": "messages"}, ("system", "tools")),
     ({"messages": "conversations"}, ("system", "tools")),
@@ -28,6 +31,13 @@ LAYOUTS: Sequence[tuple[Mapping[str, str], Sequence[str]]] = (
     ({"text": "text"}, ()),
 )
 """The file's required columns in each layout, by our names, and the optional ones."""
+_UNANSWERED = [
+    (
+        {n: v for n, v in required.items() if n not in ANSWERS},
+        (*optional, *(n for n in required if n in ANSWERS)),
+    )
+    for required, optional in LAYOUTS
+]
 _ALLOWED = "messages (or conversations), or instruction and output, or prompt and completion, or text"
 
 
@@ -76,7 +86,9 @@ class Chat:
         return next(turn.text for turn in self.turns if turn.role in ("user", "text"))
 
 
-def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Chat]:
+def read_chats(
+    path: str | Path, columns: Mapping[str, str] | None = None, *, to_train: bool = True
+) -> list[Chat]:
     """Reads conversations from a .jsonl, .json (a list of objects), .csv or .tsv file in UTF-8.
 
     A row has one of four layouts:
@@ -84,7 +96,8 @@ def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> li
     - `messages` (or, without `columns`, `conversations`): a list of `{"role": ..., "content": ...}` or, as in
       ShareGPT, of `{"from": ..., "value": ...}`; in CSV and TSV, the list is JSON;
     - `instruction` and `output`, and optionally `input`, which follows the instruction after a blank line;
-    - `prompt` and `completion`: texts, or lists of messages, of which only those in `completion` are trained on;
+    - `prompt` and `completion`: texts, or lists of messages (in CSV and TSV as JSON), of which only those in
+      `completion` are trained on;
     - `text`: plain text to train on, without a chat template.
 
     All but `text` may have `system`, the system prompt. `messages` and `prompt` may have `tools`, a list of JSON
@@ -99,26 +112,29 @@ def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> li
       path: the file.
       columns: maps the names above to the file's, for all columns to read: `{"prompt": "question", "completion":
         "reply"}`. By default, the names above, in the layout that most rows have (the first of equals).
+      to_train: whether each conversation needs an answer to train on. Else `output` and `completion` may be
+        missing, and the messages after the last answer are kept.
 
     Raises:
-      ValueError: the file cannot be read, no layout fits, or rows are invalid: columns missing or of the wrong
-        type, unknown roles, empty content, images, no assistant turn to train on, or turns out of order (see
-        `Chat`). One message shows the first 20 problems with `file:line`, or `file: item n` in a .json file, both
-        counted from 1.
+      ValueError: the file cannot be read, no layout fits, no row has one of `columns`, or rows are invalid: columns
+        missing or of the wrong type, unknown roles, empty content, images, no assistant turn to train on, or turns
+        out of order (see `Chat`). One message shows the first 20 problems with `file:line`, or `file: item n` in a
+        .json file, both counted from 1.
     """
     path, problems = Path(path), Problems()
     records = read_records(path, problems)
-    columns = choose_columns(path, records, columns, LAYOUTS, _ALLOWED)
+    columns = choose_columns(path, records, columns, LAYOUTS if to_train else _UNANSWERED, _ALLOWED)
     chats = []
     for number, values in records:
         faults: list[str] = []
-        turns = _parse_turns(values, columns, faults)
+        turns = _parse_turns(values, columns, faults, to_train)
         tools = _parse_tools(values, columns, faults)
-        faults = faults or list(_order_faults(turns))
+        faults = faults or list(_order_faults(turns, to_train))
         for fault in faults:
             problems.add(number, fault)
         if not faults:
-            stop = 1 + max(n for n, turn in enumerate(turns) if turn.role in ("assistant", "text"))
+            answers = (n for n, turn in enumerate(turns) if turn.role in ("assistant", "text"))
+            stop = 1 + max(answers) if to_train else len(turns)
             kept = tuple(turn for turn in turns[:stop] if turn.role != "system" or turn.text.strip())
             dropped = tuple(turn for turn in turns[:stop] if turn not in kept) + tuple(turns[stop:])
             chats.append(Chat(kept, location_of(path, number), tools, dropped))
@@ -181,10 +197,15 @@ def choose_columns(
     """Returns the file's columns by our names: `columns` if given, else those of the layout that most rows have.
 
     Raises:
-      ValueError: `columns` are those of no layout, or no row has one; the message lists what is `allowed`.
+      ValueError: `columns` are those of no layout, no row has one of them, or no row has a layout.
     """
     if columns is not None:
         if any(set(required) <= set(columns) <= {*required, *optional} for required, optional in layouts):
+            known = {name: None for _, values in records for name in values}
+            # A row may lack an optional one; where all do, it is a wrong name. Missing answers are faults of a row.
+            missing = [c for name, c in columns.items() if c not in known and name not in ANSWERS]
+            if missing:
+                raise ValueError(f"{path}: no row has the column {missing[0]!r}{suggest(missing[0], known)}")
             return dict(columns)
         others = ", ".join(sorted({name for _, optional in layouts for name in optional}))
         raise ValueError(
@@ -202,7 +223,9 @@ def choose_columns(
     return {**required, **{name: name for name in optional if name in counts}}
 
 
-def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str]) -> list[Turn]:
+def _parse_turns(
+    values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str], to_train: bool
+) -> list[Turn]:
     def text(name: str, *, optional: bool = False) -> str:
         return take_text(values, columns[name], faults, optional=optional) if name in columns else ""
 
@@ -213,19 +236,28 @@ def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: 
     if "messages" in columns:
         messages = take_list(values, columns["messages"], faults)
         return first + [_parse_message(number, message, faults) for number, message in enumerate(messages, 1)]
-    prompt, answer = (values.get(columns.get(name, "")) for name in ("prompt", "completion"))
-    if isinstance(prompt, list) and isinstance(answer, list) and prompt and answer:
+    question, answer = ("instruction", "output") if "instruction" in columns else ("prompt", "completion")
+    is_open = not to_train and values.get(columns.get(answer, "")) in (None, "", [])
+    prompt, reply = (_messages(values.get(columns.get(name, ""))) for name in ("prompt", "completion"))
+    if prompt and (reply or is_open):
         return first + [
             _parse_message(number, message, faults, trained=number > len(prompt))
-            for number, message in enumerate([*prompt, *answer], 1)
+            for number, message in enumerate([*prompt, *reply], 1)
         ]
-    if "instruction" in columns:
-        prompt, answer = text("instruction"), text("output")
-        if context := text("input", optional=True):
-            prompt = f"{prompt}\n\n{context}"
-    else:
-        prompt, answer = text("prompt"), text("completion")
-    return [*first, Turn("user", prompt), Turn("assistant", answer)]
+    asked = text(question)
+    if context := text("input", optional=True):
+        asked = f"{asked}\n\n{context}"
+    return [*first, Turn("user", asked), *([] if is_open else [Turn("assistant", text(answer))])]
+
+
+def _messages(value: Any) -> list[Any]:
+    """A list of messages, which is JSON in CSV and TSV; empty for anything else, such as text that is JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+        if not all(isinstance(message, dict) and {"role", "from"} & message.keys() for message in value):
+            return []
+    return value if isinstance(value, list) else []
 
 
 def _parse_tools(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str]) -> str:
@@ -340,7 +372,7 @@ def _text_faults(what: str, text: str, *, may_be_empty: bool = False) -> Iterato
         yield f"{what} contains a lone surrogate, which UTF-8 cannot encode"
 
 
-def _order_faults(turns: Sequence[Turn]) -> Iterator[str]:
+def _order_faults(turns: Sequence[Turn], to_train: bool) -> Iterator[str]:
     roles = [turn.role for turn in turns]
     if roles == ["text"]:
         return
@@ -348,10 +380,10 @@ def _order_faults(turns: Sequence[Turn]) -> Iterator[str]:
         if role == "system":
             yield f"turn {number} has the role system, allowed only for the first turn"
     dialogue = [role for role in roles if role != "system"]
-    if "assistant" not in dialogue:
-        yield "no assistant turn, so there is nothing to train on"
+    if not dialogue or (to_train and "assistant" not in dialogue):
+        yield "no assistant turn, so there is nothing to train on" if to_train else "no message to answer"
         return
     if dialogue[0] != "user":
         yield f"the {dialogue[0]} has the first turn, which must be the user's"
-    if not any(turn.trained for turn in turns if turn.role == "assistant"):
+    if to_train and not any(turn.trained for turn in turns if turn.role == "assistant"):
         yield "no assistant turn to train on: each has weight 0 or train false"

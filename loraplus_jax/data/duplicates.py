@@ -1,5 +1,6 @@
 """Finds examples that are in two splits, and equal texts with different labels."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -78,7 +79,9 @@ def handle_duplicates(splits: dict[str, Any], settings: DataSettings) -> tuple[d
             raise ValueError(f"{line}: none is left in {name}")
         kept[name] = take(splits[name], indices)
         lines.append(line)
-    return kept, lines
+    # What stays: texts with different labels outside train.
+    _, remaining = handle_duplicates(kept, dataclasses.replace(settings, duplicates="warn"))
+    return kept, [*lines, *remaining]
 
 
 def _conflicts(entries: Iterable[_Entry]) -> list[tuple[_Entry, _Entry]]:

@@ -200,6 +200,8 @@ def read_glue(path: Path, task: GlueTask) -> tuple[LabelledTexts, list[str]]:
     rows = labelled_texts(path, _read(path, task, columns, short))
     by_label = {name: name for name in task.names} | {str(i): name for i, name in enumerate(task.names)}
     kept = [i for i, label in enumerate(rows.labels) if label not in UNLABELLED]
+    if not kept:
+        raise ValueError(f"{path}: no example has a label")
     rows, missing = rows.take(kept), len(rows) - len(kept)
     if task.names:
         raise_problems(
@@ -230,7 +232,9 @@ def _read(
 ) -> list[StringRow]:
     texts = {*task.texts, *task.hub_texts}
     options: Any = {"header": task.header, "may_be_empty": texts, "short_rows": short_rows}
-    return read_rows(path, columns, quoting="none", **options)
+    # GLUE's own files do not quote.
+    quoting = "none" if path.suffix.lower() == ".tsv" else "minimal"
+    return read_rows(path, columns, quoting=quoting, **options)
 
 
 def submission(task: GlueTask, predictions: list[Any]) -> str:

@@ -82,8 +82,7 @@ def read_rows(
 
     Text files are UTF-8, with or without a byte order mark, LF or CRLF. CSV and TSV have a header and may quote
     fields with `"`, doubled inside. JSON lines hold one object each. Strings, numbers and booleans in JSON and
-    Parquet become strings. Blank lines are skipped. Only `columns` are returned, but the values of an `id` column,
-    if there is one, must be unique.
+    Parquet become strings. Blank lines are skipped.
 
     Args:
       path: the file.
@@ -97,9 +96,9 @@ def read_rows(
         are problems.
 
     Raises:
-      ValueError: the file cannot be read or has no rows, a column is missing, or rows are malformed, empty in one
-        of `columns`, or repeat an id. One message counts all problems of the file and shows the first
-        `SHOWN_PROBLEMS` with `file:line`.
+      ValueError: the file cannot be read or has no rows, a column is missing, or rows are malformed or empty in
+        one of `columns`. One message counts all problems of the file and shows the first `SHOWN_PROBLEMS` with
+        `file:line`.
     """
     path, problems = Path(path), Problems()
     found, text = _read(path, SUFFIXES, columns, problems, delimiter, quoting, header, short_rows)
@@ -339,8 +338,7 @@ def _parquet_records(path: Path, columns: Sequence[str], problems: Problems) -> 
             names = file.schema_arrow.names
             for fault in [f"no column {c!r}{suggest(c, names)}" for c in columns if c not in names]:
                 problems.add(1, fault)
-            selected = [c for c in (*columns, "id") if c in names]
-            records = [] if problems.count else file.read(selected).to_pylist()
+            records = [] if problems.count else file.read(list(columns)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot read the Parquet file: {error}") from None
     yield from enumerate(records, 1)
@@ -351,9 +349,7 @@ def _string_records(
 ) -> Iterator[Record]:
     for number, record in records:
         faults = [f"no column {c!r}{suggest(c, record)}" for c in columns if c not in record]
-        selected = {c: record[c] for c in (*columns, "id") if c in record}
-        if selected.get("id", "") is None and "id" not in columns:
-            del selected["id"]
+        selected = {c: record[c] for c in columns if c in record}
         # Parquet has other types than JSON, such as decimals, and numbers that are not finite.
         faults += [
             f"column {c!r} must be a string or a number, got {json.dumps(v, default=repr)[:40]}"
@@ -369,13 +365,9 @@ def _string_records(
 def _value_problems(
     records: Sequence[Record], columns: Sequence[str], may_be_empty: Collection[str]
 ) -> Iterator[Problem]:
-    first_lines: dict[str, int] = {}
     for line, record in records:
         for column in columns:
             if not record[column].strip() and column not in may_be_empty:
                 yield line, f"column {column!r} is empty"
             elif has_lone_surrogate(record[column]):
                 yield line, f"column {column!r} contains a lone surrogate, which UTF-8 cannot encode"
-        name = record.get("id", "")
-        if name.strip() and first_lines.setdefault(name, line) != line:
-            yield line, f"id {name!r} is already used at line {first_lines[name]}"

@@ -170,7 +170,6 @@ def _write_peft(
         export.path_map(tuned.parts.base.table, form),
         extras=unflatten(head_leaves | flatten(extras)),
         own=own,
-        base=tuned.notes["base"],
         base_model=base,
         task_type=form.task_type,
         readme=card(model_card.ADAPTER, form=form),
@@ -204,10 +203,8 @@ def _write_gguf_adapter(
         notes = describe_run(
             adapter.specs,
             adapter.config,
-            base=tuned.notes["base"],
-            settings=tuned.notes["settings"],
-            task=tuned.notes["task"],
             identity=_identity(tuned),
+            **_origin(tuned),
         )
         (partial / NOTES_FILE).write_text(record_text(notes, partial, [name]), encoding="utf-8")
     return saved._replace(file=to / name).describe()
@@ -255,7 +252,7 @@ def _write_merged(
             adapter.config,
             merged=True,
             identity=identity,
-            **_origin(tuned),
+            **_origin(tuned) | {"base": None},
         )
         # The identity has the other files' content.
         tensors = sorted(path.name for path in partial.iterdir() if path.suffix in (".safetensors", ".gguf"))
@@ -270,8 +267,17 @@ def _write_merged(
 
 
 def _origin(tuned: TunedModel) -> dict[str, Any]:
-    """What the adapter's metadata says of how it was made."""
-    return {name: tuned.notes[name] for name in ("settings", "task", "combined") if name in tuned.notes}
+    """What the metadata of an exported adapter says of its base, and of how it was made."""
+    notes = {
+        name: tuned.notes[name] for name in ("base", "settings", "task", "combined") if name in tuned.notes
+    }
+    if tuned.settings.lora.init == "loftq":
+        # What is exported is the difference to the original weights, so it loads on these, not on quantized ones.
+        settings = dict(notes["settings"])
+        settings["model"] = settings["model"] | {"quantize": "none", "quantize_exclude": None}
+        settings["lora"] = settings["lora"] | {"init": "lora", "init_iterations": None}
+        notes |= {"settings": settings, "base": None}
+    return notes
 
 
 def _identity(tuned: TunedModel) -> Identity:

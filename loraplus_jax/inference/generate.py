@@ -194,16 +194,16 @@ def _chats(
             return [Chat((x.turn,)) for x in read_inputs(file, columns, distinct=distinct)]
         prompts = [linearize(text) for text in prompts]
     if data is not None:
-        chats = read_chats(resolve(data, "data"), settings.data.column_names)
-        if plain_texts := [chat.place for chat in chats if not chat.turns[:-1]]:
+        chats = read_chats(resolve(data, "data"), settings.data.column_names, to_train=False)
+        if plain_texts := [chat.place for chat in chats if chat.turns[-1].role == "text"]:
             raise ValueError(
                 f"{plain_texts[0]}: plain text has no prompt to answer; pass --data with conversations"
             )
-        # A conversation that does not end with an answer is answered where it ends.
-        ends = [tuple(turn for turn in chat.dropped if turn.role != "system") for chat in chats]
+        # The last answer of the file, if there is one, is given anew.
+        is_answered = (chat.turns[-1].role == "assistant" for chat in chats)
         return [
-            dataclasses.replace(chat, turns=(*chat.turns, *end) if end else chat.turns[:-1])
-            for chat, end in zip(chats, ends, strict=True)
+            dataclasses.replace(chat, turns=chat.turns[:-1]) if answered else chat
+            for chat, answered in zip(chats, is_answered, strict=True)
         ]
     system_turns = () if system is None else (Turn("system", system),)
     return [Chat((*system_turns, Turn("user", text))) for text in prompts]

@@ -25,7 +25,7 @@ from ..data.tokenize import encode_texts
 from ..interop.adapter_directory import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
 from ..settings.parsing import parse_settings, settings_from_json
-from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
+from ..settings.schema import LANGUAGE_TASKS, OptimizerSettings, Settings
 from ..step.checkpoint import leaf_dtypes_and_shapes
 from ..step.fingerprints import fingerprint
 from ..step.sharding import batch_parts, local_rows, mesh_axes_of_rows, shard_batch, with_mesh
@@ -204,7 +204,10 @@ def settings_and_task(
 def settings_with_adapter(directory: Path, settings: Settings, base: Path, task: Any) -> Settings:
     """Settings with the lora section of a PEFT adapter."""
     parts = base_parts(settings, base, task)
-    return dataclasses.replace(settings, method="lora_plus", lora=adapter_config(directory, parts))
+    # Without what only training needs, and what may not suit this adapter.
+    train = dataclasses.replace(settings.train, theory_every=None)
+    lora, optimizer = adapter_config(directory, parts), OptimizerSettings()
+    return dataclasses.replace(settings, method="lora_plus", lora=lora, optimizer=optimizer, train=train)
 
 
 def _load_merged(
@@ -220,7 +223,8 @@ def _load_merged(
     settings, task = settings_and_task(directory, notes, config)
     # A merged model is used as it is, without an adapter, also one of a run on a quantized base.
     model = dataclasses.replace(settings.model, path=str(directory), quantize="none", quantize_exclude=None)
-    settings = dataclasses.replace(settings, model=model, lora=DEFAULT_LORA)
+    lora = dataclasses.replace(settings.lora, init="lora", init_iterations=None)
+    settings = dataclasses.replace(settings, model=model, lora=lora)
     check_identity(directory, notes, model_identity(settings, directory, task), allow=allow_different)
     parts = base_parts(settings, directory, task)
     check_files(directory / NOTES_FILE, notes)

@@ -22,6 +22,7 @@ from ..quantization.packed_array import is_packed
 from ..settings.schema import Settings
 from ..step.fingerprints import digest_of_lines, fingerprint, fingerprint_line
 from ..step.sharding import distribute
+from ..tasks.encoder import has_pairs
 from ..tasks.interface import AdaptedModel, params_of
 from ..training.distributed import check_same_everywhere, raise_together
 from ..training.provenance import check_allowed, check_identity, model_identity
@@ -37,6 +38,9 @@ from ..training.saved_adapter import (
 from ..training.setup import base_parts, build_model, load_model
 from .devices import MeshSizes, choose_mesh, to_mesh
 from .predict import TunedModel, compute_outputs, settings_and_task, texts_to_predict
+
+SEARCH = ("beams", "max_new_tokens", "length_penalty", "no_repeat_ngram", "no_repeat_in", "early_stopping")
+"""Settings of section generation that decide an answer."""
 
 BASE = "base"
 """The name of the base without an adapter."""
@@ -248,13 +252,10 @@ def _describe(
     directory: Path, settings: Settings, base: Path, task: Any, allow: Sequence[str]
 ) -> tuple[AdaptedModel, Any]:
     """The base with one adapter, with shapes as variables, after a check of the base's identity; and its task."""
-    notes = read_notes(directory)
+    notes, own_task = read_notes(directory), task
     if {"settings", "task", "base"} <= notes.keys():
-        own_settings, task = settings_and_task(directory, notes)
-        if own_settings.is_language != settings.is_language:
-            raise ValueError(
-                f"{directory} was trained for task {own_settings.task}, but the other adapters for {settings.task}"
-            )
+        own_settings, own_task = settings_and_task(directory, notes)
+        _check_shared(directory, own_settings, settings)
         config = saved_config(directory)
     elif is_peft(directory):
         config = adapter_config(directory, base_parts(settings, base, task))
@@ -262,9 +263,30 @@ def _describe(
         raise ValueError(f"{directory} has no training settings; use a run or adapter from loraplus train")
     if config is None:
         raise ValueError(f"{directory} is a fully trained model, not an adapter; call it without --adapter")
-    # With the settings that all share: another chat template or quantization is an error here.
+    # With the template that all share: another one is an error here, as another quantization is later.
     check_identity(directory, notes, model_identity(settings, base, task), allow=allow)
-    return build_model(settings, base, task, config), task
+    return build_model(settings, base, own_task, config), own_task
+
+
+def _check_shared(directory: Path, own: Settings, shared: Settings) -> None:
+    """Raises ValueError if an adapter's settings differ from those with which all adapters are computed."""
+
+    def values(settings: Settings) -> dict[str, Any]:
+        if settings.is_language:
+            search = {f"generation.{name}": getattr(settings.generation, name) for name in SEARCH}
+            task = "generation" if settings.task == "generation" else "instruction or multiple_choice"
+            return {"task": task, **search}
+        texts = 2 if has_pairs(settings.data) else 1
+        more = {"model.pooling": settings.model.pooling, "data.max_length": settings.data.max_length}
+        return {"task": "an encoder's", "texts a row": texts, **more}
+
+    its, ours = values(own), values(shared)
+    for name, value in its.items():
+        if value != ours[name]:
+            raise ValueError(
+                f"{directory} was trained with {name} {value}, but the other adapters with {ours[name]}; use it in "
+                "a call of its own"
+            )
 
 
 def _fingerprint_lines(path: str, leaf: Any) -> dict[str, str]:

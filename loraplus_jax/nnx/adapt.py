@@ -238,7 +238,7 @@ def _layer_spec(
 def _without(shape: tuple[int, ...], stacked: tuple[int, ...]) -> tuple[int, ...]:
     one = list(shape)
     for axis in reversed(stacked):
-        one[axis : axis + 1] = []
+        del one[axis]
     return tuple(one)
 
 
@@ -350,7 +350,8 @@ def _names_of_factor(names: Iterable[Any], spec: AdapterSpec, side: int) -> list
 def _make_dropout(rate: float, rngs: nnx.Rngs, spec: AdapterSpec) -> nnx.Dropout:
     make: Callable[[nnx.Rngs], nnx.Dropout] = lambda rngs: nnx.Dropout(rate, rngs=rngs)  # noqa: E731
     # nnx.scan slices the state of every module, so the key of a stack must be one for each layer.
-    for axis in spec.stacked:
-        size = spec.shape[axis]
+    # The innermost axis is A; see `AdapterSpec.base_letters`.
+    sizes = dict(zip(spec.base_letters, spec.shape, strict=True))
+    for size in (sizes[letter] for letter in sorted(sizes) if letter.isupper()):
         make = nnx.split_rngs(splits=size)(nnx.vmap(make, in_axes=(0,), out_axes=0))
     return make(rngs)

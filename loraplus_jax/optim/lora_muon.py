@@ -47,14 +47,14 @@ def lora_muon(
 ) -> optax.GradientTransformation:
     """The optimizer LoRA-Muon: `scale_by_lora_muon` with one rate of A and B, and decay.
 
-    To first order the rate is the spectral norm of a step of A B, and `weight_decay` is that of A B: each factor
-    decays by half of it. `b1` decays the momentum; `specs` as for `scale_by_lora_muon`.
+    To first order the rate is the spectral norm of a step of A B. Each parameter decays by the rate times
+    `weight_decay`, so A B by twice that. `b1` decays the momentum; `specs` as for `scale_by_lora_muon`.
 
     Returns:
       An `optax.GradientTransformation`, whose `update` requires `params`.
     """
     return optax.chain(
         scale_by_lora_muon(b1, specs=specs),
-        optax.add_decayed_weights(weight_decay / 2),
+        optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )

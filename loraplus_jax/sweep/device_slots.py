@@ -1,4 +1,4 @@
-"""Assigns population members to device slots and compacts them as members are pruned."""
+"""Assigns population members to device slots."""
 
 import math
 import time
@@ -23,13 +23,12 @@ class DeviceSlots:
     depends on the devices, so checkpoints store members by number, not by slot.
 
     Attributes:
-      size: maximum number of members.
       slots: number of the member in each slot, -1 if empty.
       chunks: arrays of the members, one tree per program call.
     """
 
-    def __init__(self, population: Population, size: int) -> None:
-        self.population, self.programs, self.size = population, population.programs, size
+    def __init__(self, population: Population) -> None:
+        self.population, self.programs = population, population.programs
         self.slots: list[int] = []
         self.chunks: list[Members] = []
 
@@ -54,11 +53,6 @@ class DeviceSlots:
         # Of zeros, `alive` too: what fills up a call trains nothing.
         empty = jax.tree.map(np.zeros_like, next(iter(members.values())))
         self.load(stack_members([members.get(number, empty) for number in self.slots]))
-
-    def compact(self, kept: Sequence[int]) -> None:
-        """Keeps only these members and packs them together, which saves program calls."""
-        host, slot_of = self.to_host(), {number: slot for slot, number in enumerate(self.slots)}
-        self.fill({n: jax.tree.map(lambda leaf, n=n: leaf[slot_of[n]], host) for n in sorted(kept)})
 
     def load(self, members: Members) -> None:
         """Puts arrays of all slots, shaped `(slots, ...)`, on the devices, one chunk per program call."""
@@ -146,17 +140,10 @@ class DeviceSlots:
     def as_state(self, clock: int) -> TrainState:
         """The members' changing state as checkpoints store it, with `clock` as the step.
 
-        The first axis is the member's number, with zeros for pruned members, so it does not depend on the devices.
+        The first axis is the member's number, so it does not depend on the devices.
         """
-        numbers = self.member_ids
-        slots = [self.slots.index(number) for number in numbers]
-
-        def by_number(leaf: np.ndarray) -> np.ndarray:
-            rows = np.zeros((self.size, *leaf.shape[1:]), leaf.dtype)
-            rows[numbers] = leaf[slots]
-            return rows
-
-        host = jax.tree.map(by_number, self.to_host())
+        slots = [self.slots.index(number) for number in self.member_ids]
+        host = jax.tree.map(lambda leaf: leaf[slots], self.to_host())
         # A checkpoint has one step for all, so the members' own counters are stored with what they train.
         values = {"trainable": host.state.trainable, "step": host.state.step}
         values |= {"skipped": host.skipped, "alive": host.alive}
@@ -175,17 +162,6 @@ class DeviceSlots:
         values |= {"skipped": members.skipped, "alive": members.alive}
         step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=device)
         return TrainState(values, members.state.opt_state, step, members.state.rng)
-
-    def resume(self, state: TrainState, first: Mapping[int, Members], places: Sequence[int]) -> None:
-        """Restores the members from `as_state`.
-
-        Args:
-          state: state from a checkpoint.
-          first: initial members, for their rates and scales.
-          places: numbers of the remaining members, in any order; -1 is ignored. They are assigned to new slots.
-        """
-        kept = {number: first[number] for number in sorted(places) if number >= 0}
-        self.fill(stored_members(state, kept, {number: number for number in kept}))
 
 
 def stored_members(

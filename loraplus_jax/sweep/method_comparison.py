@@ -55,6 +55,11 @@ class Method(NamedTuple):
 
 def _adalora(run: SweepRun) -> dict[str, Any]:
     # Ends with the rank of the others, on average, from 1.5 times as much and at the same scale.
+    for name in ("rank_pattern", "alpha_pattern"):
+        if value := getattr(run.lora, name):
+            raise ValueError(
+                f"lora.{name} must be empty, as this method starts with another rank; got {dict(value)}"
+            )
     rank = math.ceil(1.5 * run.lora.rank)
     alpha = alpha_for(run.lora.scale, rank, run.lora)
     last = {"train.select": "last", "train.early_stopping": None}

@@ -158,6 +158,7 @@ def verdict(methods: Mapping[str, Any], confidence: float) -> str:
         text += f" ({evidence})"
     notes = {
         "significantly higher": worse,
+        "diverged on a seed": [method["label"] for method in methods.values() if method["diverged"]],
         "no result": [method["label"] for name, method in others.items() if name not in known],
         "not significantly better than a constant answer": [
             m["label"]

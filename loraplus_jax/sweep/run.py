@@ -227,9 +227,7 @@ class Sweep:
         self.group += 1
         if self.group:
             count = self.run.sweep.interim_seeds[self.group - 1]
-            self.console.print(
-                f"no significant difference in test loss on {count} report seeds; training more"
-            )
+            self.console.print(f"not decided on {count} report seeds; training more")
         trials = dict(self.chosen)
         if "control" in self.run.arms:
             trials["control"] = self.chosen["lora_plus"].control

@@ -282,7 +282,8 @@ def decision(comparison: RunRow, chosen: Mapping[str, Trial]) -> str:
         return f"There is no winner: {why}. Try lower learning rates."
     name = "plain LoRA" if best == "lora" else f"LoRA+, lambda {chosen[best].lr_ratio:g}"
     if decisive(comparison) != "diverged":
-        why += f" ({100 * comparison['confidence']:.4g} % intervals, {comparison['pairs']} paired seeds)"
+        pairs = comparison["test_loss"]["pairs"]
+        why += f" ({100 * comparison['confidence']:.4g} % intervals, {pairs} paired seeds)"
     return f"Train with {name}: {why}."
 
 

@@ -168,7 +168,7 @@ class _UnitRun:
     ) -> None:
         self.population, self.unit, self.output = population, unit, output
         self.signal, self._tell = signal, tell
-        self.slots = DeviceSlots(population, len(unit.members))
+        self.slots = DeviceSlots(population)
         self.progress, self.rows = Progress(unit.start), []
         self.seconds, self.started, self.timed_step = 0.0, time.perf_counter(), TIMED_STEP
         split, size = population.data.splits["train"], population.run.train.batch_size
@@ -232,7 +232,7 @@ class _UnitRun:
         restored = self.output.restore(self.slots.state_like(len(first)), metadata)
         if restored is not None:
             position = restored.input_position
-            self.slots.resume(restored.state, first, range(len(first)))
+            self.slots.fill(stored_members(restored.state, first, {n: n for n in first}))
             self.set_batches(position["batches"])
             self.seconds, self.rows = position["seconds"], position["rows"]
             self.tell(step=int(restored.state.step), rows=self.rows, resumed=int(restored.state.step))
@@ -372,17 +372,23 @@ class _UnitRun:
                 yield self.unit.members[number], member
 
     def cost(self) -> dict[str, Any]:
-        """Trainable parameters, and seconds of a member's step (median); it trains the members on."""
+        """Trainable parameters, and seconds of a member's step (median; None if all diverged); trains them on."""
         by_seed = {seed: next(batches) for seed, batches in self.batches.items()}
         batches = {n: by_seed[self.unit.members[n].seed] for n in self.slots.member_ids}
+        # Computed one at a time, a member that has diverged costs nothing.
+        alive = sum(int(np.sum(chunk.alive)) for chunk in self.slots.chunks)
+        computed = alive if self.slots.programs.at_once == 1 else len(batches)
         seconds = []
         for _ in range(COST_STEPS):
             began = time.perf_counter()
             self.slots.step(batches)
             jax.block_until_ready(self.slots.chunks)
-            seconds.append((time.perf_counter() - began) / len(batches))
+            seconds.append(time.perf_counter() - began)
         trainable = count(self.population.parts.trainable)
-        return {"trainable": trainable, "step_seconds": float(np.median(seconds))}
+        return {
+            "trainable": trainable,
+            "step_seconds": float(np.median(seconds)) / computed if alive else None,
+        }
 
 
 def is_result_of(result: dict[str, Any], unit: Unit) -> bool:

@@ -18,6 +18,7 @@ from ..data.batches import round_up
 from ..data.chat_template import ChatTemplate
 from ..data.chat_tokens import end_of_turn, tokenize
 from ..data.conversations import Chat, Turn
+from ..data.data_to_text import linearize
 from ..models.decoding.beam_search import make_beam_search
 from ..models.decoding.generate import (
     NONFINITE_LOGITS,
@@ -171,6 +172,9 @@ class ChatModel:
         return [self.tokenizer.decode(row[row != PAD_AFTER_END].tolist()).strip() for row in tokens]
 
 
-def prompt_chat(prompt: str) -> Chat:
-    """Returns the conversation of a single prompt."""
-    return Chat((Turn("user", prompt),))
+def prompt_chat(prompt: str, task: str) -> Chat:
+    """Returns the conversation of `train.prompt`; for task generation that of a meaning representation."""
+    try:
+        return Chat((Turn("user", linearize(prompt) if task == "generation" else prompt),))
+    except ValueError as error:
+        raise ValueError(f"train.prompt: {error}") from None

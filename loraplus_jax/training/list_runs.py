@@ -172,7 +172,8 @@ def best_row(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
         found = _pick(values) | {"split": "validation", "step": row["step"]}
         if math.isfinite(found["value"]):
             better = BETTER[found["name"]]
-            best = found if best is None else better(best, found, key=lambda one: one["value"])
+            # Among ties the latest, as the checkpoint that training selects.
+            best = found if best is None else better(found, best, key=lambda one: one["value"])
     return best
 
 

@@ -156,7 +156,12 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
     ]
     stops = tuple(name for name in STOP_FIELDS if name in settings.resumable_fields)
     if read_summary(directory) is not None and not any(text.startswith(stops) for text in changed):
-        extend = "raise train.steps to continue it, " if stops else ""
+        # AdaLoRA's ranks follow from the number of steps.
+        fields = (
+            "train.steps" if settings.train.early_stopping is None else "train.steps or train.early_stopping"
+        )
+        can_continue = stops and settings.optimizer.target_rank is None
+        extend = f"raise {fields} to continue it, " if can_continue else ""
         raise ValueError(f"the run in {directory} has finished (results in {SUMMARY}); {extend}{remedy}")
     if METRICS in names and not {CHECKPOINTS, UNITS} & names:
         raise ValueError(

@@ -148,7 +148,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             chat_model = ChatModel.from_settings(
                 settings, directory, data.task, shapes.model, new_tokens, mesh=mesh
             )
-            chat_model.encode([prompt_chat(settings.train.prompt)])  # raises if it is too long
+            chat_model.encode([prompt_chat(settings.train.prompt, settings.task)])  # raises if it is too long
         if isinstance(data.task, LanguageTask) and data.task.kind == "generation":
             held_out_texts = HeldOutTexts.from_settings(
                 settings, directory, data.task, shapes.model, data.inputs, mesh

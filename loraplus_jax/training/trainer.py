@@ -245,7 +245,8 @@ class Trainer:
         """Stores the model's answer to `train.prompt`, if there is one."""
         if self.run.chat_model is not None and (prompt := self.settings.prompt) is not None:
             variables = combine(trainable, self.frozen)
-            (answer,) = self.run.chat_model.answer(variables, [prompt_chat(prompt)])
+            chat = prompt_chat(prompt, self.run.settings.task)
+            (answer,) = self.run.chat_model.answer(variables, [chat])
             self.answers |= {"prompt": prompt, when: answer}
 
     def print_answer(self, when: str) -> None:
@@ -320,6 +321,12 @@ class Trainer:
                     self.check_stop()
         if self.pending:
             self.log_row(step)
+        if step < self.run.steps:
+            patience = self.settings.early_stopping
+            self.console.print(
+                f"stopped at step {step:,} of {self.run.steps:,}: {self.task.metric} has not improved in "
+                f"{patience} evaluations (train.early_stopping)"
+            )
 
     def log_row(self, step: int) -> tuple[str, str]:
         """Logs the pending metrics as one row; returns loss and speed for the progress bar."""

@@ -182,6 +182,10 @@ def test_fully_trained_parameters_are_those_of_the_row():
     other = {"params": {"head": {"bias": np.zeros(4)}}}
     with pytest.raises(ValueError, match=mentions("base", "params/head/bias", "(5,)", "(4,)")):
         stack_adapters(adapters, slots=5, base=other)
+    # Without the base an empty slot has no head, and no answer.
+    empty = stack_adapters(own, slots=5)
+    for one in (empty, put_adapter(empty, 3, own[0]), put_adapter(put_adapter(empty, 3, own[0]), 3, None)):
+        assert np.isnan(one.values["params/head/bias"][4]).all()
     stack = stack_adapters(adapters, slots=5, base=base)
     found = mixed_batch(model, stack)(base, stack, ROWS, IDS)
     extras = [{"params": base["params"] | {"head": head}} for head in heads] + [base, base]

@@ -112,6 +112,13 @@ def test_with_magnitudes_that_are_the_norms_it_is_lora():
     assert np.abs(model.apply({**base, "lora": lora}, X) - expected).max() > 1e-2
 
 
+def test_magnitudes_are_set_in_a_tree_of_factors_and_in_variables():
+    _, _, base, lora, specs = net()
+    bare = set_magnitudes(lora, base, specs)
+    assert (bare["up"]["lora_magnitude"] > 0).all()
+    jax.tree.map(np.testing.assert_array_equal, set_magnitudes({"lora": lora}, base, specs), {"lora": bare})
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_packed_base_gives_what_its_values_give(kind):
     _, model, base, lora, specs = net()

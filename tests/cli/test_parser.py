@@ -42,6 +42,8 @@ def test_words_of_settings_are_told_from_options(tmp_path):
         7,
     )
     assert given["words"] == [config, *settings]
+    before = keywords("make", "--part", "b", "--fresh", config, *settings, "--part=c")
+    assert before == given
     assert {name: given[name] for name in given.keys() - {"settings", "words"}} == {
         "fresh": True,
         "part": ["b", "c"],

@@ -42,7 +42,13 @@ def test_three_shapes_become_turns(tmp_path, row, columns, suffix):
 def test_tables_hold_instructions_or_lists_as_json(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     said = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    for rows in ([["instruction", "input", "output"], ["Add.", "1 2", "3"]], [["messages"], [said]]):
+    turns = json.loads(said)
+    pair = [json.dumps(turns[:1]), json.dumps(turns[1:])]
+    for rows in (
+        [["instruction", "input", "output"], ["Add.", "1 2", "3"]],
+        [["messages"], [said]],
+        [["prompt", "completion"], pair],
+    ):
         with path.open("w", newline="") as file:
             csv.writer(file, "excel-tab" if suffix == ".tsv" else "excel").writerows(rows)
         assert read_chats(path)[0].turns in (TURNS, (Turn("user", "a"), Turn("assistant", "b")))
@@ -85,6 +91,33 @@ def test_of_a_prompt_in_messages_only_the_completion_is_trained_on(tmp_path):
     assert [(turn.text, turn.trained) for turn in chat.turns] == [(x, x != "b") for x in "abcd"]
     with pytest.raises(ValueError, match=mentions("'prompt'", "[{")):
         _read(tmp_path, {"prompt": prompt, "completion": "d"})
+
+
+def test_text_that_is_json_stays_text(tmp_path):
+    row = {"prompt": '["a"]', "completion": '[{"name": "b"}]'}
+    assert [turn.text for turn in _read(tmp_path, row)[0].turns] == [*row.values()]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"prompt": "a"},
+        {"prompt": [{"role": "user", "content": "a"}]},
+        {"prompt": "a", "completion": None},
+        {"instruction": "a", "output": ""},
+    ],
+)
+def test_what_is_not_trained_on_needs_no_answer(tmp_path, row):
+    path = write_json(tmp_path / "a.jsonl", [row | {"system": "s"}])
+    (chat,) = read_chats(path, to_train=False)
+    assert chat.turns == (Turn("system", "s"), Turn("user", "a"))
+    with pytest.raises(ValueError, match=mentions("a.jsonl")):
+        read_chats(path)
+    names = {name: name for name in ("instruction", "output") if "instruction" in row}
+    assert read_chats(path, names or None, to_train=False)[0].prompt == "a"
+    with pytest.raises(ValueError, match=mentions("no message to answer")):
+        read_chats(write_json(tmp_path / "a.jsonl", [_said(S)]), to_train=False)
 
 
 def test_tool_calls_and_their_results(tmp_path):
@@ -202,6 +235,10 @@ def test_problems_are_reported_together(tmp_path):
         ("a.jsonl", '{"words": 1}', None, ["a.jsonl", "words", "messages", "conversations"]),
         ("a.jsonl", '{"words": 1}', {"prompt": "text"}, ["messages", "conversations", "prompt"]),
         ("a.jsonl", "{}", {"messages": "a", "prompt": "text"}, ["messages, prompt"]),
+        (
+            *("a.csv", "q,a,context\nx,y,z\n"),
+            *({"instruction": "q", "output": "a", "input": "contxt"}, ["'contxt'", "'context'"]),
+        ),
         ("a.txt", "", None, [".txt", ".csv", ".tsv", ".jsonl", ".json"]),
     ],
 )

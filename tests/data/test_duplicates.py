@@ -162,3 +162,14 @@ def test_a_split_file_has_no_duplicates_and_its_result_does_not_depend_on_the_se
         assert lines == []
         found.append(splits)
     assert found[0] == found[1] == found[2]
+
+
+def test_what_drop_keeps_is_still_counted(tmp_path):
+    splits = {}
+    for name, rows in {"train": [text("a", "x")], "test": [text("b", "x"), text("b", "y")]}.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        splits[name] = read_texts(path)
+    rows, (line,) = handle_duplicates(splits, settings("drop"))
+    assert rows == splits
+    assert_mentions(line, "1 text with different labels", "test.jsonl:1", "test.jsonl:2")

@@ -288,6 +288,16 @@ def test_a_label_outside_the_task(tmp_path):
         read_glue(tmp_path / "CoLA/train.tsv", GLUE["cola"])
 
 
+def test_csv_files_quote_and_need_a_label(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('sentence,label\n"A great, ""long"" film.",1\n')
+    assert read_glue(path, GLUE["sst2"])[0].texts == ('A great, "long" film.',)
+    assert read_glue_texts(path, GLUE["sst2"]) == [('A great, "long" film.',)]
+    path.write_text("sentence,label\nA film.,-1\n")
+    with pytest.raises(ValueError, match=mentions("a.csv", "no example has a label")):
+        read_glue(path, GLUE["sst2"])
+
+
 def test_submission_files():
     assert submission(GLUE["rte"], ["entailment", "not_entailment"]) == (
         "index\tprediction\n0\tentailment\n1\tnot_entailment\n"

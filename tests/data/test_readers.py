@@ -103,13 +103,6 @@ def test_an_empty_cell_of_a_single_column_is_no_blank_line(tmp_path):
     assert [(row.line, row.values["text"]) for row in rows] == [(2, "a"), (3, ""), (5, "b")]
 
 
-def test_an_id_that_is_null_is_none(tmp_path):
-    path = _write(tmp_path / "a.jsonl", '{"id": null, "text": "a"}\n{"id": null, "text": "b"}\n')
-    assert [row.values["text"] for row in read_rows(path, ["text"])] == ["a", "b"]
-    with pytest.raises(ValueError, match=mentions("a.jsonl:1", "'id'", "null")):
-        read_rows(path, ["text", "id"])
-
-
 @pytest.mark.parametrize(
     ("value", "named"), [(float("nan"), "NaN"), (Decimal("1.50"), "1.50"), (b"a", "b'a'"), (None, "null")]
 )
@@ -147,7 +140,6 @@ BAD_FILES = [
         [("a.csv:3", "0xe9", "UTF-8"), ("a.csv:4", "'label'", "empty")],
     ),
     ("a.tsv", "text,label\na,b\n", [("a.tsv:1", "'text'", "'text,label'"), ("a.tsv:1", "'label'")]),
-    ("a.tsv", "id\ttext\tlabel\n7\ta\tx\n8\tb\tx\n7\tc\tx\n", [("a.tsv:4", "'7'", "line 2")]),
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', [("a.jsonl:2", "JSON")]),
     ("a.jsonl", "[1]\nnull\n3\n", [(f"a.jsonl:{n}", "JSON object") for n in (1, 2, 3)]),
     ("a.jsonl", '{"text": "a", "labels": 1}\n', [("a.jsonl:1", "'label'", "'labels'")]),
@@ -158,7 +150,6 @@ BAD_FILES = [
     ),
     ("a.jsonl", '{"text": "\\ud800", "label": 1}', [("a.jsonl:1", "'text'", "surrogate")]),
     ("a.jsonl", "[" * 100_000, [("a.jsonl:1", "JSON")]),
-    ("a.jsonl", '{"id": 1, "text": "a", "label": 1}\n' * 2, [("a.jsonl:2", "'1'", "line 1")]),
 ]
 
 

@@ -172,3 +172,20 @@ def test_an_adapter_of_another_base_is_rejected(talks, first_talk, tmp_path, cap
     )
     assert main([*map(str, words)]) == 2
     assert_mentions(capsys.readouterr().err, other.out, "base.weights")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "mentioned"),
+    [
+        ("--model.pooling cls", ("model.pooling", "cls", "mean")),
+        ("--data.max_length 9", ("data.max_length", 9)),
+    ],
+)
+def test_an_encoder_that_computes_otherwise_is_rejected(
+    worlds, first_world, tmp_path, capsys, flags, mentioned
+):
+    other = with_adapter(first_world, tmp_path / "other", *flags.split())
+    words = ("predict", worlds["a"].model, *named(worlds), "--adapter", f"other={other.out}", "--text", "x")
+    assert main([*map(str, words)]) == 2
+    assert_mentions(capsys.readouterr().err, other.out, *mentioned)

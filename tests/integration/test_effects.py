@@ -239,7 +239,9 @@ def asked(settings):
     prompts = []
     with pytest.MonkeyPatch.context() as patch, without_compiling():
         patch.setattr(chat_generation, "make_generate", lambda *_, **options: options["new_tokens"])
-        patch.setattr(setup, "prompt_chat", lambda prompt: prompts.append(prompt) or PROMPT_CHAT(prompt))
+        patch.setattr(
+            setup, "prompt_chat", lambda prompt, task: prompts.append(prompt) or PROMPT_CHAT(prompt, task)
+        )
         return setup.prepare(settings).chat_model.generate, prompts
 
 

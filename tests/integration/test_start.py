@@ -105,6 +105,10 @@ def test_loftq_starts_nearer_to_the_original_model(talk, tmp_path, capsys):
     printed(capsys, "export", run, "--to", tmp_path / "peft")
     peft = load_file(tmp_path / "peft/adapter_model.safetensors")
     key = f"base_model.model.{name.removesuffix('.weight')}"
+    # Its settings are of the original weights too, so it is what was merged into them.
+    assert evaluated(capsys, tmp_path / "peft")["loss"] == pytest.approx(
+        evaluated(capsys, tmp_path / "merged")["loss"], rel=1e-5
+    )
     peft_change = scale * peft[f"{key}.lora_B.weight"] @ peft[f"{key}.lora_A.weight"]
     np.testing.assert_allclose(peft_change, np.asarray(change).T, atol=1e-5)
 

@@ -150,6 +150,25 @@ def test_dropout_is_made_for_layers_alone():
     assert run(stack, X).shape == X.shape
 
 
+def test_dropout_in_a_stack_of_stacks_has_a_key_for_each_layer():
+    make = lambda rngs: nnx.Linear(8, 8, rngs=rngs)  # noqa: E731
+    for size in (2, 3):
+        make = nnx.split_rngs(splits=size)(nnx.vmap(make, in_axes=(0,), out_axes=0))
+    stack = make(nnx.Rngs(0))
+    apply_lora_plus(stack, LoRAPlusConfig(target_modules=".*", rank=1, dropout=0.5), rngs=nnx.Rngs(1))
+    keys = [v for path, v in nnx.to_flat_state(nnx.state(stack, nnx.RngKey)) if "key" in path]
+    assert {key.shape for key in keys} == {(3, 2)}
+
+
+def test_a_stacked_axis_may_be_negative():
+    make = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: nnx.Linear(4, 8, rngs=rngs), out_axes=-1))
+    stack = nnx.Dict(fc=make(nnx.Rngs(0)))
+    specs = apply_lora_plus(
+        stack, LoRAPlusConfig(target_modules=["fc"], rank=1), rngs=nnx.Rngs(1), stacked={"fc": (-1,)}
+    )
+    assert (specs["fc"].shape, specs["fc"].stacked) == ((4, 8, 3), (-1,))
+
+
 class Homemade(nnx.Linear):
     """A user's own LoRA layer."""
 

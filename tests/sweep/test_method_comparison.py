@@ -8,6 +8,8 @@ from loraplus_jax.settings.schema import OptimizerSettings
 from loraplus_jax.sweep.method_comparison import TABLE, method_run
 from loraplus_jax.sweep.settings import MethodName
 
+from ..messages import mentions
+
 
 def test_every_method_of_the_settings_is_in_the_table():
     assert set(MethodName.__args__) == set(TABLE)
@@ -18,6 +20,13 @@ def test_a_method_takes_back_what_has_no_effect_with_it(parsed):
     muon = dataclasses.replace(OptimizerSettings(), name="lora_muon")
     assert method_run(run, "lora_muon").optimizer == muon
     assert method_run(run, "lora").optimizer == run.optimizer
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_adalora_has_no_patterns(parsed, pattern):
+    run = parsed(f"--lora.{pattern}", "{query: 4}", "--sweep.methods", "[adalora]")
+    with pytest.raises(ValueError, match=mentions("sweep.methods adalora", f"lora.{pattern}", "query")):
+        method_run(run, "adalora")
 
 
 @pytest.mark.parametrize("name", TABLE)

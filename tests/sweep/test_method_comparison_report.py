@@ -72,6 +72,7 @@ def test_a_method_that_diverged_on_a_seed_has_no_result(run):
     assert report["methods"]["dora"]["diverged"] == 1
     assert_mentions(report["verdict"], "No method has a significantly lower test loss", "no result: DoRA")
     assert_mentions(report["verdict"], "the lowest difference is that of PiSSA, +0.0667 [")
+    assert_mentions(report["verdict"], "diverged on a seed: DoRA;")
 
 
 def test_a_method_is_compared_with_a_constant_answer(run):

@@ -127,6 +127,8 @@ def test_a_failed_run_shows_why_until_it_runs_again(tmp_path):
 def test_the_decisive_metric_decides_the_best(metric, best):
     rows = validations(EVALUATIONS, metric)
     assert best_row(rows)["value"] == best
+    twice = [{**row, "step": row["step"] + 1000} for row in rows]
+    assert best_row([*rows, *twice])["step"] > 1000  # the latest, as training selects
     # Before training there is no checkpoint that could be selected.
     assert best_row([{**row, "step": 0} for row in rows]) is None
 

@@ -100,7 +100,7 @@ def test_named_optimizers(name):
     by_hand = {
         "riemannian": [scale_by_riemannian(specs=SPECS), lora_plus_adamw(1e-2, 4.0, weight_decay=0.1)],
         "lora_rite": [lora_rite(1e-2, eps=1e-8, weight_decay=0.1, specs=SPECS)],
-        "lora_muon": [lora_muon(1e-2, 0.9, weight_decay=0.2, specs=SPECS)],  # of A B
+        "lora_muon": [lora_muon(1e-2, 0.9, weight_decay=0.1, specs=SPECS)],
     }[name]
     wanted = optax.chain(clip, *by_hand)
     params, state, wanted_state = PARAMS, tx.init(PARAMS), wanted.init(PARAMS)
