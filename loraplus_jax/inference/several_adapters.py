@@ -274,13 +274,17 @@ def _check_shared(directory: Path, own: Settings, shared: Settings) -> None:
     def values(settings: Settings) -> dict[str, Any]:
         if settings.is_language:
             search = {f"generation.{name}": getattr(settings.generation, name) for name in SEARCH}
-            task = "generation" if settings.task == "generation" else "instruction or multiple_choice"
-            return {"task": task, **search}
+            return {"task": "generation", **search} if settings.task == "generation" else {"task": "another"}
         texts = 2 if has_pairs(settings.data) else 1
         more = {"model.pooling": settings.model.pooling, "data.max_length": settings.data.max_length}
-        return {"task": "an encoder's", "texts a row": texts, **more}
+        return {"texts a row": texts, **more}
 
     its, ours = values(own), values(shared)
+    if own.is_language != shared.is_language or its.get("task") != ours.get("task"):
+        raise ValueError(
+            f"{directory} was trained for task {own.task}, but the other adapters for {shared.task}; use it in a "
+            "call of its own"
+        )
     for name, value in its.items():
         if value != ours[name]:
             raise ValueError(
