@@ -38,15 +38,15 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from an untrusted file.
+def read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
+    """Reads a JSON object from an untrusted file of at most `limit` bytes, by default `MAX_JSON_BYTES`.
 
     Raises:
       ValueError: the file is missing, too large, not a JSON object, too deeply nested, or contains invalid text.
     """
     check_file(path)
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is too large: {size} bytes, the limit is {MAX_JSON_BYTES}")
+    if (size := path.stat().st_size) > (limit := limit or MAX_JSON_BYTES):
+        raise ValueError(f"{path} is too large: {size} bytes, the limit is {limit}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError for invalid JSON and for invalid UTF-8
@@ -60,6 +60,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 # Python needs up to 40 times a JSON file's size in memory, and recursion over it fails at about 1,000 levels.
 MAX_JSON_BYTES, MAX_DEPTH = 2**20, 100
+MAX_LIST_BYTES = 2**24
+"""Of files that list a model's tensors, or its added tokens."""
 
 
 def find_problem(tree: Any) -> str | None:

@@ -168,7 +168,7 @@ class PeftSource:
     def is_levanter(self, base: NamedBase) -> bool:
         """Whether the names have levanter's prefix, which PEFT does not find in the base."""
         is_gpt2 = base.config.get("model_type") == "gpt2"
-        return not is_gpt2 and any(name.startswith(_LEVANTER) for name in peft_names(self.place))
+        return not is_gpt2 and any(name.startswith(f"{_LEVANTER}model.") for name in peft_names(self.place))
 
     def needs_rewriting(self, base: NamedBase) -> bool:
         """Whether PEFT cannot load the directory as it is."""
@@ -305,7 +305,8 @@ class OwnSource:
             yield f"{module}.weight", total.T if base.is_conv1d(module) else total
         if adapter.extras:
             with self._as_peft() as source:
-                yield from (each for each in source.weights(base) if each[0].rpartition(".")[0] not in totals)
+                weights = {f"{module}.weight" for module in totals}
+                yield from (each for each in source.weights(base) if each[0] not in weights)
 
     @contextlib.contextmanager
     def _as_peft(self) -> Iterator[PeftSource]:

@@ -2,10 +2,12 @@
 
 import logging
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from .._utils.json_files import check_file
@@ -66,8 +68,9 @@ def _read_file(file: Path) -> dict[str, Any]:
         check_file(file)
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+                # NumPy saves a bfloat16 as two bytes of no type.
+                return {n: x.view(ml_dtypes.bfloat16) if x.dtype == "V2" else x for n, x in arrays.items()}
+        except (ValueError, OSError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
             raise ValueError(f"{file} is damaged: {error}") from None
     raise ValueError(f"{file} must be a .safetensors or .npz file, or a directory")
 

@@ -243,8 +243,13 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
         raise ValueError(
             f"{directory} does not match the model: it adapts layers {extra} of a model with {layers} layers"
         )
-    adapted = tuple(sorted(numbers)) if layers is not None and numbers != {*range(layers)} else None
-    return _config(Path(directory), options, [*tensors], path_map, adapted or None)
+    # Other trained tensors may be in all layers.
+    factors = (name for name in tensors if name.endswith(_ENDS))
+    adapted = {index[0] for name in factors for _, index in _find_modules(name, path_map) if index}
+    is_part = layers is not None and adapted != {*range(layers)}
+    return _config(
+        Path(directory), options, [*tensors], path_map, tuple(sorted(adapted)) or None if is_part else None
+    )
 
 
 def peft_options(directory: str | Path) -> PeftOptions:

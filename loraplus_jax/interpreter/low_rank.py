@@ -196,7 +196,7 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
             elif name == "convert_element_type":
                 w = w.astype(eqn.params["new_dtype"])
             return [dataclasses.replace(weight, w=w)]
-        if name == "transpose":
+        if name == "transpose" and not (isinstance(weight.w, PackedArray) and weight.w.stack):
             order = eqn.params["permutation"]
             w = weight.w.transpose(order) if isinstance(weight.w, PackedArray) else of(weight.w)
             return [dataclasses.replace(weight, w=w, letters="".join(weight.letters[n] for n in order))]

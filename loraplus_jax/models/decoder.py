@@ -292,19 +292,23 @@ class CausalLM(Part):
 
 
 def segment_positions(segment_ids: jax.Array | None, length: int) -> jax.Array:
-    """Each token's index in its segment, int32 (B or 1, T).
+    """Each token's index in its segment, int32 (B or 1, T); padding does not count.
 
-    >>> segment_positions(jnp.array([[0, 1, 1, 2, 2, 2]]), 6)
-    Array([[0, 0, 1, 0, 1, 2]], dtype=int32)
+    >>> segment_positions(jnp.array([[0, 1, 1, 2, 2, 2], [1, 1, 0, 0, 1, 1]]), 6)
+    Array([[0, 0, 1, 0, 1, 2],
+           [0, 1, 0, 0, 2, 3]], dtype=int32)
     """
     index = jnp.arange(length, dtype=jnp.int32)[None]
     if segment_ids is None:
         return index
-    # The running maximum carries the index at which a segment starts to all its tokens.
-    before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
-    starts = jnp.where(segment_ids != before, index, 0)
-    offset = index - jax.lax.cummax(starts, axis=1)
-    return jnp.where(segment_ids == 0, 0, offset)
+    is_token = segment_ids != 0
+    number = jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
+    # A running maximum carries the last token's index over padding, and a segment's first number to its tokens.
+    last = jax.lax.cummax(jnp.where(is_token, index, -1), axis=1)
+    before = jnp.pad(last, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    is_other = segment_ids != jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
+    starts = jnp.where(is_token & (is_other | (before < 0)), number, 0)
+    return jnp.where(is_token, number - jax.lax.cummax(starts, axis=1), 0)
 
 
 def head_kernel(params: Mapping[str, Any]) -> tuple[jax.Array, bool]:

@@ -113,8 +113,8 @@ def make_rope(
 ) -> Rope:
     """Rotary embeddings of positions (B or 1, T) for heads of `size`, as in transformers' `modeling_rope_utils`.
 
-    `dynamic` scales by the largest position of the call. So does `longrope`, but with a cache by the tokens that it
-    will hold of each row, `lengths` (B,): all keys of a row must be rotated alike.
+    `dynamic` scales by the largest position of the call, `longrope` by that of each row, or with a cache by the
+    tokens that it will hold of the row, `lengths` (B,): all keys of a row must be rotated alike.
     """
     options = dict(scaling)
     kind = options.get("rope_type", "default")
@@ -170,7 +170,7 @@ def _longrope(
     original = options["original_max_position_embeddings"]
     factor = options.get("factor", max_positions / original)
     default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    longest = jnp.max(positions) + 1 if lengths is None else lengths[:, None]
+    longest = jnp.max(positions, axis=1, keepdims=True) + 1 if lengths is None else lengths[:, None]
     short, long = (plain / np.array(options[name]) for name in ("short_factor", "long_factor"))
     # Both lists, of which the program takes one when it knows the length.
     return jnp.where(longest > original, long, short), options.get("attention_factor", default)

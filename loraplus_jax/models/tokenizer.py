@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._utils.json_files import read_json, read_text
+from .._utils.json_files import MAX_LIST_BYTES, read_json, read_text
 from .._utils.untrusted import run_job
 from .._utils.validation import suggest
 from .checkpoints.gguf import load as gguf
@@ -195,7 +195,7 @@ def _check_directory(path: Path) -> None:
 def _tokenizer_config(directory: Path) -> dict[str, Any]:
     _check_directory(directory)
     path = directory / "tokenizer_config.json"
-    return read_json(path) if path.exists() else {}
+    return read_json(path, limit=MAX_LIST_BYTES) if path.exists() else {}
 
 
 def read_tokenizer_json(directory: Path) -> "Tokenizer":

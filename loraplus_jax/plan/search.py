@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ..settings.choices import Remat
 from ..settings.schema import Settings
 from ..step.sharding import make_mesh, make_shardings
+from ..training.estimate import count_flops
 from .devices import Chip
 from .plan import Plan, Work, check_layout, check_length, count_work, layers_of, make_model, plan_for
 from .programs import LoweredStep, local_bytes, plan_step
@@ -328,23 +329,7 @@ class Shape(NamedTuple):
 def shape_of(program: Any, layers: int) -> Shape:
     """Reads sizes from a traced step: the first loop over the layers is their forward pass."""
     saved, carried = next(_loops(program.jaxpr, layers), (0, 0))
-    return Shape(count_products(program.jaxpr), saved, carried)
-
-
-def count_products(program: Any) -> float:
-    """FLOPs of the matrix products, loops included; of branches, those of the smallest."""
-    flops = 0.0
-    for equation in program.eqns:
-        inner = [count_products(each) for each in _inner(equation)]
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            flops += 2 * terms * equation.outvars[0].aval.size
-        elif equation.primitive.name == "cond":
-            flops += min(inner)
-        else:
-            flops += sum(inner) * equation.params.get("length", 1)
-    return flops
+    return Shape(count_flops(program.jaxpr), saved, carried)
 
 
 def _loops(program: Any, layers: int) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, load_adapter
 from loraplus_jax.adapter.target_rules import config_of
+from loraplus_jax.adapter.tree import flatten, unflatten
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference import verify_conversion
 from loraplus_jax.interop.adapter_directory import save_adapter
@@ -181,15 +182,20 @@ def test_adapters_of_peft(kind, to, base, tmp_path, capsys, by_us):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
-@pytest.mark.slow
-def test_fully_trained_modules_and_biases_of_peft(tmp_path, capsys, by_us):
-    base = write_base(tmp_path / "base", model_type="qwen2")
+def write_base_with_biases(directory):
+    base = write_base(directory, model_type="qwen2")
     tensors = load_file(base / "model.safetensors")
     rng = np.random.default_rng(4)
     for name, x in list(tensors.items()):
         if re.search("[qkv]_proj.weight", name):
             tensors[name.replace("weight", "bias")] = rng.normal(size=len(x)).astype(np.float32)
     save_file(tensors, base / "model.safetensors")
+    return base
+
+
+@pytest.mark.slow
+def test_fully_trained_modules_and_biases_of_peft(tmp_path, capsys, by_us):
+    base, rng = write_base_with_biases(tmp_path / "base"), np.random.default_rng(4)
     options = {"modules_to_save": ["norm"], "bias": "lora_only"}
     source = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base, **options)
     adapter = load_file(source / "adapter_model.safetensors")
@@ -423,7 +429,13 @@ def own_adapter(base, directory, **options):
     lora, specs = init_lora(model, jax.random.key(1), ids, base={"params": params})
     rng = np.random.default_rng(3)
     lora = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), lora)
-    save_adapter(directory, lora, specs, lora_config)
+    trained = {"lora": lora}
+    if lora_config.bias != "none":
+        biases = {
+            path: x + 1 for path, x in flatten({"params": params}).items() if path.endswith("q_proj/bias")
+        }
+        trained |= unflatten(biases)
+    save_adapter(directory, trained, specs, lora_config)
     return model, params, lora
 
 
@@ -446,6 +458,17 @@ def test_an_adapter_of_a_loop_of_ones_own(to, variant, base, tmp_path, capsys, b
         expected = model.apply({"params": params, "lora": lora}, ids)
         found = verify_conversion.our_logits(tmp_path / "out")
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_trained_biases_of_a_loop_of_ones_own(tmp_path, capsys, by_us):
+    base = write_base_with_biases(tmp_path / "base")
+    own_adapter(base, tmp_path / "adapter", bias="lora_only")
+    words = ("--to", "merged", "--base", base, "--out", tmp_path / "out")
+    check(converted(capsys, tmp_path / "adapter", *words), "loraplus")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    old, new = (load_file(d / "model.safetensors")[name] for d in (base, tmp_path / "out"))
+    np.testing.assert_allclose(new, old + 1, rtol=1e-6)
 
 
 def test_an_adapter_with_names_and_axes_of_ones_own(base, tmp_path, capsys, by_us):

@@ -94,6 +94,13 @@ def test_an_embedding_of_peft(has_copy, dora, base, tmp_path):
     assert list(check(PeftSource(directory), base)) == ["model.embed_tokens.weight"]
 
 
+@pytest.mark.parametrize(("name", "is_levanter"), [("model.layers.0.mlp", True), ("h.0.mlp", False)])
+def test_only_levanter_puts_its_prefix_before_a_model_s(name, is_levanter, base, tmp_path):
+    """Falcon, GPT-J, BLOOM and others have modules transformer.h."""
+    source = PeftSource(write_peft(tmp_path / "a", {name: (4, 4)}, base.source, prefix="transformer."))
+    assert source.is_levanter(base) == is_levanter
+
+
 def test_fan_in_fan_out_of_another_model_is_rejected(base, tmp_path):
     modules = modules_of(base.source, "v_proj")
     directory = write_peft(tmp_path / "peft", modules, base.source, fan_in_fan_out=True)

@@ -158,15 +158,16 @@ def openpi_base(rng):
     return tensors
 
 
-def to_hf(delta, heads, *, divided):
+def to_hf(delta, heads, *, divided, interleaved):
     """maxtext's own hooks for Llama, from its layout (..., heads, size) to transformers'."""
     values = delta.reshape(-1, heads, HEAD)
-    values = np.concatenate((values[..., ::2], values[..., 1::2]), axis=-1)
+    if interleaved:
+        values = np.concatenate((values[..., ::2], values[..., 1::2]), axis=-1)
     return (values * (np.sqrt(HEAD) if divided else 1)).reshape(len(values), -1).T
 
 
-def maxtext(rng):
-    """qwix on maxtext's scanned Llama: layers on the second axis; queries interleaved and divided."""
+def maxtext(rng, *, interleaved=False):
+    """qwix on maxtext's scanned Llama: layers on the second axis; queries divided, in Llama 3.1 interleaved."""
     tree, changes = {}, {}
     sizes = {
         "self_attention/query": (HIDDEN, HEADS * HEAD, "self_attn.q"),
@@ -184,9 +185,8 @@ def maxtext(rng):
             delta = SCALE * a[:, n] @ b[:, n]
             if name in ("self_attn.q", "self_attn.k"):
                 is_query = name == "self_attn.q"
-                changes[NAME.format(n, name)] = to_hf(
-                    delta, HEADS if is_query else KEY_HEADS, divided=is_query
-                )
+                heads = HEADS if is_query else KEY_HEADS
+                changes[NAME.format(n, name)] = to_hf(delta, heads, divided=is_query, interleaved=interleaved)
             else:
                 changes[NAME.format(n, name)] = delta.T
     return tree, changes

@@ -1,5 +1,6 @@
 """Trees of arrays from the files of other libraries."""
 
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -45,6 +46,14 @@ def test_files(tmp_path):
         read_tree(tmp_path)
 
 
+def test_bfloat16_of_numpy(tmp_path):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3).astype(ml_dtypes.bfloat16)
+    np.savez(tmp_path / "a.npz", **{"a/lora_a": values})
+    found = read_tree(tmp_path / "a.npz")["a/lora_a"]
+    assert found.dtype == values.dtype
+    np.testing.assert_array_equal(found, values)
+
+
 def test_what_is_no_tree(tmp_path):
     with pytest.raises(FileNotFoundError, match=mentions("nothing")):
         read_tree(tmp_path / "nothing")
@@ -56,6 +65,13 @@ def test_what_is_no_tree(tmp_path):
     (tmp_path / "x.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=mentions(".npz")):
         read_tree(tmp_path / "x.bin")
+    content = (tmp_path / "damaged.npz", np.arange(500.0))
+    np.savez_compressed(content[0], a=content[1])
+    damaged = bytearray(content[0].read_bytes())
+    damaged[60:80] = bytes(20)
+    content[0].write_bytes(damaged)
+    with pytest.raises(ValueError, match=mentions("damaged.npz", "damaged")):
+        read_tree(content[0])
     np.savez(tmp_path / "x.npz", a=np.array([object()]))
     with pytest.raises(ValueError, match=mentions("x.npz", "damaged")):
         read_tree(tmp_path / "x.npz")

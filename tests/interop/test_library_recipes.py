@@ -16,7 +16,7 @@ from loraplus_jax.interop.library_recipes import (
 from loraplus_jax.optim.find_pairs import factor_pairs
 
 from ..messages import mentions
-from .library_trees import HEAD, HEADS, HIDDEN, LIBRARIES, RANK
+from .library_trees import HEAD, HEADS, HIDDEN, LIBRARIES, RANK, maxtext
 
 CONFIG = {"model_type": "llama", "hidden_size": HIDDEN, "num_attention_heads": HEADS}
 
@@ -36,6 +36,19 @@ def test_factors_and_products_are_what_the_library_computes(made):
     factors, others = read_factors(tree, recipe, **options)
     assert others == {}
     assert factors.keys() == changes.keys()
+    dense = dict(dense_changes(tree, recipe, **options))
+    for module, change in changes.items():
+        a, b, scale = factors[module]
+        np.testing.assert_allclose(scale * b @ a, change, rtol=0, atol=2e-6, err_msg=module)
+        np.testing.assert_allclose(dense[module], change, rtol=0, atol=2e-6, err_msg=module)
+
+
+def test_only_llama_3_1_of_maxtext_is_interleaved():
+    tree, changes = maxtext(np.random.default_rng(0), interleaved=True)
+    config = CONFIG | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    tree = clean_paths(tree)
+    recipe, options = find_recipe(factor_pairs(tree)), {**LIBRARIES["maxtext"].options, "config": config}
+    factors, _ = read_factors(tree, recipe, **options)
     dense = dict(dense_changes(tree, recipe, **options))
     for module, change in changes.items():
         a, b, scale = factors[module]

@@ -326,6 +326,13 @@ def test_some_layers_of_a_stack_come_back(tmp_path):
     save_peft(tmp_path / "a", lora, specs, config, PATHS)
     (tmp_path / "a/loraplus.json").unlink()
     assert peft_config(tmp_path / "a", PATHS, layers=3).layers_to_transform == (0, 2)
+    # PEFT's bias "all" is of all layers.
+    file = tmp_path / "a/adapter_model.safetensors"
+    tensors = load_file(file)
+    biases = {f"base_model.model.layers.{n}.fc.bias": np.zeros(8, np.float32) for n in range(3)}
+    save_file(tensors | biases, file)
+    assert peft_config(tmp_path / "a", PATHS, layers=3).layers_to_transform == (0, 2)
+    save_file(tensors, file)
     jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path / "a", specs, PATHS).lora, lora)
 
 

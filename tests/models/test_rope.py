@@ -49,6 +49,10 @@ def test_longrope_divides_by_other_factors_beyond_its_context_by_hand():
     both = make_rope(jnp.array([[3], [3]]), lengths=jnp.array([8, 9]), **options)
     np.testing.assert_allclose(both.cos[1, 0], rope.cos[0, 0])
     assert not np.allclose(both.cos[0, 0], both.cos[1, 0])
+    # Of each row by itself.
+    both = make_rope(jnp.array([[3, 7], [3, 8]]), **options)
+    np.testing.assert_allclose(both.cos[1, 0], rope.cos[0, 0])
+    np.testing.assert_allclose(both.cos[0], make_rope(jnp.array([[3, 7]]), **options).cos[0])
 
 
 def test_the_rest_of_a_head_stays_as_it_is():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._utils.atomic import to_json
-from ..._utils.json_files import read_json
+from ..._utils.json_files import MAX_LIST_BYTES, read_json
 from ...adapter.tree import flatten
 from ...interop.path_map import PathMap, torch_module_of
 from ...interop.peft_adapter_config import raise_problems
@@ -188,7 +188,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     if (file := gguf.find(source)) is None:
         for name in TOKENIZER_FILES:
             if name in ("tokenizer_config.json", "generation_config.json") and (source / name).is_file():
-                _write_json(target / name, _without_places(read_json(source / name)))
+                _write_json(target / name, _without_places(read_json(source / name, limit=MAX_LIST_BYTES)))
             elif (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
         return

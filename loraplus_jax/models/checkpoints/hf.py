@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ..._utils.json_files import check_file, read_json
+from ..._utils.json_files import MAX_LIST_BYTES, check_file, read_json
 from ...quantization.packed_array import is_packed
 from ..gpt2.config import NAMES as GPT2_NAMES
 from ..llama.config import KINDS
@@ -437,7 +437,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
                 "transformers.AutoModel.from_pretrained(d).save_pretrained(d, safe_serialization=True)"
             )
         raise ValueError(f"{directory} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
-    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+    weight_map = read_json(directory / INDEX_FILE, limit=MAX_LIST_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
             f"{directory / INDEX_FILE} must have a weight_map from tensor names to files, "

@@ -66,7 +66,7 @@ class NamedBase(NamedTuple):
 
     def is_conv1d(self, module: str) -> bool:
         """Whether a module is transformers' Conv1D, with its weight as (in, out)."""
-        is_gpt2 = self.config.get("model_type") == "gpt2"
+        is_gpt2 = self.config.get("model_type") == "gpt2" and module.rpartition(".")[2] != "lm_head"
         return is_gpt2 and len(self.shape(f"{module}.weight")) == 2 and not self.is_embedding(module)
 
     def weight(self, module: str) -> np.ndarray:
@@ -121,6 +121,12 @@ class NamedBase(NamedTuple):
                 raise ValueError(
                     f"{name}: the weight in {self.source} has shape {shape}; only linear layers and embeddings can "
                     "be converted"
+                )
+            dtype = self.tensors[f"{module}.weight"].get_dtype()
+            if re.match(r"[IU]\d|F8", dtype):  # of GGUF's quantized types, views give floats
+                raise ValueError(
+                    f"{name}: the weight in {self.source} is {dtype}, of a quantized model; use the model that it "
+                    "was made from"
                 )
             is_embedding = self.is_embedding(module)
             path, leaf = module.replace(".", "/"), "embedding" if is_embedding else "kernel"

@@ -54,6 +54,16 @@ def test_a_weight_that_is_no_matrix(llama):
         llama.specs({"model.norm": "model.norm"}, {"model.norm": (2, 1.0)})
 
 
+def test_a_quantized_weight_is_no_base(tmp_path, llama):
+    write_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[Q] = tensors.pop(f"{Q}.weight")
+    save_file(tensors | {f"{Q}.weight": np.ones((32, 32), np.int8)}, tmp_path / "model.safetensors")
+    base = read_named_base(tmp_path)
+    with pytest.raises(ValueError, match=mentions(Q, "I8", "quantized")):
+        base.specs({Q: Q}, {Q: (2, 1.0)})
+
+
 def test_every_tensor_has_a_leaf(llama):
     table, leaves = llama.table()
     tensors = load_file(llama.source / "model.safetensors")
