@@ -130,11 +130,7 @@ def check_new_path(name: str, path: Path) -> None:
 
 
 def check_new_file(name: str, path: Path) -> None:
-    """Raises ValueError unless a new file can be created at a path; of several processes the lead one checks."""
-    from .multihost import is_lead  # imports JAX
-
-    if not is_lead():  # all of them would collide on a shared disk
-        return
+    """Raises ValueError unless a new file can be created at a path; one process at a time may check it."""
     # By creating it: os.access does not know of quotas, nor of what a network file system allows.
     try:
         path.open("x").close()

@@ -110,7 +110,8 @@ def stack_adapters(
     """Stacks adapters of one base, of any targets, ranks and scales, for a batch with another adapter in each row.
 
     Ranks are padded with zeros, and an adapter's factors of modules that it does not adapt are zeros. An empty slot
-    is the base. DoRA is supported, also beside LoRA, and costs a product of A and W for each row.
+    is the base, and NaN in a fully trained parameter that `base` lacks. DoRA is supported, also beside LoRA, and
+    costs a product of A and W for each row.
 
     Args:
       adapters: the adapters of the first slots, as from `load_adapter`; None leaves a slot empty.

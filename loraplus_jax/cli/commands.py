@@ -426,7 +426,7 @@ PREDICT = {
 GENERATE = {
     "model": value("finished run, adapter directory or model", metavar="RUN|MODEL"),
     "--prompt": value("prompt to answer; repeatable", action="append", dest="prompts"),
-    "--data": value("file of conversations; regenerates the last answer of each", metavar="FILE"),
+    "--data": value("file of conversations; answers the last question of each", metavar="FILE"),
     "--system": value("system message before every --prompt"),
     "--max_tokens": value(
         "maximum tokens of an answer (default: 128; a run of task generation has its own)", int

@@ -21,8 +21,6 @@ WEIGHTS = {"weight": "0 or 1", "train": "false or true", "training": "false or t
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message with thoughts that some chat templates write before its content."""
 
-ANSWERS = ("output", "completion")
-"""Columns that hold an answer."""
 LAYOUTS: Sequence[tuple[Mapping[str, str], Sequence[str]]] = (
     ({"messages": "messages"}, ("system", "tools")),
     ({"messages": "conversations"}, ("system", "tools")),
@@ -31,13 +29,12 @@ LAYOUTS: Sequence[tuple[Mapping[str, str], Sequence[str]]] = (
     ({"text": "text"}, ()),
 )
 """The file's required columns in each layout, by our names, and the optional ones."""
-_UNANSWERED = [
-    (
-        {n: v for n, v in required.items() if n not in ANSWERS},
-        (*optional, *(n for n in required if n in ANSWERS)),
-    )
-    for required, optional in LAYOUTS
-]
+ANY_LAYOUTS = (
+    *LAYOUTS,
+    ({"instruction": "instruction"}, ("output", "input", "system")),
+    ({"prompt": "prompt"}, ("completion", "system", "tools")),
+)
+"""Also those without answers."""
 _ALLOWED = "messages (or conversations), or instruction and output, or prompt and completion, or text"
 
 
@@ -69,7 +66,8 @@ class Chat:
     """A conversation.
 
     Attributes:
-      turns: an optional system turn, then a user turn first and an assistant turn last; or a single plain text.
+      turns: an optional system turn, then a user turn first, and an assistant turn last if it is to train on; or a
+        single plain text.
       place: its location in the file, for error messages.
       tools: JSON list of the tools that a chat template describes, or empty.
       dropped: turns of the file that are left out: an empty system turn, and those after the last answer.
@@ -116,14 +114,14 @@ def read_chats(
         missing, and the messages after the last answer are kept.
 
     Raises:
-      ValueError: the file cannot be read, no layout fits, no row has one of `columns`, or rows are invalid: columns
-        missing or of the wrong type, unknown roles, empty content, images, no assistant turn to train on, or turns
-        out of order (see `Chat`). One message shows the first 20 problems with `file:line`, or `file: item n` in a
-        .json file, both counted from 1.
+      ValueError: the file cannot be read, no layout fits, one of `columns` seems to be misspelled, or rows are
+        invalid: columns missing or of the wrong type, unknown roles, empty content, images, no assistant turn to
+        train on, or turns out of order (see `Chat`). One message shows the first 20 problems with `file:line`, or
+        `file: item n` in a .json file, both counted from 1.
     """
     path, problems = Path(path), Problems()
     records = read_records(path, problems)
-    columns = choose_columns(path, records, columns, LAYOUTS if to_train else _UNANSWERED, _ALLOWED)
+    columns = choose_columns(path, records, columns, LAYOUTS if to_train else ANY_LAYOUTS, _ALLOWED)
     chats = []
     for number, values in records:
         faults: list[str] = []
@@ -197,15 +195,17 @@ def choose_columns(
     """Returns the file's columns by our names: `columns` if given, else those of the layout that most rows have.
 
     Raises:
-      ValueError: `columns` are those of no layout, no row has one of them, or no row has a layout.
+      ValueError: `columns` are those of no layout, an optional one seems to be misspelled, or no row has a layout.
     """
     if columns is not None:
         if any(set(required) <= set(columns) <= {*required, *optional} for required, optional in layouts):
+            # A file may lack an optional one, but not where a column has nearly its name.
             known = {name: None for _, values in records for name in values}
-            # A row may lack an optional one; where all do, it is a wrong name. Missing answers are faults of a row.
-            missing = [c for name, c in columns.items() if c not in known and name not in ANSWERS]
-            if missing:
-                raise ValueError(f"{path}: no row has the column {missing[0]!r}{suggest(missing[0], known)}")
+            required = {name for names, _ in layouts for name in names}
+            for name, column in columns.items():
+                close = suggest(column, known, fallback=False)
+                if name not in required and column not in known and close:
+                    raise ValueError(f"{path}: no row has the column {column!r} of data.column_names{close}")
             return dict(columns)
         others = ", ".join(sorted({name for _, optional in layouts for name in optional}))
         raise ValueError(
@@ -237,13 +237,15 @@ def _parse_turns(
         messages = take_list(values, columns["messages"], faults)
         return first + [_parse_message(number, message, faults) for number, message in enumerate(messages, 1)]
     question, answer = ("instruction", "output") if "instruction" in columns else ("prompt", "completion")
-    is_open = not to_train and values.get(columns.get(answer, "")) in (None, "", [])
+    is_open = not to_train and (answer not in columns or values.get(columns[answer]) in (None, "", []))
     prompt, reply = (_messages(values.get(columns.get(name, ""))) for name in ("prompt", "completion"))
     if prompt and (reply or is_open):
         return first + [
             _parse_message(number, message, faults, trained=number > len(prompt))
             for number, message in enumerate([*prompt, *reply], 1)
         ]
+    if prompt and not isinstance(values[columns["prompt"]], list):
+        faults.append(f"column {columns['prompt']!r} is a list of messages, but not {columns[answer]!r}")
     asked = text(question)
     if context := text("input", optional=True):
         asked = f"{asked}\n\n{context}"
@@ -255,7 +257,7 @@ def _messages(value: Any) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
-        if not all(isinstance(message, dict) and {"role", "from"} & message.keys() for message in value):
+        if not all(isinstance(x, dict) and ("role" in x or {"from", "value"} <= x.keys()) for x in value):
             return []
     return value if isinstance(value, list) else []
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from .._utils.json_files import read_json
+from .._utils.json_files import MAX_LIST_BYTES, read_json
 from ..models.tokenizer import read_tokenizer_json
 from .batches import Batch
 
@@ -28,7 +28,7 @@ def load_tokenizer(directory: Path, max_length: int) -> Tokenizer:
 
 
 def _pad_token(tokenizer: Tokenizer, config_path: Path) -> str:
-    config = read_json(config_path) if config_path.exists() else {}
+    config = read_json(config_path, limit=MAX_LIST_BYTES) if config_path.exists() else {}
     names = [config.get("pad_token"), "[PAD]", "<pad>", config.get("eos_token"), "</s>", "<|endoftext|>"]
     for token in [(tokenizer.padding or {}).get("pad_token"), *names]:
         token = token.get("content") if isinstance(token, dict) else token

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .._utils.atomic import to_json
+from .._utils.multihost import is_lead
 from .._utils.validation import check_int, check_new_file, expand_path, suggest
 from ..data.chat_template import ChatTemplate
 from ..data.chat_tokens import Tokens, leading_ids, tokenize
@@ -224,7 +225,8 @@ def _output_file(path: Path, output: Path | None) -> Path:
         output = first_free(path / RESULTS)
     elif output.suffix != ".json":
         raise ValueError(f"--output must be a .json file with --tasks, got {output}")
-    check_new_file("--output", output)
+    if is_lead():
+        check_new_file("--output", output)
     return output
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ def export_run(
         settings = public_settings(tuned.notes["settings"], base_model)
         tuned = tuned._replace(notes={**tuned.notes, "settings": settings})
     adapter = read_adapter(directory, tuned.parts)
+    origin = _origin(tuned, on_original=bool(adapter.start) and not dequantized)
     if adapter.start and not dequantized:  # for the original base, which the start made a packed one resemble
         assert adapter.config is not None
         difference = as_difference(adapter.lora, adapter.start, adapter.specs, adapter.config)
@@ -134,11 +135,13 @@ def export_run(
     with contextlib.ExitStack() as stack:
         target = to or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "export"
         if merged:
-            written = _write_merged(tuned, adapter, target, card, format, dtype, dequantized, allow_different)
+            written = _write_merged(
+                tuned, adapter, target, card, origin, format, dtype, dequantized, allow_different
+            )
         elif format == "gguf":
-            written = _write_gguf_adapter(tuned, adapter, target, card, dtype, named, allow_different)
+            written = _write_gguf_adapter(tuned, adapter, target, card, origin, dtype, named, allow_different)
         else:
-            written = _write_peft(tuned, adapter, target, card, named, allow_different)
+            written = _write_peft(tuned, adapter, target, card, origin, named, allow_different)
         if push is None:
             return written
         try:
@@ -155,7 +158,13 @@ def lasting_name(base: str, path: Path) -> str:
 
 
 def _write_peft(
-    tuned: TunedModel, adapter: Adapter, to: Path, card: Card, base: str, allow: Sequence[str]
+    tuned: TunedModel,
+    adapter: Adapter,
+    to: Path,
+    card: Card,
+    origin: Mapping[str, Any],
+    base: str,
+    allow: Sequence[str],
 ) -> str:
     if adapter.config is None:
         raise ValueError("no adapter to export: the model was trained in full; add --merged")
@@ -175,7 +184,7 @@ def _write_peft(
         readme=card(model_card.ADAPTER, form=form),
         prune=tuned.settings.optimizer.target_rank is not None,
         identity=_identity(tuned),
-        **_origin(tuned),
+        **origin,
     )
     return f"{to}: PEFT adapter for {len(adapter.specs)} kinds of layers; README.md shows how to load it"
 
@@ -185,6 +194,7 @@ def _write_gguf_adapter(
     adapter: Adapter,
     to: Path,
     card: Card,
+    origin: Mapping[str, Any],
     dtype: str | None,
     base: str,
     allow: Sequence[str],
@@ -193,7 +203,7 @@ def _write_gguf_adapter(
     with atomic_write(to.resolve(), new=True) as partial, tempfile.TemporaryDirectory() as folder:
         peft = Path(folder) / "peft"
         try:
-            _write_peft(tuned, adapter, peft, card, base, allow)
+            _write_peft(tuned, adapter, peft, card, origin, base, allow)
             partial.mkdir()
             saved = save_gguf_adapter(partial / name, peft, tuned.base, dtype=dtype or "float16")
         except ValueError as error:
@@ -204,7 +214,7 @@ def _write_gguf_adapter(
             adapter.specs,
             adapter.config,
             identity=_identity(tuned),
-            **_origin(tuned),
+            **origin,
         )
         (partial / NOTES_FILE).write_text(record_text(notes, partial, [name]), encoding="utf-8")
     return saved._replace(file=to / name).describe()
@@ -215,6 +225,7 @@ def _write_merged(
     adapter: Adapter,
     to: Path,
     card: Card,
+    origin: Mapping[str, Any],
     format: str,
     dtype: str | None,
     dequantized: bool,
@@ -252,7 +263,7 @@ def _write_merged(
             adapter.config,
             merged=True,
             identity=identity,
-            **_origin(tuned) | {"base": None},
+            **{**origin, "base": None},
         )
         # The identity has the other files' content.
         tensors = sorted(path.name for path in partial.iterdir() if path.suffix in (".safetensors", ".gguf"))
@@ -266,13 +277,13 @@ def _write_merged(
     return f"{to}: merged model, {size / 1e6:,.1f} MB{into}"
 
 
-def _origin(tuned: TunedModel) -> dict[str, Any]:
-    """What the metadata of an exported adapter says of its base, and of how it was made."""
+def _origin(tuned: TunedModel, *, on_original: bool) -> dict[str, Any]:
+    """What the metadata says of the base and of how the adapter was made, of one for the original weights too."""
     notes = {
         name: tuned.notes[name] for name in ("base", "settings", "task", "combined") if name in tuned.notes
     }
-    if tuned.settings.lora.init == "loftq":
-        # What is exported is the difference to the original weights, so it loads on these, not on quantized ones.
+    if on_original and tuned.settings.model.quantize != "none":
+        # The difference to the start is for these, not for the quantized ones.
         settings = dict(notes["settings"])
         settings["model"] = settings["model"] | {"quantize": "none", "quantize_exclude": None}
         settings["lora"] = settings["lora"] | {"init": "lora", "init_iterations": None}

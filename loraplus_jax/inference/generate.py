@@ -70,7 +70,7 @@ def generate_answers(
     Args:
       place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
       prompts, system: user messages, with a system message before each. Pass either these or `data`.
-      data: a file of conversations; regenerates the last answer of each. For a run of task generation, a file with
+      data: a file of conversations; answers the last question of each. For a run of task generation, a file with
         the column `mr`; equal ones are answered once.
       max_tokens: maximum tokens per answer.
       beams, length_penalty, no_repeat_ngram: see `make_beam_search`; not with a temperature above 0, which samples.

@@ -25,7 +25,7 @@ from ..data.tokenize import encode_texts
 from ..interop.adapter_directory import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
 from ..settings.parsing import parse_settings, settings_from_json
-from ..settings.schema import LANGUAGE_TASKS, OptimizerSettings, Settings
+from ..settings.schema import INVARIANT, LANGUAGE_TASKS, Settings
 from ..step.checkpoint import leaf_dtypes_and_shapes
 from ..step.fingerprints import fingerprint
 from ..step.sharding import batch_parts, local_rows, mesh_axes_of_rows, shard_batch, with_mesh
@@ -204,9 +204,14 @@ def settings_and_task(
 def settings_with_adapter(directory: Path, settings: Settings, base: Path, task: Any) -> Settings:
     """Settings with the lora section of a PEFT adapter."""
     parts = base_parts(settings, base, task)
-    # Without what only training needs, and what may not suit this adapter.
-    train = dataclasses.replace(settings.train, theory_every=None)
-    lora, optimizer = adapter_config(directory, parts), OptimizerSettings()
+    lora, optimizer, train = adapter_config(directory, parts), settings.optimizer, settings.train
+    # Settings of training that may not suit this adapter.
+    if optimizer.name in INVARIANT:
+        lora = dataclasses.replace(lora, lr_ratio=1.0)
+    if lora.variant == "lora":
+        optimizer = dataclasses.replace(optimizer, magnitude_learning_rate=None)
+    else:
+        train = dataclasses.replace(train, theory_every=None)
     return dataclasses.replace(settings, method="lora_plus", lora=lora, optimizer=optimizer, train=train)
 
 
@@ -367,7 +372,7 @@ def write_submissions(
         sources = {to / name: find_file(data, split) for name, split in task.submissions.items()}
         texts = {file: read_texts(source, data) for file, source in sources.items()}
         to.mkdir(parents=True, exist_ok=True)
-        for file in sources:
+        for file in sources if is_lead() else ():
             check_new_file("--glue", file)
     for file in sources:
         rows = tuned.task.predictions(compute_outputs(tuned, *texts[file]))
@@ -379,7 +384,8 @@ def check_output(path: Path) -> None:
     """Raises ValueError unless the path is that of a new .jsonl file."""
     if path.suffix != OUTPUT_SUFFIX:
         raise ValueError(f"--output must be a {OUTPUT_SUFFIX} file, got {path}")
-    check_new_file("--output", path)
+    if is_lead():  # on a shared disk all processes would collide
+        check_new_file("--output", path)
 
 
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:

@@ -255,7 +255,7 @@ def _describe(
     notes, own_task = read_notes(directory), task
     if {"settings", "task", "base"} <= notes.keys():
         own_settings, own_task = settings_and_task(directory, notes)
-        _check_shared(directory, own_settings, settings)
+        _check_shared(directory, own_settings, settings, has_base=notes["base"] is not None)
         config = saved_config(directory)
     elif is_peft(directory):
         config = adapter_config(directory, base_parts(settings, base, task))
@@ -263,21 +263,25 @@ def _describe(
         raise ValueError(f"{directory} has no training settings; use a run or adapter from loraplus train")
     if config is None:
         raise ValueError(f"{directory} is a fully trained model, not an adapter; call it without --adapter")
-    # With the template that all share: another one is an error here, as another quantization is later.
+    # With the template that all share: another one is an error here, and other weights are later.
     check_identity(directory, notes, model_identity(settings, base, task), allow=allow)
     return build_model(settings, base, own_task, config), own_task
 
 
-def _check_shared(directory: Path, own: Settings, shared: Settings) -> None:
+def _check_shared(directory: Path, own: Settings, shared: Settings, *, has_base: bool) -> None:
     """Raises ValueError if an adapter's settings differ from those with which all adapters are computed."""
 
     def values(settings: Settings) -> dict[str, Any]:
-        if settings.is_language:
-            search = {f"generation.{name}": getattr(settings.generation, name) for name in SEARCH}
-            return {"task": "generation", **search} if settings.task == "generation" else {"task": "another"}
-        texts = 2 if has_pairs(settings.data) else 1
-        more = {"model.pooling": settings.model.pooling, "data.max_length": settings.data.max_length}
-        return {"texts a row": texts, **more}
+        found: dict[str, Any] = {"model.dtype": settings.model.dtype}
+        if not has_base:  # else the fingerprint of its weights tells
+            found["model.quantize"] = settings.model.quantize
+        if settings.task == "generation":
+            found["task"] = settings.task
+            found |= {f"generation.{name}": getattr(settings.generation, name) for name in SEARCH}
+        if not settings.is_language:
+            found["texts a row"] = 2 if has_pairs(settings.data) else 1
+            found |= {"model.pooling": settings.model.pooling, "data.max_length": settings.data.max_length}
+        return found
 
     its, ours = values(own), values(shared)
     if own.is_language != shared.is_language or its.get("task") != ours.get("task"):

@@ -552,7 +552,10 @@ def _output_order(row: Row, values: np.ndarray, config: Mapping[str, Any]) -> np
         return values
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if (rope.get("rope_type") or rope.get("type")) == "llama3":  # maxtext's layer for Llama 3.1 alone
+    if isinstance(rope, Mapping) and "llama3" in (
+        rope.get("rope_type"),
+        rope.get("type"),
+    ):  # maxtext's layer for Llama 3.1 alone
         pairs = values.reshape(-1, size // 2, 2, values.shape[-1])
         values = pairs.swapaxes(1, 2).reshape(values.shape)
     return values * np.float32(math.sqrt(size)) if row.divided else values

@@ -113,8 +113,8 @@ def make_rope(
 ) -> Rope:
     """Rotary embeddings of positions (B or 1, T) for heads of `size`, as in transformers' `modeling_rope_utils`.
 
-    `dynamic` scales by the largest position of the call, `longrope` by that of each row, or with a cache by the
-    tokens that it will hold of the row, `lengths` (B,): all keys of a row must be rotated alike.
+    `dynamic` scales by the largest position of the call, `longrope`, other than there, by that of each row, or with
+    a cache by the tokens that it will hold of the row, `lengths` (B,): all keys of a row must be rotated alike.
     """
     options = dict(scaling)
     kind = options.get("rope_type", "default")

@@ -238,7 +238,8 @@ def _layer_spec(
 def _without(shape: tuple[int, ...], stacked: tuple[int, ...]) -> tuple[int, ...]:
     one = list(shape)
     for axis in reversed(stacked):
-        del one[axis]
+        if -len(one) <= axis < len(one):
+            del one[axis]
     return tuple(one)
 
 

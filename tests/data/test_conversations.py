@@ -94,8 +94,20 @@ def test_of_a_prompt_in_messages_only_the_completion_is_trained_on(tmp_path):
 
 
 def test_text_that_is_json_stays_text(tmp_path):
-    row = {"prompt": '["a"]', "completion": '[{"name": "b"}]'}
+    row = {"prompt": '[{"from": "A", "to": "B"}]', "completion": '[{"name": "b"}]'}
     assert [turn.text for turn in _read(tmp_path, row)[0].turns] == [*row.values()]
+
+
+def test_an_optional_column_may_be_missing_where_no_name_is_near(tmp_path):
+    path = write_json(tmp_path / "a.jsonl", [{"q": "a", "r": "b"}])
+    (chat,) = read_chats(path, {"prompt": "q", "completion": "r", "system": "setting"})
+    assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+
+
+def test_what_is_answered_is_read_as_in_training(tmp_path):
+    row = {"instruction": "other", "prompt": "a", "completion": "b"}
+    path = write_json(tmp_path / "a.jsonl", [row])
+    assert read_chats(path, to_train=False)[0].prompt == read_chats(path)[0].prompt == "a"
 
 
 @pytest.mark.parametrize(
@@ -239,6 +251,11 @@ def test_problems_are_reported_together(tmp_path):
             *("a.csv", "q,a,context\nx,y,z\n"),
             *({"instruction": "q", "output": "a", "input": "contxt"}, ["'contxt'", "'context'"]),
         ),
+        (
+            *("a.csv", 'prompt,completion\n"[{""role"": ""user"", ""content"": ""a""}]",b\n', None),
+            ["a.csv:2", "'prompt'", "list of messages", "'completion'"],
+        ),
+        ("a.jsonl", "{\n", {"prompt": "q", "completion": "r"}, ["a.jsonl:1", "JSON"]),
         ("a.txt", "", None, [".txt", ".csv", ".tsv", ".jsonl", ".json"]),
     ],
 )
