@@ -30,13 +30,15 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, record_text(content, path.parent))
 
 
-def read_record(path: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """Reads a record; `check_files` compares the files that belong to it.
+def read_record(
+    path: Path, check: Callable[[dict[str, Any]], None] | None = None, *, limit: int | None = None
+) -> dict[str, Any]:
+    """Reads a record of at most `limit` bytes; `check_files` compares the files that belong to it.
 
     Raises:
       ValueError: it cannot be read, or has changed since it was saved. Without a digest it is taken as it is.
     """
-    content = read_json(path)
+    content = read_json(path, limit=limit)
     if check is not None:  # may raise an error that says more than that something changed
         check(content)
     if content.get(DIGEST, expected := _digest(content)) != expected:

@@ -118,7 +118,7 @@ class _Simulated:
             heapq.heappush(self.running, (end, self.count, worker, sweep, unit))
         self.clock, _, worker, sweep, unit = heapq.heappop(self.running)
         self.idle.append(worker)
-        return sweep, unit, {"rows": [], "devices": ""}
+        return sweep, unit, {"rows": [], "devices": "", "seconds": 0.0}
 
 
 class _PlannedSweep(Sweep):
@@ -128,7 +128,7 @@ class _PlannedSweep(Sweep):
         self.run, self.executor, self.group_size = run, executor, group_size
         self.console, self.directory = LineConsole(quiet=True), Path("unused")
         self.chosen, self.rows, self.group, self.devices = {}, [], -1, set()
-        self.is_timed, self.done = True, Counter()
+        self.is_timed, self.done, self.seconds = True, Counter(), 0.0
         self.abstract: Any = types.SimpleNamespace(steps=steps)
         self.left = list(run.trials)
 

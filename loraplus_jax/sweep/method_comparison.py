@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from .._utils.atomic import write_text
+from .._utils.json_files import MAX_LIST_BYTES
 from .._utils.records import read_record, write_record
 from .._utils.validation import expand_path
 from ..optim.trained_ranks import alpha_for
@@ -152,7 +153,13 @@ def compare_runs(
             identity, weights = identity_of(lora), fingerprint(load_weights(lora))
             for name in finished:
                 path = _place(runs[name]) / REPORT
-                check_identity(path, read_record(path), identity, weights=weights, allow=allow_different)
+                check_identity(
+                    path,
+                    read_record(path, limit=MAX_LIST_BYTES),
+                    identity,
+                    weights=weights,
+                    allow=allow_different,
+                )
         if (text := lora.data.unrelated) is not None and (cut := lora.data.truncated["unrelated"]):
             console.print(
                 f"sweep.unrelated_text: {cut:,} of {text.examples:,} texts truncated to data.max_length "
@@ -170,7 +177,9 @@ def compare_runs(
                 sweeps[name] = MethodSweep(one, part, executor, labels[name])
         trained = dict(zip(sweeps, run_sweeps(list(sweeps.values()), executor), strict=True))
         # Read back, as those that had finished are.
-        results = {name: read_record(_place(one) / REPORT) for name, one in runs.items()}
+        results = {
+            name: read_record(_place(one) / REPORT, limit=MAX_LIST_BYTES) for name, one in runs.items()
+        }
         for name in trained:
             # Files may change under a comparison of hours.
             path, first = _place(runs[name]) / REPORT, results["lora"]
@@ -295,7 +304,7 @@ class MethodSweep(Sweep):
             try:
                 return (yield from super().stages())
             except TrainingFailed:
-                return read_record(self.directory / REPORT)
+                return read_record(self.directory / REPORT, limit=MAX_LIST_BYTES)
 
     def report(self) -> dict[str, Any]:
         """The rows so far and the chosen setting."""

@@ -12,12 +12,12 @@ import contextlib
 import importlib.metadata
 import math
 import shutil
-import time
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from .._utils.atomic import to_json, write_text
+from .._utils.json_files import MAX_LIST_BYTES
 from .._utils.records import read_record, write_record
 from ..settings.schema import GENERATION
 from ..settings.yaml_files import to_yaml
@@ -139,7 +139,8 @@ class Sweep:
         self.added = Counter[str]()
         """Training steps and evaluations of the settings that `widen` has added."""
         self.devices: set[str] = set()
-        self.seconds, self.started = 0.0, time.perf_counter()
+        self.seconds = 0.0
+        """Of the units of the stages that have ended."""
 
     @property
     def steps(self) -> int:
@@ -277,6 +278,7 @@ class Sweep:
         self.rows = [*self.earlier, *rows]
         self.done += self.work_so_far()
         self.devices |= {result["devices"] for result in self.results}
+        self.seconds += sum(result["seconds"] for result in self.results)
         # Their members have trained on, or were dropped.
         self.remove_checkpoints(self.units_before)
         self.units_before = units
@@ -296,21 +298,30 @@ class Sweep:
         path = unit_directory(self.directory, unit.name) / RESULT
         if not path.exists():
             return None
-        result = read_record(path)
+        result = read_record(path, limit=MAX_LIST_BYTES)
         identity, weights = self.source["identity"], self.source["base"]
         check_identity(path, result, identity, weights=weights, allow=self.allow_different)
         if not is_result_of(result, unit):
             raise ValueError(f"{path} is of other members; start over with --fresh")
-        self.seconds += result["seconds"]
+        # Work of before, which says nothing about the speed from now on.
+        self.progress[unit] = self.progress[unit]._replace(step=unit.stops[-1])
+        self.lines.restart(self.steps_done())
         return result
+
+    def steps_done(self) -> int:
+        """Steps of all units of the stage so far."""
+        return sum(each.step for each in self.progress.values())
 
     def follow(self, unit: Unit, progress: Progress) -> None:
         """Learns how far a unit is: prints progress and estimates, and reports what all units have evaluated."""
         before, self.progress[unit] = self.progress[unit], progress
-        if progress.resumed is not None and before.resumed is None:
+        is_resumed = progress.resumed is not None and before.resumed is None
+        if is_resumed:
             self.console.print(f"{self.title}resuming from step {progress.resumed} of the {unit.stage}")
-        if progress.step != before.step:
-            self.lines.update(sum(each.step for each in self.progress.values()))
+        if is_resumed or progress.step < before.step:  # after a worker was lost
+            self.lines.restart(self.steps_done())
+        elif progress.step != before.step:
+            self.lines.update(self.steps_done())
         is_new = (before.batch_seconds, before.step_seconds) != (
             progress.batch_seconds,
             progress.step_seconds,
@@ -429,7 +440,7 @@ class Sweep:
             name: report[name]
             for name in ("decision", "verdict", "winner", "command", "member_steps", "ended")
         }
-        summary["seconds"] = round(self.seconds + time.perf_counter() - self.started, 1)
+        summary["seconds"] = round(self.seconds, 1)
         summary["devices"] = ", ".join(sorted(self.devices))
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         # The last file, as it marks the sweep as finished.

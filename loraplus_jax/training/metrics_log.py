@@ -71,6 +71,13 @@ class RunLog:
         self.rows = [_parse_row(line) for line in lines]
         if not writes:
             return
+        self._reports = None
+        if open_reports is not None:
+            logged = [*self.rows]
+            with contextlib.suppress(ValueError):  # the checkpoint's digest is not of these
+                logged += [_parse_row(line) for line in later]
+            # Before the file is cut: what it had says what was sent.
+            self._reports = open_reports([(row["step"], _tags(row)) for row in logged])
         write_text(self.path, kept.decode())
         self._file = self.path.open("a", encoding="utf-8")
         writer, self._types = _load_tensorboard()
@@ -80,14 +87,10 @@ class RunLog:
         if self.rows:  # tell TensorBoard to drop the events after the step that the run resumes from
             start = {"status": self._types.SessionLog.SessionStatus.START}
             self._write_event(self.rows[-1]["step"] + 1, session_log=start)
-        self._reports = None
-        if open_reports is not None:
-            logged = [*self.rows]
-            with contextlib.suppress(ValueError):  # the checkpoint's digest is not of these
-                logged += [_parse_row(line) for line in later]
-            self._reports = open_reports([(row["step"], _tags(row)) for row in logged])
         for row in self.rows:
             self._report(row)
+        if self._reports is not None:
+            self._reports.catch_up()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a row."""

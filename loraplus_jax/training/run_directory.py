@@ -155,13 +155,12 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
         if not text.startswith(PER_PROCESS_PREFIXES)
     ]
     stops = tuple(name for name in STOP_FIELDS if name in settings.resumable_fields)
-    if read_summary(directory) is not None and not any(text.startswith(stops) for text in changed):
+    summary = read_summary(directory)
+    if summary is not None and not any(text.startswith(stops) for text in changed):
+        field = "train.early_stopping" if summary.get("stopped_early") else "train.steps"
         # AdaLoRA's ranks follow from the number of steps.
-        fields = (
-            "train.steps" if settings.train.early_stopping is None else "train.steps or train.early_stopping"
-        )
         can_continue = stops and settings.optimizer.target_rank is None
-        extend = f"raise {fields} to continue it, " if can_continue else ""
+        extend = f"raise {field} to continue it, " if can_continue else ""
         raise ValueError(f"the run in {directory} has finished (results in {SUMMARY}); {extend}{remedy}")
     if METRICS in names and not {CHECKPOINTS, UNITS} & names:
         raise ValueError(

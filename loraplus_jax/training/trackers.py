@@ -15,11 +15,14 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from .._utils.json_files import MAX_LIST_BYTES
 from .._utils.records import read_record, write_record
 
 PROJECT = "loraplus_jax"
 """The project of the runs, unless the service's own environment variable names another."""
 FILE = "trackers.json"
+SAVE_SECONDS = 1.0
+"""While the rows of before are sent, after how long the file says which."""
 
 
 class Tracker(Protocol):
@@ -179,6 +182,8 @@ class Reports:
         self._console, self._path = console, directory / FILE
         self._running: dict[str, Tracker] = {}
         self._known: dict[str, dict[str, Any]] = {}
+        self._saved: float | None = time.monotonic()
+        """When, until the rows of before are sent; then None."""
         try:
             self._known = _read(self._path)
         except (ValueError, OSError) as error:
@@ -194,9 +199,16 @@ class Reports:
             with self._or_left_out(name):
                 tracker, old = TRACKERS[name](), self._known.get(name, {"id": None, "rows": set()})
                 run_id = tracker.start(directory, config, old["id"])
-                self._known[name] = {"id": run_id, "used": True, "rows": old["rows"]}
+                self._known[name] = {"id": run_id, "used": False, "rows": old["rows"]}
                 self._running[name] = tracker
         self._save()
+
+    def catch_up(self) -> None:
+        """Says that the rows of before are sent: from now on, all in the file are."""
+        for name in self._running:
+            self._known[name]["used"] = True
+        self._save()
+        self._saved = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Sends a row to the trackers that lack it."""
@@ -206,6 +218,9 @@ class Reports:
                 with self._or_left_out(name):
                     tracker.log(step, values)
                     rows.add(key)
+        if self._saved is not None and time.monotonic() > self._saved + SAVE_SECONDS:
+            self._save()
+            self._saved = time.monotonic()
 
     def close(self, finished: bool) -> None:
         """Ends the trackers' runs, as finished or as interrupted."""
@@ -242,7 +257,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     """What `trackers.json` says, if it is there."""
     if not path.exists():
         return {}
-    record = read_record(path)
+    record = read_record(path, limit=MAX_LIST_BYTES)
     try:
         services: dict[str, Any] = record["services"]
         return {

@@ -288,6 +288,11 @@ class Trainer:
         """Runs the remaining steps, with evaluations, checkpoints and early stopping."""
         with progress(self.console) as bar:
             task = bar.add_task("training", total=self.run.steps, completed=step, loss="", rate="")
+            validated = {at for at, _ in self.log.values("validation/loss")}
+            if step == self.run.steps and step not in validated:  # ends where it was stopped
+                if self.pending:
+                    self.log_row(step)
+                self.evaluation_pending = True
             if self.evaluation_pending:
                 self.evaluate_and_save(step)
             self.clock, lines = time.perf_counter(), ProgressLines(self.console, "step", self.run.steps, step)
@@ -457,6 +462,7 @@ class Trainer:
             **{name: value for name, value in optional.items() if value},
             "method": settings.method,
             "steps": self.log.rows[-1]["step"],
+            "stopped_early": self.log.rows[-1]["step"] < self.run.steps,
             "skipped_steps": int(sum(value for _, value in self.log.values("skipped"))),
             "selected_step": int(self.state.step),
             "trainable": trained,

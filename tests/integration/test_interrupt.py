@@ -43,6 +43,15 @@ def test_a_signal_saves_and_the_same_command_ends_bit_identical(world, straight,
 
 
 @pytest.mark.slow
+def test_a_run_may_end_at_the_step_where_it_was_stopped_and_is_validated_there(world):
+    stopped(world, 15, *ODD)
+    assert 15 not in column(world.out, "validation/loss")
+    assert world.train(*ODD, "--train.steps", "15") == 0
+    assert 15 in column(world.out, "validation/loss")
+    assert summary_of(world.out)["steps"] == 15
+
+
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(world, straight, capsys):
     stopped(world, 15, *ODD)
     cut_short(world.out / "checkpoints/15")

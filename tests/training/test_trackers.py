@@ -127,6 +127,34 @@ def test_after_a_kill_the_rows_of_the_file_count_as_sent(tmp_path, service):
     assert steps_of(service.runs["id0"]) == [1, 2, 3, 4]
 
 
+def test_after_a_kill_while_rows_of_before_are_sent_the_others_follow(tmp_path, service, monkeypatch):
+    monkeypatch.setattr(trackers, "SAVE_SECONDS", -1.0)
+    logged(tmp_path, [1, 2, 3, 4], names=())
+    rows = [(step, {"train/loss": float(step)}) for step in (1, 2, 3, 4)]
+    reports = Reports(["wandb"], tmp_path, CONFIG, rows, LineConsole(file=io.StringIO()))
+    for row in rows[:2]:
+        reports.log(*row)
+    logged(tmp_path, [5], keep=4)
+    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4, 5]
+
+
+def test_after_a_kill_before_a_service_answers_its_rows_still_count_as_sent(tmp_path, service, monkeypatch):
+    logged(tmp_path, [1, 2, 3])
+    # A kill leaves no more than the start wrote.
+    services = {"wandb": {"id": "id0", "used": True, "rows": []}}
+    trackers.write_record(tmp_path / "trackers.json", {"services": services})
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            logged(tmp_path, [], keep=1)
+    logged(tmp_path, [2, 3, 4], keep=1)
+    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_damaged_file_of_ids_ends_no_run_and_stays(tmp_path, service):
     logged(tmp_path, [1])
     flipped = (tmp_path / "trackers.json").read_text().replace('"id0"', '"id1"')
@@ -294,7 +322,7 @@ def test_real_mlflow(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     logged(tmp_path, [1, 2, 3], names=["mlflow"])
     logged(tmp_path, [3, 4], keep=2, names=["mlflow"])
-    run_id = json.loads((tmp_path / "trackers.json").read_text())["mlflow"]["id"]
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["services"]["mlflow"]["id"]
     client = mlflow.MlflowClient()
     history = client.get_metric_history(run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in history] == [(n, float(n)) for n in (1, 2, 3, 4)]
@@ -308,7 +336,7 @@ def test_real_trackio(tmp_path, monkeypatch):
 
     logged(tmp_path, [1, 2, 3], names=["trackio"])
     logged(tmp_path, [3, 4], keep=2, names=["trackio"])
-    run_id = json.loads((tmp_path / "trackers.json").read_text())["trackio"]["id"]
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["services"]["trackio"]["id"]
     rows = SQLiteStorage.get_logs("loraplus_jax", run_id)
     assert [(row["step"], row["train/loss"]) for row in rows] == [(n, float(n)) for n in (1, 2, 3, 4)]
 
@@ -320,5 +348,5 @@ def test_real_wandb_offline(tmp_path, monkeypatch):
     logged(tmp_path, [3, 4], keep=2, names=["wandb"])
     files = [path for path in tmp_path.glob("wandb/offline-run-*/files/**/*") if path.is_file()]
     assert not files  # neither code nor the list of packages
-    run_id = json.loads((tmp_path / "trackers.json").read_text())["wandb"]["id"]
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["services"]["wandb"]["id"]
     assert len({*tmp_path.glob(f"wandb/offline-run-*/run-{run_id}.wandb")}) == 2
