@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from common import RESULTS, machine
 
 from loraplus_jax._utils.atomic import to_json, write_text
+from loraplus_jax._utils.json_files import MAX_ROWS_BYTES
 from loraplus_jax._utils.records import DIGEST, read_record
 from loraplus_jax.data.fetch import ASSETS, fetch
 from loraplus_jax.settings.parsing import parse_settings, settings_from_json
@@ -363,7 +364,11 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         done = Path(run.output_dir)
         # Parsed, so that a setting that a finished study of an earlier version lacks has its default.
         if read_summary(done) is not None and settings_from_json(read_yaml(done / CONFIG), SweepRun) == run:
-            report = {n: value for n, value in read_record(done / REPORT).items() if n != DIGEST}
+            report = {
+                n: value
+                for n, value in read_record(done / REPORT, limit=MAX_ROWS_BYTES).items()
+                if n != DIGEST
+            }
             # Where it ran, which need not be where its table is written.
             old = kept.get(title, {})
             ran_on = old["machine"] if old.get("methods") == report["methods"] else machine()
@@ -374,7 +379,7 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         protocol["dtype"] = run.model.dtype
         # Those of all its units, also of those that an earlier command ran.
         units = done.glob(f"*/{unit_directory(Path(), '*') / RESULT}")
-        seconds = [read_record(unit)["seconds"] for unit in units]
+        seconds = [read_record(unit, limit=MAX_ROWS_BYTES)["seconds"] for unit in units]
         protocol["hours"] = round(sum(seconds) / 3600, 3)
         if run.task == "generation":
             protocol["texts"] = run.generation.inputs

@@ -61,7 +61,9 @@ def read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
 # Python needs up to 40 times a JSON file's size in memory, and recursion over it fails at about 1,000 levels.
 MAX_JSON_BYTES, MAX_DEPTH = 2**20, 100
 MAX_LIST_BYTES = 2**24
-"""Of files that list a model's tensors or added tokens, or the rows of runs."""
+"""Of files that list a model's tensors or added tokens."""
+MAX_ROWS_BYTES = 2**30
+"""Of a run's own rows."""
 
 
 def find_problem(tree: Any) -> str | None:

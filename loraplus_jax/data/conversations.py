@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,9 +31,10 @@ LAYOUTS: Sequence[tuple[Mapping[str, str], Sequence[str]]] = (
 )
 """The file's required columns in each layout, by our names, and the optional ones."""
 ANY_LAYOUTS = (
-    *LAYOUTS,
+    *LAYOUTS[:-1],
     ({"instruction": "instruction"}, ("output", "input", "system")),
     ({"prompt": "prompt"}, ("completion", "system", "tools")),
+    LAYOUTS[-1],
 )
 """Also those without answers."""
 _ALLOWED = "messages (or conversations), or instruction and output, or prompt and completion, or text"
@@ -200,12 +202,14 @@ def choose_columns(
     if columns is not None:
         if any(set(required) <= set(columns) <= {*required, *optional} for required, optional in layouts):
             # A file may lack an optional one, but not where a column has nearly its name.
-            known = {name: None for _, values in records for name in values}
+            known = {name for _, values in records for name in values}
             required = {name for names, _ in layouts for name in names}
             for name, column in columns.items():
-                close = suggest(column, known, fallback=False)
-                if name not in required and column not in known and close:
-                    raise ValueError(f"{path}: no row has the column {column!r} of data.column_names{close}")
+                near = difflib.get_close_matches(column, known - {*columns.values()}, n=1, cutoff=0.8)
+                if name not in required and column not in known and near:
+                    raise ValueError(
+                        f"{path}: no row has the column {column!r} of data.column_names; did you mean {near[0]!r}?"
+                    )
             return dict(columns)
         others = ", ".join(sorted({name for _, optional in layouts for name in optional}))
         raise ValueError(
@@ -257,7 +261,8 @@ def _messages(value: Any) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
-        if not all(isinstance(x, dict) and ("role" in x or {"from", "value"} <= x.keys()) for x in value):
+        is_message = lambda x: isinstance(x, dict) and str(x.get("role", x.get("from"))) in ROLES  # noqa: E731
+        if not all(map(is_message, value)):
             return []
     return value if isinstance(value, list) else []
 

@@ -14,7 +14,7 @@ from ..training.provenance import check_allowed, check_identity
 from ..training.run_files import ADAPTER
 from ..training.saved_adapter import is_peft, read_adapter, read_notes, require_adapter
 from .generate import as_instruction_model, describe_peft
-from .predict import describe_adapter
+from .predict import NO_DATA, describe_adapter
 
 KEPT = ("settings", "task", "identity")
 """What `eval`, `generate` and `export` need of the first adapter that has it."""
@@ -82,6 +82,13 @@ def combine_runs(
     weights = first.notes.get("base")
     for source in sources.values():
         check_identity(source.directory, source.notes, model, weights=weights, allow=allow_different)
+    # An export for the weights before quantization has no fingerprint to compare.
+    settings = [source.notes["settings"] for source in sources.values() if "settings" in source.notes]
+    runs = [own for own in settings if own.get("data", {}).get("train") != NO_DATA]
+    if len(kinds := {own.get("model", {}).get("quantize", "none") for own in runs}) > 1:
+        raise ValueError(
+            f"the adapters are for bases with different model.quantize: {' and '.join(sorted(kinds))}"
+        )
     # Without fingerprints, names are all there is.
     bases: dict[Path, Source] = {}
     if any(source.base for source in sources.values()) and "base.weights" not in allow_different:

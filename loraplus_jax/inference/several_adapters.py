@@ -37,7 +37,7 @@ from ..training.saved_adapter import (
 )
 from ..training.setup import base_parts, build_model, load_model
 from .devices import MeshSizes, choose_mesh, to_mesh
-from .predict import TunedModel, compute_outputs, settings_and_task, texts_to_predict
+from .predict import NO_DATA, TunedModel, compute_outputs, settings_and_task, texts_to_predict
 
 SEARCH = ("beams", "max_new_tokens", "length_penalty", "no_repeat_ngram", "no_repeat_in", "early_stopping")
 """Settings of section generation that decide an answer."""
@@ -272,9 +272,11 @@ def _check_shared(directory: Path, own: Settings, shared: Settings, *, has_base:
     """Raises ValueError if an adapter's settings differ from those with which all adapters are computed."""
 
     def values(settings: Settings) -> dict[str, Any]:
-        found: dict[str, Any] = {"model.dtype": settings.model.dtype}
-        if not has_base:  # else the fingerprint of its weights tells
-            found["model.quantize"] = settings.model.quantize
+        found: dict[str, Any] = {}
+        if own.data.train != NO_DATA:  # else these are no run's
+            found["model.dtype"] = settings.model.dtype
+            if not has_base:  # else the fingerprint of its weights tells
+                found["model.quantize"] = settings.model.quantize
         if settings.task == "generation":
             found["task"] = settings.task
             found |= {f"generation.{name}": getattr(settings.generation, name) for name in SEARCH}
@@ -292,8 +294,8 @@ def _check_shared(directory: Path, own: Settings, shared: Settings, *, has_base:
     for name, value in its.items():
         if value != ours[name]:
             raise ValueError(
-                f"{directory} was trained with {name} {value}, but the other adapters with {ours[name]}; use it in "
-                "a call of its own"
+                f"{directory} is for {name} {value}, but the other adapters for {ours[name]}; use it in a call of "
+                "its own"
             )
 
 

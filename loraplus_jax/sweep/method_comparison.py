@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pydantic.dataclasses import dataclass
 
 from .._utils.atomic import write_text
-from .._utils.json_files import MAX_LIST_BYTES
+from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import read_record, write_record
 from .._utils.validation import expand_path
 from ..optim.trained_ranks import alpha_for
@@ -155,7 +155,7 @@ def compare_runs(
                 path = _place(runs[name]) / REPORT
                 check_identity(
                     path,
-                    read_record(path, limit=MAX_LIST_BYTES),
+                    read_record(path, limit=MAX_ROWS_BYTES),
                     identity,
                     weights=weights,
                     allow=allow_different,
@@ -178,7 +178,7 @@ def compare_runs(
         trained = dict(zip(sweeps, run_sweeps(list(sweeps.values()), executor), strict=True))
         # Read back, as those that had finished are.
         results = {
-            name: read_record(_place(one) / REPORT, limit=MAX_LIST_BYTES) for name, one in runs.items()
+            name: read_record(_place(one) / REPORT, limit=MAX_ROWS_BYTES) for name, one in runs.items()
         }
         for name in trained:
             # Files may change under a comparison of hours.
@@ -304,7 +304,7 @@ class MethodSweep(Sweep):
             try:
                 return (yield from super().stages())
             except TrainingFailed:
-                return read_record(self.directory / REPORT, limit=MAX_LIST_BYTES)
+                return read_record(self.directory / REPORT, limit=MAX_ROWS_BYTES)
 
     def report(self) -> dict[str, Any]:
         """The rows so far and the chosen setting."""

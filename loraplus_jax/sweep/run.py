@@ -17,7 +17,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from .._utils.atomic import to_json, write_text
-from .._utils.json_files import MAX_LIST_BYTES
+from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import read_record, write_record
 from ..settings.schema import GENERATION
 from ..settings.yaml_files import to_yaml
@@ -298,7 +298,7 @@ class Sweep:
         path = unit_directory(self.directory, unit.name) / RESULT
         if not path.exists():
             return None
-        result = read_record(path, limit=MAX_LIST_BYTES)
+        result = read_record(path, limit=MAX_ROWS_BYTES)
         identity, weights = self.source["identity"], self.source["base"]
         check_identity(path, result, identity, weights=weights, allow=self.allow_different)
         if not is_result_of(result, unit):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from .._utils.atomic import add_path_to_errors, to_json
-from .._utils.json_files import MAX_LIST_BYTES
+from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import read_record, write_record
 from ..adapter.tree import combine, count
 from ..data.batches import train_batches
@@ -149,7 +149,7 @@ def run_unit(
         path.mkdir(parents=True, exist_ok=True)
         check = stack.enter_context(lock_directory(path, wait=LOCK_SECONDS))
         if (path / RESULT).exists():  # by another process while this one waited
-            return read_record(path / RESULT, limit=MAX_LIST_BYTES)
+            return read_record(path / RESULT, limit=MAX_ROWS_BYTES)
         signal = stack.enter_context(StopSignal())
         output = OutputDirectory(path, population.run, console, False, allow_different, (), stack, check)
         output.open_manager()
@@ -214,7 +214,7 @@ class _UnitRun:
         self.output.check()
         write_record(self.output.path / RESULT, result)
         self.end_if_stopped()
-        return read_record(self.output.path / RESULT, limit=MAX_LIST_BYTES)
+        return read_record(self.output.path / RESULT, limit=MAX_ROWS_BYTES)
 
     @property
     def step(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .._utils.atomic import to_json
-from .._utils.json_files import MAX_LIST_BYTES
+from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import DIGEST, read_record, write_record
 from ..data.fetch import cache_dir
 from ..settings.parsing import settings_from_json
@@ -97,7 +97,7 @@ def run_on_worker(job: Job, unit: Unit) -> dict[str, Any]:
 def read_progress(directory: Path, unit: Unit) -> Progress | None:
     """What a worker last wrote about a unit; None if nothing, or nothing readable."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        record = read_record(unit_directory(directory, unit.name) / PROGRESS, limit=MAX_LIST_BYTES)
+        record = read_record(unit_directory(directory, unit.name) / PROGRESS, limit=MAX_ROWS_BYTES)
         return Progress(**{name: value for name, value in record.items() if name != DIGEST})
     return None
 

@@ -157,7 +157,9 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
     stops = tuple(name for name in STOP_FIELDS if name in settings.resumable_fields)
     summary = read_summary(directory)
     if summary is not None and not any(text.startswith(stops) for text in changed):
-        field = "train.early_stopping" if summary.get("stopped_early") else "train.steps"
+        # Summaries of earlier versions do not say.
+        stopped_early = summary.get("stopped_early", settings.train.early_stopping is not None)
+        field = "train.early_stopping" if stopped_early else "train.steps"
         # AdaLoRA's ranks follow from the number of steps.
         can_continue = stops and settings.optimizer.target_rank is None
         extend = f"raise {field} to continue it, " if can_continue else ""

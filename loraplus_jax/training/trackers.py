@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from .._utils.json_files import MAX_LIST_BYTES
+from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import read_record, write_record
 
 PROJECT = "loraplus_jax"
@@ -257,7 +257,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     """What `trackers.json` says, if it is there."""
     if not path.exists():
         return {}
-    record = read_record(path, limit=MAX_LIST_BYTES)
+    record = read_record(path, limit=MAX_ROWS_BYTES)
     try:
         services: dict[str, Any] = record["services"]
         return {

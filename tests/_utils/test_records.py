@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from loraplus_jax._utils.json_files import MAX_LIST_BYTES
+from loraplus_jax._utils.json_files import MAX_ROWS_BYTES
 from loraplus_jax._utils.records import check_files, read_record, record_text, write_record
 
 from ..messages import mentions
@@ -33,7 +33,7 @@ def record(tmp_path):
 def test_a_record_of_a_whole_sweep_needs_a_higher_limit(tmp_path):
     rows = {"rows": [f"{number:01000}" for number in range(1100)]}
     write_record(tmp_path / "r.json", rows)
-    assert read_record(tmp_path / "r.json", limit=MAX_LIST_BYTES)["rows"] == rows["rows"]
+    assert read_record(tmp_path / "r.json", limit=MAX_ROWS_BYTES)["rows"] == rows["rows"]
     with pytest.raises(ValueError, match=mentions("r.json", "too large")):
         read_record(tmp_path / "r.json")
 

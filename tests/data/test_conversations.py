@@ -94,20 +94,24 @@ def test_of_a_prompt_in_messages_only_the_completion_is_trained_on(tmp_path):
 
 
 def test_text_that_is_json_stays_text(tmp_path):
-    row = {"prompt": '[{"from": "A", "to": "B"}]', "completion": '[{"name": "b"}]'}
-    assert [turn.text for turn in _read(tmp_path, row)[0].turns] == [*row.values()]
+    for prompt in ('[{"from": "A", "to": "B"}]', '[{"role": "engineer"}]'):
+        row = {"prompt": prompt, "completion": '[{"name": "b"}]'}
+        assert [turn.text for turn in _read(tmp_path, row)[0].turns] == [*row.values()]
 
 
 def test_an_optional_column_may_be_missing_where_no_name_is_near(tmp_path):
-    path = write_json(tmp_path / "a.jsonl", [{"q": "a", "r": "b"}])
-    (chat,) = read_chats(path, {"prompt": "q", "completion": "r", "system": "setting"})
-    assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+    path = write_json(tmp_path / "a.jsonl", [{"user_prompt": "a", "output": "b", "more": 1}])
+    for system in ("system_prompt", "input"):
+        (chat,) = read_chats(path, {"prompt": "user_prompt", "completion": "output", "system": system})
+        assert [turn.role for turn in chat.turns] == ["user", "assistant"]
 
 
 def test_what_is_answered_is_read_as_in_training(tmp_path):
     row = {"instruction": "other", "prompt": "a", "completion": "b"}
     path = write_json(tmp_path / "a.jsonl", [row])
     assert read_chats(path, to_train=False)[0].prompt == read_chats(path)[0].prompt == "a"
+    path = write_json(tmp_path / "a.jsonl", [{"prompt": "a", "text": "a topic"}])
+    assert read_chats(path, to_train=False)[0].turns == (Turn("user", "a"),)
 
 
 @pytest.mark.parametrize(
