@@ -180,6 +180,8 @@ def maxtext(rng, *, interleaved=False):
     }
     for owner, (inner, outer, name) in sizes.items():
         a, b = draw(rng, inner, LAYERS, RANK), draw(rng, RANK, LAYERS, outer)
+        if name == "self_attn.q":
+            b = (b / np.sqrt(HEAD)).astype(np.float32)  # as large as elsewhere once the factor is back
         tree |= {f"decoder/layers/{owner}/kernel_lora_{s}/value": x for s, x in (("a", a), ("b", b))}
         for n in range(LAYERS):
             delta = SCALE * a[:, n] @ b[:, n]
