@@ -199,7 +199,7 @@ def _chats(
             raise ValueError(
                 f"{plain_texts[0]}: plain text has no prompt to answer; pass --data with conversations"
             )
-        # The last answer of the file, if there is one, is given anew.
+        # A conversation that ends with an answer is answered at that place.
         is_answered = (chat.turns[-1].role == "assistant" for chat in chats)
         return [
             dataclasses.replace(chat, turns=chat.turns[:-1]) if answered else chat

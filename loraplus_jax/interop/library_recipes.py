@@ -33,7 +33,7 @@ class Row(NamedTuple):
       a, b: axes of A and B.
       scale: scale of A B where the library ignores its own setting; None for the recipe's.
       models: `model_type` of the bases that the row is for; empty for all.
-      rotary: whether the outputs are heads in the order of interleaved rotary positions.
+      rotary: whether the outputs are heads with rotary positions, which Llama 3.1 of maxtext has interleaved.
       divided: whether the library's weight is transformers' divided by the root of the head size.
     """
 
