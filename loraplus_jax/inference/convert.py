@@ -1,7 +1,6 @@
 """`loraplus convert`: writes an adapter of a known library for others, or merged into its base."""
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from .._utils.atomic import atomic_write, to_json
+from .._utils.atomic import atomic_write
 from .._utils.json_files import read_json
 from .._utils.records import DIGEST, FILES
 from .._utils.validation import check_choice, check_new_path, check_number, suggest
@@ -19,10 +18,11 @@ from ..data.fetch import resolve
 from ..interop.adapter_directory import check_finite, load_adapter, save_adapter
 from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map, torch_module_of
-from ..interop.peft_files import OPTIONS, WEIGHTS, peft_options, save_peft
+from ..interop.peft_files import OPTIONS, peft_options, save_peft
 from ..models.checkpoints import export
 from ..models.checkpoints.gguf import load as gguf
 from ..models.checkpoints.gguf.adapter import save_gguf_adapter
+from ..models.checkpoints.hf import weight_files
 from ..models.checkpoints.merge import CheckpointMerge, dtype_of
 from ..models.checkpoints.named_base import NamedBase, read_named_base
 from ..models.families import family_of
@@ -44,7 +44,6 @@ from .convert_sources import (
     PeftSource,
     Source,
     TreeSource,
-    is_peft_directory,
     temporary_directory_for,
 )
 from .export import DTYPES, export_run, lasting_name
@@ -146,6 +145,7 @@ def convert(
             read = _own_source(require_adapter(source), rules, path_map, named)
         elif kind == "peft":
             read = PeftSource(source)
+            named = read.base_for(named)
         else:
             read = TreeSource(source, library, scale=scale, alpha=alpha, path_map=rules, leave_out=leave_out)
         lines = _convert_named(
@@ -171,16 +171,16 @@ _OPTIONS = {
 
 def _kind_of(source: Path, library: str | None) -> str:
     """The kind of a source, one of `_KINDS`; raises ValueError if `--from` says another one."""
-    directory, kind = find_adapter(source), "tree"
+    directory, kind, is_peft_format = find_adapter(source), "tree", (source / OPTIONS).is_file()
     if directory is not None and {"settings", "task", "base"} <= read_notes(directory).keys():
         kind = "run"
     elif directory is not None and not is_peft(directory):
         kind = "own"
-    elif is_peft_directory(source):
+    elif is_peft_format:
         kind = "peft"
     libraries = {"run": ("loraplus",), "own": ("loraplus",), "peft": ("peft", "levanter"), "tree": NAMES}
     # What this package exports for PEFT is both.
-    if kind == "run" and is_peft_directory(source) and library in libraries["peft"]:
+    if kind == "run" and is_peft_format and library in libraries["peft"]:
         kind = "peft"
     if library is not None and library not in libraries[kind]:
         raise ValueError(f"{source} is {_KINDS[kind]}; remove --from {library}")
@@ -233,7 +233,7 @@ def _convert_run(
     plain = verify_by.tuned_outputs(tuned._replace(parts=tuned.parts._replace(trainable=trainable)))
     if to == "gguf":
         named = read_named_base(tuned.base)
-        outputs = verify_by.our_logits(named.source, _gguf_weights(partial, named))
+        outputs = verify_by.our_logits(named, _gguf_weights(partial, named))
     else:
         outputs = verify_by.tuned_outputs(load_tuned(partial, allow_different=allow))
     is_low = to == "merged" and dtype not in (None, "float32")
@@ -281,9 +281,6 @@ def _convert_named(
     lines = [f"{_WRITTEN[to]} with {len(adapter.specs)} adapted layers, from {source.about}"]
 
     def write_peft(directory: Path) -> None:
-        if isinstance(source, PeftSource) and not source.needs_rewriting(base):
-            _copy_peft(source.place, directory, name)
-            return
         save_peft(
             directory,
             adapter.lora,
@@ -291,8 +288,9 @@ def _convert_named(
             adapter.config,  # pyright: ignore[reportArgumentType]
             named.path_map,
             extras=adapter.extras or None,
+            modules=base.modules,
             base_model=name,
-            task_type=form.task_type,
+            task_type=source.options.task_type if isinstance(source, PeftSource) else form.task_type,
         )
         # Our notes would be for a model with the names of the file, which none of ours has.
         (directory / "loraplus.json").unlink()
@@ -303,8 +301,15 @@ def _convert_named(
         table, leaves = base.table()
         merge = CheckpointMerge(table, leaves, adapter.specs, adapter.lora, adapter.extras)
         partial.mkdir()
-        weights_dtype = None if dtype is None else jnp.dtype(dtype)
-        export.write_hf(partial, base.source, merge, form, new={}, config={}, dtype=weights_dtype)
+        new, config, weights_dtype = {}, {}, None if dtype is None else jnp.dtype(dtype)
+        if base.is_untied:
+            config = {"tie_word_embeddings": False}
+            lines.append("its head, tied to the embedding in the base, has a weight of its own now")
+            if not any("lm_head.weight" in file.keys() for _, file, _, _ in weight_files(base.source)):  # noqa: SIM118
+                head = base.tensors["lm_head.weight"]
+                value = merge.value("lm_head.weight", lambda: head[:]).astype(dtype_of(head.get_dtype()))
+                new = {"params": {"lm_head": {"kernel": value.T}}}
+        export.write_hf(partial, base.source, merge, form, new=new, config=config, dtype=weights_dtype)
     else:
         with temporary_directory_for(out) as folder:
             write_peft(folder / "peft")
@@ -364,7 +369,7 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
                 weights[name] = value.astype(dtype_of(stored[name])).astype(np.float32)
                 is_low |= stored[name] != "F32"
     tolerance, of_effect = LOW_PRECISION if is_low else TOLERANCE, _effect_tolerance(to, dtype)
-    if not verify_by.is_known(base):
+    if not verify_by.is_known(base) or (base.is_untied and to == "peft" and not verify_by.has_peft()):
         if to == "merged":
             written = read_named_base(partial)
             found = {name: np.asarray(written.tensors[name][:], np.float32) for name in weights}
@@ -379,20 +384,20 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
         )
     # transformers reads no GGUF file by its path.
     if to in ("peft", "merged") and verify_by.has_peft() and gguf.find(base.source) is None:
-        plain, at_source = (verify_by.torch_logits(base.source, changed=each) for each in ({}, weights))
+        plain, at_source = (verify_by.torch_logits(base, changed=each) for each in ({}, weights))
         if to == "peft":
-            at_target = verify_by.torch_logits(base.source, adapter=partial)
+            at_target = verify_by.torch_logits(base, adapter=partial)
         else:
-            at_target = verify_by.torch_logits(partial)
+            at_target = verify_by.torch_logits(read_named_base(partial))
         return compare(
             "logits", "PEFT" if to == "peft" else "transformers", plain, at_source, at_target, tolerance
         )
-    plain, at_source = (verify_by.our_logits(base.source, each) for each in ({}, weights))
+    plain, at_source = (verify_by.our_logits(base, each) for each in ({}, weights))
     by = "loraplus"
     if to == "gguf":
-        by, at_target = "gguf and loraplus", verify_by.our_logits(base.source, _gguf_weights(partial, base))
+        by, at_target = "gguf and loraplus", verify_by.our_logits(base, _gguf_weights(partial, base))
     elif to == "merged":
-        at_target = verify_by.our_logits(partial)
+        at_target = verify_by.our_logits(read_named_base(partial))
     else:
         at_target = verify_by.opened_logits(partial)
     return compare("logits", by, plain, at_source, at_target, tolerance, of_effect)
@@ -403,14 +408,6 @@ def _format(verified: Verified) -> str:
         f"verified by {verified.by}: {verified.what} differ by at most {verified.difference:.2g} (they are up to "
         f"{verified.size:.3g}; the adapter changes them by up to {verified.effect:.3g})"
     )
-
-
-def _copy_peft(source: Path, target: Path, base: str) -> None:
-    """Copies PEFT's two files; the config names the base."""
-    target.mkdir()
-    options = {**read_json(source / OPTIONS), "base_model_name_or_path": base}
-    (target / OPTIONS).write_text(to_json(options, indent=1) + "\n", encoding="utf-8")
-    shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
 
 
 def _read_path_map(file: Path | None) -> PathMap:

@@ -170,9 +170,14 @@ class PeftSource:
         is_gpt2 = base.config.get("model_type") == "gpt2"
         return not is_gpt2 and any(name.startswith(f"{_LEVANTER}model.") for name in peft_names(self.place))
 
-    def needs_rewriting(self, base: NamedBase) -> bool:
-        """Whether PEFT cannot load the directory as it is."""
-        return self.options.target_modules is None or self.is_levanter(base)
+    def base_for(self, base: NamedBase) -> NamedBase:
+        """The base as PEFT adapts it: without `ensure_weight_tying` a tied head and the embedding part."""
+        embedding = base.tied_embedding
+        if embedding is None or self.options.ties_weights:
+            return base
+        adapted = (module for name in peft_names(self.place) if (module := _module(name)) is not None)
+        changed = {name.rpartition(".")[2] for name in (*adapted, *self.options.modules_to_save)}
+        return base.untied() if changed & {embedding.rpartition(".")[2], "lm_head"} else base
 
     def read(self, base: NamedBase) -> NamedAdapter:
         """Reads the directory with the checks of `load_peft`."""
@@ -193,7 +198,7 @@ class PeftSource:
                 for name, (rank, alpha) in options.ranks_and_alphas(adapted).items()
             }
             specs = base.specs(locations, settings, magnitude=options.use_dora)
-            path_map = base.path_map(locations)
+            path_map = base.path_map(locations | base.siblings(locations))
             _, leaves = base.table()
             adapter = load_peft(copy, specs, path_map, params=unflatten(leaves))
         return NamedAdapter(adapter, path_map)
@@ -347,11 +352,6 @@ def temporary_directory_for(place: Path) -> Iterator[Path]:
         except ValueError as error:
             text = str(error).replace(f"{folder}/peft", str(place)).replace(folder, str(place))
             raise ValueError(text) from None
-
-
-def is_peft_directory(path: Path) -> bool:
-    """Whether a directory is in PEFT's format."""
-    return (path / OPTIONS).is_file() and read_json(path / OPTIONS).get("peft_type") == "LORA"
 
 
 def check_base_tensors(source: Path, others: Mapping[str, np.ndarray], base: NamedBase) -> None:

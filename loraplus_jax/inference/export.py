@@ -25,6 +25,7 @@ from ..models.checkpoints.gguf import load as gguf
 from ..models.checkpoints.gguf.adapter import save_gguf_adapter
 from ..models.checkpoints.hf import check_params, load_params, values_digest
 from ..models.checkpoints.merge import CheckpointMerge
+from ..models.checkpoints.named_base import read_named_base
 from ..step.checkpoint import describe_run
 from ..step.fingerprints import digest_of_lines, fingerprint_line
 from ..tasks.interface import params_of
@@ -179,6 +180,7 @@ def _write_peft(
         export.path_map(tuned.parts.base.table, form),
         extras=unflatten(head_leaves | flatten(extras)),
         own=own,
+        modules=read_named_base(tuned.base).modules,
         base_model=base,
         task_type=form.task_type,
         readme=card(model_card.ADAPTER, form=form),

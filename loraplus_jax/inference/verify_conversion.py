@@ -1,6 +1,7 @@
 """Checks a converted adapter: outputs with the adapter at its source and at its target, on the same inputs."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import warnings
@@ -97,15 +98,16 @@ def has_peft() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers", "peft"))
 
 
-def our_logits(source: Path, changed: Weights = {}) -> np.ndarray:  # noqa: B006
+def our_logits(base: NamedBase, changed: Weights = {}) -> np.ndarray:  # noqa: B006
     """Logits of a language model in float32 with some tensors of its file replaced."""
-    config = model_config(source)
+    source, config = base.source, model_config(base.source)
     family = family_of(config.model_type)
     model, table = family.model(config), family.name_table(config)
     ids = jnp.asarray(token_ids(config.vocab_size))
     shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     by_name = {table.canonical(name): value for name, value in changed.items()}
     names = {table.canonical(name): name for name in changed}
+    head = by_name.pop("lm_head.weight", None) if base.is_untied else None
     rules, unused = {rule.path: rule for rule in table.rules}, set(by_name)
 
     def replace(path: str, leaf: np.ndarray) -> jax.Array:
@@ -121,6 +123,10 @@ def our_logits(source: Path, changed: Weights = {}) -> np.ndarray:  # noqa: B006
     params = load_params(source, table, shapes, param_dtype=np.float32, place=replace)
     if unused := unused - {name for name, _ in table.copies}:
         raise ValueError(f"{source}: the model does not use {names[min(unused)]}, which the adapter changes")
+    if base.is_untied:
+        head = base.tensors["lm_head.weight"][:] if head is None else head
+        params = {**params, "lm_head": {"kernel": jnp.asarray(np.asarray(head, np.float32).T)}}
+        model = family.model(dataclasses.replace(config, tie_word_embeddings=False))
     return np.asarray(jax.jit(model.apply)({"params": params}, ids))
 
 
@@ -141,7 +147,7 @@ def tuned_outputs(tuned: TunedModel) -> np.ndarray:
     return np.asarray(jax.jit(parts.model.apply)(tuned.variables, ids, *others), np.float32)
 
 
-def torch_logits(source: Path, *, changed: Weights = {}, adapter: Path | None = None) -> np.ndarray:  # noqa: B006
+def torch_logits(base: NamedBase, *, changed: Weights = {}, adapter: Path | None = None) -> np.ndarray:  # noqa: B006
     """Logits by transformers in float32, with tensors replaced or an adapter loaded by PEFT."""
     # Their warnings are about deprecated calls of each other; what PEFT does not load shows in the logits.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -149,12 +155,17 @@ def torch_logits(source: Path, *, changed: Weights = {}, adapter: Path | None = 
         import torch  # pyright: ignore[reportMissingImports]
         import transformers  # pyright: ignore[reportMissingImports]
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(base.source, dtype=torch.float32).eval()
+        if base.is_untied and adapter is None:
+            head = model.get_output_embeddings()
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
         parameters = dict(model.named_parameters())
         for name, value in changed.items():
             spelled = [n for prefix in PREFIXES if (n := prefix + name) in parameters]
             if not spelled:
-                raise ValueError(f"{source}: transformers' {type(model).__name__} has no parameter {name}")
+                raise ValueError(
+                    f"{base.source}: transformers' {type(model).__name__} has no parameter {name}"
+                )
             parameters[spelled[0]].data = torch.tensor(np.ascontiguousarray(value))
         if adapter is not None:
             import peft  # pyright: ignore[reportMissingImports]

@@ -186,6 +186,7 @@ class Target(NamedTuple):
       letters: einsum letters of the axes that index slices. A factor without one of them is shared by the slices
         along it.
       outputs: the outputs of the PyTorch modules that the leaf has; None for all.
+      others: the PyTorch modules of the leaf's layers that are not adapted.
     """
 
     spec: AdapterSpec
@@ -193,6 +194,7 @@ class Target(NamedTuple):
     names: dict[Index, str]
     letters: str
     outputs: Outputs | None = None
+    others: tuple[str, ...] = ()
 
     def keys(self, index: Index) -> tuple[str, ...]:
         """The names of A and B, and of the magnitudes if there are any, in PEFT's file."""
@@ -239,13 +241,12 @@ def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], 
                 )
             letters = _index_letters(spec, torch_module, kind)
             size = dict(zip(spec.base_letters, spec.shape, strict=True))
-            names = {
-                index: torch_module.at(index)
-                for index in itertools.product(*(range(size[c]) for c in letters))
-                # `layers` selects indices of the outermost stacked axis, which comes first.
-                if spec.layers is None or index[0] in spec.layers
-            }
-            target = Target(spec, kind, names, letters, torch_module.outputs)
+            indices = itertools.product(*(range(size[c]) for c in letters))
+            all_names = {index: torch_module.at(index) for index in indices}
+            # `layers` selects indices of the outermost stacked axis, which comes first.
+            names = {i: name for i, name in all_names.items() if spec.layers is None or i[0] in spec.layers}
+            others = tuple(name for index, name in all_names.items() if index not in names)
+            target = Target(spec, kind, names, letters, torch_module.outputs, others)
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -25,19 +25,23 @@ _UNSUPPORTED = (
 # Options without effect on a trained adapter, or whose effect shows in its tensors.
 _IGNORED = (
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
-    *("peft_type", "layers_pattern", "layers_to_transform", "megatron_core", "eva_config"),
-    *("qalora_group_size", "runtime_config", "ephemeral_gpu_offload", "fan_in_fan_out", "target_parameters"),
-    *("modules_to_tie", "target_modules_to_tie"),
+    *("peft_type", "megatron_core", "eva_config", "qalora_group_size", "runtime_config"),
+    *("ephemeral_gpu_offload", "fan_in_fan_out", "modules_to_tie", "target_modules_to_tie"),
 )
 _READ = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "bias"),
-    *("target_modules", "exclude_modules", "modules_to_save", "ensure_weight_tying", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "ensure_weight_tying", "init_lora_weights"),
 )
 # Initializations that leave the base unchanged; others subtract from it.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _SHOWN = 20
 _CLASSIFIERS = ("classifier", "score")
 """The modules that PEFT always trains fully for the task SEQ_CLS."""
+_HEADS = ("lm_head", "embed_out")
+"""The output layers, which PEFT's "all-linear" leaves out."""
+_TIED = ("embed_tokens", "wte", *_HEADS)
+"""The modules of which ensure_weight_tying adapts all if one is selected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,9 @@ class PeftOptions:
       rank, alpha, rank_pattern, alpha_pattern, use_rslora, use_dora: as in PEFT, with patterns for PyTorch's names.
       dropout, bias: as in PEFT.
       target_modules, exclude_modules: names, one regular expression, or None.
+      target_parameters: names of adapted parameters.
+      layers_to_transform, layers_pattern: numbers of the layers in which `target_modules` selects, or None for all;
+        and names of the lists of layers, or () for any.
       modules_to_save: names of fully trained modules.
       ties_weights: whether training an embedding, by an adapter or in full, also trains the tied head.
       base_model: name or path of the base model, or None.
@@ -66,6 +73,9 @@ class PeftOptions:
     bias: Bias
     target_modules: str | Sequence[str] | None
     exclude_modules: str | Sequence[str] | None
+    target_parameters: Sequence[str]
+    layers_to_transform: Sequence[int] | None
+    layers_pattern: Sequence[str]
     modules_to_save: Sequence[str]
     ties_weights: bool
     base_model: str | None
@@ -81,26 +91,65 @@ class PeftOptions:
         """The scale s of A B for a rank and alpha."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def missing_targets(self, names: Collection[str]) -> list[str]:
-        """Entries of `target_modules` that match none of the adapted modules' names: the adapter is incomplete."""
-        if isinstance(self.target_modules, str):
-            matches_all = self.target_modules == "all-linear"
-            matches = matches_all or any(_match(f"{self.file}: target_modules", [self.target_modules], names))
-            return [] if matches else [self.target_modules]
-        idle = [t for t in self.target_modules or () if not any(_ends_in(name, t) for name in names)]
-        excluded = self._excluded(idle, names)
-        return [target for target in idle if target not in excluded]
+    def left_out(self, modules: Mapping[str, bool]) -> dict[str, str]:
+        """Finds the modules that PEFT does not adapt by these options.
 
-    def _excluded(self, targets: Sequence[str], names: Collection[str]) -> set[str]:
-        """The targets that `exclude_modules` excludes, by name or as siblings of an adapted module."""
-        if isinstance(self.exclude_modules, str):
-            parents = {name.rpartition(".")[0] for name in names}
-            pairs = [(t, path) for t in targets for path in (t, *(f"{parent}.{t}" for parent in parents))]
-            matched = _match(
-                f"{self.file}: exclude_modules", [self.exclude_modules], [path for _, path in pairs]
-            )
-            return {t for (t, _), indices in zip(pairs, matched, strict=True) if indices}
-        return {t for t in targets if any(_ends_in(t, name) for name in self.exclude_modules or ())}
+        Args:
+          modules: names of linear layers, convolutions and embeddings; and whether each is an embedding.
+
+        Returns:
+          A dict from the name of each such module to the option that leaves it out.
+        """
+        names = [*modules]
+        is_classifier = self.task_type in ("SEQ_CLS", "TOKEN_CLS")
+        saved = (*self.modules_to_save, *(_CLASSIFIERS if is_classifier else ()))
+        targeted = {name for name in names if any(_owns(t, name) for t in self.target_parameters)}
+        other_layers = set[str]()
+        if self.target_modules is None:  # levanter's, which adapts what its file holds
+            targeted |= set() if self.target_parameters else {*names}
+        elif _is_all_linear(self.target_modules):
+            targeted |= {n for n in names if not modules[n] and n not in (*_HEADS, *_CLASSIFIERS)}
+        else:
+            selected = self._selected("target_modules", names)
+            if self.layers_to_transform and not isinstance(self.target_modules, str):
+                layers = {*self.layers_to_transform}
+                ends = selected - {*self.target_modules}  # PEFT takes a whole name in any layer
+                other_layers = {name for name in ends if self._layer_of(name) not in layers}
+            targeted |= selected - other_layers
+        if self.ties_weights and any(name.rpartition(".")[2] in _TIED for name in targeted):
+            targeted |= {name for name in names if name.rpartition(".")[2] in _TIED}
+        options = {name: "target_modules" for name in names if name not in targeted}
+        options |= {name: "layers_to_transform" for name in names if name in other_layers - targeted}
+        options |= {n: "modules_to_save" for n in names if any(f".{m}." in f".{n}." for m in saved)}
+        return options | dict.fromkeys(self._selected("exclude_modules", names), "exclude_modules")
+
+    def _selected(self, option: str, names: Sequence[str]) -> set[str]:
+        """The names that `target_modules` or `exclude_modules` matches."""
+        rule = getattr(self, option)
+        if isinstance(rule, str):
+            matched = _match(f"{self.file}: {option}", [rule], names)
+            return {name for name, indices in zip(names, matched, strict=True) if indices}
+        exact = {*(rule or ())}
+        return {name for name in names if name in exact or any(name.endswith(f".{end}") for end in exact)}
+
+    def _layer_of(self, name: str) -> int | None:
+        """The number of a module's layer, as PEFT finds it: the first one behind the name of a list of layers."""
+        segments = name.split(".")
+        numbers = [n for n, segment in enumerate(segments[:-1]) if segment.isdecimal()]
+        for pattern in self.layers_pattern or (None,):
+            for n in numbers:
+                if n > 1 if pattern is None else _ends_in(".".join(segments[:n]), pattern):
+                    return int(segments[n])
+        return None
+
+    def missing_targets(self, names: Collection[str]) -> list[str]:
+        """Entries of `target_modules` that match none of the adapted modules' names and that no option explains.
+
+        For a model whose modules are unknown: in one that has no such module, PEFT ignores the entry.
+        """
+        if self.exclude_modules or self.layers_to_transform or isinstance(self.target_modules, str):
+            return []
+        return [t for t in self.target_modules or () if not any(_ends_in(name, t) for name in names)]
 
 
 def read_options(path: Path) -> PeftOptions:
@@ -159,10 +208,26 @@ def _parse_options(path: Path, values: Mapping[str, Any]) -> PeftOptions:
             _match(name, [values[name]], [])
         else:
             _check_names(name, values.get(name, []))
-    _check_names("modules_to_save", values.get("modules_to_save", []))
+    for name in ("modules_to_save", "target_parameters"):
+        _check_names(name, values.get(name, []))
+    layers = values.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    if layers is not None and not (isinstance(layers, list) and all(type(n) is int for n in layers)):
+        raise TypeError(f"layers_to_transform must be a list of integers, got {layers!r:.80}")
+    lists = values.get("layers_pattern") or []
+    lists = [lists] if isinstance(lists, str) else lists
+    _check_names("layers_pattern", lists)
+    if invalid := [name for name in lists if not re.fullmatch(r"[\w.]+", name)]:
+        raise ValueError(f"layers_pattern must be names, not regular expressions, got {invalid[0]!r:.80}")
     for name in ("base_model_name_or_path", "task_type"):
         if not isinstance(values.get(name, ""), str):
             raise TypeError(f"{name} must be text, got {values[name]!r:.80}")
+    if layers is not None and isinstance(values.get("target_modules"), str):
+        raise ValueError(
+            "layers_to_transform requires a list of target_modules, as PEFT does, got a regular expression"
+        )
+    if lists and layers is None:
+        raise ValueError(f"layers_pattern requires layers_to_transform, as PEFT does, got {lists} alone")
     return PeftOptions(
         file=path,
         rank=values["r"],
@@ -174,6 +239,9 @@ def _parse_options(path: Path, values: Mapping[str, Any]) -> PeftOptions:
         bias=values.get("bias", "none"),
         target_modules=values.get("target_modules"),
         exclude_modules=values.get("exclude_modules"),
+        target_parameters=values.get("target_parameters", []),
+        layers_to_transform=layers,
+        layers_pattern=lists,
         modules_to_save=values.get("modules_to_save", []),
         ties_weights=values.get("ensure_weight_tying", False),
         base_model=values.get("base_model_name_or_path"),
@@ -188,6 +256,7 @@ def make_options(
     *,
     saved: Sequence[str],
     parameters: Sequence[str],
+    modules: Sequence[str] | None,
     transposed: bool,
     tied: bool,
     base_model: str | None,
@@ -200,6 +269,7 @@ def make_options(
       ranks, alphas: ranks and alphas of the adapted modules, by name in PyTorch.
       saved: fully trained modules.
       parameters: names in `ranks` that are parameters instead of modules.
+      modules: names of all modules of the PyTorch model; None if unknown.
       transposed: whether weights are stored as (in, out).
       tied: whether an adapted or fully trained embedding is also the head.
       base_model, task_type: the base model and the task, if known.
@@ -217,7 +287,7 @@ def make_options(
         "r": config.rank,
         "lora_alpha": _int_if_integral(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": [name for name in ranks if name not in parameters],
+        "target_modules": _shortest_ends([name for name in ranks if name not in parameters], modules),
         "rank_pattern": _patterns(ranks, config.rank),
         "alpha_pattern": {key: _int_if_integral(v) for key, v in _patterns(alphas, config.alpha).items()},
         "use_rslora": config.use_rslora,
@@ -243,6 +313,20 @@ def raise_problems(what: str, problems: Sequence[str]) -> None:
         raise ValueError("\n  ".join([f"{what}: {problems[0]}", *problems[1:_SHOWN], *rest]))
 
 
+def _shortest_ends(names: Sequence[str], modules: Sequence[str] | None) -> list[str]:
+    """The shortest ends, whole segments only, that select these of all modules; the names if those are unknown."""
+    if modules is None:
+        return list(names)
+    # The same module may be named with another prefix in the two lists.
+    others = [m for m in modules if not any(_ends_in(m, name) or _ends_in(name, m) for name in names)]
+    ends: dict[str, None] = {}
+    for name in names:
+        segments = name.split(".")
+        candidates = (".".join(segments[n:]) for n in reversed(range(len(segments))))
+        ends[next(end for end in candidates if not any(_ends_in(other, end) for other in others))] = None
+    return list(ends)
+
+
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     # Few patterns, since PEFT tries all of them for every module: the last segment alone if all its modules agree.
     groups: dict[str, dict[str, Any]] = {}
@@ -261,6 +345,16 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
             if group[name] != default or ends or any(name.endswith(f".{other}") for other in group):
                 patterns[re.escape(name)] = group[name]
     return patterns
+
+
+def _is_all_linear(rule: str | Sequence[str]) -> bool:
+    return isinstance(rule, str) and rule.lower() == "all-linear"
+
+
+def _owns(parameter: str, module: str) -> bool:
+    """Whether a name in `target_parameters` is that of a parameter of the module."""
+    owner = parameter.rpartition(".")[0]
+    return not owner or _ends_in(module.removesuffix(".base_layer"), owner)
 
 
 def _ends_in(name: str, end: str) -> bool:

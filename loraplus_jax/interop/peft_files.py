@@ -6,9 +6,10 @@ converts names and layouts, see `path_map`.
 """
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def save_peft(
     *,
     extras: Mapping[str, Any] | None = None,
     own: Mapping[str, Any] | None = None,
+    modules: Sequence[str] | None = None,
     base: str | None = None,
     base_model: str | None = None,
     task_type: str | None = None,
@@ -95,6 +97,9 @@ def save_peft(
       extras: fully trained variables that the PyTorch model also has, `{"params": ...}`. A leaf whose rule has an
         index is stacked on its first axis.
       own: fully trained variables that the PyTorch model lacks; stored for loraplus_jax only.
+      modules: names of all linear layers, convolutions and embeddings of the PyTorch model, with or without the
+        prefix of a model with a head. With them `target_modules` holds the shortest ends of names that select the
+        same modules, such as `q_proj`; else whole names.
       base: `step.fingerprint` of the frozen variables.
       base_model: name or path under which PEFT finds the base model.
       task_type: task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
@@ -136,6 +141,7 @@ def save_peft(
         alphas,
         saved=saved,
         parameters=[n for t in targets.values() if t.kind == "Parameter" for n in t.names.values()],
+        modules=modules,
         transposed=any(t.kind == "Conv1D" for t in targets.values()),
         tied=_has_tied(targets, slots, path_map),
         base_model=base_model,
@@ -193,7 +199,7 @@ def load_peft(
     slices, more_problems = _slice_factors(
         factors, options, targets, tied_heads(path_map), is_ours=saved_config is not None
     )
-    problems += more_problems
+    problems += more_problems + _missing_modules(factors, options, targets, path_map, params)
     others = {name: tensor for name, tensor in tensors.items() if name not in factors}
     slots, more_problems = assign_tensors(others, path_map, flatten({"params": params or {}}))
     problems += more_problems
@@ -343,7 +349,8 @@ def _config(
         dropout=options.dropout,
         variant="dora" if options.use_dora else "lora",
         modules_to_save=tuple(sorted(saved)),
-        bias=options.bias,
+        # PEFT accepts any on a model without biases.
+        bias=options.bias if any(name.endswith(".bias") for name in names) else "none",
     )
 
 
@@ -385,6 +392,13 @@ def read_peft(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dic
     unprefixed = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     kept, problems = drop_copies(unprefixed, path_map)
     raise_problems(f"{directory / WEIGHTS} is inconsistent", problems)
+    modules = {
+        name.removesuffix(end): "embedding" in end for name in kept for end in _ENDS if name.endswith(end)
+    }
+    raise_problems(
+        f"{directory / WEIGHTS} has factors that PEFT ignores; correct {OPTIONS}, or remove them",
+        [f"{name} is left out by {option}" for name, option in options.left_out(modules).items()],
+    )
     return options, kept
 
 
@@ -445,10 +459,50 @@ def _slice_factors(
             problems += _check_pair(name, pair, to_scale, options, target, may_be_pruned=is_ours)
             slices[key][index] = pair
     problems += [f"+ {name} has no adapter in the model" for name in sorted(factors.keys() - expected)]
-    problems += [
-        f"target_modules: {rule!r:.80} has no factors" for rule in options.missing_targets([*names, *heads])
-    ]
     return slices, problems
+
+
+def _module_names(targets: Mapping[str, Target], path_map: PathMap, params: Any) -> dict[str, bool]:
+    """PyTorch's names of the modules of a model that PEFT can adapt; and whether each is an embedding."""
+    names: dict[str, bool] = {}
+    for target in targets.values():
+        if target.kind != "Parameter":
+            modules = (*target.names.values(), *target.others)
+            names |= dict.fromkeys(modules, target.kind.endswith("Embedding"))
+    leaves = {target.spec.leaf for target in targets.values()}
+    for path, leaf in flatten({"params": params or {}}).items():
+        module, _, name = path.removeprefix("params/").rpartition("/")
+        torch_module = torch_module_of(path_map, module)
+        if path in leaves or torch_module is None or torch_module.kind == "Parameter":
+            continue
+        if name in ("kernel", "embedding"):
+            # As of fully trained leaves, the indices of a stack come first.
+            sizes = map(range, leaf.shape[: len(torch_module.holes)])
+            names |= {torch_module.at(index): name == "embedding" for index in itertools.product(*sizes)}
+    return names
+
+
+def _missing_modules(
+    factors: Mapping[str, Any],
+    options: PeftOptions,
+    targets: Mapping[str, Target],
+    path_map: PathMap,
+    params: Any,
+) -> list[str]:
+    """One line per module without a spec that the options select and the file has no factors for.
+
+    Without `params`, which say what modules there are, one line per entry of `target_modules` without factors.
+    """
+    if options.target_modules is None:
+        return []
+    adapted = {name.removesuffix(end) for name in factors for end in _ENDS if name.endswith(end)}
+    adapted |= {name for target in targets.values() for name in target.names.values()}
+    names = _module_names(targets, path_map, params)
+    others = {name: is_embedding for name, is_embedding in names.items() if name not in adapted}
+    missing = others.keys() - options.left_out(others).keys()
+    idle = options.missing_targets(adapted) if params is None else []
+    problems = [f"- {name} has no factors, but {OPTIONS} selects it" for name in sorted(missing)]
+    return problems + [f"target_modules: {rule!r:.80} has no factors" for rule in idle]
 
 
 def _has_tied(targets: Mapping[str, Target], leaves: Iterable[str], path_map: PathMap) -> bool:

@@ -47,7 +47,10 @@ def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str
         if head is not None:
             end = name.removeprefix(f"{head}.")
             original = f"{heads[head]}.{OF_HEAD.get(end, end)}"
-            transposed, why = end in OF_HEAD, f", since the model's head is tied to {heads[head]}"
+            transposed = end in OF_HEAD
+            why = (
+                f", since the model's head is tied to {heads[head]}; `loraplus convert --to merged` unties it"
+            )
         if original is None:
             kept[name] = tensor
         elif original not in tensors:
@@ -60,7 +63,7 @@ def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str
     pairs = (("weight", "weight", "modules_to_save"), ("lora_embedding_A", "lora_B.weight", "target_modules"))
     problems += [
         f"{head}.{end} is missing, but the model's head is tied to {embedding}, which is trained: train in PEFT "
-        f"with ensure_weight_tying=True and {head} in {option}, or export the run again"
+        f"with ensure_weight_tying=True and {head} in {option}; {_UNTIE}"
         for head, embedding in heads.items()
         for name, end, option in pairs
         if f"{embedding}.{name}" in tensors and f"{head}.{end}" not in tensors
@@ -68,6 +71,7 @@ def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str
     return kept, problems
 
 
+_UNTIE = "or merge it with `loraplus convert --to merged`, which unties the head"
 OF_HEAD = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
 """Maps the factors of a tied head to the factors of the embedding, which are their transposes."""
 

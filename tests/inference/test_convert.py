@@ -18,6 +18,7 @@ from loraplus_jax.cli.commands import main
 from loraplus_jax.inference import verify_conversion
 from loraplus_jax.interop.adapter_directory import save_adapter
 from loraplus_jax.models.checkpoints.hf import load_params
+from loraplus_jax.models.checkpoints.named_base import read_named_base
 from loraplus_jax.models.families import family_of
 from loraplus_jax.tasks.causal_lm import model_config
 
@@ -341,6 +342,83 @@ def test_bad_input(base, tmp_path, capsys, by_us):
     assert_mentions(rejected(capsys, *words, out=out), "--to", "loraplus", "peft", "merged")
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"target_modules": ["q_proj"]}, ("layers.0.self_attn.v_proj", "target_modules")),
+        ({"exclude_modules": ["v_proj"]}, ("layers.0.self_attn.v_proj", "exclude_modules")),
+        ({"layers_to_transform": 0}, ("layers.1.self_attn.q_proj", "layers_to_transform")),
+        (
+            {"target_modules": ["q_proj", "v_proj", "up_proj"]},
+            ("layers.0.mlp.up_proj", "adapter_config.json"),
+        ),
+        ({"target_modules": "(.*(q|v|up)_proj)"}, ("layers.1.mlp.up_proj", "adapter_config.json")),
+        ({"peft_type": "LOHA"}, ("peft_type", "LOHA")),
+    ],
+)
+def test_peft_computes_another_model_with_these_options(options, named, base, tmp_path, capsys):
+    """Factors that the options leave out, or that they ask for and the file lacks: for each target alike."""
+    source = write_peft(tmp_path / "peft", modules_of(base, "q_proj", "v_proj"), base, **options)
+    for to in ("merged", "gguf", "peft", "loraplus"):
+        assert_mentions(rejected(capsys, source, "--to", to, out=tmp_path / "out"), *named)
+    assert main(["generate", str(source), "--prompt", "a"]) == 2
+    assert_mentions(capsys.readouterr().err, *named)
+
+
+def test_a_layer_without_factors_is_named(base, tmp_path, capsys):
+    modules = modules_of(base, "q_proj", "v_proj")
+    lost = "model.layers.1.self_attn.v_proj"
+    source = write_peft(tmp_path / "peft", {m: s for m, s in modules.items() if m != lost}, base)
+    assert_mentions(rejected(capsys, source, "--to", "merged", out=tmp_path / "out"), lost)
+
+
+def test_an_expression_of_the_source_is_not_written(base, tmp_path, capsys, by_us):
+    """PEFT would run it on every module of a model, for ever with the second one."""
+    modules = modules_of(base, "q_proj")
+    options = {
+        "target_modules": r".*\.q_proj",
+        "exclude_modules": r"a.*",
+        "rank_pattern": {r"layers\.9\..*": 3},
+    }
+    source = write_peft(tmp_path / "peft", modules, base, **options)
+    check(converted(capsys, source, "--to", "peft", "--out", tmp_path / "out"), "loraplus")
+    written = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (written["target_modules"], written["rank_pattern"]) == (["q_proj"], {})
+    assert not written.get("exclude_modules")
+    source = write_peft(tmp_path / "slow", modules, base, target_modules="((a+)+)+$|(.*)*q_proj")
+    assert_mentions(rejected(capsys, source, "--to", "peft", out=tmp_path / "no"), "target_modules", "(.*)*")
+
+
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_a_tied_head_or_its_embedding_alone(end, tmp_path, capsys, by_us):
+    """PEFT adapts one of the two without the other, and so does the merged model."""
+    base = write_base(tmp_path / "base", tie_word_embeddings=True)
+    tensors = load_file(base / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    name = {"lm_head": "lm_head", "embed_tokens": "model.embed_tokens"}[end]
+    source = write_peft(tmp_path / "peft", {name: embedding.shape}, base)
+    path = source / "adapter_model.safetensors"
+    a, b = load_file(path).values()
+    if end == "embed_tokens":
+        keys = "base_model.model.model.embed_tokens.lora_embedding_{}"
+        save_file(
+            {keys.format("A"): np.ascontiguousarray(b.T), keys.format("B"): np.ascontiguousarray(a.T)}, path
+        )
+    check(converted(capsys, source, "--to", "merged", "--out", tmp_path / "out"), "loraplus")
+    found = load_file(tmp_path / "out/model.safetensors")
+    both = {key: found[f"{key}.weight"] for key in ("lm_head", "model.embed_tokens")}
+    changed = both.pop(name)
+    np.testing.assert_allclose(changed, embedding + 1.5 * b @ a, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(both.popitem()[1], embedding)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    check_again = converted(capsys, source, "--to", "peft", "--out", tmp_path / "again")
+    assert differences(check_again)[1] <= 1e-5
+    for to in ("gguf", "loraplus"):
+        error = rejected(capsys, source, "--to", to, out=tmp_path / "no")
+        assert re.search("tied|also the head", error)
+        assert_mentions(error, "merged")
+
+
 def test_a_small_adapter_that_is_lost_on_the_way_is_no_rounding(base, tmp_path, capsys, monkeypatch):
     source = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base)
     tensors = load_file(source / "adapter_model.safetensors")
@@ -456,7 +534,7 @@ def test_an_adapter_of_a_loop_of_ones_own(to, variant, base, tmp_path, capsys, b
     if to == "merged":
         ids = verify_conversion.token_ids(model.config.vocab_size)
         expected = model.apply({"params": params, "lora": lora}, ids)
-        found = verify_conversion.our_logits(tmp_path / "out")
+        found = verify_conversion.our_logits(read_named_base(tmp_path / "out"))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

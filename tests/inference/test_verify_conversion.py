@@ -51,12 +51,12 @@ def test_ids_are_always_the_same():
 
 
 def test_a_replaced_tensor_is_used(base):
-    plain, name = our_logits(base), "model.layers.1.mlp.down_proj.weight"
+    plain, name = our_logits(read_named_base(base)), "model.layers.1.mlp.down_proj.weight"
     changed = {name: load_file(base / "model.safetensors")[name] + 0.1}
-    assert np.abs(our_logits(base, changed) - plain).max() > 0.01
+    assert np.abs(our_logits(read_named_base(base), changed) - plain).max() > 0.01
     np.testing.assert_array_equal(opened_logits(base), plain)
     with pytest.raises(ValueError, match=mentions("model.other.weight")):
-        our_logits(base, {"model.other.weight": np.ones(2)})
+        our_logits(read_named_base(base), {"model.other.weight": np.ones(2)})
 
 
 def test_gpt2_splits_its_tensors(tmp_path):
@@ -64,7 +64,12 @@ def test_gpt2_splits_its_tensors(tmp_path):
     name = "h.0.attn.c_attn.weight"
     changed = load_file(tmp_path / "model.safetensors")[name].copy()
     changed[:, 64:] *= 1.5  # values alone
-    assert np.abs(our_logits(tmp_path, {name: changed}) - our_logits(tmp_path)).max() > 0.01
+    assert (
+        np.abs(
+            our_logits(read_named_base(tmp_path), {name: changed}) - our_logits(read_named_base(tmp_path))
+        ).max()
+        > 0.01
+    )
 
 
 def test_single_layers(base):
@@ -81,6 +86,12 @@ def test_transformers_and_peft_compute_the_same(base, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
     changed = {name: load_file(base / "model.safetensors")[name] + 0.1}
     for tensors in ({}, changed):
-        np.testing.assert_allclose(torch_logits(base, changed=tensors), our_logits(base, tensors), atol=2e-5)
+        np.testing.assert_allclose(
+            torch_logits(read_named_base(base), changed=tensors),
+            our_logits(read_named_base(base), tensors),
+            atol=2e-5,
+        )
     adapter = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base)
-    np.testing.assert_allclose(torch_logits(base, adapter=adapter), opened_logits(adapter), atol=2e-5)
+    np.testing.assert_allclose(
+        torch_logits(read_named_base(base), adapter=adapter), opened_logits(adapter), atol=2e-5
+    )

@@ -35,6 +35,8 @@ def options_file(tmp_path, **changes):
         ({"alpha_pattern": [1]}, mentions("alpha_pattern", "mapping", "[1]")),
         ({"bias": "some"}, mentions("bias", "none", "all", "lora_only", "'some'")),
         ({"target_modules": 3}, mentions("target_modules", 3)),
+        ({"layers_to_transform": ["0"]}, mentions("layers_to_transform", "0")),
+        ({"layers_pattern": "(a+)+"}, mentions("layers_pattern", "(a+)+")),
         ({"modules_to_save": "head"}, mentions("modules_to_save", "'head'")),
         ({"use_rslora": "yes"}, mentions("use_rslora", "true", "false", "'yes'")),
         ({"use_dora": 1}, mentions("use_dora", "true", "false", 1)),
@@ -65,21 +67,64 @@ def test_options_that_are_off_or_without_effect_are_accepted(tmp_path):
     assert options.scale(2, 8) == 4.0
 
 
+def test_targets_without_factors_that_no_option_explains(tmp_path):
+    names, idle = ["layers.0.attn.q", "layers.1.attn.q"], {"target_modules": ["q", "k"]}
+    for options, expected in (
+        (idle, ["k"]),
+        (idle | {"exclude_modules": ["k"]}, []),
+        ({"target_modules": "k"}, []),
+    ):
+        assert read_options(options_file(tmp_path, **options)).missing_targets(names) == expected
+
+
+LAYERS = [f"model.layers.{n}.{m}" for n in (0, 1) for m in ("attn.q", "attn.k", "mlp.experts.3.q")]
+
+
 @pytest.mark.parametrize(
-    ("targets", "excluded", "idle"),
+    ("options", "adapted"),
     [
-        (["q", "k"], None, ["k"]),
-        (["q", "k"], ["k"], []),
-        (["q", "attn.k"], ["k"], []),
-        (["q", "k"], r".*\.attn\.k", []),
-        (["q", "k", "v"], ["k"], ["v"]),
-        ("all-linear", ["k"], []),
-        (r".*\.(q|k)", r".*\.k", []),
-        (r".*\.k", None, [r".*\.k"]),
+        ({"target_modules": ["q"]}, {"0.attn.q", "0.mlp.experts.3.q", "1.attn.q", "1.mlp.experts.3.q"}),
+        ({"target_modules": "attn.q"}, set()),  # a regular expression for the whole name
+        ({"target_modules": r".*\.1\..*\.(q|k)"}, {"1.attn.q", "1.attn.k", "1.mlp.experts.3.q"}),
+        ({"target_modules": ["attn.q"], "layers_to_transform": 1}, {"1.attn.q"}),
+        # The number of a layer, and not that of an expert; a whole name is taken in any layer.
+        (
+            {"target_modules": ["q", LAYERS[1]], "layers_to_transform": [1, 3]},
+            {"0.attn.k", "1.attn.q", "1.mlp.experts.3.q"},
+        ),
+        (
+            {"target_modules": ["q"], "layers_to_transform": [3], "layers_pattern": ["experts"]},
+            {"0.mlp.experts.3.q", "1.mlp.experts.3.q"},
+        ),
+        ({"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": "blocks"}, set()),
+        (
+            {"target_modules": ["q", "k"], "exclude_modules": ["attn.q", "experts"]},
+            {"0.attn.k", "0.mlp.experts.3.q", "1.attn.k", "1.mlp.experts.3.q"},
+        ),
+        (
+            {"target_modules": ["q", "k"], "exclude_modules": r".*experts.*"},
+            {"0.attn.q", "0.attn.k", "1.attn.q", "1.attn.k"},
+        ),
+        ({"target_modules": ["q"], "modules_to_save": ["mlp"]}, {"0.attn.q", "1.attn.q"}),
+        (
+            {"target_modules": ["attn.k"], "target_parameters": ["experts.3.q.weight"]},
+            {"0.attn.k", "1.attn.k", "0.mlp.experts.3.q", "1.mlp.experts.3.q"},
+        ),
+        ({"target_parameters": ["1.attn.q.weight"]}, {"1.attn.q"}),
+        ({"target_modules": "ALL-linear"}, {name.removeprefix("model.layers.") for name in LAYERS}),
     ],
 )
-def test_targets_without_factors_are_those_that_exclude_modules_does_not_name(
-    targets, excluded, idle, tmp_path
-):
-    options = read_options(options_file(tmp_path, target_modules=targets, exclude_modules=excluded))
-    assert options.missing_targets(["layers.0.attn.q", "layers.1.attn.q"]) == idle
+def test_which_modules_peft_adapts(options, adapted, tmp_path):
+    """The rules of PEFT's `check_target_module_exists`; `tests/reference` compares with PEFT itself."""
+    left_out = read_options(options_file(tmp_path, **options)).left_out(dict.fromkeys(LAYERS, False))
+    assert {name.removeprefix("model.layers.") for name in LAYERS if name not in left_out} == adapted
+
+
+def test_all_linear_layers_are_neither_embeddings_nor_heads(tmp_path):
+    names = {"emb": True, "q": False, "lm_head": False, "score": False}
+    options = read_options(options_file(tmp_path, target_modules="all-linear"))
+    assert options.left_out(names).keys() == {"emb", "lm_head", "score"}
+    # The other of two tied modules is adapted with the one that is selected.
+    tied = options_file(tmp_path, target_modules=["model.embed_tokens"], ensure_weight_tying=True)
+    names = {"model.embed_tokens": True, "lm_head": False, "q": False}
+    assert read_options(tied).left_out(names) == {"q": "target_modules"}

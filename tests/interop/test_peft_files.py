@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.adapter.lora import weight_delta
 from loraplus_jax.interop.peft_adapter_config import read_options
-from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
+from loraplus_jax.interop.peft_files import load_peft, peft_config, peft_options, save_peft
 
 from ..messages import mentions
 from .models import PATHS, factors, net, spec_of
@@ -25,6 +25,13 @@ def saved(tmp_path, spec, rule, lora=None, config=None, key="m"):
     save_peft(tmp_path / "a", lora, {key: spec}, config, [rule])
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
     return {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+
+
+def edit_options(directory, **changes):
+    """Changes PEFT's options; without our notes the directory is as PEFT wrote it."""
+    (directory / "loraplus.json").unlink(missing_ok=True)
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_dense_layer_by_literals(tmp_path):
@@ -429,18 +436,79 @@ def test_two_modules_with_one_peft_name_are_rejected(tmp_path):
         save_peft(tmp_path / "a", lora, specs, config, (("head", "out"), ("other_head", "out")))
 
 
-def test_a_target_that_exclude_modules_names_needs_no_factors(tmp_path):
+def test_a_target_without_factors_is_rejected_unless_the_model_lacks_it(tmp_path):
     config, lora, specs, params = net(target_modules=["fc"])
     save_peft(tmp_path / "a", lora, specs, config, PATHS)
-    (tmp_path / "a/loraplus.json").unlink()
-    path = tmp_path / "a/adapter_config.json"
-    options = json.loads(path.read_text())
-    path.write_text(json.dumps(options | {"target_modules": ["fc", "k_proj"]}))
+    edit_options(tmp_path / "a", target_modules=["fc", "k_proj"])
     with pytest.raises(ValueError, match=mentions("target_modules", "'k_proj'")):
-        load_peft(tmp_path / "a", specs, PATHS, params=params)
-    path.write_text(json.dumps(options | {"target_modules": ["fc", "k_proj"], "exclude_modules": ["k_proj"]}))
+        load_peft(tmp_path / "a", specs, PATHS)
     again = load_peft(tmp_path / "a", specs, PATHS, params=params).lora
     jax.tree.map(np.testing.assert_array_equal, again, lora)
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"target_modules": ["emb"]}, "target_modules"),
+        ({"target_modules": "emb|.*\\.1\\.fc"}, "target_modules"),
+        ({"exclude_modules": ["fc"]}, "exclude_modules"),
+        (
+            {"target_modules": ["fc"], "layers_to_transform": [1], "layers_pattern": "layers"},
+            "layers_to_transform",
+        ),
+        ({"modules_to_save": ["fc"]}, "modules_to_save"),
+    ],
+)
+def test_factors_that_peft_would_ignore_are_rejected(changes, option, tmp_path):
+    config, lora, specs, params = net(target_modules=["fc"])
+    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    edit_options(tmp_path / "a", **changes)
+    for read in (
+        lambda a: load_peft(a, specs, PATHS, params=params),
+        lambda a: peft_config(a, PATHS),
+        peft_options,
+    ):
+        with pytest.raises(ValueError, match=mentions("layers.0.fc", option)):
+            read(tmp_path / "a")
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["fc"]}, {"target_modules": ["fc", "head"]}])
+def test_a_module_that_the_options_select_must_have_factors(fields, tmp_path):
+    """A layer of a stack without any, and a module whose name a regular expression selects as well."""
+    config, lora, specs, params = net(**fields)
+    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    path, lost = tmp_path / "a/adapter_model.safetensors", "layers.1.fc" if len(specs) == 1 else "out.0"
+    save_file({name: x for name, x in load_file(path).items() if lost not in name}, path)
+    edit_options(tmp_path / "a", target_modules=r".*\.(fc|0)")
+    config = peft_config(tmp_path / "a", PATHS, layers=3)
+    specs = net(target_modules=config.target_modules, layers_to_transform=config.layers_to_transform)[2]
+    with pytest.raises(ValueError, match=mentions(lost, "adapter_config.json")) as caught:
+        load_peft(tmp_path / "a", specs, PATHS, params=params)
+    assert lost not in str(caught.value).replace(f"- {lost}", "", 1)
+    edit_options(tmp_path / "a", exclude_modules=[lost, "out.0"])
+    load_peft(tmp_path / "a", specs, PATHS, params=params)
+
+
+def test_biases_that_a_model_lacks_are_not_in_the_config(tmp_path):
+    """PEFT accepts `bias` for a model without biases, and `split_trainable` does not."""
+    config, lora, specs, _ = net(target_modules=["fc"])
+    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    edit_options(tmp_path / "a", bias="lora_only")
+    assert peft_config(tmp_path / "a", PATHS).bias == "none"
+
+
+def test_target_modules_are_ends_of_names_where_the_whole_model_is_known(tmp_path):
+    names = ["emb", *(f"layers.{n}.{m}" for n in range(3) for m in ("fc", "proj")), "out.0", "out.1"]
+    config, lora, specs, _ = net(target_modules=["fc", "head"])
+    save_peft(tmp_path / "a", lora, specs, config, PATHS, modules=[f"model.{name}" for name in names])
+    assert read_options(tmp_path / "a/adapter_config.json").target_modules == ["fc", "0"]
+    save_peft(tmp_path / "b", lora, specs, config, PATHS, modules=[*names, "vision.fc", "x.0"])
+    assert read_options(tmp_path / "b/adapter_config.json").target_modules == [
+        *("0.fc", "1.fc", "2.fc", "out.0")
+    ]
+    config, lora, specs, _ = net(target_modules=["fc"], layers_to_transform=[0, 2])
+    save_peft(tmp_path / "c", lora, specs, config, PATHS, modules=names)
+    assert read_options(tmp_path / "c/adapter_config.json").target_modules == ["0.fc", "2.fc"]
 
 
 def test_missing_and_left_over_factors_are_all_listed(tmp_path):
@@ -451,6 +519,7 @@ def test_missing_and_left_over_factors_are_all_listed(tmp_path):
     found["base_model.model.out.1.lora_A.weight"] = found.pop("base_model.model.out.0.lora_A.weight")
     found["base_model.model.layers.0.strange.weight"] = found["base_model.model.emb.lora_embedding_A"]
     save_file(found, path)
+    edit_options(tmp_path / "a", target_modules=["emb", "fc", "0", "1"])
     with pytest.raises(
         ValueError, match=r"(?s)- out.0.lora_A.weight.*\+ out.1.lora_A.weight.*\+ layers.0.strange"
     ):

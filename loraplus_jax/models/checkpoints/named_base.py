@@ -34,11 +34,13 @@ class NamedBase(NamedTuple):
       source: its directory or file.
       config: its `config.json`.
       tensors: lazy views by name.
+      is_untied: whether its head is a copy of the embedding, made by `untied`.
     """
 
     source: Path
     config: dict[str, Any]
     tensors: dict[str, Any]
+    is_untied: bool = False
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
@@ -63,6 +65,19 @@ class NamedBase(NamedTuple):
         """The embedding that is also the head; None without one."""
         modules = [name.removesuffix(".weight") for name in self.tensors]
         return next((module for module in modules if self.is_tied_embedding(module)), None)
+
+    def untied(self) -> "NamedBase":
+        """The same with a head of its own that equals the embedding, for adapters of only one of the two."""
+        tensors = self.tensors | {"lm_head.weight": self.tensors[f"{self.tied_embedding}.weight"]}
+        return self._replace(
+            tensors=tensors, config=self.config | {"tie_word_embeddings": False}, is_untied=True
+        )
+
+    @property
+    def modules(self) -> list[str]:
+        """The names of all linear layers and embeddings."""
+        weights = [name for name in self.tensors if name.endswith(".weight") and len(self.shape(name)) == 2]
+        return [name.removesuffix(".weight") for name in weights]
 
     def is_conv1d(self, module: str) -> bool:
         """Whether a module is transformers' Conv1D, with its weight as (in, out)."""
@@ -94,6 +109,30 @@ class NamedBase(NamedTuple):
             found[name] = module
         return found
 
+    def siblings(self, locations: Mapping[str, str]) -> dict[str, str]:
+        """Finds the other modules of the layers that an adapter changes, named as the adapter names its own.
+
+        Args:
+          locations: modules by name, from `locate`.
+
+        Returns:
+          A dict as from `locate`.
+        """
+        # Beyond these, files of some models hold layers that predict further tokens; transformers ignores them.
+        count, found = self.config.get("num_hidden_layers", self.config.get("n_layer")), {}
+        stacks: dict[str, tuple[str, str]] = {}  # prefix of its modules in the file, and in the adapter
+        for name, module in locations.items():
+            if match := re.match(r"(.*?\.|)\d+\.", module):
+                more = len(module) - len(name)  # one of the two has a prefix more
+                stacks[match[1]] = module[: max(more, 0)], name[: max(-more, 0)]
+        for module in self.modules:
+            for stack, (ours, theirs) in stacks.items():
+                number = module.removeprefix(stack).split(".")[0]
+                is_layer = module.startswith(stack) and number.isdecimal()
+                if is_layer and not (isinstance(count, int) and int(number) >= count):
+                    found[theirs + module.removeprefix(ours)] = module
+        return {name: module for name, module in found.items() if name not in locations}
+
     def specs(
         self,
         locations: Mapping[str, str],
@@ -113,8 +152,8 @@ class NamedBase(NamedTuple):
             module = locations[name]
             if module == "lm_head" and (embedding := self.tied_embedding) is not None:
                 raise ValueError(
-                    f"{name}: the head of {self.source} is its embedding, {embedding}, and an adapter of the head "
-                    "alone would change the embedding too"
+                    f"{name}: the head of {self.source} is tied to its embedding, {embedding}, and an adapter of "
+                    "the head alone would change the embedding too"
                 )
             shape = self.shape(f"{module}.weight") if f"{module}.weight" in self.tensors else ()
             if len(shape) != 2:

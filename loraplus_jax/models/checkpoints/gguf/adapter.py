@@ -143,7 +143,12 @@ def _modules(base: Path) -> tuple[str, dict[str, _Module]]:
     """The base's architecture in llama.cpp, and its modules by Hugging Face's name."""
     values: dict[str, Any] = load_config(base)
     kind: Any = values.get("model_type")
-    check_choice(f"{base}: model_type", kind, tuple(gguf.ARCHITECTURE_OF))
+    try:
+        check_choice(f"{base}: model_type", kind, tuple(gguf.ARCHITECTURE_OF))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; {_MERGE}, and convert that with llama.cpp's convert_hf_to_gguf.py"
+        ) from None
     architecture, family = gguf.ARCHITECTURE_OF[kind], family_of(kind)
     config: Any = family.config.from_hf(values)
     table, ids = family.name_table(config), jax.ShapeDtypeStruct((1, 1), jnp.int32)
