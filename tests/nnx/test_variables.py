@@ -137,6 +137,12 @@ def test_factors_keep_the_dtype_of_the_model():
     assert {leaf.dtype for leaf in jax.tree.leaves(loraplus_nnx.lora_tree(model))} == {jnp.dtype("float32")}
 
 
+def test_merged_weights_keep_the_dtype_of_the_base():
+    model = nnx.Linear(3, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    loraplus_nnx.apply_lora_plus(model, LoRAPlusConfig(target_modules=".*", rank=2), rngs=nnx.Rngs(1))
+    assert loraplus_nnx.merge(model).kernel[...].dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("wraps", [lambda tx: tx, lambda tx: optax.chain(optax.identity(), tx)])
 def test_a_step_of_nnx_optimizer_has_the_described_rates(wraps):
     model = NNXModel(nnx.Rngs(0))
