@@ -59,6 +59,18 @@ def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, 
     return _uniform(6.0 if init == "he_uniform" else 1.0, inputs, [len(roles)], batch_axes), zeros
 
 
+def factor_dtype(weight: Any) -> Any:
+    """Chooses the dtype of new factors: that in which small updates are not lost, however the weight is stored.
+
+    Args:
+      weight: the weight, or anything with its `dtype`.
+
+    Returns:
+      float64 for a float64 weight, float32 for every other.
+    """
+    return jnp.float64 if weight.dtype == jnp.float64 else jnp.float32
+
+
 def _uniform(squared_bound: float, inputs: Axes, outputs: Axes, batch: Axes) -> Initializer:
     """Uniform within ±sqrt(squared_bound / fan-in)."""
     # JAX scales the variance, which is a third of the squared bound.

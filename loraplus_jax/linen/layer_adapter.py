@@ -18,7 +18,7 @@ from ..adapter.lora import SCALE
 from ..adapter.spec import MAGNITUDE, AdapterSpec, check_rank
 from ..adapter.taps import PREVIOUS_FACTORS, TAP
 from ..adapter.target_rules import is_adapted, is_target, matching_rule
-from ..inits.random import factor_inits
+from ..inits.random import factor_dtype, factor_inits
 from ..interpreter.dataflow import mark_weight
 from ..interpreter.low_rank import LowRankWeight
 from .layer_table import LayerCall
@@ -186,8 +186,7 @@ def new_factors(
     Args:
       adapter: the adapter.
       rng: key of the scope; `names` is the path within it.
-      weight: the weight, whose dtype the factors get (float32 if it holds integers), and whose norms the
-        magnitudes.
+      weight: the weight, which determines the dtype by `factor_dtype`, and whose norms are the magnitudes.
 
     Returns:
       A dict from the name to the box of A, B and, if there are any, magnitudes, in the adapter's shapes.
@@ -195,11 +194,10 @@ def new_factors(
     spec = adapter.spec
     check_rank(spec, adapter.where)
     inits: Any = factor_inits(adapter.config.init, spec.rank, spec.axes)
-    dtype = weight.dtype if jnp.issubdtype(weight.dtype, jnp.floating) else jnp.float32
     # Keys by name. make_rng would advance the counter for the layer's own parameters: under nn.scan, which traces
     # twice, the base would be initialized differently than without adapters.
     factors = {
-        name: make(LazyRng.create(rng, *names, name).as_jax_rng(), shape, dtype)
+        name: make(LazyRng.create(rng, *names, name).as_jax_rng(), shape, factor_dtype(weight))
         for (name, shape), make in zip(adapter.shapes.items(), inits, strict=False)
     }
     if spec.magnitude:
@@ -276,13 +274,16 @@ def add_low_rank_term(
         before=[get(name) for name in PREVIOUS_FACTORS],
         omit=TRACING.value.low_rank_only,
     )
+    # Factors wider than the layer's products would widen its inputs too.
+    dtype = y.dtype if jnp.issubdtype(y.dtype, jnp.inexact) else a.dtype
     x = call.inputs
     if magnitude:
         weight = weight.with_magnitude(*magnitude)
         if call.product is not None and weight.c is not None:  # c scales the inputs of this product
             x = weight.scale_outputs(x)
             y = call.product(x)
-    term = weight.low_rank_term(call.term, x).astype(y.dtype)
+    run_term = lambda x, a, b, s: call.term(x, a.astype(dtype), b.astype(dtype), s)  # noqa: E731
+    term = weight.low_rank_term(run_term, x).astype(y.dtype)
     if weight.omit:
         return term + mark_weight(w).astype(y.dtype)
     if weight.c is None or call.product is not None:

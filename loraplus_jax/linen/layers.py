@@ -49,9 +49,9 @@ class LoRAPlusDense(LoRAPlusLayer, nn.Dense):
     """`nn.Dense` with a low-rank adapter: y = x W + bias + s (dropout(x) A) B, s = alpha / rank.
 
     A drop-in replacement for `nn.Dense`, with the same arguments and the same `kernel` and `bias` in `"params"`.
-    The factors `lora_a (in, rank)` and `lora_b (rank, features)` are in the collection `"lora"`; they have
-    `param_dtype` and are computed in `dtype`. Initially the output equals the base layer's exactly. Under
-    `nn.scan` or `nn.vmap`, map `"lora"` like `"params"`.
+    The factors `lora_a (in, rank)` and `lora_b (rank, features)` are in the collection `"lora"`; they are float32,
+    with `param_dtype` float64 also float64, and are computed in `dtype`. Initially the output equals the base
+    layer's exactly. Under `nn.scan` or `nn.vmap`, map `"lora"` like `"params"`.
 
     Example:
       >>> import jax.numpy as jnp

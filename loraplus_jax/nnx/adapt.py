@@ -23,7 +23,7 @@ from ..adapter.target_rules import (
     parameter_rule,
     parameter_spec,
 )
-from ..inits.random import factor_inits
+from ..inits.random import factor_dtype, factor_inits
 from .adapted_module import (
     ADAPTERS,
     DROPOUT,
@@ -50,7 +50,7 @@ def apply_lora_plus(
     *,
     rngs: nnx.Rngs,
     stacked: Mapping[str, tuple[int, ...]] | None = None,
-    dtype: Any = jnp.float32,
+    dtype: Any = None,
     check: tuple[Any, ...] | None = None,
 ) -> dict[str, AdapterSpec]:
     """Adds adapters to the layers of an NNX model that the config selects; changes the model in place.
@@ -66,7 +66,7 @@ def apply_lora_plus(
       stacked: the axes that `nnx.vmap` added to the weights, by name or path of a layer or of a parameter in
         `target_parameters`, innermost first. By default those that the weight's metadata or the layer's fields
         tell, or the leading ones; a parameter has them as batch axes among its letters.
-      dtype: dtype of the factors.
+      dtype: dtype of the factors; by default float64 for a float64 weight and float32 for every other, as in Linen.
       check: arguments of a call of the model, for `check_reads`; arrays may be `jax.ShapeDtypeStruct`.
 
     Returns:
@@ -287,6 +287,7 @@ def _make_factors(
     """The initial factors of one weight by attribute, an independent draw for every stacked layer."""
     weight = getattr(module, spec.leaf)
     inits: Any = factor_inits(config.init, spec.rank, spec.axes)
+    dtype = factor_dtype(weight.get_value()) if dtype is None else dtype
     values = []
     for side in range(2):
         letters, shape = spec.factor_letters[side], spec.factor_shapes[side]

@@ -132,10 +132,21 @@ def find_states(opt_state: Any, *kinds: type) -> list[Any]:
 
     Returns:
       The states, in the order of `opt_state`; empty if there is none.
+
+    Raises:
+      ValueError: two LoRA+ transforms update one leaf, so that its ratio would be the product of theirs.
     """
     # Several, if optax.multi_transform or optax.masked gives each transform a part of the tree.
     is_kind = lambda x: isinstance(x, kinds or LoRAPlusState)  # noqa: E731
-    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
+    paths = [path for x in states if isinstance(x, LoRAPlusState) for path, _ in x.roles]
+    if len(paths) > len(set(paths)):
+        path = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(
+            f"lr_ratio applies twice: two LoRA+ transforms update {path}; keep one, or give each separate leaves "
+            "by optax.multi_transform"
+        )
+    return states
 
 
 def lr_ratio_of(opt_state: Any) -> float | None:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, disabled, init_lora
 from loraplus_jax import nnx as loraplus_nnx
-from loraplus_jax.adapter import apply_rows, put_adapter, select_adapters, stack_adapters
+from loraplus_jax.adapter import AdapterSpec, apply_rows, put_adapter, select_adapters, stack_adapters
 from loraplus_jax.interop import Adapter
 from loraplus_jax.linen.quantize import quantize_base
 from loraplus_jax.models.bert.config import BertConfig
@@ -136,6 +136,54 @@ def test_each_row_has_the_outputs_of_its_adapter(name):
     found = mixed_batch(model, stack)(base, stack, ROWS, IDS)
     np.testing.assert_allclose(found, by_themselves(model, base, adapters), atol=2e-5, rtol=1e-5)
     assert stack.slots == 5
+
+
+class Stacked(nn.Module):
+    """Two layers whose kernels are stacked along an axis."""
+
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.scan(Square, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=2)
+        return block(name="blocks")(x, None)[0]
+
+
+class Square(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(7, use_bias=False, name="up")(x), None
+
+
+@pytest.mark.parametrize(
+    ("axis", "a", "b"),
+    [
+        (0, (2, 5, 7, 3), (2, 5, 3, 7)),
+        (1, (5, 7, 2, 3), (5, 3, 2, 7)),
+        (2, (5, 7, 3, 2), (5, 3, 7, 2)),
+    ],
+)
+def test_layers_stacked_along_any_axis(axis, a, b):
+    """The slots come first, except that layers come before them where nn.scan slices the first axis."""
+    rng = np.random.default_rng(0)
+    kernel, x = rng.normal(size=(2, 7, 7)), rng.normal(size=(8, 7))
+    fields = {"leaf": "params/blocks/up/kernel", "kind": "dense", "axes": "io", "stacked": (axis,)}
+    adapters, weights = [], []
+    for rank, scale in ((2, 0.5), (1, 3.0), (3, 0.25), (2, 1.5)):
+        shape = np.moveaxis(kernel, 0, axis).shape
+        spec = AdapterSpec(shape=shape, rank=rank, scale=scale, **fields)
+        factors = [rng.normal(size=(2, *size)) for size in ((7, rank), (rank, 7))]
+        weights.append(kernel + scale * factors[0] @ factors[1])
+        pair = [jnp.asarray(np.moveaxis(factor, 0, axis), jnp.float32) for factor in factors]
+        lora = {"blocks": {"up": dict(zip(("lora_a", "lora_b"), pair, strict=True))}}
+        adapters.append(Adapter(lora, {"blocks/up": spec}, None, {}))
+    stack = put_adapter(stack_adapters([adapters[0], None, *adapters[2:]], slots=5), 1, adapters[1])
+    assert (stack.slots, *(stack.values[f"lora/blocks/up/lora_{side}"].shape for side in "ab")) == (5, a, b)
+    base = {"params": {"blocks": {"up": {"kernel": jnp.asarray(np.moveaxis(kernel, 0, axis), jnp.float32)}}}}
+    found = mixed_batch(Stacked(axis), stack)(base, stack, ROWS, jnp.asarray(x, jnp.float32))
+    weights.append(kernel)  # the empty slot
+    expected = [x[row] @ weights[slot][0] @ weights[slot][1] for row, slot in enumerate(ROWS)]
+    np.testing.assert_allclose(found, expected, atol=1e-3, rtol=1e-4)
 
 
 def test_of_nnx_too():

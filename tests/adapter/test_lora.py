@@ -72,3 +72,13 @@ def test_scale_variables(table, value, shape):
 def test_scale_variables_by_module():
     got = scale_variables({"q": spec(), "": spec()}, {"q": 1.0, "": 2.0})
     assert (got["q"]["lora_scale"].item(), got["lora_scale"].item()) == (1.0, 2.0)
+
+
+def test_weight_delta_has_float32_products_on_every_device():
+    """TPUs multiply float32 arrays in bfloat16 unless told otherwise, also factors in bfloat16 once widened."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        factors = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, 1), (1, 2))]
+        program = jax.make_jaxpr(lambda a, b: weight_delta(a, b, spec()))(*factors)
+        products = [eqn for eqn in jax.tree.leaves(program.jaxpr.eqns) if eqn.primitive.name == "dot_general"]
+        assert [eqn.params["precision"] for eqn in products] == [(jax.lax.Precision.HIGHEST,) * 2]
+        assert program.out_avals[0].dtype == jnp.float32

@@ -29,20 +29,25 @@ def base(tmp_path_factory):
 
 
 def test_differences_are_relative_to_the_largest_output():
-    ones = np.ones(3)
-    verified = compare("logits", "us", 0 * ones, 100 * ones, 100.0005 * ones, 1e-5)
+    """The outputs differ from one another, so that another order or shape of the same values is seen."""
+    source, one = np.array([[25.0, -100.0, 50.0]]), np.array([[0.0, 0.0, 1.0]])
+    verified = compare("logits", "us", 0 * source, source, source + 5e-4 * one, 1e-5)
     assert (verified.size, verified.effect) == (100, 100)
     assert verified.difference == pytest.approx(5e-4)
     with pytest.raises(ConversionFailed, match=mentions("logits", "0.002", "100")):
-        compare("logits", "us", 0 * ones, 100 * ones, 100.002 * ones, 1e-5)
-    with pytest.raises(ConversionFailed, match=mentions("(2,)", "(3,)")):
-        compare("logits", "us", 0, ones, ones[:2], 1.0)
-    # Of an adapter that changes 100 by 1, half a percent of the change is little, and all of it is not.
-    assert compare("logits", "us", 99 * ones, 100 * ones, 100.005 * ones, 1e-5, 5e-3).effect == 1
+        compare("logits", "us", 0 * source, source, source - 2e-3 * one, 1e-5)
+    with pytest.raises(ConversionFailed, match=mentions("25", "100")):
+        compare("logits", "us", 0 * source, source, source[:, ::-1], 1e-5)
+    for target in (source[0], source.T, source[:, :2]):
+        with pytest.raises(ConversionFailed, match=mentions(source.shape, target.shape)):
+            compare("logits", "us", 0, source, target, 1e9)
+    # Of an adapter that changes an output by 1, half a percent of the change is little, and all of it is not.
+    plain = source - one
+    assert compare("logits", "us", plain, source, source + 5e-3 * one, 1e-5, 5e-3).effect == 1
     with pytest.raises(ConversionFailed, match="changes"):
-        compare("logits", "us", 99 * ones, 100 * ones, 99 * ones, 1e-5, 5e-3)
+        compare("logits", "us", plain, source, plain, 1e-5, 5e-3)
     with pytest.raises(ConversionFailed):
-        compare("logits", "us", 0, ones, np.nan * ones, 1.0)
+        compare("logits", "us", 0, source, np.nan * source, 1.0)
 
 
 def test_ids_are_always_the_same():

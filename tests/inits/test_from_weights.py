@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, load_peft, merge, save_peft
+from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.adapter.tree import flatten
 from loraplus_jax.inits.from_weights import (
     as_difference,
@@ -180,3 +181,25 @@ def test_bad_input(parts):
     ):
         with pytest.raises(ValueError, match=mentions(*words)):
             call()
+
+
+def test_the_difference_keeps_the_scale_of_rslora():
+    config = LoRAPlusConfig(
+        target_modules=["q"], rank=2, alpha=6.0, use_rslora=True, alpha_pattern={"v": 3.0}
+    )
+    specs = {
+        name: AdapterSpec(
+            leaf=f"params/{name}/kernel",
+            kind="dense",
+            axes="io",
+            shape=(6, 5),
+            rank=2,
+            scale=config.scale_of(name),
+        )
+        for name in "qv"
+    }
+    lora = {name: {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5))} for name in specs}
+    _, doubled, _ = as_difference(lora, lora, specs, config)
+    assert {name: spec.scale for name, spec in doubled.items()} == pytest.approx(
+        {"q": 6 / 2**0.5, "v": 3 / 2**0.5}
+    )

@@ -86,3 +86,10 @@ def test_some_layers_of_a_stack_are_rejected(parts):
     some = {p: dataclasses.replace(spec, layers=(0,)) if spec.stacked else spec for p, spec in specs.items()}
     with pytest.raises(ValueError, match=mentions("loftq", "all layers")):
         loftq(base, "nf4", some)
+
+
+def test_layers_see_the_weights_in_the_dtype_of_the_base(parts):
+    base, _, specs = parts
+    table = {"params": {"table": jax.tree.map(lambda x: x.astype(jnp.bfloat16), base["params"]["table"])}}
+    packed, _ = loftq(table, "nf4", {"table": specs["table"]}, steps=1)
+    assert packed["params"]["table"]["embedding"].dtype == jnp.bfloat16

@@ -37,6 +37,14 @@ class Bare(nn.Module):
         return jnp.sum(x) + self.param("layer", nn.initializers.zeros, self.shape)
 
 
+class Typed(nn.Module):
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(6, param_dtype=self.dtype, name="layer")(x)
+
+
 class One(nnx.Module):
     def __init__(self, layer):
         self.layer = layer
@@ -101,3 +109,23 @@ def test_integer_weights_get_float32_factors(init, changes_a):
     lora = linen(layer, ROW, init=init)
     assert {leaf.dtype for leaf in jax.tree.leaves(lora)} == {jnp.dtype("float32")}
     assert bool(lora["lora_a"].any()) == changes_a
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_linen_and_nnx_give_a_weight_factors_of_one_dtype_and_one_output(dtype):
+    with jax.enable_x64(True):
+        x = jnp.sin(jnp.arange(40.0)).reshape(4, 10).astype(dtype)
+        config = LoRAPlusConfig(target_modules=["layer"], rank=3)
+        wrapped = apply_lora_plus(Typed(dtype), config)
+        lora, _ = init_lora(wrapped, KEY, x)
+        model = One(nnx.Linear(10, 6, param_dtype=dtype, rngs=nnx.Rngs(0)))
+        adapted_nnx.apply_lora_plus(model, config, rngs=nnx.Rngs(1))
+        wanted = jnp.dtype("float64" if dtype == "float64" else "float32")
+        assert {leaf.dtype for leaf in jax.tree.leaves((lora, adapted_nnx.lora_tree(model)))} == {wanted}
+        lora = jax.tree.map(
+            lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape).astype(wanted), lora
+        )
+        adapted_nnx.set_lora(model, lora)
+        y = wrapped.apply(adapted_nnx.base_variables(model) | {"lora": lora}, x)
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(y, model.layer(x))

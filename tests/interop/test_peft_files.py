@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +57,35 @@ def test_a_convolution_by_literals(tmp_path):
     assert found["conv.lora_A.weight"][1, 0, 2, 4] == a[2, 4, 0, 1]
     assert found["conv.lora_B.weight"].shape == (4, 2, 1, 1)
     assert found["conv.lora_B.weight"][3, 1, 0, 0] == b[1, 3]
+
+
+def test_a_square_window_keeps_its_two_axes(tmp_path):
+    """PEFT's two convolutions, written in NumPy, and a fully trained kernel, on an image that is not square."""
+    spec = spec_of("conv", "iiio", (3, 3, 2, 4))
+    kernel = np.random.default_rng(1).normal(size=spec.shape).astype(np.float32)
+    lora, config = factors(spec), LoRAPlusConfig(target_modules=["m"], rank=2, alpha=3.0)
+    rules = [("m", "conv"), ("last", "last", "Conv")]
+    extras = {"params": {"last": {"kernel": kernel}}}
+    save_peft(tmp_path / "a", lora, {"m": spec}, config, rules, extras=extras)
+    files = load_file(tmp_path / "a/adapter_model.safetensors")
+    a, b, last = (
+        np.float64(files[f"base_model.model.{n}.weight"]) for n in ("conv.lora_A", "conv.lora_B", "last")
+    )
+    image = np.random.default_rng(2).normal(size=(6, 5, 2))
+
+    def torch_conv(weight):  # (out, in, window...), of an image (in, height, width), without padding
+        views = np.lib.stride_tricks.sliding_window_view(image.transpose(2, 0, 1), (3, 3), axis=(1, 2))
+        return np.einsum("cpqhw,ochw->pqo", views, weight)
+
+    conv = nn.Conv(4, (3, 3), padding="VALID", use_bias=False)
+    for weight, expected in (
+        (weight_delta(*lora["m"].values(), spec), 1.5 * torch_conv(a) @ b[:, :, 0, 0].T),
+        (kernel, torch_conv(last)),
+    ):
+        found = conv.apply({"params": {"kernel": weight}}, jnp.asarray(image, jnp.float32)[None])
+        np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-4)
+    again = load_peft(tmp_path / "a", {"m": spec}, rules, params=extras["params"])
+    np.testing.assert_array_equal(again.extras["params"]["last"]["kernel"], kernel)
 
 
 # A slice's weight in PyTorch as (out, in), from the whole delta of ours.

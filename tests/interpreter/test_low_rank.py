@@ -322,3 +322,12 @@ def test_the_measurements_of_layers_are_those_of_the_merged_model(both):
         results.append(measure({"lora": after}, lora, base, x))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *results)
     assert float(results[0]["layer"]["delta1"]) > 0
+
+
+def test_dropout_keeps_the_mean_of_an_input():
+    weight = LowRankWeight(w=None, dropout=0.75, key=KEY)
+    kept = np.asarray(weight.low_rank_term(lambda x, a, b, scale: x, jnp.ones(4000)))
+    assert set(kept.tolist()) == {0.0, 4.0}
+    assert kept.mean() == pytest.approx(1.0, abs=0.1)
+    ids = jnp.arange(3)  # of a lookup
+    assert weight.low_rank_term(lambda x, a, b, scale: x, ids).tolist() == [0, 1, 2]

@@ -59,7 +59,7 @@ def test_dtypes_follow_the_layer(dtype, param_dtype):
     model = apply_lora_plus(Half(), CONFIG)
     variables = variables_of(model)
     variables["lora"]["up"]["lora_b"] *= 0
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(variables)} == {param_dtype}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(variables["params"])} == {param_dtype}
     for x in (X, X.astype(jnp.bfloat16)):
         y, expected = model.apply(variables, x), Half().apply({"params": variables["params"]}, x)
         assert y.dtype == expected.dtype

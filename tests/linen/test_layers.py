@@ -51,9 +51,7 @@ def test_at_init_it_is_dense_bit_for_bit(fields, x_dtype):
     got, wanted = layer(**fields).apply(variables, x), plain.apply(expected, x)
     assert got.dtype == wanted.dtype
     assert_equal(got, wanted)
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables["lora"])} == {
-        jnp.dtype(fields.get("param_dtype", "float32"))
-    }
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["lora"])} == {jnp.dtype("float32")}
 
 
 def test_forward_against_float64_numpy():

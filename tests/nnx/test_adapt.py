@@ -83,10 +83,12 @@ def test_parameters_of_stacked_modules(axis, axes, stacked):
 
 def test_layers_to_transform_within_a_stack():
     model = Stack(nnx.Rngs(0))
-    config = LoRAPlusConfig(target_modules=["up"], rank=2, layers_to_transform=[1])
+    fields = {"rank": 2, "init": "orthogonal"}  # in which neither factor is zero
+    config = LoRAPlusConfig(target_modules=["up"], layers_to_transform=[1], **fields)
     specs = apply_lora_plus(model, config, rngs=nnx.Rngs(1))
     assert specs["blocks/up"].layers == (1,)
-    assert [bool(np.any(a)) for a in lora_tree(model)["blocks"]["up"]["lora_a"]] == [False, True, False]
+    for factor in lora_tree(model)["blocks"]["up"].values():
+        assert [bool(np.any(layer)) for layer in factor] == [False, True, False]
 
 
 class Twice(nnx.Module):

@@ -128,6 +128,21 @@ def test_an_adapter_is_loaded_into_a_model(tmp_path):
     np.testing.assert_array_equal(other(IDS), model(IDS))
 
 
+def test_factors_keep_the_dtype_of_the_model():
+    """Of another dtype they would compile every step again, and lose the optimizer's updates in bfloat16."""
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    loraplus_nnx.apply_lora_plus(model, LoRAPlusConfig(target_modules=".*", rank=2), rngs=nnx.Rngs(1))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), loraplus_nnx.lora_tree(model))
+    loraplus_nnx.set_lora(model, half)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loraplus_nnx.lora_tree(model))} == {jnp.dtype("float32")}
+
+
+def test_merged_weights_keep_the_dtype_of_the_base():
+    model = nnx.Linear(3, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    loraplus_nnx.apply_lora_plus(model, LoRAPlusConfig(target_modules=".*", rank=2), rngs=nnx.Rngs(1))
+    assert loraplus_nnx.merge(model).kernel[...].dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("wraps", [lambda tx: tx, lambda tx: optax.chain(optax.identity(), tx)])
 def test_a_step_of_nnx_optimizer_has_the_described_rates(wraps):
     model = NNXModel(nnx.Rngs(0))

@@ -14,7 +14,7 @@ from loraplus_jax import LoRAPlusConfig, lora_plus, lora_plus_adamw
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.optim.adalora import adalora
-from loraplus_jax.optim.diagnostics import describe
+from loraplus_jax.optim.diagnostics import describe, probe
 from loraplus_jax.optim.keep_float32 import keep_float32
 from loraplus_jax.optim.roles import lr_ratio_of
 
@@ -626,3 +626,34 @@ def test_an_array_without_names_is_rejected():
     tx = optax.flatten(lora_plus_adamw(1e-3, 4.0))
     with pytest.raises(ValueError, match=mentions("optax.flatten")):
         tx.init({"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))})
+
+
+@pytest.mark.parametrize("inner", [lora_plus(optax.sgd(0.1), 8.0), lora_plus_adamw(0.1, 8.0)])
+@pytest.mark.parametrize("ratio", [8.0, 1.0])
+def test_two_members_of_a_chain_do_not_update_one_leaf(inner, ratio):
+    tx = optax.chain(inner, lora_plus(optax.identity(), ratio))
+    state = tx.init(PARAMS)
+    for read in (
+        lambda: lr_ratio_of(state),
+        lambda: describe(PARAMS, tx),
+        lambda: describe(PARAMS, state),
+        lambda: probe(tx, state, PARAMS),
+    ):
+        with pytest.raises(ValueError, match=mentions("lr_ratio", "twice", "optax.multi_transform")):
+            read()
+
+
+def test_members_of_separate_leaves_are_one_optimizer():
+    """By optax.masked, also below accumulation and a count of errors."""
+    pair = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))}
+    params = {"lora": {"e": pair, "d": pair}}
+    only = lambda name: lambda tree: {"lora": {n: n == name for n in tree["lora"]}}  # noqa: E731
+    injected = optax.inject_hyperparams(lora_plus)
+    chain = optax.chain(
+        *(optax.masked(injected(optax.sgd(0.1), lr_ratio=8.0), only(name)) for name in ("e", "d"))
+    )
+    for tx in (chain, optax.apply_if_finite(optax.MultiSteps(chain, 2).gradient_transformation(), 3)):
+        state = tx.init(params)
+        assert lr_ratio_of(state) == 8.0
+        assert [row.rate for row in describe(params, state).rows] == [1.0, 8.0, 1.0, 8.0]
+        assert float(probe(chain, chain.init(params), params)["b/a"]) == pytest.approx(8.0)

@@ -12,6 +12,8 @@ from loraplus_jax.adapter.config import LoRAPlusConfig
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.nnx import apply_lora_plus
 from loraplus_jax.optim.keep_float32 import keep_float32
+from loraplus_jax.optim.lora_muon import scale_by_lora_muon
+from loraplus_jax.optim.lora_rite import scale_by_lora_rite
 from loraplus_jax.optim.riemannian import scale_by_riemannian
 
 from ..messages import mentions
@@ -103,6 +105,13 @@ def test_a_step_in_nnx_and_other_leaves_pass():
     np.testing.assert_array_equal(found["params"]["head"], params["params"]["head"])
 
 
+@pytest.mark.parametrize("tx", [scale_by_riemannian(), scale_by_lora_rite(), scale_by_lora_muon()])
+def test_updates_keep_the_dtype_of_the_gradients(tx):
+    params = {"q": {"lora_a": jnp.ones((4, 2), jnp.bfloat16), "lora_b": jnp.ones((2, 5), jnp.bfloat16)}}
+    updates, _ = jax.eval_shape(tx.update, params, tx.init(params), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+
+
 def test_bad_input_of_riemannian():
     params = {"lora": {"q": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 5))}}}
     split = optax.multi_transform(
@@ -154,3 +163,12 @@ def test_float32_copies_change_nothing_in_float32_and_moments_are_float32():
     assert {x.dtype for x in moments} == {jnp.dtype("float32")}
     with pytest.raises(ValueError, match=mentions("params")):
         keep_float32(optax.sgd(1.0)).update(half, keep_float32(optax.sgd(1.0)).init(half))
+
+
+def test_the_wrapped_optimizer_of_float32_copies_sees_float32():
+    """Squares of bfloat16 gradients would already be rounded."""
+    seen = []
+    tx = keep_float32(optax.stateless(lambda updates, params: seen.extend((updates, params)) or updates))
+    half = {"w": jnp.ones(2, jnp.bfloat16)}
+    tx.update(half, tx.init(half), half)
+    assert [tree["w"].dtype for tree in seen] == [jnp.float32, jnp.float32]

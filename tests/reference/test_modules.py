@@ -47,16 +47,18 @@ class TorchConv(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = torch.nn.Conv2d(3, 8, (3, 2), stride=2, padding=(1, 0))
+        self.square = torch.nn.Conv2d(8, 8, 3)
         self.fc = torch.nn.Linear(8, 4)
 
     def forward(self, x):
-        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+        return self.fc(torch.relu(self.square(self.conv(x))).mean((2, 3)))
 
 
 class FlaxConv(nn.Module):
     @nn.compact
     def __call__(self, x):  # (B, H, W, C)
         x = nn.Conv(8, (3, 2), strides=2, padding=((1, 1), (0, 0)), name="conv")(x)
+        x = nn.Conv(8, (3, 3), padding="VALID", name="square")(x)
         return nn.Dense(4, name="fc")(nn.relu(x).mean((1, 2)))
 
 
@@ -116,8 +118,8 @@ CASES = {
         (("c_attn", "c_attn", "Conv1D"), ("c_proj", "c_proj", "Conv1D")),
     ),
     "Conv2d": (
-        *(TorchConv, FlaxConv, IMAGES, IMAGES.transpose(0, 3, 1, 2), ["conv", "fc"]),
-        (("conv", "conv", "Conv"), ("fc", "fc")),
+        *(TorchConv, FlaxConv, IMAGES, IMAGES.transpose(0, 3, 1, 2), ["conv", "square", "fc"]),
+        (("conv", "conv", "Conv"), ("square", "square", "Conv"), ("fc", "fc")),
     ),
     "heads": (*(TorchHeads, FlaxHeads, IDS, IDS, ["emb", "q", "o"]), (("{name}", "{name}"),)),
     "experts": (
