@@ -73,16 +73,16 @@ def test_notebooks_are_executed_and_draw_the_gallery():
         drawn |= set(re.findall(r"^:tags: \[gallery-(\w+)\]$", text, flags=re.M))
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     assert set(re.findall(r'<img src="gallery/(\w+)\.png" alt=".+">', index)) == drawn
-    assert len(drawn) == 5
+    assert len(drawn) == 3
 
 
 @pytest.mark.parametrize(
     ("repository", "link", "command"),
     [
-        ("", '<a href="nnx_model.ipynb" download>', "raise ImportError("),
+        ("", '<a href="sweep.ipynb" download>', "raise ImportError("),
         (
             "me/fork",
-            "](https://colab.research.google.com/github/me/fork/blob/gh-pages/notebooks/nnx_model.ipynb)",
+            "](https://colab.research.google.com/github/me/fork/blob/gh-pages/notebooks/sweep.ipynb)",
             '%pip install -q "loraplus_jax[train] @ git+https://github.com/me/fork"',
         ),
     ],
@@ -94,7 +94,7 @@ def test_a_notebook_says_how_to_open_it_and_installs_the_package(
 
     monkeypatch.setattr(notebook_pages, "REPOSITORY", repository)
     source = ["---\nkernelspec:\n---\n\n# Title\n\n```{code-cell}\n# A comment\n```\n"]
-    notebook_pages.add_how_to_open(None, "notebooks/nnx_model", source)
+    notebook_pages.add_how_to_open(None, "notebooks/sweep", source)
     first, _, rest = source[0].partition("# Title\n\n")[2].partition("```\n\n")
     assert link in first
     assert "```{code-cell}\n:tags: [remove-cell]\n\nimport importlib.util\n" in first
