@@ -3,8 +3,8 @@
     python benchmarks/results_page.py
 
 On the page, what stands between `<!-- NAME -->` and `<!-- end of NAME -->` is replaced by the table NAME of
-`tables.py`; between those of `summary` and `convergence` by one line for each data set, and of `settings` by one
-line for each study. The files have more: every run, its curve, scores of texts, the loss on unrelated texts.
+`tables.py`; between those of `summary` by one line for each data set, and of `settings` by one line for each study.
+The files have more: every run, its curve, scores of texts, the loss on unrelated texts.
 """
 
 import json
@@ -296,28 +296,6 @@ def with_curves(tables: Mapping[str, Mapping[str, Report]]) -> dict[str, Report]
     }
 
 
-def convergence_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
-    """LoRA's steps over those of LoRA+, of full fine-tuning and, with A zero at the start, of a large λ."""
-
-    def ratio(report: Report, name: str) -> str:
-        method = report["methods"].get(name)
-        return "–" if method is None else significant(method["against_lora"]["steps_ratio"], ".2f", 1.0)
-
-    rows = [
-        {
-            "data": title,
-            "steps": f"{report['protocol']['steps']:,}",
-            "LoRA+": ratio(report, "lora_plus"),
-            "full fine-tuning": ratio(report, "full"),
-            f"A zero: {RECOMMENDED.replace('lambda_', 'λ = ')} against λ = 1": ratio(
-                tables["lambda"].get(f"{title}, A zero", {"methods": {}}), RECOMMENDED
-            ),
-        }
-        for title, report in with_curves(tables).items()
-    ]
-    return [table(rows)]
-
-
 def panels_for(count: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
     """A figure with so many panels, two in a row, and their axes; width and height of one in inches."""
     columns = min(2, count)
@@ -513,7 +491,6 @@ def filled(page: str, tables: Mapping[str, Mapping[str, Report]]) -> str:
     batch = dict(sorted(batch.items(), key=lambda item: item[1]["protocol"]["batch"][0]))
     blocks = {
         "summary": summary_lines(tables),
-        "convergence": convergence_lines(tables),
         "overhead": overhead_lines(),
         "settings": settings_lines(tables),
         **{name: study_lines(studies) for name, studies in (tables | {"batch": batch}).items()},

@@ -183,28 +183,15 @@ def test_the_mean_of_steps_leaves_out_curves_that_do_not_count_them(benchmarks):
     assert none.endswith("on 0 of them, –. Intervals of 98.3 % each.")
 
 
-def test_convergence_has_the_steps_of_each_method_against_its_own_lora(benchmarks):
+def test_curves_of_tasks_that_are_not_learned_are_not_drawn(benchmarks):
     import results_page
 
-    tables = results_page.read()
-    (block,) = results_page.convergence_lines(tables)
-    cola = dict(zip(*(cells(line) for line in block.splitlines()[::2][:2]), strict=True))
-    methods, a_zero = tables["glue"]["CoLA"]["methods"], tables["lambda"]["CoLA, A zero"]["methods"]
-    found = [methods["lora_plus"], methods["full"], a_zero["lambda_64"]]
-    means = [f"{method['against_lora']['steps_ratio']['mean']:.2f}" for method in found]
-    assert [cell.strip("*").split(" [")[0] for cell in cola.values()] == ["CoLA", "720", *means]
-    # RTE is not learned, so its curves say nothing; without λ's study there is a dash.
-    assert "RTE" not in block
-    (alone,) = results_page.convergence_lines({**tables, "lambda": {}})
-    assert all(line.endswith("| – |") for line in alone.splitlines()[2:])
-    # A study of another table counts too, and may lack a method.
-    bare = json.loads(json.dumps({"chat": {"chats": tables["glue"]["STS-B"]}, "lambda": {}}))
-    del bare["chat"]["chats"]["methods"]["full"]
-    (other,) = results_page.convergence_lines(bare)
-    (row,) = map(cells, other.splitlines()[2:])
-    assert row[0] == "chats"
-    assert row[2].startswith("1.06")
-    assert row[3:] == ["–", "–"]
+    glue = results_page.read()["glue"]
+    assert results_page.with_curves({"glue": glue}).keys() == glue.keys() - {"RTE"}
+    coarse = json.loads(json.dumps({"glue": {"STS-B": glue["STS-B"]}}))
+    for run in coarse["glue"]["STS-B"]["methods"]["lora"]["runs"]:
+        run["curve"] = run["curve"][:2]
+    assert not results_page.with_curves(coarse)
 
 
 def test_the_levels_without_training_are_in_the_table_of_settings(benchmarks):
