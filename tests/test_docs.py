@@ -16,7 +16,7 @@ PUBLIC = ("adapter", "inits", "interop", "linen", "nnx", "optim", "quantization"
 """The packages whose functions users call; the rest is the application."""
 OTHER_LINES = "using 2 of 16 GPUs, out of memory, is not installed; run pip install 'loraplus_jax[train]'"
 """What commands print beside errors; other tests pin it."""
-ELSEWHERE = {"vision", "tunix"}  # tests/others has the packages that these pages need
+ELSEWHERE = {"vision"}  # tests/others has the packages that this page needs
 TABS = [
     pytest.param(page.stem, tab, id=f"{page.stem} {tab}".strip())
     for page in PAGES
@@ -42,10 +42,15 @@ def test_the_blocks_of_a_page_run_from_top_to_bottom(page, tab, tmp_path, monkey
     run(page, tab)
 
 
-def test_the_page_on_tunix_is_the_example_that_tests_others_runs():
-    example = (DOCS.parent / "examples/08_tunix.py").read_text(encoding="utf-8")
-    code = "\n\n".join(blocks("tunix")[""])
-    assert code == example[example.index("import ") : example.index("\n\nif __name__")]
+def test_pages_that_include_an_example_show_its_code():
+    included = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, start in re.findall(r"```{literalinclude} (\S+)\n:start-at: (.+)\n", text):
+            code = (page.parent / name).read_text(encoding="utf-8")
+            assert code.count(start) == 1, (page.name, name)
+            included += 1
+    assert included
 
 
 def test_every_page_is_in_the_table_of_contents():
