@@ -45,7 +45,6 @@ from .convert_sources import (
     Source,
     TreeSource,
     is_peft_directory,
-    temporary_directory_for,
 )
 from .export import DTYPES, export_run, lasting_name
 from .generate import as_instruction_model, open_model
@@ -306,18 +305,18 @@ def _convert_named(
         weights_dtype = None if dtype is None else jnp.dtype(dtype)
         export.write_hf(partial, base.source, merge, form, new={}, config={}, dtype=weights_dtype)
     else:
-        with temporary_directory_for(out) as folder:
-            write_peft(folder / "peft")
-            if to == "gguf":
-                written = _write_gguf(partial, folder / "peft", base.source, dtype)
-                lines = [f"{written[0]}, from {source.about}", *written[1:]]
-            elif not verify_by.is_known(base):
-                raise ValueError(
-                    f"--to loraplus requires a base of a model of this package, got model_type "
-                    f"{base.config.get('model_type')!r:.80}; use --to peft or merged"
-                )
-            else:
-                _write_ours(partial, folder / "peft")
+        peft = partial.with_name("peft")
+        write_peft(peft)
+        if to == "gguf":
+            written = _write_gguf(partial, peft, base.source, dtype)
+            lines = [f"{written[0]}, from {source.about}", *written[1:]]
+        elif not verify_by.is_known(base):
+            raise ValueError(
+                f"--to loraplus requires a base of a model of this package, got model_type "
+                f"{base.config.get('model_type')!r:.80}; use --to peft or merged"
+            )
+        else:
+            _write_ours(partial, peft)
     if no_verify:
         return [*lines, "not verified (--no_verify)"]
     return [*lines, _format(_verify(source, base, to, partial, dtype))]

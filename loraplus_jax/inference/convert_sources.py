@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import math
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from .._utils.atomic import add_path_to_errors, temporary_directory
 from .._utils.json_files import read_json
 from ..adapter.lora import weight_delta
 from ..adapter.target_rules import config_of
@@ -341,11 +341,11 @@ def _slice_of_leaf(array: np.ndarray, letters: str, target: Target, index: Index
 @contextlib.contextmanager
 def temporary_directory_for(place: Path) -> Iterator[Path]:
     """Yields a new directory; an error that names it, or `peft` in it, names `place` instead."""
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_directory() as folder, add_path_to_errors(folder.parent):
         try:
-            yield Path(folder)
+            yield folder
         except ValueError as error:
-            text = str(error).replace(f"{folder}/peft", str(place)).replace(folder, str(place))
+            text = str(error).replace(f"{folder}/peft", str(place)).replace(str(folder), str(place))
             raise ValueError(text) from None
 
 
