@@ -115,10 +115,10 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
         if os.path.lexists(parent) and not parent.is_dir():
             raise ValueError(f"output_dir {directory}: {parent} is a file or a broken link, not a directory")
     check_directory_name("output_dir", directory)
-    try:  # permissions alone do not tell
+    try:  # permissions and the length of names alone do not tell
         existing = next(path for path in (directory, *directory.parents) if path.exists())
-        with temporary_directory(existing):
-            pass
+        with temporary_directory(existing) as probe:
+            (probe / directory.relative_to(existing)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {directory}: {error.strerror}") from None
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
