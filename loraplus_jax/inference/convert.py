@@ -11,7 +11,7 @@ import numpy as np
 
 from .._utils.atomic import atomic_write, to_json
 from .._utils.json_files import read_json
-from .._utils.records import DIGEST, FILES
+from .._utils.records import DIGEST, FILES, record_text
 from .._utils.validation import check_choice, check_new_path, check_number, suggest
 from ..adapter.lora import disabled
 from ..adapter.tree import flatten
@@ -19,7 +19,7 @@ from ..data.fetch import resolve
 from ..interop.adapter_directory import check_finite, load_adapter, save_adapter
 from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map, torch_module_of
-from ..interop.peft_files import OPTIONS, WEIGHTS, peft_options, save_peft
+from ..interop.peft_files import NOTES_FILE, OPTIONS, WEIGHTS, peft_options, save_peft
 from ..models.checkpoints import export
 from ..models.checkpoints.gguf import load as gguf
 from ..models.checkpoints.gguf.adapter import save_gguf_adapter
@@ -294,7 +294,7 @@ def _convert_named(
             task_type=form.task_type,
         )
         # Our notes would be for a model with the names of the file, which none of ours has.
-        (directory / "loraplus.json").unlink()
+        (directory / NOTES_FILE).unlink()
 
     if to == "peft":
         write_peft(partial)
@@ -317,6 +317,11 @@ def _convert_named(
             )
         else:
             _write_ours(partial, peft)
+    if to != "loraplus":  # whose own description has the digests
+        tensors = sorted(path.name for path in partial.iterdir() if path.suffix in (".safetensors", ".gguf"))
+        (partial / NOTES_FILE).write_text(
+            record_text(describe_run({}, None), partial, tensors), encoding="utf-8"
+        )
     if no_verify:
         return [*lines, "not verified (--no_verify)"]
     return [*lines, _format(_verify(source, base, to, partial, dtype))]

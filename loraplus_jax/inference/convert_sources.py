@@ -17,6 +17,7 @@ import numpy as np
 
 from .._utils.atomic import add_path_to_errors, temporary_directory
 from .._utils.json_files import read_json
+from .._utils.records import check_files
 from ..adapter.lora import weight_delta
 from ..adapter.target_rules import config_of
 from ..adapter.tree import flat_factors, unflatten
@@ -27,11 +28,13 @@ from ..interop.library_recipes import Recipe, dense_changes, find_recipe, read_f
 from ..interop.path_map import FACTOR, MAGNITUDE_END, Index, PathMap, Target, adapted_leaves
 from ..interop.peft_adapter_config import PeftOptions, raise_problems
 from ..interop.peft_files import (
+    NOTES_FILE,
     OPTIONS,
     OWN_TENSORS_FILE,
     WEIGHTS,
     load_peft,
     peft_names,
+    peft_notes,
     peft_options,
     save_peft,
 )
@@ -196,6 +199,7 @@ class PeftSource:
             path_map = base.path_map(locations)
             _, leaves = base.table()
             adapter = load_peft(copy, specs, path_map, params=unflatten(leaves))
+        check_files(self.place / NOTES_FILE, peft_notes(self.place) or {})
         return NamedAdapter(adapter, path_map)
 
     def weights(self, base: NamedBase) -> Iterator[tuple[str, np.ndarray]]:

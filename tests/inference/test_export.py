@@ -49,7 +49,7 @@ def test_a_gguf_adapter_that_cannot_be_written_names_its_directory(untrained, tm
     def limited(*_):
         raise OSError(errno.EFBIG, "File too large")
 
-    monkeypatch.setattr(peft_files, "tensor_bytes", limited)
+    monkeypatch.setattr(peft_files, "record_text", limited)  # of the adapter that it is made from
     to = tmp_path / "to"
     error = rejected(capsys, "export", untrained.out, "--format", "gguf", "--to", to)
     assert error.endswith(f"'{to}'\n")
