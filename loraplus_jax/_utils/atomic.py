@@ -5,7 +5,9 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -28,11 +30,14 @@ _ending = threading.RLock()
 def atomic_write(path: Path, *, new: bool = False) -> Iterator[Path]:
     """Yields a path to write a file or directory to, which replaces `path` if the block succeeds.
 
-    With `new`, nothing may be there, and missing parents are made, which a failure removes again.
+    With `new`, nothing may be there, and missing parents are made, which a failure removes again. Of several
+    processes that write to one new path, only the first to finish succeeds.
 
     Raises:
       ValueError: `new`, and something is there.
-      OSError: it cannot be written; the error names `path`.
+      OSError: it cannot be written.
+
+    Errors of the block that name a file in the hidden directory, which is next to `path`, name `path` instead.
     """
 
     def check_new() -> None:
@@ -46,17 +51,27 @@ def atomic_write(path: Path, *, new: bool = False) -> Iterator[Path]:
         temporary_directory(path.parent) as staging,
     ):
         written, old = staging / "new", staging / "replaced" / path.name
-        yield written
+        try:
+            yield written
+        except ValueError as error:  # of a reader, such as of another library
+            text = re.sub(rf"{re.escape(str(staging))}(/\w+)?", lambda _: str(path), str(error))
+            if text == str(error):
+                raise
+            raise ValueError(text) from None
         # All of it is flushed before it is renamed, and its directory afterwards: without that, a power loss may
         # leave the new name with no content.
         for part in (written, *written.rglob("*")):
             sync(part)
         with _ending:
             check_new()
-            if path.is_dir():  # a directory cannot be renamed onto another
+            if path.is_dir() and not new:  # a directory cannot be renamed onto another
                 old.parent.mkdir()
                 os.rename(path, old)
-            os.replace(written, path)
+            try:  # neither a link nor the rename of a directory replaces what another process made since the check
+                (os.replace if not new else os.rename if written.is_dir() else os.link)(written, path)
+            except OSError:
+                check_new()
+                os.replace(written, path)  # a file system without links
             sync(path.parent)
 
 
@@ -74,13 +89,20 @@ def _new_parents(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def temporary_directory(parent: Path) -> Iterator[Path]:
-    """Yields a new hidden directory in `parent`, which no other process uses, and removes it at the end.
+def temporary_directory(parent: Path | None = None) -> Iterator[Path]:
+    """Yields a new hidden directory, which no other process uses, and removes it at the end.
 
     If a signal ends the process, `remove_unfinished` removes it, and after a SIGKILL the next call for `parent`.
+
+    Args:
+      parent: where to make it; by default the system's directory for temporary files.
     """
+    parent, user = parent or Path(tempfile.gettempdir()), getattr(os, "geteuid", lambda: 0)()
     for leftover in parent.glob(f"{PREFIX}*{STAGING}"):
         with contextlib.suppress(OSError):
+            # In a directory that all users share, another one's may be a trap.
+            if not stat.S_ISDIR((status := leftover.lstat()).st_mode) or status.st_uid != user:
+                continue
             lock, is_ours = _open_lock(leftover)
             if is_ours:
                 _remove(leftover)

@@ -48,7 +48,7 @@ def read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
     if (size := path.stat().st_size) > (limit := limit or MAX_JSON_BYTES):
         raise ValueError(f"{path} is too large: {size} bytes, the limit is {limit}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=parse_int)
     except (ValueError, RecursionError) as error:  # ValueError for invalid JSON and for invalid UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -58,6 +58,17 @@ def read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
     return content
 
 
+def parse_int(digits: str) -> int:
+    """Parses an integer of a file, or raises ValueError if it has more than `MAX_DIGITS` digits."""
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(
+            f"{digits[:20]}... has {len(digits):,} digits; an integer may have at most {MAX_DIGITS:,}"
+        )
+    return int(digits)
+
+
+# Python's own limit.
+MAX_DIGITS = 4_300
 # Python needs up to 40 times a JSON file's size in memory, and recursion over it fails at about 1,000 levels.
 MAX_JSON_BYTES, MAX_DEPTH = 2**20, 100
 MAX_LIST_BYTES = 2**24

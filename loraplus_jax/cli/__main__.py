@@ -1,4 +1,4 @@
-"""The `loraplus` command; handles Ctrl-C and SIGTERM from the start, before JAX is imported."""
+"""The `loraplus` command; handles Ctrl-C, SIGTERM and SIGHUP from the start, before JAX is imported."""
 
 import contextlib
 import os
@@ -8,6 +8,8 @@ import threading
 import traceback
 
 WORDS = {signal.SIGINT: b"interrupted", signal.SIGTERM: b"stopped by SIGTERM"}
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+    WORDS[signal.SIGHUP] = b"stopped by SIGHUP"
 ENDING = threading.Lock()
 
 
@@ -37,7 +39,7 @@ def run() -> None:
 
 
 def listen() -> None:
-    """Ends the process on SIGINT or SIGTERM, unless training has installed its own handler."""
+    """Ends the process on a signal of `WORDS`, unless training has installed its own handler."""
     # Python runs handlers only between bytecode instructions, and one of those may compile for minutes. So a thread
     # listens for signals too.
     for number in WORDS:

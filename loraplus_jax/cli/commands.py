@@ -572,7 +572,11 @@ _DEVICES = "settings.schema:DeviceSettings"
 COMMANDS = {
     "train": Command("fine-tune and evaluate a model", _train, TRAINING, _SETTINGS),
     "inspect": Command(
-        "show trainable parameters and learning rates, without training", _inspect, SETTINGS, _SETTINGS
+        "show what a config would train and at which rates; or rank, targets and base of an adapter",
+        _inspect,
+        SETTINGS | {"config": {**SETTINGS["config"], "help": f"{SETTINGS['config']['help']}; or an adapter"}},
+        _SETTINGS,
+        opens=partial(_call, "training.inspect_adapter:inspect_adapter"),
     ),
     "sweep": Command(
         "tune lambda and the learning rates, and compare LoRA+ with LoRA", _sweep, TRAINING, _SWEEP

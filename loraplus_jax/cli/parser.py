@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import pkgutil
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from .._utils.validation import expand_path
+from ..settings.recipes import RECIPES
 
 TRACEBACK = "LORAPLUS_TRACEBACK"
 
@@ -28,6 +30,7 @@ class Command(NamedTuple):
         on the command line.
       uses_jax: whether the command computes; it then imports JAX, which takes a second.
       settings_with: another class of settings for an argument that was passed, by its name.
+      opens: what runs instead if the config is a directory or a file of tensors, with its path.
     """
 
     text: str
@@ -36,6 +39,7 @@ class Command(NamedTuple):
     settings: str = ""
     uses_jax: bool = True
     settings_with: Mapping[str, str] = MappingProxyType({})
+    opens: Callable[..., str | None] | None = None
 
 
 def path(text: str) -> Path:
@@ -87,6 +91,12 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
         # Of a command that uses a run, `--config` is an option like any other.
         config = keywords.pop("config") if "config" in command.arguments else None
         keywords.pop("overrides", None)
+        if command.opens is not None and _has_tensors(place := expand_path("config", config or "")):
+            if overrides:
+                raise ValueError(
+                    f"{name} {place} shows an adapter, without settings; remove {' '.join(overrides)}"
+                )
+            return command._replace(run=command.opens), {"place": place}
         kinds = [kind for name, kind in command.settings_with.items() if name in keywords]
         try:
             keywords["settings"] = parse_settings(config, overrides, load((*kinds, command.settings)[0]))
@@ -96,6 +106,11 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
         if config is not None:
             keywords["words"] = [config, *overrides]
     return command, keywords
+
+
+def _has_tensors(place: Path) -> bool:
+    is_file = place.suffix in (".safetensors", ".npz", ".gguf")
+    return is_file or (os.path.isdir(place) and str(place) not in RECIPES)
 
 
 def _split(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[list[str], list[str]]:

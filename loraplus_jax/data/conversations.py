@@ -337,10 +337,13 @@ def _parse_content(name: str, content: Any, problems: list[str]) -> str:
 
 def _parse_calls(calls: Any, problems: list[str]) -> list[Any]:
     # OpenAI's files hold arguments as JSON text, but chat templates expect an object.
+    allowed = '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
+    if not isinstance(calls, list | dict):
+        problems.append(f"tool_calls must be a list of {allowed}, got {json.dumps(calls)[:60]}")
+        return []
     parsed = []
     for number, call in enumerate(calls if isinstance(calls, list) else [calls], 1):
-        call = call if isinstance(call, dict) else {"": call}
-        function = call.get("function")
+        function = call.get("function") if isinstance(call, dict) else None
         function = function if isinstance(function, dict) else {}
         arguments = function.get("arguments")
         if isinstance(arguments, str):
@@ -351,7 +354,6 @@ def _parse_calls(calls: Any, problems: list[str]) -> list[Any]:
         if isinstance(arguments, dict) and isinstance(function.get("name"), str):
             parsed.append({**call, "function": {**function, "arguments": arguments}})
         else:
-            allowed = '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
             problems.append(f"tool call {number} must be {allowed}, got {json.dumps(call)[:60]}")
     return parsed
 

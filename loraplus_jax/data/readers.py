@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .._utils.json_files import check_file
+from .._utils.json_files import check_file, parse_int
 from .._utils.validation import suggest
 
 # As programs write numbers: float() would also accept 1_0, the digits of other scripts, nan and inf.
@@ -286,7 +286,8 @@ def _parse_json(text: str) -> Any:
         position = next(token.start() for token in tokens if token[0] == word)
         raise json.JSONDecodeError(f"{word} is not a finite number, or text without quotes", text, position)
 
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=finite, parse_float=finite)
+    numbers: dict[str, Any] = {"parse_constant": finite, "parse_float": finite, "parse_int": parse_int}
+    return json.loads(text, object_pairs_hook=_unique_keys, **numbers)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

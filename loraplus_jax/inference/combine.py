@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._utils.atomic import atomic_write
 from .._utils.records import file_digests
 from .._utils.validation import check_new_path, check_number, expand_path
 from ..data.fetch import resolve
@@ -69,9 +70,11 @@ def combine_runs(
     sources: dict[str, Source] = {}
     for text in adapters:
         name, weight = _split(text)
-        if name in sources:
-            raise ValueError(f"{name} is listed twice; add up its weights")
-        sources[name] = _read(name, weight, config, allow_different)
+        source = _read(name, weight, config, allow_different)
+        for earlier in sources.values():  # by whatever path, such as that of its run
+            if source.directory.samefile(earlier.directory):
+                raise ValueError(f"{earlier.name} is listed twice, also as {name}; add up its weights")
+        sources[name] = source
     if config is not None and not any(is_peft(source.directory) for source in sources.values()):
         raise ValueError("--config requires a PEFT adapter; these have their own training settings")
     # Of an adapter that PEFT made the base's fingerprint is not known.
@@ -110,15 +113,16 @@ def combine_runs(
         **options,
     )
     noted = next((s.notes for s in sources.values() if "settings" in s.notes), {})
-    save_adapter(
-        out,
-        {"lora": combined.lora, **combined.extras},
-        combined.specs,
-        combined.config,
-        base=weights,
-        combined={"how": how, **options, "adapters": [_record(source) for source in sources.values()]},
-        **{name: noted[name] for name in KEPT if name in noted},
-    )
+    with atomic_write(out.resolve(), new=True) as partial:
+        save_adapter(
+            partial,
+            {"lora": combined.lora, **combined.extras},
+            combined.specs,
+            combined.config,
+            base=weights,
+            combined={"how": how, **options, "adapters": [_record(source) for source in sources.values()]},
+            **{name: noted[name] for name in KEPT if name in noted},
+        )
     ranks = sorted({spec.rank for spec in combined.specs.values()})
     count = f"{len(sources)} adapter{'s' if len(sources) > 1 else ''}"
     return f"{out}: {how} of {count}, rank {', '.join(map(str, ranks))}"

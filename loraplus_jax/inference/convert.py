@@ -10,7 +10,7 @@ import numpy as np
 
 from .._utils.atomic import atomic_write
 from .._utils.json_files import read_json
-from .._utils.records import DIGEST, FILES
+from .._utils.records import DIGEST, FILES, record_text
 from .._utils.validation import check_choice, check_new_path, check_number, suggest
 from ..adapter.lora import disabled
 from ..adapter.tree import flatten
@@ -18,7 +18,7 @@ from ..data.fetch import resolve
 from ..interop.adapter_directory import check_finite, load_adapter, save_adapter
 from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map, torch_module_of
-from ..interop.peft_files import OPTIONS, peft_options, save_peft
+from ..interop.peft_files import NOTES_FILE, OPTIONS, peft_options, save_peft
 from ..models.checkpoints import export
 from ..models.checkpoints.gguf import load as gguf
 from ..models.checkpoints.gguf.adapter import save_gguf_adapter
@@ -44,7 +44,6 @@ from .convert_sources import (
     PeftSource,
     Source,
     TreeSource,
-    temporary_directory_for,
 )
 from .export import DTYPES, export_run, lasting_name
 from .generate import as_instruction_model, open_model
@@ -293,7 +292,7 @@ def _convert_named(
             task_type=source.options.task_type if isinstance(source, PeftSource) else form.task_type,
         )
         # Our notes would be for a model with the names of the file, which none of ours has.
-        (directory / "loraplus.json").unlink()
+        (directory / NOTES_FILE).unlink()
 
     if to == "peft":
         write_peft(partial)
@@ -311,18 +310,23 @@ def _convert_named(
                 new = {"params": {"lm_head": {"kernel": value.T}}}
         export.write_hf(partial, base.source, merge, form, new=new, config=config, dtype=weights_dtype)
     else:
-        with temporary_directory_for(out) as folder:
-            write_peft(folder / "peft")
-            if to == "gguf":
-                written = _write_gguf(partial, folder / "peft", base.source, dtype)
-                lines = [f"{written[0]}, from {source.about}", *written[1:]]
-            elif not verify_by.is_known(base):
-                raise ValueError(
-                    f"--to loraplus requires a base of a model of this package, got model_type "
-                    f"{base.config.get('model_type')!r:.80}; use --to peft or merged"
-                )
-            else:
-                _write_ours(partial, folder / "peft")
+        peft = partial.with_name("peft")
+        write_peft(peft)
+        if to == "gguf":
+            written = _write_gguf(partial, peft, base.source, dtype)
+            lines = [f"{written[0]}, from {source.about}", *written[1:]]
+        elif not verify_by.is_known(base):
+            raise ValueError(
+                f"--to loraplus requires a base of a model of this package, got model_type "
+                f"{base.config.get('model_type')!r:.80}; use --to peft or merged"
+            )
+        else:
+            _write_ours(partial, peft)
+    if to != "loraplus":  # whose own description has the digests
+        tensors = sorted(path.name for path in partial.iterdir() if path.suffix in (".safetensors", ".gguf"))
+        (partial / NOTES_FILE).write_text(
+            record_text(describe_run({}, None), partial, tensors), encoding="utf-8"
+        )
     if no_verify:
         return [*lines, "not verified (--no_verify)"]
     return [*lines, _format(_verify(source, base, to, partial, dtype))]

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import math
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import jax.numpy as jnp
 import numpy as np
 
+from .._utils.atomic import add_path_to_errors, temporary_directory
 from .._utils.json_files import read_json
+from .._utils.records import check_files
 from ..adapter.lora import weight_delta
 from ..adapter.target_rules import config_of
 from ..adapter.tree import flat_factors, unflatten
@@ -27,11 +28,13 @@ from ..interop.library_recipes import Recipe, dense_changes, find_recipe, read_f
 from ..interop.path_map import FACTOR, MAGNITUDE_END, Index, PathMap, Target, adapted_leaves
 from ..interop.peft_adapter_config import PeftOptions, raise_problems
 from ..interop.peft_files import (
+    NOTES_FILE,
     OPTIONS,
     OWN_TENSORS_FILE,
     WEIGHTS,
     load_peft,
     peft_names,
+    peft_notes,
     peft_options,
     save_peft,
 )
@@ -201,6 +204,7 @@ class PeftSource:
             path_map = base.path_map(locations | base.siblings(locations))
             _, leaves = base.table()
             adapter = load_peft(copy, specs, path_map, params=unflatten(leaves))
+        check_files(self.place / NOTES_FILE, peft_notes(self.place) or {})
         return NamedAdapter(adapter, path_map)
 
     def weights(self, base: NamedBase) -> Iterator[tuple[str, np.ndarray]]:
@@ -346,11 +350,11 @@ def _slice_of_leaf(array: np.ndarray, letters: str, target: Target, index: Index
 @contextlib.contextmanager
 def temporary_directory_for(place: Path) -> Iterator[Path]:
     """Yields a new directory; an error that names it, or `peft` in it, names `place` instead."""
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_directory() as folder, add_path_to_errors(folder.parent):
         try:
-            yield Path(folder)
+            yield folder
         except ValueError as error:
-            text = str(error).replace(f"{folder}/peft", str(place)).replace(folder, str(place))
+            text = str(error).replace(f"{folder}/peft", str(place)).replace(str(folder), str(place))
             raise ValueError(text) from None
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._utils.atomic import atomic_write
+from .._utils.atomic import add_path_to_errors, atomic_write, temporary_directory
 from .._utils.records import record_text
 from .._utils.validation import check_choice, check_new_path
 from ..adapter.tree import flatten, leaves_by_path, unflatten
@@ -134,7 +133,10 @@ def export_run(
     # Last of the checks, as it may create the repository, but before an export that may be long.
     existing = [] if push is None else open_repository(push, public=public)
     with contextlib.ExitStack() as stack:
-        target = to or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "export"
+        if (target := to) is None:
+            temporary = stack.enter_context(temporary_directory())
+            stack.enter_context(add_path_to_errors(temporary.parent))
+            target = temporary / "export"
         if merged:
             written = _write_merged(
                 tuned, adapter, target, card, origin, format, dtype, dequantized, allow_different
@@ -202,14 +204,11 @@ def _write_gguf_adapter(
     allow: Sequence[str],
 ) -> str:
     name = "adapter.gguf"
-    with atomic_write(to.resolve(), new=True) as partial, tempfile.TemporaryDirectory() as folder:
-        peft = Path(folder) / "peft"
-        try:
-            _write_peft(tuned, adapter, peft, card, origin, base, allow)
-            partial.mkdir()
-            saved = save_gguf_adapter(partial / name, peft, tuned.base, dtype=dtype or "float16")
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(peft), str(to))) from None
+    with atomic_write(to.resolve(), new=True) as partial:
+        peft = partial.with_name("peft")
+        _write_peft(tuned, adapter, peft, card, origin, base, allow)
+        partial.mkdir()
+        saved = save_gguf_adapter(partial / name, peft, tuned.base, dtype=dtype or "float16")
         form = transformers_class_of(tuned.parts)
         (partial / "README.md").write_text(card(model_card.GGUF_ADAPTER, form=form), encoding="utf-8")
         notes = describe_run(

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._utils.records import check_files
 from .._utils.validation import check_int, check_number, expand_path
 from ..data.conversations import Chat, Turn, read_chats
 from ..data.data_to_text import linearize, read_inputs
 from ..data.fetch import resolve
-from ..interop.peft_files import NOTES_FILE, peft_options
+from ..interop.peft_files import NOTES_FILE, peft_notes, peft_options
 from ..models.decoding.generate import Sampling, check_sampling
 from ..settings.schema import DataSettings, Dtype, GenerationSettings, ModelSettings, Settings
 from ..tasks.causal_lm import LanguageTask
@@ -222,7 +223,8 @@ def open_model(
     with raise_together():
         directory = find_adapter(path)
         is_theirs = directory is not None and config is None and not read_notes(directory).get("settings")
-        is_ours = not is_theirs and (directory is not None or (path / NOTES_FILE).is_file())
+        # A model that `loraplus convert` merged has digests only.
+        is_ours = not is_theirs and (directory is not None or "settings" in (peft_notes(path) or {}))
         if allow_different and not is_ours:
             raise ValueError(
                 f"--allow_different {allow_different[0]} requires a run or merged model, got {source}"
@@ -260,6 +262,7 @@ def _open_untuned(
     else:
         return load_weights(directory, describe_peft(directory, template, dtype), mesh)
     base, settings = resolve(source, "model"), _plain_settings(source, template, dtype)
+    check_files(base / NOTES_FILE, peft_notes(base) or {})
     parts = base_parts(settings, base, None)
     return load_whole(TunedModel(settings, None, parts, base), mesh)
 

@@ -1,10 +1,12 @@
 """The README.md of an export, a model card: how to load the export, how it was trained, and its evaluation."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._utils.validation import escape_controls
 from ..data.fetch import is_public
 from ..interop.adapter_directory import Adapter
 from ..interop.peft_files import OWN_TENSORS_FILE
@@ -112,20 +114,35 @@ def model_card(
     if summary:
         held_out = summary["held_out"]
         rows = [
-            (name, *(_number(summary[when].get(name)) for when in ("before", "after")))
+            (escape_markup(name), *(_number(summary[when].get(name)) for when in ("before", "after")))
             for name in summary["after"]
         ]
         sections += [
             "## Evaluation",
-            f"On the {held_out['split']} split ({held_out['examples']:,} examples), before and after training:",
+            f"On the {escape_markup(held_out['split'])} split ({held_out['examples']:,} examples), before and "
+            "after training:",
             _table([("metric", "before", "after"), *rows]),
         ]
     return f"---\n{_metadata(kind, tuned, summary, base, repository)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
+def escape_markup(text: Any) -> str:
+    r"""Escapes text of a user or of others, such as labels and file names, for the card's YAML, Markdown and HTML.
+
+    >>> print(escape_markup("my_data.csv | <b>[red](x)\x1b[2J"))
+    my_data.csv &#124; &#60;b&#62;&#91;red&#93;(x)&#92;u001b&#91;2J
+    """
+    # By references of HTML: a viewer that does not know front matter takes its YAML for Markdown.
+    return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", escape_controls(str(text)))
+
+
+# Of _ and : those that begin or end emphasis or make a link.
+_MARKUP = re.compile(r"[]!#$&*<>@[\\`|~]|(?<![^\W_])_|_(?![^\W_])|:(?=//)")
+
+
 def data_names(data: DataSettings) -> list[str]:
-    """The names of the training data; a local file's is without its directories."""
-    return [shown_name(source) for source in data.sources]
+    """The names of the training data, escaped; a local file's is without its directories."""
+    return [escape_markup(shown_name(source)) for source in data.sources]
 
 
 def shown_name(source: str) -> str:
@@ -141,7 +158,14 @@ def _metadata(
 
     task, data = TASK_TYPES[tuned.task.kind], ", ".join(data_names(tuned.settings.data))
     results = [
-        EvalResult(task, data, data, name, value, dataset_split=summary["held_out"]["split"])
+        EvalResult(
+            task,
+            data,
+            data,
+            escape_markup(name),
+            value,
+            dataset_split=escape_markup(summary["held_out"]["split"]),
+        )
         for name, value in summary.get("after", {}).items()
         if value is not None
     ]
@@ -172,7 +196,7 @@ def _usage(
             "params/head/bias."
         )
     if names:
-        lines.append(f"Classes, in the order of the outputs: {', '.join(names)}.")
+        lines.append(f"Classes, in the order of the outputs: {', '.join(map(escape_markup, names))}.")
     if task.kind == "regression":
         lines.append(f"Predicted value: the head's output * {task.std:g} + {task.mean:g}.")
     return "\n".join(lines).rstrip()
@@ -182,7 +206,7 @@ def _training_rows(
     tuned: TunedModel, adapter: Adapter, summary: Mapping[str, Any], base: str
 ) -> list[tuple[str, str]]:
     settings, config, optimizer = tuned.settings, adapter.config, tuned.settings.optimizer
-    counts = [f"{count:,} {split}" for split, count in summary.get("examples", {}).items()]
+    counts = [f"{count:,} {escape_markup(split)}" for split, count in summary.get("examples", {}).items()]
     rates = {"all parameters": optimizer.learning_rate}
     if config is not None:
         rates = {"A": optimizer.learning_rate, "B": optimizer.learning_rate * config.lr_ratio}
@@ -190,13 +214,13 @@ def _training_rows(
             rates["parameters trained in full"] = optimizer.head_learning_rate or optimizer.learning_rate
     rows = [
         ("setting", "value"),
-        ("base model", base),
+        ("base model", escape_markup(base)),
         ("task", tuned.task.kind),
         ("data", ": ".join(filter(None, [", ".join(data_names(settings.data)), ", ".join(counts)]))),
     ]
     versions = (
         "versions",
-        ", ".join(f"{name} {version}" for name, version in tuned.notes["versions"].items()),
+        ", ".join(escape_markup(f"{name} {version}") for name, version in tuned.notes["versions"].items()),
     )
     if combination := _combination(tuned.notes):  # of adapters with settings of their own
         return [*rows, ("combined", combination), versions]
@@ -222,7 +246,7 @@ def _combination(notes: Mapping[str, Any]) -> str | None:
     try:
         combined = notes["combined"]
         parts = " + ".join(f"{source['weight']:g} {source['name']}" for source in combined["adapters"])
-        return f"{combined['how']} of {parts}"
+        return escape_markup(f"{combined['how']} of {parts}")
     except (KeyError, TypeError, ValueError):
         return None
 

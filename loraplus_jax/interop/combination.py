@@ -62,7 +62,7 @@ def combine_adapters(
       density: share of entries to keep of each matrix, A and B apart, above 0 and at most 1.
       majority_sign_method: whether an entry's majority is the sign of the sum (`"total"`, the default) or the sign
         that more adapters have (`"frequency"`).
-      svd_rank: rank of the result of `svd`; by default the largest rank of an adapter.
+      svd_rank: rank of the result of `svd`, at most the sum's; by default the largest rank of an adapter.
       seed: of DARE's random entries; 0 by default.
 
     Returns:
@@ -93,6 +93,11 @@ def combine_adapters(
         for path, spec in adapter.specs.items():
             table.setdefault(path, {})[name] = spec
     raise_problems("cannot combine the adapters", _problems(adapters, table, how))
+    if svd_rank is not None:  # a larger one would add zeros
+        most = max(
+            min(sum(s.rank for s in own.values()), *s.sides) for own in table.values() for s in own.values()
+        )
+        check_int("svd_rank", svd_rank, at_least=1, at_most=most)
     factors = {name: flat_factors(adapter.lora, adapter.specs) for name, adapter in adapters.items()}
     for name, values in factors.items():
         check_finite(name, values)

@@ -298,7 +298,7 @@ def peft_notes(directory: str | Path) -> dict[str, Any] | None:
 
 def _saved_config(directory: Path) -> LoRAPlusConfig | None:
     notes = peft_notes(directory)
-    if notes is None:
+    if notes is None or notes["config"] is None:  # of `loraplus convert`, whose record has the digests alone
         return None
     try:
         return LoRAPlusConfig.from_json(notes["config"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from .._utils.json_files import check_file, find_problem
+from .._utils.json_files import check_file, find_problem, parse_int
 
 
 def read_yaml(path: Path) -> Any:
@@ -63,8 +63,11 @@ def _construct_number(loader: Any, node: Any) -> int | float:
     if re.search("[_:xb]|^[-+]?0[0-9]", node.value):
         problem = f"{node.value} is not a decimal number; write its decimal digits, or quotes around a text"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-    make = loader.construct_yaml_int if node.tag.endswith("int") else loader.construct_yaml_float
-    return make(node)
+    try:
+        is_int = node.tag.endswith("int")
+        return parse_int(node.value) if is_int else loader.construct_yaml_float(node)
+    except ValueError as error:
+        raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
 for _tag in ("int", "float"):

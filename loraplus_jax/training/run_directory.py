@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from rich.console import Console
 
-from .._utils.atomic import STAGING, add_path_to_errors, write_text
+from .._utils.atomic import STAGING, add_path_to_errors, temporary_directory, write_text
 from .._utils.json_files import check_file, read_text
 from .._utils.multihost import allgather, is_lead
 from .._utils.validation import expand_path
@@ -116,9 +115,10 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
         if os.path.lexists(parent) and not parent.is_dir():
             raise ValueError(f"output_dir {directory}: {parent} is a file or a broken link, not a directory")
     check_directory_name("output_dir", directory)
-    try:  # permissions alone do not tell
+    try:  # permissions and the length of names alone do not tell
         existing = next(path for path in (directory, *directory.parents) if path.exists())
-        tempfile.TemporaryDirectory(dir=existing).cleanup()
+        with temporary_directory(existing) as probe:
+            (probe / directory.relative_to(existing)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {directory}: {error.strerror}") from None
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()

@@ -204,8 +204,8 @@ def _init_adapter_directory(settings: Settings) -> Path:
 def _lora_differences(settings: Settings, directory: Path, parts: AdaptedModel) -> list[str]:
     if settings.applied is None:
         return ["method full has no adapters; use method lora_plus or lora"]
-    if read_notes(directory):
-        adapted = specs_from_json(read_notes(directory)["specs"])
+    if (notes := read_notes(directory)) and not (is_peft(directory) and notes["config"] is None):
+        adapted = specs_from_json(notes["specs"])
         config = saved_config(directory)
         theirs = {path: (s.rank, s.scale, s.magnitude) for path, s in adapted.items()}
         their_layers = next((s.layers for s in adapted.values() if s.layers is not None), None)

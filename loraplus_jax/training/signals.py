@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """While entered, records SIGTERM and SIGINT (Ctrl-C) instead of acting on them.
+    """While entered, records SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) instead of acting on them.
 
     Schedulers and impatient users send more than one: within `GRACE_SECONDS` of the first, further signals change
     nothing; a later one acts as usual. A stdout that can no longer be written counts as SIGPIPE.
@@ -40,7 +40,10 @@ class StopSignal:
         self._wakeup_fd = signal.set_wakeup_fd(-1)
         # Of several processes, JAX's preemption service handles a SIGTERM to any and chooses a step that all reach.
         # Its handler must stay in place, and gets the other signals as SIGTERM.
-        handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+        handled = {signal.SIGINT, *((signal.SIGTERM,) if jax.process_count() == 1 else ())}
+        # Windows has no SIGHUP, and nohup ignores it.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            handled.add(signal.SIGHUP)
         self._previous_handlers = {number: signal.getsignal(number) for number in handled}
         for number in handled:
             signal.signal(number, self._record)

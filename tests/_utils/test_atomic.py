@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from loraplus_jax._utils.atomic import atomic_write, to_json, write_text
+from loraplus_jax._utils.atomic import atomic_write, temporary_directory, to_json, write_text
 
 from ..messages import mentions
 
@@ -90,13 +90,42 @@ def test_what_must_be_new_replaces_nothing(tmp_path, existing):
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
+@pytest.mark.parametrize("write", [write_file, write_directory])
+def test_of_two_that_write_one_new_path_the_first_wins(tmp_path, monkeypatch, write):
+    path, lexists, checks = tmp_path / "target", os.path.lexists, []
+
+    def other_is_faster(checked):
+        checks.append(checked)
+        if len(checks) != 2:
+            return lexists(checked)
+        write(path, "first")  # between the last check and the rename
+        return False
+
+    monkeypatch.setattr("os.path.lexists", other_is_faster)
+    with pytest.raises(ValueError, match=mentions(path, "exists")), atomic_write(path, new=True) as written:
+        write(written, "second")
+    monkeypatch.undo()
+    assert content_of(path) == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_new_file_needs_no_file_system_with_links(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("os.link", unsupported)
+    write_text(tmp_path / "target", "x", new=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
 WRITE = """
 import pathlib, sys
 from loraplus_jax.cli import __main__ as loraplus_command
 loraplus_command.listen()
-from loraplus_jax._utils.atomic import atomic_write
-with atomic_write(pathlib.Path(sys.argv[1])) as written:
+from loraplus_jax._utils.atomic import atomic_write, temporary_directory
+with atomic_write(pathlib.Path(sys.argv[1])) as written, temporary_directory() as temporary:
     written.mkdir()
+    (temporary / "a").write_bytes(bytes(9999))
     print("writes", flush=True)
     while True:
         (written / str(len(list(written.iterdir())))).write_bytes(bytes(9999))
@@ -104,9 +133,15 @@ with atomic_write(pathlib.Path(sys.argv[1])) as written:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
 )
-def test_a_process_that_is_ended_leaves_nothing_or_the_next_removes_it(tmp_path, number, code):
+def test_a_process_that_is_ended_leaves_nothing_or_the_next_removes_it(
+    tmp_path, tmp_path_factory, monkeypatch, number, code
+):
+    system = tmp_path_factory.mktemp("system")
+    monkeypatch.setenv("TMPDIR", str(system))
+    monkeypatch.setattr("tempfile.tempdir", None)
     command = [sys.executable, "-c", WRITE, str(tmp_path / "target")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
@@ -117,9 +152,30 @@ def test_a_process_that_is_ended_leaves_nothing_or_the_next_removes_it(tmp_path,
         _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert errors.count("\n") == (number != signal.SIGKILL), errors
-    assert [p.name for p in tmp_path.iterdir() if p.name != "other"] == [] or number == signal.SIGKILL
+    left = [*(p for p in tmp_path.iterdir() if p.name != "other"), *system.iterdir()]
+    assert len(left) == 2 * (number == signal.SIGKILL)
     write_text(tmp_path / "other", "x")
+    with temporary_directory() as temporary:
+        assert [*system.iterdir()] == [temporary]
     assert [p.name for p in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("trap", ["link", "owner"])
+def test_a_directory_of_another_user_is_not_taken_for_a_leftover(tmp_path, monkeypatch, trap):
+    private, system = tmp_path / "private", tmp_path / "system"
+    (private / "replaced").mkdir(parents=True)
+    (private / "replaced/mine").write_text("mine")
+    system.mkdir()
+    if trap == "link":
+        (system / ".loraplus-x.partial").symlink_to(private)
+    else:
+        private.rename(private := system / ".loraplus-x.partial")
+        other = os.geteuid() + 1
+        monkeypatch.setattr("os.geteuid", lambda: other)
+    with temporary_directory(system):
+        pass
+    assert (private / "replaced/mine").read_text() == "mine"
+    assert [p.name for p in system.iterdir()] == [".loraplus-x.partial"]
 
 
 def test_what_a_killed_process_was_about_to_replace_comes_back(tmp_path):
@@ -141,6 +197,14 @@ def test_a_full_disk_names_the_path_that_the_caller_knows(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device", *names)
         assert raised.value.filename == str(path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_names_a_hidden_file_names_the_path_that_the_caller_knows(tmp_path):
+    path = tmp_path / "target"
+    for hidden, named in (("", path), ("a.gguf", path / "a.gguf")):
+        with pytest.raises(ValueError, match=mentions(named)) as raised, atomic_write(path) as written:
+            raise ValueError(f"{written / hidden} is damaged")
+        assert ".partial" not in str(raised.value)
 
 
 def test_a_failure_leaves_no_parents(tmp_path):

@@ -14,6 +14,7 @@ from loraplus_jax._utils.json_files import MAX_DEPTH, MAX_JSON_BYTES, read_json
         ),
         ('{"a": ' + "[" * MAX_DEPTH + "]" * MAX_DEPTH + "}", f"nested.* {MAX_DEPTH}"),
         (r'{"a": ["\ud800"]}', "surrogate"),
+        (f'{{"a": -{"9" * 5000}}}', "5,001 digits.* 4,300"),
         (r'{"\udc00": 1}', "surrogate"),
         (f'{{"a": "{"x" * MAX_JSON_BYTES}"}}', "1048585.*1048576"),
     ],

@@ -10,6 +10,7 @@ import pytest
 
 from loraplus_jax import load_adapter, save_adapter
 from loraplus_jax.cli.commands import COMBINE, main
+from loraplus_jax.inference import combine
 from loraplus_jax.interop import combine_adapters
 from loraplus_jax.interop.adapter_directory import read_adapter_json
 from loraplus_jax.interop.combination import OPTIONS, How, get_args
@@ -77,7 +78,8 @@ def test_parts_of_one_adapter_in_either_format_make_the_adapter(run, tmp_path, c
     error = rejected(capsys, "combine", run.out, other, *svd, "--out", tmp_path / "no")
     assert_mentions(error, "copy of the base", run.out, "--allow_different base.weights")
     printed(capsys, *words[:-1], tmp_path / "allowed", "--allow_different", "base.weights")
-    printed(capsys, "combine", f"{bare}=0.25", f"{bare}/=0.75", *svd, "--out", tmp_path / "no_config")
+    twin = shutil.copytree(bare, tmp_path / "twin")
+    printed(capsys, "combine", f"{bare}=0.25", f"{twin}=0.75", *svd, "--out", tmp_path / "no_config")
     found, wanted = (load_adapter(place).lora for place in (tmp_path / "no_config", again))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, wanted)
 
@@ -117,6 +119,22 @@ def test_a_head_trained_in_full_must_be_the_same(untrained, first_world, tmp_pat
     assert not out.exists()
 
 
+def test_of_two_that_write_one_directory_the_second_fails(tmp_path, capsys, monkeypatch):
+    a, b, out = saved(tmp_path / "a", seed=1), saved(tmp_path / "b", seed=2), tmp_path / "out"
+    to = ("--how", "cat", "--out", out)
+
+    def after_the_other(*arguments, **options):
+        monkeypatch.undo()
+        printed(capsys, "combine", b, *to)
+        return combine_adapters(*arguments, **options)
+
+    monkeypatch.setattr(combine, "combine_adapters", after_the_other)
+    assert main(["combine", *map(str, (a, *to))]) == 2
+    assert_mentions(capsys.readouterr().err, out, "exists")
+    assert read_adapter_json(out)["combined"]["adapters"][0]["name"] == "b"
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "out"}
+
+
 def test_bad_arguments_are_one_line_and_leave_nothing(tmp_path, capsys):
     run, out = saved(tmp_path / "run"), tmp_path / "out"
     cat = ("--how", "cat", "--out", out)
@@ -127,7 +145,9 @@ def test_bad_arguments_are_one_line_and_leave_nothing(tmp_path, capsys):
         ((f"{run}=half", *cat), ["'half'", "number"]),
         ((f"{run}=nan", *cat), ["nan", "finite"]),
         ((run, f"{run}=2", *cat), ["twice", run]),
+        ((run, f"{run}/../run", *cat), ["twice", run, f"{run}/../run"]),
         ((tmp_path / "none", *cat), ["none"]),
+        ((run, "--how", "svd", "--out", out, "--svd_rank", "99999"), ["svd_rank", "99999", 2]),
         ((run, *cat, "--config", "config.yaml"), ["--config", "PEFT"]),
         ((run, *cat, "--density", "0.5"), ["density", "cat"]),
         ((run, "--how", "ties", "--out", out), ["density", "ties"]),

@@ -183,6 +183,21 @@ def test_adapters_of_peft(kind, to, base, tmp_path, capsys, by_us):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.parametrize("to", ["peft", "merged"])
+def test_damage_to_what_was_written_is_named(to, base, tmp_path, capsys):
+    source = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base)
+    out = tmp_path / "out"
+    converted(capsys, source, "--to", to, "--out", out, "--no_verify")
+    (file,) = out.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert main(["generate", str(out), "--prompt", "a", "--max_tokens", "1"]) == 2
+    assert_mentions(capsys.readouterr().err, file, "changed", "digest")
+    if to == "peft":
+        assert_mentions(rejected(capsys, out, "--to", "merged", out=tmp_path / "again"), file, "changed")
+
+
 def write_base_with_biases(directory):
     base = write_base(directory, model_type="qwen2")
     tensors = load_file(base / "model.safetensors")

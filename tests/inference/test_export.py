@@ -1,8 +1,12 @@
 """Exports of an adapter that was never trained; those of runs are in `tests/integration`."""
 
+import errno
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+from loraplus_jax.interop import peft_files
 
 from ..integration.runs import evaluated, printed, rejected
 from ..messages import assert_mentions
@@ -39,6 +43,17 @@ def test_a_merged_encoder_evaluates_the_same(untrained, tmp_path, capsys):
     adapted = {n for n in old if n.endswith(("query.weight", "value.weight", "intermediate.dense.weight"))}
     assert {n for n in old if not np.array_equal(old[n], new[n])} == adapted
     assert new.keys() == old.keys()
+
+
+def test_a_gguf_adapter_that_cannot_be_written_names_its_directory(untrained, tmp_path, capsys, monkeypatch):
+    def limited(*_):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(peft_files, "record_text", limited)  # of the adapter that it is made from
+    to = tmp_path / "to"
+    error = rejected(capsys, "export", untrained.out, "--format", "gguf", "--to", to)
+    assert error.endswith(f"'{to}'\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_exports_are_one_line_and_leave_nothing(untrained, tmp_path, capsys):

@@ -1,12 +1,17 @@
 """The model card of an export: front matter that the Hub reads, and tables of training and evaluation."""
 
+import dataclasses
+import html
 import json
 import shutil
 
 import huggingface_hub
 import pytest
+from markdown_it import MarkdownIt
 
-from loraplus_jax.inference.model_card import shown_name
+from loraplus_jax.inference.model_card import ADAPTER, PAPER, model_card, shown_name
+from loraplus_jax.inference.predict import describe_adapter
+from loraplus_jax.training.saved_adapter import read_adapter, transformers_class_of
 
 from ..integration.runs import printed
 
@@ -54,6 +59,41 @@ def test_a_run_s_card_has_its_data_rates_lambda_and_evaluation(untrained, tmp_pa
         ["-", "-"],
         ["-", "0.2500"],
     )
+
+
+MARKUP = "<script>1</script> <img src=x onerror=1>\x1b[31m ![x](y) `a` | **b** https://c.d<b>\n---\n# e"
+
+
+def test_names_of_others_are_text_in_yaml_markdown_and_html(untrained):
+    directory = untrained.out / "adapter"
+    tuned = describe_adapter(directory, None, ())
+    own = dataclasses.replace(tuned.settings, data=dataclasses.replace(tuned.settings.data, path=MARKUP))
+    task = dataclasses.replace(tuned.task, names=(MARKUP, "a_b: no"))
+    combined = {"how": MARKUP, "adapters": [{"weight": 1, "name": MARKUP}]}
+    summary = {
+        "before": {MARKUP: 0.5},
+        "after": {MARKUP: 0.75},
+        "examples": {MARKUP: 1},
+        "held_out": {"split": MARKUP, "examples": 4},
+        "selected_step": 1,
+    }
+    adapter = read_adapter(directory, tuned.parts)
+    form = transformers_class_of(tuned.parts)
+    for notes in ({"versions": {MARKUP: MARKUP}}, {"versions": {}, "combined": combined}):
+        described = tuned._replace(settings=own, task=task, notes=notes)
+        card = model_card(ADAPTER, described, adapter, form, summary, base=MARKUP)
+        # The whole, front matter too, as a viewer that knows none would show it.
+        blocks = MarkdownIt("commonmark", {"linkify": True}).enable(["table", "strikethrough"]).parse(card)
+        kinds = {token.type for block in blocks for token in (block, *(block.children or ()))}
+        assert not kinds & {"html_block", "html_inline", "image", "strong_open"}, kinds
+        assert "\x1b" not in card
+        texts = [block.content.replace(PAPER, "") for block in blocks if block.type == "inline"]
+        assert not any("https://" in text for text in texts)
+        front = huggingface_hub.ModelCard(card).data.to_dict()["model-index"][0]["results"][0]
+        shown = MARKUP.replace("\x1b", "\\u001b").replace("\n", "\\n")
+        names = front["dataset"]["split"], front["metrics"][0]["type"]
+        assert list(map(html.unescape, names)) == [shown, shown]
+        assert "a_b: no" in card
 
 
 @pytest.mark.parametrize(

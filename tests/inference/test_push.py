@@ -1,6 +1,8 @@
 """Uploads to a Hub that is only a fake: nothing leaves the machine."""
 
 import json
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +12,8 @@ import pytest
 from loraplus_jax.inference import push
 from loraplus_jax.inference.push import public_settings
 
-from ..integration.runs import evaluated, printed, rejected
+from ..integration.runs import ended, evaluated, printed, rejected, started
+from ..marks import long
 from ..messages import assert_mentions
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -144,6 +147,38 @@ def test_a_push_replaces_an_earlier_export_and_nothing_else(untrained, hub, caps
         assert_mentions(line, "org/name", "choose another name", *(files.keys() - adapter.keys()))
         assert hub.files == files
     assert not to.exists()
+
+
+SLOW_UPLOAD = """
+import sys, time
+import huggingface_hub
+from loraplus_jax.cli import __main__ as loraplus_command
+from tests.inference.test_push import TOKEN, Hub
+
+class SlowHub(Hub):
+    def upload_folder(self, *, folder_path, **options):
+        print(folder_path, flush=True)
+        time.sleep(999)
+
+huggingface_hub.HfApi, huggingface_hub.get_token = SlowHub(), lambda: TOKEN
+loraplus_command.run()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), long(signal.SIGINT, 130), long(signal.SIGHUP, 129)]
+)
+def test_a_signal_during_an_upload_leaves_nothing(untrained, tmp_path, number, code):
+    options = ("export", str(untrained.out), "--push", "org/name", *BASE)
+    with started(sys.executable, "-c", SLOW_UPLOAD, *options, TMPDIR=str(tmp_path)) as process:
+        folder = Path(process.stdout.readline().strip())
+        assert (folder / "README.md").exists()
+        assert tmp_path in folder.parents
+        process.send_signal(number)
+        ending, _, stderr = ended(process)
+    assert (ending, stderr.count("\n")) == (code, 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("public", "flags"), [(True, ()), (False, ("--public",))])

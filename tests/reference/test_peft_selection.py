@@ -1,6 +1,6 @@
 """`convert --to merged` computes what PEFT computes, for every option that selects modules, or raises.
 
-The options are drawn by chance: PEFT makes an adapter with some; then one of them is changed in its file, as by hand.
+The options are drawn by chance: PEFT makes an adapter with some; then one is changed in its file, as by hand.
 The reference is `PeftModel.from_pretrained`, which the verification of a merged model does not use.
 """
 

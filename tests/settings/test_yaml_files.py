@@ -44,7 +44,7 @@ def test_a_text_that_starts_like_a_number_is_a_text(tmp_path):
         ("a: !!int ''\n", ["config.yaml", "YAML"]),
         ("a: !!set [x]\n", ["config.yaml", "YAML"]),
         ("a: 2001-99-99\n", ["config.yaml", "YAML", "month"]),
-        (f"a: {'9' * 5000}\n", ["config.yaml", "YAML", "digits"]),
+        (f"a: {'9' * 5000}\n", ["config.yaml:1:4", "YAML", "5,000 digits", "4,300"]),
         ("a: " + "[" * 3000 + "]" * 3000, ["config.yaml", "YAML", "recursion"]),
         ("a: " + "[" * 150 + "]" * 150, ["config.yaml", 100]),
         ('a: "\\ud800"\n', ["config.yaml", "surrogate"]),

@@ -108,6 +108,9 @@ def test_a_directory_that_cannot_be_created_is_rejected_and_one_that_can_is_not_
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match=mentions("output_dir", "/proc/loraplus/out")):
         check_directory(Path("/proc/loraplus/out"), settings, fresh=False)
+    with pytest.raises(ValueError, match=mentions("output_dir", "name too long")):
+        check_directory(tmp_path / "a" / ("b" * 300), settings, fresh=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("names", [[], [".lock"], [".lock", ".pid"], [".lock", ".config.yaml.partial"]])

@@ -15,7 +15,7 @@ class Acted(Exception):
     pass
 
 
-@pytest.fixture(params=[signal.SIGTERM, signal.SIGINT])
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def number(request):
     """A signal that raises where nothing else handles it."""
 

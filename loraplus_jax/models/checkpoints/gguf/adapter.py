@@ -29,7 +29,7 @@ from ..name_table import expand, shape_in_file
 from . import load as gguf
 from .export import DTYPES, storage_type
 
-_ALPHA, _TYPE = "adapter.lora.alpha", "adapter.type"
+ALPHA, TYPE = "adapter.lora.alpha", "adapter.type"
 _TIED = "the embedding is also the head, to which llama.cpp cannot apply an adapter"
 _MERGE = "merge it into the weights instead: loraplus export --merged, or loraplus convert --to merged"
 
@@ -226,8 +226,8 @@ def _write(
     writer = package.GGUFWriter(path, architecture)
     try:
         writer.add_type(package.GGUFType.ADAPTER)
-        writer.add_string(_TYPE, "lora")
-        writer.add_float32(_ALPHA, alpha)
+        writer.add_string(TYPE, "lora")
+        writer.add_float32(ALPHA, alpha)
         writer.add_quantization_version(package.GGML_QUANT_VERSION)
         for name, values in tensors.items():
             kind = storage_type(values.shape, dtype)
