@@ -147,9 +147,7 @@ def convert(
             named = read.base_for(named)
         else:
             read = TreeSource(source, library, scale=scale, alpha=alpha, path_map=rules, leave_out=leave_out)
-        lines = _convert_named(
-            read, to, partial, out, named, lasting_name(base, named.source), dtype, no_verify
-        )
+        lines = _convert_named(read, to, partial, named, lasting_name(base, named.source), dtype, no_verify)
         return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
 
 
@@ -266,7 +264,6 @@ def _convert_named(
     source: Source,
     to: str,
     partial: Path,
-    out: Path,
     base: NamedBase,
     name: str,
     dtype: str | None,

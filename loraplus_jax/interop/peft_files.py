@@ -497,6 +497,7 @@ def _missing_modules(
         return []
     adapted = {name.removesuffix(end) for name in factors for end in _ENDS if name.endswith(end)}
     adapted |= {name for target in targets.values() for name in target.names.values()}
+    adapted |= {head for head, name in tied_heads(path_map).items() if name in adapted}
     names = _module_names(targets, path_map, params)
     others = {name: is_embedding for name, is_embedding in names.items() if name not in adapted}
     missing = others.keys() - options.left_out(others).keys()
