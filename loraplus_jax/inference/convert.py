@@ -96,7 +96,8 @@ def convert(
       leave_out: regular expressions of tensors to leave out, by path.
       dtype: dtype of the weights of a merged model, or of the factors in a GGUF file.
       no_verify: skip the comparison of the outputs at source and target.
-      allow_different: parts of a run's base that may differ from what it was trained on, see `PARTS`.
+      allow_different: parts of the base of a run, or of tunix's factors, that may differ from what they were
+        trained on, see `PARTS`.
 
     Raises:
       ValueError, OSError: an argument or file is invalid, a tensor has no place at the target, or the outputs
@@ -147,7 +148,15 @@ def convert(
         elif kind == "peft":
             read = PeftSource(source)
         else:
-            read = TreeSource(source, library, scale=scale, alpha=alpha, path_map=rules, leave_out=leave_out)
+            read = TreeSource(
+                source,
+                library,
+                scale=scale,
+                alpha=alpha,
+                path_map=rules,
+                leave_out=leave_out,
+                allow_different=allow_different,
+            )
         lines = _convert_named(
             read, to, partial, out, named, lasting_name(base, named.source), dtype, no_verify
         )
@@ -164,7 +173,7 @@ _OPTIONS = {
     "run": ("--allow_different",),
     "own": ("--path_map",),
     "peft": (),
-    "tree": ("--scale", "--alpha", "--path_map", "--leave_out"),
+    "tree": ("--scale", "--alpha", "--path_map", "--leave_out", "--allow_different"),
 }
 """Which options apply to which kind of source."""
 

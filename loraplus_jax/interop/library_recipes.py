@@ -386,6 +386,12 @@ def _adapted(
             )
         row, module = fitting[0]
         matched.add((row.ours, row.theirs))
+        for path in pair:
+            if not (np.can_cast(tree[path].dtype, np.float64, "same_kind") and tree[path].size):
+                raise ValueError(
+                    f"{path} must be real numbers and have no axis of size 0, got {tree[path].dtype} of shape "
+                    f"{tree[path].shape}"
+                )
         a, b = (np.asarray(tree[path], np.float32) for path in pair)
         for path, factor in zip(pair, (a, b), strict=True):
             if not np.isfinite(factor).all():
