@@ -49,7 +49,7 @@ from .convert_sources import (
 )
 from .export import DTYPES, export_run, lasting_name
 from .generate import as_instruction_model, open_model
-from .predict import describe_adapter, load_tuned
+from .predict import describe_adapter, load_tuned, settings_and_task
 from .verify_conversion import Verified, compare
 
 Target = Literal["peft", "gguf", "loraplus", "merged"]
@@ -208,7 +208,7 @@ def _convert_run(
     """Converts an adapter with training settings; returns lines for the summary."""
     if base is None:
         try:
-            resolve(read_notes(directory)["settings"]["model"]["path"], "model")
+            resolve(settings_and_task(directory, read_notes(directory))[0].model.path, "model")
         except ValueError as error:
             raise ValueError(f"{directory}: {error}; or pass --base with its new place") from None
     described = describe_adapter(directory, None, allow, base)

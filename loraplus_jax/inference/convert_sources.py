@@ -10,6 +10,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -142,24 +143,33 @@ class TreeSource:
         if self.is_tunix:
             _check_tunix_rope(self.place, base, self.allow_different)
         try:
-            factors, others = read_factors(self.tree, self.recipe, config=base.config, **self.options)
+            factors, others = read_factors(
+                self.tree,
+                self.recipe,
+                config=base.config,
+                check=partial(self._check_sides, base),
+                **self.options,
+            )
         except ValueError as error:
             raise ValueError(f"{self.place}: {error}{_optimizer_hint(self.tree)}") from None
         locations = base.locate(factors)
         specs = base.specs(locations, {name: (len(f.a), f.scale) for name, f in factors.items()})
         lora: dict[str, np.ndarray] = {}
-        for (path, spec), (name, f) in zip(specs.items(), factors.items(), strict=True):
-            if (f.a.shape[1], f.b.shape[0]) != spec.sides:
-                raise ValueError(
-                    f"{self.place}: the adapter of {name} has {f.a.shape[1]} inputs and {f.b.shape[0]} outputs, "
-                    f"its weight in {base.source} has {spec.sides[0]} and {spec.sides[1]}"
-                )
+        for (path, spec), f in zip(specs.items(), factors.values(), strict=True):
             lora |= zip(spec.factor_paths(path), (f.a.T, f.b.T), strict=True)
         check_base_tensors(self.place, others, base)
         config = config_of(specs)
         # The scale of the config, whose alpha is rounded.
         specs = {path: dataclasses.replace(spec, scale=config.scale_of(path)) for path, spec in specs.items()}
         return NamedAdapter(Adapter(unflatten(lora), specs, config, {}), base.path_map(locations))
+
+    def _check_sides(self, base: NamedBase, name: str, inputs: int, outputs: int) -> None:
+        (spec,) = base.specs(base.locate([name]), {name: (1, 1.0)}).values()
+        if (inputs, outputs) != spec.sides:
+            raise ValueError(
+                f"the adapter of {name} has {inputs} inputs and {outputs} outputs, its weight in {base.source} has "
+                f"{spec.sides[0]} and {spec.sides[1]}"
+            )
 
     def weights(self, base: NamedBase) -> Iterator[tuple[str, np.ndarray]]:
         """Adds the product of the factors as they are to each weight."""
@@ -383,12 +393,10 @@ def check_base_tensors(source: Path, others: Mapping[str, np.ndarray], base: Nam
         return
     digests: dict[str, set[bytes]] = {}
     for path, leaf in others.items():
-        dtype = leaf.dtype.name
-        if dtype not in digests:
-            is_real = np.can_cast(leaf.dtype, np.float64, "same_kind")
-            views = base.tensors.values() if is_real else ()
-            digests[dtype] = {_sorted_bytes(view[:], dtype) for view in views}
-        slices = [leaf, *(list(leaf) if leaf.ndim > 1 else [])]
+        dtype, is_real = leaf.dtype.name, np.can_cast(leaf.dtype, np.float64, "same_kind")
+        if is_real and dtype not in digests:
+            digests[dtype] = {_sorted_bytes(view[:], dtype) for view in base.tensors.values()}
+        slices = [leaf, *(list(leaf) if leaf.ndim > 1 else [])] if is_real else []
         slices = [slices[:1], slices[1:], [part for each in slices[1:] if each.ndim > 1 for part in each]]
         if not any(s and all(_sorted_bytes(x, dtype) in digests[dtype] for x in s) for s in slices):
             raise ValueError(

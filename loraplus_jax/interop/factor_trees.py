@@ -77,7 +77,7 @@ def _read_file(file: Path) -> dict[str, Any]:
 
 
 def _read_orbax(path: Path) -> dict[str, Any]:
-    found = list(_checkpoints(path, _DEPTH))
+    found = list(_checkpoints(path, _DEPTH, set()))
     if not found:
         raise FileNotFoundError(
             f"{path} contains no adapter, no .safetensors or .npz file and no orbax checkpoint"
@@ -91,10 +91,13 @@ def _read_orbax(path: Path) -> dict[str, Any]:
     return run_job(what, "read_orbax", files=files, path=str(found[0].resolve()))
 
 
-def _checkpoints(path: Path, depth: int) -> Iterator[Path]:
+def _checkpoints(path: Path, depth: int, seen: set[Path]) -> Iterator[Path]:
+    if (resolved := path.resolve()) in seen:  # by a symbolic link, which may lead back
+        return
+    seen.add(resolved)
     if (path / "_METADATA").exists() or (path / "manifest.ocdbt").exists():
         yield path
     elif depth:
         for child in sorted(path.iterdir()):
             if child.is_dir():
-                yield from _checkpoints(child, depth - 1)
+                yield from _checkpoints(child, depth - 1, seen)

@@ -16,6 +16,7 @@ from loraplus_jax.inference.convert_sources import (
 from loraplus_jax.models.checkpoints.merge import CheckpointMerge
 from loraplus_jax.models.checkpoints.named_base import read_named_base
 
+from ..fuzz.damage import peak_limit
 from ..messages import mentions
 from .conversions import (
     expected_weights,
@@ -263,3 +264,22 @@ def test_factors_of_others_have_the_angles_of_their_base(base, tmp_path):
         _, options = write_library(library, tmp_path / "a.safetensors")
         with pytest.raises(ValueError, match=mentions("--allow_different", part)):
             TreeSource(tmp_path / "a.safetensors", **options, allow_different=[part])
+
+
+def test_heads_beyond_those_of_the_base_take_no_memory(base, tmp_path):
+    """As many components as heads, for all outputs of all heads: the square of their number."""
+    _, options = write_library("keras", tmp_path / "keras.safetensors")
+    tree, owner = (
+        load_file(tmp_path / "keras.safetensors"),
+        "transformer_layer_0/self_attention/query/lora_kernel",
+    )
+    tree |= {f"{owner}_a": np.zeros((32, 2000, 1), np.float32), f"{owner}_b": np.zeros((1, 32), np.float32)}
+    save_file(tree, tmp_path / "heads.safetensors")
+    with peak_limit(0), pytest.raises(ValueError, match=mentions("heads.safetensors", 64_000, "q_proj")):
+        TreeSource(tmp_path / "heads.safetensors", **options).read(base)
+
+
+def test_what_is_no_number_is_no_tensor_of_the_base(base):
+    for value in (np.array(["a"]), np.array(["2020"], "M8[s]"), np.ones(3, np.complex64)):
+        with pytest.raises(ValueError, match=mentions("other", "--leave_out")):
+            check_base_tensors("tree", {"other": value}, base)

@@ -38,6 +38,9 @@ def test_orbax_checkpoints(tmp_path):
     state = nnx.State({"layer": {name: nnx.LoRAParam(x) for name, x in TREE["layer"].items()}})
     save_orbax(tmp_path / "steps/7/model_params", state)
     check(read_tree(tmp_path / "steps"))  # as tunix and orbax's manager nest them
+    (tmp_path / "steps/latest").symlink_to("7")
+    (tmp_path / "steps/loop").symlink_to("..")
+    check(read_tree(tmp_path / "steps/7"))
     with pytest.raises(ValueError, match=mentions("2", "plain", "steps/7/model_params")):
         read_tree(tmp_path)
 
