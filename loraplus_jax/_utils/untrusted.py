@@ -1,4 +1,7 @@
-"""Runs untrusted templates, tokenizers and regular expressions in a child process of bounded time and memory."""
+"""Runs what untrusted files may make hang, crash or grow in a child process of bounded time and memory.
+
+That is templates, tokenizers, regular expressions, and arrays of formats that expand: npz and orbax checkpoints.
+"""
 
 import atexit
 import json
@@ -7,29 +10,46 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401, since it names dtypes for numpy
+import numpy as np
+
 SECONDS = 4
 """CPU time of a job; twice that by the clock."""
+FILE_SECONDS, BYTES_PER_SECOND = 20, 2**22
+"""CPU time of a job that reads files, and how much of them adds a second."""
 MEMORY, MEMORY_PER_BYTE = 64 * 2**20, 32
-"""Bytes of memory of a job, and additional ones per byte of its arguments: a tokenizer needs up to 26."""
+"""Bytes of memory of a job, and additional ones per byte of its arguments and files: a tokenizer needs up to 26."""
 
 _TIMED_OUT = {-getattr(signal, name, 0) for name in ("SIGALRM", "SIGXCPU")}
 _lock = threading.Lock()
 _child: subprocess.Popen[bytes] | None = None
 
 
-def run_job(what: str, job: str, **arguments: Any) -> Any:
+def run_job(what: str, job: str, *, files: Sequence[Path] = (), **arguments: Any) -> Any:
     """Runs a function of `untrusted_child`, by its name and JSON arguments, in the child process.
 
+    Args:
+      what: what its errors begin with: the file's name.
+      job: the function.
+      files: the files that it reads, whose sizes raise the limits.
+      **arguments: its arguments.
+
+    Returns:
+      Its result; of a job that reads arrays, a dict of them by name.
+
     Raises:
-      ValueError: the job fails, exceeds a limit or crashes; one line that begins with `what`, the file's name.
+      ValueError: the job fails, exceeds a limit or crashes; one line.
     """
     content = json.dumps(arguments)
-    memory = MEMORY + MEMORY_PER_BYTE * len(content)
+    size = sum(file.stat().st_size for file in files)
+    seconds = FILE_SECONDS + size // BYTES_PER_SECOND if files else SECONDS
+    memory = MEMORY + MEMORY_PER_BYTE * (len(content) + size)
     request = (
-        f'{{"job": "{job}", "seconds": {SECONDS}, "memory": {memory}, "arguments": {content}}}\n'.encode()
+        f'{{"job": "{job}", "seconds": {seconds}, "memory": {memory}, "arguments": {content}}}\n'.encode()
     )
     with _lock:
         child = _running_child()
@@ -43,17 +63,25 @@ def run_job(what: str, job: str, **arguments: Any) -> Any:
                 child.stdin.write(request)
                 child.stdin.flush()
             answer = child.stdout.readline()
+            values = json.loads(answer) if answer else {}
+            arrays = {name: _read_array(child, *kind) for name, *kind in values.get("arrays", ())}
         except BaseException:  # an answer that nobody reads would be taken for that of the next job
             child.kill()
             raise
         if not answer:
             timed_out = child.wait() in _TIMED_OUT
-            limit = f"{SECONDS} s" if timed_out else f"{memory // 2**20} MiB of memory or crashes"
+            limit = f"{seconds} s" if timed_out else f"{memory // 2**20} MiB of memory or crashes"
             raise ValueError(f"{what}: it needs more than {limit}; use another file")
-    values = json.loads(answer)
     if "error" in values:
         raise ValueError(f"{what}: {values['error']}")
-    return values["result"]
+    return arrays if "arrays" in values else values["result"]
+
+
+def _read_array(child: Any, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    array = np.empty(shape, dtype)
+    if array.nbytes and child.stdout.readinto(array.reshape(-1).view(np.uint8)) < array.nbytes:
+        raise ChildProcessError("the child process that reads untrusted files was killed")
+    return array
 
 
 def _running_child() -> Any:
@@ -69,7 +97,9 @@ def _running_child() -> Any:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={name: os.environ[name] for name in needed if name in os.environ} | {"RAYON_NUM_THREADS": "1"},
+        env={name: os.environ[name] for name in needed if name in os.environ}
+        # Threads take memory, and a GPU is the parent's.
+        | {"RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "JAX_PLATFORMS": "cpu"},
         start_new_session=True,  # Ctrl-C in a terminal is for the parent, whose end closes the pipe
     )
     assert child.stdin is not None

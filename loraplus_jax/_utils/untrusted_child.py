@@ -1,5 +1,7 @@
 """The child process of `untrusted`: runs one job a line and answers with one line; imports nothing of this package.
 
+The bytes of arrays follow their line.
+
 The parent starts this file by its path. A job limits itself before it begins: memory by `RLIMIT_AS`, CPU time by
 `RLIMIT_CPU` and wall-clock time by an alarm, which end the process.
 """
@@ -8,13 +10,15 @@ import contextlib
 import datetime
 import functools
 import json
+import logging
 import math
+import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 try:
     import resource
@@ -111,6 +115,70 @@ def match(patterns: Sequence[str], names: Sequence[str]) -> list[list[int]]:
     return [[n for n, pattern in enumerate(compiled) if pattern.fullmatch(name)] for name in names]
 
 
+def read_npz(path: str) -> dict[str, Any]:
+    """The arrays of an npz file by name."""
+    import numpy as np
+
+    arrays = np.load(path, allow_pickle=False)
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError("it is no archive of arrays")
+    with arrays:
+        if len({*arrays.files}) < len(arrays.files):
+            raise ValueError("two arrays have one name")
+        return dict(arrays.items())
+
+
+def read_orbax(path: str) -> dict[str, Any]:
+    """The leaves of an orbax checkpoint by path, joined by "/"."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    checkpointer = ocp.PyTreeCheckpointer()
+    metadata: Any = checkpointer.metadata(path).item_metadata
+    if metadata is None:
+        raise ValueError("its metadata is missing or damaged")
+    # As host arrays: the devices that saved them need not be here.
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+    leaves: dict[str, Any] = {}
+    for keys, leaf in jax.tree.leaves_with_path(checkpointer.restore(path, restore_args=as_numpy)):
+        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if leaves.setdefault(name, leaf) is not leaf:
+            raise ValueError(f"{name} is there twice")
+    return leaves
+
+
+def _prepare(job: str) -> int:
+    """Imports what a job needs, which the limits leave out; returns bytes of memory for its threads."""
+    if job == "read_npz":
+        import numpy as np  # noqa: F401
+    if job != "read_orbax":
+        return 0
+    if hasattr(os, "sched_setaffinity"):  # as many threads as processors, with a stack each
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:4])
+    import jax
+    import orbax.checkpoint  # noqa: F401
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    jax.devices()
+    return 2**29
+
+
+def _describe_arrays(arrays: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """The name, dtype and shape of each array; makes them contiguous arrays in their dict."""
+    import numpy as np
+
+    described = []
+    for name, leaf in arrays.items():
+        arrays[name] = array = np.asarray(leaf, order="C")
+        if array.dtype.hasobject or array.dtype.fields:
+            raise ValueError(f"{name} is no array of numbers: {array.dtype}")
+        # Those of ml_dtypes have only their names.
+        is_plain = np.dtype(array.dtype.str) == array.dtype
+        described.append((name, array.dtype.str if is_plain else array.dtype.name, array.shape))
+    return described
+
+
 @contextlib.contextmanager
 def _limits(seconds: int, memory: int) -> Iterator[None]:
     """Limits a job: `seconds` of CPU time, twice that by the clock, `memory` bytes beside those in use."""
@@ -132,21 +200,32 @@ def _limits(seconds: int, memory: int) -> Iterator[None]:
             resource.setrlimit(kind, (hard[kind], hard[kind]))
 
 
-def _answer(line: bytes) -> bytes:
-    request = json.loads(line)
-    job = {"render": render, "try_tokenizer": try_tokenizer, "match": match}[request["job"]]
+def _answer(line: bytes, output: BinaryIO) -> None:
+    request, arrays = json.loads(line), {}
     try:
-        with _limits(request["seconds"], request["memory"]):
-            return json.dumps({"result": job(**request["arguments"])}).encode()
+        memory = request["memory"] + _prepare(request["job"])
+        with _limits(request["seconds"], memory):
+            result: Any = JOBS[request["job"]](**request["arguments"])
+            if isinstance(result, dict):
+                answer, arrays = {"arrays": _describe_arrays(result)}, result
+            else:
+                answer = {"result": result}
+            text = json.dumps(answer)
     except MemoryError:
         sys.exit(1)
     except BaseException as error:  # a panic of Rust is no Exception
         text = " ".join(f"{error}".split()) or type(error).__name__
-        return json.dumps({"error": text[:300]}).encode()
+        text, arrays = json.dumps({"error": text[:300]}), {}
+    output.write(text.encode() + b"\n")
+    for array in arrays.values():
+        if array.nbytes:
+            output.write(array.reshape(-1).view("u1"))
+    output.flush()
 
+
+JOBS = {job.__name__: job for job in (render, try_tokenizer, match, read_npz, read_orbax)}
 
 if __name__ == "__main__":
     sys.path[:] = json.loads(sys.stdin.buffer.readline())
     for request_line in sys.stdin.buffer:
-        sys.stdout.buffer.write(_answer(request_line) + b"\n")
-        sys.stdout.buffer.flush()
+        _answer(request_line, sys.stdout.buffer)

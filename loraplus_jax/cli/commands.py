@@ -108,9 +108,17 @@ def _run_command(arguments: list[str]) -> int:
         return _report("interrupted", 130)
 
 
+_MAX_LINE = 2000
+
+
 def _report(message: str, code: int) -> int:
-    # Our messages indent the lines after the first; any other line break comes from the user's text.
-    print("\n  ".join(map(escape_controls, f"loraplus: {message}".split("\n  "))), file=sys.stderr)
+    # Our messages indent the lines after the first; any other line break comes from the user's text. So does the
+    # middle of a very long line, such as a name in a damaged file.
+    lines = [
+        line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE // 2]} ... {line[-_MAX_LINE // 2 :]}"
+        for line in f"loraplus: {message}".split("\n  ")
+    ]
+    print("\n  ".join(map(escape_controls, lines)), file=sys.stderr)
     return code
 
 

@@ -47,7 +47,7 @@ from .convert_sources import (
 )
 from .export import DTYPES, export_run, lasting_name
 from .generate import as_instruction_model, open_model
-from .predict import describe_adapter, load_tuned
+from .predict import describe_adapter, load_tuned, settings_and_task
 from .verify_conversion import Verified, compare
 
 Target = Literal["peft", "gguf", "loraplus", "merged"]
@@ -94,7 +94,8 @@ def convert(
       leave_out: regular expressions of tensors to leave out, by path.
       dtype: dtype of the weights of a merged model, or of the factors in a GGUF file.
       no_verify: skip the comparison of the outputs at source and target.
-      allow_different: parts of a run's base that may differ from what it was trained on, see `PARTS`.
+      allow_different: parts of the base of a run, or of tunix's factors, that may differ from what they were
+        trained on, see `PARTS`.
 
     Raises:
       ValueError, OSError: an argument or file is invalid, a tensor has no place at the target, or the outputs
@@ -146,7 +147,15 @@ def convert(
             read = PeftSource(source)
             named = read.base_for(named)
         else:
-            read = TreeSource(source, library, scale=scale, alpha=alpha, path_map=rules, leave_out=leave_out)
+            read = TreeSource(
+                source,
+                library,
+                scale=scale,
+                alpha=alpha,
+                path_map=rules,
+                leave_out=leave_out,
+                allow_different=allow_different,
+            )
         lines = _convert_named(read, to, partial, named, lasting_name(base, named.source), dtype, no_verify)
         return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
 
@@ -161,7 +170,7 @@ _OPTIONS = {
     "run": ("--allow_different",),
     "own": ("--path_map",),
     "peft": (),
-    "tree": ("--scale", "--alpha", "--path_map", "--leave_out"),
+    "tree": ("--scale", "--alpha", "--path_map", "--leave_out", "--allow_different"),
 }
 """Which options apply to which kind of source."""
 
@@ -196,7 +205,7 @@ def _convert_run(
     """Converts an adapter with training settings; returns lines for the summary."""
     if base is None:
         try:
-            resolve(read_notes(directory)["settings"]["model"]["path"], "model")
+            resolve(settings_and_task(directory, read_notes(directory))[0].model.path, "model")
         except ValueError as error:
             raise ValueError(f"{directory}: {error}; or pass --base with its new place") from None
     described = describe_adapter(directory, None, allow, base)

@@ -9,6 +9,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -39,10 +40,18 @@ from ..interop.peft_files import (
     save_peft,
 )
 from ..models.checkpoints.named_base import NamedBase
+from ..models.families import family_of
 from ..optim.find_pairs import factor_pairs
 
 _PREFIX = "base_model.model."
 _LEVANTER = "transformer."
+_TUNIX = re.compile(r"layers/\d+/attn/\w+/w_lora_[ab]")
+_TUNIX_THETA = {"llama": 1e6, "qwen2": None, "qwen3": 1e6, "gemma": 1e4, "gemma2": 1e4}
+"""The rope_theta that tunix 0.1.7 computes with whatever its config says; None for the config's.
+
+None of these models scales its angles. Gemma 3 does both by its config.
+"""
+_ROPE = ("rope_theta", "rope_scaling")
 
 
 class NamedAdapter(NamedTuple):
@@ -90,6 +99,8 @@ class TreeSource:
       library: name of the recipe; None to find it by the names.
       scale, alpha, path_map: see `read_factors`.
       leave_out: regular expressions of tensors to ignore, by path.
+      allow_different: of tunix's factors, what of the base tunix may have computed otherwise: base.config, or its
+        rope_theta or rope_scaling.
     """
 
     def __init__(
@@ -101,6 +112,7 @@ class TreeSource:
         alpha: float | None = None,
         path_map: PathMap = (),
         leave_out: Sequence[str] = (),
+        allow_different: Sequence[str] = (),
     ) -> None:
         self.place, tree = path, read_tree(path)
         ignored = {name: None for name in tree if any(re.fullmatch(rule, name) for rule in leave_out)}
@@ -111,7 +123,14 @@ class TreeSource:
         try:
             self.recipe: Recipe = find_recipe(factor_pairs(self.tree), library)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}{_optimizer_hint(self.tree)}") from None
+        self.is_tunix = self.recipe.name == "qwix" and any(map(_TUNIX.fullmatch, self.tree))
+        allowed = ("base.config", *(f"base.config.{field}" for field in _ROPE)) if self.is_tunix else ()
+        if unused := [part for part in allow_different if part not in allowed]:
+            raise ValueError(
+                f"--allow_different {unused[0]} does not apply to {path}, {self.about}; remove it"
+            )
+        self.allow_different = allow_different
         self.options: dict[str, Any] = {"scale": scale, "alpha": alpha, "path_map": path_map}
 
     @property
@@ -124,25 +143,36 @@ class TreeSource:
 
     def read(self, base: NamedBase) -> NamedAdapter:
         """Reads the factors by the recipe; all other tensors must be tensors of the base."""
+        if self.is_tunix:
+            _check_tunix_rope(self.place, base, self.allow_different)
         try:
-            factors, others = read_factors(self.tree, self.recipe, config=base.config, **self.options)
+            factors, others = read_factors(
+                self.tree,
+                self.recipe,
+                config=base.config,
+                check=partial(self._check_sides, base),
+                **self.options,
+            )
         except ValueError as error:
-            raise ValueError(f"{self.place}: {error}") from None
+            raise ValueError(f"{self.place}: {error}{_optimizer_hint(self.tree)}") from None
         locations = base.locate(factors)
         specs = base.specs(locations, {name: (len(f.a), f.scale) for name, f in factors.items()})
         lora: dict[str, np.ndarray] = {}
-        for (path, spec), (name, f) in zip(specs.items(), factors.items(), strict=True):
-            if (f.a.shape[1], f.b.shape[0]) != spec.sides:
-                raise ValueError(
-                    f"{self.place}: the adapter of {name} has {f.a.shape[1]} inputs and {f.b.shape[0]} outputs, "
-                    f"its weight in {base.source} has {spec.sides[0]} and {spec.sides[1]}"
-                )
+        for (path, spec), f in zip(specs.items(), factors.values(), strict=True):
             lora |= zip(spec.factor_paths(path), (f.a.T, f.b.T), strict=True)
         check_base_tensors(self.place, others, base)
         config = config_of(specs)
         # The scale of the config, whose alpha is rounded.
         specs = {path: dataclasses.replace(spec, scale=config.scale_of(path)) for path, spec in specs.items()}
         return NamedAdapter(Adapter(unflatten(lora), specs, config, {}), base.path_map(locations))
+
+    def _check_sides(self, base: NamedBase, name: str, inputs: int, outputs: int) -> None:
+        (spec,) = base.specs(base.locate([name]), {name: (1, 1.0)}).values()
+        if (inputs, outputs) != spec.sides:
+            raise ValueError(
+                f"the adapter of {name} has {inputs} inputs and {outputs} outputs, its weight in {base.source} has "
+                f"{spec.sides[0]} and {spec.sides[1]}"
+            )
 
     def weights(self, base: NamedBase) -> Iterator[tuple[str, np.ndarray]]:
         """Adds the product of the factors as they are to each weight."""
@@ -367,16 +397,56 @@ def check_base_tensors(source: Path, others: Mapping[str, np.ndarray], base: Nam
         return
     digests: dict[str, set[bytes]] = {}
     for path, leaf in others.items():
-        dtype = leaf.dtype.name
-        if dtype not in digests:
+        dtype, is_real = leaf.dtype.name, np.can_cast(leaf.dtype, np.float64, "same_kind")
+        if is_real and dtype not in digests:
             digests[dtype] = {_sorted_bytes(view[:], dtype) for view in base.tensors.values()}
-        slices = [leaf, *(list(leaf) if leaf.ndim > 1 else [])]
+        slices = [leaf, *(list(leaf) if leaf.ndim > 1 else [])] if is_real else []
         slices = [slices[:1], slices[1:], [part for each in slices[1:] if each.ndim > 1 for part in each]]
         if not any(s and all(_sorted_bytes(x, dtype) in digests[dtype] for x in s) for s in slices):
             raise ValueError(
                 f"{source}: {path} {leaf.shape} is neither a factor nor a tensor of {base.source}: it was trained, "
                 "or the base is another one; to convert the factors without it, pass --leave_out with its path"
+                f"{_optimizer_hint(others)}"
             )
+
+
+def _optimizer_hint(tree: Mapping[str, Any]) -> str:
+    """What to leave out if a tree has an optimizer's state, as the end of a message."""
+    state = r"((?:[^/]+/)*?(?:opt_state|optimizer|optimizer_state))/|((?:[^/]+/)*?[^/]+)/(?:mu|nu|trace)/"
+    match = next((m for path in tree if (m := re.match(state, path))), None)
+    if match is None:
+        return ""
+    where = match[1] or match[2]
+    return f"; {where} looks like an optimizer's state: pass --leave_out '{re.escape(where)}/.*'"
+
+
+def _check_tunix_rope(source: Path, base: NamedBase, allow_different: Sequence[str]) -> None:
+    """Raises ValueError if tunix computes other rotary angles for the base than its config says."""
+    kind = str(base.config.get("model_type"))
+    if kind not in _TUNIX_THETA:
+        return
+    config: Any = family_of(kind).config.from_hf(base.config)
+    theta, scaling = _TUNIX_THETA[kind], dict(config.rope_scaling).get("rope_type")
+    problems = {}
+    if theta not in (None, config.rope_theta):
+        problems["rope_theta"] = (
+            f"rope_theta {config.rope_theta:.10g}, where tunix computes with {theta:.10g}"
+        )
+    if scaling is not None:
+        problems["rope_scaling"] = f"rope_scaling {scaling}, where tunix has none"
+    problems = {
+        f"base.config.{name}": text
+        for name, text in problems.items()
+        if not {"base.config", f"base.config.{name}"} & {*allow_different}
+    }
+    if not problems:
+        return
+    raise ValueError(
+        f"{source} has tunix's names, and tunix 0.1.7 computes another function than {base.source}, a {kind} with "
+        f"{' and '.join(problems.values())}: convert them for a copy of the base whose config.json "
+        "says what tunix computes with, and use that copy; or, if your tunix computes as the base does, pass "
+        f"{' '.join(f'--allow_different {part}' for part in problems)}"
+    )
 
 
 def _sorted_bytes(values: Any, dtype: str) -> bytes:

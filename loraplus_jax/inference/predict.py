@@ -130,10 +130,13 @@ def describe_adapter(
     """The model of an adapter, with shapes as variables, after a check of the base's identity; see `load_tuned`."""
     notes = read_notes(directory)
     if {"settings", "task", "base"} <= notes.keys():
-        if base_path is not None:
-            settings = {**notes["settings"], "model": {**notes["settings"]["model"], "path": base_path}}
-            notes = {**notes, "settings": settings}
         settings, task = settings_and_task(directory, notes, config)
+        if base_path is not None:
+            settings = dataclasses.replace(
+                settings, model=dataclasses.replace(settings.model, path=base_path)
+            )
+            moved = {**notes["settings"], "model": {**notes["settings"]["model"], "path": base_path}}
+            notes = {**notes, "settings": moved}
         lora_config = saved_config(directory)
         base = resolve(settings.model.path, "model")
     elif is_peft(directory) and config is not None:

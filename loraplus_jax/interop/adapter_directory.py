@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -172,19 +172,19 @@ def read_description(path: Path) -> dict[str, Any]:
     return read_record(path, check)
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path, form: Literal["flax", "numpy"] = "flax") -> dict[str, Any]:
     """Reads a safetensors file.
 
     Returns:
-      A dict from names to JAX arrays in their stored dtypes.
+      A dict from names to JAX arrays in their stored dtypes; with `form` numpy, to numpy arrays.
 
     Raises:
       ValueError: the file is damaged.
     """
-    flax = _safetensors("flax")
+    library = _safetensors(form)
     check_file(path)
     try:
-        return flax.load_file(path)
+        return library.load_file(path)
     except Exception as error:  # the error class of safetensors is not public
         raise ValueError(f"{path} is damaged: {error}") from None
 

@@ -7,7 +7,8 @@ computes the same changes of the weights from the recipe alone, without the low-
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -311,6 +312,7 @@ def read_factors(
     alpha: float | None = None,
     path_map: PathMap = (),
     config: Mapping[str, Any] | None = None,
+    check: Callable[[str, int, int], None] = lambda name, inputs, outputs: None,
 ) -> tuple[dict[str, Factors], dict[str, np.ndarray]]:
     """Reads the factors of a library in the layout of PyTorch.
 
@@ -320,6 +322,8 @@ def read_factors(
       scale, alpha: the scale of A B, or alpha of a scale alpha / rank, where the files lack it.
       path_map: rules `(ours, theirs)` that come before the recipe's.
       config: the base's `config.json`, for rows that depend on the model.
+      check: called with each PyTorch module's name, inputs and outputs before its factors are computed, which with
+        a term for each head are larger than the library's.
 
     Returns:
       A dict from the PyTorch module's name to its `Factors`, and one from path to the arrays that are no factors.
@@ -333,7 +337,8 @@ def read_factors(
         for name, layer, part in _slices(owner, row, module, a, b):
             if name in factors:
                 raise ValueError(f"{owner}: another factor is for {name}, too")
-            factors[name] = Factors(*_low_rank(owner, row, module, a, b, layer, part, config or {}), s)
+            pair = _low_rank(owner, row, module, a, b, layer, part, config or {}, partial(check, name))
+            factors[name] = Factors(*pair, s)
     known = {path for pair in factor_pairs(tree).values() for path in pair}
     return factors, {path: leaf for path, leaf in tree.items() if path not in known}
 
@@ -386,6 +391,12 @@ def _adapted(
             )
         row, module = fitting[0]
         matched.add((row.ours, row.theirs))
+        for path in pair:
+            if not (np.can_cast(tree[path].dtype, np.float64, "same_kind") and tree[path].size):
+                raise ValueError(
+                    f"{path} must be real numbers and have no axis of size 0, got {tree[path].dtype} of shape "
+                    f"{tree[path].shape}"
+                )
         a, b = (np.asarray(tree[path], np.float32) for path in pair)
         for path, factor in zip(pair, (a, b), strict=True):
             if not np.isfinite(factor).all():
@@ -466,8 +477,9 @@ def _low_rank(
     layer: int | None,
     part: int | None,
     config: Mapping[str, Any],
+    check: Callable[[int, int], None],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A (r, in) and B (out, r) of one PyTorch module.
+    """A (r, in) and B (out, r) of one PyTorch module, whose inputs and outputs `check` gets first.
 
     Heads with a term of their own become components of their own: A's are stacked, and B's are in the rows of their
     outputs.
@@ -489,8 +501,10 @@ def _low_rank(
         rank = view.shape[1 if heads else 0]
         views.append((heads, view.reshape(max(heads, 1), rank, -1)))
     (a_heads, a), (b_heads, b) = views
-    if heads := max(a_heads, b_heads):
-        rank, inner, outer = a.shape[1], a.shape[2], b.shape[2]
+    heads, shared = max(a_heads, b_heads), part is not None and PART not in row.b
+    rank, inner, outer = a.shape[1], a.shape[2], b.shape[2]
+    check(inner, max(heads, 1) * outer // (len(module.parts) if shared else 1))
+    if heads:
         a, b = np.broadcast_to(a, (heads, rank, inner)), np.broadcast_to(b, (heads, rank, outer))
         blocks = np.zeros((heads, outer, heads, rank), b.dtype)
         for head in range(heads):

@@ -159,7 +159,7 @@ def _check_kernel(module: str, leaves: Mapping[str, Any], pair: Pair) -> None:
 
 def _check_names(leaves: Mapping[str, Any], pairs: Mapping[str, Pair], ours: bool) -> None:
     """Rejects a leaf that looks like a LoRA factor but would be trained like any other weight."""
-    factors = [path for pair in pairs.values() for path in pair]
+    factors = {path for pair in pairs.values() for path in pair}
     for path, leaf in leaves.items():
         if path in factors or len(getattr(leaf, "shape", ())) < 2 or _NOT_FACTOR.search(path):
             continue

@@ -70,6 +70,14 @@ def test_recipes_are_listed_and_printed_as_they_are(capsys, tmp_path, monkeypatc
         assert all(word in line for word in told)
 
 
+def test_a_very_long_line_of_an_error_is_shortened(capsys):
+    assert main(["recipes", "x" * 10**6]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) < 2100
+    assert "xxx" in line
+    assert "quickstart" in line
+
+
 def test_the_version(capsys):
     assert main(["--version"]) == 0
     assert re.fullmatch(r"loraplus_jax \S+, jax \S+, flax \S+, Python \S+\n", capsys.readouterr().out)

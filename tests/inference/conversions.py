@@ -13,9 +13,9 @@ BIG = 0.05
 
 
 def write_base(directory, **changes):
-    """A tiny Llama, or with `changes` another model."""
+    """A tiny Llama, or with `changes` another model; tunix computes with no other rope_theta."""
     directory.mkdir(parents=True)
-    write_model(directory, **changes)
+    write_model(directory, **{"rope_theta": 1e6} | changes)
     return directory
 
 

@@ -1,9 +1,12 @@
 """Sources of conversions: what they read, and what they make of each weight by formulas of their own."""
 
+import jax
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from loraplus_jax.adapter.tree import flatten
 from loraplus_jax.inference.convert_sources import (
     PeftSource,
     TreeSource,
@@ -12,6 +15,7 @@ from loraplus_jax.inference.convert_sources import (
 from loraplus_jax.models.checkpoints.merge import CheckpointMerge
 from loraplus_jax.models.checkpoints.named_base import read_named_base
 
+from ..fuzz.damage import peak_limit
 from ..messages import mentions
 from .conversions import (
     expected_weights,
@@ -158,3 +162,120 @@ def test_leave_out_must_match(tmp_path):
     _, options = write_library("qwix", tmp_path / "qwix.safetensors")
     with pytest.raises(ValueError, match=mentions("--leave_out", "'other'")):
         TreeSource(tmp_path / "qwix.safetensors", leave_out=["other"], **options)
+
+
+@pytest.mark.parametrize(
+    ("place", "hint"),
+    [("opt_state", "opt_state/.*"), ("train/optimizer", "train/optimizer/.*"), ("1", "1/0/.*")],
+)
+def test_an_optimizer_s_state_is_left_out_by_its_path(place, hint, base, tmp_path):
+    _, options = write_library("qwix", tmp_path / "qwix.safetensors")
+    factors = load_file(tmp_path / "qwix.safetensors")
+    # optax.adam's, whose moments have the factors' names.
+    state = flatten(jax.tree.map(np.asarray, {"0": optax.adam(1e-3).init(factors)[0]._asdict()}))
+    save_file(factors | {f"{place}/{path}": x for path, x in state.items()}, tmp_path / "state.safetensors")
+    rule = mentions(f"--leave_out '{hint}'")
+    for library in (None, "qwix"):
+        with pytest.raises(ValueError, match=rule):
+            TreeSource(tmp_path / "state.safetensors", library, **options).read(base)
+    source = TreeSource(tmp_path / "state.safetensors", leave_out=[hint], **options)
+    assert len(source.read(base).adapter.specs) == 10
+    count = {f"{place}/0/count": state["0/count"]}
+    save_file(factors | count, tmp_path / "count.safetensors")
+    if place != "1":
+        with pytest.raises(ValueError, match=rule):
+            TreeSource(tmp_path / "count.safetensors", **options).read(base)
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [(np.ones((32, 0), np.float32), ("(32, 0)",)), (np.ones((32, 3), np.complex64), ("complex64",))],
+    ids=["rank 0", "complex"],
+)
+def test_what_is_no_factor(factor, words, base, tmp_path):
+    _, options = write_library("qwix", tmp_path / "qwix.safetensors")
+    tree, owner = load_file(tmp_path / "qwix.safetensors"), "layers/0/mlp/gate_proj/kernel_lora"
+    tree[f"{owner}_a/value"] = factor
+    tree[f"{owner}_b/value"] = tree[f"{owner}_b/value"][: factor.shape[1]]
+    np.savez(tmp_path / "a.npz", **tree)
+    with pytest.raises(ValueError, match=mentions("a.npz", f"{owner}_a", *words)):
+        TreeSource(tmp_path / "a.npz", **options).read(base)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        ({"rope_theta": 500_000.0}, {"rope_theta": (500_000, 1_000_000)}),
+        (
+            {"rope_theta": 500_000.0, "rope_scaling": LLAMA3},
+            {"rope_theta": (500_000, 1_000_000), "rope_scaling": ("llama3",)},
+        ),
+        ({"rope_parameters": {"rope_theta": 1e6, **LLAMA3}}, {"rope_scaling": ("llama3",)}),
+        ({"model_type": "qwen3", "rope_theta": 5_000_000}, {"rope_theta": (5_000_000, 1_000_000)}),
+        ({"model_type": "qwen3"}, {}),
+        ({"model_type": "qwen2", "rope_theta": 10_000}, {}),
+        (
+            {"model_type": "qwen2", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_scaling": ("linear",)},
+        ),
+    ],
+    ids=["llama 3", "llama 3.1", "transformers 5", "qwen3 2507", "qwen3", "qwen2", "qwen2 scaled"],
+)
+def test_tunix_computes_with_angles_of_its_own(config, fields, tmp_path):
+    """Its Llama 3 and Qwen3 ignore rope_theta, and none of its models but Gemma 3 has a scaling."""
+    base = read_named_base(write_base(tmp_path / "base"))
+    base = base._replace(config=base.config | config)
+    _, options = write_library("qwix", tmp_path / "qwix.safetensors")
+    source = TreeSource(tmp_path / "qwix.safetensors", **options)
+    if not fields:
+        assert source.read(base).adapter.specs
+        return
+    flags = [f"base.config.{name}" for name in fields]
+    values = [value for values in fields.values() for value in values]
+    with pytest.raises(ValueError, match=mentions("tunix", base.source, *values, *flags)):
+        source.read(base)
+    for allowed in (flags, ["base.config"]):
+        source = TreeSource(tmp_path / "qwix.safetensors", **options, allow_different=allowed)
+        assert source.read(base).adapter.specs
+    if len(flags) == 2:
+        source = TreeSource(tmp_path / "qwix.safetensors", **options, allow_different=flags[:1])
+        with pytest.raises(ValueError, match=mentions(flags[1])):
+            source.read(base)
+
+
+def test_factors_of_others_have_the_angles_of_their_base(base, tmp_path):
+    _, options = write_library("maxtext", tmp_path / "maxtext.safetensors")
+    base = base._replace(config=base.config | {"rope_theta": 500_000.0})
+    assert TreeSource(tmp_path / "maxtext.safetensors", **options).read(base).adapter.specs
+    for library, part in (("maxtext", "base.config"), ("qwix", "tokenizer")):
+        _, options = write_library(library, tmp_path / "a.safetensors")
+        with pytest.raises(ValueError, match=mentions("--allow_different", part)):
+            TreeSource(tmp_path / "a.safetensors", **options, allow_different=[part])
+
+
+def test_heads_beyond_those_of_the_base_take_no_memory(base, tmp_path):
+    """As many components as heads, for all outputs of all heads: the square of their number."""
+    _, options = write_library("keras", tmp_path / "keras.safetensors")
+    tree, owner = (
+        load_file(tmp_path / "keras.safetensors"),
+        "transformer_layer_0/self_attention/query/lora_kernel",
+    )
+    tree |= {f"{owner}_a": np.zeros((32, 2000, 1), np.float32), f"{owner}_b": np.zeros((1, 32), np.float32)}
+    save_file(tree, tmp_path / "heads.safetensors")
+    with peak_limit(0), pytest.raises(ValueError, match=mentions("heads.safetensors", 64_000, "q_proj")):
+        TreeSource(tmp_path / "heads.safetensors", **options).read(base)
+
+
+def test_what_is_no_number_is_no_tensor_of_the_base(base):
+    for value in (np.array(["a"]), np.array(["2020"], "M8[s]"), np.ones(3, np.complex64)):
+        with pytest.raises(ValueError, match=mentions("other", "--leave_out")):
+            check_base_tensors("tree", {"other": value}, base)

@@ -1,12 +1,14 @@
 """Predictions and evaluations of an adapter that was never trained, against its model applied by hand."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from loraplus_jax.inference.predict import (
+    describe_adapter,
     evaluate_run,
     load_tuned,
     predict_run,
@@ -89,6 +91,16 @@ def test_damaged_notes_name_their_file(untrained, change, words):
     assert settings_and_task(adapter, notes)[1].names == ("no", "yes")
     with pytest.raises(ValueError, match=mentions("adapter.json is damaged", *words)):
         settings_and_task(adapter, notes | change)
+
+
+def test_damaged_notes_of_a_run_whose_base_has_moved(untrained, tmp_path):
+    adapter = shutil.copytree(untrained.out / "adapter", tmp_path / "adapter")
+    notes = json.loads((adapter / "adapter.json").read_text())
+    del notes["digest"], notes["settings"]["model"]
+    (adapter / "adapter.json").write_text(json.dumps(notes))
+    for base in (None, str(tmp_path)):
+        with pytest.raises(ValueError, match=mentions("adapter.json is damaged", "model.path")):
+            describe_adapter(adapter, None, (), base)
 
 
 def test_predictions_replace_no_file(tmp_path):

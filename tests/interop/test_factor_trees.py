@@ -1,5 +1,11 @@
 """Trees of arrays from the files of other libraries."""
 
+import json
+import os
+import shutil
+import struct
+import zipfile
+
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -7,6 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from loraplus_jax._utils import untrusted
 from loraplus_jax.interop.factor_trees import read_tree
 
 from ..messages import mentions
@@ -31,6 +38,9 @@ def test_orbax_checkpoints(tmp_path):
     state = nnx.State({"layer": {name: nnx.LoRAParam(x) for name, x in TREE["layer"].items()}})
     save_orbax(tmp_path / "steps/7/model_params", state)
     check(read_tree(tmp_path / "steps"))  # as tunix and orbax's manager nest them
+    (tmp_path / "steps/latest").symlink_to("7")
+    (tmp_path / "steps/loop").symlink_to("..")
+    check(read_tree(tmp_path / "steps/7"))
     with pytest.raises(ValueError, match=mentions("2", "plain", "steps/7/model_params")):
         read_tree(tmp_path)
 
@@ -70,12 +80,107 @@ def test_what_is_no_tree(tmp_path):
     damaged = bytearray(content[0].read_bytes())
     damaged[60:80] = bytes(20)
     content[0].write_bytes(damaged)
-    with pytest.raises(ValueError, match=mentions("damaged.npz", "damaged")):
+    with pytest.raises(ValueError, match=mentions("damaged.npz")):
         read_tree(content[0])
     np.savez(tmp_path / "x.npz", a=np.array([object()]))
-    with pytest.raises(ValueError, match=mentions("x.npz", "damaged")):
+    with pytest.raises(ValueError, match=mentions("x.npz", "allow_pickle")):
         read_tree(tmp_path / "x.npz")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/_METADATA").write_text("{}")
-    with pytest.raises(ValueError, match=mentions("broken", "orbax")):
-        read_tree(tmp_path / "broken")
+
+
+def lost_manifest(path):
+    (path / "manifest.ocdbt").unlink()
+
+
+def change_metadata(path, **changes):
+    """Changes what an array's own file says of it."""
+    file = path / "layer.lora_a/.zarray"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def fifo_for(name):
+    def change(path):
+        file = next(path.glob(name))
+        file.unlink()
+        os.mkfifo(file)
+
+    return change
+
+
+def endless(path):
+    (path / "_METADATA").unlink()
+    (path / "_METADATA").symlink_to("/dev/zero")
+
+
+def link_to_fifo(path):
+    shutil.rmtree(path / "layer.lora_a")
+    (path.parent / "other").mkdir()
+    os.mkfifo(path.parent / "other/.zarray")
+    (path / "layer.lora_a").symlink_to(path.parent / "other")
+
+
+HOSTILE = {
+    "manifest is a FIFO": (fifo_for("manifest.ocdbt"), ("manifest.ocdbt", "FIFO")),
+    "metadata is a FIFO": (fifo_for("_METADATA"), ("_METADATA", "FIFO")),
+    "data is a FIFO": (fifo_for("d/*"), ("FIFO",)),
+    "endless": (endless, ("_METADATA", "device")),
+    "lost": (lost_manifest, ("metadata", "missing")),
+    "empty": (lambda path: (path / "_METADATA").write_text("{}"), ()),
+    "deep": (lambda path: (path / "_METADATA").write_text("[" * 100_000), ("recursion",)),
+    "large": (lambda path: change_metadata(path, shape=[10**6] * 2), ("64 MiB",)),
+    "large chunks": (lambda path: change_metadata(path, chunks=[10**6] * 2), ("64 MiB",)),
+    "hidden FIFO": (link_to_fifo, ("1 s",)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_an_orbax_checkpoint_of_another_is_not_trusted(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(untrusted, "FILE_SECONDS", 1)
+    change, words = HOSTILE[name]
+    is_plain = name.startswith(("large", "hidden"))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=not is_plain)) as checkpointer:
+        checkpointer.save(tmp_path / "bad", TREE)
+    change(tmp_path / "bad")
+    with pytest.raises(ValueError, match=mentions("bad", *words)):
+        read_tree(tmp_path / "bad")
+
+
+def test_two_paths_of_a_checkpoint_with_one_name(tmp_path):
+    ocp.PyTreeCheckpointer().save(tmp_path / "a", {"a": {"b/c": np.ones(2)}, "a/b": {"c": np.ones(1)}})
+    with pytest.raises(ValueError, match=mentions("a/b/c")):
+        read_tree(tmp_path / "a")
+
+
+def npy(shape, data=b"", kind="<f4", pad=0):
+    header = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape}, }}{' ' * pad}\n".encode()
+    return b"\x93NUMPY\2\0" + struct.pack("<I", len(header)) + header + data
+
+
+FLOAT = npy((1,), bytes(4))
+NPZ = {
+    "bomb": ([("a.npy", npy((2**25,), bytes(2**27)))], ("memory",)),
+    "large": ([("a.npy", npy((10**6,) * 2))], ("64 MiB",)),
+    "negative": ([("a.npy", npy((-1, 4), bytes(64)))], ("negative",)),
+    "header": ([("a.npy", npy((1,), bytes(4), pad=2 * 10**6))], ("2000058",)),
+    "nested": ([("a.npy", npy("(" * 9000))], ()),
+    "object": ([("a.npy", npy((1,), b"cos\nsystem\n.", "|O"))], ("allow_pickle",)),
+    "twice": ([("a.npy", FLOAT), ("a", FLOAT)], ("one name",)),
+    "name": ([("x" * 60_000, FLOAT)], (60_000, 1000)),
+}
+
+
+@pytest.mark.parametrize("name", NPZ)
+def test_an_npz_file_of_another_is_not_trusted(name, tmp_path):
+    entries, words = NPZ[name]
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as file:
+        for entry, content in entries:
+            file.writestr(entry, content)
+    with pytest.raises(ValueError, match=mentions("a.npz", *words)) as caught:
+        read_tree(tmp_path / "a.npz")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["a", "a.npz", "a.safetensors"])
+def test_a_fifo_is_no_tree(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=mentions(name, "FIFO")):
+        read_tree(tmp_path / name)
