@@ -77,14 +77,10 @@ def _new_parents(path: Path) -> Iterator[None]:
 def temporary_directory(parent: Path) -> Iterator[Path]:
     """Yields a new hidden directory in `parent`, which no other process uses, and removes it at the end.
 
-    If a signal ends the process, `remove_unfinished` removes it, and after a SIGKILL the next call for `parent`.
+    If a signal ends the process, `remove_unfinished` removes it, and after a SIGKILL `remove_leftovers`, which the
+    next call for `parent` begins with.
     """
-    for leftover in parent.glob(f"{PREFIX}*{STAGING}"):
-        with contextlib.suppress(OSError):
-            lock, is_ours = _open_lock(leftover)
-            if is_ours:
-                _remove(leftover)
-            os.close(lock)
+    remove_leftovers(parent)
     while True:
         staging = Path(tempfile.mkdtemp(prefix=PREFIX, suffix=STAGING, dir=parent))
         try:
@@ -105,6 +101,16 @@ def temporary_directory(parent: Path) -> Iterator[Path]:
             _unfinished.discard(staging)
             _remove(staging)
         os.close(lock)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Removes the hidden directories in `parent` of processes that were killed."""
+    for leftover in parent.glob(f"{PREFIX}*{STAGING}"):
+        with contextlib.suppress(OSError):
+            lock, is_ours = _open_lock(leftover)
+            if is_ours:
+                _remove(leftover)
+            os.close(lock)
 
 
 def remove_unfinished() -> None:

@@ -85,10 +85,15 @@ def describe_run(
         "config": None if config is None else config.to_json(),
         "specs": specs_to_json(specs),
         "base": base,
-        "jax_config": {name: getattr(jax.config, name) for name in NUMERICS},
+        "jax_config": numeric_options(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         **more,
     }
+
+
+def numeric_options() -> dict[str, Any]:
+    """The value of each option in `NUMERICS`."""
+    return {name: getattr(jax.config, name) for name in NUMERICS}
 
 
 def open_manager(

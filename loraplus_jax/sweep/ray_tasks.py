@@ -25,7 +25,7 @@ from ..training.distributed import LostProcess
 from ..training.run_files import OWNER
 from ..training.signals import Stopped, StopSignal
 from .executor import Opened, Stages
-from .population import abstract_population, identity_of, load_weights
+from .population import abstract_population, load_weights, origin_of
 from .settings import SweepRun, SweepSettings
 from .unit import Unit
 from .worker import Job, measure, packages, read_progress, run_on_worker
@@ -164,14 +164,14 @@ class RayTasks:
         model = to_json(run.to_json()["model"])
         if model not in self.weights:
             self.weights[model] = fingerprint(load_weights(abstract))
-        source = {"base": self.weights[model], "identity": identity_of(abstract)}
+        origin = origin_of(run, abstract, self.weights[model])
         path = expand_path("output_dir", run.output_dir)
         job = Job(
             settings=(type(run), run.to_json()),
             directory=path.absolute(),
             working_directory=Path.cwd(),
             owner=None,
-            source=source | {"packages": packages()},
+            source=origin | {"packages": packages()},
             members_at_once=1 if members_at_once is None and self.cores else members_at_once,
             group_size=min(group_size or most, most),
             cores=self.cores,
@@ -184,7 +184,7 @@ class RayTasks:
             job, devices = job._replace(members_at_once=measured["members_at_once"]), measured["devices"]
         at_once = job.members_at_once or 1
         self.jobs[path] = job = job._replace(group_size=min(group_size or at_once * (devices or 1), most))
-        return Opened(abstract, source, at_once, job.group_size)
+        return Opened(abstract, origin, at_once, job.group_size)
 
     def submit(self, sweep: Stages, unit: Unit) -> None:
         """Queues a unit in Ray."""

@@ -16,8 +16,7 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from .._utils.atomic import to_json, write_text
-from .._utils.json_files import MAX_ROWS_BYTES
+from .._utils.atomic import remove_leftovers, to_json, write_text
 from .._utils.records import read_record, write_record
 from ..settings.schema import GENERATION
 from ..settings.yaml_files import to_yaml
@@ -26,7 +25,7 @@ from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
 from ..training.estimate import Estimate, batches_of
 from ..training.metrics_log import METRICS, SUMMARY
-from ..training.provenance import check_identity
+from ..training.provenance import read_result
 from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.run_files import CHECKPOINTS
 from .edges import beyond
@@ -169,7 +168,7 @@ class Sweep:
         largest_group = max(map(len, seed_groups(run)))
         most = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
         opened = self.executor.open(run, most, recorded["members_at_once"], recorded["group_size"])
-        self.abstract, self.source, at_once, self.group_size = opened
+        self.abstract, self.origin, at_once, self.group_size = opened
         # Nothing is written before everything has been checked, compiled and loaded.
         self.output.claim()
         write_record(members_file, {"members_at_once": at_once, "group_size": self.group_size})
@@ -286,7 +285,9 @@ class Sweep:
     def remove_checkpoints(self, units: Sequence[Unit]) -> None:
         """Removes the checkpoints of units from which none will continue; their results stay."""
         for unit in units:
-            shutil.rmtree(unit_directory(self.directory, unit.name) / CHECKPOINTS, ignore_errors=True)
+            path = unit_directory(self.directory, unit.name)
+            shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+            remove_leftovers(path)  # of a process that was killed as it wrote the result
 
     @property
     def stage(self) -> str:
@@ -294,13 +295,11 @@ class Sweep:
         return self.units[0].stage
 
     def stored_result(self, unit: Unit) -> dict[str, Any] | None:
-        """The result of a unit that has finished, from the same base, data and members."""
+        """The result of a unit that has finished, of the same origin and members."""
         path = unit_directory(self.directory, unit.name) / RESULT
         if not path.exists():
             return None
-        result = read_record(path, limit=MAX_ROWS_BYTES)
-        identity, weights = self.source["identity"], self.source["base"]
-        check_identity(path, result, identity, weights=weights, allow=self.allow_different)
+        result = read_result(path, self.origin, allow=self.allow_different)
         if not is_result_of(result, unit):
             raise ValueError(f"{path} is of other members; start over with --fresh")
         # Work of before, which says nothing about the speed from now on.
@@ -420,7 +419,8 @@ class Sweep:
             "constant": dict(data.constant),
         }
         report = make_report(self.run, self.rows, self.chosen, self.steps, data.task.metric, curve)
-        return report | dict(self.source)
+        # Not the settings: the report of the same numbers has the same bytes, wherever they were computed.
+        return report | {name: self.origin[name] for name in ("base", "identity")}
 
     def write_winner(self, trial: Trial) -> None:
         """Writes the config of a run with a chosen setting."""

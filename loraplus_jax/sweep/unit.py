@@ -28,7 +28,7 @@ from ..tasks.held_out_generation import HeldOutTexts
 from ..training.console import LineConsole
 from ..training.evaluation import finish_metrics
 from ..training.memory import expected_peak
-from ..training.provenance import checked_metadata
+from ..training.provenance import ORIGIN, checked_metadata, read_result
 from ..training.run_directory import OutputDirectory, lock_directory
 from ..training.run_files import CHECKPOINTS, UNITS
 from ..training.signals import Stopped, StopSignal
@@ -149,7 +149,7 @@ def run_unit(
         path.mkdir(parents=True, exist_ok=True)
         check = stack.enter_context(lock_directory(path, wait=LOCK_SECONDS))
         if (path / RESULT).exists():  # by another process while this one waited
-            return read_record(path / RESULT, limit=MAX_ROWS_BYTES)
+            return read_result(path / RESULT, population.metadata, allow=allow_different)
         signal = stack.enter_context(StopSignal())
         output = OutputDirectory(path, population.run, console, False, allow_different, (), stack, check)
         output.open_manager()
@@ -208,7 +208,7 @@ class _UnitRun:
             "rows": self.rows,
             "seconds": self.seconds + time.perf_counter() - self.started,
             "devices": f"{self.population.mesh.size} x {jax.devices()[0].device_kind}",
-            **{name: self.population.metadata[name] for name in ("base", "identity")},
+            **{name: self.population.metadata[name] for name in ORIGIN},
             **scored,
         }
         self.output.check()
