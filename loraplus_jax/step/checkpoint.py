@@ -92,7 +92,11 @@ def describe_run(
 
 
 def numeric_options() -> dict[str, Any]:
-    """The value of each option in `NUMERICS`."""
+    """The options of JAX that change the bits of a step.
+
+    Returns:
+      The value of each option in `NUMERICS`, by name.
+    """
     return {name: getattr(jax.config, name) for name in NUMERICS}
 
 

@@ -33,6 +33,8 @@ from .worker import Job, measure, packages, read_progress, run_on_worker
 LOCAL, AUTO = "local", "auto"
 RETRIES = 20
 """How often a unit is started again after its worker was lost."""
+RETRY_SECONDS = 10.0
+"""How long Ray waits before it does. It notices only after some 15 s that a node is lost, and gives it tasks."""
 SAVE_SECONDS = 120.0
 """How long to wait for workers that save when the sweep is stopped."""
 POLL_SECONDS = 1.0
@@ -48,6 +50,8 @@ def connect(settings: SweepSettings, console: LineConsole) -> Generator["RayTask
       ValueError: there is no such cluster, or no node of it has what a worker needs.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # its lines about lost workers may go to a log file
+    os.environ.setdefault("RAY_task_retry_delay_ms", f"{1000 * RETRY_SECONDS:.0f}")
     is_local = settings.ray == LOCAL
     if is_local:
         # Ray's switch for computers whose firewalls ask about every open port: it uses the loopback interface only.

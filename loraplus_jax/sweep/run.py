@@ -207,10 +207,10 @@ class Sweep:
             for last, trials in added.items():
                 stops = tuple(stop for stop in comparison_steps(self.run.sweep, self.steps) if stop <= last)
                 members = [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in self.run.seeds]
+                units = self.make_units("search", f"wider-{number}-{last}", members, 0, stops, {})
                 self.added += Counter(steps=len(members) * last, validation=len(members) * len(stops))
-                yield from self.run_stage(
-                    self.make_units("search", f"wider-{number}-{last}", members, 0, stops, {})
-                )
+                self.added["units"] += len(units)
+                yield from self.run_stage(units)
                 scores = mean_losses(row for row in self.rows if row["step"] == last)
                 best = {trial.arm: best_trial(scores, trial.arm) for trial in trials}
                 self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
@@ -265,7 +265,7 @@ class Sweep:
     def run_stage(self, units: Sequence[Unit]) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
         """Has units run, and records their rows."""
         self.units, self.progress = units, {unit: Progress(unit.start) for unit in units}
-        self.earlier, self.reached = self.rows, -1
+        self.earlier, self.reached, self.has_begun = self.rows, -1, False
         groups = f"{self.stage} of {len(units)} groups" if len(units) > 1 else self.stage
         total, done = len(units) * units[0].stops[-1], len(units) * units[0].start
         self.lines = ProgressLines(
@@ -317,8 +317,10 @@ class Sweep:
         is_resumed = progress.resumed is not None and before.resumed is None
         if is_resumed:
             self.console.print(f"{self.title}resuming from step {progress.resumed} of the {unit.stage}")
-        if is_resumed or progress.step < before.step:  # after a worker was lost
+        # Also after a worker was lost, and when the first unit has been prepared: that is no step's time.
+        if is_resumed or progress.step < before.step or not self.has_begun:
             self.lines.restart(self.steps_done())
+            self.has_begun |= before.step < unit.stops[-1]  # not a result that is read back
         elif progress.step != before.step:
             self.lines.update(self.steps_done())
         is_new = (before.batch_seconds, before.step_seconds) != (
@@ -378,7 +380,11 @@ class Sweep:
         done = self.done + self.work_so_far()
         total = member_steps(members, stops) + self.added["steps"] + reported * steps - done["steps"]
         evaluations -= sum(done[split] * count for split, count in batches.items())
+        # Each unit that has not begun will be prepared, about as long as the one that was timed.
+        stages = [*members, *(len(run.arms) * len(seeds) for seeds in seed_groups(run))]
+        units = sum(-(-count // self.group_size) for count in stages) + self.added["units"] - done["units"]
         seconds = total * step_seconds + evaluations * progress.batch_seconds
+        seconds += max(0, units) * progress.preparation
         counts = {"training steps": total, "evaluation batches": evaluations}
         may_widen = run.sweep.widen > 0 and self.group < 0
         bounds = ["at most"] * bool(run.sweep.interim_seeds) + ["at least"] * may_widen
@@ -389,9 +395,11 @@ class Sweep:
         self.console.print(f"{self.title}{Estimate(seconds / workers, progress.memory, counts, bound, also)}")
 
     def work_so_far(self) -> Counter[str]:
-        """What the units of this stage have done: `steps`, and evaluations by split, each summed over members."""
+        """What the units of this stage have done: `units` that have begun, and, summed over members, `steps` and
+        evaluations by split."""
         done = Counter[str]()
         for unit, progress in self.progress.items():
+            done["units"] += progress != Progress(unit.start)
             done["steps"] += len(unit.members) * (progress.step - unit.start)
             done[unit.split] += len(unit.members) * len({row["step"] for row in progress.rows})
         return done

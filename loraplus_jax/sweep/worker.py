@@ -81,6 +81,7 @@ def run_on_worker(job: Job, unit: Unit) -> dict[str, Any]:
 
     def run(console: LineConsole) -> dict[str, Any]:
         reporter = _Reporter(unit_directory(job.directory, unit.name) / PROGRESS)
+        began = time.perf_counter()
         population = _prepare(job)
         return run_unit(
             population,
@@ -89,6 +90,8 @@ def run_on_worker(job: Job, unit: Unit) -> dict[str, Any]:
             console=console,
             allow_different=job.allow_different,
             tell=reporter.tell,
+            # On CPU cores a process runs further units, with what it has compiled.
+            began=began if job.cores is None else None,
         )
 
     return _guard(job, run)

@@ -49,6 +49,8 @@ class Killed(BaseException):
 class Service:
     """A tracker whose rows stay when the process ends."""
 
+    address = None
+
     def __init__(self):
         self.rows = []
 
