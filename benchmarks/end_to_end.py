@@ -364,7 +364,7 @@ def our_rows(
             text, size = (sum(n) for n in zip(*tokens[done:step], strict=True))
             row |= {"seconds": (step - done) / rate, "text": text, "size": size}
             done = step
-        for split, prefix in (("validation", "eval"), ("test", "test")):
+        for split, prefix in (("validation", "eval"), ("before/test", "test")):
             if (loss := values.get(f"{split}/loss")) is not None:
                 row["metrics"] = {f"{prefix}_loss": loss}
         rows.append(row)

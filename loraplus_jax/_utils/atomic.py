@@ -92,21 +92,14 @@ def _new_parents(path: Path) -> Iterator[None]:
 def temporary_directory(parent: Path | None = None) -> Iterator[Path]:
     """Yields a new hidden directory, which no other process uses, and removes it at the end.
 
-    If a signal ends the process, `remove_unfinished` removes it, and after a SIGKILL the next call for `parent`.
+    If a signal ends the process, `remove_unfinished` removes it, and after a SIGKILL `remove_leftovers`, which the
+    next call for `parent` begins with.
 
     Args:
       parent: where to make it; by default the system's directory for temporary files.
     """
-    parent, user = parent or Path(tempfile.gettempdir()), getattr(os, "geteuid", lambda: 0)()
-    for leftover in parent.glob(f"{PREFIX}*{STAGING}"):
-        with contextlib.suppress(OSError):
-            # In a directory that all users share, another one's may be a trap.
-            if not stat.S_ISDIR((status := leftover.lstat()).st_mode) or status.st_uid != user:
-                continue
-            lock, is_ours = _open_lock(leftover)
-            if is_ours:
-                _remove(leftover)
-            os.close(lock)
+    parent = parent or Path(tempfile.gettempdir())
+    remove_leftovers(parent)
     while True:
         staging = Path(tempfile.mkdtemp(prefix=PREFIX, suffix=STAGING, dir=parent))
         try:
@@ -127,6 +120,20 @@ def temporary_directory(parent: Path | None = None) -> Iterator[Path]:
             _unfinished.discard(staging)
             _remove(staging)
         os.close(lock)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Removes the hidden directories in `parent` of this user's processes that were killed."""
+    user = getattr(os, "geteuid", lambda: 0)()
+    for leftover in parent.glob(f"{PREFIX}*{STAGING}"):
+        with contextlib.suppress(OSError):
+            # In a directory that all users share, another one's may be a trap.
+            if not stat.S_ISDIR((status := leftover.lstat()).st_mode) or status.st_uid != user:
+                continue
+            lock, is_ours = _open_lock(leftover)
+            if is_ours:
+                _remove(leftover)
+            os.close(lock)
 
 
 def remove_unfinished() -> None:

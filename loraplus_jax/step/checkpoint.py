@@ -85,10 +85,19 @@ def describe_run(
         "config": None if config is None else config.to_json(),
         "specs": specs_to_json(specs),
         "base": base,
-        "jax_config": {name: getattr(jax.config, name) for name in NUMERICS},
+        "jax_config": numeric_options(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         **more,
     }
+
+
+def numeric_options() -> dict[str, Any]:
+    """The options of JAX that change the bits of a step.
+
+    Returns:
+      The value of each option in `NUMERICS`, by name.
+    """
+    return {name: getattr(jax.config, name) for name in NUMERICS}
 
 
 def open_manager(

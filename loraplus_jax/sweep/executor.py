@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from ..training.console import LineConsole
+from ..training.provenance import ORIGIN
 from .population import AbstractPopulation, Population, prepare_population
 from .settings import SweepRun
 from .unit import Progress, Unit, run_unit
@@ -22,13 +23,13 @@ class Opened(NamedTuple):
 
     Attributes:
       abstract: data, steps and shapes.
-      source: `base` and `identity` of the base and the data, which every unit must share.
+      origin: the `ORIGIN` of the results, which every unit must share.
       members_at_once: members that a device computes in parallel.
       group_size: most members of a unit.
     """
 
     abstract: AbstractPopulation
-    source: Mapping[str, Any]
+    origin: Mapping[str, Any]
     members_at_once: int
     group_size: int
 
@@ -101,8 +102,8 @@ class InProcess:
         size = min(group_size or most, most)
         self.population: Population | None = None  # before the next one is loaded
         self.population = population = prepare_population(run, size, members_at_once)
-        source = {name: population.metadata[name] for name in ("base", "identity")}
-        return Opened(population.abstract, source, population.programs.at_once, size)
+        origin = {name: population.metadata[name] for name in ORIGIN}
+        return Opened(population.abstract, origin, population.programs.at_once, size)
 
     def submit(self, sweep: Stages, unit: Unit) -> None:
         """Queues a unit."""

@@ -28,12 +28,12 @@ from ..step.fingerprints import fingerprint
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ignored_lines, lines_only
 from ..training.metrics_log import SUMMARY
-from ..training.provenance import check_identity
+from ..training.provenance import check_identity, read_result
 from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.run_files import read_summary, saved_steps
 from .executor import Executor, run_sweeps
 from .method_comparison_report import PICTURES, compare, draw
-from .population import abstract_population, identity_of, load_weights
+from .population import abstract_population, load_weights, origin_of
 from .report import PAGE, REPORT, WINNER, render_page, write_report
 from .run import Sweep, open_executor, sweep
 from .settings import Arm, SweepRun, Trial, grid_rates
@@ -149,17 +149,11 @@ def compare_runs(
         for name, one in runs.items():
             with _named(name):
                 abstract_population(one, lora.data)
-        if finished:  # what is not trained again must come from the base and the data that are there
-            identity, weights = identity_of(lora), fingerprint(load_weights(lora))
+        if finished:  # what is not trained again must have the origin of what is
+            weights = fingerprint(load_weights(lora))
             for name in finished:
-                path = _place(runs[name]) / REPORT
-                check_identity(
-                    path,
-                    read_record(path, limit=MAX_ROWS_BYTES),
-                    identity,
-                    weights=weights,
-                    allow=allow_different,
-                )
+                origin = origin_of(runs[name], lora, weights)
+                read_result(_place(runs[name]) / REPORT, origin, allow=allow_different)
         if (text := lora.data.unrelated) is not None and (cut := lora.data.truncated["unrelated"]):
             console.print(
                 f"sweep.unrelated_text: {cut:,} of {text.examples:,} texts truncated to data.max_length "
@@ -315,7 +309,7 @@ class MethodSweep(Sweep):
             "metric": self.abstract.data.task.metric,
             "mode": self.abstract.data.task.mode,
             "constant": dict(self.abstract.data.constant),
-            **self.source,
+            **self.origin,
         }
 
     def fail(self, step: int, diverged: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from ..data.fetch import resolve
 from ..models.checkpoints.hf import check_params, load_params
 from ..optim.lora_plus import LoRAPlusTransform
 from ..settings.schema import split_settings
-from ..step.checkpoint import describe_run
+from ..step.checkpoint import describe_run, numeric_options
 from ..step.fingerprints import fingerprint
 from ..step.population import MEMBER_AXIS, map_members
 from ..step.sharding import make_mesh, replicate
@@ -183,10 +183,15 @@ def load_weights(abstract: AbstractPopulation) -> Any:
     return load_params(abstract.directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
 
 
-def identity_of(abstract: AbstractPopulation) -> dict[str, Any]:
-    """The identity of the base, without its weights, and of the data."""
+def origin_of(run: SweepRun, abstract: AbstractPopulation, base: str) -> dict[str, Any]:
+    """The `ORIGIN` of a sweep's results; `base` is the fingerprint of the base's weights."""
     data = abstract.data
-    return model_identity(abstract.widest, abstract.directory, data.task) | {"data": data.digests}
+    return {
+        "base": base,
+        "identity": model_identity(abstract.widest, abstract.directory, data.task) | {"data": data.digests},
+        "settings": split_settings(run.to_json(), "", run.resumable_fields)[0],
+        "jax_config": numeric_options(),
+    }
 
 
 def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -> Population:
@@ -235,10 +240,8 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     metadata = describe_run(
         parts.specs,
         config,
-        base=base,
-        settings=split_settings(run.to_json(), "", run.resumable_fields)[0],
         task=data.task.notes(),
-        identity=identity_of(abstract),
+        **origin_of(run, abstract, base),
         **({} if start is None else {"start": fingerprint(start)}),
     )
     return Population(

@@ -25,7 +25,7 @@ from ..training.distributed import LostProcess
 from ..training.run_files import OWNER
 from ..training.signals import Stopped, StopSignal
 from .executor import Opened, Stages
-from .population import abstract_population, identity_of, load_weights
+from .population import abstract_population, load_weights, origin_of
 from .settings import SweepRun, SweepSettings
 from .unit import Unit
 from .worker import Job, measure, packages, read_progress, run_on_worker
@@ -33,6 +33,8 @@ from .worker import Job, measure, packages, read_progress, run_on_worker
 LOCAL, AUTO = "local", "auto"
 RETRIES = 20
 """How often a unit is started again after its worker was lost."""
+RETRY_SECONDS = 10.0
+"""How long Ray waits before it does. It notices only after some 15 s that a node is lost, and gives it tasks."""
 SAVE_SECONDS = 120.0
 """How long to wait for workers that save when the sweep is stopped."""
 POLL_SECONDS = 1.0
@@ -48,6 +50,8 @@ def connect(settings: SweepSettings, console: LineConsole) -> Generator["RayTask
       ValueError: there is no such cluster, or no node of it has what a worker needs.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # its lines about lost workers may go to a log file
+    os.environ.setdefault("RAY_task_retry_delay_ms", f"{1000 * RETRY_SECONDS:.0f}")
     is_local = settings.ray == LOCAL
     if is_local:
         # Ray's switch for computers whose firewalls ask about every open port: it uses the loopback interface only.
@@ -164,14 +168,14 @@ class RayTasks:
         model = to_json(run.to_json()["model"])
         if model not in self.weights:
             self.weights[model] = fingerprint(load_weights(abstract))
-        source = {"base": self.weights[model], "identity": identity_of(abstract)}
+        origin = origin_of(run, abstract, self.weights[model])
         path = expand_path("output_dir", run.output_dir)
         job = Job(
             settings=(type(run), run.to_json()),
             directory=path.absolute(),
             working_directory=Path.cwd(),
             owner=None,
-            source=source | {"packages": packages()},
+            source=origin | {"packages": packages()},
             members_at_once=1 if members_at_once is None and self.cores else members_at_once,
             group_size=min(group_size or most, most),
             cores=self.cores,
@@ -184,7 +188,7 @@ class RayTasks:
             job, devices = job._replace(members_at_once=measured["members_at_once"]), measured["devices"]
         at_once = job.members_at_once or 1
         self.jobs[path] = job = job._replace(group_size=min(group_size or at_once * (devices or 1), most))
-        return Opened(abstract, source, at_once, job.group_size)
+        return Opened(abstract, origin, at_once, job.group_size)
 
     def submit(self, sweep: Stages, unit: Unit) -> None:
         """Queues a unit in Ray."""

@@ -16,8 +16,7 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from .._utils.atomic import to_json, write_text
-from .._utils.json_files import MAX_ROWS_BYTES
+from .._utils.atomic import remove_leftovers, to_json, write_text
 from .._utils.records import read_record, write_record
 from ..settings.schema import GENERATION
 from ..settings.yaml_files import to_yaml
@@ -26,7 +25,7 @@ from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
 from ..training.estimate import Estimate, batches_of
 from ..training.metrics_log import METRICS, SUMMARY
-from ..training.provenance import check_identity
+from ..training.provenance import read_result
 from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.run_files import CHECKPOINTS
 from .edges import beyond
@@ -169,7 +168,7 @@ class Sweep:
         largest_group = max(map(len, seed_groups(run)))
         most = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
         opened = self.executor.open(run, most, recorded["members_at_once"], recorded["group_size"])
-        self.abstract, self.source, at_once, self.group_size = opened
+        self.abstract, self.origin, at_once, self.group_size = opened
         # Nothing is written before everything has been checked, compiled and loaded.
         self.output.claim()
         write_record(members_file, {"members_at_once": at_once, "group_size": self.group_size})
@@ -208,10 +207,10 @@ class Sweep:
             for last, trials in added.items():
                 stops = tuple(stop for stop in comparison_steps(self.run.sweep, self.steps) if stop <= last)
                 members = [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in self.run.seeds]
+                units = self.make_units("search", f"wider-{number}-{last}", members, 0, stops, {})
                 self.added += Counter(steps=len(members) * last, validation=len(members) * len(stops))
-                yield from self.run_stage(
-                    self.make_units("search", f"wider-{number}-{last}", members, 0, stops, {})
-                )
+                self.added["units"] += len(units)
+                yield from self.run_stage(units)
                 scores = mean_losses(row for row in self.rows if row["step"] == last)
                 best = {trial.arm: best_trial(scores, trial.arm) for trial in trials}
                 self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
@@ -266,7 +265,7 @@ class Sweep:
     def run_stage(self, units: Sequence[Unit]) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
         """Has units run, and records their rows."""
         self.units, self.progress = units, {unit: Progress(unit.start) for unit in units}
-        self.earlier, self.reached = self.rows, -1
+        self.earlier, self.reached, self.has_begun = self.rows, -1, False
         groups = f"{self.stage} of {len(units)} groups" if len(units) > 1 else self.stage
         total, done = len(units) * units[0].stops[-1], len(units) * units[0].start
         self.lines = ProgressLines(
@@ -286,7 +285,9 @@ class Sweep:
     def remove_checkpoints(self, units: Sequence[Unit]) -> None:
         """Removes the checkpoints of units from which none will continue; their results stay."""
         for unit in units:
-            shutil.rmtree(unit_directory(self.directory, unit.name) / CHECKPOINTS, ignore_errors=True)
+            path = unit_directory(self.directory, unit.name)
+            shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+            remove_leftovers(path)  # of a process that was killed as it wrote the result
 
     @property
     def stage(self) -> str:
@@ -294,13 +295,11 @@ class Sweep:
         return self.units[0].stage
 
     def stored_result(self, unit: Unit) -> dict[str, Any] | None:
-        """The result of a unit that has finished, from the same base, data and members."""
+        """The result of a unit that has finished, of the same origin and members."""
         path = unit_directory(self.directory, unit.name) / RESULT
         if not path.exists():
             return None
-        result = read_record(path, limit=MAX_ROWS_BYTES)
-        identity, weights = self.source["identity"], self.source["base"]
-        check_identity(path, result, identity, weights=weights, allow=self.allow_different)
+        result = read_result(path, self.origin, allow=self.allow_different)
         if not is_result_of(result, unit):
             raise ValueError(f"{path} is of other members; start over with --fresh")
         # Work of before, which says nothing about the speed from now on.
@@ -318,8 +317,10 @@ class Sweep:
         is_resumed = progress.resumed is not None and before.resumed is None
         if is_resumed:
             self.console.print(f"{self.title}resuming from step {progress.resumed} of the {unit.stage}")
-        if is_resumed or progress.step < before.step:  # after a worker was lost
+        # Also after a worker was lost, and when the first unit has been prepared: that is no step's time.
+        if is_resumed or progress.step < before.step or not self.has_begun:
             self.lines.restart(self.steps_done())
+            self.has_begun |= before.step < unit.stops[-1]  # not a result that is read back
         elif progress.step != before.step:
             self.lines.update(self.steps_done())
         is_new = (before.batch_seconds, before.step_seconds) != (
@@ -379,7 +380,11 @@ class Sweep:
         done = self.done + self.work_so_far()
         total = member_steps(members, stops) + self.added["steps"] + reported * steps - done["steps"]
         evaluations -= sum(done[split] * count for split, count in batches.items())
+        # Each unit that has not begun will be prepared, about as long as the one that was timed.
+        stages = [*members, *(len(run.arms) * len(seeds) for seeds in seed_groups(run))]
+        units = sum(-(-count // self.group_size) for count in stages) + self.added["units"] - done["units"]
         seconds = total * step_seconds + evaluations * progress.batch_seconds
+        seconds += max(0, units) * progress.preparation
         counts = {"training steps": total, "evaluation batches": evaluations}
         may_widen = run.sweep.widen > 0 and self.group < 0
         bounds = ["at most"] * bool(run.sweep.interim_seeds) + ["at least"] * may_widen
@@ -390,9 +395,11 @@ class Sweep:
         self.console.print(f"{self.title}{Estimate(seconds / workers, progress.memory, counts, bound, also)}")
 
     def work_so_far(self) -> Counter[str]:
-        """What the units of this stage have done: `steps`, and evaluations by split, each summed over members."""
+        """What the units of this stage have done: `units` that have begun, and, summed over members, `steps` and
+        evaluations by split."""
         done = Counter[str]()
         for unit, progress in self.progress.items():
+            done["units"] += progress != Progress(unit.start)
             done["steps"] += len(unit.members) * (progress.step - unit.start)
             done[unit.split] += len(unit.members) * len({row["step"] for row in progress.rows})
         return done
@@ -420,7 +427,8 @@ class Sweep:
             "constant": dict(data.constant),
         }
         report = make_report(self.run, self.rows, self.chosen, self.steps, data.task.metric, curve)
-        return report | dict(self.source)
+        # Not the settings: the report of the same numbers has the same bytes, wherever they were computed.
+        return report | {name: self.origin[name] for name in ("base", "identity")}
 
     def write_winner(self, trial: Trial) -> None:
         """Writes the config of a run with a chosen setting."""

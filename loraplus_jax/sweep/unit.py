@@ -28,7 +28,7 @@ from ..tasks.held_out_generation import HeldOutTexts
 from ..training.console import LineConsole
 from ..training.evaluation import finish_metrics
 from ..training.memory import expected_peak
-from ..training.provenance import checked_metadata
+from ..training.provenance import ORIGIN, checked_metadata, read_result
 from ..training.run_directory import OutputDirectory, lock_directory
 from ..training.run_files import CHECKPOINTS, UNITS
 from ..training.signals import Stopped, StopSignal
@@ -101,6 +101,7 @@ class Progress(NamedTuple):
       step_work: FLOPs of a step over those of an evaluation batch.
       eval_rows: rows of an evaluation batch.
       memory: expected peak memory in bytes.
+      preparation: seconds from the unit's start to its first step, if it is timed: compiling, and initial values.
     """
 
     step: int
@@ -111,6 +112,7 @@ class Progress(NamedTuple):
     step_work: float = 1.0
     eval_rows: int = 1
     memory: int = 0
+    preparation: float = 0.0
 
 
 def unit_directory(directory: Path, name: str) -> Path:
@@ -126,6 +128,7 @@ def run_unit(
     console: LineConsole,
     allow_different: Sequence[str] = (),
     tell: Callable[[Progress], None] = lambda progress: None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Runs or resumes a unit.
 
@@ -135,7 +138,8 @@ def run_unit(
       directory: the output directory of the sweep.
       console: where to print what happens to a damaged checkpoint, and whose texts are generated.
       allow_different: parts of the base model or data that may differ from those of its checkpoints.
-      tell: called after every step and evaluation.
+      tell: called at the start and after every step and evaluation.
+      began: when a process that runs only this unit began to load and compile, by `time.perf_counter`.
 
     Returns:
       The content of `result.json` in the unit's directory, which marks it as finished.
@@ -149,11 +153,11 @@ def run_unit(
         path.mkdir(parents=True, exist_ok=True)
         check = stack.enter_context(lock_directory(path, wait=LOCK_SECONDS))
         if (path / RESULT).exists():  # by another process while this one waited
-            return read_record(path / RESULT, limit=MAX_ROWS_BYTES)
+            return read_result(path / RESULT, population.metadata, allow=allow_different)
         signal = stack.enter_context(StopSignal())
         output = OutputDirectory(path, population.run, console, False, allow_different, (), stack, check)
         output.open_manager()
-        return _UnitRun(population, unit, output, tell, signal).run()
+        return _UnitRun(population, unit, output, tell, signal, began).run()
 
 
 class _UnitRun:
@@ -166,12 +170,14 @@ class _UnitRun:
         output: OutputDirectory,
         tell: Callable[[Progress], None],
         signal: StopSignal,
+        began: float | None,
     ) -> None:
         self.population, self.unit, self.output = population, unit, output
         self.signal, self._tell = signal, tell
         self.slots = DeviceSlots(population)
         self.progress, self.rows = Progress(unit.start), []
         self.seconds, self.started, self.timed_step = 0.0, time.perf_counter(), TIMED_STEP
+        self.began = self.started if began is None else began
         split, size = population.data.splits["train"], population.run.train.batch_size
         arrange = population.batches.arrange
         # Those of a single run with each seed.
@@ -208,7 +214,7 @@ class _UnitRun:
             "rows": self.rows,
             "seconds": self.seconds + time.perf_counter() - self.started,
             "devices": f"{self.population.mesh.size} x {jax.devices()[0].device_kind}",
-            **{name: self.population.metadata[name] for name in ("base", "identity")},
+            **{name: self.population.metadata[name] for name in ORIGIN},
             **scored,
         }
         self.output.check()
@@ -239,6 +245,7 @@ class _UnitRun:
             self.tell(step=int(restored.state.step), rows=self.rows, resumed=int(restored.state.step))
         else:
             self.slots.fill(first if unit.start == 0 else self.members_from_sources(first))
+            self.tell()
 
     def members_from_sources(self, first: dict[int, Members]) -> dict[int, Members]:
         """The members as the units before have left them."""
@@ -274,7 +281,10 @@ class _UnitRun:
         rows = self.population.batches.eval_rows
         memory = expected_peak((programs.step.largest, programs.evaluate), devices[0], len(devices))
         seconds = self.slots.time_evaluation(self.population.data.splits["validation"])
-        self.tell(memory=memory, batch_seconds=seconds, step_work=programs.step_work, eval_rows=rows)
+        work, preparation = programs.step_work, time.perf_counter() - self.began
+        self.tell(
+            memory=memory, batch_seconds=seconds, step_work=work, eval_rows=rows, preparation=preparation
+        )
 
     def train_to(self, stop: int) -> None:
         """Trains up to a step, saving at intervals and when a signal was received."""

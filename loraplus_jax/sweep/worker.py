@@ -19,7 +19,7 @@ from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import DIGEST, read_record, write_record
 from ..data.fetch import cache_dir
 from ..settings.parsing import settings_from_json
-from ..step.checkpoint import NUMERICS, PACKAGES, field_differences, join_first
+from ..step.checkpoint import PACKAGES, field_differences, join_first, numeric_options
 from ..training.console import LineConsole
 from ..training.run_files import OWNER
 from ..training.signals import Stopped
@@ -42,7 +42,7 @@ class Job(NamedTuple):
       directory: its output directory.
       working_directory: that of the driver, from which relative paths start.
       owner: the text by which a worker recognizes the driver's directory; None before the driver has written it.
-      source: `base`, `identity` and `packages` of the driver.
+      source: `ORIGIN` and `packages` of the driver.
       members_at_once: members that a device computes in parallel; None measures it.
       group_size: most members of a unit.
       cores: CPU cores to compute on, each a device with a thread of its own; None on other devices.
@@ -63,7 +63,7 @@ class Job(NamedTuple):
 def packages() -> dict[str, Any]:
     """What the results depend on beside settings and files: versions of packages, and JAX's numeric options."""
     versions = {name: importlib.metadata.version(name) for name in (*PACKAGES, "jaxlib", "numpy")}
-    return versions | {name: str(getattr(jax.config, name)) for name in NUMERICS}
+    return versions | numeric_options()
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -81,6 +81,7 @@ def run_on_worker(job: Job, unit: Unit) -> dict[str, Any]:
 
     def run(console: LineConsole) -> dict[str, Any]:
         reporter = _Reporter(unit_directory(job.directory, unit.name) / PROGRESS)
+        began = time.perf_counter()
         population = _prepare(job)
         return run_unit(
             population,
@@ -89,6 +90,8 @@ def run_on_worker(job: Job, unit: Unit) -> dict[str, Any]:
             console=console,
             allow_different=job.allow_different,
             tell=reporter.tell,
+            # On CPU cores a process runs further units, with what it has compiled.
+            began=began if job.cores is None else None,
         )
 
     return _guard(job, run)

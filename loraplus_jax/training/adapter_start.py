@@ -23,7 +23,7 @@ from ..quantization.packed_array import PackedArray, is_packed
 from ..settings.schema import Settings
 from ..step.sharding import Shardings, local_rows, shard_batch
 from ..tasks.interface import AdaptedModel, BatchPlan, LossFn, TaskData
-from .provenance import check_identity
+from .provenance import check_origin
 from .run_directory import START
 
 
@@ -33,13 +33,14 @@ def read_start(
     """The tree of factors that a run in this directory started from, if any.
 
     Raises:
-      ValueError: it is damaged, of other adapters, or was made with another base or data than `metadata` describes.
+      ValueError: it is damaged, of other adapters, or was made with another base, other data or other options of
+        JAX than `metadata` describes.
     """
     path = directory / START
     if not path.exists():
         return None
     start = load_adapter(path).lora
-    check_identity(path, read_adapter_json(path), metadata["identity"], weights=metadata["base"], allow=allow)
+    check_origin(path, read_adapter_json(path), metadata, allow=allow)
     check_factors(str(path), start, specs)
     return start
 

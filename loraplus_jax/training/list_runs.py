@@ -166,7 +166,8 @@ def best_row(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The best validation after a step by the decisive metric, and its step."""
     best = None
     for row in rows:
-        if "validation/loss" not in row or row["step"] == 0:  # before training there is nothing to select
+        # Earlier versions logged the evaluation before training by the same name.
+        if "validation/loss" not in row or row["step"] == 0:
             continue
         values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
         found = _pick(values) | {"split": "validation", "step": row["step"]}

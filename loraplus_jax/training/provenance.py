@@ -1,7 +1,8 @@
-"""What the result of a run depends on beside its settings: the base model's files and the data.
+"""What the result of a run depends on: the base model's files and the data, the settings, and JAX's options.
 
-The identity is saved with checkpoints and adapters. It is compared when a run resumes, by eval, predict, generate,
-export and `init_adapter`, and between processes.
+The identity of base and data is saved with checkpoints and adapters. It is compared when a run resumes, by eval,
+predict, generate, export and `init_adapter`, and between processes. Results that a run or sweep reads back have all
+of `ORIGIN`.
 """
 
 import dataclasses
@@ -12,6 +13,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from .._utils.json_files import MAX_ROWS_BYTES
+from .._utils.records import read_record
 from .._utils.validation import check_choice, to_plain
 from ..models.bert.config import BertConfig
 from ..models.checkpoints.hf import load_config
@@ -24,6 +27,8 @@ from ..tasks import causal_lm, encoder
 Identity = dict[str, Any]
 """JSON values by part, without the weights: their fingerprint is the metadata's `base`."""
 
+ORIGIN = ("base", "identity", "settings", "jax_config")
+"""What results that are read back record: names in the metadata of a run."""
 SPLITS = ("train", "validation", "test")
 PARTS = (
     "base.weights",
@@ -107,6 +112,37 @@ def check_identity(
             f"{source} was made with another {join_first(parts)}: {join_first(differences)}; restore it, or accept "
             f"the difference with {flags}"
         )
+
+
+def check_origin(
+    source: Path, record: Mapping[str, Any], origin: Mapping[str, Any], *, allow: Sequence[str] = ()
+) -> None:
+    """Raises ValueError if a record was made with another base, data, setting or option of JAX.
+
+    Parts that only one of them has are not compared, such as a setting that an earlier version did not have.
+
+    Args:
+      source: the record's file, for the message.
+      record: what was read.
+      origin: the current `ORIGIN`.
+      allow: parts of base and data that may differ, as in `--allow_different`.
+    """
+    check_identity(source, record, origin["identity"], weights=origin["base"], allow=allow)
+    saved, here = (
+        {name: each[name] for name in ("settings", "jax_config") if name in each} for each in (record, origin)
+    )
+    if differences := field_differences(_common(saved, here), _common(here, saved), ("there", "here")):
+        raise ValueError(
+            f"{source} does not match this run: {join_first(differences)}; resume with the same settings and the "
+            "same options of JAX, or start over with --fresh"
+        )
+
+
+def read_result(path: Path, origin: Mapping[str, Any], *, allow: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a record of results that this run continues from; raises ValueError as `check_origin` does."""
+    record = read_record(path, limit=MAX_ROWS_BYTES)
+    check_origin(path, record, origin, allow=allow)
+    return record
 
 
 def checked_metadata(

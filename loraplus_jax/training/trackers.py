@@ -26,7 +26,13 @@ SAVE_SECONDS = 1.0
 
 
 class Tracker(Protocol):
-    """A service with runs of scalars."""
+    """A service with runs of scalars.
+
+    Attributes:
+      address: after `start`, where the run is, to print; None prints nothing.
+    """
+
+    address: str | None
 
     def start(self, directory: Path, config: Mapping[str, Any], run_id: str | None) -> str:
         """Starts a run, or continues the one with this id; returns its id."""
@@ -46,6 +52,8 @@ class Wandb:
 
     def start(self, directory: Path, config: Mapping[str, Any], run_id: str | None) -> str:
         """See `Tracker`."""
+        # Otherwise about 30 lines, some before a run has settings; `Reports` prints the address.
+        os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # pyright: ignore[reportMissingImports]
 
         # By default it also uploads the console, the code, the git state and the machine's load.
@@ -72,6 +80,7 @@ class Wandb:
         )
         # Its own step counts calls and never falls.
         self._run.define_metric("*", step_metric="step")
+        self.address = self._run.settings.sync_dir if self._run.offline else self._run.url
         return self._run.id
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -85,6 +94,8 @@ class Wandb:
 
 class Mlflow:
     """MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME hold."""
+
+    address: str | None = None
 
     def start(self, directory: Path, config: Mapping[str, Any], run_id: str | None) -> str:
         """See `Tracker`."""
@@ -118,6 +129,8 @@ class Mlflow:
 
 class Trackio:
     """Trackio, whose run is known by its name; TRACKIO_PROJECT, TRACKIO_SPACE_ID and so on hold."""
+
+    address: str | None = None
 
     def start(self, directory: Path, config: Mapping[str, Any], run_id: str | None) -> str:
         """See `Tracker`."""
@@ -201,6 +214,8 @@ class Reports:
                 run_id = tracker.start(directory, config, old["id"])
                 self._known[name] = {"id": run_id, "used": False, "rows": old["rows"]}
                 self._running[name] = tracker
+                if tracker.address is not None:
+                    console.print(f"{name}: {tracker.address}")
         self._save()
 
     def catch_up(self) -> None:

@@ -204,10 +204,11 @@ class Trainer:
             add_metrics(self.manager, step, {k: v for k, v in rows[step].items() if k != "step"})
 
     def evaluate_before(self) -> dict[str, float]:
-        """Evaluates on held-out data before the first step."""
+        """Evaluates on held-out data before the first step, or returns what a resumed run logged then."""
         prefix = f"{self.held_out}/"
         # A resumed run has it in the log; its own state is past the first step.
         row = next((row for row in self.log.rows if row["step"] == 0), None)
+        is_resumed = row is not None
         if row is None:
             values = self.evaluate_timed()
             if not math.isfinite(values["loss"]):
@@ -215,16 +216,20 @@ class Trainer:
                     "the loss is not finite before training: check the weights, model.dtype and model.param_dtype"
                 )
             values |= self.score_texts(self.state.trainable, "before")
-            self.log.write(0, {prefix + key: value for key, value in values.items()})
+            self.log.write(0, {f"before/{prefix}{name}": value for name, value in values.items()})
             row = self.log.rows[-1]
         elif (remaining := self.run.steps - self.step) and (speeds := self.log.values("steps_per_second")):
             self.console.print(
                 f"{estimate_rest(remaining, [speed for _, speed in speeds], self.expected_peak())}"
             )
-        before = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
-        self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
+        # Earlier versions logged it without "before/".
+        before = {
+            name.removeprefix("before/").removeprefix(prefix): row[name] for name in row if name != "step"
+        }
         self.ask_prompt("before", self.initial)
-        self.print_answer("before")
+        if not is_resumed:
+            self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
+            self.print_answer("before")
         return before
 
     def evaluate_timed(self) -> dict[str, float]:
@@ -416,7 +421,7 @@ class Trainer:
         """Whether the last `train.early_stopping` evaluations after a step were all worse than the best of them."""
         patience = self.settings.early_stopping
         sign = 1 if self.task.mode == "max" else -1
-        # Without a test split the evaluation before training is of validation too, but it has no checkpoint.
+        # Earlier versions logged the evaluation before training as validation too, if there was no test split.
         values = [sign * value for step, value in self.log.values(f"validation/{self.task.metric}") if step]
         if patience is None or len(values) <= patience:
             return False
@@ -432,6 +437,9 @@ class Trainer:
                 self.state = best.state
         trainable, settings, specs = self.state.trainable, self.run.settings, self.run.parts.specs
         after = self.evaluate(trainable, self.held_out) | self.score_texts(trainable, "after")
+        # Without a test split: `validation/` has a row for each evaluation already.
+        prefix = "test/" if self.held_out == "test" else f"after/{self.held_out}/"
+        self.log.write(int(self.state.step), {prefix + name: value for name, value in after.items()})
         self.ask_prompt("after", trainable)
         # A collective, so every process takes part, though only the lead process writes.
         trained = gather_to_host(trainable)
@@ -461,8 +469,8 @@ class Trainer:
             "held_out": held_out | ({} if texts is None else {"inputs": len(texts.inputs)}),
             **{name: value for name, value in optional.items() if value},
             "method": settings.method,
-            "steps": self.log.rows[-1]["step"],
-            "stopped_early": self.log.rows[-1]["step"] < self.run.steps,
+            "steps": self.step,
+            "stopped_early": self.step < self.run.steps,
             "skipped_steps": int(sum(value for _, value in self.log.values("skipped"))),
             "selected_step": int(self.state.step),
             "trainable": trained,

@@ -31,12 +31,13 @@ def test_rows_of_a_run_by_hand():
     from end_to_end import our_rows, summarize
 
     events = [
-        (110.0, 0, {"test/loss": 2.0, "test/accuracy": 0.5}),
+        (110.0, 0, {"before/test/loss": 2.0, "before/test/accuracy": 0.5}),
         (114.0, 2, {"train/loss": 1.5, "train/steps_per_second": 0.5}),
         (117.0, 3, {"train/loss": 1.5, "train/steps_per_second": 1.0}),
         (119.5, 3, {"validation/loss": 1.25}),
         (121.5, 5, {"train/loss": 1.0, "train/steps_per_second": 1.0}),
         (122.0, 5, {"validation/loss": 0.75}),
+        (123.0, 5, {"test/loss": 0.875}),
     ]
     tokens = [(10, 20), (10, 20), (12, 20), (13, 20), (15, 20)]
     found = summarize(our_rows(events, tokens), started=100.0)

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from loraplus_jax.training import evaluation
+from loraplus_jax.training import evaluation, trackers, trainer
 from loraplus_jax.training.trainer import Trainer
 
 from ..marks import long
@@ -40,6 +40,57 @@ def test_a_signal_saves_and_the_same_command_ends_bit_identical(world, straight,
     assert world.train(*ODD) == 0
     assert_mentions(capsys.readouterr().out, "step 15 of 20")
     assert result_of(world.out) == straight
+
+
+class Killed(BaseException):
+    """What a kill is to a process, for one that continues."""
+
+
+class Service:
+    """A tracker whose rows stay when the process ends."""
+
+    address = None
+
+    def __init__(self):
+        self.rows = []
+
+    def start(self, directory, config, run_id):
+        return "id"
+
+    def log(self, step, values):
+        self.rows.append((step, *sorted(values)))
+
+    def finish(self, finished):
+        pass
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_its_summary_has_the_rows_of_a_straight_one(world, straight, capsys, monkeypatch):
+    service = Service()
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", lambda: service)  # pyright: ignore
+    monkeypatch.setattr(trainer, "check_trackers", lambda names: None)
+    reported = (*ODD, "--train.report_to", "[wandb]")
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "write_summary", kill)
+        with pytest.raises(Killed):
+            world.train(*reported)
+    rows = rows_of(world.out)
+    assert capsys.readouterr().out.count("before:") == 1
+    assert world.train(*reported) == 0
+    assert "before:" not in capsys.readouterr().out
+    assert rows_of(world.out) == rows
+    assert result_of(world.out) == straight
+    assert len(service.rows) == len({*service.rows}) == len(rows)
+    # Extended, it has the result of its new end alone; the service keeps both.
+    (first,) = column(world.out, "test/loss")
+    assert world.train(*reported, "--train.select", "last", "--train.steps", "24") == 0
+    assert column(world.out, "test/loss") == {24: summary_of(world.out)["after"]["loss"]}
+    assert [step for step, *names in service.rows if "test/loss" in names] == [first, 24]
+    assert len(service.rows) == len({*service.rows})
 
 
 @pytest.mark.slow

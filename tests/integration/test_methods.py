@@ -133,6 +133,17 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
         patch.setattr(comparing.MethodSweep, "open", interrupted)
         assert compare(world, "--sweep.widen", "1", methods=FEW) == 130
     before = {p: p.stat().st_mtime_ns for p in world.out.glob("*/report.json")}
+    # As in a directory that holds the methods of another comparison.
+    config = world.out / "config.yaml"
+    settings = config.read_text()
+    config.write_text(settings.replace("  steps: 8\n", "  steps: 12\n"))
+    capsys.readouterr()
+    assert compare(world, "--sweep.widen", "1", "--train.steps", "12", methods=FEW) == 2
+    assert_mentions(capsys.readouterr().err, "report.json", "settings.train.steps", 8, 12, "--fresh")
+    config.write_text(settings)
+    with jax.default_prng_impl("rbg"):
+        assert compare(world, "--sweep.widen", "1", methods=FEW) == 2
+    assert_mentions(capsys.readouterr().err, "report.json", "jax_default_prng_impl", "rbg")
     # The methods left have no checkpoint; the finished ones are compared.
     assert compare(world, "--sweep.widen", "1", "--allow_different", "data", methods=FEW) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())

@@ -78,8 +78,7 @@ def test_the_rows_of_metrics(finished):
     rows = lines_of(finished.out / "metrics.jsonl")
     assert list(column(finished.out, "loss")) == [5, 10, 15, 20, 25, 30, 35, 40]
     assert list(column(finished.out, "validation/accuracy")) == [20, 40]
-    assert list(column(finished.out, "test/accuracy")) == [0]
-    assert len(rows) == 1 + 8 + 2
+    assert len(rows) == 1 + 8 + 2 + 1
     trained = [row for row in rows if "loss" in row]
     roles = ("a", "b", "extra")
     for row in trained:
@@ -90,7 +89,9 @@ def test_the_rows_of_metrics(finished):
         assert all(math.isfinite(value) for value in row.values())
         assert row["rate/a"] == pytest.approx(5e-3, rel=1e-6)
     summary = summary_of(finished.out)
-    assert rows[0] == {"step": 0, **{f"test/{name}": value for name, value in summary["before"].items()}}
+    before, after = ({f"test/{name}": x for name, x in summary[when].items()} for when in ("before", "after"))
+    assert rows[0] == {"step": 0, **{f"before/{name}": value for name, value in before.items()}}
+    assert rows[-1] == {"step": summary["selected_step"], **after}
 
 
 def test_tensorboard_events_hold_the_same_numbers(finished):
@@ -305,7 +306,9 @@ def test_separate_files_without_a_test_split(world, capsys):
     assert "data: 120 train, 40 validation" in capsys.readouterr().out.splitlines()
     summary = summary_of(out)
     assert summary["held_out"] == {"split": "validation", "examples": 40}
-    assert column(out, "validation/loss")[0] == summary["before"]["loss"]
+    assert column(out, "before/validation/loss") == {0: summary["before"]["loss"]}
+    assert column(out, "after/validation/loss") == {summary["selected_step"]: summary["after"]["loss"]}
+    assert list(column(out, "validation/loss")) == [4, 8]
 
 
 @pytest.mark.slow

@@ -221,6 +221,28 @@ def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept,
     assert report_of(world.out) | paths == report_of(swept) | paths
 
 
+def test_results_under_other_options_of_jax_are_not_mixed(world, capsys, undrawn):
+    with pytest.MonkeyPatch.context() as patch:
+        stopping(patch, 16 + 1, killed)  # at the first step of the report, which has no checkpoint yet
+        with pytest.raises(Killed):
+            run_sweep(world)
+    results = {path: path.read_bytes() for path in world.out.glob("units/*/result.json")}
+    assert results
+    capsys.readouterr()
+    with jax.default_prng_impl("rbg"):
+        assert run_sweep(world) == 2
+    error = capsys.readouterr().err
+    assert_mentions(error, "result.json", "jax_default_prng_impl", "threefry2x32", "rbg")
+    assert error.count("\n") == 1
+    # What a process leaves that is killed as it writes a result.
+    leftover = next(iter(results)).with_name(".loraplus-0.partial")
+    leftover.mkdir()
+    (leftover / "lock").touch()
+    assert run_sweep(world) == 0
+    assert {path: path.read_bytes() for path in results} == results
+    assert not list(world.out.glob("units/*/*.partial"))
+
+
 def test_a_report_in_groups_trains_the_same_runs_and_resumes_in_each(world, swept, capsys, undrawn):
     options = ("--sweep.report_seeds", "3", "--sweep.interim_seeds", "[2]")
     for count in (16 + 3, 13 + 1):  # in the first group, and in the second after the rest of the first

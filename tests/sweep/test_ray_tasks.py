@@ -1,11 +1,15 @@
 """What a worker needs by Ray's names, and what is said without Ray. `tests/integration/test_ray.py` runs sweeps."""
 
+import os
 import sys
+import types
 
 import pytest
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.sweep.ray_tasks import worker_resources
+from loraplus_jax.sweep.ray_tasks import connect, worker_resources
+from loraplus_jax.sweep.settings import SweepSettings
+from loraplus_jax.training.console import LineConsole
 
 from ..messages import assert_mentions, mentions
 
@@ -44,6 +48,20 @@ def test_resources_that_no_node_has(worker, nodes):
 def test_memory_is_no_resource_of_a_worker():
     with pytest.raises(ValueError, match=mentions("sweep.worker", "memory")):
         worker_resources({"memory": 1e9}, [GPUS | {"memory": 1e12}])
+
+
+def test_ray_waits_before_it_tries_again_and_prints_no_colors(monkeypatch):
+    def init(**_):
+        raise RuntimeError(" ".join(os.environ[name] for name in names))
+
+    names = ("RAY_task_retry_delay_ms", "RAY_COLOR_PREFIX")
+    for name in (*names, "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.setenv(name, "")  # restored at the end
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=init))
+    settings = SweepSettings(ray="auto")
+    with pytest.raises(ValueError, match=mentions("10000 0")), connect(settings, LineConsole(quiet=True)):
+        pass
 
 
 def test_without_ray_a_line_says_how_to_install_it(config, capsys, monkeypatch, tmp_path):

@@ -26,7 +26,8 @@ class GivenLosses:
 
     def open(self, run, most, members_at_once, group_size):
         task = types.SimpleNamespace(metric="loss", derived=lambda values: {})
-        data = types.SimpleNamespace(task=task, examples={"test": 4}, summary=(), constant={})
+        splits = {name: {"x": [0.0] * 4} for name in ("validation", "test")}
+        data = types.SimpleNamespace(task=task, examples={"test": 4}, summary=(), constant={}, splits=splits)
         abstract = types.SimpleNamespace(data=data, steps=8, shapes=None)
         return Opened(abstract, {"base": None, "identity": {}}, 1, self.group_size or most)  # pyright: ignore
 
@@ -78,6 +79,51 @@ def test_the_search_selects_on_validation_and_the_report_tests(ended, option):
         arm: min(t.learning_rate * t.lr_ratio for t in run.trials if t.arm == arm) for arm in sweep.chosen
     }
     assert {arm: t.learning_rate * t.lr_ratio for arm, t in sweep.chosen.items()} == lowest
+
+
+class Timed(GivenLosses):
+    """Measures at the start of its first unit, which took 100 s to prepare; a batch takes half a second."""
+
+    workers = 1
+
+    def wait(self):
+        sweep, unit = self.queue[-1]
+        if unit.is_timed:
+            sweep.follow(unit, Progress(unit.start))
+            self.speed_since = sweep.lines.clock
+            sweep.follow(
+                unit, Progress(unit.start, batch_seconds=0.5, step_work=2.0, eval_rows=4, preparation=100.0)
+            )
+        return super().wait()
+
+
+def test_an_estimate_includes_the_preparation_of_the_units_that_follow(ended, monkeypatch):
+    seconds = []
+    monkeypatch.setattr("loraplus_jax.sweep.run.Estimate", lambda *values: seconds.append(values[0]))
+    # 2 settings for 8 steps and a validation; then 2 runs on 3 seeds for 8 steps, evaluated on 3 points.
+    options = ("method=grid", "learning_rates=[1e-3]", "lr_ratios=[4]", "curve_points=2", "control=false")
+    ended(Timed(2), *(f"--sweep.{option}" for option in options))
+    work = (2 + 6) * 8 * 1.0 + (2 + 6 * 3) * 0.5
+    assert seconds == [
+        work + 3 * 100.0
+    ]  # groups of two: one of the search, which has begun, and three of the report
+
+
+def test_the_speed_of_a_stage_counts_from_when_its_first_unit_is_prepared(ended, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(
+        "loraplus_jax.training.console.time", types.SimpleNamespace(perf_counter=lambda: now[0])
+    )
+    submit = Timed.submit
+
+    def prepared(self, sweep, unit):
+        now[0] += 1000.0
+        submit(self, sweep, unit)
+
+    monkeypatch.setattr(Timed, "submit", prepared)
+    executor = Timed()
+    ended(executor)
+    assert executor.speed_since == 1000.0
 
 
 def test_the_report_does_not_depend_on_the_groups_nor_on_which_ends_first(ended):

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
-from loraplus_jax.training.provenance import model_identity
+from loraplus_jax.training.provenance import check_origin, model_identity
 
 from ..integration import language_world as tiny
+from ..messages import mentions
 
 FILES = {
     "base": ("config.json", lambda config: config | {"rope_theta": 5e5}),
@@ -33,3 +34,34 @@ def test_a_changed_file_of_a_language_model_changes_its_part_alone(tmp_path, par
     after = model_identity(settings, tmp_path, None)
     assert before.keys() == after.keys() == FILES.keys()
     assert [part for part in FILES if before[part] != after[part]] == [part]
+
+
+ORIGIN = {
+    "base": "b1",
+    "identity": {"data": {"train": "d1"}},
+    "settings": {"train": {"steps": 8}},
+    "jax_config": {"jax_default_prng_impl": "threefry2x32"},
+}
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"base": "b2"}, ["base.weights", "--allow_different base.weights"]),
+        ({"identity": {"data": {"train": "d2"}}}, ["data.train", "--allow_different data"]),
+        ({"settings": {"train": {"steps": 9}}}, ["settings.train.steps", 8, 9, "--fresh"]),
+        (
+            {"jax_config": {"jax_default_prng_impl": "rbg"}},
+            ["jax_config.jax_default_prng_impl", "threefry2x32", "rbg", "--fresh"],
+        ),
+    ],
+)
+def test_results_of_another_origin_are_rejected(tmp_path, other, words):
+    check_origin(tmp_path, ORIGIN, ORIGIN)
+    with pytest.raises(ValueError, match=mentions(tmp_path, *words)):
+        check_origin(tmp_path, ORIGIN, ORIGIN | other)
+
+
+def test_what_an_earlier_version_did_not_record_is_not_compared(tmp_path):
+    saved = {name: ORIGIN[name] for name in ("base", "identity")} | {"settings": {"train": {}}}
+    check_origin(tmp_path, saved, ORIGIN)

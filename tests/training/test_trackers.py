@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import sys
 import types
 
@@ -24,6 +25,8 @@ CONFIG = {"seed": 0, "train": {"steps": 5}}
 
 class Service:
     """What a tracker has, in memory, as a service keeps it when the process ends."""
+
+    address = None
 
     def __init__(self):
         self.runs, self.closed, self.fails = {}, 0, False
@@ -166,6 +169,12 @@ def test_a_damaged_file_of_ids_ends_no_run_and_stays(tmp_path, service):
         assert (tmp_path / "trackers.json").read_text() == text
 
 
+def test_the_address_of_a_run_is_a_line(tmp_path, service):
+    service.address = "https://host/run"
+    (line,) = logged(tmp_path, [1])
+    assert_mentions(line, "wandb", "https://host/run")
+
+
 def test_a_password_in_an_address_is_not_printed(tmp_path, service):
     def fail(*args):
         raise OSError("http://user:secret@host/api failed")
@@ -261,8 +270,10 @@ def used(name, tmp_path, run_id):
 @pytest.mark.parametrize("run_id", [None, "abc"])
 def test_wandb(tmp_path, monkeypatch, run_id):
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "")  # restored at the end
+    monkeypatch.delenv("WANDB_SILENT")
     run = Recorder("run")
-    run.id = "given"
+    run.id, run.offline, run.url = "given", False, "https://wandb/given"
     wandb = module(monkeypatch, "wandb", init=run)
     assert used("wandb", tmp_path, run_id) == "given"
     ((_, init),) = wandb.of("init")
@@ -270,6 +281,7 @@ def test_wandb(tmp_path, monkeypatch, run_id):
     assert (init["resume"], init["config"], init["project"]) == ("allow", CONFIG, "loraplus_jax")
     ((_, settings),) = wandb.of("Settings")
     assert (settings.pop("console"), settings.pop("x_save_requirements")) == ("off", False)
+    assert os.environ["WANDB_SILENT"] == "true"
     assert set(settings.values()) == {True}
     assert all("disable" in name for name in settings)
     assert run.of("define_metric") == [(("*",), {"step_metric": "step"})]
@@ -341,10 +353,12 @@ def test_real_trackio(tmp_path, monkeypatch):
     assert [(row["step"], row["train/loss"]) for row in rows] == [(n, float(n)) for n in (1, 2, 3, 4)]
 
 
-def test_real_wandb_offline(tmp_path, monkeypatch):
+def test_real_wandb_offline(tmp_path, monkeypatch, capfd):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    logged(tmp_path, [1, 2, 3], names=["wandb"])
+    (line,) = logged(tmp_path, [1, 2, 3], names=["wandb"])
+    assert line.startswith(f"wandb: {tmp_path}/wandb/offline-run-")
+    assert capfd.readouterr() == ("", "")
     logged(tmp_path, [3, 4], keep=2, names=["wandb"])
     files = [path for path in tmp_path.glob("wandb/offline-run-*/files/**/*") if path.is_file()]
     assert not files  # neither code nor the list of packages

@@ -67,7 +67,7 @@ def test_early_stopping_counts_evaluations_without_a_better_one(values, patience
     assert Trainer.should_stop(trainer(values, patience)) is stops  # pyright: ignore
     down = trainer([-value for value in values], patience, "min")
     assert Trainer.should_stop(down) is stops  # pyright: ignore
-    # Without a test split, validation is evaluated before training too.
+    # Earlier versions logged the evaluation before training by the same name, if there was no test split.
     for value in (-9.0, 9.0):
         assert Trainer.should_stop(trainer(values, patience, before=[value])) is stops  # pyright: ignore
 
@@ -149,8 +149,9 @@ def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(make
     rows = _rows(run)
     evaluated = [(row["step"], name, row[name]) for row in rows for name in row if name.endswith("/loss")]
     assert evaluated == [
-        (0, "test/loss", 16.0),
+        (0, "before/test/loss", 16.0),
         *((n, "validation/loss", (n - 2.0) ** 2) for n in range(1, 6)),
+        (selected, "test/loss", (selected - 4.0) ** 2),
     ]
     assert (summary["held_out"]["split"], summary["examples"]) == ("test", run.data.examples)
     assert (summary["before"]["loss"], summary["selected_step"]) == (16.0, selected)
