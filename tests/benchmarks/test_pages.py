@@ -63,42 +63,6 @@ def test_no_best_rate_of_the_summary_is_at_the_edge_of_its_range(benchmarks):
             assert not study["methods"][name]["at_the_edge"], (title, name)
 
 
-def test_a_table_without_a_place_on_the_page_is_an_error(benchmarks):
-    import results_page
-
-    tables = results_page.read()
-    study = next(iter(tables["glue"].values()))
-    page = (DOCS / "results.md").read_text(encoding="utf-8")
-    rows, mean = results_page.summary_lines(tables)
-    # CoLA on other seeds is no further data set.
-    again = {**tables, "repeat": {"CoLA": study, "CoLA, seeds 8 to 9": study}}
-    assert results_page.summary_lines(again)[0] == rows
-    assert "with CoLA and ARC-Easy [on other" in mean
-    assert "with CoLA [on other" in results_page.summary_lines(again)[1]
-    with pytest.raises(ValueError, match="0 blocks of repeat"):
-        results_page.filled(page.replace("<!-- repeat -->", ""), again)
-    again_on_page = results_page.filled(page, again)
-    assert again_on_page.count("### CoLA\n") == 2
-
-
-def test_a_data_set_measured_twice_counts_with_both_studies(benchmarks):
-    import results_page
-
-    glue, repeat = (results_page.read()[name] for name in ("glue", "repeat"))
-    first, second, other = glue["CoLA"], repeat["CoLA, seeds 100 to 105"], glue["STS-B"]
-    tables = {"glue": {"CoLA": first, "STS-B": other}, "repeat": {"CoLA, seeds 8 to 9": second}}
-    lines = results_page.summary_lines(tables)
-    # A comparison of many methods on the same data is no further data set.
-    assert results_page.summary_lines({**tables, "methods": {"STS-B": first}}) == lines
-    mean = lines[1]
-    both, alone = (
-        results_page.interval(results_page.overall([studies, [other]], "test_metric"), "+.4f")
-        for studies in ([first, second], [first])
-    )
-    assert f"gain in the metric {both}, without these repetitions {alone};" in mean
-    assert both != alone
-
-
 def report(gains, ratios, confidence=0.95):
     """A study of which `overall` reads the intervals of LoRA+ against LoRA."""
     measures = {"test_metric": t_interval(gains, confidence)}
@@ -167,23 +131,6 @@ def test_steps_are_only_counted_on_curves_with_enough_points():
     assert counts_steps(study)
 
 
-def test_the_mean_of_steps_leaves_out_curves_that_do_not_count_them(benchmarks):
-    import results_page
-
-    study = results_page.read()["glue"]["CoLA"]
-    coarse = json.loads(json.dumps(study))
-    for method in coarse["methods"].values():
-        for run in method["runs"]:
-            run["curve"] = [run["curve"][0], run["curve"][-1]]
-    alone, both = (
-        results_page.summary_lines({"glue": {"CoLA": study, "other": other}})[-1] for other in (coarse, study)
-    )
-    assert "steps, on 1 of them, 1.30 [0.70, 2.42]." in alone
-    assert "steps, on 2 of them, 1.30 [0.93, 1.81]." in both
-    none = results_page.summary_lines({"glue": {"CoLA": coarse, "other": coarse}})[-1]
-    assert none.endswith("on 0 of them, –. Intervals of 98.3 % each.")
-
-
 def test_convergence_has_the_steps_of_each_method_against_its_own_lora(benchmarks):
     import results_page
 
@@ -194,18 +141,8 @@ def test_convergence_has_the_steps_of_each_method_against_its_own_lora(benchmark
     found = [methods["lora_plus"], methods["full"], a_zero["lambda_64"]]
     means = [f"{method['against_lora']['steps_ratio']['mean']:.2f}" for method in found]
     assert [cell.split(" [")[0] for cell in cola.values()] == ["CoLA", "720", *means]
-    # RTE is not learned, so its curves say nothing; without λ's study there is a dash.
+    # RTE is not learned, so its curves say nothing.
     assert "RTE" not in block
-    (alone,) = results_page.convergence_lines({**tables, "lambda": {}})
-    assert all(line.endswith("| – |") for line in alone.splitlines()[2:])
-    # A study of another table counts too, and may lack a method.
-    bare = json.loads(json.dumps({"chat": {"chats": tables["glue"]["STS-B"]}, "lambda": {}}))
-    del bare["chat"]["chats"]["methods"]["full"]
-    (other,) = results_page.convergence_lines(bare)
-    (row,) = map(cells, other.splitlines()[2:])
-    assert row[0] == "chats"
-    assert row[2].startswith("1.06")
-    assert row[3:] == ["–", "–"]
 
 
 def test_the_levels_without_training_come_first(benchmarks):
@@ -217,45 +154,6 @@ def test_the_levels_without_training_come_first(benchmarks):
     assert constant[:5] == ["constant answer", "–", "–", "0.0000", "–"]
     assert before[:6] == ["before training", "–", "–", "0.0625", "–", "0.7500"]
     assert lora[0] == "LoRA"
-
-
-def test_what_a_method_forgets_has_a_table_of_its_own(benchmarks):
-    import results_page
-
-    report = json.loads(json.dumps(next(iter(results_page.read()["glue"].values()))))
-    report["protocol"]["unrelated_text"] = "2 texts"
-    change = {"mean": 0.25, "low": 0.125, "high": 0.375}
-    for method in report["methods"].values():
-        method["unrelated"] = {"perplexity_before": 2.0, "perplexity_after": 3.0, "change": change}
-        method["unrelated"]["against_lora"] = change
-    (*_, head, lines) = results_page.study_lines("CoLA", report)
-    assert head.startswith("2 texts")
-    _, _, lora, lora_plus, *_ = map(cells, lines.splitlines())
-    assert lora == ["LoRA", "2.0000", "3.0000", "+0.2500 [+0.1250, +0.3750]", "–"]
-    assert lora_plus[-1] == "+0.2500 [+0.1250, +0.3750]"
-
-
-def test_both_starts_are_compared_by_seed_at_the_lambda_that_the_search_chose(benchmarks):
-    from results_page import start_lines
-
-    def method(label, found, *losses):
-        runs = [{"seed": seed, "test": {"loss": loss}} for seed, loss in enumerate(losses)]
-        return {"label": label, "search": [{"loss": found}, {"loss": None}], "runs": runs}
-
-    b_zero = {"lora": method("λ = 1", 0.1, 1.0, 2.0)}
-    a_zero = {
-        "lora": method("λ = 1", 0.5, 1.5, 2.5),
-        "lambda_2": method("λ = 2", 0.3, 1.25, 2.25),
-        "lambda_64": method("λ = 64", 0.4, 0.5, 1.5),
-    }
-    studies = {"X, B zero": {"methods": b_zero}, "X, A zero": {"methods": a_zero}}
-    (line,) = start_lines(studies)
-    assert "X: " in line
-    assert (
-        "+0.5000 [+0.5000, +0.5000] for λ = 1, −0.5000 [−0.5000, −0.5000] for λ = 64, and +0.2500 [" in line
-    )
-    assert "+0.2500] for λ = 2, which has the lowest validation loss (2 paired seeds" in line
-    assert start_lines({"X, B zero": {"methods": b_zero}}) == []
 
 
 def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):
@@ -287,6 +185,29 @@ def test_losses_over_the_ratio_are_shares_of_those_at_ratio_1(benchmarks):
         }
     }
     assert loss_by_ratio(report) == [(1, 0, 0, 0), (2, -4, -6, -2), (8, 2, -2, 6)]
+
+
+def test_both_starts_are_compared_by_seed_at_the_lambda_that_the_search_chose(benchmarks):
+    from results_page import start_lines
+
+    def method(label, found, *losses):
+        runs = [{"seed": seed, "test": {"loss": loss}} for seed, loss in enumerate(losses)]
+        return {"label": label, "search": [{"loss": found}, {"loss": None}], "runs": runs}
+
+    b_zero = {"lora": method("λ = 1", 0.1, 1.0, 2.0)}
+    a_zero = {
+        "lora": method("λ = 1", 0.5, 1.5, 2.5),
+        "lambda_2": method("λ = 2", 0.3, 1.25, 2.25),
+        "lambda_64": method("λ = 64", 0.4, 0.5, 1.5),
+    }
+    studies = {"X, B zero": {"methods": b_zero}, "X, A zero": {"methods": a_zero}}
+    (line,) = start_lines(studies)
+    assert "X: " in line
+    assert (
+        "+0.5000 [+0.5000, +0.5000] for λ = 1, −0.5000 [−0.5000, −0.5000] for λ = 64, and +0.2500 [" in line
+    )
+    assert "+0.2500] for λ = 2, which has the lowest validation loss (2 paired seeds" in line
+    assert start_lines({"X, B zero": {"methods": b_zero}}) == []
 
 
 def test_each_method_is_compared_at_its_own_best_batch(benchmarks):
