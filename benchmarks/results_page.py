@@ -3,7 +3,8 @@
     python benchmarks/results_page.py
 
 On the page, what stands between `<!-- NAME -->` and `<!-- end of NAME -->` is replaced by the table NAME of
-`tables.py`, and between those of `summary` and `convergence` by one line for each data set.
+`tables.py`; between those of `summary` by one line for each data set, and of `settings` by one line for each study.
+The files have more: every run, its curve, scores of texts, the loss on unrelated texts.
 """
 
 import json
@@ -21,7 +22,6 @@ from tables import STUDIES
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from loraplus_jax._utils.atomic import write_text
-from loraplus_jax.sweep.method_comparison_report import verdict
 from loraplus_jax.sweep.statistics import t_interval
 from loraplus_jax.training.metrics_log import pyplot, save_figure
 
@@ -70,114 +70,94 @@ def counts_steps(report: Report) -> bool:
     return all(len(run["curve"]) > MIN_POINTS for run in runs)
 
 
-def protocol_line(report: Report) -> str:
-    """How a study was run."""
-    p, ran_on = report["protocol"], report["machine"]
-    size, length = p["batch"]
-    # Some tried more than others, where `sweep.widen` added rates.
-    counts = sorted({method["settings"] for method in report["methods"].values()})
-    settings = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
-    together = " each: those of test loss hold together with 95 %" if p["confidence"] > 0.95 else ""
-    dtype = "" if p["dtype"] == "float32" else f" in {p['dtype']}"
-    return (
-        f"{p['model']}{dtype}, {p['steps']:,} steps of {size} rows of up to {length} tokens; {settings} settings a "
-        f"method, reported on {len(p['report_seeds'])} other seeds and {p['test_rows']:,} test examples. Intervals "
-        f"of {100 * p['confidence']:.1f} %{together}. "
-        f"{p['hours']:.1f} hours of training and evaluation on {ran_on['processor']} {ran_on['cores']} cores."
-    )
+def significant(estimate: Mapping[str, Any] | None, form: str, equal: float = 0.0) -> str:
+    """A mean and its interval, bold if the interval excludes the value of equal methods; or a dash."""
+    text = interval(estimate, form)
+    if estimate is None or text == "–" or estimate["low"] <= equal <= estimate["high"]:
+        return text
+    return f"**{text}**"
 
 
-def method_row(report: Report, method: Report) -> dict[str, str]:
-    """A method's line of a study."""
+def method_row(title: str, report: Report, method: Report, named: bool) -> dict[str, str]:
+    """A method's line of a study; `named` gives its score the name of the metric."""
     chosen, against, metric = method["chosen"], method["against_lora"], report["protocol"]["metric"]
     star = {name: "*" if name in method["at_the_edge"] else "" for name in ("learning_rate", "lr_ratio")}
-    cost = method["cost"]
+    score = "score" if named else metric
     return {
+        "data": title,
         "method": method["label"],
         "η_A": f"{chosen['learning_rate']:g}{star['learning_rate']}" if chosen else "–",
         "λ": f"{chosen['lr_ratio']:g}{star['lr_ratio']}" if chosen else "–",
-        metric: number(method["metric"]),
-        f"{metric} − LoRA's": interval(against and against["test_metric"], "+.4f"),
+        score: f"{metric} " * named + number(method["metric"]),
+        f"{score} − LoRA's": significant(against and against["test_metric"], "+.4f"),
         "test loss": number(method["loss"]),
-        "loss − LoRA's": interval(against and against["test_loss"], "+.4f"),
-        "speedup in steps": interval(against and against["steps_ratio"], ".2f")
+        "loss − LoRA's": significant(against and against["test_loss"], "+.4f"),
+        "speedup in steps": significant(against and against["steps_ratio"], ".2f", 1.0)
         if counts_steps(report)
         else "–",
-        "seconds": number(
-            cost and cost["step_seconds"] and cost["step_seconds"] * report["protocol"]["steps"], ".0f"
-        ),
     }
 
 
-def study_lines(title: str, report: Report) -> list[str]:
-    """A study: what it found, how it was run, a line a method, scores of texts, and what was forgotten."""
-    protocol, metric = report["protocol"], report["protocol"]["metric"]
-    # The first studies had no row before training.
-    known = {"constant answer": protocol["constant"], "before training": protocol.get("untrained", {})}
+def study_lines(studies: Mapping[str, Report]) -> list[str]:
+    """The table of a section: a line for each method of each of its studies, named in the first of its lines."""
+    named = len({report["protocol"]["metric"] for report in studies.values()}) > 1
     rows = [
-        {"method": name, metric: number(values[metric]), "test loss": number(values.get("loss"))}
-        for name, values in known.items()
-        if metric in values
+        method_row("" if n else title, report, method, named)
+        for title, report in studies.items()
+        for n, method in enumerate(report["methods"].values())
     ]
-    rows += [method_row(report, method) for method in report["methods"].values()]
-    # Of the file's numbers, in today's words.
-    found = verdict(report["methods"], protocol["confidence"])
-    if "A zero" in title:
-        found = found.replace("tuned LoRA", "tuned λ = 1 with A zero")
-    lines = [f"### {title}", found.replace(" -", " −").replace("[-", "[−"), protocol_line(report)]
-    lines.append(table([{name: row.get(name, "–") for name in rows[-1]} for row in rows]))
-    if texts := [m for m in report["methods"].values() if m.get("text_scores")]:
-        scored = []
-        for method in texts:
-            row = {"method": method["label"]}
-            for name, score in method["text_scores"].items():
-                row[name] = number(score["mean"], ".2f")
-                row[f"{name} − LoRA's"] = interval(method["against_lora"] and score["gain"], "+.2f")
-            scored.append(row)
-        lines += [f"The texts for {report['protocol']['texts']} test inputs:", table(scored)]
-    if forgetting := [forgetting_row(m) for m in report["methods"].values() if m.get("unrelated")]:
-        lines += [f"{report['protocol']['unrelated_text']}, which no run trained on:", table(forgetting)]
-    return lines
+    return [table(rows)]
 
 
-def forgetting_row(method: Report) -> dict[str, str]:
-    """A method's line of what it forgets."""
-    measured = method["unrelated"]
-    return {
-        "method": method["label"],
-        "perplexity before": number(measured["perplexity_before"], "#.5g"),
-        "after": number(measured["perplexity_after"], "#.5g"),
-        "change of the loss": interval(measured["change"], "+.4f"),
-        "change − LoRA's": interval(method["against_lora"] and measured["against_lora"], "+.4f"),
-    }
+def settings_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
+    """How each study was run, and its levels without training: one table for the page."""
+    rows = []
+    for name, studies in tables.items():
+        for title, report in studies.items():
+            p = report["protocol"]
+            size, length = p["batch"]
+            # Some tried more than others, where `sweep.widen` added rates.
+            counts = sorted({method["settings"] for method in report["methods"].values()})
+            levels = {"constant answer": p["constant"], "before training": p.get("untrained", {})}
+            rows.append(
+                {
+                    "table": name,
+                    "data": title,
+                    "model": p["model"] + (", bfloat16" if p["dtype"] == "bfloat16" else ""),
+                    "steps": f"{p['steps']:,}",
+                    "rows × tokens": f"{size} × {length}",
+                    "settings": " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]]))),
+                    "report seeds": str(len(p["report_seeds"])),
+                    "test examples": f"{p['test_rows']:,}",
+                    "intervals, %": f"{100 * p['confidence']:.1f}",
+                    # The first studies did not measure the level before training.
+                    **{level: level_cell(values, p["metric"]) for level, values in levels.items()},
+                    "hours": f"{p['hours']:.1f}",
+                }
+            )
+    return [table(rows)]
 
 
-def batch_lines(studies: Mapping[str, Report]) -> list[str]:
-    """Each method at each number of rows in a batch, and both at the number that their own search chose."""
-    rows, best = [], {}
+def level_cell(values: Mapping[str, float], metric: str) -> str:
+    """A score and a loss without training, or a dash."""
+    known = {metric: values.get(metric), "loss": values.get("loss")}
+    return ", ".join(f"{name} {number(x)}" for name, x in known.items() if x is not None) or "–"
+
+
+def best_batch_line(studies: Mapping[str, Report]) -> str:
+    """LoRA+ against LoRA, each at the number of rows that its own search chose."""
+    best = {}
     for report in studies.values():
         for name in ("lora", "lora_plus"):
             method, size = report["methods"][name], report["protocol"]["batch"][0]
-            found = lowest(method)
-            rows.append(
-                {
-                    "method": method["label"],
-                    "rows": size,
-                    "steps": f"{report['protocol']['steps']:,}",
-                    "η_A": f"{method['chosen']['learning_rate']:.3g}",
-                    "validation loss": number(found),
-                    "test loss": number(method["loss"]),
-                }
-            )
-            if name not in best or found < best[name][0]:
-                best[name] = found, size, {run["seed"]: run["test"] for run in method["runs"]}
+            if name not in best or lowest(method) < best[name][0]:
+                best[name] = lowest(method), size, {run["seed"]: run["test"] for run in method["runs"]}
     (_, lora_rows, lora), (_, own_rows, own) = best["lora"], best["lora_plus"]
     difference = t_interval([own[seed]["loss"] - lora[seed]["loss"] for seed in lora], 0.95)
-    return [
-        table(sorted(rows, key=lambda row: (row["method"], row["rows"]))),
+    return (
         f"Each at its own best number of rows by validation loss, LoRA {lora_rows} and LoRA+ {own_rows}: test loss "
-        f"of LoRA+ minus LoRA's {interval(difference, '+.4f')} ({difference['pairs']} paired seeds).",
-    ]
+        f"of LoRA+ minus LoRA's {interval(difference, '+.4f')} ({difference['pairs']} paired seeds)."
+    )
 
 
 def beats_constant(report: Report) -> bool | None:
@@ -206,7 +186,7 @@ def start_lines(studies: Mapping[str, Report]) -> list[str]:
             for other in others
         )
         lines.append(
-            f"**Both starts**, {data}: test loss with A zero minus LoRA's with B zero, {one} for λ = 1, "
+            f"- {data}: {one} for λ = 1, "
             f"{fixed} for {a_zero['methods'][RECOMMENDED]['label']}, and {chosen} for "
             f"{a_zero['methods'][best]['label']}, which has the lowest validation loss ({len(lora)} paired seeds, "
             f"intervals of {100 * THREE:.1f} % each)."
@@ -283,9 +263,11 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
                 "steps": f"{report['protocol']['steps']:,}",
                 "metric": report["protocol"]["metric"],
                 "LoRA": number(report["methods"]["lora"]["metric"]),
-                "difference in metric": interval(against["test_metric"], "+.4f"),
-                "difference in loss, %": interval(relative_loss(report, "lora_plus"), "+.2f"),
-                "speedup in steps": interval(against["steps_ratio"], ".2f") if counts_steps(report) else "–",
+                "difference in metric": significant(against["test_metric"], "+.4f"),
+                "difference in loss, %": significant(relative_loss(report, "lora_plus"), "+.2f"),
+                "speedup in steps": significant(against["steps_ratio"], ".2f", 1.0)
+                if counts_steps(report)
+                else "–",
                 "above the constant answer": {True: "yes", False: "no", None: "–"}[above],
             }
         )
@@ -312,28 +294,6 @@ def with_curves(tables: Mapping[str, Mapping[str, Report]]) -> dict[str, Report]
         for title, report in found
         if beats_constant(report) is not False and counts_steps(report)
     }
-
-
-def convergence_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
-    """LoRA's steps over those of LoRA+, of full fine-tuning and, with A zero at the start, of a large λ."""
-
-    def ratio(report: Report, name: str) -> str:
-        method = report["methods"].get(name)
-        return "–" if method is None else interval(method["against_lora"]["steps_ratio"], ".2f")
-
-    rows = [
-        {
-            "data": title,
-            "steps": f"{report['protocol']['steps']:,}",
-            "LoRA+": ratio(report, "lora_plus"),
-            "full fine-tuning": ratio(report, "full"),
-            f"A zero: {RECOMMENDED.replace('lambda_', 'λ = ')} against λ = 1": ratio(
-                tables["lambda"].get(f"{title}, A zero", {"methods": {}}), RECOMMENDED
-            ),
-        }
-        for title, report in with_curves(tables).items()
-    ]
-    return [table(rows)]
 
 
 def panels_for(count: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
@@ -525,15 +485,18 @@ def overhead_lines() -> list[str]:
 
 def filled(page: str, tables: Mapping[str, Mapping[str, Report]]) -> str:
     """The page with every block filled."""
+    cola = tables["glue"]["CoLA"]
+    pair = {name: cola["methods"][name] for name in ("lora", "lora_plus")}
+    batch = {"CoLA, 32 rows": {**cola, "methods": pair}, **tables["batch"]}
+    batch = dict(sorted(batch.items(), key=lambda item: item[1]["protocol"]["batch"][0]))
     blocks = {
         "summary": summary_lines(tables),
-        "convergence": convergence_lines(tables),
         "overhead": overhead_lines(),
+        "settings": settings_lines(tables),
+        **{name: study_lines(studies) for name, studies in (tables | {"batch": batch}).items()},
     }
-    for name, studies in tables.items():
-        blocks[name] = [line for title, report in studies.items() for line in study_lines(title, report)]
-    blocks["lambda"] += start_lines(tables["lambda"])
-    blocks["batch"] += batch_lines({"CoLA": tables["glue"]["CoLA"], **tables["batch"]})
+    blocks["lambda"].append("\n".join(start_lines(tables["lambda"])))
+    blocks["batch"].append(best_batch_line(batch))
     for name, lines in blocks.items():
         start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         text = "\n\n".join([start, *lines, end])

@@ -55,16 +55,8 @@ VARIED: dict[str, tuple[Case, tuple[Any, ...]]] = {
 }
 
 
-class Made(NamedTuple):
-    """A compiled step, and a call that does it."""
-
-    program: jax.stages.Compiled
-    step: Callable[[], Any]
-    weights: int
-
-
-def make(case: Case) -> Made:
-    """The step of a case on random weights and tokens."""
+def make(case: Case) -> tuple[Callable[[], Any], dict[str, str]]:
+    """A call that does a step of a case on random weights and tokens; bytes of the base and of temporaries."""
     sizes = {"num_hidden_layers": case.layers, "vocab_size": case.vocabulary}
     config: Any = LlamaConfig.from_hf(load_config(MODEL) | sizes)
     net = Llama(config, remat="dots", attention=case.attention)  # type: ignore[arg-type]
@@ -82,32 +74,29 @@ def make(case: Case) -> Made:
     # Logits of 128 tokens stay in a core's cache.
     loss = LanguageTask(kind="instruction").loss_fn(model, chunk=128)
     states = [init_state({"lora": lora}, tx, jax.random.key(3))]
-    program = jit_step(loss, tx).lower(states[0], base, batch).compile()
+    program: Any = jit_step(loss, tx).lower(states[0], base, batch).compile()
 
     def step() -> Any:
         states[0], metrics = program(states[0], base, batch)
         return states[0], metrics
 
-    return Made(program, step, sum(x.nbytes for x in jax.tree.leaves(base)))
+    weights, memory = sum(x.nbytes for x in jax.tree.leaves(base)), program.memory_analysis()
+    sizes = {"base": weights, "temporaries": memory.temp_size_in_bytes}
+    return step, {f"{name}, MB": f"{size / 1e6:.0f}" for name, size in sizes.items()}
 
 
 def measure(varied: str, first: Case, values: tuple[Any, ...], rounds: int) -> list[dict[str, Any]]:
     """The rows of a group."""
     made = {value: make(first._replace(**{varied: value})) for value in values}
-    runs = {value: timed(one.step, time.process_time) for value, one in made.items()}
+    runs = {value: timed(step, time.process_time) for value, (step, _) in made.items()}
     seconds, rows = take_turns(runs, rounds), []
-    for value, one in made.items():
-        memory: Any = one.program.memory_analysis()
-        rows.append(
-            {
-                "varied": varied,
-                "value": value,
-                "CPU time of a step, s": f"{np.median(seconds[value]):.3f}",
-                "CPU time / the first's": f"{median_ratio(seconds[value], seconds[values[0]]):.2f}",
-                "base, MB": f"{one.weights / 1e6:.0f}",
-                "temporaries, MB": f"{memory.temp_size_in_bytes / 1e6:.0f}",
-            }
-        )
+    for value, (_, sizes) in made.items():
+        ratio = median_ratio(seconds[value], seconds[values[0]])
+        times = {
+            "CPU time of a step, s": f"{np.median(seconds[value]):.3f}",
+            "CPU time / the first's": f"{ratio:.2f}",
+        }
+        rows.append({"varied": varied, "value": value, **times, **sizes})
     return rows
 
 

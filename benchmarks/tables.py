@@ -1,13 +1,6 @@
 """How do tuned methods compare with tuned LoRA? The tables of docs/results.md, one command a table.
 
-    python benchmarks/tables.py lambda --data DATA
-    python benchmarks/tables.py methods --data DATA
-    python benchmarks/tables.py glue --data DATA
-    python benchmarks/tables.py repeat --data DATA
-    python benchmarks/tables.py batch --data DATA
-    python benchmarks/tables.py chat
-    python benchmarks/tables.py commonsense --data DATA
-    python benchmarks/tables.py e2e --data DATA
+    python benchmarks/tables.py lambda --data DATA    # or methods, glue, repeat, batch, chat, commonsense, e2e
 
 DATA holds `glue` (GLUE's own folders), `commonsense` (LLM-Adapters' folders) and `e2e` (E2E NLG's CSV files). A
 table tunes its methods on equal budgets and compares them with tuned LoRA on other seeds. The same command resumes,

@@ -135,6 +135,19 @@ def write_commands(directory: Path) -> None:
     (directory / "commands.md").write_text("\n".join(lines) + "\n")
 
 
+def write_examples(directory: Path) -> None:
+    """The example scripts, each of which begins with what it shows."""
+    lines = [
+        "# Examples",
+        "",
+        "Whole scripts, each run by the tests. They use small models with random weights and need no",
+    ]
+    lines += ["download, except for the libraries that they name.", ""]
+    for path in sorted((HERE.parent / "examples").glob("*.py")):
+        lines += [f"## {path.stem}", "", f"```{{literalinclude}} ../../examples/{path.name}", "```", ""]
+    (directory / "examples.md").write_text("\n".join(lines))
+
+
 ERRORS = {
     "runs": ("training", "tasks", "_utils"),
     "settings": ("settings", "cli"),
@@ -175,7 +188,7 @@ def generate(directory: Path = HERE / "reference") -> None:
     """Writes the generated pages anew: a page of a name that is gone would stay."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    for write in (write_commands, write_settings, write_errors):
+    for write in (write_commands, write_settings, write_examples, write_errors):
         write(directory)
     for name in ("changelog", "contributing"):
         (directory / f"{name}.md").write_text(f"```{{include}} ../../{name.upper()}.md\n```\n")

@@ -16,7 +16,7 @@ PUBLIC = ("adapter", "inits", "interop", "linen", "nnx", "optim", "quantization"
 """The packages whose functions users call; the rest is the application."""
 OTHER_LINES = "using 2 of 16 GPUs, out of memory, is not installed; run pip install 'loraplus_jax[train]'"
 """What commands print beside errors; other tests pin it."""
-ELSEWHERE = {"vision", "tunix"}  # tests/others has the packages that these pages need
+ELSEWHERE = {"vision"}  # tests/others has the packages that this page needs
 TABS = [
     pytest.param(page.stem, tab, id=f"{page.stem} {tab}".strip())
     for page in PAGES
@@ -42,10 +42,15 @@ def test_the_blocks_of_a_page_run_from_top_to_bottom(page, tab, tmp_path, monkey
     run(page, tab)
 
 
-def test_the_page_on_tunix_is_the_example_that_tests_others_runs():
-    example = (DOCS.parent / "examples/08_tunix.py").read_text(encoding="utf-8")
-    code = "\n\n".join(blocks("tunix")[""])
-    assert code == example[example.index("import ") : example.index("\n\nif __name__")]
+def test_pages_that_include_an_example_show_its_code():
+    included = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, start in re.findall(r"```{literalinclude} (\S+)\n:start-at: (.+)\n", text):
+            code = (page.parent / name).read_text(encoding="utf-8")
+            assert code.count(start) == 1, (page.name, name)
+            included += 1
+    assert included
 
 
 def test_every_page_is_in_the_table_of_contents():
@@ -73,16 +78,16 @@ def test_notebooks_are_executed_and_draw_the_gallery():
         drawn |= set(re.findall(r"^:tags: \[gallery-(\w+)\]$", text, flags=re.M))
     index = (DOCS / "index.md").read_text(encoding="utf-8")
     assert set(re.findall(r'<img src="gallery/(\w+)\.png" alt=".+">', index)) == drawn
-    assert len(drawn) == 5
+    assert len(drawn) == 3
 
 
 @pytest.mark.parametrize(
     ("repository", "link", "command"),
     [
-        ("", '<a href="nnx_model.ipynb" download>', "raise ImportError("),
+        ("", '<a href="sweep.ipynb" download>', "raise ImportError("),
         (
             "me/fork",
-            "](https://colab.research.google.com/github/me/fork/blob/gh-pages/notebooks/nnx_model.ipynb)",
+            "](https://colab.research.google.com/github/me/fork/blob/gh-pages/notebooks/sweep.ipynb)",
             '%pip install -q "loraplus_jax[train] @ git+https://github.com/me/fork"',
         ),
     ],
@@ -94,7 +99,7 @@ def test_a_notebook_says_how_to_open_it_and_installs_the_package(
 
     monkeypatch.setattr(notebook_pages, "REPOSITORY", repository)
     source = ["---\nkernelspec:\n---\n\n# Title\n\n```{code-cell}\n# A comment\n```\n"]
-    notebook_pages.add_how_to_open(None, "notebooks/nnx_model", source)
+    notebook_pages.add_how_to_open(None, "notebooks/sweep", source)
     first, _, rest = source[0].partition("# Title\n\n")[2].partition("```\n\n")
     assert link in first
     assert "```{code-cell}\n:tags: [remove-cell]\n\nimport importlib.util\n" in first
@@ -184,8 +189,8 @@ def test_files_and_calls_that_contributing_names_exist():
     text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for name in re.findall(r"`([a-z0-9_/]+\.py)`", text):
         assert (root / "loraplus_jax" / name).exists() or (root / name).exists(), name
-    steps = re.findall(r"^\| \d+ \| `([^`]+)` \| `(\w+)` ", text, flags=re.M)
-    assert len(steps) > 10
+    steps = re.findall(r"(\w+/\w+\.py) +(\w+)", text.partition("## The path of a batch")[2])
+    assert len(steps) > 5
     for name, call in steps:
         source = (root / "loraplus_jax" / name).read_text(encoding="utf-8")
         assert re.search(rf"^ *(def|class) {call}\b", source, flags=re.M), (name, call)

@@ -39,7 +39,7 @@ def test_the_rows_of_the_performance_page_are_those_of_the_files(benchmarks):
         known = [figures(row, table[0]) for rows in files for row in rows]
         compared += bool(known)
         assert not known or all(figures(row, table[0]) in known for row in table)
-    assert compared == 9
+    assert compared == 4
 
 
 def test_the_results_page_is_what_its_files_give(benchmarks):
@@ -131,29 +131,80 @@ def test_steps_are_only_counted_on_curves_with_enough_points():
     assert counts_steps(study)
 
 
-def test_convergence_has_the_steps_of_each_method_against_its_own_lora(benchmarks):
+def test_curves_of_tasks_that_are_not_learned_are_not_drawn(benchmarks):
     import results_page
 
-    tables = results_page.read()
-    (block,) = results_page.convergence_lines(tables)
-    cola = dict(zip(*(cells(line) for line in block.splitlines()[::2][:2]), strict=True))
-    methods, a_zero = tables["glue"]["CoLA"]["methods"], tables["lambda"]["CoLA, A zero"]["methods"]
-    found = [methods["lora_plus"], methods["full"], a_zero["lambda_64"]]
-    means = [f"{method['against_lora']['steps_ratio']['mean']:.2f}" for method in found]
-    assert [cell.split(" [")[0] for cell in cola.values()] == ["CoLA", "720", *means]
-    # RTE is not learned, so its curves say nothing.
-    assert "RTE" not in block
+    glue = results_page.read()["glue"]
+    assert results_page.with_curves({"glue": glue}).keys() == glue.keys() - {"RTE"}
+    coarse = json.loads(json.dumps({"glue": {"STS-B": glue["STS-B"]}}))
+    for run in coarse["glue"]["STS-B"]["methods"]["lora"]["runs"]:
+        run["curve"] = run["curve"][:2]
+    assert not results_page.with_curves(coarse)
 
 
-def test_the_levels_without_training_come_first(benchmarks):
+def test_the_levels_without_training_are_in_the_table_of_settings(benchmarks):
     import results_page
 
     report = json.loads(json.dumps(results_page.read()["glue"]["CoLA"]))
     report["protocol"]["untrained"] = {"matthews": 0.0625, "loss": 0.75}
-    _, _, constant, before, lora, *_ = map(cells, results_page.study_lines("CoLA", report)[-1].splitlines())
-    assert constant[:5] == ["constant answer", "–", "–", "0.0000", "–"]
-    assert before[:6] == ["before training", "–", "–", "0.0625", "–", "0.7500"]
-    assert lora[0] == "LoRA"
+    (block,) = results_page.settings_lines({"glue": {"CoLA": report}, "repeat": {"again": {**report}}})
+    head, _, first, second = map(cells, block.splitlines())
+    row = dict(zip(head, first, strict=True))
+    assert [row[n] for n in ("table", "data", "model", "steps")] == ["glue", "CoLA", "minilm", "720"]
+    assert [row[n] for n in ("settings", "intervals, %")] == ["5 to 6", "97.5"]
+    assert row["constant answer"] == "matthews 0.0000, loss 0.6185"
+    assert row["before training"] == "matthews 0.0625, loss 0.7500"
+    assert second[:2] == ["repeat", "again"]
+
+
+def test_significant_differences_are_bold(benchmarks):
+    from results_page import significant
+
+    def estimate(low, high):
+        return {"mean": 1.5, "low": low, "high": high}
+
+    assert significant(estimate(1.25, 2), ".2f") == "**1.50 [1.25, 2.00]**"
+    assert significant(estimate(-3, -1), ".0f") == "**2 [−3, −1]**"
+    assert significant(estimate(0, 2), ".2f") == "1.50 [0.00, 2.00]"
+    assert significant(estimate(0.5, 2), ".2f", 1.0) == "1.50 [0.50, 2.00]"
+    assert significant(None, ".2f") == significant(estimate(None, None), ".2f") == "–"
+
+
+def test_scores_are_named_where_a_section_has_several_metrics(benchmarks):
+    import results_page
+
+    glue = results_page.read()["glue"]
+    (block,) = results_page.study_lines({"CoLA": glue["CoLA"]})
+    head, _, lora, lora_plus, *_ = map(cells, block.splitlines())
+    assert head[4] == "matthews"
+    assert [lora[n] for n in (0, 1, 4)] == ["CoLA", "LoRA", "0.1993"]
+    assert [lora_plus[n] for n in (0, 1, 4)] == ["", "LoRA+", "0.2344"]
+    (block,) = results_page.study_lines({name: glue[name] for name in ("CoLA", "RTE")})
+    head, _, lora, *_ = map(cells, block.splitlines())
+    assert [head[4], lora[4]] == ["score", "matthews 0.1993"]
+
+
+def test_both_starts_are_compared_by_seed_at_the_lambda_that_the_search_chose(benchmarks):
+    from results_page import start_lines
+
+    def method(label, found, *losses):
+        runs = [{"seed": seed, "test": {"loss": loss}} for seed, loss in enumerate(losses)]
+        return {"label": label, "search": [{"loss": found}, {"loss": None}], "runs": runs}
+
+    b_zero = {"lora": method("λ = 1", 0.1, 1.0, 2.0)}
+    a_zero = {
+        "lora": method("λ = 1", 0.5, 1.5, 2.5),
+        "lambda_2": method("λ = 2", 0.3, 1.25, 2.25),
+        "lambda_64": method("λ = 64", 0.4, 0.5, 1.5),
+    }
+    studies = {"X, B zero": {"methods": b_zero}, "X, A zero": {"methods": a_zero}}
+    (line,) = start_lines(studies)
+    assert "X: " in line
+    assert (
+        "+0.5000 [+0.5000, +0.5000] for λ = 1, −0.5000 [−0.5000, −0.5000] for λ = 64, and +0.2500 [" in line
+    )
+    assert "+0.2500] for λ = 2, which has the lowest validation loss (2 paired seeds" in line
+    assert start_lines({"X, B zero": {"methods": b_zero}}) == []
 
 
 def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):
@@ -187,31 +238,8 @@ def test_losses_over_the_ratio_are_shares_of_those_at_ratio_1(benchmarks):
     assert loss_by_ratio(report) == [(1, 0, 0, 0), (2, -4, -6, -2), (8, 2, -2, 6)]
 
 
-def test_both_starts_are_compared_by_seed_at_the_lambda_that_the_search_chose(benchmarks):
-    from results_page import start_lines
-
-    def method(label, found, *losses):
-        runs = [{"seed": seed, "test": {"loss": loss}} for seed, loss in enumerate(losses)]
-        return {"label": label, "search": [{"loss": found}, {"loss": None}], "runs": runs}
-
-    b_zero = {"lora": method("λ = 1", 0.1, 1.0, 2.0)}
-    a_zero = {
-        "lora": method("λ = 1", 0.5, 1.5, 2.5),
-        "lambda_2": method("λ = 2", 0.3, 1.25, 2.25),
-        "lambda_64": method("λ = 64", 0.4, 0.5, 1.5),
-    }
-    studies = {"X, B zero": {"methods": b_zero}, "X, A zero": {"methods": a_zero}}
-    (line,) = start_lines(studies)
-    assert "X: " in line
-    assert (
-        "+0.5000 [+0.5000, +0.5000] for λ = 1, −0.5000 [−0.5000, −0.5000] for λ = 64, and +0.2500 [" in line
-    )
-    assert "+0.2500] for λ = 2, which has the lowest validation loss (2 paired seeds" in line
-    assert start_lines({"X, B zero": {"methods": b_zero}}) == []
-
-
 def test_each_method_is_compared_at_its_own_best_batch(benchmarks):
-    from results_page import batch_lines
+    from results_page import best_batch_line
 
     def study(size, lora, lora_plus):
         methods = {
@@ -232,7 +260,7 @@ def test_each_method_is_compared_at_its_own_best_batch(benchmarks):
         "a": study(8, (0.5, [0.6, 0.7]), (0.3, [0.4, 0.6])),
         "b": study(32, (0.4, [0.5, 0.7]), (0.6, [9, 9])),
     }
-    _, line = batch_lines(studies)
+    line = best_batch_line(studies)
     # Differences -0.1 and -0.1.
     assert "LoRA 32 and LoRA+ 8" in line
     assert "−0.1000 [−0.1000, −0.1000] (2 paired seeds)" in line
