@@ -23,18 +23,16 @@ def parse_options(
 ) -> argparse.Namespace:
     """The command line: `--NAME VALUE` for each default, of its type.
 
-    A tuple holds the choices, the default first; a list those of an argument without dashes.
+    A list holds the choices of an argument without dashes.
 
-    >>> parse_options(None, ["size", "--rounds", "3"], what=["time", "size"], rounds=7, backend=("cpu", "gpu"))
-    Namespace(what='size', rounds=3, backend='cpu')
+    >>> parse_options(None, ["size", "--rounds", "3"], what=["time", "size"], rounds=7)
+    Namespace(what='size', rounds=3)
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
     for name, value in options.items():
         if isinstance(value, list):
             parser.add_argument(name, choices=value)
-        elif isinstance(value, tuple):
-            parser.add_argument(f"--{name}", choices=value, default=value[0])
         elif value is False:
             parser.add_argument(f"--{name}", action="store_true")
         else:
@@ -42,11 +40,17 @@ def parse_options(
     return parser.parse_args(arguments)
 
 
-def use_backend(backend: str, threads: int = 2) -> None:
-    """Runs JAX on CPU cores, of this process and those that it starts `threads`, or on a GPU."""
-    if backend == "cpu":
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    jax.config.update("jax_platforms", "cuda" if backend == "gpu" else "cpu")
+def arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Settings, by dotted name, as on the command line."""
+    as_is = (str, Path)
+    pairs = ((name, str(v) if isinstance(v, as_is) else json.dumps(v)) for name, v in settings.items())
+    return [part for name, value in pairs for part in (f"--{name}", value)]
+
+
+def use_cpu(threads: int = 2) -> None:
+    """Runs JAX on CPU cores, of this process and those that it starts `threads`."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    jax.config.update("jax_platforms", "cpu")
 
 
 def take_turns(runs: Mapping[Any, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[Any, list[Any]]:

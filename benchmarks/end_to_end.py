@@ -4,8 +4,8 @@
     python benchmarks/end_to_end.py --data DATA --cases quickstart,cola --rounds 5
     python benchmarks/end_to_end.py --data DATA --rounds 1 --steps 10 --limit 64 --name quick    # a quick look
 
-DATA holds `glue` (GLUE's own folders) and `commonsense` (LLM-Adapters' folders). Needs peft, transformers and
-accelerate; chat and boolq also trl. In results/NAME.json, cases measured before on the same machine stay.
+DATA holds `glue` (GLUE's own folders). Needs peft, transformers and accelerate; chat also trl. In
+results/NAME.json, cases measured before on the same machine stay.
 
 Ours is `loraplus train` with the case's config. Peers are PEFT's LoRA+ in transformers' Trainer, its batches padded
 to their longest text, drawn at random or grouped by length; and in TRL's SFTTrainer, with its packing or without.
@@ -19,7 +19,6 @@ own. Steps are timed by rows of the log, without the first; their ratio is of se
 has no compiled programs of an earlier run. Peak memory is the process's highest resident set.
 """
 
-import contextlib
 import functools
 import importlib.metadata
 import itertools
@@ -30,22 +29,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from common import machine, median_ratio, parse_options, read_json, report, take_turns, use_backend
+from common import arguments, machine, median_ratio, parse_options, read_json, report, take_turns, use_cpu
 from end_to_end_peer import fingerprint
-from processes import ENVIRONMENT
 
 from loraplus_jax import save_adapter
 from loraplus_jax.data.batches import train_batches
 from loraplus_jax.data.fetch import resolve
 from loraplus_jax.data.glue import load_glue
 from loraplus_jax.data.labels import class_labels, label_names
-from loraplus_jax.data.multiple_choice import Question
 from loraplus_jax.data.splits import limit_splits, load_splits, split_files
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.settings.parsing import parse_settings
@@ -61,26 +58,33 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets")
 COMMAND = """
 import atexit, sys
 sys.path[:0] = {paths}
-from workers import peak_bytes
+from end_to_end_peer import peak_bytes
 atexit.register(lambda: open({result!r}, "w").write(str(peak_bytes())))
 from loraplus_jax.cli.__main__ import run
 run()
 """
 """The command `loraplus`, which at its end writes its peak memory."""
+ENVIRONMENT = {
+    # A program compiled by an earlier run would make the first step look fast.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "JAX_PLATFORMS": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+    "TOKENIZERS_PARALLELISM": "true",
+}
 
 
-class Run(NamedTuple):
-    """One implementation of a case.
+class Peer(NamedTuple):
+    """One of PEFT's runs.
 
     Attributes:
-      settings: further settings of ours, by dotted name; None for a peer.
       packing: whether batches are packed rows; for encoders not looked at.
-      by_length: whether a peer groups examples by length.
-      by_row: whether a peer's batch goes through the model row by row, by gradient accumulation: TRL joins packed
-        rows to one, whose attention masks all pairs of tokens of different rows.
+      by_length: whether it groups examples by length.
+      by_row: whether its batch goes through the model row by row, by gradient accumulation: TRL joins packed rows
+        to one, whose attention masks all pairs of tokens of different rows.
     """
 
-    settings: Mapping[str, Any] | None = None
     packing: bool = False
     by_length: bool = False
     by_row: bool = False
@@ -92,52 +96,31 @@ class Case(NamedTuple):
     Attributes:
       config: training config in configs/.
       settings: those that differ from it, by dotted name; `{data}` stands for DATA.
-      runs: by name, ours first.
+      peers: the runs beside ours, by name.
+      packed: whether our batches are packed rows.
     """
 
     config: str
     settings: Mapping[str, Any]
-    runs: Mapping[str, Run]
+    peers: Mapping[str, Peer]
+    packed: bool = False
 
 
-def glue(task: str, **settings: Any) -> Case:
-    """A task of GLUE with MiniLM and the quickstart's settings, at 128 tokens."""
-    own = {"data.path": f"glue/{task}", "data.root": "{data}/glue", "data.max_length": 128}
-    return Case("quickstart.yaml", own | {"train.steps": 100} | settings, ENCODERS)
-
-
-ENCODERS = {"here": Run({}), "PEFT": Run(), "PEFT, by length": Run(by_length=True)}
+ENCODERS = {"PEFT": Peer(), "PEFT, by length": Peer(by_length=True)}
 TRL = {
-    "PEFT, TRL's packing": Run(packing=True),
-    "PEFT, TRL's packing, by row": Run(packing=True, by_row=True),
-    "PEFT, TRL": Run(),
-    "PEFT, TRL, by length": Run(by_length=True),
+    "PEFT, TRL's packing": Peer(packing=True),
+    "PEFT, TRL's packing, by row": Peer(packing=True, by_row=True),
+    "PEFT, TRL": Peer(),
+    "PEFT, TRL, by length": Peer(by_length=True),
 }
-BOOLQ = {
-    "data.train": None,
-    "data.test": None,
-    "data.path": "{data}/commonsense/boolq/train.json",
-    "data.validation_fraction": 0.01,
-    "data.test_fraction": 0.01,
-    "train.epochs": None,
-    "train.steps": 60,
-    "train.log_every": 5,
-}
+GLUE = {"data.root": "{data}/glue", "data.max_length": 128, "train.steps": 100}
+SST2 = {"data.path": "glue/sst2", "data.validation_fraction": 0.01}
 CASES = {
     "quickstart": Case("quickstart.yaml", {}, ENCODERS),
-    "cola": glue("cola"),
-    "sst2": glue("sst2", **{"data.validation_fraction": 0.01}),
-    "mrpc": glue("mrpc"),
-    "chat": Case("smollm2_chat.yaml", {"train.prompt": None}, {"here": Run({}, packing=True)} | TRL),
-    "boolq": Case(
-        "smollm2_commonsense.yaml",
-        BOOLQ,
-        {
-            "here": Run({"data.packing": True}, packing=True),
-            "here, no packing": Run({"data.packing": False}),
-            **TRL,
-        },
-    ),
+    "cola": Case("quickstart.yaml", GLUE | {"data.path": "glue/cola"}, ENCODERS),
+    "sst2": Case("quickstart.yaml", GLUE | SST2, ENCODERS),
+    "mrpc": Case("quickstart.yaml", GLUE | {"data.path": "glue/mrpc"}, ENCODERS),
+    "chat": Case("smollm2_chat.yaml", {"train.prompt": None}, TRL, packed=True),
 }
 
 
@@ -147,7 +130,7 @@ class Prepared(NamedTuple):
     Attributes:
       case: the case.
       directory: where its files are.
-      settings: settings of our first run.
+      settings: settings of our run.
       options: these on the command line.
       job: what its peers have in common.
       examples_per_row: examples of a packed row, on average.
@@ -161,15 +144,6 @@ class Prepared(NamedTuple):
     examples_per_row: float
 
 
-def arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Settings on the command line."""
-    return [
-        part
-        for name, value in settings.items()
-        for part in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
-    ]
-
-
 def options_of(case: Case, options: Any, **more: Any) -> list[str]:
     """The case's options of `loraplus train`; --steps and --limit replace its own unless 0."""
     data = str(Path(options.data).absolute())
@@ -181,9 +155,9 @@ def options_of(case: Case, options: Any, **more: Any) -> list[str]:
     return arguments(own | more)
 
 
-def settings_of(case: Case, options: Sequence[str], run: Run) -> Settings:
-    """The settings of one of our runs."""
-    return parse_settings(ROOT / "configs" / case.config, [*options, *arguments(run.settings or {})])
+def settings_of(case: Case, options: Sequence[str]) -> Settings:
+    """The settings of our run."""
+    return parse_settings(ROOT / "configs" / case.config, options)
 
 
 def examples_of(settings: Settings) -> tuple[dict[str, list[Any]], int]:
@@ -194,7 +168,7 @@ def examples_of(settings: Settings) -> tuple[dict[str, list[Any]], int]:
             settings.data, lambda file: kind(resolve(file, "data"), settings.data.column_names)
         )
         splits, _ = limit_splits(splits, settings.data)
-        return {name: list(map(language_example, rows)) for name, rows in splits.items()}, 0
+        return {name: list(map(as_chat, rows)) for name, rows in splits.items()}, 0
     read = functools.partial(resolve, kind="data")
     splits = load_glue(settings.data)[0] if settings.data.glue else load_splits(settings.data, read)
     names = label_names(splits)
@@ -208,16 +182,12 @@ def examples_of(settings: Settings) -> tuple[dict[str, list[Any]], int]:
     return {name: list(rows) for name, rows in columns.items()}, len(names)
 
 
-def language_example(example: Any) -> dict[str, Any]:
-    """A conversation or a question as messages for TRL, a question with its choices."""
-    if isinstance(example, Question):
-        correct = {"role": "assistant", "content": example.choices[example.answer]}
-        chat = {"prompt": [{"role": "user", "content": example.prompt}], "completion": [correct]}
-        return {"chat": chat, "choices": example.choices, "answer": example.answer}
+def as_chat(example: Any) -> dict[str, Any]:
+    """A conversation as messages for TRL."""
     messages = [turn.message for turn in example.turns]
     if [message["role"] for message in messages].count("assistant") > 1:
         raise ValueError(f"{example.place}: one answer expected")
-    return {"chat": {"prompt": messages[:-1], "completion": messages[-1:]}}
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
 
 
 def sequences(columns: Mapping[str, np.ndarray]) -> Iterator[list[int]]:
@@ -246,12 +216,11 @@ def load(settings: Settings) -> TaskData:
 
 def prepare(case: Case, options: Any, directory: Path) -> Prepared:
     """Writes the examples and, from a GGUF file, the weights for transformers, which ours then reads too."""
-    run, more = next(iter(case.runs.values())), {}
-    settings = settings_of(case, options_of(case, options), run)
+    settings, more = settings_of(case, options_of(case, options)), {}
     if settings.is_language:
         more["model.path"] = str(as_directory(settings, directory / "model"))
     given = options_of(case, options, **more)
-    settings = settings_of(case, given, run)
+    settings = settings_of(case, given)
     model = resolve(settings.model.path, "model")
     examples, classes = examples_of(settings)
     (directory / "examples.json").write_text(json.dumps(examples))
@@ -266,7 +235,7 @@ def prepare(case: Case, options: Any, directory: Path) -> Prepared:
     }
     if settings.is_language:
         job["template"] = causal_lm.tokenizer_and_template(settings, model, None)[1].source
-    per_row = len(examples["train"]) / len(columns["input_ids"]) if run.packing else 1.0
+    per_row = len(examples["train"]) / len(columns["input_ids"]) if case.packed else 1.0
     return Prepared(case, directory, settings, given, job, per_row)
 
 
@@ -282,27 +251,30 @@ def as_directory(settings: Settings, to: Path) -> Path:
     return to
 
 
-def steps_of(prepared: Prepared, run: Run) -> tuple[int, float]:
-    """Steps in which a run trains on as many examples as our first, and these steps for one of its."""
-    first = next(iter(prepared.case.runs.values()))
-    factor = prepared.examples_per_row if first.packing and not run.packing else 1.0
+def steps_of(prepared: Prepared, packing: bool) -> tuple[int, float]:
+    """Steps in which a run trains on as many examples as ours, and these steps for one of ours."""
+    factor = prepared.examples_per_row if prepared.case.packed and not packing else 1.0
     assert prepared.settings.train.steps is not None
     return max(1, round(prepared.settings.train.steps * factor)), factor
 
 
 def measure(prepared: Prepared, name: str) -> dict[str, Any]:
     """Does a run in a process of its own and returns what was measured."""
-    run = prepared.case.runs[name]
-    steps, factor = steps_of(prepared, run)
+    case, peer, train = prepared.case, prepared.case.peers.get(name), prepared.settings.train
+    steps, factor = steps_of(prepared, case.packed if peer is None else peer.packing)
     # At a row of the log, from which an evaluation's time counts.
-    log_every = prepared.settings.train.log_every
-    every = max(1, round(prepared.settings.train.eval_every * factor / log_every)) * log_every
+    every = max(1, round(train.eval_every * factor / train.log_every)) * train.log_every
     with tempfile.TemporaryDirectory(dir=prepared.directory) as directory:
-        result = Path(directory) / "result"
-        if run.settings is None:
-            job = prepared.job | {"directory": f"{directory}/run", "result": str(result), "steps": steps}
-            job |= {"eval_every": every, "packing": run.packing, "by_length": run.by_length}
-            job["accumulate"] = prepared.settings.train.batch_size if run.by_row else 1
+        result, out = Path(directory) / "result", f"{directory}/run"
+        if peer is not None:
+            job = prepared.job | {
+                "directory": out,
+                "result": str(result),
+                "steps": steps,
+                "eval_every": every,
+            }
+            job |= {"packing": peer.packing, "by_length": peer.by_length}
+            job["accumulate"] = train.batch_size if peer.by_row else 1
             (Path(directory) / "job.json").write_text(json.dumps(job))
             script = Path(__file__).with_name("end_to_end_peer.py")
             started, seconds = execute([str(script), f"{directory}/job.json"])
@@ -311,25 +283,20 @@ def measure(prepared: Prepared, name: str) -> dict[str, Any]:
                 raise SystemExit(f"{name}: its training tokens are not ours")
             rows, peak, seconds = found["rows"], found["peak_bytes"], seconds - found["extra_s"]
         else:
-            own = {"train.steps": steps, "train.eval_every": every, "output_dir": f"{directory}/run"}
-            given = [*prepared.options, *arguments({**run.settings, **own})]
+            own = arguments({"train.steps": steps, "train.eval_every": every, "output_dir": out})
             code = COMMAND.format(paths=[str(ROOT), str(Path(__file__).parent)], result=str(result))
-            config = str(ROOT / "configs" / prepared.case.config)
-            started, seconds = execute(["-c", code, "train", config, *given])
-            settings = settings_of(prepared.case, prepared.options, run)
-            tokens = count_tokens(settings, load(settings), steps)
-            rows = our_rows(read_events(Path(directory) / "run/tensorboard"), tokens)
-            peak = int(result.read_text())
+            config = str(ROOT / "configs" / case.config)
+            started, seconds = execute(["-c", code, "train", config, *prepared.options, *own])
+            tokens = count_tokens(prepared.settings, load(prepared.settings), steps)
+            rows, peak = our_rows(read_events(Path(out) / "tensorboard"), tokens), int(result.read_text())
     return {"command_s": seconds, "peak_bytes": peak, **summarize(rows, started)}
 
 
 def execute(command: list[str]) -> tuple[float, float]:
     """Runs a Python process; returns the time of its start, and its seconds."""
-    variables = {**os.environ, **ENVIRONMENT, "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "true"}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "env": os.environ | ENVIRONMENT}
     started = time.time()
-    done = subprocess.run(
-        [sys.executable, *command], env=variables, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, *command], check=False, **options)
     seconds = time.time() - started
     if done.returncode:
         raise SystemExit(f"{done.stderr[-4000:]}\na run ended with status {done.returncode}")
@@ -425,21 +392,9 @@ def rows_of(title: str, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> li
 
 
 def ratio(runs: Mapping[str, Sequence[Mapping[str, float]]], name: str, key: str) -> float:
-    """Our first run over a run."""
+    """Our run over a run."""
     ours, its = ([values[key] for values in rounds] for rounds in (next(iter(runs.values())), runs[name]))
     return median_ratio(ours, its)
-
-
-def best_ratios(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, float]:
-    """Our first run over the best peer's, per 1,000 tokens of text and of the command."""
-    peers = [name for name in runs if not name.startswith("here")]
-    keys = {
-        "training": "token_s",
-        "command": "command_s",
-        "evaluation": "evaluation_s",
-        "memory": "peak_bytes",
-    }
-    return {label: round(max(ratio(runs, name, key) for name in peers), 3) for label, key in keys.items()}
 
 
 def main() -> None:
@@ -448,9 +403,11 @@ def main() -> None:
     )
     if unknown := [name for name in options.cases.split(",") if name not in CASES]:
         raise SystemExit(f"--cases must be of {', '.join(CASES)}, got {', '.join(unknown)}")
-    use_backend("cpu")
+    use_cpu()
     saved = read_json(f"{options.name}.json")
     kept: dict[str, Any] = saved["runs"] if saved.get("machine") == machine() else {}
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    given = {name: value for name, value in vars(options).items() if name != "data"}  # of this machine
     for title in options.cases.split(","):
         with tempfile.TemporaryDirectory() as directory:
             prepared = prepare(CASES[title], options, Path(directory))
@@ -460,23 +417,14 @@ def main() -> None:
                 print(f"{name}: {found}", flush=True)
                 return found
 
-            turns: dict[str, Callable[[], Any]] = {
-                name: functools.partial(one, name) for name in CASES[title].runs
-            }
-            kept[title] = take_turns(turns, options.rounds, warmup=0)
+            runs = {name: functools.partial(one, name) for name in ("here", *CASES[title].peers)}
+            kept[title] = take_turns(runs, options.rounds, warmup=0)
         ordered = {name: kept[name] for name in CASES if name in kept}
-        versions = {}
-        for name in PACKAGES:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[name] = importlib.metadata.version(name)
         report(
             options.name,
             [row for name, runs in ordered.items() for row in rows_of(name, runs)],
-            best={name: best_ratios(runs) for name, runs in ordered.items()},
-            versions=versions,
-            options={
-                name: value for name, value in vars(options).items() if name != "data"
-            },  # of this machine
+            versions={name: installed[name] for name in PACKAGES if name in installed},
+            options=given,
             unprinted={"runs": ordered},
         )
 

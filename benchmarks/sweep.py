@@ -3,7 +3,6 @@
     python benchmarks/sweep.py time       # a member's step against a single run's, interleaved
     python benchmarks/sweep.py cost       # the sweep of the quickstart: steps, and minutes by those times
     python benchmarks/sweep.py size       # a member's step and memory against the number of members
-    python benchmarks/sweep.py time --backend gpu   # also size; without the virtual devices
 
 `time` trains 16 settings of the quickstart (4 rates x 4 lambdas, of which one is plain LoRA) as one program, on one
 CPU device and on two virtual ones with one thread each, beside one single run.
@@ -37,7 +36,11 @@ from loraplus_jax.training.setup import prepare
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
 EXAMPLES = {"train": 7031, "validation": 1004, "test": 2008}
 """Of the quickstart."""
-SIXTEEN = ("--sweep.lr_ratios", "[2,4,8]", "--sweep.lora_learning_rates", "[1.25e-4,2.5e-4,5e-4,1e-3]")
+RATES = "[1.25e-4,2.5e-4,5e-4,1e-3]"
+SIXTEEN = (
+    *("--sweep.lr_ratios", "[2,4,8]"),
+    *("--sweep.learning_rates", RATES, "--sweep.lora_learning_rates", RATES),
+)
 SMALL = (
     *("--train.steps", "120", "--train.batch_size", "16", "--data.max_length", "24"),
     *("--data.validation_fraction", "0.05", "--optimizer.warmup_steps", "8"),
@@ -55,18 +58,8 @@ DEVICES = {"one device": 1, "two devices of one thread": 2}
 """Virtual CPU devices that the members are split over."""
 
 
-def use_devices(backend: str) -> dict[str, int]:
-    """Makes JAX use them; returns those that the members are split over."""
-    jax.config.update("jax_platforms", "cuda" if backend == "gpu" else "cpu")
-    if backend == "gpu":
-        return {"one device": 1}
-    jax.config.update("jax_num_cpu_devices", max(DEVICES.values()))
-    return DEVICES
-
-
-def timing(rounds: int, backend: str) -> None:
+def timing(rounds: int) -> None:
     """Writes results/sweep_time.json."""
-    used = use_devices(backend)
     options = [*SIXTEEN, *UNCACHED, "--mesh.data"]
     run = parse_settings(CONFIG, [*options, "1"], SweepRun)
     single = prepare(run.settings_of(run.trials[-1], 0))
@@ -97,7 +90,7 @@ def timing(rounds: int, backend: str) -> None:
         ("evaluation batch", "single"): (single_evaluation, 2),
     }
     members = {}
-    for name, devices in used.items():
+    for name, devices in DEVICES.items():
         population = prepare_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun), count)
         slots = members[name] = DeviceSlots(population)
         slots.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
@@ -118,7 +111,7 @@ def timing(rounds: int, backend: str) -> None:
         for name in members
     ]
     report(
-        "sweep_time" if backend == "cpu" else f"sweep_time_{backend}",
+        "sweep_time",
         rows,
         members=count,
         rounds=rounds,
@@ -183,11 +176,11 @@ def costs() -> None:
     )
 
 
-def sizes(rounds: int, backend: str) -> None:
+def sizes(rounds: int) -> None:
     """Writes results/sweep_size.json."""
-    used, most, ways = use_devices(backend), max(SIZES), {}
-    several = [(name, devices, 1) for name, devices in used.items() if devices > 1]
-    for name, devices, in_parallel in (("one after another", 1, 1), ("in parallel", 1, most), *several):
+    most, ways = max(SIZES), {}
+    two = ("two devices of one thread", 2, 1)
+    for name, devices, in_parallel in (("one after another", 1, 1), ("in parallel", 1, most), two):
         options = [*SIXTEEN, *SMALL, *UNCACHED, "--mesh.data", str(devices)]
         run = parse_settings(CONFIG, options, SweepRun)
         population = prepare_population(run, most, in_parallel)
@@ -212,7 +205,7 @@ def sizes(rounds: int, backend: str) -> None:
         row["step_seconds_per_member"] = round(float(np.median(seconds[name, size])) / size, 4)
         rows.append({**row, "temporaries_mb": round(temporaries / 1e6, 1)})
     report(
-        "sweep_size" if backend == "cpu" else f"sweep_size_{backend}",
+        "sweep_size",
         rows,
         rounds=rounds,
         batch=[run.train.batch_size, run.data.max_length],
@@ -220,11 +213,13 @@ def sizes(rounds: int, backend: str) -> None:
 
 
 def main() -> None:
-    options = parse_options(__doc__, what=["time", "cost", "size"], rounds=9, backend=("cpu", "gpu"))
+    options = parse_options(__doc__, what=["time", "cost", "size"], rounds=9)
     if options.what == "cost":
         costs()
-    else:
-        {"time": timing, "size": sizes}[options.what](options.rounds, options.backend)
+        return
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(DEVICES.values()))
+    {"time": timing, "size": sizes}[options.what](options.rounds)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,6 @@
 """How do tuned methods compare with tuned LoRA? The tables of docs/results.md, one command a table.
 
-    python benchmarks/tables.py lambda --data DATA
-    python benchmarks/tables.py methods --data DATA
-    python benchmarks/tables.py glue --data DATA
-    python benchmarks/tables.py repeat --data DATA
-    python benchmarks/tables.py batch --data DATA
-    python benchmarks/tables.py chat
-    python benchmarks/tables.py commonsense --data DATA
-    python benchmarks/tables.py e2e --data DATA
+    python benchmarks/tables.py lambda --data DATA    # or methods, glue, repeat, batch, chat, commonsense, e2e
 
 DATA holds `glue` (GLUE's own folders), `commonsense` (LLM-Adapters' folders) and `e2e` (E2E NLG's CSV files). A
 table tunes its methods on equal budgets and compares them with tuned LoRA on other seeds. The same command resumes,
@@ -26,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import RESULTS, machine
+from common import RESULTS, arguments, machine
 
 from loraplus_jax._utils.atomic import to_json, write_text
 from loraplus_jax._utils.json_files import MAX_ROWS_BYTES
@@ -311,16 +304,9 @@ def settings_of(study: Study, options: argparse.Namespace, directory: Path) -> S
         path = file.path if isinstance(file, Sample) else file
         source = fetch(path) if path in ASSETS else (options.data or Path("data")) / path
         values[name] = source if isinstance(file, str) else sample(source, file, directory / "data")
-    given = [part for name, value in values.items() for part in (f"--{name}", option(value))]
     recipe = options.recipe or REPOSITORY / "configs" / study.recipe
-    return parse_settings(
-        recipe, [*given, *options.settings, "--output_dir", str(directory / "runs")], SweepRun
-    )
-
-
-def option(value: Any) -> str:
-    """A value as on the command line."""
-    return value if isinstance(value, str) else str(value) if isinstance(value, Path) else json.dumps(value)
+    words = [*arguments(values), *options.settings, "--output_dir", str(directory / "runs")]
+    return parse_settings(recipe, words, SweepRun)
 
 
 def sample(source: Path, wanted: Sample, directory: Path) -> Path:

@@ -18,7 +18,7 @@ INSTALL = """import importlib.util
 if importlib.util.find_spec("loraplus_jax") is None:
     {command}"""
 MEMORY_PLANS = ("llama2_7b@v5e:2x4", "llama2_7b@v5e:8x8", "llama2_7b@v5e:16x16")
-"""Cases of `benchmarks/plan_scaling.py`."""
+"""Cases of `benchmarks/plans.py`."""
 MEMORY_PARTS = {
     "frozen weights": "#0b5fa5",
     "trained": "#3f3f3f",
@@ -76,7 +76,7 @@ def tagged_pictures(notebook: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
 
 
 def draw_memory(path: Path) -> None:
-    """Draws a chip's memory by the size of the pod, from the results of `benchmarks/plan_scaling.py`."""
+    """Draws a chip's memory by the size of the pod, from the results of `benchmarks/plans.py`."""
     from loraplus_jax.training.metrics_log import pyplot
 
     results = json.loads((HERE.parent / "benchmarks" / "results" / "plan_scaling.json").read_text())

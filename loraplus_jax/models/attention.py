@@ -15,9 +15,9 @@ from .._utils.validation import check_choice
 from ..settings.choices import Attention
 from .attention_common import ATTENTION_NAMES, target_platform, token_mask
 
-# From here on blocked is faster on CPU (benchmarks/step_time.py); it needs less memory on every device.
+# From here on blocked is faster on CPU (benchmarks/step_cost.py); it needs less memory on every device.
 MIN_BLOCKED_LENGTH = 64
-# From here on splash accesses fewer bytes than either (benchmarks/plan_attention.py); not measured for cuDNN.
+# From here on splash accesses fewer bytes than either (benchmarks/plans.py attention); not measured for cuDNN.
 MIN_KERNEL_LENGTH = 128
 # Minimum queries per block, and maximum number of blocks: each block is compiled separately.
 MIN_BLOCK, MAX_BLOCKS = 64, 8

@@ -10,6 +10,5 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch):
     """The directory, in front of the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS / "paper"))
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return BENCHMARKS

@@ -39,7 +39,7 @@ def test_the_rows_of_the_performance_page_are_those_of_the_files(benchmarks):
         known = [figures(row, table[0]) for rows in files for row in rows]
         compared += bool(known)
         assert not known or all(figures(row, table[0]) in known for row in table)
-    assert compared == 5
+    assert compared == 4
 
 
 def test_the_results_page_is_what_its_files_give(benchmarks):
@@ -61,41 +61,6 @@ def test_no_best_rate_of_the_summary_is_at_the_edge_of_its_range(benchmarks):
     for title, study in results_page.data_sets(results_page.read()).items():
         for name in results_page.LINES.keys() & study["methods"].keys():
             assert not study["methods"][name]["at_the_edge"], (title, name)
-
-
-def test_a_table_without_a_place_on_the_page_is_an_error(benchmarks):
-    import results_page
-
-    tables = results_page.read()
-    study = next(iter(tables["glue"].values()))
-    page = (DOCS / "results.md").read_text(encoding="utf-8")
-    rows, mean = results_page.summary_lines(tables)
-    # CoLA on other seeds is no further data set.
-    again = {**tables, "repeat": {"CoLA": study, "CoLA, seeds 8 to 9": study}}
-    assert results_page.summary_lines(again)[0] == rows
-    assert "with CoLA and ARC-Easy [on other" in mean
-    assert "with CoLA [on other" in results_page.summary_lines(again)[1]
-    with pytest.raises(ValueError, match="0 blocks of repeat"):
-        results_page.filled(page.replace("<!-- repeat -->", ""), again)
-    assert results_page.filled(page, again).count("| CoLA | LoRA | 0.000707 |") == 2
-
-
-def test_a_data_set_measured_twice_counts_with_both_studies(benchmarks):
-    import results_page
-
-    glue, repeat = (results_page.read()[name] for name in ("glue", "repeat"))
-    first, second, other = glue["CoLA"], repeat["CoLA, seeds 100 to 105"], glue["STS-B"]
-    tables = {"glue": {"CoLA": first, "STS-B": other}, "repeat": {"CoLA, seeds 8 to 9": second}}
-    lines = results_page.summary_lines(tables)
-    # A comparison of many methods on the same data is no further data set.
-    assert results_page.summary_lines({**tables, "methods": {"STS-B": first}}) == lines
-    mean = lines[1]
-    both, alone = (
-        results_page.interval(results_page.overall([studies, [other]], "test_metric"), "+.4f")
-        for studies in ([first, second], [first])
-    )
-    assert f"gain in the metric {both}, without these repetitions {alone};" in mean
-    assert both != alone
 
 
 def report(gains, ratios, confidence=0.95):
@@ -164,23 +129,6 @@ def test_steps_are_only_counted_on_curves_with_enough_points():
     assert not counts_steps(study)
     runs[0]["curve"].append([4, 0.0])
     assert counts_steps(study)
-
-
-def test_the_mean_of_steps_leaves_out_curves_that_do_not_count_them(benchmarks):
-    import results_page
-
-    study = results_page.read()["glue"]["CoLA"]
-    coarse = json.loads(json.dumps(study))
-    for method in coarse["methods"].values():
-        for run in method["runs"]:
-            run["curve"] = [run["curve"][0], run["curve"][-1]]
-    alone, both = (
-        results_page.summary_lines({"glue": {"CoLA": study, "other": other}})[-1] for other in (coarse, study)
-    )
-    assert "steps, on 1 of them, 1.30 [0.70, 2.42]." in alone
-    assert "steps, on 2 of them, 1.30 [0.93, 1.81]." in both
-    none = results_page.summary_lines({"glue": {"CoLA": coarse, "other": coarse}})[-1]
-    assert none.endswith("on 0 of them, –. Intervals of 98.3 % each.")
 
 
 def test_curves_of_tasks_that_are_not_learned_are_not_drawn(benchmarks):

@@ -9,34 +9,32 @@ from ..marks import every
 @pytest.mark.slow
 @pytest.mark.parametrize("number", every(2, range(6)))
 def test_coordinate_check(number):
-    import coordinate_check as experiment
-    from shared import slope
+    import paper as experiment
 
     setting, widths = experiment.SETTINGS[number], (256, 1024, 4096)
-    values = experiment.measure(setting, widths, seeds=2)
+    values = experiment.measure_terms(setting, widths, seeds=2)
     for name, expected in zip(experiment.SHOWN, setting.slopes, strict=True):
-        assert slope(widths, values[name]) == pytest.approx(expected, abs=0.2), name
+        assert experiment.slope(widths, values[name]) == pytest.approx(expected, abs=0.2), name
 
 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("power", "expected"), [(1.0, -0.5), (0.5, -0.75)])
 def test_best_single_rate_against_width(power, expected):
-    import best_rate as experiment
-    from shared import slope
+    import paper as experiment
 
     widths = (64, 256, 1024)
     rates, _ = experiment.best_rates(power, widths, seeds=3)
     # Three widths for seven: the slope is known less well.
-    assert slope(widths, rates) == pytest.approx(expected, abs=0.25)
+    assert experiment.slope(widths, rates) == pytest.approx(expected, abs=0.25)
 
 
 @pytest.mark.slow
 def test_figure_2():
     """A part of the grid for one draw of the model in which rates matter much."""
-    import figure2 as experiment
+    import paper as experiment
 
-    rates = experiment.RATES[4:14]
+    rates = experiment.GRID[4:14]
     losses = experiment.grid(rates, (10,), worlds=2, seeds=2, points=200)[10]["train"]
     found = [experiment.optimum(one, rates) for one in losses]
     assert all(1e-3 < one["equal rates"] < 0.1 for one in found)
@@ -45,7 +43,7 @@ def test_figure_2():
 
 
 def test_an_optimum_off_the_diagonal_by_hand():
-    import figure2 as experiment
+    import paper as experiment
 
     found = experiment.optimum(
         np.array([[4.0, 2.0, np.inf], [9.0, 3.0, 9.0], [9.0, 9.0, np.inf]]), (0.1, 1.0, 10.0)
@@ -66,12 +64,12 @@ def test_an_optimum_off_the_diagonal_by_hand():
     [("epsilon 1e-30", 0, 1e-9), ("epsilon 1e-8", 0, 1e-2), ("weight decay 0.1", 1e-3, np.inf)],
 )
 def test_when_lambda_is_a_factor_on_alpha(case, low, high):
-    from exactness import CASES, difference
+    from paper import EXACT, difference
 
-    assert low <= difference(100, **CASES[case]) <= high
+    assert low <= difference(100, **EXACT[case]) <= high
 
 
 def test_a_slope():
-    from shared import slope
+    from paper import slope
 
     assert slope([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)

@@ -38,3 +38,14 @@ def test_the_page_has_what_the_quickstarts_sweep_costs(capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + 6
     assert all(row.partition(" | ")[2] in page for row in rows)
+
+
+def test_recounting_the_kept_losses_gives_the_kept_table(monkeypatch):
+    import halving
+    from common import read_json
+
+    written = {}
+    monkeypatch.setattr("sys.argv", ["halving.py", "--recount"])
+    monkeypatch.setattr(halving, "report", lambda name, rows, **_: written.update({name: rows}))
+    halving.main()
+    assert written == {"sweep_halving": read_json("sweep_halving.json")["rows"]}

@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and a second run in the same directory, on the real command line in a process of its own."""
+"""Signals, kill -9 and a second run in the same directory, on the real command line in a process of its own."""
 
 import re
 import signal
@@ -118,6 +118,63 @@ def test_a_signal_does_not_wait_for_a_compilation(number, code):
         _, _, stderr = ended(process, within=60)
     assert process.returncode == code
     assert re.fullmatch(r"loraplus: .*(interrupted|SIGTERM)\n", stderr)
+
+
+TRAPPED = """
+import os, signal, sys, threading
+from loraplus_jax.cli import commands
+from loraplus_jax.training import run_directory, setup, trainer
+place, when, number = sys.argv[1:4]
+owner, name = place.rsplit(".", 1)
+original, left = getattr(eval(owner), name), int(number)
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+def trapped(*args, **kwargs):
+    global left
+    left -= 1
+    if left == 0 and when != "after":
+        kill() if when == "before" else threading.Timer(float(when) / 1000, kill).start()
+    result = original(*args, **kwargs)
+    if left == 0 and when == "after":
+        kill()
+    return result
+setattr(eval(owner), name, trapped)
+sys.exit(commands.main(sys.argv[4:]))
+"""
+"""The command, which kills itself at the n-th call of a function: before it, after it, or milliseconds into it."""
+KILLS = {
+    "start": ["setup.load_params before 1", "run_directory.open_manager after 1", "trainer.evaluate after 1"],
+    # The arrays of a save are written in the background, so "after" is in the middle of it.
+    "save": [
+        "trainer.RunLog.write before 2",
+        "trainer.save_checkpoint before 1",
+        "trainer.save_checkpoint 20 1",
+        "trainer.save_checkpoint after 2",
+        "run_directory.restore_checkpoint after 1",
+        "trainer.save_checkpoint 60 1",
+        "trainer.shard_batch after 1",
+    ],
+    "end": [
+        "trainer.Trainer.finish before 1",
+        "trainer.save_adapter before 1",
+        "trainer.save_adapter after 1",
+        "trainer.draw_loss after 1",
+        "trainer.Trainer.write_summary before 1",
+    ],
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", KILLS)
+def test_a_run_killed_at_any_point_ends_as_if_never_killed(home, tmp_path, part):
+    out = tmp_path / "out"
+    arguments = train(home, out)[3:]
+    for point in KILLS[part]:
+        code, _, stderr = finished_process(sys.executable, "-c", TRAPPED, *point.split(), *arguments)
+        assert code == -signal.SIGKILL, (point, stderr)
+    code, _, stderr = finished_process(*train(home, out))
+    assert code == 0, stderr
+    assert result_of(out) == result_of(home.out)
 
 
 @pytest.mark.long
