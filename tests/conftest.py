@@ -48,3 +48,10 @@ def ten_seconds():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, old)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drop_programs():
+    """Compiled programs of a module are of no use to the next one, and would fill gigabytes."""
+    yield
+    jax.clear_caches()
