@@ -212,6 +212,7 @@ BOS_FIRST = (
     "{% if add_generation_prompt %}{{ bos_token + 'assistant\\n' }}{% endif %}"
 )
 WEIGHTED = (*chat("a", "b", "c").turns, Turn("assistant", "d", trained=False))
+TWO_USERS = (Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c"))
 AT = ("f.jsonl:1", "toy.json")
 
 
@@ -243,7 +244,7 @@ test_templates_that_ignore_tools_or_hide_where_answers_are = refusals(
     (of_texts(BOS_FIRST, *"abcd"), *AT, "special token", "stop"),
     (of_texts(CHATML.replace(CONTENT, OTHER), *"abcb"), *AT, "answer", "turn 2"),
     (of_texts(CHATML.replace("<|end|>", "<|stop|>"), *"ab"), *AT, "special token", "tokenizer"),
-    (of_turns(INST, Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c")), *AT, "roles must alternate"),
+    (of_turns(INST, *TWO_USERS), *AT, "roles must alternate"),
     (of_texts(CHATML + "{% generation %}{% endgeneration %}", *"ab"), *AT, "generation"),
     (of_texts(CHATML, "a\ufdd0", "b"), "f.jsonl:1", "U+FDD0", "U+FDD1"),
     (of_turns(ONE_MARK, *WEIGHTED), *AT, "weights", 1, 2),

@@ -253,7 +253,7 @@ test_files_that_are_rejected = refusals(
         file_of('prompt,completion\n"[{""role"": ""user"", ""content"": ""a""}]",b\n', "a.csv"),
         *("a.csv:2", "'prompt'", "list of messages", "'completion'"),
     ),
-    (file_of('{"prompt": [{"role": "user", "content": "a"}], "completion": "d"}', "a.jsonl"), "'prompt'", "[{"),
+    (file_of('[{"prompt": [{"role": "user", "content": "a"}], "completion": "d"}]'), "'prompt'", "[{"),
     (file_of("{\n", "a.jsonl", {"prompt": "q", "completion": "r"}), "a.jsonl:1", "JSON"),
     (file_of("", "a.txt"), ".txt", ".csv", ".tsv", ".jsonl", ".json"),
 )

@@ -103,7 +103,8 @@ def test_logits_that_are_not_finite_are_marked(model, variables):
 
 
 def searching(**changes):
-    return lambda model: make_beam_search(model, CONFIG, **{"new_tokens": 2, "stop": (), "beams": 2} | changes)
+    options = {"new_tokens": 2, "stop": (), "beams": 2} | changes
+    return lambda model: make_beam_search(model, CONFIG, **options)
 
 
 test_invalid_arguments = refusals(

@@ -263,5 +263,3 @@ def test_each_prompt_has_the_tokens_of_its_adapter(model, variables, generate, b
     ]
     stacked = {value.shape for value in stack.values.values()}
     assert not stacked & {atom.aval.shape for atom in loop.invars}
-
-

@@ -8,7 +8,12 @@ FILE = {"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_hea
 
 
 def test_transformers_other_names_of_sizes_mean_the_same():
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
     config = GPT2Config.from_hf({"model_type": "gpt2", "vocab_size": 9} | sizes)
     assert config == GPT2Config.from_hf(FILE)
     assert (config.intermediate_size, config.head_dim, config.num_key_value_heads) == (32, 4, 2)
