@@ -192,8 +192,8 @@ def test_prompts_are_padded_on_the_left_to_a_multiple():
 
 
 test_invalid_arguments = refusals(
-    (lambda: pad_left([]), "prompt"),
-    (lambda: pad_left([[1], []]), "prompt"),
+    (lambda: pad_left([]), "prompts"),
+    (lambda: pad_left([[1], []]), "prompts"),
     (lambda: check_sampling(Sampling(-1.0)), "temperature", -1.0),
     (lambda: check_sampling(Sampling(float("nan"))), "temperature", "nan"),
     (lambda: check_sampling(Sampling(1.0, 0.0)), "top_p", 0.0),
