@@ -15,7 +15,6 @@ from loraplus_jax.data.splits import load_rows
 from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
-from ..refusals import refusals
 from .tables import write_table
 
 
@@ -182,34 +181,13 @@ def test_the_problems_of_a_file_that_is_wrong_throughout_fit_in_memory(tmp_path)
     tracemalloc.stop()
 
 
-HEADER = {"text": "review", "header": ("label", "mark", "review")}
-
-
-def loading(name, content, **fields):
-    def call(tmp_path):
-        path = _write(tmp_path / name, content)
-        load_rows(path, DataSettings(path=str(path), **fields))
-
-    return call
-
-
-test_files_that_cannot_be_read = refusals(
-    (lambda tmp_path: read_rows(tmp_path / "a.txt", ["text"]), "a.txt", ".csv", ".tsv", ".jsonl"),
-    (lambda tmp_path: read_rows(tmp_path / "a", ["text"]), "suffix"),
-    (lambda tmp_path: read_rows(tmp_path / "b.csv", ["text"]), "b.csv"),
-    (
-        loading("a.csv", "message;label\na;1\n", text="message"),
-        "'message'",
-        "semicolon",
-        "data.delimiter",
-        "';'",
-    ),
-    (loading("a.csv", "1,good\n", **HEADER), "a.csv:1", "2 fields", 3),
-    (loading("a.tsv", "1\tgood\n", **HEADER), "a.tsv:1", "2 fields", 3),
-    (loading("a.csv", "1,good\n"), "'text'", "data.header"),
-    (loading("a.csv", "", **HEADER), "empty"),
-    lines=3,
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("a.txt", mentions("a.txt", ".csv", ".tsv", ".jsonl")), ("a", "suffix"), ("b.csv", "b.csv")],
 )
+def test_files_that_cannot_be_read(tmp_path, name, named):
+    with pytest.raises(ValueError, match=named):
+        read_rows(tmp_path / name, ["text"])
 
 
 _FIELD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(
@@ -232,16 +210,26 @@ def test_another_delimiter(tmp_path):
     path.write_text('message;category\n"good, bad";1\n')
     (row,) = read_rows(path, ["message", "category"], ";")
     assert row.values == {"message": "good, bad", "category": "1"}
+    with pytest.raises(ValueError, match=mentions("'message'", "semicolon", "data.delimiter", "';'")):
+        read_rows(path, ["message"])
 
 
 @pytest.mark.parametrize(("suffix", "gap"), [("csv", ","), ("tsv", "\t")])
 def test_a_file_without_a_header_line(tmp_path, suffix, gap):
     path = _write(tmp_path / f"a.{suffix}", f"\n1{gap}a{gap}good\n0{gap}{gap}bad\n")
-    settings = DataSettings(path=str(path), **HEADER)
+    settings = DataSettings(path=str(path), text="review", header=("label", "mark", "review"))
     rows = load_rows(path, settings)
     assert (rows.texts, rows.labels, rows.places) == (("good", "bad"), ("1", "0"), (f"{path}:2", f"{path}:3"))
     _write(path, f"review{gap}label\nfair{gap}1\n")  # it has one
     assert load_rows(path, settings).texts == ("fair",)
+    _write(path, f"1{gap}good\n")
+    with pytest.raises(ValueError, match=mentions(f"a.{suffix}:1", "2 fields", 3)):
+        load_rows(path, settings)
+    with pytest.raises(ValueError, match=mentions("'text'", "data.header")):
+        load_rows(path, DataSettings(path=str(path)))
+    _write(path, "")
+    with pytest.raises(ValueError, match=mentions("empty")):
+        load_rows(path, settings)
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
