@@ -7,7 +7,7 @@ import pytest
 
 from loraplus_jax.data.batches import eval_batches, train_batches
 
-from ..messages import mentions
+from ..refusals import refusals
 
 
 def _columns(n: int) -> dict[str, np.ndarray]:
@@ -78,23 +78,13 @@ def test_the_position_is_restored_exactly(position):
     assert _taken(iterator, 12) == following
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"batch_size": 11}, mentions("batch_size", 10, 11)),
-        ({"batch_size": 0}, mentions("batch_size", 1, 0)),
-        ({"batch_size": 4, "seed": -1}, mentions("seed", 0, -1)),
-    ],
+test_batches_that_are_rejected = refusals(
+    (lambda: train_batches(_columns(10), seed=0, batch_size=11), "batch_size", 10, 11),
+    (lambda: train_batches(_columns(10), seed=0, batch_size=0), "batch_size", 1, 0),
+    (lambda: train_batches(_columns(10), seed=-1, batch_size=4), "seed", 0, -1),
+    (lambda: next(eval_batches({"a": np.zeros(3), "b": np.zeros(4)}, 2)), "rows"),
+    (lambda: next(eval_batches({}, 2)), "rows"),
 )
-def test_train_batches_that_are_rejected(fields, named):
-    with pytest.raises(ValueError, match=named):
-        train_batches(_columns(10), **{"seed": 0, **fields})
-
-
-@pytest.mark.parametrize("arrays", [{"a": np.zeros(3), "b": np.zeros(4)}, {}])
-def test_columns_that_do_not_fit_are_rejected(arrays):
-    with pytest.raises(ValueError, match="rows"):
-        next(eval_batches(arrays, 2))
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(10, 4), (8, 4), (3, 8), (1, 1), (0, 2)])

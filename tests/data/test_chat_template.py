@@ -3,10 +3,7 @@
 import json
 
 import pytest
-from tokenizers import (
-    Tokenizer,
-    models,
-)
+from tokenizers import Tokenizer, models
 
 from loraplus_jax._utils.untrusted_child import DATE
 from loraplus_jax.data.chat_template import load_template
@@ -14,6 +11,7 @@ from loraplus_jax.data.chat_tokens import tokenize_chats
 from loraplus_jax.data.conversations import Turn
 
 from ..messages import mentions
+from ..refusals import refusals
 from .chats import BOS, EOS, chat, template
 
 
@@ -33,38 +31,25 @@ def test_a_template_sees_what_transformers_gives_it():
     assert DATE.year == 2024
 
 
-@pytest.mark.parametrize(
-    ("source", "named"),
-    [
-        ("{{ raise_exception('no tools') }}", "no tools"),
-        ("{{ messages[0].missing.more }}", "'missing'"),
-        ("{{ messages[9].role }}", "element 9"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe"),
-        ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ 1 + 'a' }}", "unsupported operand"),
-        ("{% for x in 3 %}{% endfor %}", "not iterable"),
-    ],
-)
-def test_a_template_that_fails_is_named_with_the_row(source, named):
-    with pytest.raises(ValueError, match=mentions("f.jsonl:7", "toy.json")) as caught:
-        tokenize_chats([chat("a", "b", place="f.jsonl:7")], Tokenizer(models.BPE()), template(source), 8)
-    assert named in str(caught.value)
+def rendering(source):
+    chats = [chat("a", "b", place="f.jsonl:7")]
+    return lambda: tokenize_chats(chats, Tokenizer(models.BPE()), template(source), 8)
 
 
-@pytest.mark.parametrize(
-    ("source", "named"),
-    [
-        ("a\n{% if %}", "line 2"),
-        ("{% generation %}", "line 1"),
-        ("{{ x | nope }}", "'nope'"),
-        ("{{ " + "(" * 20_000, "toy.json"),
-    ],
+test_templates_that_fail = refusals(
+    (rendering("{{ raise_exception('no tools') }}"), "f.jsonl:7", "toy.json", "no tools"),
+    (rendering("{{ messages[0].missing.more }}"), "f.jsonl:7", "toy.json", "'missing'"),
+    (rendering("{{ messages[9].role }}"), "f.jsonl:7", "toy.json", "element 9"),
+    (rendering("{{ ''.__class__.__mro__ }}"), "f.jsonl:7", "toy.json", "unsafe"),
+    (rendering("{{ messages.append(1) }}"), "f.jsonl:7", "toy.json", "unsafe"),
+    (rendering("{{ 1 / 0 }}"), "f.jsonl:7", "toy.json", "division by zero"),
+    (rendering("{{ 1 + 'a' }}"), "f.jsonl:7", "toy.json", "unsupported operand"),
+    (rendering("{% for x in 3 %}{% endfor %}"), "f.jsonl:7", "toy.json", "not iterable"),
+    (lambda: template("a\n{% if %}"), "toy.json", "line 2"),
+    (lambda: template("{% generation %}"), "toy.json", "line 1"),
+    (lambda: template("{{ x | nope }}"), "toy.json", "'nope'"),
+    (lambda: template("{{ " + "(" * 20_000), "toy.json"),
 )
-def test_an_invalid_template_is_rejected(source, named):
-    with pytest.raises(ValueError, match=r"toy.json") as caught:
-        template(source)
-    assert named in str(caught.value)
 
 
 def test_a_template_is_chosen_by_name(tmp_path):
@@ -79,9 +64,7 @@ def test_a_template_is_chosen_by_name(tmp_path):
     assert load_template(str(tmp_path / "own.jinja"), tmp_path).render([]) == f"{EOS}!"
     with pytest.raises(ValueError, match=mentions("'pain'", "model", "plain")):
         load_template("pain", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": "{{ messages[0].content }}"})
-    )
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}"}')
     assert load_template("model", tmp_path).render([Turn("user", "hi")]) == "hi"
     with pytest.raises(ValueError, match=mentions("plain", "eos_token")):
         load_template("plain", tmp_path)

@@ -6,13 +6,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    processors,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
 from loraplus_jax.data.chat_tokens import find_answers, tokenize_chats
@@ -20,6 +14,7 @@ from loraplus_jax.data.conversations import Chat, Turn, read_chats
 from loraplus_jax.data.packed_rows import pad
 
 from ..messages import mentions
+from ..refusals import refusals
 from .chats import (
     BOS,
     CHATML,
@@ -36,18 +31,14 @@ from .chats import (
     write_json,
 )
 
-ANSWERS = [
-    "yes",
-    " the answers",
-    "  two spaces ",
-    "\U0001f680 go",
-    "go \U0001f468\u200d\U0001f680",
-    "\u00fc\u4e16\u754c",
-    "a\n\nb",
-]
+ANSWERS = ["yes", " the answers", "  two spaces ", "a\n\nb"]
+ANSWERS += ["\U0001f680 go", "go \U0001f468\u200d\U0001f680", "\u00fc\u4e16\u754c"]
 
 
-@pytest.mark.parametrize("source", [CHATML, PLAIN, MARKED], ids=["chatml", "plain", "marked"])
+templates = pytest.mark.parametrize("source", [CHATML, PLAIN, MARKED], ids=["chatml", "plain", "marked"])
+
+
+@templates
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_the_loss_is_on_the_answer_and_its_end(tokenizer, source, answer):
     one = chat("the \U0001f680 user", answer)
@@ -58,13 +49,11 @@ def test_one_token_for_beginning_and_end_ends_an_answer(tokenizer):
     assert learnt(chat("a", "no"), tokenizer, template(PLAIN, bos_token=EOS)) == f"no{EOS}"
 
 
-@pytest.mark.parametrize("source", [CHATML, PLAIN, MARKED], ids=["chatml", "plain", "marked"])
+@templates
 def test_of_several_answers_all_or_the_last(tokenizer, source):
     many = chat("a", "no", "b", "no", "no", " yes", system="no")
     assert learnt(many, tokenizer, template(source)) == f"no{EOS}no{EOS} yes{EOS}"
     assert learnt(many, tokenizer, template(source), answers="last") == f" yes{EOS}"
-    with pytest.raises(ValueError, match=mentions("answers", "all", "last", "'first'")):
-        learnt(many, tokenizer, template(source), answers="first")
 
 
 def test_what_the_template_writes_before_the_end_belongs_to_the_answer(tokenizer):
@@ -113,16 +102,8 @@ def test_the_first_token_is_never_to_be_predicted(tokenizer):
 
 
 def test_sentencepiece_like_tokenizers(tokenizer):
-    vocabulary = [
-        "<unk>",
-        *(f"<0x{i:02X}>" for i in range(256)),
-        "\u2581",
-        *"abcdenostywuri[]/INT,",
-        "\u2581a",
-        "es",
-        "yes",
-        "\u2581yes",
-    ]
+    vocabulary = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"abcdenostywuri[]/INT,"]
+    vocabulary += ["\u2581a", "es", "yes", "\u2581yes"]
     merges = [("\u2581", "a"), ("e", "s"), ("y", "es"), ("\u2581", "yes")]
     tokens = {t: i for i, t in enumerate(vocabulary)}
     result = Tokenizer(models.BPE(tokens, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -133,10 +114,8 @@ def test_sentencepiece_like_tokenizers(tokenizer):
     result.decoder = decoders.Sequence(steps)
     result.add_special_tokens(specials())
     answer = "yes \U0001f680\u00fc yes"
-    assert (
-        learnt(chat("\U0001f680 a", answer, "s", "yes"), result, template(INST))
-        == f" {answer} {EOS} yes {EOS}"
-    )
+    many = chat("\U0001f680 a", answer, "s", "yes")
+    assert learnt(many, result, template(INST)) == f" {answer} {EOS} yes {EOS}"
 
 
 def test_arrays_are_padded_cut_and_counted(tokenizer):
@@ -164,11 +143,9 @@ def test_a_conversation_without_an_answer_token_is_rejected(tokenizer):
     assert tokenize_chats(chats, tokenizer, template(), length + 1).truncated == 1
     with pytest.raises(ValueError, match=mentions("f:9", f"{length} tokens", f"max_length {length}")):
         tokenize_chats(chats, tokenizer, template(), length)
-    with pytest.raises(ValueError, match=mentions("max_length", 2, 1)):
-        tokenize_chats(chats, tokenizer, template(), 1)
 
 
-@pytest.mark.parametrize("source", [CHATML, PLAIN, MARKED], ids=["chatml", "plain", "marked"])
+@templates
 def test_turns_with_weight_0_are_not_trained_on(tokenizer, source):
     many = chat("a", "no", "b", "yes", "c", "the")
     turns = [dataclasses.replace(turn, trained=turn.text == "yes") for turn in many.turns]
@@ -177,18 +154,7 @@ def test_turns_with_weight_0_are_not_trained_on(tokenizer, source):
     assert learnt(weighted, tokenizer, template(source), answers="last") == f"yes{EOS}"
 
 
-def test_weights_require_a_block_for_each_answer(tokenizer):
-    one = Chat((*chat("a", "b", "c").turns, Turn("assistant", "d", trained=False)), "f.jsonl:1")
-    which = template(MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last"))
-    with pytest.raises(ValueError, match=mentions("f.jsonl:1", "weights", "toy.json", 1, 2)):
-        tokenize_chats([one], tokenizer, which, 99)
-
-
-SAID = [
-    '\nadd {"a": 1, "b": "two"}<|end|>',
-    'See.\nadd {}\nsub {"c": [4]}<|end|>',
-    "It is 3.<|end|>",
-]
+SAID = ['\nadd {"a": 1, "b": "two"}<|end|>', 'See.\nadd {}\nsub {"c": [4]}<|end|>', "It is 3.<|end|>"]
 
 
 @pytest.fixture
@@ -233,79 +199,64 @@ def test_long_tools_and_calls_may_be_rendered(tool_talk):
 
 CALLS = TOOLS[TOOLS.index("    {%- for call") : TOOLS.index("    {{- '<|end|>")]
 ONLY_USER = TOOLS.replace("m.role +", "('user' if m.role == 'user' else 'assistant') +")
-
-
-@pytest.mark.parametrize(
-    ("source", "named"),
-    [
-        (TOOLS.replace("if tools", "if false"), ["tools", "data.template"]),
-        (TOOLS.replace(CALLS, ""), ["tool calls", "turn 2"]),
-        (TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), ["tool calls", "turn 4"]),
-        (TOOLS.replace("in messages", "in messages if m.role != 'tool'"), ["role tool", "turn 3"]),
-        (ONLY_USER, ["role tool", "turn 3"]),
-        (TOOLS.replace("{{ '<|start|>assistant\\n' }}", ""), ["special tokens", "add_generation_prompt"]),
-        (PLAIN, ["tools"]),
-    ],
-)
-def test_templates_that_ignore_tools_are_rejected(tokenizer, tool_talk, source, named):
-    with pytest.raises(ValueError, match=mentions("f.jsonl:1", "toy.json", *named)):
-        tokenize_chats([tool_talk], tokenizer, template(source), 999)
-
-
+PROMPT = "{{ '<|start|>assistant\\n' }}"
 CONTENT = "m['content']"
-
-
 NO_END = "' + ('' if loop.index == 2 else '<|end|>') + '"
-
-
+OTHER = "(m.content | upper if loop.index == 2 else m.content)"
+NUMBERED = CHATML.replace(CONTENT, "m.content ~ messages | length")
+ONE_MARK = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
 # The second turn is rendered otherwise when it is the last, so where it ends is not known.
 BOS_FIRST = (
     "{% for m in messages %}{{ bos_token + m.role + '\\n' + m.content }}"
     "{{ '' if loop.index == 2 and not loop.last else eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ bos_token + 'assistant\\n' }}{% endif %}"
 )
+WEIGHTED = (*chat("a", "b", "c").turns, Turn("assistant", "d", trained=False))
+TWO_USERS = (Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c"))
+AT = ("f.jsonl:1", "toy.json")
 
 
-OTHER = "(m.content | upper if loop.index == 2 else m.content)"
+def of_tools(source):
+    return lambda tokenizer, tool_talk: learnt(tool_talk, tokenizer, template(source))
 
 
-@pytest.mark.parametrize(
-    ("source", "texts", "named"),
-    [
-        (
-            CHATML.replace(CONTENT, "m.content ~ messages | length"),
-            "ab",
-            ["toy.json", "turn 2", "{% generation %}"],
-        ),
-        (
-            CHATML.replace(CONTENT, "m.content | upper"),
-            "ab",
-            ["toy.json", "answer", "turn 2"],
-        ),
-        (CHATML.replace("{{ '<|start|>assistant\\n' }}", ""), "ab", ["toy.json", "add_generation_prompt"]),
-        (CHATML.replace("<|end|>", ""), "ab", ["toy.json", "special token", "stop"]),
-        (CHATML.replace("<|end|>", NO_END), "abcd", ["toy.json", "special token", "stop"]),
-        (BOS_FIRST, "abcd", ["toy.json", "special token", "stop"]),
-        (CHATML.replace(CONTENT, OTHER), "abcb", ["toy.json", "answer", "turn 2"]),
-        (CHATML.replace("<|end|>", "<|stop|>"), "ab", ["toy.json", "special token", "tokenizer"]),
-        (INST, "a", ["toy.json", "roles must alternate"]),
-        (CHATML + "{% generation %}{% endgeneration %}", "ab", ["toy.json", "generation"]),
-        (CHATML, ["a\ufdd0", "b"], ["U+FDD0", "U+FDD1"]),
-    ],
+def of_texts(source, *texts, **options):
+    return lambda tokenizer: learnt(chat(*texts), tokenizer, template(source), **options)
+
+
+def of_turns(source, *turns):
+    return lambda tokenizer: learnt(Chat(turns, "f.jsonl:1"), tokenizer, template(source))
+
+
+test_templates_that_ignore_tools_or_hide_where_answers_are = refusals(
+    (of_tools(TOOLS.replace("if tools", "if false")), *AT, "tools", "data.template"),
+    (of_tools(TOOLS.replace(CALLS, "")), *AT, "tool calls", "turn 2"),
+    (of_tools(TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")), *AT, "tool calls", "turn 4"),
+    (of_tools(TOOLS.replace("in messages", "in messages if m.role != 'tool'")), *AT, "role tool", "turn 3"),
+    (of_tools(ONLY_USER), *AT, "role tool", "turn 3"),
+    (of_tools(TOOLS.replace(PROMPT, "")), *AT, "special tokens", "add_generation_prompt"),
+    (of_tools(PLAIN), *AT, "tools"),
+    (of_texts(NUMBERED, *"ab"), *AT, "turn 2", "{% generation %}"),
+    (of_texts(CHATML.replace(CONTENT, "m.content | upper"), *"ab"), *AT, "answer", "turn 2"),
+    (of_texts(CHATML.replace(PROMPT, ""), *"ab"), *AT, "add_generation_prompt"),
+    (of_texts(CHATML.replace("<|end|>", ""), *"ab"), *AT, "special token", "stop"),
+    (of_texts(CHATML.replace("<|end|>", NO_END), *"abcd"), *AT, "special token", "stop"),
+    (of_texts(BOS_FIRST, *"abcd"), *AT, "special token", "stop"),
+    (of_texts(CHATML.replace(CONTENT, OTHER), *"abcb"), *AT, "answer", "turn 2"),
+    (of_texts(CHATML.replace("<|end|>", "<|stop|>"), *"ab"), *AT, "special token", "tokenizer"),
+    (of_turns(INST, *TWO_USERS), *AT, "roles must alternate"),
+    (of_texts(CHATML + "{% generation %}{% endgeneration %}", *"ab"), *AT, "generation"),
+    (of_texts(CHATML, "a\ufdd0", "b"), "f.jsonl:1", "U+FDD0", "U+FDD1"),
+    (of_turns(ONE_MARK, *WEIGHTED), *AT, "weights", 1, 2),
+    (of_texts(CHATML, "a", "b", answers="first"), "answers", "all", "last", "'first'"),
+    (lambda tokenizer: tokenize_chats([], tokenizer, template(), 1), "max_length", 2, 1),
 )
-def test_templates_that_hide_where_answers_are(tokenizer, source, texts, named):
-    one = chat(*texts)
-    if len(texts) == 1:
-        one = Chat((Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c")), "f.jsonl:1")
-    with pytest.raises(ValueError, match=mentions(*named)) as caught:
-        tokenize_chats([one], tokenizer, template(source), 99)
-    assert str(caught.value).startswith("f.jsonl:1: ")
 
 
 def test_the_end_of_a_turn_is_not_searched_in_the_next(tokenizer):
     silent = template(CHATML.replace("<|end|>", NO_END), bos_token="")
     with pytest.raises(ValueError, match=mentions("toy.json", "special token", "stop")):
-        tokenize_chats([chat(*"abcd")], tokenizer, silent, 99)
+        learnt(chat(*"abcd"), tokenizer, silent)
 
 
 def test_a_template_that_drops_earlier_thoughts_needs_marks_or_the_last_answer(tokenizer):
@@ -350,17 +301,11 @@ def test_what_is_learned_of_qwen3_s_thoughts(tokenizer, source, texts, answers, 
     assert learnt(chat(*texts), tokenizer, template(source), answers=answers) == learned
 
 
-@pytest.mark.parametrize(
-    ("source", "texts", "named"),
-    [
-        (QWEN, ("a", f"{THOUGHT}b", "c", "d"), ["turn 2", "verbatim"]),
-        (QWEN, ("a", "<think>hm</think>b"), ["turn 2", "verbatim"]),
-        (SILENT, "abcd", ["turn 2", "earlier turns differently"]),
-    ],
+test_thoughts_that_qwen3_s_template_drops_or_rewrites = refusals(
+    (of_texts(QWEN, "a", f"{THOUGHT}b", "c", "d"), "turn 2", "verbatim"),
+    (of_texts(QWEN, "a", "<think>hm</think>b"), "turn 2", "verbatim"),
+    (of_texts(SILENT, *"abcd"), "turn 2", "earlier turns differently"),
 )
-def test_thoughts_that_qwen3_s_template_drops_or_rewrites(tokenizer, source, texts, named):
-    with pytest.raises(ValueError, match=mentions(*named)):
-        learnt(chat(*texts), tokenizer, template(source))
 
 
 def test_texts_are_learned_whole_and_as_they_stand(tmp_path):

@@ -8,9 +8,14 @@ import pytest
 from loraplus_jax.data.conversations import Turn, describe_dropped, read_chats
 
 from ..messages import assert_mentions, mentions
+from ..refusals import refusals
 from .chats import TOOL_TALK, call, write_json
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
+
+
+def _said(*pairs):
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
 
 
 TURNS = (Turn("user", "Add.\n\n1 2"), Turn("assistant", "3"))
@@ -22,10 +27,7 @@ TURNS = (Turn("user", "Add.\n\n1 2"), Turn("assistant", "3"))
         (ALPACA | {"text": "left out"}, None),
         ({"prompt": "Add.\n\n1 2", "completion": 3}, None),
         ({"q": "Add.\n\n1 2", "a": "3"}, {"prompt": "q", "completion": "a"}),
-        (
-            {"messages": [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]},
-            None,
-        ),
+        (_said(("user", "Add.\n\n1 2"), ("assistant", "3")), None),
         ({"conversations": [{"from": "human", "value": "Add.\n\n1 2"}, {"from": "gpt", "value": "3"}]}, None),
         ({"x": [{"from": "user", "value": "Add.\n\n1 2"}, {"from": "gpt", "value": "3"}]}, {"messages": "x"}),
     ],
@@ -65,10 +67,7 @@ def test_what_may_be_missing_and_what_goes_first(tmp_path):
     assert turns[0] == (Turn("user", "a"), Turn("assistant", "b"))
     assert turns[1] == (Turn("system", "Be kind."), *turns[0])
     assert turns[2] == (Turn("user", "a"), Turn("assistant", " b"))
-    both = {
-        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
-        "prompt": "p",
-    }
+    both = _said(("user", "x"), ("assistant", "y")) | {"prompt": "p"}
     assert read_chats(write_json(tmp_path / "a.jsonl", [both]))[0].turns[0].text == "x"
 
 
@@ -89,8 +88,6 @@ def test_of_a_prompt_in_messages_only_the_completion_is_trained_on(tmp_path):
     prompt += [{"role": "user", "content": "c"}]
     (chat,) = _read(tmp_path, {"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]})
     assert [(turn.text, turn.trained) for turn in chat.turns] == [(x, x != "b") for x in "abcd"]
-    with pytest.raises(ValueError, match=mentions("'prompt'", "[{")):
-        _read(tmp_path, {"prompt": prompt, "completion": "d"})
 
 
 def test_text_that_is_json_stays_text(tmp_path):
@@ -140,14 +137,8 @@ def test_tool_calls_and_their_results(tmp_path):
     for tools in (TOOL_TALK["tools"], json.dumps(TOOL_TALK["tools"])):
         (chat,) = _read(tmp_path, TOOL_TALK | {"tools": tools})
         messages = [turn.message for turn in chat.turns]
-        assert [message["content"] for message in messages] == [
-            "Add 1 and 2.",
-            "",
-            "3",
-            "See.",
-            "",
-            "It is 3.",
-        ]
+        texts = ["Add 1 and 2.", "", "3", "See.", "", "It is 3."]
+        assert [message["content"] for message in messages] == texts
         assert messages[1]["tool_calls"] == [call("add", {"a": 1, "b": "two"}, id="x")]
         assert messages[2] == {"role": "tool", "content": "3", "tool_call_id": "x", "name": "add"}
         assert messages[3]["tool_calls"] == TOOL_TALK["messages"][3]["tool_calls"]
@@ -168,10 +159,6 @@ def test_messages_without_effect_are_left_out_and_counted(tmp_path):
     for line, words in zip(describe_dropped(chats), (("system", 2), ("last answer", 2)), strict=True):
         assert_mentions(line, *words)
     assert describe_dropped(_read(tmp_path, _said(S, U, A))) == []
-
-
-def _said(*pairs):
-    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
 
 
 def _weighted(role="assistant", **fields):
@@ -239,32 +226,34 @@ def test_problems_are_reported_together(tmp_path):
     assert_mentions(lines[-1], 30)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "columns", "named"),
-    [
-        ("a.json", '{"a": 1}', None, ["a.json", "list"]),
-        ("a.json", '[\n{"a": 1},\n', None, ["a.json:3", "JSON"]),
-        ("a.json", "[" * 100_000, None, ["a.json:1", "JSON"]),
-        ("a.json", b"[\n\xff]", None, ["a.json:2", "0xff", "UTF-8"]),
-        ("a.json", "[]", None, ["a.json", "list", "empty"]),
-        ("a.json", "", None, ["a.json", "file", "empty"]),
-        ("a.csv", "prompt,completion\n", None, ["a.csv", "rows"]),
-        ("a.jsonl", '{"words": 1}', None, ["a.jsonl", "words", "messages", "conversations"]),
-        ("a.jsonl", '{"words": 1}', {"prompt": "text"}, ["messages", "conversations", "prompt"]),
-        ("a.jsonl", "{}", {"messages": "a", "prompt": "text"}, ["messages, prompt"]),
-        (
-            *("a.csv", "q,a,context\nx,y,z\n"),
-            *({"instruction": "q", "output": "a", "input": "contxt"}, ["'contxt'", "'context'"]),
-        ),
-        (
-            *("a.csv", 'prompt,completion\n"[{""role"": ""user"", ""content"": ""a""}]",b\n', None),
-            ["a.csv:2", "'prompt'", "list of messages", "'completion'"],
-        ),
-        ("a.jsonl", "{\n", {"prompt": "q", "completion": "r"}, ["a.jsonl:1", "JSON"]),
-        ("a.txt", "", None, [".txt", ".csv", ".tsv", ".jsonl", ".json"]),
-    ],
-)
-def test_files_that_are_rejected(tmp_path, name, content, columns, named):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=mentions(*named)):
+def file_of(content, name="a.json", columns=None):
+    def call(tmp_path):
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         read_chats(tmp_path / name, columns)
+
+    return call
+
+
+test_files_that_are_rejected = refusals(
+    (file_of('{"a": 1}'), "a.json", "list"),
+    (file_of('[\n{"a": 1},\n'), "a.json:3", "JSON"),
+    (file_of("[" * 100_000), "a.json:1", "JSON"),
+    (file_of(b"[\n\xff]"), "a.json:2", "0xff", "UTF-8"),
+    (file_of("[]"), "a.json", "list", "empty"),
+    (file_of(""), "a.json", "file", "empty"),
+    (file_of("prompt,completion\n", "a.csv"), "a.csv", "rows"),
+    (file_of('{"words": 1}', "a.jsonl"), "a.jsonl", "words", "messages", "conversations"),
+    (file_of('{"words": 1}', "a.jsonl", {"prompt": "text"}), "messages", "conversations", "prompt"),
+    (file_of("{}", "a.jsonl", {"messages": "a", "prompt": "text"}), "messages, prompt"),
+    (
+        file_of("q,a,context\nx,y,z\n", "a.csv", {"instruction": "q", "output": "a", "input": "contxt"}),
+        *("'contxt'", "'context'"),
+    ),
+    (
+        file_of('prompt,completion\n"[{""role"": ""user"", ""content"": ""a""}]",b\n', "a.csv"),
+        *("a.csv:2", "'prompt'", "list of messages", "'completion'"),
+    ),
+    (file_of('[{"prompt": [{"role": "user", "content": "a"}], "completion": "d"}]'), "'prompt'", "[{"),
+    (file_of("{\n", "a.jsonl", {"prompt": "q", "completion": "r"}), "a.jsonl:1", "JSON"),
+    (file_of("", "a.txt"), ".txt", ".csv", ".tsv", ".jsonl", ".json"),
+)

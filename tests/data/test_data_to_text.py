@@ -12,6 +12,7 @@ from loraplus_jax.data.data_to_text import (
 )
 
 from ..messages import mentions
+from ..refusals import refusals
 
 MR = "name[The Rice Boat], food[French, Italian], customer rating[5 out of 5]"
 LINE = "name : The Rice Boat | food : French, Italian | customer rating : 5 out of 5"
@@ -50,30 +51,21 @@ def test_commas_within_values_and_spaces_around_slots():
     assert linearize("a : 1 | b : 2") == "a : 1 | b : 2"
 
 
-@pytest.mark.parametrize(
-    "mr", ["name[Zizzi", "name]Zizzi[", "[Zizzi]", "name[a] food[b]", "name[a], food", "a[b[c]]"]
-)
-def test_an_input_that_is_not_slots_is_rejected_with_its_line(tmp_path, mr):
-    path = write(tmp_path, f'mr,ref\nname[a],b\n"{mr}",c\n')
-    with pytest.raises(ValueError, match=mentions(f"{path}:3", "mr", "slot[value]")):
-        read_descriptions(path)
+def describing(text):
+    return lambda tmp_path: read_descriptions(write(tmp_path, text))
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("mr,text\na[b],c\n", ("ref", ":1")),
-        ("meaning,ref\na[b],c\n", ("mr", ":1")),
-        ("mr,ref\na[b],c\n,d\n", ("mr", "empty", ":3")),
-        ("mr,ref\na[b],c\na[b],\n", ("ref", "empty", ":3")),
-        ("", ("empty",)),
-        ("mr,ref\n", ("no rows",)),
-    ],
+NO_SLOTS = ("name[Zizzi", "name]Zizzi[", "[Zizzi]", "name[a] food[b]", "name[a], food", "a[b[c]]")
+
+test_files_that_are_rejected_with_the_line = refusals(
+    *((describing(f'mr,ref\nname[a],b\n"{mr}",c\n'), "e2e.csv:3", "mr", "slot[value]") for mr in NO_SLOTS),
+    (describing("mr,text\na[b],c\n"), "e2e.csv:1", "ref"),
+    (describing("meaning,ref\na[b],c\n"), "e2e.csv:1", "mr"),
+    (describing("mr,ref\na[b],c\n,d\n"), "e2e.csv:3", "mr", "empty"),
+    (describing("mr,ref\na[b],c\na[b],\n"), "e2e.csv:3", "ref", "empty"),
+    (describing(""), "empty"),
+    (describing("mr,ref\n"), "no rows"),
 )
-def test_missing_columns_and_values_and_empty_files(tmp_path, text, words):
-    path = write(tmp_path, text)
-    with pytest.raises(ValueError, match=mentions(*(f"{path}{w}" if w[0] == ":" else w for w in words))):
-        read_descriptions(path)
 
 
 def test_columns_of_other_names_and_inputs_without_texts(tmp_path):

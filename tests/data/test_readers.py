@@ -120,11 +120,7 @@ BAD_FILES = [
     ("a.jsonl", " \n", [("a.jsonl:1", "empty")]),
     ("a.csv", "text,label\n", [("a.csv:1", "rows")]),
     ("a.csv", "txt,label\na,b\n", [("a.csv:1", "'text'", "'txt'")]),
-    (
-        "a.csv",
-        "q,w\na,b\n",
-        [("a.csv:1", "'text'", "q", "w"), ("a.csv:1", "'label'", "q", "w")],
-    ),
+    ("a.csv", "q,w\na,b\n", [("a.csv:1", "'text'", "q", "w"), ("a.csv:1", "'label'", "q", "w")]),
     ("a.csv", "text,label,text\na,b,c\n", [("a.csv:1", "'text'", "twice")]),
     ("a.csv", "text,label\na\nb,c,d\n", [("a.csv:2", 1, 2), ("a.csv:3", 3, 2)]),
     (

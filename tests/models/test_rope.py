@@ -2,11 +2,10 @@
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from loraplus_jax.models.rope import Rope, apply_rope, make_rope, parse_rope_scaling
 
-from ..messages import mentions
+from ..refusals import refusals
 
 
 def test_rotations_turn_pairs_by_hand():
@@ -69,17 +68,11 @@ def test_bf16_is_rotated_in_float32():
     np.testing.assert_array_equal(found[0, 0, 0], jnp.array([-0.2, -0.2, 1.4, 1.4], jnp.bfloat16))
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"type": "liner", "factor": 2}, mentions("'liner'", "linear")),
-        ({"type": "linear"}, mentions("linear", "factor")),
-        ({"type": "linear", "factor": 0}, mentions("factor", 0)),
-        ({"type": "linear", "factor": "two"}, mentions("factor", "'two'")),
-        ({"type": "linear", "factor": 2, "beta_fast": 3}, mentions("linear", "beta_fast")),
-        ({"rope_type": "llama3", "factor": 8}, mentions("llama3", "low_freq_factor")),
-    ],
+test_invalid_scalings = refusals(
+    (lambda: parse_rope_scaling({"type": "liner", "factor": 2}), "'liner'", "linear"),
+    (lambda: parse_rope_scaling({"type": "linear"}), "linear", "factor"),
+    (lambda: parse_rope_scaling({"type": "linear", "factor": 0}), "factor", 0),
+    (lambda: parse_rope_scaling({"type": "linear", "factor": "two"}), "factor", "'two'"),
+    (lambda: parse_rope_scaling({"type": "linear", "factor": 2, "beta_fast": 3}), "linear", "beta_fast"),
+    (lambda: parse_rope_scaling({"rope_type": "llama3", "factor": 8}), "llama3", "low_freq_factor"),
 )
-def test_invalid_scalings_are_rejected(given, message):
-    with pytest.raises(ValueError, match=message):
-        parse_rope_scaling(given)

@@ -18,7 +18,7 @@ from loraplus_jax.models.llama.model import SHARDING, Llama
 from loraplus_jax.step.sharding import base_shardings, distribute, make_mesh
 
 from ...marks import slow
-from ...messages import mentions
+from ...refusals import refusals
 from ..golden import GOLDEN as FILES
 from .tiny import CONFIG, PROMPTS, WORDS
 
@@ -102,19 +102,18 @@ def test_logits_that_are_not_finite_are_marked(model, variables):
     assert np.asarray(tokens).tolist() == [[NONFINITE_LOGITS, PAD_AFTER_END]]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"beams": 0}, ("beams", 0)),
-        ({"beams": WORDS + 1}, ("beams", WORDS, WORDS + 1)),
-        ({"new_tokens": 0}, ("new_tokens", 0)),
-        ({"no_repeat_ngram": -1}, ("no_repeat_ngram", "-1")),
-        ({"length_penalty": float("nan")}, ("length_penalty", "nan")),
-        ({"length_penalty": -6.0}, ("length_penalty", "-5", 5, "-6")),
-        ({"early_stopping": "soon"}, ("early_stopping", "soon", "never")),
-        ({"no_repeat_in": "old"}, ("no_repeat_in", "old", "new")),
-    ],
+def searching(**changes):
+    options = {"new_tokens": 2, "stop": (), "beams": 2} | changes
+    return lambda model: make_beam_search(model, CONFIG, **options)
+
+
+test_invalid_arguments = refusals(
+    (searching(beams=0), "beams", 0),
+    (searching(beams=WORDS + 1), "beams", WORDS, WORDS + 1),
+    (searching(new_tokens=0), "new_tokens", 0),
+    (searching(no_repeat_ngram=-1), "no_repeat_ngram", "-1"),
+    (searching(length_penalty=float("nan")), "length_penalty", "nan"),
+    (searching(length_penalty=-6.0), "length_penalty", "-5", 5, "-6"),
+    (searching(early_stopping="soon"), "early_stopping", "soon", "never"),
+    (searching(no_repeat_in="old"), "no_repeat_in", "old", "new"),
 )
-def test_invalid_arguments(model, changes, words):
-    with pytest.raises(ValueError, match=mentions(*words)):
-        make_beam_search(model, CONFIG, **{"new_tokens": 2, "stop": (), "beams": 2} | changes)

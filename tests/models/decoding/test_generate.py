@@ -28,7 +28,7 @@ from loraplus_jax.models.llama.model import SHARDING, Llama
 from loraplus_jax.step.sharding import base_shardings, distribute, make_mesh
 
 from ...marks import slow
-from ...messages import mentions
+from ...refusals import refusals
 from .tiny import CONFIG, PROMPTS, WORDS
 
 NEW = 6
@@ -191,24 +191,15 @@ def test_prompts_are_padded_on_the_left_to_a_multiple():
     assert pad_left([[1] * 65])[0].shape == (1, 128)
 
 
-@pytest.mark.parametrize("prompts", [[], [[1], []]])
-def test_there_must_be_a_prompt(prompts):
-    with pytest.raises(ValueError, match="prompt"):
-        pad_left(prompts)
-
-
-@pytest.mark.parametrize(
-    ("sampling", "message"),
-    [
-        (Sampling(-1.0), mentions("temperature", -1.0)),
-        (Sampling(float("nan")), mentions("temperature", "nan")),
-        (Sampling(1.0, 0.0), mentions("top_p", 0.0)),
-        (Sampling(1.0, 1.5), mentions("top_p", 1, 1.5)),
-    ],
+test_invalid_arguments = refusals(
+    (lambda: pad_left([]), "prompts"),
+    (lambda: pad_left([[1], []]), "prompts"),
+    (lambda: check_sampling(Sampling(-1.0)), "temperature", -1.0),
+    (lambda: check_sampling(Sampling(float("nan"))), "temperature", "nan"),
+    (lambda: check_sampling(Sampling(1.0, 0.0)), "top_p", 0.0),
+    (lambda: check_sampling(Sampling(1.0, 1.5)), "top_p", 1, 1.5),
+    (lambda model: make_generate(model, CONFIG, new_tokens=0, stop=()), "new_tokens", 1, 0),
 )
-def test_sampling_out_of_range(sampling, message):
-    with pytest.raises(ValueError, match=message):
-        check_sampling(sampling)
 
 
 @pytest.mark.parametrize(
@@ -272,8 +263,3 @@ def test_each_prompt_has_the_tokens_of_its_adapter(model, variables, generate, b
     ]
     stacked = {value.shape for value in stack.values.values()}
     assert not stacked & {atom.aval.shape for atom in loop.invars}
-
-
-def test_new_tokens_must_be_some(model):
-    with pytest.raises(ValueError, match=mentions("new_tokens", 1, 0)):
-        make_generate(model, CONFIG, new_tokens=0, stop=())

@@ -7,7 +7,7 @@ import pytest
 
 from loraplus_jax.models.llama.config import LlamaConfig
 
-from ...messages import mentions
+from ...refusals import refusals
 from ..golden import GOLDEN, LLAMAS
 
 SIZES = {
@@ -18,8 +18,6 @@ SIZES = {
     "intermediate_size": 48,
     "max_position_embeddings": 128,
 }
-
-
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -27,8 +25,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-
-
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+WINDOWS = {"sliding_window": 16, "use_sliding_window": True}
 LOCAL = {"full_attention": {}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
 SU = {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 SU_PAIRS = (
@@ -61,24 +59,9 @@ def test_old_and_new_ways_to_say_the_same():
         ("mistral", {}, "sliding_window", 4096),
         ("mistral", {"sliding_window": None}, "sliding_window", None),
         ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, "sliding_window", None),
-        (
-            "qwen2",
-            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0},
-            "sliding_window",
-            16,
-        ),
-        (
-            "qwen2",
-            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2},
-            "sliding_window",
-            None,
-        ),
-        (
-            "qwen2",
-            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1},
-            "full_layers",
-            (0,),
-        ),
+        ("qwen2", WINDOWS | {"max_window_layers": 0}, "sliding_window", 16),
+        ("qwen2", WINDOWS | {"max_window_layers": 2}, "sliding_window", None),
+        ("qwen2", WINDOWS | {"max_window_layers": 1}, "full_layers", (0,)),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, "sliding_window", 4096),
         ("qwen3", {"use_sliding_window": True, "num_hidden_layers": 30}, "full_layers", tuple(range(28))),
         ("qwen2", {}, "qkv_bias", True),
@@ -103,58 +86,49 @@ def test_old_and_new_ways_to_say_the_same():
         ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "max_length", 512),
         ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}}, "max_length", 128),
         ("llama", {"rope_scaling": LLAMA3 | {"factor": 32.0}}, "max_length", 128),
-        (
-            "qwen2",
-            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
-            "max_length",
-            512,
-        ),
+        ("qwen2", {"rope_scaling": YARN}, "max_length", 512),
     ],
 )
 def test_what_files_leave_out_is_as_transformers_has_it(kind, more, name, expected):
     assert getattr(config(kind, **more), name) == expected
 
 
-@pytest.mark.parametrize(
-    ("kind", "more", "message"),
-    [
-        ("gpt2", {}, mentions("model_type", "'gpt2'", "llama", "mistral", "qwen2", "qwen3")),
-        ("llama", {"num_attention_heads": 0}, mentions("num_attention_heads", 1, 0)),
-        ("llama", {"hidden_size": "32"}, mentions("hidden_size", 1, "'32'")),
-        ("llama", {"vocab_size": None}, mentions("vocab_size", "missing")),
-        ("llama", {"num_key_value_heads": 3}, mentions("num_key_value_heads", "num_attention_heads", 3, 4)),
-        ("llama", {"head_dim": 7}, mentions("head_dim", "even", 7)),
-        ("llama", {"hidden_act": "mish"}, mentions("hidden_act", "'mish'", "silu", "gelu_pytorch_tanh")),
-        ("llama", {"partial_rotary_factor": 0.5}, mentions("partial_rotary_factor", 0.5)),
-        ("phi3", {"partial_rotary_factor": 0.4}, mentions("partial_rotary_factor", 0.4, "even")),
-        ("phi3", {"partial_rotary_factor": "half"}, mentions("partial_rotary_factor", "'half'")),
-        ("phi3", {"rope_scaling": SU | {"short_factor": [1.0]}}, mentions("short_factor", 4, 1)),
-        ("phi3", {"rope_scaling": SU | {"long_factor": 2}}, mentions("long_factor", "list", 2)),
-        ("gemma3_text", {"sliding_window": None}, mentions("sliding_window", "sliding_attention")),
-        ("gemma3_text", {"sliding_window_pattern": 0}, mentions("sliding_window_pattern", 0)),
-        ("gemma3_text", {"use_bidirectional_attention": True}, mentions("use_bidirectional_attention")),
-        ("gemma3_text", {"rope_parameters": LOCAL}, mentions("sliding_attention", "linear")),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3},
-            mentions("rope_parameters", "rope_scaling"),
-        ),
-        ("gemma2", {"final_logit_softcapping": -1}, mentions("final_logit_softcapping", -1)),
-        ("gemma2", {"layer_types": ["chunked_attention"] * 2}, mentions("layer_types", "full_attention")),
-        ("llama", {"quantization_config": {"bits": 4}}, mentions("quantization_config", "bits")),
-        ("llama", {"rope_scaling": {"type": ["linear"]}}, mentions("['linear']", "linear", "llama3", "yarn")),
-        (
-            "llama",
-            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
-            mentions("high_freq_factor", "low_freq_factor"),
-        ),
-        ("qwen2", {"max_window_layers": "x"}, mentions("max_window_layers", "'x'")),
-        ("qwen2", {"layer_types": 5}, mentions("layer_types", 5)),
-    ],
+def file(kind, **more):
+    return lambda: config(kind, **more)
+
+
+test_unsupported_configs = refusals(
+    (file("gpt2"), "model_type", "'gpt2'", "llama", "mistral", "qwen2", "qwen3"),
+    (file("llama", num_attention_heads=0), "num_attention_heads", 1, 0),
+    (file("llama", hidden_size="32"), "hidden_size", 1, "'32'"),
+    (file("llama", vocab_size=None), "vocab_size", "missing"),
+    (file("llama", num_key_value_heads=3), "num_key_value_heads", "num_attention_heads", 3, 4),
+    (file("llama", head_dim=7), "head_dim", "even", 7),
+    (file("llama", hidden_act="mish"), "hidden_act", "'mish'", "silu", "gelu_pytorch_tanh"),
+    (file("llama", partial_rotary_factor=0.5), "partial_rotary_factor", 0.5),
+    (file("phi3", partial_rotary_factor=0.4), "partial_rotary_factor", 0.4, "even"),
+    (file("phi3", partial_rotary_factor="half"), "partial_rotary_factor", "'half'"),
+    (file("phi3", rope_scaling=SU | {"short_factor": [1.0]}), "short_factor", 4, 1),
+    (file("phi3", rope_scaling=SU | {"long_factor": 2}), "long_factor", "list", 2),
+    (file("gemma3_text", sliding_window=None), "sliding_window", "sliding_attention"),
+    (file("gemma3_text", sliding_window_pattern=0), "sliding_window_pattern", 0),
+    (file("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention"),
+    (file("gemma3_text", rope_parameters=LOCAL), "sliding_attention", "linear"),
+    (
+        file("llama", rope_parameters={"rope_type": "default"}, rope_scaling=LLAMA3),
+        *("rope_parameters", "rope_scaling"),
+    ),
+    (file("gemma2", final_logit_softcapping=-1), "final_logit_softcapping", -1),
+    (file("gemma2", layer_types=["chunked_attention"] * 2), "layer_types", "full_attention"),
+    (file("llama", quantization_config={"bits": 4}), "quantization_config", "bits"),
+    (file("llama", rope_scaling={"type": ["linear"]}), "['linear']", "linear", "llama3", "yarn"),
+    (
+        file("llama", rope_scaling=LLAMA3 | {"high_freq_factor": 1.0}),
+        *("high_freq_factor", "low_freq_factor"),
+    ),
+    (file("qwen2", max_window_layers="x"), "max_window_layers", "'x'"),
+    (file("qwen2", layer_types=5), "layer_types", 5),
 )
-def test_unsupported_configs_are_rejected(kind, more, message):
-    with pytest.raises(ValueError, match=message):
-        config(kind, **more)
 
 
 @pytest.mark.parametrize("name", LLAMAS)

@@ -122,11 +122,10 @@ def test_factors_have_the_type_that_was_asked_for_where_rows_divide_into_blocks(
     folder = base(tmp_path / "base", hidden_size=32)
     save_gguf_adapter(tmp_path / "a.gguf", source, folder, dtype=dtype)
     found = contents(tmp_path / "a.gguf")[1]
-    assert tuple(found[f"blk.0.attn_v.weight.lora_{x}"][0] for x in "ab") == kinds
-    values = contents(tmp_path / "a.gguf")[1]
-    for x, shape in (("a", (2, 32)), ("b", (32, 2))):
-        found = values[f"blk.0.attn_v.weight.lora_{x}"][2]
-        np.testing.assert_allclose(found, numbers(*shape), rtol=0, atol=63 * tolerance)
+    for x, shape, kind in zip("ab", ((2, 32), (32, 2)), kinds, strict=True):
+        own, _, values = found[f"blk.0.attn_v.weight.lora_{x}"]
+        assert own == kind
+        np.testing.assert_allclose(values, numbers(*shape), rtol=0, atol=63 * tolerance)
 
 
 @pytest.mark.parametrize(
@@ -189,13 +188,8 @@ def exported(folder, name):
     table = family_of(model.config.model_type).name_table(model.config)
     path_map = export.path_map(table, export.causal_lm_class(model.config))
     save_peft(folder / "peft", lora, specs, config, path_map)
-    ids = golden["right"]
-    return (
-        model,
-        ids,
-        run(adapted, {"params": params, "lora": lora}, ids),
-        run(model, {"params": params}, ids),
-    )
+    ids, base = golden["right"], {"params": params}
+    return model, ids, run(adapted, base | {"lora": lora}, ids), run(model, base, ids)
 
 
 @pytest.mark.slow
