@@ -5,8 +5,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -42,27 +40,17 @@ from loraplus_jax.training.saved_adapter import require_adapter
 
 from ..messages import assert_mentions, mentions
 from ..settings.values import FIELDS, LEAST, nested
-
-HOLD = """
-import pathlib, sys
-from loraplus_jax.training.run_directory import lock_directory
-with lock_directory(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+from .preparation import lock_of_another_process
 
 
 def test_a_second_process_is_rejected_with_the_pid_of_the_first_before_any_preparation(tmp_path):
     directory = run_of(tmp_path / "out", LEAST)
-    command = [sys.executable, "-c", HOLD, str(directory)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "held\n"
+    with lock_of_another_process(directory) as first:
         with pytest.raises(ValueError, match=mentions(first.pid, directory)), lock_directory(directory):
             pass
         for fresh in (False, True):
             with pytest.raises(ValueError, match=mentions(first.pid, directory)):
                 check_directory(directory, settings_from_json(LEAST), fresh=fresh)
-        first.kill()
     # The system let go of the lock when the process was killed.
     check_directory(directory, settings_from_json(LEAST), fresh=False)
     with lock_directory(directory):
