@@ -15,6 +15,7 @@ from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.interop.adapter_directory import read_adapter_json
 
 from ..messages import mentions
+from ..refusals import refusals
 
 CONFIG = LoRAPlusConfig(target_modules=["q"], rank=2)
 
@@ -123,55 +124,50 @@ def write(text):
     return lambda d: (d / "adapter.json").write_text(text)
 
 
+def loading(damage):
+    def load(adapter):
+        damage(adapter)
+        load_adapter(adapter)
+
+    return load
+
+
 A = "lora/layers/q/lora_a"
-CHANGED = mentions("adapter.json", "changed", "digest")
-
-
-@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors", "adapter directory"])
-def test_missing_files_are_named(adapter, name):
-    shutil.rmtree(adapter) if " " in name else (adapter / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
-        load_adapter(adapter)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        *((cut("adapter.safetensors", n), "adapter.safetensors") for n in (0, 4, 100, -1)),
-        (cut("adapter.json", 50), "adapter.json.*JSON"),
-        (write("[]"), mentions("adapter.json", "JSON object", "list")),
-        (write("[" * 3000 + "]" * 3000), "adapter.json.*(recursion|100|JSON object)"),
-        (notes(lambda n: n.pop("specs")), mentions("adapter.json", "specs", "missing")),
-        (notes(lambda n: n.update(format=2)), mentions("format", 2, 1)),
-        (notes(lambda n: n["config"].update(rnk=2)), mentions("'rnk'", "'rank'")),
-        (notes(lambda n: n["config"].update(rank=0)), mentions("adapter.json", "rank", 0)),
-        (notes(lambda n: n["config"].update(dropout=10**400)), mentions("adapter.json", "dropout")),
-        (notes(lambda n: n["specs"].clear()), mentions("layers/q/lora_a", "absent")),
-        (spec_notes(lambda s: s.update(kind="rnn")), mentions("'layers/q'", "'rnn'")),
-        (spec_notes(lambda s: s.pop("leaf")), mentions("'layers/q'", "leaf")),
-        (
-            spec_notes(lambda s: s.update(stacked=[None])),
-            mentions("adapter.json", "'layers/q'", "stacked", "None"),
-        ),
-        (
-            spec_notes(lambda s: s.update(shape=[6, 5, 3])),
-            mentions("layers/q/lora_a", "(6, 4, 2)", "adapter.safetensors", "(6, 5, 2)", "adapter.json"),
-        ),
-        (
-            tensors(lambda t: t.update({A: -t[A]})),
-            mentions("adapter.safetensors", "adapter.json", "changed", "digest"),
-        ),
-        (tensors(lambda t: t.pop(A)), mentions("layers/q/lora_a", "absent", "adapter.safetensors")),
-        (tensors(lambda t: t.update({"lora/k/lora_a": t[A]})), mentions("k/lora_a")),
-        (tensors(lambda t: t.update({A: t[A][:5]})), mentions("layers/q/lora_a", "(5, 4, 2)", "(6, 4, 2)")),
-        (notes(lambda n: n.update(task="another"), keep_digest=True), CHANGED),
-        (notes(lambda n: n.update(settings={"model": {"pooling": "cls"}}), keep_digest=True), CHANGED),
-    ],
+CHANGED = ("adapter.json", "changed", "digest")
+test_missing_files_are_named = refusals(
+    (loading(lambda d: (d / "adapter.json").unlink()), "adapter.json"),
+    (loading(lambda d: (d / "adapter.safetensors").unlink()), "adapter.safetensors"),
+    (loading(shutil.rmtree), "adapter directory"),
+    error=FileNotFoundError,
 )
-def test_damage_is_rejected(adapter, damage, message):
-    damage(adapter)
-    with pytest.raises(ValueError, match=message):
-        load_adapter(adapter)
+DAMAGE = [
+    *((cut("adapter.safetensors", n), "adapter.safetensors") for n in (0, 4, 100, -1)),
+    (cut("adapter.json", 50), "adapter.json", "JSON"),
+    (write("[]"), "adapter.json", "JSON object", "list"),
+    (write("[" * 3000 + "]" * 3000), "adapter.json"),
+    (notes(lambda n: n.pop("specs")), "adapter.json", "specs", "missing"),
+    (notes(lambda n: n.update(format=2)), "format", 2, 1),
+    (notes(lambda n: n["config"].update(rnk=2)), "'rnk'", "'rank'"),
+    (notes(lambda n: n["config"].update(rank=0)), "adapter.json", "rank", 0),
+    (notes(lambda n: n["config"].update(dropout=10**400)), "adapter.json", "dropout"),
+    (notes(lambda n: n["specs"].clear()), "layers/q/lora_a", "absent"),
+    (spec_notes(lambda s: s.update(kind="rnn")), "'layers/q'", "'rnn'"),
+    (spec_notes(lambda s: s.pop("leaf")), "'layers/q'", "leaf"),
+    (spec_notes(lambda s: s.update(stacked=[None])), "adapter.json", "'layers/q'", "stacked", "None"),
+    (
+        spec_notes(lambda s: s.update(shape=[6, 5, 3])),
+        *("layers/q/lora_a", "(6, 4, 2)", "adapter.safetensors", "(6, 5, 2)", "adapter.json"),
+    ),
+    (tensors(lambda t: t.update({A: -t[A]})), "adapter.safetensors", *CHANGED),
+    (tensors(lambda t: t.pop(A)), "layers/q/lora_a", "absent", "adapter.safetensors"),
+    (tensors(lambda t: t.update({"lora/k/lora_a": t[A]})), "k/lora_a"),
+    (tensors(lambda t: t.update({A: t[A][:5]})), "layers/q/lora_a", "(5, 4, 2)", "(6, 4, 2)"),
+    (notes(lambda n: n.update(task="another"), keep_digest=True), *CHANGED),
+    (notes(lambda n: n.update(settings={"model": {"pooling": "cls"}}), keep_digest=True), *CHANGED),
+]
+test_damage_is_rejected = refusals(
+    *((loading(damage), *words) for damage, *words in DAMAGE), error=ValueError
+)
 
 
 def test_an_older_adapter_is_replaced_whole(adapter):

@@ -15,24 +15,20 @@ from loraplus_jax.interop.library_recipes import (
 )
 from loraplus_jax.optim.find_pairs import factor_pairs
 
-from ..messages import mentions
+from ..refusals import refusals
 from .library_trees import HEAD, HEADS, HIDDEN, LIBRARIES, RANK, maxtext
 
 CONFIG = {"model_type": "llama", "hidden_size": HIDDEN, "num_attention_heads": HEADS}
 
 
-@pytest.fixture
-def made(request):
-    library = LIBRARIES[request.param]
-    tree, changes = library.make(np.random.default_rng(0))
-    return request.param, clean_paths(tree), changes, {**library.options, "config": CONFIG}
+def made(name):
+    tree, changes = LIBRARIES[name].make(np.random.default_rng(0))
+    return clean_paths(tree), changes
 
 
-@pytest.mark.parametrize("made", LIBRARIES, indirect=True)
-def test_factors_and_products_are_what_the_library_computes(made):
-    name, tree, changes, options = made
+def assert_adds(tree, changes, **options):
+    """The factors and the dense changes of a tree are these."""
     recipe = find_recipe(factor_pairs(tree))
-    assert recipe.name == name.removeprefix("old ")
     factors, others = read_factors(tree, recipe, **options)
     assert others == {}
     assert factors.keys() == changes.keys()
@@ -43,17 +39,17 @@ def test_factors_and_products_are_what_the_library_computes(made):
         np.testing.assert_allclose(dense[module], change, rtol=0, atol=2e-6, err_msg=module)
 
 
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_factors_and_products_are_what_the_library_computes(name):
+    tree, changes = made(name)
+    assert find_recipe(factor_pairs(tree)).name == name.removeprefix("old ")
+    assert_adds(tree, changes, **LIBRARIES[name].options, config=CONFIG)
+
+
 def test_only_llama_3_1_of_maxtext_is_interleaved():
     tree, changes = maxtext(np.random.default_rng(0), interleaved=True)
     config = CONFIG | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
-    tree = clean_paths(tree)
-    recipe, options = find_recipe(factor_pairs(tree)), {**LIBRARIES["maxtext"].options, "config": config}
-    factors, _ = read_factors(tree, recipe, **options)
-    dense = dict(dense_changes(tree, recipe, **options))
-    for module, change in changes.items():
-        a, b, scale = factors[module]
-        np.testing.assert_allclose(scale * b @ a, change, rtol=0, atol=2e-6, err_msg=module)
-        np.testing.assert_allclose(dense[module], change, rtol=0, atol=2e-6, err_msg=module)
+    assert_adds(clean_paths(tree), changes, **LIBRARIES["maxtext"].options, config=config)
 
 
 class Block(nnx.Module):
@@ -87,8 +83,7 @@ def test_every_library_is_tested():
 
 
 def test_ranks_of_openpi_are_those_of_its_heads():
-    tree, _ = LIBRARIES["openpi"].make(np.random.default_rng(0))
-    tree = clean_paths(tree)
+    tree, _ = made("openpi")
     factors, _ = read_factors(tree, find_recipe(factor_pairs(tree)), scale=1.0)
     q, o, gate = (
         factors[f"paligemma_with_expert.gemma_expert.model.layers.1.{name}_proj"]
@@ -101,56 +96,49 @@ def test_ranks_of_openpi_are_those_of_its_heads():
     assert all((blocks[n, :, m] != 0).all() == (n == m) for n in range(HEADS) for m in range(HEADS))
 
 
-def changed(tree, **values):
-    return {path: values.get(path.rpartition("/")[2], leaf) for path, leaf in tree.items()}
-
-
-def test_trees_that_do_not_fit():
-    tree = clean_paths(LIBRARIES["qwix"].make(np.random.default_rng(0))[0])
+def test_a_module_that_only_a_path_map_places():
+    tree, names = made("qwix")[0], [("other/w", "model.other")]
     recipe = find_recipe(factor_pairs(tree))
-    with pytest.raises(ValueError, match=mentions("qwix", "--scale", "--alpha")):
-        read_factors(tree, recipe)
-    with pytest.raises(ValueError, match=mentions("--scale", "--alpha")):
-        read_factors(tree, recipe, scale=1.0, alpha=1.0)
-    partner = "layers/0/attn/q_proj/w_lora_b"
-    with pytest.raises(ValueError, match=mentions("layers/0/attn/q_proj/w", "lora_b")):
-        read_factors({path: x for path, x in tree.items() if path != partner}, recipe, scale=1.0)
-    stray = {f"layers/0/attn/z/w_lora_{s}": np.ones((4, 4)) for s in "ab"}
-    with pytest.raises(ValueError, match=mentions("layers/0/other/attn/z/w", "--path_map")):
-        read_factors(
-            tree | {k.replace("attn/z", "other/attn/z"): x for k, x in stray.items()}, recipe, scale=1.0
-        )
-    names = {"other/w": "model.other"}
     more = tree | {f"other/w_lora_{s}": np.ones((4, 4), np.float32) for s in "ab"}
-    factors, _ = read_factors(more, recipe, scale=1.0, path_map=[*names.items()])
+    factors, _ = read_factors(more, recipe, scale=1.0, path_map=names)
     assert factors["model.other"].a.shape == (4, 4)
-    with pytest.raises(ValueError, match=mentions("--path_map", "another/w")):
-        read_factors(tree, recipe, scale=1.0, path_map=[("another/w", "model.other")])
-    with pytest.raises(ValueError, match=mentions(partner, "finite")):
-        read_factors(tree | {partner: np.full_like(tree[partner], np.nan)}, recipe, scale=1.0)
 
 
-def test_a_tree_of_no_library():
-    with pytest.raises(ValueError, match=mentions("what/q_lora_a", "--from", "qwix", "--path_map")):
-        find_recipe(factor_pairs({"what/q_lora_a": np.ones((4, 2)), "what/q_lora_b": np.ones((2, 4))}))
-    with pytest.raises(ValueError, match=mentions("LoRA")):
-        find_recipe({})
+def reading(library, changes=(), **options):
+    """Reads a library's tree with some leaves changed, or left out where the change is None."""
+
+    def read():
+        tree = made(library)[0]
+        recipe = find_recipe(factor_pairs(tree))
+        leaves = tree | {path: change and change(tree.get(path)) for path, change in dict(changes).items()}
+        read_factors({path: x for path, x in leaves.items() if x is not None}, recipe, **options)
+
+    return read
 
 
-def test_another_model_or_scale():
-    tree = clean_paths(LIBRARIES["maxtext"].make(np.random.default_rng(0))[0])
-    with pytest.raises(ValueError, match=mentions("maxtext", "llama", "qwen3", "gemma2")):
-        read_factors(tree, find_recipe(factor_pairs(tree)), scale=1.0, config={"model_type": "gemma2"})
-    tree = clean_paths(LIBRARIES["gemma"].make(np.random.default_rng(0))[0])
-    with pytest.raises(ValueError, match=mentions("gemma", "--scale")):
-        read_factors(tree, find_recipe(factor_pairs(tree)), scale=2.0)
-
-
-def test_shapes_that_do_not_fit():
-    tree = clean_paths(LIBRARIES["openpi"].make(np.random.default_rng(0))[0])
-    recipe = find_recipe(factor_pairs(tree))
-    path = "PaliGemma/llm/layers/mlp/linear_lora_b"
-    with pytest.raises(
-        ValueError, match=mentions("PaliGemma/llm/layers/mlp/linear", f"(1, {RANK}, {HIDDEN})")
-    ):
-        read_factors(tree | {path: tree[path][:1]}, recipe, scale=1.0)
+PARTNER = "layers/0/attn/q_proj/w_lora_b"
+STRAY = {f"layers/0/other/attn/z/w_lora_{side}": lambda _: np.ones((4, 4)) for side in "ab"}
+NAN = {PARTNER: lambda x: np.full_like(x, np.nan)}
+LINEAR = "PaliGemma/llm/layers/mlp/linear"
+test_trees_that_do_not_fit_are_rejected = refusals(
+    (reading("qwix"), "qwix", "--scale", "--alpha"),
+    (reading("qwix", scale=1.0, alpha=1.0), "--scale", "--alpha"),
+    (reading("qwix", {PARTNER: None}, scale=1.0), "layers/0/attn/q_proj/w", "lora_b"),
+    (reading("qwix", STRAY, scale=1.0), "layers/0/other/attn/z/w", "--path_map"),
+    (reading("qwix", scale=1.0, path_map=[("another/w", "model.other")]), "--path_map", "another/w"),
+    (reading("qwix", NAN, scale=1.0), PARTNER, "finite"),
+    (
+        reading("maxtext", scale=1.0, config={"model_type": "gemma2"}),
+        *("maxtext", "llama", "qwen3", "gemma2"),
+    ),
+    (reading("gemma", scale=2.0), "gemma", "--scale"),
+    (
+        reading("openpi", {f"{LINEAR}_lora_b": lambda x: x[:1]}, scale=1.0),
+        *(LINEAR, f"(1, {RANK}, {HIDDEN})"),
+    ),
+    (
+        lambda: find_recipe(factor_pairs({f"what/q_lora_{side}": np.ones((4, 4)) for side in "ab"})),
+        *("what/q_lora_a", "--from", "qwix", "--path_map"),
+    ),
+    (lambda: find_recipe({}), "LoRA"),
+)

@@ -4,19 +4,14 @@ import pytest
 
 from loraplus_jax.settings.yaml_files import read_yaml, to_yaml
 
-from ..messages import mentions
-from .values import parsed
+from ..refusals import refusals
+from .values import parsed, parsing
 
 
 @pytest.mark.parametrize("number", ["5e-4", "5.e-4", "0.5e-3", ".5e-3", "50E-5", "0.05e-2"])
 def test_every_spelling_of_an_exponent_is_a_number(tmp_path, number):
-    content = (
-        f"model: {{path: m}}\ndata: {{path: d}}\noutput_dir: o\noptimizer: {{learning_rate: {number}}}\n"
-    )
-    assert parsed(tmp_path, content=content).optimizer.learning_rate == 5e-4
-
-
-def test_an_exponent_without_a_sign_is_a_number(tmp_path):
+    content = f"model: {{path: m}}\ndata: {{path: d}}\noutput_dir: o\noptimizer: {{eps: {number}}}\n"
+    assert parsed(tmp_path, content=content).optimizer.eps == 5e-4
     assert parsed(tmp_path, "--lora.alpha", "1.5e1").lora.alpha == 15
 
 
@@ -34,29 +29,27 @@ def test_a_text_that_starts_like_a_number_is_a_text(tmp_path):
     assert parsed(tmp_path, content=content).output_dir == "5e-4_lora"
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("a: [\n", ["config.yaml", "YAML"]),
-        ("a: !!python/name:os.system\n", ["config.yaml", "YAML"]),
-        ("a: !!bool x\n", ["config.yaml", "YAML"]),
-        ("a: !!timestamp x\n", ["config.yaml", "YAML"]),
-        ("a: !!int ''\n", ["config.yaml", "YAML"]),
-        ("a: !!set [x]\n", ["config.yaml", "YAML"]),
-        ("a: 2001-99-99\n", ["config.yaml", "YAML", "month"]),
-        (f"a: {'9' * 5000}\n", ["config.yaml:1:4", "YAML", "5,000 digits", "4,300"]),
-        ("a: " + "[" * 3000 + "]" * 3000, ["config.yaml", "YAML", "recursion"]),
-        ("a: " + "[" * 150 + "]" * 150, ["config.yaml", 100]),
-        ('a: "\\ud800"\n', ["config.yaml", "surrogate"]),
-        ("a: &x [1, 1]\nb: [*x, *x]\n", ["config.yaml:2:5", "YAML", "aliases"]),
-        *(
-            (f"seed: {number}\n", ["config.yaml:1:7", number, "decimal"])
-            for number in ("010", "1_0", "0x3", "0b11", "1:30", "-007", "1_0.5")
-        ),
-        ("a: 1" + " " * 2**16, ["config.yaml", 65540, 65536]),
-    ],
+test_files_that_are_rejected = refusals(
+    *(
+        (parsing(content=content), "config.yaml", *words)
+        for content, *words in [
+            ("a: [\n", "YAML"),
+            ("a: !!python/name:os.system\n", "YAML"),
+            ("a: !!bool x\n", "YAML"),
+            ("a: !!timestamp x\n", "YAML"),
+            ("a: !!int ''\n", "YAML"),
+            ("a: !!set [x]\n", "YAML"),
+            ("a: 2001-99-99\n", "YAML", "month"),
+            (f"a: {'9' * 5000}\n", "config.yaml:1:4", "YAML", "5,000 digits", "4,300"),
+            ("a: " + "[" * 3000 + "]" * 3000, "YAML", "recursion"),
+            ("a: " + "[" * 150 + "]" * 150, 100),
+            ('a: "\\ud800"\n', "surrogate"),
+            ("a: &x [1, 1]\nb: [*x, *x]\n", "config.yaml:2:5", "YAML", "aliases"),
+            *(
+                (f"seed: {number}\n", "config.yaml:1:7", number, "decimal")
+                for number in ("010", "1_0", "0x3", "0b11", "1:30", "-007", "1_0.5")
+            ),
+            ("a: 1" + " " * 2**16, 65540, 65536),
+        ]
+    )
 )
-def test_files_that_are_rejected(tmp_path, content, words):
-    with pytest.raises(ValueError, match=mentions(*words)) as caught:
-        parsed(tmp_path, content=content)
-    assert "\n" not in str(caught.value)

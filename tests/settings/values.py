@@ -112,7 +112,7 @@ GENERATION = {
 }
 
 
-# Alone they are rejected: they go together.
+# Set together.
 PROCESSES = {
     "distributed.coordinator": "host:1234",
     "distributed.processes": 4,
@@ -120,8 +120,36 @@ PROCESSES = {
 }
 
 
-# Alone they are rejected: they go with data.train in place of data.path.
+# These replace data.path.
 FILES = {"data.train": "a.csv", "data.validation": "b.csv", "data.test": "c.csv"}
+
+
+OTHER_PROCESSES = {
+    "distributed.coordinator": "host:1",
+    "distributed.processes": 8,
+    "distributed.process_id": 0,
+}
+# Every field: a value away from its default, and the settings without which this value is rejected.
+FIELDS = {
+    **{name: (given, {}) for name, given in OTHER.items()},
+    **{name: (given, {"task": "instruction"}) for name, given in LANGUAGE.items()},
+    **{name: (given, {"task": "generation"}) for name, given in GENERATION.items()},
+    **{name: (given, OTHER_PROCESSES) for name, given in PROCESSES.items()},
+    **{name: (given, {"data.path": None, "data.train": "d.csv"}) for name, given in FILES.items()},
+    "model.quantize_exclude": (["head"], {"model.quantize": "nf4"}),
+    "data.root": ("r", {"data.path": "glue/rte"}),
+    "lora.init_iterations": (4, {"lora.init": "pissa"}),
+    "optimizer.magnitude_learning_rate": (1e-3, {"lora.variant": "dora"}),
+    "optimizer.decay": ("equal", {"optimizer.weight_decay": 0.1}),
+    "optimizer.decay_steps": (5, {"optimizer.schedule": "wsd"}),
+    "optimizer.reg": (1e-3, {"optimizer.name": "riemannian"}),
+    "optimizer.target_rank": (2.0, {"train.select": "last"}),
+    "train.prompt_tokens": (9, {"task": "instruction", "train.prompt": "Why?"}),
+    "generation.no_repeat_in": ("all", {"task": "generation", "generation.no_repeat_ngram": 3}),
+    "distributed.start_timeout": (20, OTHER_PROCESSES),
+    "distributed.lost_timeout": (20, OTHER_PROCESSES),
+    "init_adapter_rates": ("new", {"init_adapter": "old"}),
+}
 
 
 def write(tmp_path, content):
@@ -134,15 +162,21 @@ def parsed(tmp_path, *overrides, content=None):
     return parse_settings(write(tmp_path, LEAST if content is None else content), overrides)
 
 
+def parsing(*overrides, content=None):
+    """`parsed` as a row of `refusals` has it."""
+    return lambda tmp_path: parsed(tmp_path, *overrides, content=content)
+
+
 def value(settings, name):
     for part in name.split("."):
         settings = getattr(settings, part)
     return list(settings) if isinstance(settings, tuple) else settings
 
 
-def nested(name, given):
-    section, _, field = name.rpartition(".")
-    least = json.loads(json.dumps(LEAST))
-    place = least.setdefault(section, {}) if section else least
-    place[field] = given
-    return least
+def nested(values):
+    """The least settings with these, which are named with their sections."""
+    tree = json.loads(json.dumps(LEAST))
+    for name, given in values.items():
+        section, _, field = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[field] = given
+    return tree

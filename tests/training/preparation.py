@@ -1,6 +1,8 @@
-"""Preparation of a run without compiling, for what does not look at programs."""
+"""Preparation of a run without compiling, and a directory that another process uses."""
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 
@@ -14,3 +16,22 @@ def without_compiling():
         patch.setattr(setup, "compile_programs", lambda *_: setup.Programs(None, None))
         patch.setattr(setup, "check_memory", lambda *_: None)
         yield
+
+
+HOLD = """
+import pathlib, sys
+from loraplus_jax.training.run_directory import lock_directory
+with lock_directory(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def lock_of_another_process(directory):
+    """A process that holds the lock until the block ends, when it is killed."""
+    command = [sys.executable, "-c", HOLD, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()

@@ -20,6 +20,7 @@ from loraplus_jax.training.list_runs import best_row, describe_run, find_runs, l
 from loraplus_jax.training.run_directory import lock_directory, open_output_directory, write_config
 
 from ..messages import assert_mentions, mentions
+from .preparation import lock_of_another_process
 
 PLAIN = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"steps": 40}}
 EVALUATIONS = [(10, 0.7, 0.5), (20, 0.8, 0.4), (30, 0.6, 0.3), (40, math.nan, math.nan)]
@@ -86,19 +87,9 @@ def test_the_settings_of_a_directory_are_those_of_its_run(tmp_path, kind):
 
 def test_a_run_in_progress_shows_its_pid_and_a_killed_one_does_not(tmp_path):
     run = run_of(tmp_path / "a")
-    code = """
-import pathlib, sys
-from loraplus_jax.training.run_directory import lock_directory
-with lock_directory(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-    command = [sys.executable, "-c", code, str(run)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
+    with lock_of_another_process(run) as holder:
         row = describe_run(run)
         assert (row["state"], row["pid"], row["resume"]) == ("running", str(holder.pid), None)
-        holder.kill()
     assert (run / ".pid").exists()
     assert describe_run(run)["state"] == "stopped"
     with lock_directory(run):  # listing did not keep the lock

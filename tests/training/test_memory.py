@@ -1,3 +1,4 @@
+import contextlib
 import types
 
 import jax
@@ -11,52 +12,36 @@ from loraplus_jax.training.memory import check_memory, free_bytes
 from ..messages import assert_mentions, mentions
 
 
-def program(held, passing):
-    """A compiled program that holds so many bytes and needs so many more while it runs."""
-
-    def f(state, x):
-        return state + 1, jnp.sum(jnp.sin(x[None] * jnp.arange(passing // x.nbytes).reshape(-1, 1)))
-
+def program(held):
+    """A compiled program that holds so many bytes."""
     state = jax.ShapeDtypeStruct((held // 4,), jnp.float32)
-    x = jnp.ones(1024)
-    return jax.jit(f, donate_argnums=0).lower(state, x).compile()
+    return jax.jit(lambda state: state + 1, donate_argnums=0).lower(state).compile()
 
 
-def host(monkeypatch, free):
+@pytest.fixture(scope="module")
+def programs():
+    """Two that hold memory, and one that needs 4 MB in passing."""
+    passing = jax.jit(lambda x: jnp.sort(jnp.outer(x, x), axis=0)[0]).lower(jnp.ones(1000)).compile()
+    return {"4 MB": program(4_000_000), "8 MB": program(8_000_000), "passing": passing}
+
+
+@pytest.mark.parametrize(
+    ("free", "devices", "names", "fits"),
+    [
+        (4_010_000, 1, ["4 MB"], True),
+        (3_990_000, 1, ["4 MB"], False),
+        (8_020_000, 2, ["4 MB"], True),
+        (7_980_000, 2, ["4 MB"], False),
+        (5_000_000, 1, ["4 MB", "8 MB"], False),  # the larger program counts
+        (7_000_000, 1, ["passing"], True),
+        (7_000_000, 1, ["4 MB", "passing"], False),  # what one program holds stays while another runs
+    ],
+)
+def test_what_does_not_fit_is_rejected_with_numbers(monkeypatch, programs, free, devices, names, fits):
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-
-
-def test_what_fits_passes_and_what_does_not_is_rejected_with_numbers(monkeypatch):
-    small, device = program(held=4_000_000, passing=0), jax.devices()[0]
-    host(monkeypatch, 4_010_000)
-    check_memory([small], device, 1)
-    host(monkeypatch, 3_990_000)
-    with pytest.raises(ValueError, match=mentions("GB", "cpu", "train.accumulate")):
-        check_memory([small], device, 1)
-    host(monkeypatch, 8_020_000)
-    check_memory([small], device, 2)
-    host(monkeypatch, 7_980_000)
-    with pytest.raises(ValueError, match=mentions("GB", "cpu")):
-        check_memory([small], device, 2)
-
-
-def test_the_larger_program_counts(monkeypatch):
-    host(monkeypatch, 5_000_000)
-    check_memory([program(4_000_000, 0)], jax.devices()[0], 1)
-    with pytest.raises(ValueError, match=mentions("GB", "cpu")):
-        check_memory([program(4_000_000, 0), program(8_000_000, 0)], jax.devices()[0], 1)
-
-
-def test_what_one_program_holds_stays_while_another_runs(monkeypatch):
-    many = (
-        jax.jit(lambda x: jnp.sort(jnp.outer(x, x), axis=0)[0]).lower(jnp.ones(1000)).compile()
-    )  # 4 MB in passing
-    host(monkeypatch, 7_000_000)
-    device = jax.devices()[0]
-    check_memory([many], device, 1)
-    check_memory([program(4_000_000, 0)], device, 1)
-    with pytest.raises(ValueError, match=mentions("GB", "cpu")):
-        check_memory([program(4_000_000, 0), many], device, 1)
+    rejected = pytest.raises(ValueError, match=mentions("GB", "cpu", "train.accumulate"))
+    with contextlib.nullcontext() if fits else rejected:
+        check_memory([programs[name] for name in names], jax.devices()[0], devices)
 
 
 def test_free_memory_of_an_accelerator_comes_from_its_own_statistics():

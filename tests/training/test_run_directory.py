@@ -5,8 +5,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -41,37 +39,20 @@ from loraplus_jax.training.run_files import TrainingFailed
 from loraplus_jax.training.saved_adapter import require_adapter
 
 from ..messages import assert_mentions, mentions
-from ..settings.values import FILES, GENERATION, LANGUAGE, OTHER, PROCESSES
-
-PLAIN = {
-    "model": {"path": "m"},
-    "data": {"path": "d"},
-    "optimizer": {"schedule": "linear"},
-    "train": {"steps": 9, "batch_size": 32},
-    "output_dir": "o",
-}
-HOLD = """
-import pathlib, sys
-from loraplus_jax.training.run_directory import lock_directory
-with lock_directory(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+from ..settings.values import FIELDS, LEAST, nested
+from .preparation import lock_of_another_process
 
 
 def test_a_second_process_is_rejected_with_the_pid_of_the_first_before_any_preparation(tmp_path):
-    directory = run_of(tmp_path / "out", PLAIN)
-    command = [sys.executable, "-c", HOLD, str(directory)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "held\n"
+    directory = run_of(tmp_path / "out", LEAST)
+    with lock_of_another_process(directory) as first:
         with pytest.raises(ValueError, match=mentions(first.pid, directory)), lock_directory(directory):
             pass
         for fresh in (False, True):
             with pytest.raises(ValueError, match=mentions(first.pid, directory)):
-                check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
-        first.kill()
+                check_directory(directory, settings_from_json(LEAST), fresh=fresh)
     # The system let go of the lock when the process was killed.
-    check_directory(directory, settings_from_json(PLAIN), fresh=False)
+    check_directory(directory, settings_from_json(LEAST), fresh=False)
     with lock_directory(directory):
         assert (directory / ".pid").read_text() == f"{os.getpid()}\n"
     assert not (directory / ".pid").exists()
@@ -81,13 +62,13 @@ def test_a_second_process_is_rejected_with_the_pid_of_the_first_before_any_prepa
 @pytest.mark.parametrize("name", [".lock", ".pid"])
 @pytest.mark.parametrize("kind", ["FIFO", "symbolic link", "directory"])
 def test_a_lock_that_is_no_regular_file_is_rejected_and_no_link_followed(tmp_path, name, kind):
-    directory, mine = run_of(tmp_path / "out", PLAIN), tmp_path / "mine"
+    directory, mine = run_of(tmp_path / "out", LEAST), tmp_path / "mine"
     mine.write_text("mine")
     path = directory / name
     {"FIFO": lambda: os.mkfifo(path), "directory": path.mkdir}.get(kind, lambda: path.symlink_to(mine))()
     before = sorted(directory.iterdir())
     with pytest.raises(ValueError, match=mentions(path, kind)):
-        check_directory(directory, settings_from_json(PLAIN), fresh=False)
+        check_directory(directory, settings_from_json(LEAST), fresh=False)
     with pytest.raises(ValueError, match=mentions(path, kind)), lock_directory(directory):
         pass
     assert mine.read_text() == "mine"
@@ -95,15 +76,15 @@ def test_a_lock_that_is_no_regular_file_is_rejected_and_no_link_followed(tmp_pat
 
 
 def test_a_check_writes_no_pid(tmp_path):
-    directory = run_of(tmp_path / "out", PLAIN)
+    directory = run_of(tmp_path / "out", LEAST)
     (directory / ".lock").touch()
     (directory / ".pid").write_text("mine")
-    check_directory(directory, settings_from_json(PLAIN), fresh=False)
+    check_directory(directory, settings_from_json(LEAST), fresh=False)
     assert (directory / ".pid").read_text() == "mine"
 
 
 def test_a_directory_that_cannot_be_created_is_rejected_and_one_that_can_is_not_created(tmp_path):
-    settings = settings_from_json(PLAIN)
+    settings = settings_from_json(LEAST)
     check_directory(tmp_path / "a/b/c", settings, fresh=False)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match=mentions("output_dir", "/proc/loraplus/out")):
@@ -127,27 +108,6 @@ def test_a_run_killed_before_its_first_file_starts_over(tmp_path, names):
         check_directory(tmp_path / "out", settings, fresh=False)
 
 
-CHANGES = OTHER | LANGUAGE | GENERATION
-CHANGES |= {
-    "data.root": "r",
-    "optimizer.magnitude_learning_rate": 1e-3,
-    "optimizer.decay": "equal",
-    "distributed.start_timeout": 20,
-    "distributed.lost_timeout": 20,
-    "generation.no_repeat_in": "all",
-}
-del CHANGES["train.epochs"]
-# These replace another field or go with another, so they are not changed alone.
-INSTEAD = {*FILES, *PROCESSES, "train.epochs", "train.prompt_tokens", "init_adapter_rates"}
-INSTEAD |= {"model.quantize_exclude", "lora.init_iterations"}
-INSTEAD |= {"optimizer.decay_steps", "optimizer.target_rank", "optimizer.reg"}
-
-
-def fields(values):
-    for name, value in values.items():
-        yield from (f"{name}.{inner}" for inner in value) if isinstance(value, dict) else [name]
-
-
 def run_of(directory, values, *, finished=False):
     """The directory of a run with these settings."""
     directory.mkdir()
@@ -158,48 +118,26 @@ def run_of(directory, values, *, finished=False):
     return directory
 
 
-def base_of(name):
-    needed = {name: {"task": "instruction"} for name in LANGUAGE}
-    needed |= {name: {"task": "generation"} for name in GENERATION}
-    needed["generation.no_repeat_in"] = {"task": "generation", "generation": {"no_repeat_ngram": 3}}
-    needed["data.root"] = {"data": {"path": "glue/rte"}}
-    needed["optimizer.decay"] = {"optimizer": {"schedule": "linear", "weight_decay": 0.1}}
-    needed["optimizer.magnitude_learning_rate"] = {"lora": {**PLAIN.get("lora", {}), "variant": "dora"}}
-    world = {"coordinator": "host:1", "processes": 2, "process_id": 0}
-    needed |= {f"distributed.{name}": {"distributed": world} for name in ("start_timeout", "lost_timeout")}
-    return PLAIN | needed.get(name, {})
-
-
-def with_change(name, value):
-    section, _, field = name.rpartition(".")
-    base = base_of(name)
-    return {**base, section: {**base.get(section, {}), field: value}} if section else {**base, name: value}
-
-
-def test_every_field_is_in_the_table():
-    assert set(fields(settings_from_json(PLAIN).to_json())) == CHANGES.keys() | INSTEAD
-    assert set(STOP_FIELDS) <= set(RESUMABLE_FIELDS) <= CHANGES.keys() | INSTEAD
-
-
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", FIELDS)
 def test_what_may_change_when_a_run_resumes_and_what_not(tmp_path, name):
-    directory = run_of(tmp_path / "run", base_of(name))
-    settings = settings_from_json(with_change(name, CHANGES[name]))
+    given, needed = FIELDS[name]
+    directory = run_of(tmp_path / "run", nested(needed))
+    settings = settings_from_json(nested(needed | {name: given}))
     if name == "output_dir" or name.startswith("distributed."):
         assert check_directory(directory, settings, fresh=False) == []
     elif name in RESUMABLE_FIELDS:
         (change,) = check_directory(directory, settings, fresh=False)
-        assert_mentions(change, name, json.dumps(CHANGES[name]))
+        assert_mentions(change, name, json.dumps(given))
     else:
         with pytest.raises(ValueError, match=mentions(name, directory, "--fresh")):
             check_directory(directory, settings, fresh=False)
 
 
-@pytest.mark.parametrize("name", [n for n in RESUMABLE_FIELDS if n in CHANGES or n in STOP_FIELDS])
+@pytest.mark.parametrize("name", RESUMABLE_FIELDS)
 def test_a_finished_run_resumes_only_when_its_end_moves(tmp_path, name):
-    directory = run_of(tmp_path / "run", base_of(name), finished=True)
-    epochs = {**PLAIN, "train": {"epochs": 2.0, "batch_size": 32}}
-    settings = settings_from_json(epochs if name == "train.epochs" else with_change(name, CHANGES[name]))
+    given, needed = FIELDS[name]
+    directory = run_of(tmp_path / "run", nested(needed), finished=True)
+    settings = settings_from_json(nested(needed | {name: given}))
     if name in STOP_FIELDS:
         assert check_directory(directory, settings, fresh=False)
     else:
@@ -358,19 +296,18 @@ def test_a_setting_that_an_earlier_version_did_not_have_has_its_default(tmp_path
 
 
 def test_a_sweep_may_change_less_and_a_finished_one_stays_finished(tmp_path):
-    (tmp_path / "run").mkdir()
-    old = {**PLAIN, "sweep": {}}
-    path = tmp_path / "run/config.yaml"
-    path.write_text(yaml.safe_dump(settings_from_json(old, SweepRun).to_json()))
+    def sweep(**train):
+        return settings_from_json({**LEAST, "sweep": {}, "train": {"steps": 9} | train}, SweepRun)
 
     def changes(**train):
-        settings = settings_from_json({**old, "train": {**PLAIN["train"], **train}}, SweepRun)
-        return check_directory(tmp_path / "run", settings, fresh=False)
+        return check_directory(directory, sweep(**train), fresh=False)
+
+    directory = run_of(tmp_path / "run", sweep())
 
     assert len(changes(keep=5)) == 1
     with pytest.raises(ValueError, match=mentions("train.steps", 9, 10)):
         changes(steps=10)
-    (tmp_path / "run/summary.json").write_text("{}")
+    (directory / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match=mentions("finished")) as caught:
         changes(keep=5)
     assert "train.steps" not in str(caught.value)
