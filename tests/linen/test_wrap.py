@@ -23,6 +23,7 @@ from .models import (
     Reversed,
     Scanned,
     Setup,
+    Tied,
     X,
     adapters_of,
     assert_equal,
@@ -438,21 +439,6 @@ def test_layers_in_containers_run_inside_the_model_only_and_all_else_is_as_it_is
     for name in ("layers", "named"):
         with pytest.raises(AttributeError, match=mentions(name, "Many", "method")):
             getattr(model.bind(variables), name)
-
-
-class Tied(nn.Module):
-    """Head and embedding share a matrix; parameters are named lazily."""
-
-    def setup(self):
-        self.words = nn.Embed(7, 4)
-        self.layers = [nn.Dense(4) for _ in range(2)]
-        self.norm = nn.BatchNorm(use_running_average=False)
-
-    def __call__(self, ids):
-        x = self.words(ids)
-        for layer in self.layers:
-            x = jnp.tanh(layer(x))
-        return self.words.attend(self.norm(x))
 
 
 def test_tied_weights_lazy_names_and_batch_statistics():
