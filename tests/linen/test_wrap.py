@@ -14,6 +14,7 @@ from loraplus_jax import LoRAPlusConfig, LoRAPlusDense, apply_lora_plus, init_lo
 from loraplus_jax.adapter.spec import specs_from_json, specs_to_json
 
 from ..messages import mentions
+from ..refusals import refusals
 from .models import (
     CONFIG,
     KEY,
@@ -212,22 +213,20 @@ def test_only_modules_are_wrapped():
         apply_lora_plus(lambda x: x, CONFIG)
 
 
-def test_a_model_without_adapters_is_rejected():
-    with pytest.raises(ValueError, match="apply_lora_plus"):
-        init_lora(Setup(), KEY, X)
+def start(base):
+    return init_lora(apply_lora_plus(Setup(), CONFIG), KEY, X, base=base)
 
 
-@pytest.mark.parametrize(
-    ("base", "words"),
-    [
-        ({"params": {"up": {"kernel": jnp.zeros((4, 5))}}}, ("params/up/kernel", "(4, 6)", "(4, 5)")),
-        ({"params": {}}, ("params/up/kernel", "(4, 6)", "missing")),
-        ({"up": {"kernel": jnp.zeros((4, 6))}}, ("params", "'up'")),
-    ],
+NARROW, BARE = {"up": {"kernel": jnp.zeros((4, 5))}}, {"up": {"kernel": jnp.zeros((4, 6))}}
+
+test_models_and_bases_that_do_not_fit = refusals(
+    (lambda: init_lora(Setup(), KEY, X), "apply_lora_plus"),
+    (lambda: start({"params": NARROW}), "params/up/kernel", "(4, 6)", "(4, 5)"),
+    (lambda: start({"params": {}}), "params/up/kernel", "(4, 6)", "missing"),
+    (lambda: start(BARE), "params", "'up'"),
+    (lambda: prepared(Unbound(), config("up", alpha_pattern={"up": 50.0})), "alpha_pattern", "Dense"),
+    error=ValueError,
 )
-def test_a_base_that_does_not_fit_is_rejected(base, words):
-    with pytest.raises(ValueError, match=mentions(*words)):
-        init_lora(apply_lora_plus(Setup(), CONFIG), KEY, X, base=base)
 
 
 def test_init_lora_makes_no_base_weights():
@@ -567,11 +566,6 @@ def test_unusual_models_start_as_without_adapters_and_then_equal_their_merged_we
     model, _, _, specs = assert_merged(net, rules)
     assert sorted(specs) == paths
     assert_equal(model.init(KEY, X)["params"], net.init(KEY, X)["params"])
-
-
-def test_patterns_for_a_module_taken_apart_are_rejected():
-    with pytest.raises(ValueError, match=mentions("alpha_pattern", "Dense")):
-        prepared(Unbound(), config("up", alpha_pattern={"up": 50.0}))
 
 
 class Equation(nn.Module):
