@@ -141,8 +141,6 @@ def test_merged_weights_keep_the_dtype_of_the_base():
     assert loraplus_nnx.merge(model).kernel[...].dtype == jnp.bfloat16
 
 
-
-
 class Drops(nnx.Module):
     def __init__(self, rngs):
         self.up, self.drop = nnx.Linear(8, 8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
