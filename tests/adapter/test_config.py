@@ -56,7 +56,7 @@ def test_it_is_frozen():
         *[("alpha", value, ValueError) for value in (0.0, -1.0, math.nan, math.inf)],
         *[("alpha", value, TypeError) for value in (True, "16", None)],
         *[("lr_ratio", value, ValueError) for value in (0, -16.0, math.nan, math.inf)],
-        *[("lr_ratio", value, TypeError) for value in ("16", True)],
+        *[("lr_ratio", value, TypeError) for value in ("16", True, jnp.float32(4.0), np.ones(()))],
         *[("dropout", value, ValueError) for value in (-0.1, 1.0, math.nan)],
         ("dropout", "0", TypeError),
         *[("init", value, ValueError) for value in ("he", "", None)],
@@ -98,12 +98,6 @@ def test_the_default_ratio_follows_the_init(init, ratio):
     assert LoRAPlusConfig.from_json(config.to_json()) == config
     docs = (Path(__file__).parents[2] / "docs" / "choosing_lambda.md").read_text()
     assert f"| `{init}` | {ratio:g} |" in docs
-
-
-def test_arrays_are_no_settings():
-    for value in (jnp.float32(4.0), np.ones(())):
-        with pytest.raises(TypeError, match="lr_ratio"):
-            LoRAPlusConfig(target_modules=["q"], lr_ratio=value)
 
 
 def test_an_unknown_field_names_the_nearest():

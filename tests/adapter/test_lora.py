@@ -59,6 +59,7 @@ def test_weight_delta_keeps_a_batch_axis():
     ("table", "value", "shape"),
     [
         (spec(), 3.0, (1, 1)),
+        (spec((6, 2, 2), stacked=(0,)), None, (6, 1, 1)),  # its own
         (spec((6, 2, 2), stacked=(0,)), 3.0, (6, 1, 1)),
         (spec((2, 6, 2), stacked=(1,)), 3.0, (1, 6, 1)),
         (spec((6, 2, 2), stacked=(0,)), np.arange(6.0).reshape(6, 1, 1), (6, 1, 1)),
@@ -66,7 +67,7 @@ def test_weight_delta_keeps_a_batch_axis():
 )
 def test_scale_variables(table, value, shape):
     got = scale_variables({"layers/q": table}, value)["layers"]["q"]["lora_scale"]
-    np.testing.assert_array_equal(got, np.broadcast_to(value, shape))
+    np.testing.assert_array_equal(got, np.broadcast_to(0.5 if value is None else value, shape))
 
 
 def test_scale_variables_by_module():

@@ -9,7 +9,7 @@ from loraplus_jax import merge, unmerge
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.quantization import quantize
 
-from ..messages import mentions
+from ..refusals import refusals
 
 
 def spec(shape=(2, 2), scale=0.5, rank=1, leaf="params/q/kernel"):
@@ -28,8 +28,6 @@ def test_merge_by_hand_and_the_base_stays():
     assert merged["params"]["q"]["bias"] is BASE["params"]["q"]["bias"]
     jax.tree.map(np.testing.assert_array_equal, BASE, before)
     assert unmerge(merged, BASE, {"q": spec()})["params"]["q"]["kernel"] is KERNEL
-    with pytest.raises(ValueError, match=mentions("params/q/kernel", "base", "(2, 2)", "None")):
-        unmerge(merged, {}, {"q": spec()})
 
 
 @pytest.mark.parametrize("path", ["", "layers/0"])
@@ -51,26 +49,22 @@ def test_merge_sums_in_float32_and_stores_the_base_dtype():
     assert kernel.item() == 2.0**-8
 
 
-def test_a_packed_weight_is_only_merged_on_request():
-    base = {"params": {"q": {"kernel": quantize(KERNEL, "int8")}}}
-    with pytest.raises(ValueError, match=mentions("params/q/kernel", "int8", "dequantize=True")):
-        merge(base, LORA, {"q": spec()})
-    kernel = merge(base, LORA, {"q": spec()}, dequantize=True)["params"]["q"]["kernel"]
+PACKED = {"params": {"q": {"kernel": quantize(KERNEL, "int8")}}}
+
+
+def test_a_packed_weight_is_merged_on_request():
+    kernel = merge(PACKED, LORA, {"q": spec()}, dequantize=True)["params"]["q"]["kernel"]
     np.testing.assert_allclose(kernel, [[6.0, 12.0], [13.0, 24.0]], atol=0.02)
 
 
-@pytest.mark.parametrize(
-    ("base", "lora", "specs", "message"),
-    [
-        (BASE, LORA, {"k": spec()}, mentions("k/lora_a", "k/lora_b", "q/lora_a", "q/lora_b")),
-        (BASE, {}, {"q": spec()}, "q/lora_a"),
-        (BASE, LORA, {}, "q/lora_a"),
-        ({"params": {}}, LORA, {"q": spec()}, r"params/q/kernel.*\(2, 2\).*None"),
-        (BASE, LORA, {"q": spec((2, 3))}, r"params/q/kernel.*\(2, 3\).*\(2, 2\)"),
-        (BASE, LORA, {"q": spec(rank=2)}, mentions("q", "(2, 1)", "(2, 2)")),
-        ({"q": KERNEL}, LORA, {"q": spec()}, mentions("params", "q")),
-    ],
+test_merge_rejects_what_does_not_fit = refusals(
+    (lambda: merge(BASE, LORA, {"k": spec()}), "k/lora_a", "k/lora_b", "q/lora_a", "q/lora_b"),
+    (lambda: merge(BASE, {}, {"q": spec()}), "q/lora_a"),
+    (lambda: merge(BASE, LORA, {}), "q/lora_a"),
+    (lambda: merge({"params": {}}, LORA, {"q": spec()}), "params/q/kernel", "(2, 2)", "None"),
+    (lambda: merge(BASE, LORA, {"q": spec((2, 3))}), "params/q/kernel", "(2, 3)", "(2, 2)"),
+    (lambda: merge(BASE, LORA, {"q": spec(rank=2)}), "q", "(2, 1)", "(2, 2)"),
+    (lambda: merge({"q": KERNEL}, LORA, {"q": spec()}), "params", "q"),
+    (lambda: merge(PACKED, LORA, {"q": spec()}), "params/q/kernel", "int8", "dequantize=True"),
+    (lambda: unmerge(BASE, {}, {"q": spec()}), "params/q/kernel", "base", "(2, 2)", "None"),
 )
-def test_merge_rejects_factors_that_do_not_fit(base, lora, specs, message):
-    with pytest.raises(ValueError, match=message):
-        merge(base, lora, specs)

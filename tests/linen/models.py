@@ -140,6 +140,21 @@ class Halved(nn.Module):
         return nn.Dense(3, name="last")(mapped(5, name="first")(x))
 
 
+class Tied(nn.Module):
+    """Head and embedding share a matrix; parameters are named lazily."""
+
+    def setup(self):
+        self.words = nn.Embed(7, 4)
+        self.layers = [nn.Dense(4) for _ in range(2)]
+        self.norm = nn.BatchNorm(use_running_average=False)
+
+    def __call__(self, ids):
+        x = self.words(ids)
+        for layer in self.layers:
+            x = jnp.tanh(layer(x))
+        return self.words.attend(self.norm(x))
+
+
 def assert_merged(net, rules, *, close=1e-5):
     """With random factors, a model's outputs are those of the merged weights, and not the base's."""
     model, base, lora, specs = prepared(net, rules)

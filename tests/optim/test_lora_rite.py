@@ -11,6 +11,7 @@ from loraplus_jax.optim.lora_plus import lora_plus, lora_plus_adamw
 from loraplus_jax.optim.lora_rite import lora_rite, scale_by_lora_rite
 
 from ..messages import mentions
+from ..refusals import refusals
 
 INPUTS, RANK, OUTPUTS, STEPS = 7, 3, 5, 8
 MAKERS = {"rite": lora_rite, "muon": lora_muon}
@@ -139,14 +140,12 @@ def test_a_zero_b_and_stacked_layers_and_a_head(name):
     np.testing.assert_allclose(updates["head"], -0.1 * jnp.sign(grads["head"]), rtol=1e-4)
 
 
-def test_bad_input():
-    for call, words in (
-        (lambda: lora_rite(0.1, b1=1.0), ["b1", "1.0"]),
-        (lambda: lora_rite(0.1, eps=0.0), ["eps"]),
-        (lambda: lora_muon(0.1, b1=-1.0), ["b1", "-1.0"]),
-    ):
-        with pytest.raises(ValueError, match=mentions(*words)):
-            call()
+test_bad_settings = refusals(
+    (lambda: lora_rite(0.1, b1=1.0), "b1", "1.0"),
+    (lambda: lora_rite(0.1, eps=0.0), "eps"),
+    (lambda: lora_muon(0.1, b1=-1.0), "b1", "-1.0"),
+    error=ValueError,
+)
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -1,19 +1,22 @@
 """Under `nnx.Optimizer`: labels see through Variables, rates can be changed, and describe reads its state."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
-from loraplus_jax import describe, lora_plus_adamw
+from loraplus_jax import LoRAPlusConfig, describe, lora_plus_adamw
+from loraplus_jax.adapter.tree import leaves_by_path
+from loraplus_jax.nnx import apply_lora_plus
 
 inject = optax.inject_hyperparams
 
 
 class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.layers = nnx.List([nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs) for _ in range(2)])
+    def __init__(self, make):
+        self.layers = nnx.List([make(nnx.Rngs(n)) for n in range(2)])
 
     def __call__(self, x):
         for layer in self.layers:
@@ -21,17 +24,31 @@ class Net(nnx.Module):
         return x
 
 
-@pytest.fixture
-def net():
-    model = Net(nnx.Rngs(0))
+def net_of_flax():
+    model = Net(lambda rngs: nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs))
     for layer in model.layers:
         layer.lora.lora_b[...] = jnp.full((2, 4), 0.5, jnp.float32)
-    return model
+    return model, None
 
 
-@pytest.mark.parametrize("make", [lora_plus_adamw, inject(lora_plus_adamw, static_args=("b1", "b2", "eps"))])
-def test_the_realised_ratio_is_that_of_the_optimizer(net, make):
-    tx = make(learning_rate=1e-3, lr_ratio=8.0, eps=1e-30)
+def net_of_ours():
+    model = Net(lambda rngs: nnx.Linear(4, 4, rngs=rngs))
+    config = LoRAPlusConfig(target_modules=".*", rank=2, init="orthogonal")  # in which neither factor is zero
+    return model, apply_lora_plus(model, config, rngs=nnx.Rngs(1))
+
+
+def chain(**fields):
+    return optax.chain(optax.identity(), lora_plus_adamw(**fields))
+
+
+INJECTED = inject(lora_plus_adamw, static_args=("b1", "b2", "eps", "specs"))
+
+
+@pytest.mark.parametrize("make_net", [net_of_flax, net_of_ours])
+@pytest.mark.parametrize("make", [lora_plus_adamw, chain, INJECTED])
+def test_the_realised_ratio_is_that_of_the_optimizer(make_net, make):
+    net, specs = make_net()
+    tx = make(learning_rate=1e-3, lr_ratio=8.0, eps=1e-30, specs=specs)
     optimizer = nnx.Optimizer(net, tx, wrt=nnx.LoRAParam)
     traces = []
 
@@ -42,23 +59,21 @@ def test_the_realised_ratio_is_that_of_the_optimizer(net, make):
         optimizer.update(model, gradients)
 
     def moved():
-        before = [np.array(layer.lora.lora_a[...]) for layer in net.layers]
-        other = [np.array(layer.lora.lora_b[...]) for layer in net.layers]
+        """The largest change of each factor, by its name."""
+        before = nnx.to_pure_dict(nnx.state(net, nnx.LoRAParam))
+        before = jax.tree.map(np.array, before)
         step(net, optimizer, jnp.ones((3, 4)))
-        return [
-            (abs(layer.lora.lora_a[...] - a).max(), abs(layer.lora.lora_b[...] - b).max())
-            for layer, a, b in zip(net.layers, before, other, strict=True)
-        ]
+        after = nnx.to_pure_dict(nnx.state(net, nnx.LoRAParam))
+        return leaves_by_path(jax.tree.map(lambda x, y: abs(x - y).max(), after, before))
 
-    np.testing.assert_allclose(moved(), [(1e-3, 8e-3)] * 2, rtol=1e-3)
-    rows = {row.path: row.rate for row in describe(nnx.state(net, nnx.LoRAParam), optimizer.opt_state).rows}
-    assert {path.split("/")[3]: rate for path, rate in rows.items()} == pytest.approx(
-        {"lora_a": 1e-3, "lora_b": 8e-3}
-    )
-    if make is not lora_plus_adamw:
+    def told():
+        return [row.rate for row in describe(nnx.state(net, nnx.LoRAParam), optimizer.opt_state).rows]
+
+    np.testing.assert_allclose([*moved().values()], [1e-3, 8e-3] * 2, rtol=1e-3)
+    assert told() == pytest.approx([1e-3, 8e-3] * 2)
+    if make is INJECTED:
         optimizer.opt_state.hyperparams["lr_ratio"][...] = jnp.float32(2.0)
-        (first, second), *_ = moved()
+        first, second, *_ = moved().values()
         assert second / first == pytest.approx(2.0, rel=0.2)  # of moments that remember the step before
-        rows = describe(nnx.state(net, nnx.LoRAParam), optimizer.opt_state).rows
-        assert rows[1].rate == pytest.approx(2e-3)
+        assert told()[1] == pytest.approx(2e-3)
         assert len(traces) == 1

@@ -7,7 +7,7 @@ import pytest
 
 from loraplus_jax.optim.starting_rate import suggest_learning_rate
 
-from ..messages import mentions
+from ..refusals import refusals
 
 WIDTHS, RANKS = (256, 1024, 4096), (8, 32, 128)
 
@@ -63,15 +63,10 @@ def test_rates_of_the_two_starts_follow_from_each_other(alpha):
     assert other == pytest.approx(6**0.5 * rate)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("pissa", 16, 8, 64), ("init", "lora, he_uniform, lora_b", "pissa")),
-        (("lora", 0, 8, 64), ("alpha", "above 0", "0")),
-        (("lora", 16, 0, 64), ("rank", "at least 1", "0")),
-        (("lora", 16, 8, 0), ("width", "at least 1", "0")),
-    ],
+test_bad_arguments = refusals(
+    (lambda: suggest_learning_rate("pissa", 16, 8, 64), "init", "lora, he_uniform, lora_b", "pissa"),
+    (lambda: suggest_learning_rate("lora", 0, 8, 64), "alpha", "above 0", 0),
+    (lambda: suggest_learning_rate("lora", 16, 0, 64), "rank", "at least 1", 0),
+    (lambda: suggest_learning_rate("lora", 16, 8, 0), "width", "at least 1", 0),
+    error=ValueError,
 )
-def test_bad_arguments(arguments, words):
-    with pytest.raises(ValueError, match=mentions(*words)):
-        suggest_learning_rate(*arguments)
