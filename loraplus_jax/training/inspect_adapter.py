@@ -37,7 +37,7 @@ class AdapterSummary:
       tensors: shape and dtype of all tensors, by name.
       size: bytes of the files of tensors.
       base: what it says of its base model; None if nothing.
-      full: names of tensors that are no factors.
+      others: names of tensors that are no factors of LoRA: trained in full, of another method, or a base's.
       is_recorded: whether digests were compared with the files.
       unsupported: why the other commands do not read it; None if they do.
     """
@@ -48,7 +48,7 @@ class AdapterSummary:
     tensors: Mapping[str, tuple[tuple[int, ...], str]]
     size: int
     base: str | None = None
-    full: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
     is_recorded: bool = False
     unsupported: str | None = None
 
@@ -93,7 +93,7 @@ def _of_ours(directory: Path) -> AdapterSummary:
         _shapes(tensors),
         (directory / TENSORS_FILE).stat().st_size,
         base=base,
-        full=[name for name in tensors if not name.startswith(("lora/", "start/"))],
+        others=[name for name in tensors if not name.startswith(("lora/", "start/"))],
         is_recorded=FILES in notes,
     )
 
@@ -106,7 +106,8 @@ def _of_peft(directory: Path) -> AdapterSummary:
     except ValueError as error:
         if not (directory / WEIGHTS).is_file():
             raise
-        problem, alphas = str(error), [f"{values.get('lora_alpha')!r:.40}"]
+        problem = str(error)
+        alphas = [f"{values['lora_alpha']!r:.40}"] if "lora_alpha" in values else []
     tensors = read_tensors(directory / WEIGHTS)
     check_files(directory / NOTES_FILE, notes)
     if (directory / OWN_TENSORS_FILE).is_file():
@@ -121,7 +122,7 @@ def _of_peft(directory: Path) -> AdapterSummary:
         _shapes(tensors),
         sum(file.stat().st_size for file in files),
         base=values.get("base_model_name_or_path"),
-        full=[name for name in tensors if name not in factors and not name.endswith(MAGNITUDE_END)],
+        others=[name for name in tensors if name not in factors and not name.endswith(MAGNITUDE_END)],
         is_recorded=FILES in notes,
         unsupported=problem,
     )
@@ -147,7 +148,7 @@ def _of_gguf(file: Path) -> AdapterSummary:
         {name: (tensor.shape, tensor.dtype) for name, tensor in content.tensors.items()},
         file.stat().st_size,
         base=f"a model of architecture {content.one('general.architecture')!s:.80}",
-        full=[name for name in content.tensors if not name.endswith(ends)],
+        others=[name for name in content.tensors if not name.endswith(ends)],
         is_recorded=file.name in notes.get(FILES, {}),
     )
 
@@ -169,7 +170,7 @@ def _of_library(place: Path) -> AdapterSummary:
         (),
         _shapes(tree),
         sum(path.stat().st_size for path in files),
-        full=[path for path in tree if path not in factors],
+        others=[path for path in tree if path not in factors],
         unsupported=problem,
     )
 
@@ -196,14 +197,14 @@ def _format(place: Path, summary: AdapterSummary) -> str:
         f"{alpha:g}" if isinstance(alpha, float | int) else alpha for alpha in summary.alphas
     )
     numbers = sum(math.prod(shape) for shape, _ in summary.tensors.values())
-    ranks, others = {*summary.ranks.values()}, len(summary.full)
+    ranks, others = {*summary.ranks.values()}, len(summary.others)
     rows = {
         "rank": str(*ranks)
         if len(ranks) == 1
         else _counted(map(str, summary.ranks.values())) or "no factors",
         "alpha": ", ".join(alphas) or "not in the files",
         "targets": _counted(re.split("[./]", name)[-1] for name in summary.ranks) or "none",
-        "trained in full": f"{others:,} tensors, such as {summary.full[0]}" if others else "none",
+        "other tensors": f"{others:,}, such as {summary.others[0]}" if others else "none",
         "dtype": ", ".join(sorted({dtype for _, dtype in summary.tensors.values()})),
         "base": "not in the files" if summary.base is None else f"{summary.base!s:.200}",
         "parameters": f"{numbers:,} in {len(summary.tensors):,} tensors",

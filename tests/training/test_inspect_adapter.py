@@ -72,6 +72,18 @@ def test_fields_of_peft_that_are_unsupported_are_named_next_to_the_rest(tmp_path
     assert_mentions(capsys.readouterr().err, place / "adapter_model.safetensors", "damaged")
 
 
+def test_tensors_of_another_method_are_not_said_to_be_trained_in_full(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "VERA", "r": 4}))
+    save_file({"m.vera_lambda_b": np.ones(4, np.float32)}, tmp_path / "adapter_model.safetensors")
+    _, rows = shown(capsys, tmp_path)
+    assert (rows["alpha"], rows["targets"], rows["other tensors"]) == (
+        "not in the files",
+        "none",
+        "1, such as m.vera_lambda_b",
+    )
+    assert_mentions(rows["unsupported"], "VERA")
+
+
 @pytest.mark.parametrize("library", ["qwix", "gemma", "openpi"])
 def test_factors_of_a_library(library, tmp_path, capsys):
     write_library(library, tmp_path / "a.safetensors")
