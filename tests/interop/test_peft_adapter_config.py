@@ -38,6 +38,7 @@ def options_file(tmp_path, **changes):
         ({"layers_to_transform": ["0"]}, mentions("layers_to_transform", "0")),
         ({"layers_pattern": "(a+)+"}, mentions("layers_pattern", "(a+)+")),
         ({"modules_to_save": "head"}, mentions("modules_to_save", "'head'")),
+        ({"modules_to_save": ["q_pro."]}, mentions("modules_to_save", "'q_pro.'")),
         ({"use_rslora": "yes"}, mentions("use_rslora", "true", "false", "'yes'")),
         ({"use_dora": 1}, mentions("use_dora", "true", "false", 1)),
         ({"base_model_name_or_path": 1}, mentions("base_model_name_or_path", 1)),
