@@ -37,9 +37,10 @@ from ..interop.peft_files import (
     peft_names,
     peft_notes,
     peft_options,
+    read_peft,
     save_peft,
 )
-from ..models.checkpoints.named_base import NamedBase
+from ..models.checkpoints.named_base import OUTER, NamedBase
 from ..models.families import family_of
 from ..optim.find_pairs import factor_pairs
 
@@ -214,18 +215,18 @@ class PeftSource:
 
     def read(self, base: NamedBase) -> NamedAdapter:
         """Reads the directory with the checks of `load_peft`."""
-        if read_json(self.place / OPTIONS).get("fan_in_fan_out") and base.config.get("model_type") != "gpt2":
+        if read_json(self.place / OPTIONS).get("fan_in_fan_out") and not base.has_conv1d:
             raise ValueError(
-                f"{self.place / OPTIONS}: fan_in_fan_out is supported for gpt2, the base is "
-                f"{base.config.get('model_type')!r:.80}"
+                f"{self.place / OPTIONS}: fan_in_fan_out is for transformers' Conv1D, as in gpt2; set it to false "
+                f"for {base.config.get('model_type')!r:.80}"
             )
         with temporary_directory_for(self.place) as folder:
             copy = self._copy(folder, base)
-            names = _without_tied_head(peft_names(copy), base)
+            options, tensors = read_peft(copy)
+            names = _without_tied_head([*tensors], base)
             adapted = list(dict.fromkeys(m for name in names if (m := _module(name)) is not None))
             others = {_plain(name).rpartition(".")[0] for name in names if _module(name) is None}
             locations = base.locate([*adapted, *sorted(others - {*adapted})])
-            options = peft_options(copy)
             settings = {
                 name: (rank, options.scale(rank, alpha))
                 for name, (rank, alpha) in options.ranks_and_alphas(adapted).items()
@@ -234,6 +235,20 @@ class PeftSource:
             path_map = base.path_map(locations | base.siblings(locations))
             _, leaves = base.table()
             adapter = load_peft(copy, specs, path_map, params=unflatten(leaves))
+        for name in names:
+            module, _, end = name.rpartition(".")
+            saved = any(module.endswith(each) for each in options.modules_to_save)
+            is_shared = base.is_untied and module.endswith(OUTER) and not saved
+            if end != "weight" or not (is_shared or module.endswith(".base_layer")):
+                continue
+            # PEFT saves the base's weight with an adapted embedding, and loads it into the head that shares it.
+            tensor, plain = host_array(tensors[name]), _plain(name).rpartition(".")[0]
+            view = base.tensors[f"{base.locate([plain])[plain]}.weight"]
+            if not np.array_equal(np.asarray(view[:]).astype(tensor.dtype), tensor):
+                raise ValueError(
+                    f"{self.place}: {name} differs from the weight in {base.source}; pass the base that the "
+                    "adapter was trained on, with this weight, or merge the adapter in PEFT (merge_and_unload)"
+                )
         check_files(self.place / NOTES_FILE, peft_notes(self.place) or {})
         return NamedAdapter(adapter, path_map)
 

@@ -89,8 +89,9 @@ def token_ids(vocabulary: int) -> np.ndarray:
 
 
 def is_known(base: NamedBase) -> bool:
-    """Whether the base is a language model of this package."""
-    return base.config.get("model_type") in MODEL_TYPES
+    """Whether the base is a language model of this package, and not a classifier with its layers."""
+    names = base.config.get("architectures") or [""]
+    return base.config.get("model_type") in MODEL_TYPES and not names[0].endswith("Classification")
 
 
 def has_peft() -> bool:

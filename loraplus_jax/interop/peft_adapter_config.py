@@ -217,8 +217,10 @@ def _parse_options(path: Path, values: Mapping[str, Any]) -> PeftOptions:
     lists = values.get("layers_pattern") or []
     lists = [lists] if isinstance(lists, str) else lists
     _check_names("layers_pattern", lists)
-    if invalid := [name for name in lists if not re.fullmatch(r"[\w.]+", name)]:
-        raise ValueError(f"layers_pattern must be names, not regular expressions, got {invalid[0]!r:.80}")
+    # PEFT takes both for regular expressions.
+    for name, entries in (("layers_pattern", lists), ("modules_to_save", values.get("modules_to_save", []))):
+        if invalid := [entry for entry in entries if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", entry)]:
+            raise ValueError(f"{name} must be names, not regular expressions, got {invalid[0]!r:.80}")
     for name in ("base_model_name_or_path", "task_type"):
         if not isinstance(values.get(name, ""), str):
             raise TypeError(f"{name} must be text, got {values[name]!r:.80}")

@@ -199,7 +199,7 @@ def load_peft(
     slices, more_problems = _slice_factors(
         factors, options, targets, tied_heads(path_map), is_ours=saved_config is not None
     )
-    problems += more_problems + _missing_modules(factors, options, targets, path_map, params)
+    problems += more_problems + _missing_modules(tensors, options, targets, path_map, params)
     others = {name: tensor for name, tensor in tensors.items() if name not in factors}
     slots, more_problems = assign_tensors(others, path_map, flatten({"params": params or {}}))
     problems += more_problems
@@ -395,9 +395,17 @@ def read_peft(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dic
     modules = {
         name.removesuffix(end): "embedding" in end for name in kept for end in _ENDS if name.endswith(end)
     }
+    problems = [f"{name} is left out by {option}" for name, option in options.left_out(modules).items()]
+    for name in kept:
+        module, _, end = name.rpartition(".")
+        inner = module.removesuffix(".base_layer")
+        # PEFT has the weight and bias of an adapted module, and only of one, under base_layer.
+        if not name.endswith(_ENDS) and (inner in modules) == (inner == module):
+            called = f"{inner}.base_layer.{end}" if inner in modules else f"{inner}.{end}"
+            problems.append(f"{name} would be {called}")
     raise_problems(
-        f"{directory / WEIGHTS} has factors that PEFT ignores; correct {OPTIONS}, or remove them",
-        [f"{name} is left out by {option}" for name, option in options.left_out(modules).items()],
+        f"{directory / WEIGHTS} has tensors that PEFT ignores; correct {OPTIONS} or their names, or remove them",
+        problems,
     )
     return options, kept
 
@@ -483,26 +491,32 @@ def _module_names(targets: Mapping[str, Target], path_map: PathMap, params: Any)
 
 
 def _missing_modules(
-    factors: Mapping[str, Any],
+    tensors: Mapping[str, Any],
     options: PeftOptions,
     targets: Mapping[str, Target],
     path_map: PathMap,
     params: Any,
 ) -> list[str]:
-    """One line per module without a spec that the options select and the file has no factors for.
+    """One line per module without a spec that the options select and the file has no tensors for.
 
     Without `params`, which say what modules there are, one line per entry of `target_modules` without factors.
     """
+    names = _module_names(targets, path_map, params)
+    trained = {name.rpartition(".")[0] for name in tensors}
+    problems = [
+        f"- {name} has no weight, but {OPTIONS} has it in modules_to_save"
+        for name in sorted(names.keys() - trained)
+        if any(name.endswith(end) for end in options.modules_to_save)  # as PEFT finds it
+    ]
     if options.target_modules is None:
-        return []
-    adapted = {name.removesuffix(end) for name in factors for end in _ENDS if name.endswith(end)}
+        return problems
+    adapted = {name.removesuffix(end) for name in tensors for end in _ENDS if name.endswith(end)}
     adapted |= {name for target in targets.values() for name in target.names.values()}
     adapted |= {head for head, name in tied_heads(path_map).items() if name in adapted}
-    names = _module_names(targets, path_map, params)
     others = {name: is_embedding for name, is_embedding in names.items() if name not in adapted}
     missing = others.keys() - options.left_out(others).keys()
     idle = options.missing_targets(adapted) if params is None else []
-    problems = [f"- {name} has no factors, but {OPTIONS} selects it" for name in sorted(missing)]
+    problems += [f"- {name} has no factors, but {OPTIONS} selects it" for name in sorted(missing)]
     return problems + [f"target_modules: {rule!r:.80} has no factors" for rule in idle]
 
 

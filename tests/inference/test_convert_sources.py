@@ -108,6 +108,43 @@ def test_fan_in_fan_out_of_another_model_is_rejected(base, tmp_path):
         PeftSource(directory).read(base)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, ("lm_head", "factors")),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, ("model.embed_tokens", "factors")),
+        ({"modules_to_save": ["lm_head"]}, ("lm_head", "modules_to_save")),
+        ({"modules_to_save": ["down_proj"]}, ("model.layers.0.mlp.down_proj", "modules_to_save")),
+    ],
+)
+def test_what_the_options_select_must_be_in_the_file(options, words, base, tmp_path):
+    directory = write_peft(tmp_path / "peft", modules_of(base.source, "q_proj"), base.source, **options)
+    with pytest.raises(ValueError, match=mentions(*words)):
+        PeftSource(directory).read(base)
+
+
+@pytest.mark.parametrize(
+    ("adapted", "changed"),
+    [
+        ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.q_proj.base_layer.weight"),
+        ("lm_head", "lm_head.base_layer.weight"),
+        ("lm_head", "model.embed_tokens.weight"),
+    ],
+)
+def test_a_copy_of_the_base_must_be_the_base_s(adapted, changed, tmp_path):
+    """PEFT loads it, into an embedding that is also the head if they are tied."""
+    base = read_named_base(write_base(tmp_path / "base", tie_word_embeddings=True))
+    weight = base.tensors[f"{'model.embed_tokens' if 'layers' not in adapted else adapted}.weight"][:]
+    directory = write_peft(tmp_path / "peft", {adapted: weight.shape}, base.source, target_modules=[adapted])
+    file, source = directory / "adapter_model.safetensors", PeftSource(directory)
+    tensors = load_file(file)
+    save_file(tensors | {f"base_model.model.{changed}": weight}, file)
+    check(source, source.base_for(base))
+    save_file(tensors | {f"base_model.model.{changed}": weight + 1}, file)
+    with pytest.raises(ValueError, match=mentions(changed, base.source)):
+        source.read(source.base_for(base))
+
+
 def test_own_variables_have_no_place_in_pytorch(base, tmp_path):
     directory = write_peft(tmp_path / "peft", modules_of(base.source, "q_proj"), base.source)
     (directory / "loraplus.safetensors").write_bytes(b"")

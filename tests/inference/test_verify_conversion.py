@@ -84,6 +84,8 @@ def test_single_layers(base):
     twice = layer_outputs(named, [name], {name: 2 * named.tensors[name][:]})
     np.testing.assert_allclose(twice, 2 * plain, rtol=1e-6)
     assert is_known(named)
+    classifier = {"architectures": ["LlamaForSequenceClassification"]}
+    assert not is_known(named._replace(config=named.config | classifier))
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ test_unsupported_or_invalid_options_are_rejected = refusals(
     (reading(layers_to_transform=["0"]), "layers_to_transform", "0"),
     (reading(layers_pattern="(a+)+"), "layers_pattern", "(a+)+"),
     (reading(modules_to_save="head"), "modules_to_save", "'head'"),
+    (reading(modules_to_save=["hea."]), "modules_to_save", "hea."),
     (reading(use_rslora="yes"), "use_rslora", "true", "false", "'yes'"),
     (reading(use_dora=1), "use_dora", "true", "false", 1),
     (reading(base_model_name_or_path=1), "base_model_name_or_path", 1),

@@ -366,11 +366,26 @@ def test_some_layers_of_a_stack_come_back(tmp_path):
     # PEFT's bias "all" is of all layers.
     file = tmp_path / "a/adapter_model.safetensors"
     tensors = load_file(file)
-    biases = {f"base_model.model.layers.{n}.fc.bias": np.zeros(8, np.float32) for n in range(3)}
+    names = ("layers.0.fc.base_layer", "layers.1.fc", "layers.2.fc.base_layer")
+    biases = {f"base_model.model.{name}.bias": np.zeros(8, np.float32) for name in names}
     save_file(tensors | biases, file)
     assert peft_config(tmp_path / "a", PATHS, layers=3).layers_to_transform == (0, 2)
     save_file(tensors, file)
     jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path / "a", specs, PATHS).lora, lora)
+
+
+@pytest.mark.parametrize("name", ["layers.0.fc", "layers.1.fc.base_layer"])
+@pytest.mark.parametrize("end", ["weight", "bias"])
+def test_a_name_that_peft_does_not_have_is_rejected(name, end, tmp_path):
+    """The weight and bias of an adapted module, and only of one, are under base_layer."""
+    config, lora, specs, _ = net(target_modules=["fc"], layers_to_transform=[0, 2])
+    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    file = tmp_path / "a/adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors = {n: x for n, x in tensors.items() if ".layers.1." not in n}
+    save_file(tensors | {f"base_model.model.{name}.{end}": np.zeros(8, np.float32)}, file)
+    with pytest.raises(ValueError, match=mentions(f"{name}.{end}", "PEFT")):
+        peft_options(tmp_path / "a")
 
 
 def test_patterns_that_would_match_another_module_are_made_exact(tmp_path):

@@ -79,10 +79,12 @@ def made_by_peft(base, options, directory):
 
 
 def by_peft(base, directory):
-    """PEFT's logits, or None if it does not load the adapter."""
+    """PEFT's logits, or None if it rejects the options."""
     try:
         return logits(peft.PeftModel.from_pretrained(model_of(base), directory).eval())
-    except (ValueError, TypeError, RuntimeError, KeyError):
+    except KeyError as error:  # a module to save without its weight, of which it has no message
+        pytest.skip(f"PEFT fails at {error}")
+    except (ValueError, TypeError):
         return None
 
 

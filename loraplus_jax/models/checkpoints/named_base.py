@@ -24,6 +24,9 @@ from .name_table import NameTable, Rule
 
 PREFIXES = ("", "model.", "transformer.", "bert.", "roberta.")
 """What transformers puts before module names in some classes of a model, and not in others."""
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+OUTER = ("embed_tokens", "wte", "lm_head")
+"""What the modules outside the layers are called that an adapter may change."""
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|wpe|\w*embeddings?)$")
 
 
@@ -79,10 +82,15 @@ class NamedBase(NamedTuple):
         weights = [name for name in self.tensors if name.endswith(".weight") and len(self.shape(name)) == 2]
         return [name.removesuffix(".weight") for name in weights]
 
+    @property
+    def has_conv1d(self) -> bool:
+        """Whether the linear layers in its layers, called h, are transformers' Conv1D."""
+        return self.config.get("model_type") in _CONV1D
+
     def is_conv1d(self, module: str) -> bool:
         """Whether a module is transformers' Conv1D, with its weight as (in, out)."""
-        is_gpt2 = self.config.get("model_type") == "gpt2" and module.rpartition(".")[2] != "lm_head"
-        return is_gpt2 and len(self.shape(f"{module}.weight")) == 2 and not self.is_embedding(module)
+        is_layer = self.has_conv1d and re.search(r"(^|\.)h\.\d+\.", module) is not None
+        return is_layer and len(self.shape(f"{module}.weight")) == 2
 
     def weight(self, module: str) -> np.ndarray:
         """The weight of a module, float32 as (out, in), or of an embedding as in the file."""
@@ -110,7 +118,9 @@ class NamedBase(NamedTuple):
         return found
 
     def siblings(self, locations: Mapping[str, str]) -> dict[str, str]:
-        """Finds the other modules of the layers that an adapter changes, named as the adapter names its own.
+        """Finds the other modules of the layers that an adapter changes, the embedding and the head.
+
+        They are named as the adapter names its own.
 
         Args:
           locations: modules by name, from `locate`.
@@ -130,6 +140,10 @@ class NamedBase(NamedTuple):
                 number = module.removeprefix(stack).split(".")[0]
                 is_layer = module.startswith(stack) and number.isdecimal()
                 if is_layer and not (isinstance(count, int) and int(number) >= count):
+                    found[theirs + module.removeprefix(ours)] = module
+                elif module == "lm_head":
+                    found[module] = module
+                elif module.rpartition(".")[2] in OUTER:
                     found[theirs + module.removeprefix(ours)] = module
         return {name: module for name, module in found.items() if name not in locations}
 

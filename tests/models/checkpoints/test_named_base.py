@@ -75,8 +75,11 @@ def test_every_tensor_has_a_leaf(llama):
     assert not any(merge.changes(name) for name in tensors)
 
 
-def test_gpt2_has_its_weights_the_other_way(tmp_path):
+@pytest.mark.parametrize("kind", ["gpt2", "openai-gpt"])
+def test_gpt2_has_its_weights_the_other_way(kind, tmp_path):
     write_gpt2(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
     base = read_named_base(tmp_path)
     name = "transformer.h.0.attn.c_attn"
     locations = base.locate([name])
