@@ -184,7 +184,7 @@ def exported(folder, name):
     adapted = apply_lora_plus(model, config)
     lora, specs = init_lora(adapted, jax.random.key(0), IDS, base={"params": params})
     rng = np.random.default_rng(0)
-    lora = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), lora)
+    lora = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), lora)
     table = family_of(model.config.model_type).name_table(model.config)
     path_map = export.path_map(table, export.causal_lm_class(model.config))
     save_peft(folder / "peft", lora, specs, config, path_map)
