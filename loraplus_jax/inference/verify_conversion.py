@@ -158,7 +158,7 @@ def torch_logits(base: NamedBase, *, changed: Weights = {}, adapter: Path | None
 
         model = transformers.AutoModelForCausalLM.from_pretrained(base.source, dtype=torch.float32).eval()
         if base.is_untied and adapter is None:
-            head = model.get_output_embeddings()
+            head: Any = model.get_output_embeddings()
             head.weight = torch.nn.Parameter(head.weight.detach().clone())
         parameters = dict(model.named_parameters())
         for name, value in changed.items():

@@ -14,7 +14,7 @@ from .library_recipes import clean_paths
 
 _DEPTH = 3
 _MAX_NAME = 1000
-"""Characters of a tensor's name: over longer ones a regular expression can take very long."""
+"""Characters of a tensor's name: over longer ones a regular expression can take hours."""
 _KERAS = ".lora.h5"
 
 
@@ -31,7 +31,7 @@ def read_tree(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
       FileNotFoundError: nothing of the kind is there.
       ValueError: a file is damaged, unsupported or no regular file, or its arrays need more memory than `run_job`
-        allows for its size; there are several checkpoints; two tensors have one name, or one is very long.
+        allows for its size; there are several checkpoints; two tensors have one name, or one is too long.
     """
     path = Path(path)
     if not path.exists():
@@ -67,7 +67,7 @@ def read_tree(path: str | Path) -> dict[str, np.ndarray]:
 
 def _read_file(file: Path) -> dict[str, Any]:
     if file.suffix == ".safetensors":
-        return read_tensors(file, "numpy")  # JAX takes minutes for very many small tensors
+        return read_tensors(file, "numpy")  # JAX takes minutes for 100,000 small tensors
     if file.suffix == ".npz":
         check_file(file)
         arrays = run_job(f"{file} cannot be read", "read_npz", files=[file], path=str(file))

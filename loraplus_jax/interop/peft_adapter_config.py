@@ -166,7 +166,10 @@ def read_options(path: Path) -> PeftOptions:
     # PEFT writes every field of its config, most of them null.
     values = {name: value for name, value in read_json(path).items() if value is not None}
     if values.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type must be LORA, got {values.get('peft_type')!r:.80}")
+        raise ValueError(
+            f"{path}: peft_type must be LORA, got {values.get('peft_type')!r:.80}; merge an adapter of another "
+            "type in PEFT (merge_and_unload)"
+        )
     problems = [f"{name}={values[name]!r:.80}" for name in _UNSUPPORTED if values.get(name)]
     if (init := values.get("init_lora_weights")) not in _PLAIN_INITS:
         problems.append(f"init_lora_weights={init!r:.80} (changes the base)")
