@@ -60,9 +60,9 @@ def build(row, config=None, **options):
 
 
 def randomise(model, seed=7):
-    """Sets normal draws, so that no factor is zero."""
+    """Sets normal draws, so that no factor is zero, small enough for float32 to hold the outputs to 1e-5."""
     random = np.random.default_rng(seed)
-    set_lora(model, jax.tree.map(lambda x: random.normal(size=x.shape), lora_tree(model)))
+    set_lora(model, jax.tree.map(lambda x: random.normal(size=x.shape) / 3, lora_tree(model)))
     return model
 
 
