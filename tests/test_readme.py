@@ -1,10 +1,16 @@
 """The README's Python runs as it stands, and its commands name what exists."""
 
 import contextlib
+import itertools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from loraplus_jax.cli.commands import COMMANDS
+from loraplus_jax.cli.parser import parse
+from loraplus_jax.settings.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,14 +56,33 @@ def test_files_that_are_named_exist():
             assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
 
 
-def test_commands_parse(capsys):
-    """Each `loraplus` line of the README gets as far as its work."""
-    from loraplus_jax.cli.commands import COMMANDS
-    from loraplus_jax.cli.parser import make_parser
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-    lines = re.findall(r"^\.venv/bin/loraplus (.+?)(?:\s+#.*)?$", README, flags=re.M)
-    assert len(lines) >= 5
-    for line in lines:
-        words = re.findall(r'"[^"]*"|\S+', line)
+
+def commands(page):
+    """The words of each `loraplus` line in the page's blocks, without what a shell does with the output."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        if command := re.match(r"\s*(?:\.venv/bin/)?loraplus (.+)", line):
+            words = shlex.split(command[1], comments=True)
+            yield [*itertools.takewhile(lambda word: word not in ("|", ">", "&&", "&"), words)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_have_valid_options_and_settings(page, capsys):
+    """Each line gets as far as its work, with a recipe in place of a config of the reader."""
+    for words in commands(page):
+        chosen = "smollm2_chat" if "chat" in " ".join(words) else "quickstart"
+        is_readers = "config" in COMMANDS[words[0]].arguments and words[1] not in RECIPES
         with contextlib.suppress(SystemExit):  # --help
-            assert make_parser(COMMANDS).parse_known_args([w.strip('"') for w in words])
+            parse(COMMANDS, [words[0], chosen, *words[2:]] if is_readers and words[1][0] != "-" else words)
+
+
+def test_many_commands_are_seen():
+    assert sum(len(list(commands(page))) for page in PAGES) > 60
+
+
+@pytest.mark.parametrize("words", ["train quickstart --lora.rnk 3", "predict DIR --txt a"])
+def test_a_wrong_option_is_seen(words):
+    with pytest.raises(ValueError, match=words.split()[2]):
+        parse(COMMANDS, words.split())

@@ -12,8 +12,7 @@ from safetensors.numpy import save, save_file
 from loraplus_jax import LoRAPlusConfig, load_adapter, save_adapter
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.interop.adapter_directory import read_adapter_json
-from loraplus_jax.models.bert.config import BertConfig
-from loraplus_jax.models.checkpoints.hf import INDEX_FILE, SINGLE_FILE, load_config, load_params
+from loraplus_jax.models.checkpoints.hf import INDEX_FILE, SINGLE_FILE, load_params
 from loraplus_jax.models.checkpoints.name_table import NameTable, embedding_rules, linear_rules
 
 from .damage import JSON_KEYS, JSON_VALUES, check, damaged, data_limit, odd_json, words
@@ -116,17 +115,6 @@ def test_an_index_and_its_shards(tmp_path):
         assert set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values()) <= set(shards)
 
     check(15_000, make, read, limit=data_limit, names=re.escape(str(folder)))
-
-
-def test_config_json(tmp_path):
-    make = json_writer(tmp_path / "config.json", CONFIG, keys=(*JSON_KEYS, *CONFIG))
-    check(
-        20_000,
-        make,
-        lambda: BertConfig.from_hf(load_config(tmp_path)),
-        limit=data_limit,
-        names="config.json|BertConfig",
-    )
 
 
 @pytest.fixture

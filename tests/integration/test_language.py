@@ -119,12 +119,12 @@ def test_generate_with_a_model_as_it_is(finished_talk, capsys):
 
 def test_generate_a_file_in_batches_of_any_size(finished_talk, tmp_path, capsys):
     rows = finished_talk.rows()[:7]
-    finished_talk_file = tmp_path / "some.jsonl"
-    finished_talk_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    some = tmp_path / "some.jsonl"
+    some.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {}
     for size in (1, 3, 7):
         output = tmp_path / f"{size}.jsonl"
-        args = ["generate", str(finished_talk.out), "--data", str(finished_talk_file), "--max_tokens", "6"]
+        args = ["generate", str(finished_talk.out), "--data", str(some), "--max_tokens", "6"]
         args += ["--batch_size", str(size), "--output", str(output), "--temperature", "0.7"]
         assert main(args) == 0
         found[size] = [json.loads(line) for line in output.read_text().splitlines()]

@@ -219,20 +219,21 @@ wait
 
 
 @pytest.mark.long
-def test_the_pages_slurm_file_trains_what_two_named_processes_do(home, tmp_path):
+def test_the_slurm_file_trains_what_two_named_processes_do(home, tmp_path):
     """With an `srun` that starts two tasks here, and the virtual devices of `start`."""
-    page = Path(__file__).parents[2].joinpath("docs/pods.md").read_text()
-    script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH .*?)```", page, flags=re.S)[1]
+    script = Path(__file__).parents[2].joinpath("examples/launch/train_slurm.sh").read_text()
     assert re.search(r"ntasks-per-node=(\d+)", script)[1] == re.search(r"gpus-per-node=(\d+)", script)[1]
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "loraplus").write_text(f'#!/bin/sh\nexec {sys.executable} -m loraplus_jax.cli "$@"\n')
     for name in ("srun", "loraplus"):
         (tmp_path / name).chmod(0o755)
     settings = yaml.safe_load((home.out / "config.yaml").read_text())
-    settings |= {"output_dir": str(tmp_path / "slurm"), "distributed": {"lost_timeout": 10}}
+    settings |= {"distributed": {"lost_timeout": 10}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     # JAX takes the coordinator's port from the job's number.
-    environment = os.environ | QUICK | {"SLURM_JOB_ID": free_address().rpartition(":")[2]}
+    environment = (
+        os.environ | QUICK | {"SLURM_JOB_ID": free_address().rpartition(":")[2], "HOME": str(tmp_path)}
+    )
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
     run = subprocess.run(
@@ -244,7 +245,7 @@ def test_the_pages_slurm_file_trains_what_two_named_processes_do(home, tmp_path)
         timeout=DEADLINE,
     )
     assert_mentions(run.stdout, "using 0 of 8 GPUs", f"{socket.gethostname()} 0 of 8")
-    assert_equal(tmp_path / "slurm", home.out)
+    assert_equal(tmp_path / "runs/train", home.out)
 
 
 def test_an_environment_without_a_coordinator_is_rejected(first_world, tmp_path):
