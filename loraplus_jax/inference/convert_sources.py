@@ -197,7 +197,10 @@ class PeftSource:
     @property
     def about(self) -> str:
         """PEFT's options that matter."""
-        return "PEFT adapter" + (" with DoRA" if self.options.use_dora else "")
+        # levanter writes null; PEFT would adapt those that it knows for the model.
+        is_open = self.options.target_modules is None and not self.options.target_parameters
+        of_file = ", whose target_modules null stands for the modules in its file" if is_open else ""
+        return "PEFT adapter" + (" with DoRA" if self.options.use_dora else "") + of_file
 
     def is_levanter(self, base: NamedBase) -> bool:
         """Whether the names have levanter's prefix, which PEFT does not find in the base."""

@@ -71,7 +71,9 @@ def test_peft(options, base, tmp_path):
     directory = write_peft(tmp_path / "peft", modules, base.source, **options)
     source = PeftSource(directory)
     assert len(check(source, base)) == 4
-    assert ("DoRA" in source.about) == ("dora" in options)
+    assert ("DoRA" in source.about, "null" in source.about) == ("dora" in options, False)
+    open_targets = write_peft(tmp_path / "null", modules, base.source, target_modules=None, **options)
+    assert "null" in PeftSource(open_targets).about
 
 
 @pytest.mark.parametrize("dora", [False, True])
