@@ -232,11 +232,14 @@ def narrow(tensors):
         (option(init_lora_weights="pissa_niter_4"), ["init_lora_weights", "pissa_niter_4"]),
         (
             tensor(lambda t: t.update({FIRST.replace("attention.self.query", "strange"): t.pop(FIRST)})),
-            ["encoder.layer.0.strange.lora_A.weight"],
+            ["encoder.layer.0.strange", "target_modules"],
         ),
         (tensor(lambda t: t.pop(FIRST)), ["missing", FIRST.removeprefix("base_model.model.")]),
         (tensor(narrow), ["(4, 15)", "(4, 16)", "(16, 4)"]),
-        (lambda t, options: options["target_modules"].append("elsewhere"), ["target_modules", "'elsewhere'"]),
+        (
+            lambda t, options: options["target_modules"].append("attention.self.key"),
+            ["encoder.layer.0.attention.self.key", "adapter_config.json"],
+        ),
         (tensor(lambda t: t.update({FIRST.replace("layer.0", "layer.7"): t[FIRST]})), ["[7]", 2]),
     ],
 )
