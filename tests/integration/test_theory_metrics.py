@@ -25,7 +25,7 @@ def test_terms_are_logged_at_every_kth_step_and_read_at_the_end(world, capsys):
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("theory: "))
     theory, others = apart(rows_of(out))
     assert [row["step"] for row in theory] == [3, 6]
-    assert [row["step"] for row in others] == [0, 4, 4, 8, 8]
+    assert [row["step"] for row in others] == [0, 4, 4, 8, 8, 8]
     names = {
         f"theory/{layer}/{t}"
         for layer in (*LAYERS, "mean")
