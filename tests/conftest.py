@@ -1,6 +1,8 @@
 """Eight virtual CPU devices in every test run, rank promotion is an error, and compiled programs are kept."""
 
+import json
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -14,6 +16,48 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: COMPILED.append(seconds) if event.endswith("backend_compile_duration") else None
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--costs", type=Path, help="JSON file for the CPU seconds and compiled programs of each test")
+
+
+def _spent():
+    """CPU seconds of this process and of its ended children."""
+    both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    item.stash["before"] = _spent(), len(COMPILED)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    yield
+    seconds, programs = item.stash["before"]
+    item.user_properties.append(("cost", (round(_spent() - seconds, 3), len(COMPILED) - programs)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What to choose the quick suite by: `pytest --costs costs.json`, most expensive first."""
+    if path := terminalreporter.config.option.costs:
+        costs = {
+            report.nodeid: dict(report.user_properties)["cost"]
+            for reports in terminalreporter.stats.values()
+            for report in reports
+            if getattr(report, "when", None) == "teardown"
+        }
+        ordered = sorted(costs.items(), key=lambda row: -row[1][0])
+        path.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(cost)}" for name, cost in ordered) + "\n}\n")
 
 
 def pytest_configure(config):
