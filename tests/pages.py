@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -28,3 +30,27 @@ def run(page, tab=""):
     for number, code in enumerate(blocks(page)[tab]):
         exec(compile(code, f"{page}.md {tab}, block {number}", "exec"), names)
     return names
+
+
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?(?![\w.])")
+TIME = re.compile(r"about \d+ (?:s|min|h)\b(?: \d+ (?:s|min)\b)?|compiled in \d+ s")
+
+
+def assert_printed(shown, printed, rel=0.05):
+    """The lines that a page shows are printed in this order, numbers within a tolerance, times of any length.
+
+    A line `...` stands for any lines.
+    """
+    rest = iter(printed.splitlines())
+    for line in shown.splitlines():
+        assert line == "..." or any(_alike(line, other, rel) for other in rest), line
+
+
+def _alike(shown, printed, rel):
+    words, numbers = zip(*(_parts(line) for line in (shown, printed)), strict=True)
+    return words[0] == words[1] and numbers[0] == pytest.approx(numbers[1], rel=rel, abs=1e-6)
+
+
+def _parts(line):
+    line = " ".join(TIME.sub("TIME", line).split())
+    return NUMBER.sub("N", line), [float(number.replace(",", "")) for number in NUMBER.findall(line)]

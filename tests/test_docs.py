@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from .pages import DOCS, blocks, run
+from .pages import DOCS, assert_printed, blocks, run
 
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.md"))
 PAGES = sorted(DOCS.glob("*.md")) + NOTEBOOKS
@@ -37,9 +37,14 @@ def conf():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "tab"), TABS)
-def test_the_blocks_of_a_page_run_from_top_to_bottom(page, tab, tmp_path, monkeypatch):
+def test_the_blocks_of_a_page_run_from_top_to_bottom_and_print_what_it_shows(
+    page, tab, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     run(page, tab)
+    printed = capsys.readouterr().out
+    for shown in blocks(page, "text").get(tab, ()):
+        assert_printed(shown, printed)
 
 
 def test_pages_that_include_an_example_show_its_code():
