@@ -73,57 +73,39 @@ def check(found, expected, keep=None):
         np.testing.assert_allclose(np.asarray(ours)[kept], wanted[kept], rtol=1e-5, atol=1e-5)
 
 
+BOUNDED = {"window": np.array(40), "scale": 0.8, "cap": 0.7}
+
+
 @pytest.mark.parametrize(
-    ("implementation", "length", "with_segments", "window"),
+    ("implementation", "length", "with_segments", "options"),
     [
-        ("blocked", 129, True, 40),
-        slow("blocked", 1, False, None),
-        slow("blocked", 127, True, None),
-        slow("blocked", 128, False, 40),
-        slow("blocked", 300, True, 1),
-        slow("blocked", 300, False, 1000),
-        slow("xla", 129, True, 40),
+        ("blocked", 129, True, {"window": 40}),
+        slow("blocked", 1, False, {}),
+        slow("blocked", 127, True, {}),
+        slow("blocked", 128, False, {"window": 40}),
+        slow("blocked", 300, True, {"window": 1}),
+        slow("blocked", 300, False, {"window": 1000}),
+        slow("blocked", 1100, False, {"window": 300}),  # more than eight blocks
+        *(slow("blocked", 150, False, {"key_heads": n}) for n in (1, 4)),
+        slow("blocked", 150, True, {"window": 40, "chunk": 48}),
+        slow("blocked", 129, True, {"chunk": 48}),
+        slow("blocked", 150, True, BOUNDED | {"chunk": 48}),
+        slow("xla", 150, True, BOUNDED),
+        slow("xla", 129, True, {"window": 40}),
     ],
 )
-def test_values_and_gradients_equal_float64(implementation, length, with_segments, window):
-    data, segments = inputs(length), segments_of(length) if with_segments else None
-    found = value_and_gradients(*data, segments, window=window, implementation=implementation)
+def test_values_and_gradients_equal_float64(implementation, length, with_segments, options, monkeypatch):
+    options, segments = dict(options), segments_of(length) if with_segments else None
+    data = inputs(length, key_heads=options.pop("key_heads", KEY_HEADS))
+    if chunk := options.pop("chunk", None):
+        monkeypatch.setattr(attention, "MAX_WHOLE_KEYS", 32)
+        monkeypatch.setattr(attention, "KEY_CHUNK", chunk)
+    expected = reference(*data, segments, **options)
+    window = options.get("window")
+    window = jnp.asarray(window) if isinstance(window, np.ndarray) else window  # one that is traced
+    more = {"scale": options.get("scale"), "softcap": options.get("cap"), "implementation": implementation}
     # Padding is a segment too: its values are finite, mean nothing, and have gradients of their own alone.
-    check(found, reference(*data, segments, window))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("key_heads", [1, 4])
-def test_any_number_of_query_heads_a_key_head(key_heads):
-    data = inputs(150, key_heads=key_heads)
-    check(value_and_gradients(*data, implementation="blocked"), reference(*data))
-
-
-@pytest.mark.slow
-def test_more_than_eight_blocks_worth_of_tokens():
-    data = inputs(1100)
-    check(value_and_gradients(*data, implementation="blocked", window=300), reference(*data, None, 300))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("length", "window"), [(150, 40), (129, None)])
-def test_keys_in_chunks_equal_float64(length, window, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_WHOLE_KEYS", 32)
-    monkeypatch.setattr(attention, "KEY_CHUNK", 48)
-    data, segments = inputs(length), segments_of(length)
-    found = value_and_gradients(*data, segments, window=window, implementation="blocked")
-    check(found, reference(*data, segments, window))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["blocked", "xla"])
-def test_bounded_scores_of_another_scale_in_a_window_that_is_an_array(implementation, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_WHOLE_KEYS", 32)
-    monkeypatch.setattr(attention, "KEY_CHUNK", 48)
-    data, segments = inputs(150), segments_of(150)
-    options = {"window": jnp.array(40), "scale": 0.8, "softcap": 0.7, "implementation": implementation}
-    found = value_and_gradients(*data, segments, **options)
-    check(found, reference(*data, segments, 40, 0.8, 0.7))
+    check(value_and_gradients(*data, segments, window=window, **more), expected)
 
 
 @pytest.mark.slow
