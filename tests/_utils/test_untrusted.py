@@ -37,14 +37,16 @@ from loraplus_jax.training.metrics_log import RunLog
 from loraplus_jax.training.saved_adapter import saved_config
 from loraplus_jax.training.setup import add_adapters
 
+from .. import tiny
 from ..integration.language_world import write_model
-from ..marks import long, slow
+from ..marks import slow
 from ..models.checkpoints.gguf.files import metadata
 from ..models.checkpoints.gguf.files import write as write_gguf
 
 ROOT = Path(__file__).parents[2]
 NAME = "a" * 40  # long enough for EVIL to take years
 EVIL = "(([a-z]+)*)*!"
+CLASSES = "(?i)" + "[\0-\uffff]" * 9000
 
 
 def test_minimum_versions_exclude_known_holes():
@@ -55,87 +57,130 @@ def test_minimum_versions_exclude_known_holes():
     assert versions["filelock"] >= (4, 2, 1)
 
 
-def write_peft(directory, **options):
-    directory.mkdir(exist_ok=True)
-    names = {f"base_model.model.{NAME}.lora_{x}.weight" for x in "AB"}
-    save_file({name: np.ones((2, 2), np.float32) for name in names}, directory / "adapter_model.safetensors")
-    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 2} | options
-    (directory / "adapter_config.json").write_text(json.dumps(content))
-    return directory
+def peft(**options):
+    """Reads the config of an adapter of PEFT."""
+
+    def call(directory):
+        names = {f"base_model.model.{NAME}.lora_{x}.weight" for x in "AB"}
+        save_file({n: np.ones((2, 2), np.float32) for n in names}, directory / "adapter_model.safetensors")
+        content = {"peft_type": "LORA", "r": 2, "lora_alpha": 2} | options
+        (directory / "adapter_config.json").write_text(json.dumps(content))
+        peft_config(directory, [("{name}", "{name}")])
+        read_options(directory / "adapter_config.json").left_out({f"{NAME}.c": False})
+
+    return call
 
 
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"rank_pattern": {EVIL: 2}}, "rank_pattern"),
-        long({"alpha_pattern": {"q": 3, EVIL: 2}}, "alpha_pattern"),
-        ({"rank_pattern": {"(" * 10_000: 2}}, "rank_pattern"),
-        long({"target_modules": "(?i)" + "[\0-\uffff]" * 9000}, "target_modules"),
-    ],
-    ids=["rank", "alpha", "nested", "classes"],
-)
-def test_a_regular_expression_of_a_peft_adapter_cannot_hang(reject, tmp_path, options, word):
-    directory = write_peft(tmp_path / "a", **options)
-    reject(lambda: peft_config(directory, [("{name}", "{name}")]), directory / "adapter_config.json", word)
+def ours(section="config", read=load_adapter, **changes):
+    """Reads an adapter directory of ours with changes to its JSON."""
 
-
-@pytest.mark.parametrize(
-    "options", [{"target_modules": EVIL}, long({"exclude_modules": EVIL, "target_modules": ["b"]})]
-)
-def test_a_rule_of_a_peft_adapter_cannot_hang(reject, tmp_path, options):
-    found = read_options(write_peft(tmp_path / "a", **options) / "adapter_config.json")
-    reject(
-        lambda: found.left_out({f"{NAME}.c": False}), tmp_path / "a/adapter_config.json", next(iter(options))
-    )
-
-
-@pytest.fixture
-def adapter(tmp_path):
-    """An adapter directory of ours; a function that changes its JSON."""
-    spec = AdapterSpec(leaf=f"params/{NAME}/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=8.0)
-    factors = {NAME: {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 3))}}
-    save_adapter(
-        tmp_path / "a",
-        factors,
-        {NAME: spec},
-        LoRAPlusConfig(target_modules=[NAME], rank=2),
-        settings={"lora": {}},
-    )
-
-    def change(section, **values):
-        path = tmp_path / "a/adapter.json"
+    def call(directory):
+        spec = AdapterSpec(
+            leaf=f"params/{NAME}/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=8.0
+        )
+        factors = {NAME: {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 3))}}
+        config = LoRAPlusConfig(target_modules=[NAME], rank=2)
+        save_adapter(directory / "a", factors, {NAME: spec}, config, settings={"lora": {}})
+        path = directory / "a/adapter.json"
         notes = json.loads(path.read_text())
         del notes["digest"]
-        where = notes["settings"]["lora"] if section == "settings" else notes[section]
-        where.update(values)
+        (notes["settings"]["lora"] if section == "settings" else notes[section]).update(changes)
         path.write_text(json.dumps(notes))
-        return tmp_path / "a"
+        read(directory / "a")
 
-    return change
-
-
-RULES = {
-    "rank": {"rank_pattern": {EVIL: 2}},
-    "target": {"target_modules": EVIL},
-    "alpha": {"alpha_pattern": {EVIL: 2}},
-    "exclude": {"exclude_modules": EVIL},
-    "parameter": {"target_parameters": [EVIL]},
-    "classes": {"target_modules": "(?i)" + "[\0-\uffff]" * 9000},
-}
+    return call
 
 
-@pytest.mark.parametrize(
-    ("section", "rule"),
-    [
-        ("config", "rank"),
-        slow("settings", "target"),
-        *(long(s, r) for r in list(RULES)[2:] for s in ("config", "settings")),
-        *(long(*pair) for pair in (("settings", "rank"), ("config", "target"))),
-    ],
+HELD = {"embeddings.word_embeddings.weight": (30, 4), "embeddings.position_embeddings.weight": (8, 4)}
+HELD |= {f"encoder.layer.{n}.output.dense.weight": (4, 4) for n in range(2)}
+BILLION = {"encoder.layer.999999999.output.dense.weight": (4, 4)}
+WIDE = {"a.0.weight": (4, 4), "b.1.weight": (10**12, 0)}  # a width without values
+
+
+def sizes(kind="bert", held=HELD, **changes):
+    """A config of other sizes than the tensors of its directory; the config of two is read."""
+
+    def call(directory):
+        if held:
+            save_file(
+                {n: np.ones(shape, np.float32) for n, shape in held.items()}, directory / "model.safetensors"
+            )
+        two = dict.fromkeys(tiny.SIZES, 2) | {"num_hidden_layers": 1 if held is BILLION else 2, "head_dim": 2}
+        for content in (tiny.config(kind, **two), tiny.config(kind, **two | changes)):
+            (directory / "config.json").write_text(json.dumps(content))
+            load_config(directory)
+
+    return call
+
+
+LLAMA_HELD = {f"model.layers.{n}.mlp.down_proj.weight": (4, 4) for n in range(2)}
+
+
+def gguf(key, value):
+    def call(directory):
+        shapes = {"token_embd.weight": (8, 32), "blk.0.ffn_up.weight": (96, 32)}
+        content = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+        load_config(write_gguf(directory / "m.gguf", content, metadata() | {f"llama.{key}": value}))
+
+    return call
+
+
+def rotary(**changes):
+    content = tiny.config(**{"hidden_size": 4, "head_dim": 4, "num_attention_heads": 1} | changes)
+    return lambda _: LlamaConfig.from_hf(content)
+
+
+YARN = {"type": "yarn", "factor": 1e300}
+TOO_FAR = {"type": "linear", "factor": 10**400}
+DYNAMIC = {"type": "dynamic", "factor": 2.0}
+RULE, PEFT_RULE = ("adapter.json", "rule", "1 s"), "adapter_config.json"
+ENCODER_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads")
+ROWS = (
+    (peft(rank_pattern={EVIL: 2}), PEFT_RULE, "rank_pattern"),
+    (peft(rank_pattern={"(" * 10_000: 2}), PEFT_RULE, "rank_pattern"),
+    (peft(target_modules=EVIL), PEFT_RULE, "target_modules"),
+    slow((peft(exclude_modules=EVIL, target_modules=["b"]), PEFT_RULE, "exclude_modules")),
+    slow((peft(target_modules=CLASSES), PEFT_RULE, "target_modules")),
+    (peft(r=10**9), PEFT_RULE, 10**9, 2),
+    (ours(rank_pattern={EVIL: 2}), *RULE),
+    slow((ours("settings", target_modules=EVIL), *RULE)),
+    slow((ours("settings", exclude_modules=EVIL), *RULE)),
+    slow((ours(target_parameters=[EVIL]), *RULE)),
+    slow((ours(target_modules=CLASSES), *RULE)),
+    *(
+        (ours(rank=10**9, rank_pattern={NAME: 2}, alpha=16.0, read=read), "adapter.json", 10**9, 4)
+        for read in (load_adapter, saved_config)
+    ),
+    (sizes(num_hidden_layers=10**9), "num_hidden_layers", 10**9, 2),
+    (sizes(num_hidden_layers=3), "num_hidden_layers", 3, 2),
+    (sizes(held=BILLION, num_hidden_layers=10**9), "num_hidden_layers", 10**9, 1),
+    (sizes(held=WIDE, vocab_size=10**12), "vocab_size", 10**12, 4),
+    *((sizes(**{field: 31}), field, 31, 30) for field in ENCODER_SIZES),
+    *((sizes(**{f: 10**12}), f, 10**12, 30) for f in ("vocab_size", "type_vocab_size", "pad_token_id")),
+    (sizes(max_position_embeddings=10**9), "max_position_embeddings", 10**9, 30),
+    (sizes("llama", LLAMA_HELD, num_hidden_layers=10**9), "num_hidden_layers", 10**9, 2),
+    (sizes("llama", LLAMA_HELD, hidden_size=10**30), "hidden_size", 10**30),
+    (sizes("llama", LLAMA_HELD, head_dim=10**9), "head_dim", 10**9),
+    (sizes("llama", LLAMA_HELD, max_position_embeddings=10**9), "max_position_embeddings", 10**9, 2**27),
+    (sizes(held={}, num_hidden_layers=10**9), "num_hidden_layers", 10**9, 1000),
+    *((sizes(held={}, **{f: 10**12}), f, 10**12, 2**24) for f in ("vocab_size", "hidden_size")),
+    (
+        sizes(held={}, num_attention_heads=2**13, head_dim=2**13),
+        *("num_attention_heads x head_dim", 2**26, 2**24),
+    ),
+    (gguf("block_count", 2**31 - 4), "m.gguf", "num_hidden_layers", 2**31 - 4),
+    (gguf("embedding_length", 2**31 - 4), "m.gguf", "hidden_size", 2**31 - 4),
+    (rotary(rope_scaling=YARN), "config.json", "factor"),
+    (rotary(rope_scaling=TOO_FAR), "config.json", "factor"),
+    (rotary(rope_theta=1.0), "config.json", "rope_theta"),
+    (rotary(head_dim=2, rope_scaling=DYNAMIC), "config.json", "head_dim"),
 )
-def test_a_rule_of_an_adapter_of_ours_cannot_hang(reject, adapter, section, rule):
-    directory = adapter(section, **RULES[rule])
-    reject(lambda: load_adapter(directory), directory / "adapter.json", "rule", "1 s")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_would_hang_or_fill_the_memory_is_rejected(reject, tmp_path, row):
+    read, *words = row
+    reject(lambda: read(tmp_path), *words)
 
 
 def test_rules_are_tried_on_the_model_that_they_are_for(reject):
@@ -149,111 +194,6 @@ def test_rules_are_tried_on_the_model_that_they_are_for(reject):
     base = BaseModel(Model(), NameTable(rules=()), (), (jax.ShapeDtypeStruct((1, 2), jnp.float32),), (), {})
     reject(lambda: add_adapters(SimpleNamespace(seed=0), base, config, None), "lora", EVIL, "1 s")
     try_rules("lora", LoRAPlusConfig(target_modules=["b"]).to_json(), [NAME])
-
-
-@pytest.mark.parametrize("read", [load_adapter, saved_config])
-def test_a_rank_above_the_tensors_is_rejected(reject, adapter, read):
-    directory = adapter("config", rank=10**9, rank_pattern={NAME: 2}, alpha=16.0)
-    reject(lambda: read(directory), directory / "adapter.json", 10**9, 4)
-
-
-def test_a_rank_above_the_tensors_of_peft_is_rejected(reject, tmp_path):
-    directory = write_peft(tmp_path / "a", r=10**9)
-    reject(lambda: peft_config(directory, [("{name}", "{name}")]), "adapter_config.json", 10**9, 2)
-
-
-BERT = {
-    "model_type": "bert",
-    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), 2),
-    **dict.fromkeys(("intermediate_size", "max_position_embeddings", "type_vocab_size", "pad_token_id"), 2),
-}
-
-
-TENSORS = {
-    "bert": {
-        "embeddings.word_embeddings.weight": (30, 4),
-        "embeddings.position_embeddings.weight": (8, 4),
-        **{f"encoder.layer.{n}.output.dense.weight": (4, 4) for n in range(2)},
-    },
-    "a billion layers": {"encoder.layer.999999999.output.dense.weight": (4, 4)},
-    "a width without values": {"a.0.weight": (4, 4), "b.1.weight": (10**12, 0)},
-    "none": {},
-}
-
-
-def write_base(directory, name, **changes):
-    if tensors := {n: np.ones(shape, np.float32) for n, shape in TENSORS[name].items()}:
-        save_file(tensors, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(BERT | changes))
-
-
-@pytest.mark.parametrize(
-    ("name", "field", "value", "held"),
-    [
-        ("bert", "num_hidden_layers", 10**9, 2),
-        ("bert", "num_hidden_layers", 3, 2),
-        ("a billion layers", "num_hidden_layers", 10**9, 1),
-        ("a width without values", "vocab_size", 10**12, 4),
-        *[("bert", field, 31, 30) for field in ("hidden_size", "intermediate_size", "num_attention_heads")],
-        *[("bert", f, 10**12, 30) for f in ("vocab_size", "type_vocab_size", "pad_token_id")],
-        ("bert", "max_position_embeddings", 10**9, 30),
-        ("llama", "num_hidden_layers", 10**9, 2),
-        ("llama", "hidden_size", 10**30, None),
-        ("llama", "head_dim", 10**9, None),
-        ("llama", "max_position_embeddings", 10**9, 2**27),
-        ("none", "num_hidden_layers", 10**9, 1000),
-        *[("none", field, 10**12, 2**24) for field in ("vocab_size", "hidden_size")],
-    ],
-)
-def test_sizes_are_checked_against_the_files(reject, tmp_path, name, field, value, held):
-    if name == "llama":
-        write_model(tmp_path)
-    else:
-        write_base(tmp_path, name, **({"num_hidden_layers": 1} if name == "a billion layers" else {}))
-    load_config(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {field: value}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    reject(lambda: load_config(tmp_path), "config.json", field, value, *([held] if held else []))
-
-
-LLAMA = {
-    "model_type": "llama",
-    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), 4),
-    **dict.fromkeys(("intermediate_size", "head_dim", "max_position_embeddings"), 4),
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [
-        ({"rope_scaling": {"type": "yarn", "factor": 1e300}}, "factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor"),
-        ({"rope_theta": 1.0}, "rope_theta"),
-        ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "head_dim"),
-    ],
-    ids=["yarn", "linear", "theta", "dynamic"],
-)
-def test_rotary_numbers_that_cannot_be_computed_with_are_rejected(reject, changes, word):
-    reject(lambda: LlamaConfig.from_hf(LLAMA | changes), "config.json", word)
-
-
-def test_heads_times_their_size_are_checked_too(reject, tmp_path):
-    write_base(tmp_path, "none", num_attention_heads=2**13, head_dim=2**13)
-    reject(lambda: load_config(tmp_path), "config.json", "num_attention_heads x head_dim", 2**26, 2**24)
-
-
-@pytest.mark.parametrize(
-    ("key", "named"), [("block_count", "num_hidden_layers"), ("embedding_length", "hidden_size")]
-)
-def test_sizes_of_a_gguf_file_are_checked(reject, tmp_path, key, named):
-    tensors = {
-        "token_embd.weight": np.ones((8, 32), np.float32),
-        "blk.0.ffn_up.weight": np.ones((96, 32), np.float32),
-    }
-    content = metadata()
-    name = next(n for n in content if n.endswith(key))
-    path = write_gguf(tmp_path / "m.gguf", tensors, content | {name: 2**31 - 4})
-    reject(lambda: load_config(path), path, named, 2**31 - 4)
 
 
 READERS = {
@@ -276,18 +216,18 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize("kind", ["FIFO", "directory", "device"])
-def test_what_is_no_file_is_not_read(reject, tmp_path, name, kind):
-    path = tmp_path / name
-    if kind == "FIFO":
-        os.mkfifo(path)
-    elif kind == "directory":
-        path.mkdir()
-    else:
-        path.symlink_to("/dev/zero")
-    words = (path, kind) if name != "m.gguf" else (path,)
-    with contextlib.suppress(FileNotFoundError):
-        reject(lambda: READERS[name](path), *words)
+def test_what_is_no_file_is_not_read(reject, tmp_path, name):
+    for kind, make in {
+        "FIFO": os.mkfifo,
+        "directory": os.mkdir,
+        "device": lambda path: path.symlink_to("/dev/zero"),
+    }.items():
+        path = tmp_path / kind / name
+        path.parent.mkdir()
+        make(path)
+        words = (path, kind) if name != "m.gguf" else (path,)
+        with contextlib.suppress(FileNotFoundError):
+            reject(lambda path=path: READERS[name](path), *words)
 
 
 def test_a_template_path_of_an_adapter_is_not_opened(reject, tmp_path):
@@ -298,6 +238,5 @@ def test_a_template_path_of_an_adapter_is_not_opened(reject, tmp_path):
     saved = LanguageTask(kind="instruction", template="{{ bos_token }}!")
     assert tokenizer_and_template(settings, tmp_path, saved)[1].source == saved.template
     without = LanguageTask(kind="instruction")
-    reject(
-        lambda: tokenizer_and_template(settings, tmp_path, without), "data.template", "task.template", "plain"
-    )
+    words = ("data.template", "task.template", "plain")
+    reject(lambda: tokenizer_and_template(settings, tmp_path, without), *words)

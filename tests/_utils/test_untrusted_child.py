@@ -14,10 +14,12 @@ from loraplus_jax.data.conversations import Turn
 from loraplus_jax.models import tokenizer as tokenizers
 
 from ..fuzz.damage import MIB
-from ..marks import long, slow
+from ..marks import slow
 from ..models.checkpoints.gguf.files import metadata
 from ..models.checkpoints.gguf.files import write as write_gguf
 
+DOUBLED = "{{% set n = namespace(s={start}) %}}{{% for i in range(60) %}}"
+DOUBLED += "{{% set n.s = n.s {sign} n.s %}}{{% endfor %}}"
 TURNS = [Turn("user", "hi"), Turn("assistant", "yes")]
 
 
@@ -25,19 +27,11 @@ TURNS = [Turn("user", "hi"), Turn("assistant", "yes")]
     ("source", "word"),
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "1 s"),
-        long("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}", "1 s"),
-        long("{{ 10 ** (10 ** 8) }}", "1 s"),
         ("{{ range(99999)|map('string')|map('center', 99999)|list|length }}", "64 MiB"),
         ("{{ '%1000000000d'|format(1) }}", "64 MiB"),
         ("{{ 'x'|center(10**9) }}", "64 MiB"),
-        (
-            "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-            "64 MiB",
-        ),
-        (
-            "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-            "64 MiB",
-        ),
+        (DOUBLED.format(start="'x'", sign="~"), "64 MiB"),
+        (DOUBLED.format(start="[1]", sign="+"), "64 MiB"),
         ("{% for x in range(9999) %}{{ 'x' * 99999 }}{% endfor %}", "64 MiB"),
         ("{{ range(10**9) }}", "100000"),
         ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "recursion"),

@@ -45,20 +45,11 @@ def test_the_loss_is_on_the_answer_and_its_end(tokenizer, source, answer):
     assert learnt(one, tokenizer, template(source)) == answer + EOS
 
 
-def test_one_token_for_beginning_and_end_ends_an_answer(tokenizer):
-    assert learnt(chat("a", "no"), tokenizer, template(PLAIN, bos_token=EOS)) == f"no{EOS}"
-
-
 @templates
 def test_of_several_answers_all_or_the_last(tokenizer, source):
     many = chat("a", "no", "b", "no", "no", " yes", system="no")
     assert learnt(many, tokenizer, template(source)) == f"no{EOS}no{EOS} yes{EOS}"
     assert learnt(many, tokenizer, template(source), answers="last") == f" yes{EOS}"
-
-
-def test_what_the_template_writes_before_the_end_belongs_to_the_answer(tokenizer):
-    assert learnt(chat("a", " b ", "c", "d"), tokenizer, template(INST)) == f" b {EOS} d {EOS}"
-    assert learnt(chat("a", "b"), tokenizer, template(THINKS)) == f"<t></t>b{EOS}"
 
 
 def test_a_text_that_repeats_the_prompt_is_found_in_its_own_turn(tokenizer):
@@ -259,12 +250,6 @@ def test_the_end_of_a_turn_is_not_searched_in_the_next(tokenizer):
         learnt(chat(*"abcd"), tokenizer, silent)
 
 
-def test_a_template_that_drops_earlier_thoughts_needs_marks_or_the_last_answer(tokenizer):
-    """The thoughts before the last answer are not rendered in a prefix, which ends in the generation prompt."""
-    many = chat("a", "b", "c", "d")
-    assert learnt(many, tokenizer, template(THINKS)) == f"b{EOS}<t></t>d{EOS}"
-
-
 QWEN = """\
 {%- for m in messages %}
     {%- set thought, said = '', m.content %}
@@ -286,19 +271,24 @@ EMPTY, THOUGHT = "<think>\n\n</think>\n\n", "<think>\nhm\n</think>\n\n"
 
 
 @pytest.mark.parametrize(
-    ("source", "texts", "answers", "learned"),
+    ("which", "texts", "answers", "learned"),
     [
-        (QWEN, "ab", "all", f"{EMPTY}b{EOS}"),
-        (QWEN, "abcd", "all", f"b{EOS}{EMPTY}d{EOS}"),
-        (QWEN, ("a", f"{THOUGHT}b"), "all", f"{THOUGHT}b{EOS}"),
-        (QWEN, ("a", f"{THOUGHT}b", "c", f"{THOUGHT}d"), "last", f"{THOUGHT}d{EOS}"),
-        (SILENT, "ab", "all", f"b{EOS}"),
-        (SILENT, "abcd", "last", f"d{EOS}"),
+        (template(PLAIN, bos_token=EOS), ("a", "no"), "all", f"no{EOS}"),  # one token for beginning and end
+        (template(INST), ("a", " b ", "c", "d"), "all", f" b {EOS} d {EOS}"),  # a space before the end
+        (template(THINKS), "ab", "all", f"<t></t>b{EOS}"),
+        # The thoughts before the last answer are not rendered in a prefix, which ends in the generation prompt.
+        (template(THINKS), "abcd", "all", f"b{EOS}<t></t>d{EOS}"),
+        # As docs/one_gpu.md says.
+        (template(QWEN), "ab", "all", f"{EMPTY}b{EOS}"),
+        (template(QWEN), "abcd", "all", f"b{EOS}{EMPTY}d{EOS}"),
+        (template(QWEN), ("a", f"{THOUGHT}b"), "all", f"{THOUGHT}b{EOS}"),
+        (template(QWEN), ("a", f"{THOUGHT}b", "c", f"{THOUGHT}d"), "last", f"{THOUGHT}d{EOS}"),
+        (template(SILENT), "ab", "all", f"b{EOS}"),
+        (template(SILENT), "abcd", "last", f"d{EOS}"),
     ],
 )
-def test_what_is_learned_of_qwen3_s_thoughts(tokenizer, source, texts, answers, learned):
-    """As docs/one_gpu.md says."""
-    assert learnt(chat(*texts), tokenizer, template(source), answers=answers) == learned
+def test_what_a_template_writes_into_an_answer_is_learned(tokenizer, which, texts, answers, learned):
+    assert learnt(chat(*texts), tokenizer, which, answers=answers) == learned
 
 
 test_thoughts_that_qwen3_s_template_drops_or_rewrites = refusals(

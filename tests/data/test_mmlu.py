@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -11,6 +9,7 @@ from loraplus_jax.data.commonsense import COMMONSENSE, read_commonsense
 from loraplus_jax.data.mmlu import read_mmlu
 
 from ..messages import mentions
+from ..refusals import refusals
 
 DEV = [
     ["What is 1 + 1?", "1", "2", "3", "4", "B"],
@@ -46,24 +45,34 @@ def test_a_subject_and_its_prompt(tmp_path, location):
     assert subject.questions[1].prompt.endswith("\nD. \nAnswer:")
 
 
-def test_files_of_mmlu_that_are_rejected(tmp_path):
-    (tmp_path / "boolq").mkdir()
-    with pytest.raises(ValueError, match=mentions("mmlu", "SUBJECT_test.csv", "boolq")):
-        read_mmlu(tmp_path, 5)
-    write_mmlu(tmp_path)
-    with pytest.raises(ValueError, match=mentions("--shots 3", 2, "abstract_algebra_dev.csv")):
-        read_mmlu(tmp_path, 3)
-    write_mmlu(tmp_path, test=[*TEST, ["So?", "a", "b", "c", "d", "E"]])
-    with pytest.raises(ValueError, match=mentions("abstract_algebra_test.csv:3", "A", "D", "'E'")):
-        read_mmlu(tmp_path, 2)
-    write_mmlu(tmp_path, test=[["So?", "a", "b", "c", "A"]])
-    with pytest.raises(ValueError, match=mentions("abstract_algebra_test.csv:1", 5, 6)):
-        read_mmlu(tmp_path, 2)
-    write_mmlu(tmp_path)
-    (tmp_path / "dev/abstract_algebra_dev.csv").unlink()
-    assert len(read_mmlu(tmp_path, 0)) == 1
-    with pytest.raises(ValueError, match=mentions("abstract_algebra_dev.csv", "missing")):
-        read_mmlu(tmp_path, 1)
+def reading(shots, only="", gone="", **files):
+    """Reads a subject's files, with others in their place or one away."""
+
+    def call(tmp_path):
+        (tmp_path / "boolq").mkdir()
+        if not only:
+            write_mmlu(tmp_path, **files)
+        if gone:
+            (tmp_path / gone).unlink()
+        return read_mmlu(tmp_path, shots)
+
+    return call
+
+
+ODD = [*TEST, ["So?", "a", "b", "c", "d", "E"]]
+GONE = "dev/abstract_algebra_dev.csv"
+
+test_files_of_mmlu_that_are_rejected = refusals(
+    (reading(5, "boolq"), "mmlu", "SUBJECT_test.csv", "boolq"),
+    (reading(3), "--shots 3", 2, "abstract_algebra_dev.csv"),
+    (reading(2, test=ODD), "abstract_algebra_test.csv:3", "A", "D", "'E'"),
+    (reading(2, test=[["So?", "a", "b", "c", "A"]]), "abstract_algebra_test.csv:1", 5, 6),
+    (reading(1, gone=GONE), "abstract_algebra_dev.csv", "missing"),
+)
+
+
+def test_without_shots_no_examples_are_read(tmp_path):
+    assert len(reading(0, gone=GONE)(tmp_path)) == 1
 
 
 def test_commonsense_by_name(tmp_path):
@@ -79,13 +88,3 @@ def test_commonsense_by_name(tmp_path):
         file.write_text(json.dumps([row | {"output": "the correct answer is maybe"}]))
         with pytest.raises(ValueError, match=mentions("test.json", "item 1", "output", "maybe")):
             read_commonsense(tmp_path, name)
-
-
-@pytest.mark.skipif("LORAPLUS_COMMONSENSE" not in os.environ, reason="LORAPLUS_COMMONSENSE names the files")
-def test_the_real_files():
-    root = Path(os.environ["LORAPLUS_COMMONSENSE"])
-    sizes = {"boolq": 3270, "piqa": 1838, "social_iqa": 1954, "hellaswag": 10042, "winogrande": 1267}
-    sizes |= {"arc_easy": 2376, "arc_challenge": 1172, "openbookqa": 500}
-    here = [name for name, folder in COMMONSENSE.items() if (root / folder).is_dir()]
-    assert here
-    assert {name: len(read_commonsense(root, name)) for name in here} == {name: sizes[name] for name in here}

@@ -31,16 +31,33 @@ def outcome(read, path):
     return None
 
 
-@pytest.mark.parametrize("part", [b"[],", b"{},", b'{"":{}},', b"[[[[[]]]]],", b"1.5,", b'"ab",'])
-def test_json_of_the_largest_size_is_read(tmp_path, part):
-    first = '{"a": ["😀",'.encode()
-    assert outcome(read_json, filled(tmp_path / "config.json", MAX_JSON_BYTES, first, part, b"0]}")) is None
+def read_texts(path):
+    read_rows(path, ("text", "label"))
 
 
-@pytest.mark.parametrize("part", [b"a,", b"[],", b"1.5,", b"'a',", b"{a: b},"])
-def test_yaml_of_the_largest_size_is_read(tmp_path, part):
-    path = filled(tmp_path / "config.yaml", LARGEST_YAML, b"a: [", part, b"a]")
-    assert outcome(read_yaml, path) is None
+JSON, YAML = ('{"a": ["😀",'.encode(), b"0]}"), (b"a: [", b"a]")
+IN_JSON = (b"[],", b"{},", b'{"":{}},', b"[[[[[]]]]],", b"1.5,", b'"ab",')
+IN_CSV = (b"a\n", b"\xff\n", b"\n", b'"\n', b",", b"a,b,c\n", b"\x00")
+IN_JSONL = (b"a\n", b"{}\n", b"[", b'{"text":1}\n', b"\n", b"\xff\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "size", "ends", "part"),
+    [
+        *(("config.json", read_json, MAX_JSON_BYTES, JSON, part) for part in IN_JSON),
+        *(
+            ("a.yaml", read_yaml, LARGEST_YAML, YAML, part)
+            for part in (b"a,", b"[],", b"1.5,", b"'a',", b"{a: b},")
+        ),
+        *(("data.csv", read_texts, MIB, (b"text,label\n", b""), part) for part in IN_CSV),
+        *(("data.jsonl", read_texts, MIB, (b"", b""), part) for part in IN_JSONL),
+    ],
+)
+def test_the_largest_configs_are_read_and_data_that_is_wrong_throughout_rejected(
+    tmp_path, name, read, size, ends, part
+):
+    message = outcome(read, filled(tmp_path / name, size, ends[0], part, ends[1]))
+    assert f"{name}:" in message if name.startswith("data") else message is None
 
 
 def test_larger_files_are_rejected_unread(tmp_path):
@@ -49,23 +66,6 @@ def test_larger_files_are_rejected_unread(tmp_path):
         with path.open("wb") as file:
             file.truncate(200 * MIB)
         assert_mentions(outcome(read, path), path, 200 * MIB)
-
-
-@pytest.mark.parametrize(
-    ("suffix", "first", "part"),
-    [
-        *[
-            ("csv", b"text,label\n", part)
-            for part in (b"a\n", b"\xff\n", b"\n", b'"\n', b",", b"a,b,c\n", b"\x00")
-        ],
-        *[("jsonl", b"", part) for part in (b"a\n", b"{}\n", b"[", b'{"text":1}\n', b"\n", b"\xff\n")],
-    ],
-)
-def test_a_data_file_that_is_wrong_throughout(tmp_path, suffix, first, part):
-    assert f"data.{suffix}:" in outcome(
-        lambda path: read_rows(path, ("text", "label")),
-        filled(tmp_path / f"data.{suffix}", MIB, first, part, b""),
-    )
 
 
 def test_a_header_of_very_many_tensors(tmp_path):

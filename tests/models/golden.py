@@ -28,7 +28,7 @@ CASES = (*(f"llama_{name}" for name in LLAMAS), *(f"gpt2_{name}" for name in GPT
 IDS = jax.ShapeDtypeStruct((1, 2), jnp.int32)
 # Every input is padded to one shape, so that each model compiles once, and more padding than the file's is tested.
 ROWS, WIDTH = 3, 40
-# Most of the time goes into compiling; the slow tests and test_live.py do it in full.
+# Most of the time goes into compiling; test_live.py does it in full.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 

@@ -10,7 +10,7 @@ import pytest
 from loraplus_jax.models import attention
 from loraplus_jax.models.attention import MIN_BLOCKED_LENGTH, causal_attention, masked_attention
 
-from ..marks import long, slow
+from ..marks import slow
 from ..refusals import refusals
 
 BATCH, HEADS, KEY_HEADS, SIZE = 2, 4, 2, 8
@@ -73,49 +73,39 @@ def check(found, expected, keep=None):
         np.testing.assert_allclose(np.asarray(ours)[kept], wanted[kept], rtol=1e-5, atol=1e-5)
 
 
-LENGTHS = [1, slow(127), slow(128), 129, slow(300)]
-KINDS = [(False, None), slow(True, None), slow(False, 40), (True, 40), slow(True, 1), slow(False, 1000)]
+BOUNDED = {"window": np.array(40), "scale": 0.8, "cap": 0.7}
 
 
-@pytest.mark.parametrize("implementation", ["blocked", long("xla")])
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize(("with_segments", "window"), KINDS)
-def test_values_and_gradients_equal_float64(implementation, length, with_segments, window):
-    data, segments = inputs(length), segments_of(length) if with_segments else None
-    found = value_and_gradients(*data, segments, window=window, implementation=implementation)
+@pytest.mark.parametrize(
+    ("implementation", "length", "with_segments", "options"),
+    [
+        ("blocked", 129, True, {"window": 40}),
+        slow("blocked", 1, False, {}),
+        slow("blocked", 127, True, {}),
+        slow("blocked", 128, False, {"window": 40}),
+        slow("blocked", 300, True, {"window": 1}),
+        slow("blocked", 300, False, {"window": 1000}),
+        slow("blocked", 1100, False, {"window": 300}),  # more than eight blocks
+        *(slow("blocked", 150, False, {"key_heads": n}) for n in (1, 4)),
+        slow("blocked", 150, True, {"window": 40, "chunk": 48}),
+        slow("blocked", 129, True, {"chunk": 48}),
+        slow("blocked", 150, True, BOUNDED | {"chunk": 48}),
+        slow("xla", 150, True, BOUNDED),
+        slow("xla", 129, True, {"window": 40}),
+    ],
+)
+def test_values_and_gradients_equal_float64(implementation, length, with_segments, options, monkeypatch):
+    options, segments = dict(options), segments_of(length) if with_segments else None
+    data = inputs(length, key_heads=options.pop("key_heads", KEY_HEADS))
+    if chunk := options.pop("chunk", None):
+        monkeypatch.setattr(attention, "MAX_WHOLE_KEYS", 32)
+        monkeypatch.setattr(attention, "KEY_CHUNK", chunk)
+    expected = reference(*data, segments, **options)
+    window = options.get("window")
+    window = jnp.asarray(window) if isinstance(window, np.ndarray) else window  # one that is traced
+    more = {"scale": options.get("scale"), "softcap": options.get("cap"), "implementation": implementation}
     # Padding is a segment too: its values are finite, mean nothing, and have gradients of their own alone.
-    check(found, reference(*data, segments, window))
-
-
-@pytest.mark.parametrize("key_heads", [1, slow(4)])
-def test_any_number_of_query_heads_a_key_head(key_heads):
-    data = inputs(150, key_heads=key_heads)
-    check(value_and_gradients(*data, implementation="blocked"), reference(*data))
-
-
-@pytest.mark.slow
-def test_more_than_eight_blocks_worth_of_tokens():
-    data = inputs(1100)
-    check(value_and_gradients(*data, implementation="blocked", window=300), reference(*data, None, 300))
-
-
-@pytest.mark.parametrize(("length", "window"), [(150, None), slow(150, 40), slow(129, None), slow(64, 1)])
-def test_keys_in_chunks_equal_float64(length, window, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_WHOLE_KEYS", 32)
-    monkeypatch.setattr(attention, "KEY_CHUNK", 48)
-    data, segments = inputs(length), segments_of(length)
-    found = value_and_gradients(*data, segments, window=window, implementation="blocked")
-    check(found, reference(*data, segments, window))
-
-
-@pytest.mark.parametrize("implementation", ["blocked", slow("xla")])
-def test_bounded_scores_of_another_scale_in_a_window_that_is_an_array(implementation, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_WHOLE_KEYS", 32)
-    monkeypatch.setattr(attention, "KEY_CHUNK", 48)
-    data, segments = inputs(150), segments_of(150)
-    options = {"window": jnp.array(40), "scale": 0.8, "softcap": 0.7, "implementation": implementation}
-    found = value_and_gradients(*data, segments, **options)
-    check(found, reference(*data, segments, 40, 0.8, 0.7))
+    check(value_and_gradients(*data, segments, window=window, **more), expected)
 
 
 @pytest.mark.slow
@@ -180,9 +170,10 @@ def test_auto_goes_by_the_length(length, same):
 def test_a_cache_is_seen_where_the_mask_says():
     query, key, value, upstream = inputs(6)
     mask = np.tril(np.ones((6, 6), bool))[4:]
-    found = masked_attention(query[:, 4:], key, value, jnp.asarray(np.broadcast_to(mask, (BATCH, 2, 6))))
+    attend = jax.jit(masked_attention, static_argnames=("scale", "softcap"))
+    found = attend(query[:, 4:], key, value, np.broadcast_to(mask, (BATCH, 2, 6)))
     np.testing.assert_allclose(found, reference(query, key, value, upstream)[0][:, 4:], atol=1e-5)
-    found = masked_attention(query, key, value, np.tri(6, dtype=bool)[None], scale=0.8, softcap=0.7)
+    found = attend(query, key, value, np.tri(6, dtype=bool)[None], scale=0.8, softcap=0.7)
     np.testing.assert_allclose(
         found, reference(query, key, value, upstream, scale=0.8, cap=0.7)[0], atol=1e-5
     )

@@ -15,7 +15,6 @@ from loraplus_jax.models.attention import MIN_KERNEL_LENGTH, causal_attention
 from loraplus_jax.models.attention_kernels import splash_attention
 from loraplus_jax.models.decoder import _POLICIES
 
-from ..marks import slow
 from ..refusals import refusals
 from .test_attention import HEADS, KEY_HEADS, SIZE, check, inputs, reference, segments_of
 
@@ -30,16 +29,14 @@ def value_and_gradients(query, key, value, upstream, segments=None, window=None,
     return out, *gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "with_segments", "options"),
     [
         (130, True, {"window": 40, "scale": 0.8, "cap": 0.7}),
-        slow(1, False, {}),
-        slow(128, False, {"window": 1}),
-        slow(200, True, {}),
-        slow(700, True, {"window": 300}),  # several blocks, two kernels for the gradients
-        slow(600, True, {}),  # five blocks: two kernels without a window
-        slow(1024, False, {"window": 5000}),
+        (128, False, {"window": 1}),
+        (700, True, {"window": 300}),  # several blocks, two kernels for the gradients
+        (600, True, {}),  # five blocks: two kernels without a window
     ],
 )
 def test_splash_equals_float64(length, with_segments, options):
@@ -48,9 +45,8 @@ def test_splash_equals_float64(length, with_segments, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key_heads", [1, 4])
-def test_splash_with_any_number_of_query_heads_a_key_head(key_heads):
-    data = inputs(130, key_heads=key_heads)
+def test_splash_with_one_key_head():
+    data = inputs(130, key_heads=1)
     check(value_and_gradients(*data), reference(*data))
 
 
@@ -143,6 +139,7 @@ def test_auto_uses_no_kernel_where_it_cannot_know_how_the_computation_is_split(m
     assert not kernels_for("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "forward_passes"), [("dots", 1), ("full", 2)])
 def test_dots_keeps_what_the_kernel_returns_and_full_computes_it_again(remat, forward_passes):
     @functools.partial(jax.checkpoint, policy=_POLICIES[remat], prevent_cse=False)

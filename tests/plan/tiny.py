@@ -11,45 +11,14 @@ from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, 
 from loraplus_jax.training.optimizer import make_optimizer
 from loraplus_jax.training.setup import task_module
 
+from .. import tiny
+
 RANK = 3
-
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 32,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-
-
-GPT2 = {
-    "model_type": "gpt2",
-    "vocab_size": 256,
-    "n_embd": 32,
-    "n_layer": 5,
-    "n_head": 4,
-    "n_inner": 64,
-    "n_positions": 64,
-}
-
-
-BERT = {
-    "model_type": "bert",
-    "vocab_size": 128,
-    "hidden_size": 16,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "type_vocab_size": 2,
-    "pad_token_id": 0,
-}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": None}
+WIDE = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 5, "intermediate_size": 64}
+LLAMA = tiny.config(**WIDE, **HEADS)
+GPT2 = tiny.config("gpt2", **WIDE, num_attention_heads=4)
+BERT = tiny.config("bert", vocab_size=128, num_hidden_layers=4, intermediate_size=32)
 
 
 def settings_of(

@@ -17,31 +17,28 @@ def tokenizer():
     return tokenizer
 
 
+MARKED, ASKED = "{% generation %}", "{% if add_generation_prompt %}a|{% endif %}"
+END_MARK = "{% endgeneration %}"
+
+
 @pytest.mark.parametrize(
     ("answer", "taught"),
     [
         ("{{ m.content }}<|end|>\n", True),
-        ("{% generation %}{{ m.content }}<|end|>{% endgeneration %}", True),
-        ("{% generation %}{{ m.content }}<|end|>\n{% endgeneration %}", True),
-        ("{% generation %}{{ m.content }}{% endgeneration %}<|end|>", False),
-        ("{% generation %}{{ m.content }}\n{% endgeneration %}\n<|end|>\n", False),
+        (MARKED + "{{ m.content }}<|end|>" + END_MARK, True),
+        (MARKED + "{{ m.content }}<|end|>\n" + END_MARK, True),
+        (MARKED + "{{ m.content }}" + END_MARK + "<|end|>", False),
+        (MARKED + "{{ m.content }}\n" + END_MARK + "\n<|end|>\n", False),
+        ("{{ m.content }}\n", None),  # no token follows the answer
+        (MARKED + "{{ m.content }}\n" + END_MARK, None),
     ],
 )
 def test_an_answer_ends_with_the_special_token_after_its_text(tokenizer, answer, taught):
-    source = HEAD + answer + "{% endif %}{% endfor %}{% if add_generation_prompt %}a|{% endif %}"
-    assert end_of_turn(tokenizer, ChatTemplate(source, "t")) == (tokenizer.token_to_id(END), taught)
-
-
-@pytest.mark.parametrize(
-    "answer", ["{{ m.content }}\n", "{% generation %}{{ m.content }}\n{% endgeneration %}"]
-)
-def test_a_template_without_a_token_after_answers_has_no_end_of_turn(tokenizer, answer):
-    source = HEAD + answer + "{% endif %}{% endfor %}{% if add_generation_prompt %}a|{% endif %}"
-    assert end_of_turn(tokenizer, ChatTemplate(source, "t")) is None
+    source = HEAD + answer + "{% endif %}{% endfor %}" + ASKED
+    expected = None if taught is None else (tokenizer.token_to_id(END), taught)
+    assert end_of_turn(tokenizer, ChatTemplate(source, "t")) == expected
 
 
 def test_a_template_that_hides_where_answers_are_has_no_end_of_turn(tokenizer):
-    source = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
-    )
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}" + ASKED.replace("a|", "<think>")
     assert end_of_turn(tokenizer, ChatTemplate(source, "t")) is None

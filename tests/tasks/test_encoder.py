@@ -23,7 +23,8 @@ from loraplus_jax.tasks.encoder import (
 )
 from loraplus_jax.training.setup import task_module
 
-from ..messages import assert_mentions, mentions
+from ..messages import mentions
+from ..refusals import refusals
 
 CLASSES = EncoderTask(kind="classification", names=("no", "yes"))
 NUMBERS = EncoderTask(kind="regression", mean=10.0, std=2.0)
@@ -55,10 +56,15 @@ def batch(ids, label, weight):
     }
 
 
+def computed(task, data, **options):
+    """The loss and the metrics, as one program."""
+    model = Echo(2 if task is CLASSES else 1)
+    return jax.jit(lambda data: task.loss_fn(model, **options)({}, data, None))(data)
+
+
 def test_cross_entropy_and_accuracy_by_hand():
-    loss_fn = CLASSES.loss_fn(Echo(2))
     data = batch([[0, 0], [0, 2], [3, 0], [9, 9]], [0, 1, 1, 1], [1.0, 1.0, 1.0, 0.0])
-    (total, weight), metrics = loss_fn({}, data, None)
+    (total, weight), metrics = computed(CLASSES, data)
     # -log softmax of the right class: log 2, log(1 + e^-2), log(1 + e^3); the last row has no weight.
     assert float(total) == pytest.approx(np.log(2) + np.log1p(np.exp(-2)) + np.log1p(np.exp(3)), rel=1e-6)
     assert float(weight) == 3
@@ -66,10 +72,9 @@ def test_cross_entropy_and_accuracy_by_hand():
 
 
 def test_squared_error_is_standardised_and_metrics_are_in_units_of_the_labels():
-    loss_fn = NUMBERS.loss_fn(Echo(1))
     labels = NUMBERS.labels(rows(["10", "14", "6"]))
     np.testing.assert_array_equal(labels, np.array([0, 2, -2], np.float32))
-    (total, weight), metrics = loss_fn({}, batch([[1], [1], [7]], labels, [1.0, 1.0, 0.0]), None)
+    (total, weight), metrics = computed(NUMBERS, batch([[1], [1], [7]], labels, [1.0, 1.0, 0.0]))
     # Errors 1 and -1 standardised, 2 and -2 in the labels' units.
     assert (float(total), float(weight)) == (2.0, 2.0)
     assert {name: (float(s), float(w)) for name, (s, w) in metrics.items()} == {
@@ -99,18 +104,18 @@ def test_the_constant_answer_by_hand():
 )
 def test_evaluation_keeps_predictions_and_labels(task, ids, label, predicted):
     data = batch(ids, label, [1.0, 1.0, 0.0])
-    loss, metrics = task.loss_fn(Echo(2 if task is CLASSES else 1), keep_rows=True)({}, data, None)
+    loss, metrics = computed(task, data, keep_rows=True)
     np.testing.assert_array_equal(metrics["predicted"].values, predicted)
     np.testing.assert_array_equal(metrics["label"].values, label)
     np.testing.assert_array_equal(metrics["label"].weights, [1, 1, 0])
-    assert metrics["predicted"].weights is metrics["label"].weights
-    plain, others = task.loss_fn(Echo(2 if task is CLASSES else 1))({}, data, None)
+    np.testing.assert_array_equal(metrics["predicted"].weights, metrics["label"].weights)
+    plain, others = computed(task, data)
     assert (plain, others.keys()) == (loss, metrics.keys() - {"predicted", "label"})
 
 
 def test_weights_are_shares_of_an_example():
     data = batch([[0, 0], [0, 2]], [0, 0], [0.5, 2.0])
-    (total, weight), metrics = CLASSES.loss_fn(Echo(2))({}, data, None)
+    (total, weight), metrics = computed(CLASSES, data)
     assert float(total) == pytest.approx(0.5 * np.log(2) + 2 * np.log1p(np.exp(2)), rel=1e-6)
     assert float(weight) == 2.5
     assert float(metrics["accuracy"][0]) == 0.5
@@ -144,13 +149,15 @@ def test_regression_is_standardised_by_the_train_split_only():
     np.testing.assert_array_equal(task.labels(splits["test"]), [98])
 
 
-def test_labels_that_do_not_fit_the_task():
-    with pytest.raises(ValueError, match=mentions("f.csv:2", "'c'", "train")):
-        EncoderTask.from_splits("classification", {"train": rows(["a", "b"]), "test": rows(["c"])})
-    with pytest.raises(ValueError, match=mentions("f.csv:3", "regression", "'x'")):
-        EncoderTask.from_splits("regression", {"train": rows(["1", "2"]), "test": rows(["1", "x"])})
-    with pytest.raises(ValueError, match=mentions("train", 4)):
-        EncoderTask.from_splits("regression", {"train": rows(["4", "4"])})
+def from_labels(kind, **splits):
+    return lambda: EncoderTask.from_splits(kind, {name: rows(labels) for name, labels in splits.items()})
+
+
+test_labels_that_do_not_fit_the_task = refusals(
+    (from_labels("classification", train=["a", "b"], test=["c"]), "f.csv:2", "'c'", "train"),
+    (from_labels("regression", train=["1", "2"], test=["1", "x"]), "f.csv:3", "regression", "'x'"),
+    (from_labels("regression", train=["4", "4"]), "train", 4),
+)
 
 
 def test_predictions_are_names_with_probabilities_or_numbers():
@@ -207,22 +214,11 @@ def test_a_trial_on_few_texts_has_all_classes(world):
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "instruction", "multiple_choice"])
-@pytest.mark.parametrize("duplicates", ["warn", "drop", "error"])
-def test_every_task_tells_duplicates_before_training(first_world, first_talk, task, duplicates):
+def test_every_task_tells_duplicates_before_training(first_world, first_talk, task):
     source = first_world if task in ("classification", "regression") else first_talk
     data = source.directory / "questions.jsonl" if task == "multiple_choice" else source.data
     args = ["--task", task, "--data.path", "null", "--data.train", str(data), "--data.test", str(data)]
-    args += ["--data.duplicates", duplicates]
-    args += ["--data.label", "rating"] if task == "regression" else []
+    args += ["--data.duplicates", "error", *(["--data.label", "rating"] if task == "regression" else [])]
     settings = parse_settings(source.config, args)
-    load = task_module(settings).load_data
-    if duplicates == "warn":
-        loaded = load(settings, source.model)
-        (line,) = [line for line in loaded.summary if "also in train" in line]
-        count, whole = loaded.examples["train"], loaded.examples["test"]
-        assert_mentions(line, "warning", f"{count} of {whole} test examples", data.name)
-    else:
-        with pytest.raises(
-            ValueError, match=mentions("train", {"error": "test", "drop": "left"}[duplicates])
-        ):
-            load(settings, source.model)
+    with pytest.raises(ValueError, match=mentions("train", "test")):
+        task_module(settings).load_data(settings, source.model)

@@ -15,22 +15,15 @@ from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.bert.model import BertEncoder, BertForSequence, name_table
 from loraplus_jax.models.checkpoints.hf import load_config, load_params
 
+from ... import tiny
+from ...marks import slow
 from ...refusals import refusals
 from ..golden import GOLDEN, write_golden
 
 FETCHED = cache_dir() / ASSETS["minilm"].directory / ASSETS["minilm"].path
 MINILM = Path(os.environ.get("LORAPLUS_MINILM", FETCHED))
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-TINY = BertConfig(
-    vocab_size=50,
-    hidden_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    intermediate_size=24,
-    max_position_embeddings=12,
-    type_vocab_size=2,
-    pad_token_id=0,
-)
+TINY = BertConfig.from_hf(tiny.config("bert", vocab_size=50, num_hidden_layers=3, max_position_embeddings=12))
 IDS = jnp.array([[5, 6, 7, 8, 9], [10, 11, 0, 0, 0]], jnp.int32)
 MASK = (IDS != 0).astype(jnp.int32)
 ENCODER = BertEncoder(TINY)
@@ -65,7 +58,7 @@ def outputs(params, ids=IDS, mask=MASK, config=TINY, rngs=None, **fields):
     return run(BertForSequence(config, 3, **fields), params, ids, mask, rngs=rngs)
 
 
-@pytest.mark.parametrize(("name", "pooling"), [("bert", "pooler"), ("roberta", "mean")])
+@pytest.mark.parametrize(("name", "pooling"), [("bert", "pooler"), slow("roberta", "mean")])
 def test_tiny_models_equal_transformers(name, pooling, tmp_path):
     golden, (model, params) = write_golden(name, tmp_path), load_model(tmp_path, pooling)
     tokens = golden["attention_mask"] > 0
@@ -73,6 +66,7 @@ def test_tiny_models_equal_transformers(name, pooling, tmp_path):
     np.testing.assert_allclose(hidden[tokens], golden["hidden"][tokens], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_pooler_equals_transformers(tmp_path):
     golden, (model, params) = write_golden("bert", tmp_path), load_model(tmp_path)
     head = {"kernel": jnp.eye(TINY.hidden_size * 2), "bias": jnp.zeros(TINY.hidden_size * 2)}
@@ -108,6 +102,7 @@ def test_param_tree_is_nested_dicts_with_stacked_layers(tiny):
     }
 
 
+@pytest.mark.slow
 def test_unrolled_equals_scanned_on_the_same_tree(tiny):
     def shapes(unroll):
         return jax.eval_shape(BertForSequence(TINY, 3, unroll=unroll).init, jax.random.key(0), IDS, MASK)
@@ -137,6 +132,7 @@ def test_cost_analysis_counts_every_layer_when_unrolled(tiny):
     assert flops(3, False) < three
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_the_tokens(tiny):
     alone = outputs(tiny, IDS[1:, :2], MASK[1:, :2])
     np.testing.assert_allclose(outputs(tiny)[1:], alone, atol=1e-5)
@@ -164,6 +160,7 @@ def test_a_row_of_padding_alone_is_finite_and_so_is_its_gradient(tiny):
     assert np.isfinite(outputs(tiny, mask=mask, pooling="cls", rngs={"dropout": jax.random.key(0)})).all()
 
 
+@pytest.mark.slow
 def test_mask_may_be_bool(tiny):
     np.testing.assert_array_equal(outputs(tiny, mask=MASK.astype(bool)), outputs(tiny))
 
@@ -179,17 +176,6 @@ def test_bf16_runs_near_float32_with_a_float32_head(tiny):
     result = run(model, low, IDS, MASK)
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, outputs(tiny), atol=0.1)
-
-
-@pytest.mark.slow
-def test_dropout_is_on_only_with_an_rng(tiny):
-    first, second = ({"dropout": jax.random.key(seed)} for seed in (0, 1))
-    np.testing.assert_array_equal(outputs(tiny), outputs(tiny))
-    np.testing.assert_array_equal(outputs(tiny, rngs=first), outputs(tiny, rngs=first))
-    assert np.abs(outputs(tiny, rngs=first) - outputs(tiny, rngs=second)).max() > 1e-3
-    off = dataclasses.replace(TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    plain = outputs(tiny, config=off, rngs=first, head_dropout=0.0)
-    np.testing.assert_array_equal(plain, outputs(tiny))
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -216,6 +202,7 @@ def test_dropout_acts_everywhere_that_bert_has_it(tiny, given):
     assert seen == places | ({("encoder/layers/attention/Dropout_0", 0.3, True)} if given else set())
 
 
+@pytest.mark.slow
 def test_explicit_attention_equals_jax():
     q, k, v = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 5, 2, 8)), jnp.float32)
     mask = MASK.astype(bool)[:, None, None, :]

@@ -41,6 +41,7 @@ def test_names_are_renamed_in_order_and_ignored_whole():
     assert [table.ignores(name) for name in ("head.bias", "ahead.bias", "head")] == [True, False, False]
 
 
+@pytest.mark.slow
 def test_split_layers_are_the_parts_of_the_fused_one(split, models, tmp_path, monkeypatch):
     golden, fused, params = models("gpt2_tied")
     model, shapes = split

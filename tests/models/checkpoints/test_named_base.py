@@ -10,8 +10,8 @@ from loraplus_jax.interop.path_map import check_path_map, modules_of, torch_modu
 from loraplus_jax.models.checkpoints.merge import CheckpointMerge
 from loraplus_jax.models.checkpoints.named_base import read_named_base
 
+from ... import tiny
 from ...integration.gpt2_world import write_gpt2
-from ...integration.language_world import write_model
 from ...messages import mentions
 
 Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -19,9 +19,7 @@ Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("llama")
-    write_model(directory)
-    return read_named_base(directory)
+    return read_named_base(tiny.write(tmp_path_factory.mktemp("llama")))
 
 
 def test_modules_are_found_with_and_without_a_prefix(llama):
@@ -35,8 +33,8 @@ def test_specs_and_path_map(llama):
     locations = llama.locate([Q, DOWN, "model.embed_tokens"])
     specs = llama.specs(locations, dict.fromkeys(locations, (2, 1.5)))
     q, down, embedding = specs.values()
-    assert (q.leaf, q.axes, q.shape) == ("params/model/layers/1/self_attn/q_proj/kernel", "io", (32, 32))
-    assert (down.shape, embedding.kind) == ((48, 32), "embed")
+    assert (q.leaf, q.axes, q.shape) == ("params/model/layers/1/self_attn/q_proj/kernel", "io", (16, 16))
+    assert (down.shape, embedding.kind) == ((24, 16), "embed")
     rules = llama.path_map(locations)
     check_path_map(rules)
     for path, name in zip(specs, locations, strict=True):
@@ -50,15 +48,15 @@ def test_specs_and_path_map(llama):
 
 
 def test_a_weight_that_is_no_matrix(llama):
-    with pytest.raises(ValueError, match=mentions("model.norm", "(32,)")):
+    with pytest.raises(ValueError, match=mentions("model.norm", "(16,)")):
         llama.specs({"model.norm": "model.norm"}, {"model.norm": (2, 1.0)})
 
 
 def test_a_quantized_weight_is_no_base(tmp_path, llama):
-    write_model(tmp_path)
+    tiny.write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[Q] = tensors.pop(f"{Q}.weight")
-    save_file(tensors | {f"{Q}.weight": np.ones((32, 32), np.int8)}, tmp_path / "model.safetensors")
+    save_file(tensors | {f"{Q}.weight": np.ones((16, 16), np.int8)}, tmp_path / "model.safetensors")
     base = read_named_base(tmp_path)
     with pytest.raises(ValueError, match=mentions(Q, "I8", "quantized")):
         base.specs({Q: Q}, {Q: (2, 1.0)})
@@ -91,7 +89,7 @@ def test_gpt2_has_its_weights_the_other_way(kind, tmp_path):
 
 
 def test_a_tied_head(tmp_path):
-    write_model(tmp_path, tie_word_embeddings=True)
+    tiny.write(tmp_path, tie_word_embeddings=True)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(
         tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()},
@@ -105,7 +103,7 @@ def test_a_tied_head(tmp_path):
 
 
 def test_the_class_is_the_config_s(tmp_path):
-    write_model(tmp_path)
+    tiny.write(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, architecture, task in (
         ({}, "LlamaForCausalLM", "CAUSAL_LM"),
@@ -118,8 +116,7 @@ def test_the_class_is_the_config_s(tmp_path):
 
 
 def test_which_embedding_is_the_head(tmp_path):
-    write_model(tmp_path, tie_word_embeddings=True)
-    named = read_named_base(tmp_path)
+    named = read_named_base(tiny.write(tmp_path, tie_word_embeddings=True))
     assert named.tied_embedding == "model.embed_tokens"
     with pytest.raises(ValueError, match=mentions("lm_head", "model.embed_tokens")):
         named.specs({"lm_head": "lm_head"}, {"lm_head": (2, 1.0)})

@@ -17,7 +17,6 @@ from loraplus_jax.models.decoding.generate import NONFINITE_LOGITS, PAD_AFTER_EN
 from loraplus_jax.models.llama.model import SHARDING, Llama
 from loraplus_jax.step.sharding import base_shardings, distribute, make_mesh
 
-from ...marks import slow
 from ...refusals import refusals
 from ..golden import GOLDEN as FILES
 from .tiny import CONFIG, PROMPTS, WORDS
@@ -25,7 +24,8 @@ from .tiny import CONFIG, PROMPTS, WORDS
 GOLDEN = json.loads((FILES / "beams.json").read_text())
 
 
-@pytest.mark.parametrize("n", [0, *map(slow, (1, 2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", range(4))
 def test_sequences_and_scores_equal_transformers(models, n):
     _, gpt2, params = models("gpt2_tied")
     beams, penalty, ngram, early = GOLDEN["cases"][n]
@@ -59,7 +59,8 @@ def log_probs_of_all(model, variables, prompt, count):
     return sequences, np.asarray(sum(at))
 
 
-@pytest.mark.parametrize("no_repeat_in", ["new", slow("all")])
+@pytest.mark.slow
+@pytest.mark.parametrize("no_repeat_in", ["new", "all"])
 def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all_pairs(model, variables, no_repeat_in):
     search = make_beam_search(
         model, CONFIG, new_tokens=2, stop=(), beams=WORDS, no_repeat_ngram=1, no_repeat_in=no_repeat_in
@@ -94,6 +95,7 @@ def test_beams_on_a_mesh_stay_on_their_device_and_are_those_of_one_device():
     assert set(re.findall(r"f32\[(\d+,2,\d+,14,4)\]", program)) == {"2,2,1,14,4", "6,2,1,14,4"}
 
 
+@pytest.mark.slow
 def test_logits_that_are_not_finite_are_marked(model, variables):
     embedding = variables["params"]["embed_tokens"]["embedding"].at[9].set(jnp.nan)
     broken = {"params": {**variables["params"], "embed_tokens": {"embedding": embedding}}}

@@ -27,7 +27,6 @@ from loraplus_jax.models.decoding.generate import (
 from loraplus_jax.models.llama.model import SHARDING, Llama
 from loraplus_jax.step.sharding import base_shardings, distribute, make_mesh
 
-from ...marks import slow
 from ...refusals import refusals
 from .tiny import CONFIG, PROMPTS, WORDS
 
@@ -58,6 +57,7 @@ def greedy_by_hand(model, variables, prompts, count):
     return found
 
 
+@pytest.mark.slow
 def test_greedy_is_the_argmax_over_growing_sequences(model, variables, generate):
     found = generate(variables, *padded(PROMPTS), Sampling(), KEYS)
     expected = greedy_by_hand(model, variables, PROMPTS, NEW)
@@ -93,6 +93,7 @@ LONGROPE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [None, 2])
 def test_longrope_goes_by_each_row_s_own_length(variables, beams):
     """A prompt of 3 tokens stays within the original context of 10, one of 8 does not."""
@@ -124,6 +125,7 @@ def test_a_stop_token_ends_a_row(model, variables):
     assert PAD_AFTER_END in np.asarray(found)[0]
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_finite_are_marked_and_end_the_row(variables, generate):
     embedding = variables["params"]["embed_tokens"]["embedding"].at[9].set(jnp.nan)
     broken = {"params": {**variables["params"], "embed_tokens": {"embedding": embedding}}}
@@ -202,14 +204,11 @@ test_invalid_arguments = refusals(
 )
 
 
-@pytest.mark.parametrize(
-    ("axes", "cache"),
-    [((2, 2, 2), "2,2,1,14,4"), *(slow(*x) for x in (((8, 1, 1), "1,2,2,14,4"), ((1, 4, 2), "2,2,1,14,4")))],
-)
-def test_a_mesh_splits_rows_and_heads_of_the_cache_and_changes_no_token(axes, cache):
-    """Of 2 layers, 8 rows, 2 key heads, 14 slots and 4 values of a head each device holds `cache`, and no more."""
+@pytest.mark.slow
+def test_a_mesh_splits_rows_and_heads_of_the_cache_and_changes_no_token():
+    """Of the 8 rows and the 2 key heads of a cache with 14 slots of 4 values a device holds 2 and 1."""
     config = dataclasses.replace(CONFIG, num_key_value_heads=2)
-    model, mesh = Llama(config), make_mesh(*axes)
+    model, mesh = Llama(config), make_mesh(2, 2, 2)
     variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
     shardings = base_shardings(mesh, variables, SHARDING)
     placed = distribute(variables, unflatten({path: shardings[path] for path in flatten(variables)}))
@@ -221,10 +220,11 @@ def test_a_mesh_splits_rows_and_heads_of_the_cache_and_changes_no_token(axes, ca
     np.testing.assert_array_equal(tokens, expected)
     assert tokens.is_fully_replicated
     program = found.__wrapped__.lower(placed, unstack(placed, 2), *inputs).compile().as_text()
-    assert set(re.findall(r"f32\[(\d+,2,\d+,14,4)\]", program)) == {cache}
+    assert set(re.findall(r"f32\[(\d+,2,\d+,14,4)\]", program)) == {"2,2,1,14,4"}
 
 
-@pytest.mark.parametrize("beams", [0, slow(3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("beams", [0, 3])
 def test_each_prompt_has_the_tokens_of_its_adapter(model, variables, generate, beams):
     """The gather of the adapters is outside the loop over tokens."""
     adapters = []

@@ -4,11 +4,13 @@ import json
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from ..golden import load, run, write_golden
 
 
+@pytest.mark.slow
 def test_a_position_beyond_the_table_gives_nan(models):
     _, model, params = models("gpt2_tied")
     ids = np.ones((1, 2), np.int32)

@@ -7,17 +7,11 @@ import pytest
 
 from loraplus_jax.models.llama.config import LlamaConfig
 
+from ... import tiny
 from ...refusals import refusals
 from ..golden import GOLDEN, LLAMAS
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 128,
-}
+SIZES = tiny.SIZES | {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import re
-import struct
 import sys
 
+import gguf as package
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ from ....messages import assert_mentions, mentions
 from ....refusals import refusals
 from ...golden import IDS, write_golden
 from ...golden import load as load_golden
-from .files import HEADS, KEY_HEADS, gguf_of, metadata, tensors, write
+from .files import HEADS, KEY_HEADS, KINDS, gguf_of, metadata, tensors, write
 
 
 def model(path, **changes):
@@ -31,80 +31,25 @@ def model(path, **changes):
     return name_table(config), shapes
 
 
-def half(data, at):
-    return struct.unpack_from("<e", data, at)[0]
-
-
-def q4_0(b):
-    q = b[2:]
-    return [half(b, 0) * ((q[j % 16] >> 4 * (j // 16) & 15) - 8) for j in range(32)]
-
-
-def q4_1(b):
-    q = b[4:]
-    return [half(b, 0) * (q[j % 16] >> 4 * (j // 16) & 15) + half(b, 2) for j in range(32)]
-
-
-def q8_0(b):
-    return [half(b, 0) * q for q in struct.unpack_from("<32b", b, 2)]
-
-
-def q4_k(b):
-    """Eight runs of 32, whose scales and minima of 6 bits share 12 bytes."""
-    s, q = b[4:16], b[16:]
-    low = [(s[j] & 63, s[j + 4] & 63) for j in range(4)]
-    high = [(s[j + 8] & 15 | s[j] >> 6 << 4, s[j + 8] >> 4 | s[j + 4] >> 6 << 4) for j in range(4)]
-    runs = [(32 * (run // 2), 4 * (run % 2), *(low + high)[run]) for run in range(8)]
-    return [
-        half(b, 0) * d * (q[at + j] >> shift & 15) - half(b, 2) * m
-        for at, shift, d, m in runs
-        for j in range(32)
-    ]
-
-
-def q6_k(b):
-    """Four bits in the first 128 bytes, two in the next 64, then 16 scales."""
-    found = []
-    for n in range(256):
-        half_, quarter, j = n // 128, n % 128 // 32, n % 32
-        low = b[64 * half_ + 32 * (quarter % 2) + j] >> 4 * (quarter // 2) & 15
-        high = b[128 + 32 * half_ + j] >> 2 * quarter & 3
-        scale = struct.unpack_from("<b", b, 192 + n // 16)[0]
-        found.append(half(b, 208) * scale * ((low | high << 4) - 32))
-    return found
-
-
-# A block's bytes, where its halves stand, and what it means.
-BLOCKS = {
-    "F32": (4, (), lambda b: struct.unpack("<f", b)),
-    "F16": (2, (0,), lambda b: [half(b, 0)]),
-    "BF16": (2, (), lambda b: struct.unpack("<f", b"\0\0" + b)),
-    "Q4_0": (18, (0,), q4_0),
-    "Q4_1": (20, (0, 2), q4_1),
-    "Q8_0": (34, (0,), q8_0),
-    "Q4_K": (144, (0, 2), q4_k),
-    "Q6_K": (210, (208,), q6_k),
-}
+# Where a block's halves stand.
+HALVES = {"F16": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}
 
 
 @pytest.mark.parametrize("dtype", gguf.DTYPES)
-def test_every_type_means_what_its_format_says(tmp_path, dtype):
-    size, halves, meaning = BLOCKS[dtype]
-    blocks = np.random.default_rng(1).integers(0, 256, (3, 512 // len(meaning(bytes(size))), size), np.uint8)
-    for at in halves:
-        blocks[..., at : at + 2] = (
-            np.random.default_rng(2).normal(size=(*blocks.shape[:2], 1)).astype("<f2").view("u1")
-        )
+def test_every_type_is_read_whole_and_in_parts(tmp_path, dtype):
+    """What a block means is proved by `quantization/test_formats.py`, of the package's reader and of ours."""
+    values, size = package.GGML_QUANT_SIZES[KINDS[dtype]]
+    rng = np.random.default_rng(1)
+    blocks = rng.integers(0, 256, (3, 512 // values, size), np.uint8)
+    for at in HALVES.get(dtype, ()):
+        blocks[..., at : at + 2] = rng.normal(size=(*blocks.shape[:2], 1)).astype("<f2").view("u1")
     if dtype in ("F32", "BF16"):  # no infinities
         blocks[..., -1] &= 0xBF
-    path = write(tmp_path / "m.gguf", {"x": blocks.reshape(3, -1)}, dtypes={"x": dtype})
+    data = blocks.reshape(3, -1)
+    path = write(tmp_path / "m.gguf", {"x": data}, dtypes={"x": dtype})
     view = gguf.GgufWeights(gguf.read(path)).get_slice("x")
-    expected = np.array(
-        [[x for block in row for x in meaning(block.tobytes())] for row in blocks], np.float64
-    )
-    assert (view.get_shape(), view.get_dtype()) == ([3, 512], dtype)
-    assert view[:].dtype == np.float32
-    np.testing.assert_allclose(view[:], expected, rtol=3e-7, atol=1e-6)
+    assert (view.get_shape(), view.get_dtype(), view[:].dtype) == ([3, 512], dtype, np.float32)
+    np.testing.assert_array_equal(view[:], package.quants.dequantize(data, KINDS[dtype]))
     np.testing.assert_array_equal(view[1:2], view[:][1:2])
     for columns in (slice(3, 9), slice(31, 300), slice(256, 512)):
         np.testing.assert_array_equal(view[1:3, columns], view[:][1:3, columns])
