@@ -14,6 +14,7 @@ from loraplus_jax.sweep.report import WINNER
 from loraplus_jax.tasks.held_out_generation import HeldOutTexts
 from loraplus_jax.training.list_runs import find_runs
 
+from ..marks import slow
 from ..messages import assert_mentions
 from .runs import NO_PROMPT, flags, report_of, summary_of
 
@@ -192,7 +193,7 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
         (SOME, "--train.theory_every 3", ("sweep.methods full", "train.theory_every", "lora_plus")),
         (SOME, "--optimizer.name riemannian", ("sweep.methods adalora", "optimizer.name", "adamw")),
         (SOME, "--data.path missing.csv", ("missing.csv",)),
-        (SOME, "--lora.rank 14", ("sweep.methods adalora", "lora.rank", "21")),
+        slow(SOME, "--lora.rank 14", ("sweep.methods adalora", "lora.rank", "21")),
         (SOME, "--allow_different data", ("--allow_different", "no effect")),
     ],
 )

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 from rich.console import Console
 
 from loraplus_jax.cli.commands import main
@@ -15,10 +14,11 @@ from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.trainer import train
 
 from ..messages import assert_mentions, mentions
-from .runs import cut_short, flags
-from .test_bad_input import STRANGER, contents
+from .runs import cut_short, flags, stopped, tensor_bytes
+from .test_bad_input import contents
 
 pytestmark = pytest.mark.usefixtures("cache")
+STRANGER = "~nosuchuser/x"
 
 
 def test_the_cache_and_templates_of_an_unknown_user_are_named(talk, capsys, monkeypatch):
@@ -73,6 +73,7 @@ def test_a_console_that_would_interpret_strings_is_rejected(first_world):
     assert not first_world.out.exists()
 
 
+@pytest.mark.slow
 def test_characters_that_stdout_lacks_are_escaped(first_world):
     command = [sys.executable, "-m", "loraplus_jax.cli", "eval", "pfad-jä"]
     run = subprocess.run(
@@ -86,24 +87,23 @@ AWKWARD = "a*[b] [/red][bold]\x1b[2J\n?"
 
 
 @pytest.mark.slow
-def test_a_run_in_a_directory_with_an_awkward_name_resumes_evaluates_and_exports(world, capsys):
+def test_a_run_moved_to_an_awkward_name_resumes_evaluates_and_exports(world, capsys):
     rows = [row | {"label": f"[/{row['label']}]\x1b[1m"} for row in world.rows()]
     data = world.write_rows("[x]*.csv", rows)
     args = ("--data.path", str(data), "--train.steps", "6", "--train.eval_every", "2")
     straight = world.trained(*args, out=world.directory / "plain")
     out = world.directory / AWKWARD
     shown = str(out).replace("\x1b", r"\u001b").replace("\n", r"\n")
+    out.parent.mkdir()  # the name has a slash
+    stopped(world, 4, *args).rename(out)
     capsys.readouterr()
-    assert world.train(*args[:2], "--train.steps", "4", "--train.eval_every", "2", out=out) == 0
-    printed = capsys.readouterr().out
     assert world.train(*args, out=out) == 0
-    printed += capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert "\x1b" not in printed
     assert f"results in {shown}:" in printed
     assert r"[/yes]\u001b[1m" in printed
     assert "step 4 of 6" in printed
-    tensors = "adapter/adapter.safetensors"
-    assert (out / tensors).read_bytes() == (straight / tensors).read_bytes()
+    assert tensor_bytes(out) == tensor_bytes(straight)
     assert main(["eval", str(out)]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] > 0
     to = world.directory / "[/red]*"
@@ -111,33 +111,26 @@ def test_a_run_in_a_directory_with_an_awkward_name_resumes_evaluates_and_exports
     assert (to / "adapter_model.safetensors").exists()
 
 
+MORE = flags("--train.steps 4 --train.eval_every 2")
+SWEEP = flags(
+    "--sweep.lr_ratios [4] --sweep.learning_rates [0.001] --sweep.report_seeds 2 --sweep.rungs [0.75]"
+)
+
+
 @pytest.mark.long
-@pytest.mark.slow
-def test_a_run_whose_checkpoints_are_all_unreadable_never_starts_over(world, capsys):
-    args = ("--train.steps", "6", "--train.eval_every", "2", "--train.select", "last")
-    world.trained(*args[2:], "--train.steps", "4")
+@pytest.mark.parametrize(("command", "more"), [("train", ()), ("sweep", SWEEP)])
+def test_a_run_whose_checkpoints_are_all_unreadable_never_starts_over(world, capsys, command, more):
+    args = [command, str(world.config), *MORE, *more]
+    assert main(args) == 0
+    (world.out / "summary.json").unlink()
     cut_short(world.out / "checkpoints")
     kept = (world.out / "metrics.jsonl").read_bytes()
     for _ in range(2):
         capsys.readouterr()
-        assert world.train(*args) == 2
+        assert main(args) == 2
         error = capsys.readouterr().err
         assert_mentions(error, "no other checkpoint", "damaged_checkpoints", "--fresh")
         assert error.count("\n") == 1
         assert (world.out / "metrics.jsonl").read_bytes() == kept
-    assert world.train(*args, "--fresh") == 0
-    assert yaml.safe_load((world.out / "config.yaml").read_text())["train"]["steps"] == 6
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_a_sweep_whose_checkpoints_are_all_unreadable_never_starts_over(world, capsys):
-    more = "--train.steps 4 --train.eval_every 2 --sweep.lr_ratios [4] --sweep.learning_rates [0.001]"
-    args = ["sweep", str(world.config), *flags(more), *flags("--sweep.report_seeds 2 --sweep.rungs [0.75]")]
-    assert main(args) == 0
-    (world.out / "summary.json").unlink()
-    cut_short(world.out / "checkpoints")
-    capsys.readouterr()
-    assert main(args) == 2
-    assert_mentions(capsys.readouterr().err, "no other checkpoint", "damaged_checkpoints", "--fresh")
-    assert not (world.out / "summary.json").exists()
+        assert not (world.out / "summary.json").exists()
+    assert main([*args, "--fresh"]) == 0

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.sweep.ray_tasks import connect, worker_resources
+from loraplus_jax.sweep.ray_tasks import _join_cluster, connect, worker_resources
 from loraplus_jax.sweep.settings import SweepSettings
 from loraplus_jax.training.console import LineConsole
 
@@ -62,6 +62,12 @@ def test_ray_waits_before_it_tries_again_and_prints_no_colors(monkeypatch):
     settings = SweepSettings(ray="auto")
     with pytest.raises(ValueError, match=mentions("10000 0")), connect(settings, LineConsole(quiet=True)):
         pass
+
+
+@pytest.mark.parametrize("address", ["ray://host:1", "cluster"])
+def test_an_address_of_another_form_is_rejected(address):
+    with pytest.raises(ValueError, match=mentions("sweep.ray", address, "auto", "HOST:PORT")):
+        _join_cluster(None, address)
 
 
 def test_without_ray_a_line_says_how_to_install_it(config, capsys, monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from loraplus_jax.settings.schema import DistributedSettings
 from loraplus_jax.training import distributed
 from loraplus_jax.training.distributed import idle_gpus, join_processes
 
-from ..messages import assert_mentions
+from ..messages import assert_mentions, mentions
 
 
 def join(monkeypatch, host, port):
@@ -62,6 +62,19 @@ def test_a_host_that_has_no_address_is_named(monkeypatch, port):
     given, message = join(monkeypatch, "nosuch.invalid", port)
     assert not given
     assert_mentions(message, "distributed.coordinator", f"nosuch.invalid:{port}", "process 0 of 2")
+
+
+def test_an_environment_that_names_no_coordinator_is_rejected(monkeypatch):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    words = ("distributed.coordinator is auto", "environment", "coordinator_address", "process_id")
+    with (
+        pytest.raises(ValueError, match=mentions(*words)),
+        join_processes(DistributedSettings(coordinator="auto")),
+    ):
+        pass
 
 
 def test_the_port_of_another_run_is_not_shared(monkeypatch):

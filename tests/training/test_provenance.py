@@ -16,10 +16,11 @@ FILES = {
     "special_tokens": ("tokenizer_config.json", lambda names: names | {"eos_token": tiny.END}),
     "chat_template": ("tokenizer_config.json", lambda names: names | {"chat_template": "{{ messages }}"}),
 }
+STOP = ("special_tokens", ("generation_config.json", lambda _: {"eos_token_id": 5}))
 
 
-@pytest.mark.parametrize("part", FILES)
-def test_a_changed_file_of_a_language_model_changes_its_part_alone(tmp_path, part):
+@pytest.mark.parametrize(("part", "edit"), [*FILES.items(), STOP])
+def test_a_changed_file_of_a_language_model_changes_its_part_alone(tmp_path, part, edit):
     tiny.write_model(tmp_path)
     settings = Settings(
         model=ModelSettings(path=str(tmp_path)),
@@ -28,9 +29,9 @@ def test_a_changed_file_of_a_language_model_changes_its_part_alone(tmp_path, par
         output_dir="o",
     )
     before = model_identity(settings, tmp_path, None)
-    name, change = FILES[part]
+    name, change = edit
     path = tmp_path / name
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    path.write_text(json.dumps(change(json.loads(path.read_text()) if path.exists() else {})))
     after = model_identity(settings, tmp_path, None)
     assert before.keys() == after.keys() == FILES.keys()
     assert [part for part in FILES if before[part] != after[part]] == [part]
