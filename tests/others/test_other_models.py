@@ -18,8 +18,8 @@ import pytest
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, describe, init_lora, lora_plus_adamw, merge
 
 from ..messages import mentions
+from .harness import assert_close, assert_equal, drawn
 from .tiny_gemma import config_of
-from .trees import assert_close, assert_equal, drawn
 
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default
 RANK, ALPHA, RATE, RATIO, STEPS = 2, 4.0, 0.005, 4.0, 30
