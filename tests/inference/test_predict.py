@@ -34,6 +34,7 @@ def test_a_prediction_is_the_output_of_the_model_for_the_text_alone(untrained):
     assert (found["text"], found["prediction"]) == (TEXTS[0], ("no", "yes")[expected.argmax()])
 
 
+@pytest.mark.slow
 def test_an_evaluation_counts_right_predictions_and_truncated_texts_of_a_file(untrained, tmp_path, capsys):
     rows = untrained.rows()
     rows[3] |= {"text": "good " * 200}

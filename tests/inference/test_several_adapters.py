@@ -119,6 +119,7 @@ def test_predictions_are_those_of_each_adapter_alone(worlds, tmp_path):
                 assert row["probabilities"] == pytest.approx(other["probabilities"], abs=2e-6)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_names_and_bases_is_one_message(talks, worlds, tmp_path, capsys):
     rows = talks["all"].rows()[:3]
     unnamed = write(tmp_path / "unnamed.jsonl", [*({**row, "adapter": "all"} for row in rows[:2]), rows[2]])

@@ -84,6 +84,7 @@ def test_a_fixed_axis_is_kept_though_it_splits_some_weights_only(tmp_path):
     assert {layout.mesh for layout in layouts_of(search)} == {(2, 4, 1), (2, 2, 2)}
 
 
+@pytest.mark.slow
 def test_an_encoder_has_no_layouts_of_language_models(tmp_path):
     settings = settings_of(tmp_path, BERT, task="classification", targets=("query",))
     search = Search(settings, CHIP, jax.devices(), {"train.accumulate"})
