@@ -28,13 +28,19 @@ def with_adapter(world, directory, *overrides):  # noqa: F811
     return world
 
 
-@pytest.fixture(scope="module")
-def untrained(first_world, tmp_path_factory, cache):  # noqa: F811
+@pytest.fixture(scope="session")
+def untrained(first_world, tmp_path_factory, cache_directory):  # noqa: F811
     """A world of texts whose output directory has a random adapter; to be read only."""
-    return with_adapter(first_world, tmp_path_factory.mktemp("untrained"))
+    return _untrained(first_world, tmp_path_factory, cache_directory)
 
 
-@pytest.fixture(scope="module")
-def untrained_talk(first_talk, tmp_path_factory, cache):  # noqa: F811
+@pytest.fixture(scope="session")
+def untrained_talk(first_talk, tmp_path_factory, cache_directory):  # noqa: F811
     """The same with a language model, whose weights are packed."""
-    return with_adapter(first_talk, tmp_path_factory.mktemp("untrained_talk"), "--model.quantize", "nf4")
+    return _untrained(first_talk, tmp_path_factory, cache_directory, "--model.quantize", "nf4")
+
+
+def _untrained(world, tmp_path_factory, cache_directory, *overrides):  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAPLUS_CACHE", str(cache_directory))
+        return with_adapter(world, tmp_path_factory.mktemp("untrained"), *overrides)

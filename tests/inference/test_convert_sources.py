@@ -16,6 +16,7 @@ from loraplus_jax.models.checkpoints.merge import CheckpointMerge
 from loraplus_jax.models.checkpoints.named_base import read_named_base
 
 from ..fuzz.damage import peak_limit
+from ..interop.library_trees import LIBRARIES
 from ..messages import mentions
 from .conversions import (
     expected_weights,
@@ -53,14 +54,19 @@ def check(source, base):
     return found
 
 
-def test_a_tree(base, tmp_path):
-    changes, options = write_library("qwix", tmp_path / "qwix.safetensors")
-    source = TreeSource(tmp_path / "qwix.safetensors", **options)
-    found = check(source, base)
-    expected = expected_weights(base.source, changes)
-    for name, value in found.items():
-        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-5)
-    assert "qwix" in source.about
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_tree(name, base, tmp_path):
+    """By its names or by `--from`, of each library: the changes are those that its own equations make."""
+    if name == "openpi":
+        base = read_named_base(write_openpi_base(tmp_path / "base"))
+    file, library = tmp_path / "tree.safetensors", name.removeprefix("old ")
+    changes, options = write_library(name, file)
+    source = TreeSource(file, **options)
+    found, expected = check(source, base), expected_weights(base.source, changes)
+    for key, value in found.items():
+        np.testing.assert_allclose(value, expected[key], rtol=0, atol=1e-5)
+    assert library in source.about
+    assert (TreeSource(file, library, **options).recipe, len(found)) == (source.recipe, len(changes))
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def near(given, wanted):
         assert given[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
 
 
+@pytest.mark.slow
 def test_a_language_model_on_a_mesh_evaluates_and_answers_as_on_one_device(untrained_talk):
     out = untrained_talk.out
     near(evaluate_run(out, mesh=MESH), evaluate_run(out))
@@ -65,16 +66,7 @@ def test_a_language_model_on_a_mesh_evaluates_and_answers_as_on_one_device(untra
     assert len({row["answer"] for row in answers[0]}) == len(PROMPTS)
 
 
-@pytest.mark.long
-def test_beams_and_samples_on_a_mesh_are_those_of_one_device(untrained_talk):
-    for options in ({"beams": 3}, {"temperature": 1.0, "seed": 3}):
-        answers = [
-            generate_answers(str(untrained_talk.out), prompts=PROMPTS, max_tokens=8, mesh=mesh, **options)
-            for mesh in (None, MESH, {"data": 8})
-        ]
-        assert answers[0] == answers[1] == answers[2]
-
-
+@pytest.mark.slow
 def test_an_encoder_on_a_mesh_predicts_as_on_one_device(untrained):
     out, data = untrained.out, str(untrained.data)
     near(evaluate_run(out, mesh=MESH), evaluate_run(out))
@@ -84,6 +76,7 @@ def test_an_encoder_on_a_mesh_predicts_as_on_one_device(untrained):
     np.testing.assert_allclose(*shares, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_device_holds_its_part_of_the_weights_alone(untrained_talk):
     def bytes_of(mesh):
         leaves = jax.tree.leaves(load_tuned(untrained_talk.out, mesh=mesh).variables)
@@ -137,19 +130,6 @@ def test_two_processes_answer_and_evaluate_what_one_device_does(untrained_talk, 
     assert output_of(*words, devices=1) == ""
     assert lines_of(file) == generate_answers(str(out), prompts=PROMPTS, max_tokens=8)
     near(json.loads(output_of("eval", out, *fsdp, devices=1)), evaluate_run(out))
-
-
-@pytest.mark.long
-def test_two_processes_answer_with_the_adapter_of_each_request(untrained_talk, tmp_path):
-    out, file = untrained_talk.out, tmp_path / "answers.jsonl"
-    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    adapters, use = [f"me={out}"], ("me", "base")
-    named = ("--adapter", *adapters, *(word for name in use for word in ("--use", name)))
-    words = ("generate", out, *named, *prompts, "--max_tokens", "8", "--output", file, *SPLIT)
-    assert output_of(*words, devices=4) == ""
-    alone = generate_answers(str(out), prompts=PROMPTS, max_tokens=8, adapters=adapters, use=use)
-    assert lines_of(file) == alone
-    assert len({row["answer"] for row in alone}) > len(PROMPTS)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ def test_a_run_exported_for_peft_evaluates_the_same(untrained, tmp_path, capsys)
     assert_mentions(readme, "'mean'", "no, yes")
 
 
+@pytest.mark.slow
 def test_a_merged_encoder_evaluates_the_same(untrained, tmp_path, capsys):
     to = tmp_path / "merged"
     printed(capsys, "export", untrained.out, "--to", to, "--merged")

@@ -34,27 +34,23 @@ def test_a_prediction_is_the_output_of_the_model_for_the_text_alone(untrained):
     assert (found["text"], found["prediction"]) == (TEXTS[0], ("no", "yes")[expected.argmax()])
 
 
-def test_an_evaluation_counts_right_predictions_of_a_file(untrained):
-    rows = untrained.rows()
-    found = predict_run(untrained.out, data=str(untrained.data))
-    right = np.mean([a["prediction"] == b["label"] for a, b in zip(found, rows, strict=True)])
-    evaluated = evaluate_run(untrained.out, data=str(untrained.data))
-    assert evaluated["accuracy"] == pytest.approx(right)
-    assert 0 < right < 1
-    losses = [-np.log(a["probabilities"][b["label"]]) for a, b in zip(found, rows, strict=True)]
-    assert evaluated["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
-
-
-def test_truncated_texts_are_counted(untrained, tmp_path, capsys):
+@pytest.mark.slow
+def test_an_evaluation_counts_right_predictions_and_truncated_texts_of_a_file(untrained, tmp_path, capsys):
     rows = untrained.rows()
     rows[3] |= {"text": "good " * 200}
     data = tmp_path / "long.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert evaluate_run(untrained.out, data=str(data))["truncated"] == 1
     predict_run(untrained.out, texts=TEXTS)
     assert "truncated" not in capsys.readouterr().err
-    predict_run(untrained.out, data=str(data))
+    found = predict_run(untrained.out, data=str(data))
     assert f"truncated 1 of {len(rows)} texts to data.max_length" in capsys.readouterr().err
+    right = np.mean([a["prediction"] == b["label"] for a, b in zip(found, rows, strict=True)])
+    evaluated = evaluate_run(untrained.out, data=str(data))
+    assert evaluated["truncated"] == 1
+    assert evaluated["accuracy"] == pytest.approx(right)
+    assert 0 < right < 1
+    losses = [-np.log(a["probabilities"][b["label"]]) for a, b in zip(found, rows, strict=True)]
+    assert evaluated["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
 @pytest.mark.parametrize(

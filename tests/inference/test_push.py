@@ -12,7 +12,7 @@ import pytest
 from loraplus_jax.inference import push
 from loraplus_jax.inference.push import public_settings
 
-from ..integration.runs import ended, evaluated, printed, rejected, started
+from ..integration.runs import ended, printed, rejected, started
 from ..marks import long
 from ..messages import assert_mentions
 
@@ -94,8 +94,6 @@ def test_a_merged_model_is_pushed_and_kept(untrained, hub, capsys, tmp_path):
     assert hub.repositories == {"org/name": False}
     assert hub.files == {path.name: path.read_bytes() for path in to.iterdir()}
     assert_no_local_path(hub.files, untrained)
-    data = ("--data", untrained.data)
-    assert evaluated(capsys, to, *data)["accuracy"] == evaluated(capsys, untrained.out, *data)["accuracy"]
 
 
 def test_a_failed_upload_is_one_line_without_the_token_and_keeps_the_export(untrained, hub, capsys, tmp_path):
@@ -166,9 +164,7 @@ loraplus_command.run()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), long(signal.SIGINT, 130), long(signal.SIGHUP, 129)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), long(signal.SIGINT, 130)])
 def test_a_signal_during_an_upload_leaves_nothing(untrained, tmp_path, number, code):
     options = ("export", str(untrained.out), "--push", "org/name", *BASE)
     with started(sys.executable, "-c", SLOW_UPLOAD, *options, TMPDIR=str(tmp_path)) as process:

@@ -1,6 +1,7 @@
-"""Adapters of tunix's Gemma and of the package gemma, written by `save_peft`, give PEFT's model the same logits.
+"""Adapters of tunix's Gemma and of the package gemma give PEFT's model the same logits.
 
-The base weights come from transformers: into tunix by its own loader, into gemma here.
+`save_peft` writes them, and `loraplus convert` from the library's own checkpoint. The base weights come from
+transformers: into tunix by its own loader, into gemma here.
 """
 
 import functools
@@ -8,16 +9,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from loraplus_jax import LoRAPlusConfig, save_peft
+from loraplus_jax import LoRAPlusConfig, init_lora
+from loraplus_jax import apply_lora_plus as adapt_linen
 from loraplus_jax.adapter import flatten, unflatten
-from loraplus_jax.interop import GEMMA, TUNIX_GEMMA, load_peft
+from loraplus_jax.cli.commands import main
+from loraplus_jax.interop import GEMMA, TUNIX_GEMMA
 from loraplus_jax.nnx import apply_lora_plus, lora_tree, set_lora, specs_of
 
+from .harness import drawn, to_peft_and_back
 from .tiny_gemma import config_of
-from .trees import assert_equal, drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -71,6 +75,16 @@ def check_peft(model, plain, adapted, directory):
     assert np.abs(after - before).max() > 0.1 * size
 
 
+def convert(checkpoint, tree, base, *words):
+    """What `loraplus convert` makes for PEFT of a tree in a checkpoint of orbax."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(checkpoint, tree)
+    out = base.with_name("converted")
+    command = ("convert", checkpoint, "--to", "peft", "--base", base, "--out", out, *words)
+    assert main([*map(str, command)]) == 0
+    return out
+
+
 def tunix_gemma(version, kv_heads, directory):
     """tunix's model with the weights of `torch_model`, and this."""
     name = {2: "gemma", 3: "gemma3"}[version]
@@ -119,22 +133,23 @@ def test_tunix_with_our_adapters(version, kv_heads, tmp_path):
     )
     specs = apply_lora_plus(model, config, rngs=nnx.Rngs(1))
     set_lora(model, drawn(lora_tree(model)))
-    save_peft(tmp_path / "peft", lora_tree(model), specs, config, TUNIX_GEMMA)
+    to_peft_and_back(tmp_path / "peft", lora_tree(model), specs, config, TUNIX_GEMMA)
     check_peft(theirs, plain, model(*tunix_inputs())[0], tmp_path / "peft")
-    loaded = load_peft(tmp_path / "peft", specs, TUNIX_GEMMA).lora
-    assert_equal(loaded, lora_tree(model))
 
 
-def test_tunix_with_qwix(tmp_path):
+@pytest.mark.parametrize(("version", "kv_heads"), [(2, 2), (3, 4)])
+def test_tunix_with_qwix(version, kv_heads, tmp_path):
     qwix = pytest.importorskip("qwix")
-    model, theirs = tunix_gemma(3, 2, tmp_path / "base")
+    model, theirs = tunix_gemma(version, kv_heads, tmp_path / "base")
     plain = model(*tunix_inputs())[0]
     provider = qwix.LoraProvider(module_path=".*(_einsum|_proj)", rank=2, alpha=3.0)
     model = qwix.apply_lora_to_model(model, provider, *tunix_inputs(), rngs=nnx.Rngs(1))
-    nnx.update(model, drawn(nnx.state(model, nnx.LoRAParam)))
-    lora, specs, config = specs_of(model, scale=1.5)
-    save_peft(tmp_path / "peft", lora, specs, config, TUNIX_GEMMA)
-    check_peft(theirs, plain, model(*tunix_inputs())[0], tmp_path / "peft")
+    factors = drawn(nnx.state(model, nnx.LoRAParam))
+    nnx.update(model, factors)
+    to_peft_and_back(tmp_path / "peft", *specs_of(model, scale=1.5), TUNIX_GEMMA)
+    converted = convert(tmp_path / "checkpoint/7/model_params", factors, tmp_path / "base", "--alpha", "3")
+    for directory in (tmp_path / "peft", converted):
+        check_peft(theirs, plain, model(*tunix_inputs())[0], directory)
 
 
 def gemma_params(theirs, kv_heads, transposed):
@@ -193,13 +208,17 @@ def test_gemma_with_its_own_adapters(kv_heads, transposed, tmp_path):
     net = gm.nn.Transformer(config=config, dtype=jnp.float32)
     model = gm.nn.LoRA(rank=2, model=net, dtype=jnp.float32)
     theirs = torch_model(3, kv_heads, ("sliding", "full"))
+    theirs.save_pretrained(tmp_path / "base")
     base = gemma_params(theirs, kv_heads, transposed)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(IDS))["params"]
     params = unflatten(flatten(drawn(shapes)) | flatten(base))
     plain = net.apply({"params": base}, jnp.asarray(IDS)).logits
     adapted = model.apply({"params": params}, jnp.asarray(IDS)).logits
     lora, specs, config = specs_of(params, scale=1.0)
-    save_peft(tmp_path / "peft", lora, specs, config, GEMMA)
-    check_peft(theirs, plain, adapted, tmp_path / "peft")
-    loaded = load_peft(tmp_path / "peft", specs, GEMMA).lora
-    assert_equal(loaded, lora)
+    assert to_peft_and_back(tmp_path / "peft", lora, specs, config, GEMMA).config == config
+    # The whole checkpoint: its other tensors are the base's.
+    converted = convert(tmp_path / "checkpoint", {"params": params}, tmp_path / "base")
+    for directory in (tmp_path / "peft", converted):
+        check_peft(theirs, plain, adapted, directory)
+    # The config gives the plain model the same adapters.
+    assert init_lora(adapt_linen(net, config), jax.random.key(0), jnp.asarray(IDS))[1] == specs

@@ -1,5 +1,6 @@
 """keras's own LoRA under our optimizer: the recipe of docs/other_libraries.md, run as it stands there."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -7,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
 from loraplus_jax import lora_plus_adamw, merge, save_peft
 from loraplus_jax.adapter import unflatten
 from loraplus_jax.interop import load_peft
+from loraplus_jax.interop.library_recipes import RECIPES, dense_changes, read_factors
 from loraplus_jax.nnx import specs_of
 
-from .trees import assert_equal, drawn, ratios
+from .harness import Loop, assert_equal, assert_trains_and_resumes, drawn
 
 keras = pytest.importorskip("keras")  # conftest.py chose its backend
 
@@ -57,34 +58,11 @@ def recipe():
     return names
 
 
-def run(names, state, steps):
-    losses = []
-    for _ in range(steps):
-        *state, loss = names["step"](*state, IDS, TARGETS)
-        losses.append(float(loss))
-    return state, losses
-
-
 def test_the_recipe_trains_with_the_ratio_and_resumes(recipe, tmp_path):
     state = [recipe[name] for name in ("lora", "frozen", "opt_state")]
     assert len(state[0]) == 6
-    after, _ = run(recipe, state, 1)
-    assert ratios(nested(state[0]), nested(after[0])) == pytest.approx([8.0, 8.0], rel=0.01)
-    middle, losses = run(recipe, state, 20)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", middle)
-    end, more = run(recipe, middle, 80)
-    assert np.mean(more[-20:]) < 0.8 * np.mean(losses)
-    with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(tmp_path / "state", middle)
-    resumed, again = run(recipe, restored, 80)
-    assert again == more
-    assert_equal(resumed, end)
-
-
-def nested(lora):
-    """Our names in place of keras's, for `ratios`."""
-    return {path.replace("lora_kernel_", "lora_"): value for path, value in lora.items()}
+    make = functools.partial(Loop, lambda *state: recipe["step"](*state, IDS, TARGETS), *state)
+    assert_trains_and_resumes(make, tmp_path, modules=2, steps=100, below=0.8, mean_of=20)
 
 
 def test_a_peft_directory_comes_out_and_equals_the_merged_model(recipe, tmp_path, monkeypatch):
@@ -111,3 +89,33 @@ def test_a_peft_directory_comes_out_and_equals_the_merged_model(recipe, tmp_path
     adapted = np.asarray(model(IDS))
     assert np.abs(adapted - np.asarray(net()(IDS))).max() > 0.01
     np.testing.assert_allclose(plain(IDS), adapted, rtol=0, atol=1e-5)
+
+
+LAYERS = {
+    "self_attention/query": ("self_attn.q_proj", "bqm,muh->bquh", (12,), (None, 2, 4)),
+    "self_attention/attention_output": ("self_attn.o_proj", "bquh,uhm->bqm", (2, 4), (None, 12)),
+    "feedforward_gate_dense": ("mlp.gate_proj", None, (12,), 20),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_convert_reads_what_a_layer_computes(name):
+    theirs, equation, inputs, outputs = LAYERS[name]
+    size = int(np.prod(inputs))
+    x = np.eye(size, dtype=np.float32).reshape(1, size, *inputs)
+    layer = keras.layers.EinsumDense(equation, outputs) if equation else keras.layers.Dense(outputs)
+    before = np.asarray(layer(x))
+    layer.enable_lora(3, lora_alpha=5)
+    for n, variable in enumerate(layer.trainable_variables):
+        if "lora" in variable.name:
+            variable.assign(np.random.default_rng(n).normal(size=variable.shape))
+    change = (np.asarray(layer(x)) - before).reshape(size, -1).T
+    owner = f"transformer_layer_0/{name}"
+    tree = {f"{owner}/lora_kernel_{s}": np.asarray(getattr(layer, f"lora_kernel_{s}")) for s in "ab"}
+    recipe = next(recipe for recipe in RECIPES if recipe.name == "keras")
+    module = f"model.layers.0.{theirs}"
+    a, b, scale = read_factors(tree, recipe, alpha=5.0)[0][module]
+    np.testing.assert_allclose(scale * b @ a, change, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        dict(dense_changes(tree, recipe, alpha=5.0))[module], change, rtol=0, atol=1e-4
+    )

@@ -14,19 +14,19 @@ import optax
 import pytest
 from flax import nnx
 
-from loraplus_jax import LoRAPlusConfig, lora_plus, lora_plus_adamw, save_peft
-from loraplus_jax.interop import TUNIX_LLAMA, load_peft
+from loraplus_jax import LoRAPlusConfig, lora_plus, lora_plus_adamw
+from loraplus_jax.interop import TUNIX_LLAMA
 from loraplus_jax.nnx import apply_lora_plus, check_reads, lora_tree, set_lora, specs_of
 from loraplus_jax.nnx import merge as merge_model
 
-from .trees import assert_close, assert_equal, drawn, ratios
+from .harness import RATIO, assert_close, assert_ratio, drawn, to_peft_and_back
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 IDS = jnp.arange(16).reshape(2, 8)
 POSITIONS = jnp.broadcast_to(jnp.arange(8), (2, 8))
 MASK = jnp.broadcast_to(jnp.tril(jnp.ones((8, 8), bool)), (2, 8, 8))
-RATE, RATIO = 1e-3, 8.0
+RATE = 1e-3
 SIZES = {"num_layers": 2, "vocab_size": 64, "embed_dim": 16, "hidden_dim": 32, "num_heads": 2, "head_dim": 8}
 SIZES |= {"num_kv_heads": 1, "rope_theta": 10_000, "norm_eps": 1e-6}
 
@@ -45,10 +45,8 @@ def logits(model):
 
 
 def train(model, tx, steps, directory=None, **options):
-    """tunix's own trainer over the same batch; returns it and the losses."""
+    """tunix's own trainer, after so many steps on the same batch."""
     from tunix.sft import peft_trainer
-
-    losses = []
 
     def loss_fn(model, input_tokens, positions, attention_mask):
         rows, _ = model(input_tokens, positions, None, attention_mask)
@@ -65,7 +63,7 @@ def train(model, tx, steps, directory=None, **options):
     batch = peft_trainer.TrainingInput(input_tokens=IDS, input_mask=jnp.ones_like(IDS, bool))
     trainer.train([batch] * steps * options.get("gradient_accumulation_steps", 1), None)
     trainer.close()
-    return trainer, losses
+    return trainer
 
 
 def adamw(**options):
@@ -86,11 +84,9 @@ def test_tunix_trains_our_adapters_and_a_peft_directory_comes_out(family, tmp_pa
     set_lora(model, drawn(lora_tree(model)))
     before = lora_tree(model)
     train(model, adamw(), 1)
-    assert ratios(before, lora_tree(model)) == pytest.approx([RATIO] * len(specs), rel=0.01)
+    assert_ratio(before, lora_tree(model), len(specs))
     assert_close(logits(model), logits(merge_model(model)), 2e-5)
-    save_peft(tmp_path / "peft", lora_tree(model), specs, CONFIG, TUNIX_LLAMA)
-    loaded = load_peft(tmp_path / "peft", specs, TUNIX_LLAMA).lora
-    assert_equal(loaded, lora_tree(model))
+    to_peft_and_back(tmp_path / "peft", lora_tree(model), specs, CONFIG, TUNIX_LLAMA)
 
 
 def test_tunix_accumulates_and_resumes(tmp_path):
@@ -100,7 +96,7 @@ def test_tunix_accumulates_and_resumes(tmp_path):
         apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
         for steps in runs:
             root = str(tmp_path / f"{len(runs)}")
-            _trainer, _ = train(model, adamw(), steps, root, gradient_accumulation_steps=2)
+            train(model, adamw(), steps, root, gradient_accumulation_steps=2)
         ends.append(lora_tree(model))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *ends)
 
@@ -119,9 +115,8 @@ def test_tunix_logs_injected_rates(tx, logged):
     specs = apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
     set_lora(model, drawn(lora_tree(model)))
     before = lora_tree(model)
-    trainer, _ = train(model, tx, 2)
-    assert ratios(before, lora_tree(model)) == pytest.approx([RATIO] * len(specs), rel=0.2)
-    log = trainer.metrics_logger
+    log = train(model, tx, 2).metrics_logger
+    assert_ratio(before, lora_tree(model), len(specs), rel=0.2)
     assert log.metric_exists("", "learning_rate", "train") == logged
     if logged:
         assert log.get_metric_history("", "learning_rate", "train")[-1] == pytest.approx(RATE)
@@ -160,9 +155,8 @@ def test_the_adapters_of_qwix_in_tunix(family, options, tmp_path):
     before = specs_of(model, scale=2.0)
     train(model, adamw(), 1)
     lora, specs, config = specs_of(model, scale=2.0)
-    assert ratios(before.lora, lora) == pytest.approx([RATIO] * len(specs), rel=0.01)
-    save_peft(tmp_path / "peft", lora, specs, config, TUNIX_LLAMA)
-    assert_equal(load_peft(tmp_path / "peft", specs, TUNIX_LLAMA).lora, lora)
+    assert_ratio(before.lora, lora, len(specs))
+    to_peft_and_back(tmp_path / "peft", lora, specs, config, TUNIX_LLAMA)
     # Our adapters with the same factors and weights give the same logits.
     ours = tunix_model(family)
     for path, value in dequantized(model).items():

@@ -15,11 +15,11 @@ import numpy as np
 import optax
 import pytest
 
-from loraplus_jax import LoRAPlusConfig, apply_lora_plus, describe, init_lora, lora_plus_adamw, merge
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, lora_plus_adamw, merge
 
 from ..messages import mentions
+from .harness import assert_close, assert_equal, drawn
 from .tiny_gemma import config_of
-from .trees import assert_close, assert_equal, drawn
 
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default
 RANK, ALPHA, RATE, RATIO, STEPS = 2, 4.0, 0.005, 4.0, 30
@@ -220,18 +220,6 @@ def test_the_adapters_are_where_the_rules_say_and_do_nothing_at_first(name):
     found, expected = it.run(it.base | {"lora": it.lora}), it.plain(it.base)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert_close(found, expected, 1e-6, least=1.0)
-
-
-@every
-def test_the_table_names_each_factor_with_its_role_and_rate(name):
-    it = adapted(name)
-    tx = lora_plus_adamw(RATE, lr_ratio=RATIO, specs=it.specs)
-    table = describe(it.lora, tx, it.specs, frozen=it.base["params"])
-    rank = it.case.rules.get("rank", RANK)
-    expected = {f"{path}/lora_a": ("a", rank, RATE) for path in it.case.specs}
-    expected |= {f"{path}/lora_b": ("b", rank, RATE * RATIO) for path in it.case.specs}
-    assert {row.path: (row.role, row.rank, round(row.rate, 9)) for row in table.rows} == expected
-    assert table.total == sum(leaf.size for leaf in jax.tree.leaves((it.base["params"], it.lora)))
 
 
 @every

@@ -1,24 +1,24 @@
 """qwix's adapters, trained by our optimizer and exported to PEFT; and our adapters on models that it quantized."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from loraplus_jax import LoRAPlusConfig, init_lora, lora_plus_adamw, merge, save_peft
+from loraplus_jax import LoRAPlusConfig, init_lora, lora_plus_adamw, merge
 from loraplus_jax import apply_lora_plus as adapt_linen
 from loraplus_jax.adapter.tree import leaf_path, leaves_by_path
-from loraplus_jax.interop import load_peft
 from loraplus_jax.linen import from_qwix
 from loraplus_jax.nnx import apply_lora_plus, base_variables, functional, lora_tree, specs_of
 from loraplus_jax.nnx import from_qwix as nnx_from_qwix
 
 from ..messages import mentions
-from .trees import assert_equal, drawn, size
+from .harness import RATIO, Loop, assert_ratio, assert_trains_and_resumes, drawn, to_peft_and_back
 
 qwix = pytest.importorskip("qwix")
 qarray = pytest.importorskip("qwix._src.core.qarray")
@@ -26,7 +26,7 @@ qarray = pytest.importorskip("qwix._src.core.qarray")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 X = jax.random.normal(jax.random.key(1), (6, 16))
-SCALE, RATIO = 2.0, 8.0
+SCALE = 2.0
 NAMES = [("{layer}", "model.{layer}")]
 AXES = {"down/kernel": "ioo"}
 TYPES = {"nf4": {"weight_qtype": "nf4", "tile_size": 8}, "int8": {"weight_qtype": "int8"}}
@@ -84,34 +84,15 @@ def test_train_resume_and_export(make, kind, tmp_path):
         updates, state = tx.update(grads, state, factors)
         return optax.apply_updates(factors, updates), state, loss
 
-    state, losses, kept = (first, tx.init(first)), [], None
-    for n in range(6):
-        *state, loss = step(*state)
-        losses.append(float(loss))
-        if n == 0:
-            moved = {name: size(x - first[name]) for name, x in state[0].items()}
-        if n == 2:
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(tmp_path / "state", tuple(state))
-    assert losses[-1] < losses[0]
-    a = [name for name in moved if "lora_a" in name]
-    assert [moved[name.replace("lora_a", "lora_b")] / moved[name] for name in a] == pytest.approx(
-        [RATIO] * 2, rel=0.01
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        kept = checkpointer.restore(tmp_path / "state", tuple(state))
-    for _ in range(3):
-        *kept, _ = step(*kept)
-    assert_equal(kept, state)
-
-    trained = join(state[0])
+    make = functools.partial(Loop, step, first, tx.init(first))
+    loop = assert_trains_and_resumes(make, tmp_path, modules=2, steps=6, below=1.0)
+    trained = join(loop.factors())
     lora, specs, config = specs_of(trained, scale=SCALE, axes=AXES)
     assert {path: (spec.axes, spec.shape) for path, spec in specs.items()} == {
         "down": ("ioo", (16, 2, 4)),
         "up": ("io", (16, 16)),
     }
-    save_peft(tmp_path / "peft", lora, specs, config, NAMES)
-    loaded = load_peft(tmp_path / "peft", specs, NAMES).lora
+    loaded = to_peft_and_back(tmp_path / "peft", lora, specs, config, NAMES).lora
     # The plain model with dequantized weights and the loaded adapter merged into them.
     leaves = {path.removesuffix("/value"): leaf for path, leaf in leaves_by_path(trained).items()}
     plain = {
@@ -149,7 +130,7 @@ def step_and_merge(run, lora, specs, base):
     lora = drawn(lora, scale=0.1)
     grads = jax.grad(lambda lora: jnp.mean((run(lora) - 1) ** 2))(lora)
     updates, _ = tx.update(grads, tx.init(lora), lora)
-    assert size(updates["up"]["lora_b"]) / size(updates["up"]["lora_a"]) == pytest.approx(RATIO, rel=0.01)
+    assert_ratio(lora, optax.apply_updates(lora, updates), 2)
     merged = merge(base, lora, specs, dequantize=True)
     np.testing.assert_allclose(LinenModel().apply(merged, X), run(lora), rtol=0, atol=2e-6)
 

@@ -37,9 +37,8 @@ def test_costs_of_all_layers_follow_from_those_of_one_and_two(tmp_path, kind, de
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [(3, 4), (0,)], ids=str)
-def test_costs_where_some_layers_are_adapted(tmp_path, layers):
-    settings, mesh = llama(tmp_path, layers=layers, targets="all-linear"), make_mesh(1)  # and the head is not
+def test_costs_where_some_layers_are_adapted(tmp_path):
+    settings, mesh = llama(tmp_path, layers=(3, 4), targets="all-linear"), make_mesh(1)  # and the head is not
     base, data = parts_of(settings, tmp_path)
     whole = cost(settings, replace_depth(base, 5), data, mesh)
     work = count_work(settings, base, data, mesh)
@@ -59,6 +58,7 @@ def test_micro_batches_and_pieces_of_the_loss_are_counted(tmp_path):
     assert four.bytes > one.bytes  # weights are read four times
 
 
+@pytest.mark.slow
 def test_the_head_is_read_twice_for_each_further_piece_of_the_loss(tmp_path):
     settings = llama(tmp_path, model={"loss_chunk": 64, "dtype": "bfloat16"})  # 8 rows of 8 tokens: 4 pieces
     base, data = parts_of(settings, tmp_path)
@@ -75,7 +75,7 @@ def test_bytes_of_what_is_held_are_those_of_the_program(planned):
     assert held["frozen weights"] == 4 * (5 * layer + 2 * 256 * 32 + 32)
     adapters = 5 * RANK * ((32 + 32) + (32 + 16))
     assert held["trained"] == 4 * adapters
-    assert plan.trained == adapters
+    assert (plan.trained, plan.total - plan.trained) == (adapters, held["frozen weights"] // 4)
     assert held["batch"] == 8 * (3 * 32 + 1) * 4 // plan.devices
     # Beside them the program takes the step, the key and the optimizer's counters, and has its own code.
     assert 0 <= plan.needed - sum(plan.memory.values()) < 4096

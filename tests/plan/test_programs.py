@@ -13,45 +13,41 @@ from ..messages import assert_mentions
 from .tiny import fake, parts_of
 
 
-@pytest.mark.slow
-def test_evaluation_is_compiled_and_has_to_fit(planned):
-    plan, settings = planned
+@pytest.fixture(scope="module")
+def prepared(planned):
+    """Of the plan's settings the base, the data, the lowered step and the mesh."""
+    _, settings = planned
     base, data = parts_of(settings, Path(settings.model.path))
     mesh = make_mesh()
-    step = plan_step(settings, base, data, mesh)
-    many = dataclasses.replace(settings.train, eval_batch_size=8 * 4096)
-    needed = bytes_between_steps(dataclasses.replace(settings, train=many), data, step, mesh)
-    assert needed["theory"] == (None, None)
-    large, problem = needed["evaluation"]
-    assert problem is None
+    return base, data, plan_step(settings, base, data, mesh), mesh
+
+
+@pytest.mark.slow
+def test_evaluation_and_theory_are_compiled_and_have_to_fit(planned, prepared):
+    (plan, settings), (_, data, step, mesh) = planned, prepared
+    assert plan.theory is None
+    many = dataclasses.replace(
+        settings, train=dataclasses.replace(settings.train, eval_batch_size=8 * 4096, theory_every=10)
+    )
+    found = bytes_between_steps(many, data, step, mesh)
+    assert [problem for _, problem in found.values()] == [None, None]
+    large, theory = (size for size, _ in found.values())
     held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
     assert held < plan.evaluation < 1e7
     assert large > plan.evaluation + 4095 * 3 * 32 * 4  # the batch alone
+    assert theory > held
     tight = fake(plan, evaluation=large, room=2 * plan.needed)
     assert not tight.fits
     assert_mentions(format_plan(tight, settings), "does not fit", f"{(large - 2 * plan.needed) / 1e6:.2f} MB")
-    (only,) = advice(tight, dataclasses.replace(settings, train=many))
+    (only,) = advice(tight, many)
     assert only.startswith("train.eval_batch_size below 32,768")
     assert_mentions(only, 8, "evaluation")
-    assert len(advice(fake(tight, room=plan.needed - 1), dataclasses.replace(settings, train=many))) > 1
-
-
-@pytest.mark.slow
-def test_measuring_the_theory_has_to_fit(planned):
-    plan, settings = planned
-    base, data = parts_of(settings, Path(settings.model.path))
-    mesh = make_mesh()
-    step = plan_step(settings, base, data, mesh)
-    assert plan.theory is None
-    often = dataclasses.replace(settings, train=dataclasses.replace(settings.train, theory_every=10))
-    needed, problem = bytes_between_steps(often, data, step, mesh)["theory"]
-    assert problem is None
-    assert needed > sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
+    assert len(advice(fake(tight, room=plan.needed - 1), many)) > 1
     tight = fake(plan, theory=10 * plan.needed, room=2 * plan.needed)
     assert not tight.fits
-    assert "theory" in format_plan(tight, often)
+    assert "theory" in format_plan(tight, many)
     assert "theory" not in format_plan(plan, settings)
-    (only,) = advice(tight, often)
+    (only,) = advice(tight, many)
     assert only.startswith("train.theory_every null")
 
 
@@ -68,13 +64,11 @@ def test_sizes_from_the_compilers_message(problem, needed):
 
 
 @pytest.mark.slow
-def test_evaluation_of_choices_is_reported_as_not_counted(planned):
-    plan, settings = planned
+def test_evaluation_of_choices_is_reported_as_not_counted(planned, prepared):
+    (plan, settings), (_, data, step, mesh) = planned, prepared
     choices = dataclasses.replace(settings, task="multiple_choice")
-    base, data = parts_of(choices, Path(settings.model.path))
-    mesh = make_mesh()
-    found = bytes_between_steps(choices, data, plan_step(choices, base, data, mesh), mesh)
-    assert found["evaluation"] == (None, None)
+    found = bytes_between_steps(choices, data, step, mesh)
+    assert found == {"evaluation": (None, None), "theory": (None, None)}
     assert "evaluation is not counted" in format_plan(fake(plan, evaluation=None), choices)
 
 

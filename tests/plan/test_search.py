@@ -80,13 +80,14 @@ def test_fixed_settings_stay_and_what_cannot_fit_is_out(tmp_path):
 
 def test_a_fixed_axis_is_kept_though_it_splits_some_weights_only(tmp_path):
     settings = parse_settings(config(tmp_path), ["--mesh.data=2", "--mesh.fsdp=-1"])
-    search = Search(settings, CHIP, jax.devices(), {"mesh.data"})
+    search = Search(settings, CHIP, jax.devices(), {"mesh.data", "train.accumulate", "model.remat"})
     assert {layout.mesh for layout in layouts_of(search)} == {(2, 4, 1), (2, 2, 2)}
 
 
+@pytest.mark.slow
 def test_an_encoder_has_no_layouts_of_language_models(tmp_path):
     settings = settings_of(tmp_path, BERT, task="classification", targets=("query",))
-    search = Search(settings, CHIP, jax.devices())
+    search = Search(settings, CHIP, jax.devices(), {"train.accumulate"})
     assert {(layout.tensor, layout.remat) for layout in layouts_of(search)} == {(1, "none"), (2, "none")}
 
 

@@ -14,7 +14,7 @@ from loraplus_jax.interop.peft_files import load_peft, save_peft
 from loraplus_jax.optim.adalora import adalora
 from loraplus_jax.optim.trained_ranks import final_ranks
 
-from .families import Pair, off, random
+from .families import off, random
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -83,8 +83,8 @@ def test_the_budget_and_the_chosen_triplets_are_pefts():
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_peft_loads_a_pruned_stack_with_the_same_logits(use_rslora, tmp_path):
-    pair = Pair("qwen3", tmp_path / "base")
+def test_peft_loads_a_pruned_stack_with_the_same_logits(use_rslora, pairs, tmp_path):
+    pair = pairs("qwen3")
     config = LoRAPlusConfig(target_modules=["q_proj", "down_proj"], rank=4, alpha=7.0, use_rslora=use_rslora)
     model = apply_lora_plus(pair.model, config)
     lora, specs = init_lora(model, jax.random.key(0), *pair.inputs)

@@ -18,6 +18,7 @@ from loraplus_jax.nnx import apply_lora_plus as adapt_nnx
 from loraplus_jax.nnx import lora_tree
 from loraplus_jax.optim.pair_state import layouts_of
 
+from ..marks import diagonal
 from .families import Pair, random
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -62,7 +63,7 @@ class LinenPair(Pair):
         return Adapter(random(lora, seed), specs, config, {})
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def world(request, tmp_path_factory):
     """A pair, adapters of different layers and scales, by name, and PEFT's model with all of them."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -119,9 +120,10 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("how", "options"), WAYS, ids=[f"{how} {[*o.values()]}" for how, o in WAYS])
-def test_the_factors_are_those_of_peft(how, options, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("world", "way"), diagonal(FAMILIES, WAYS), indirect=["world"])
+def test_the_factors_are_those_of_peft(world, way, tmp_path, monkeypatch):
     pair, adapters, theirs = world
+    how, options = way
     third = "wide" if how in ("cat", "svd") else "c"  # of another rank
     chosen = {name: adapters[name] for name in ("a", "b", third)}
     weights = [*WEIGHTS_OF.values()]

@@ -38,8 +38,8 @@ def exported(pair, folder, *, embedding=False, headless=False, **how):
 
 
 @pytest.mark.parametrize(("name", "embedding"), diagonal((*CAUSAL, *ENCODERS), (False, True)))
-def test_a_merged_directory_in_transformers(name, embedding, tmp_path):
-    pair = Pair(name, tmp_path / "base")
+def test_a_merged_directory_in_transformers(name, embedding, pairs, tmp_path):
+    pair = pairs(name)
     model, variables, specs = exported(pair, tmp_path / "merged", embedding=embedding, shard_bytes=40_000)
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     auto = tf.AutoModelForCausalLM if pair.is_causal else tf.AutoModelForSequenceClassification
@@ -73,8 +73,8 @@ def test_a_bare_encoder_in_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_weights_are_stored_as_asked_and_merged_in_float32(dtype, tmp_path):
-    pair = Pair("llama3", tmp_path / "base")
+def test_weights_are_stored_as_asked_and_merged_in_float32(dtype, pairs, tmp_path):
+    pair = pairs("llama3")
     _, variables, specs = exported(pair, tmp_path / "merged", dtype=np.dtype(jax.numpy.dtype(dtype)))
     theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert theirs.dtype == getattr(torch, dtype)
