@@ -78,16 +78,8 @@ def test_results_may_be_no_arrays():
     assert list(init_lora(apply_lora_plus(Plain(), config()), KEY, X, True)[1]) == ["d"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        *(
-            pytest.param(fields, marks=pytest.mark.slow)
-            for fields in ({"unroll": True}, {"remat": "dots"}, {"attention": "splash"})
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"unroll": True}, {"remat": "dots"}, {"attention": "splash"}])
 def test_a_llama_whose_attention_has_its_own_gradient(options):
     sizes = {"vocab_size": 32, "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes |= {"head_dim": 12, "intermediate_size": 16, "max_position_embeddings": 512, "num_hidden_layers": 2}

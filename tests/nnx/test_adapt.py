@@ -28,15 +28,7 @@ def test_the_base_keeps_its_paths_class_and_checkpoints():
     assert base_variables(model)["params"]["layer"]["query"]["kernel"].shape == kernel.shape
 
 
-QUICK = (
-    "attention",
-    "parameters",
-    "under nnx.jit",
-    "checkpoint, loop and branch",
-    "a list",
-    "stack along axis 1",
-)
-QUICK += ("a stack of parameters along axis 0", "along the second axis as told")
+QUICK = ("parameters", "under nnx.jit", "checkpoint, loop and branch", "a list", "stack along axis 1")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in MODELS])
