@@ -337,10 +337,10 @@ def test_a_layer_in_bfloat16_computes_what_its_merged_weights_do(subject):
     """Outputs and gradients against those in float32 of the same numbers."""
     dtype = jnp.bfloat16
     toy = toys(subject, "plain")[0]
-    lora, specs = traced(apply_lora_plus(toy.make, toy.config()), toy.args[0])
+    x = jnp.asarray(toy.args[0], jnp.int32 if SUBJECTS[subject].ids else jnp.float32)
+    lora, specs = traced(apply_lora_plus(toy.make, toy.config()), x)
     assert {leaf.dtype for leaf in jax.tree.leaves(lora)} == {jnp.dtype("float32")}
     half = Whole("plain", {"subject": subject, "dtype": dtype, "param_dtype": dtype})
-    x = jnp.asarray(toy.args[0], jnp.int32 if SUBJECTS[subject].ids else jnp.float32)
     base = {"params": drawn(jax.eval_shape(half.init, KEY, x)["params"], dtype=None)}
     lora = drawn(lora, 5, dtype=jnp.float32)
     adapted, wide = apply_lora_plus(half, toy.config()), jax.tree.map(lambda w: w.astype(jnp.float32), base)
