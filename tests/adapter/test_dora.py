@@ -13,7 +13,6 @@ from loraplus_jax import (
     apply_lora_plus,
     describe,
     init_lora,
-    load_adapter,
     lora_plus,
     lora_plus_adamw,
     merge,
@@ -29,6 +28,10 @@ from loraplus_jax.step.sharding import adapter_shardings, base_shardings, make_m
 from loraplus_jax.step.theory import make_theory
 
 from ..messages import mentions
+from ..zoo.linen_toys import MODELS as LINEN
+from ..zoo.linen_toys import WEIGHTS, Stack
+from ..zoo.nnx_toys import MODELS as NNX
+from ..zoo.properties import prove
 
 CONFIG = LoRAPlusConfig(target_modules=".*", rank=1, alpha=2.0, variant="dora")
 X = jax.random.normal(jax.random.key(0), (3, 8))
@@ -144,32 +147,6 @@ def is_leaf(x):
     return hasattr(x, "dequantize")
 
 
-def test_linen_and_nnx_agree_with_each_other():
-    config, model, base, lora, specs = net()
-    lora = randomised(lora)
-
-    class Twin(nnx.Module):
-        def __init__(self, rngs):
-            self.up, self.down = nnx.Linear(8, 16, rngs=rngs), nnx.Linear(16, 6, rngs=rngs)
-
-        def __call__(self, x):
-            return self.down(jnp.tanh(self.up(x)))
-
-    twin = Twin(nnx.Rngs(0))
-    for name, leaves in base["params"].items():
-        for leaf, value in leaves.items():
-            getattr(getattr(twin, name), leaf).set_value(value)
-    assert loraplus_nnx.apply_lora_plus(twin, config, rngs=nnx.Rngs(1)) == specs
-    start = loraplus_nnx.lora_tree(twin)
-    norms = set_magnitudes(start, base, specs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), start, norms)
-    loraplus_nnx.set_lora(twin, lora)
-    theirs = jax.grad(lambda lora: jnp.sum(jnp.sin(model.apply({**base, "lora": lora}, X))))(lora)
-    state = nnx.grad(lambda m: jnp.sum(jnp.sin(m(X))), argnums=nnx.DiffState(0, nnx.LoRAParam))(twin)
-    ours = nnx.to_pure_dict(state)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
-
-
 @pytest.mark.parametrize("contracted", ["inputs", "outputs", "both"])
 def test_a_parameter_whose_batch_axis_is_used_in_part_or_whole(contracted):
     """Products over either side, with a batch axis in the product or not, against the sum."""
@@ -186,6 +163,22 @@ def test_a_parameter_whose_batch_axis_is_used_in_part_or_whole(contracted):
     total *= m / jnp.linalg.norm(total, axis=1, keepdims=True)
     np.testing.assert_allclose(found, run(total, x), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(weight.sum(), total, rtol=1e-4, atol=1e-5)
+
+
+TOYS = {
+    "scan 1": LINEN["scan 1"],
+    # Each expert has its own norms.
+    "experts that are summed": WEIGHTS["experts that are summed"]._replace(whole=True),
+    "nnx attention": NNX["attention"],
+    "nnx stack": NNX["stack along axis 1"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOYS)
+def test_models_with_magnitudes_have_all_properties(name, tmp_path):
+    """tests/linen/test_layer_table.py has each kind of layer."""
+    prove(TOYS[name], tmp_path, variant="dora")
 
 
 def test_its_norms_are_float32_for_bfloat16_weights():
@@ -226,31 +219,14 @@ def test_magnitudes_are_sharded_as_the_outputs_are():
     assert {path.removeprefix("lora/") for path in found} == flatten(lora).keys()
 
 
-def test_an_adapter_directory_keeps_the_magnitudes(tmp_path):
+def test_an_adapter_directory_needs_the_magnitudes(tmp_path):
     config, *_, lora, specs = net()
     lora = randomised(lora)
-    save_adapter(tmp_path / "a", lora, specs, config)
-    again = load_adapter(tmp_path / "a")
-    assert (again.specs, again.config) == (specs, config)
-    jax.tree.map(np.testing.assert_array_equal, again.lora, lora)
     pairs = {name: {k: v for k, v in leaves.items() if "magn" not in k} for name, leaves in lora.items()}
     with pytest.raises(ValueError, match=mentions("down/lora_magnitude", "absent", "(1, 6)")):
         save_adapter(tmp_path / "b", pairs, specs, config)
     with pytest.raises(ValueError, match=mentions("variant", "dora", "lora")):
         save_adapter(tmp_path / "c", lora, specs, LoRAPlusConfig(target_modules=["up", "down"], rank=2))
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        return nn.Dense(8, name="up")(x), None
-
-
-class Stack(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-        return nn.scan(Block, **axes, length=3, in_axes=nn.broadcast)(name="layers")(x, None)[0]
 
 
 def test_what_it_does_not_support_is_one_clear_error():
@@ -267,9 +243,10 @@ def test_what_it_does_not_support_is_one_clear_error():
         LoRAPlusConfig(target_modules=["up"], variant="dira")  # pyright: ignore[reportArgumentType]
 
     some = LoRAPlusConfig(target_modules=["up"], rank=2, variant="dora", layers_to_transform=[1])
-    params = Stack().init(jax.random.key(0), X)
+    x = jnp.ones((2, 4))
+    params = Stack().init(jax.random.key(0), x)
     with pytest.raises(ValueError, match=mentions("layers_to_transform", "dora", "layers/up")):
-        init_lora(apply_lora_plus(Stack(), some), jax.random.key(0), X, base=params)
+        init_lora(apply_lora_plus(Stack(), some), jax.random.key(0), x, base=params)
     abstract = nnx.eval_shape(lambda: nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=mentions("dora", "abstract")):
         loraplus_nnx.apply_lora_plus(abstract, CONFIG, rngs=nnx.Rngs(0))

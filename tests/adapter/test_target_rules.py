@@ -1,4 +1,4 @@
-"""Rules against the modules that a trace found; tests/linen/test_rules.py runs them on models."""
+"""Rules against the modules that a trace found; tests/linen/test_discovery.py runs them on models."""
 
 import pytest
 

@@ -19,7 +19,9 @@ from loraplus_jax import (
 
 from ..messages import mentions
 from ..refusals import refusals
-from .models import KEY, Listed, Raw, Reversed, Setup, Stack, Tied, X, config, drawn, prepared
+from ..zoo.linen_toys import Inside, Listed, Raw, Reversed, Setup, Stack, Standardized, Tied, Whitened
+from ..zoo.properties import traced
+from .models import KEY, X, config, prepared
 
 
 @pytest.mark.parametrize(
@@ -47,10 +49,10 @@ from .models import KEY, Listed, Raw, Reversed, Setup, Stack, Tied, X, config, d
     ],
 )
 def test_the_layers_that_rules_match(net, rules, paths):
-    _, _, lora, specs = prepared(net, rules)
+    lora, specs = traced(apply_lora_plus(net, rules), X)
     assert sorted(specs) == paths
-    trained, frozen = split_trainable({**net.init(KEY, X), "lora": lora}, rules.modules_to_save)
-    assert combine(trained, frozen)["lora"] == lora
+    variables = {**jax.eval_shape(net.init, KEY, X), "lora": lora}
+    assert combine(*split_trainable(variables, rules.modules_to_save)) == variables
 
 
 @pytest.mark.slow
@@ -126,30 +128,20 @@ KERNEL = {"target_parameters": ["plain/kernel"]}
 LINEAR_BUT_WORDS = {"target_modules": "all-linear", "exclude_modules": ["words"]}
 
 test_rules_that_conflict_or_match_nothing_are_rejected = refusals(
-    (lambda: start(Stack(), "up", exclude_modules=["downn"]), "exclude_modules", "'downn'", "'down'"),
-    (lambda: start(Stack(), "up", exclude_modules=["down"]), "exclude_modules", "'down'"),
-    (lambda: start(Stack(), target_modules="up"), "target_modules", "'up'", "[up]", "regular"),
     (lambda: start(Stack(), "up", exclude_modules="up"), "exclude_modules", "'up'", "[up]", "regular"),
-    (lambda: start(Stack(), "up", exclude_modules=["up"]), "'up'", "exclude_modules", "layers/up"),
     (lambda: start(Stack(), "up", layers_to_transform=[3]), "layers_to_transform", 3, "[0, 1, 2]"),
-    (lambda: start(Listed(), "up", layers_to_transform=[0, 7]), "layers_to_transform", 7),
     (lambda: start(Listed(), "head", layers_to_transform=[0]), "'head'", "layers_to_transform"),
-    (lambda: start(Stack(), "up", rank_pattern={"down": 1}), "rank_pattern", "'down'"),
     (lambda: start(Stack(), "up", alpha_pattern={"upp": 1.0}), "alpha_pattern", "'upp'", "layers/up"),
     (lambda: start(Stack(), "head", modules_to_save=["head"]), "'head'", "modules_to_save"),
-    (lambda: start(Stack(), "up", modules_to_save=["layers"]), "'layers/up'", "modules_to_save", "'layers'"),
-    (lambda: start(Raw(), target_parameters=["v"]), "target_parameters", "'v'", "w"),
     (lambda: start(Raw(), target_parameters={"w": "oi", ".": "oi"}), "'w'", "'.'"),
     (lambda: start(Raw(), target_parameters={"w": "eio"}), "'w'", "(6, 4)", "'eio'"),
     (lambda: start(Raw(), target_parameters={"plain/bias": "io"}), "'plain/bias'", "(4,)", "'io'"),
     (lambda: start(Raw(), target_parameters=["w"], rank=5), "rank", 5, 4, "'w'"),
     (lambda: start(Raw(), "plain", **KERNEL), "'plain/kernel'", "target_modules", "'plain'"),
     (lambda: start(Deep(), "up", layers_to_transform=[0]), "'tower_0/layers_0/up'", "[0, 0]"),
-    (lambda: start(Stack(), "up", modules_to_save=["haed"]), "modules_to_save", "'haed'", "'head'"),
     (lambda: start(Tied(), x=X.astype(int)[:1], **LINEAR_BUT_WORDS), "exclude_modules", "'words'"),
     (lambda: start(Reversed(), "both"), "'both'", "'io'", "'oi'"),
     (lambda: start(Setup(), "up", rank=5), "rank", 5, "'up'", "(4, 6)", 4),
-    (lambda: start(Setup(), "up", "middle"), "target_modules", "'middle'"),
     (lambda: start(Setup(), "up", "middle", method="encode"), "target_modules", "'middle'"),
     (lambda: start_encoder("up", "typo"), "target_modules", "'typo'"),
     (lambda: start_encoder("typo"), "target_modules", "'typo'"),
@@ -165,65 +157,23 @@ def test_sizes_and_axes_may_be_whole_numbers_of_numpy(layer):
     assert jax.tree.map(jnp.shape, lora) == {"lora_a": (4, 2), "lora_b": (2, 3)}
 
 
-class Whitened(nn.Module):
-    """A layer in a norm of its weights, and a module that scales what it stores."""
-
-    norm: type[nn.Module]
-    arguments: dict
-
-    @nn.compact
-    def __call__(self, x):
-        x = self.norm(nn.Dense(4, name="up"), name="norm")(x, **self.arguments)
-        return nn.Dense(3, name="down")(x)
-
-
-class Inside(nn.Module):
-    """The normed layer's parameters stand below the norm."""
-
-    norm: type[nn.Module]
-    arguments: dict
-
-    def setup(self):
-        self.normed = self.norm(nn.Dense(4))
-
-    def __call__(self, x):
-        return self.normed(x, **self.arguments)
-
-
-NORMS = [(nn.WeightNorm, {}), (nn.SpectralNorm, {"update_stats": False})]
+NORMS = [nn.WeightNorm, nn.SpectralNorm]
 
 
 @pytest.mark.parametrize("net", [Whitened, Inside])
-@pytest.mark.parametrize(("norm", "arguments"), NORMS)
-def test_a_layer_in_a_norm_of_weights_is_rejected(net, norm, arguments):
-    model = apply_lora_plus(net(norm, arguments), config(target_modules="all-linear"))
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_layer_in_a_norm_of_weights_is_rejected(net, norm):
+    model = apply_lora_plus(net(norm), config(target_modules="all-linear"))
     message = mentions(f"nn.{norm.__name__}", "'all-linear'", "target_parameters", "exclude_modules")
     for call in (model.init, lambda *args: init_lora(model, *args)):
         with pytest.raises(ValueError, match=message):
             call(KEY, X)
 
 
-@pytest.mark.parametrize("net", [Whitened, Inside])
-@pytest.mark.parametrize(("norm", "arguments"), NORMS)
-def test_a_weight_below_a_norm_is_adapted_by_parameter(net, norm, arguments):
-    plain = net(norm, arguments)
-    model = apply_lora_plus(plain, config(target_parameters=[".*(up|layer_instance)/kernel"]))
-    variables = plain.init(KEY, X)
-    found = dict(model.init(KEY, X))
-    lora, specs = init_lora(model, KEY, X)
-    jax.tree.map(np.testing.assert_array_equal, found.pop("lora"), lora)
-    jax.tree.map(np.testing.assert_array_equal, found, variables)
-    lora = drawn(lora)
-    adapted, kept = model.apply({**variables, "lora": lora}, X, mutable=True)
-    np.testing.assert_allclose(adapted, plain.apply(merge(variables, lora, specs), X), rtol=1e-4, atol=1e-4)
-    assert jax.tree.structure(kept) == jax.tree.structure({**variables, "lora": lora})
-    assert float(jnp.abs(adapted - plain.apply(variables, X)).max()) > 0.01
-
-
 def test_a_layer_beside_a_norm_is_adapted_as_any_other():
-    for norm, arguments in NORMS:
+    for norm in NORMS:
         rules = config(target_modules="all-linear", exclude_modules=["up"])
-        assert list(init_lora(apply_lora_plus(Whitened(norm, arguments), rules), KEY, X)[1]) == ["down"]
+        assert list(init_lora(apply_lora_plus(Whitened(norm), rules), KEY, X)[1]) == ["down"]
 
 
 class Numbered(nn.Module):
@@ -300,14 +250,6 @@ def test_a_target_that_cannot_be_adapted_is_rejected(target, message, start):
         jax.eval_shape(model.init, KEY, X) if start == "init" else init_lora(model, KEY, X)
 
 
-class Standardized(nn.Dense):
-    """A layer that changes its weight when it reads it, as StdConv of google-research/vision_transformer does."""
-
-    def param(self, name, *args, **kwargs):
-        value = super().param(name, *args, **kwargs)
-        return value - jnp.mean(value, 0, keepdims=True) if name == "kernel" else value
-
-
 class Unit(nn.Embed):
     """An embedding of vectors of length one."""
 
@@ -359,13 +301,3 @@ def test_a_layer_that_may_change_its_weight_is_rejected(rules, words):
     for call in (model.init, lambda *args: init_lora(model, *args)):
         with pytest.raises(ValueError, match=mentions(*words, "target_parameters", "exclude_modules")):
             call(KEY, x)
-
-
-def test_a_weight_that_a_layer_changes_is_adapted_by_parameter():
-    x, net = jnp.ones((2, 4)), Changes()
-    model = apply_lora_plus(net, config(target_parameters=["up/kernel"]))
-    base = net.init(KEY, x)
-    lora, specs = init_lora(model, KEY, x)
-    lora = drawn(lora)
-    adapted = model.apply({**base, "lora": lora}, x)
-    np.testing.assert_allclose(adapted, net.apply(merge(base, lora, specs), x), rtol=1e-4, atol=1e-4)

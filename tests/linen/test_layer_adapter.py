@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax import LoRAPlusConfig, LoRAPlusDense, apply_lora_plus, init_lora, merge
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
 from loraplus_jax.adapter.lora import scale_variables
 
 from ..messages import mentions
-from .models import CONFIG, KEY, Raw, Scanned, Setup, X, adapters_of, config, variables_of
+from ..zoo.linen_toys import Scanned, Setup
+from .models import CONFIG, KEY, X, adapters_of, variables_of
 
 
 def test_every_layer_of_a_stack_starts_with_its_own_draw():
@@ -55,63 +56,6 @@ def test_dtypes_follow_the_layer(dtype, param_dtype):
         y, expected = model.apply(variables, x), Half().apply({"params": variables["params"]}, x)
         assert y.dtype == expected.dtype
         np.testing.assert_array_equal(y, expected)
-
-
-def test_a_loraplus_layer_inside_keeps_its_own_adapter():
-    class Both(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(4, name="up")(LoRAPlusDense(5, rank=1, alpha=1.0, name="own")(x))
-
-    model = apply_lora_plus(Both(), CONFIG)
-    lora, specs = adapters_of(model)
-    assert {path: (spec.rank, spec.scale) for path, spec in specs.items()} == {
-        "own": (1, 1.0),
-        "up": (2, 1.5),
-    }
-    base = {"params": variables_of(model)["params"]}
-    plain = nn.Sequential([nn.Dense(5), nn.Dense(4)])
-    merged = merge(base, lora, specs)["params"]
-    expected = plain.apply({"params": {"layers_0": merged["own"], "layers_1": merged["up"]}}, X)
-    np.testing.assert_allclose(model.apply({**base, "lora": lora}, X), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_reach_both_factors_of_every_layer():
-    model = apply_lora_plus(Scanned(remat=True), CONFIG)
-    variables = variables_of(model)
-    loss = lambda lora: model.apply({**variables, "lora": lora}, X).sum()  # noqa: E731
-    grads = jax.jit(jax.grad(loss))(variables["lora"])
-    assert all((abs(leaf).max(axis=(1, 2)) > 0).all() for leaf in jax.tree.leaves(grads))
-
-
-MODELS = {
-    "flat": (Setup(), CONFIG),
-    "scanned": (Scanned(1), CONFIG),
-    "parameter": (Raw(), config(target_parameters={"w": "oi"})),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_scales_are_values_and_a_population_compiles_once(name):
-    inner, rules = MODELS[name]
-    model = apply_lora_plus(inner, rules)
-    base, (lora, specs) = variables_of(inner), adapters_of(model)
-    traces = []
-
-    @jax.jit
-    @jax.vmap
-    def run(scale):
-        traces.append(scale)
-        return model.apply({**base, "lora": lora, "lora_scale": scale_variables(specs, scale)}, X)
-
-    scales = jnp.array([0.0, 0.5, 1.5])
-    outputs = run(scales)
-    run(scales + 1)
-    assert len(traces) == 1
-    np.testing.assert_allclose(outputs[0], inner.apply(base, X), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(outputs[2], model.apply({**base, "lora": lora}, X), rtol=1e-5, atol=1e-5)
-    thirds = jax.tree.map(lambda x: x / 3**0.5, lora)
-    np.testing.assert_allclose(outputs[1], model.apply({**base, "lora": thirds}, X), rtol=1e-4, atol=1e-4)
 
 
 def test_a_scale_per_layer():

@@ -7,15 +7,18 @@ import pytest
 from flax import nnx
 
 from loraplus_jax import LoRAPlusConfig
-from loraplus_jax.nnx import apply_lora_plus, base_variables, lora_tree, merge
+from loraplus_jax.nnx import apply_lora_plus, base_variables, lora_tree
 
+from ..marks import slow
 from ..messages import mentions
-from .models import ATTENTION, LINEAR, Bare, Block, One, Row, X, assert_close, build, linear, randomise
+from ..zoo.nnx_toys import ATTENTION, LINEAR, MODELS, Bare, One, Stack, X
+from ..zoo.properties import prove
+from .models import build, randomise
 
 
 def test_the_base_keeps_its_paths_class_and_checkpoints():
-    plain = ATTENTION.wrap(ATTENTION.make(nnx.Rngs(0)))
-    model, _ = build(ATTENTION)
+    plain = ATTENTION.make(nnx.Rngs(0))
+    model = build(ATTENTION)
     base = nnx.state(model, nnx.Not(nnx.LoRAParam))
     assert [p for p, _ in nnx.to_flat_state(base)] == [p for p, _ in nnx.to_flat_state(nnx.state(plain))]
     randomise(model)
@@ -25,60 +28,12 @@ def test_the_base_keeps_its_paths_class_and_checkpoints():
     assert base_variables(model)["params"]["layer"]["query"]["kernel"].shape == kernel.shape
 
 
-class Stack(nnx.Module):
-    """Three blocks made by nnx.vmap and run by nnx.scan with nnx.remat inside."""
-
-    def __init__(self, rngs, axis=0):
-        self.axis = axis
-        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Block, in_axes=(0,), out_axes=axis))(rngs)
-
-    def __call__(self, x):
-        @nnx.scan(in_axes=(nnx.Carry, self.axis), out_axes=nnx.Carry)
-        @nnx.remat
-        def run(x, block):
-            return block(x)
-
-        return run(x, self.blocks)
+QUICK = ("parameters", "under nnx.jit", "checkpoint, loop and branch", "a list", "stack along axis 1")
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_stacked_layers(axis):
-    model, plain = Stack(nnx.Rngs(0), axis), Stack(nnx.Rngs(0), axis)
-    config = LoRAPlusConfig(target_modules=["up", "down"], rank=2, init="lora")
-    specs = apply_lora_plus(model, config, rngs=nnx.Rngs(1))
-    assert specs["blocks/up"].stacked == (axis,)
-    first = lora_tree(model)["blocks"]["up"]["lora_a"]
-    assert not np.array_equal(*np.take(first, [0, 1], axis).swapaxes(0, axis)[:2])  # a draw for every layer
-    np.testing.assert_array_equal(model(X), plain(X))
-    randomise(model)
-    assert_close(model(X), merge(model)(X))
-
-
-class BareStack(nnx.Module):
-    """Stacked modules with parameters of their own."""
-
-    def __init__(self, rngs, axis=0):
-        self.axis = axis
-        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Bare, in_axes=(0,), out_axes=axis))(rngs)
-
-    def __call__(self, x):
-        run = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, self.axis), out_axes=nnx.Carry)
-        return run(x / 9, self.blocks)
-
-
-@pytest.mark.parametrize(
-    ("axis", "axes", "stacked"),
-    [(0, "bio", {}), (0, "io", {"wq": (0,), "wo": (0,)}), (1, "io", {"wq": (1,), "wo": (1,)})],
-)
-def test_parameters_of_stacked_modules(axis, axes, stacked):
-    """The stack is a batch axis of the parameter, or named."""
-    model, plain = BareStack(nnx.Rngs(0), axis), BareStack(nnx.Rngs(0), axis)
-    config = LoRAPlusConfig(target_parameters={"blocks/w[qo]": axes}, rank=2)
-    specs = apply_lora_plus(model, config, rngs=nnx.Rngs(1), stacked=stacked)
-    assert (specs["blocks/wq"].axes, specs["blocks/wq"].stacked) == (axes, stacked.get("wq", ()))
-    np.testing.assert_array_equal(model(X), plain(X))
-    randomise(model)
-    assert_close(model(X), merge(model)(X))
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in MODELS])
+def test_any_model(name, tmp_path):
+    prove(MODELS[name], tmp_path)
 
 
 def test_layers_to_transform_within_a_stack():
@@ -89,30 +44,17 @@ def test_layers_to_transform_within_a_stack():
     assert specs["blocks/up"].layers == (1,)
     for factor in lora_tree(model)["blocks"]["up"].values():
         assert [bool(np.any(layer)) for layer in factor] == [False, True, False]
-
-
-class Twice(nnx.Module):
-    """One module in two places."""
-
-    def __init__(self, rngs):
-        self.first = self.second = nnx.Linear(8, 8, rngs=rngs)
-
-    def __call__(self, x):
-        return self.second(self.first(x))
-
-
-def test_a_shared_module_has_one_adapter():
-    model = Twice(nnx.Rngs(0))
-    specs = apply_lora_plus(model, LoRAPlusConfig(target_modules=["first"], rank=2), rngs=nnx.Rngs(1))
-    assert list(specs) == ["first"]
-    randomise(model)
-    assert_close(model(X), merge(model)(X))
+    whole = Stack(nnx.Rngs(0))
+    apply_lora_plus(whole, LoRAPlusConfig(target_modules=["up"], **fields), rngs=nnx.Rngs(1))
+    first, second, _ = np.asarray(lora_tree(whole)["blocks"]["up"]["lora_a"])
+    assert not np.array_equal(first, second)  # a draw for every layer
 
 
 def test_factors_of_a_bfloat16_base_are_float32_and_its_mesh_axes_are_carried():
     metadata = {"kernel_metadata": {"out_sharding": ("fsdp", "tensor")}}
     with jax.set_mesh(jax.make_mesh((1, 1), ("fsdp", "tensor"))):
-        model, _ = build(Row(linear(param_dtype=jnp.bfloat16, **metadata)))
+        model = One(nnx.Linear(8, 6, param_dtype=jnp.bfloat16, **metadata, rngs=nnx.Rngs(0)))
+        apply_lora_plus(model, LINEAR.config(), rngs=nnx.Rngs(1))
     assert model.layer.lora_a.get_value().dtype == jnp.float32
     names = [model.layer.lora_a.get_metadata(), model.layer.lora_b.get_metadata()]
     found = [
@@ -218,6 +160,6 @@ def test_what_cannot_be_adapted_is_named_and_the_model_stays_as_it_is(make, fiel
 
 
 def test_a_second_adapter_is_rejected():
-    model, _ = build(LINEAR)
+    model = build(LINEAR)
     with pytest.raises(ValueError, match="layer"):
         apply_lora_plus(model, LoRAPlusConfig(target_modules=["layer"], rank=2), rngs=nnx.Rngs(1))

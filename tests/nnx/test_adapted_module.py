@@ -1,8 +1,6 @@
 """Calls of an adapted module: state, caches, gradients, jit and copies, as in the plain module."""
 
 import copy
-import dataclasses
-import functools
 import pickle
 
 import jax
@@ -15,7 +13,8 @@ from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.nnx import apply_lora_plus, disabled, lora_tree, merge, remove_adapters, unmerge
 
 from ..messages import mentions
-from .models import ATTENTION, LINEAR, PARAMETERS, Block, Row, X, assert_close, build, randomise
+from ..zoo.nnx_toys import ATTENTION, LINEAR, PARAMETERS, Blocks, X, one
+from .models import assert_close, build, randomise
 
 
 def test_copies_and_instances_share_a_trace():
@@ -26,8 +25,8 @@ def test_copies_and_instances_share_a_trace():
         traces.append(1)
         return model(x)
 
-    model, _ = build(ATTENTION)
-    other, _ = build(ATTENTION)
+    model = build(ATTENTION)
+    other = build(ATTENTION)
     randomise(model)
     copies = (
         nnx.clone(model),
@@ -44,8 +43,8 @@ def test_copies_and_instances_share_a_trace():
 
 
 def test_unmerge_restores_bit_by_bit_and_remove_leaves_nothing():
-    model, _ = build(PARAMETERS)
-    plain = PARAMETERS.wrap(PARAMETERS.make(nnx.Rngs(0)))
+    model = build(PARAMETERS)
+    plain = PARAMETERS.make(nnx.Rngs(0))
     randomise(model)
     merged = merge(model)
     assert nnx.graphdef(merged) == nnx.graphdef(plain)
@@ -89,6 +88,7 @@ def test_what_a_call_changes_is_written_back_and_static_arguments_stay_static():
     assert len(nnx.pop(model, nnx.Intermediate)["hidden"].get_value()) == 2
 
 
+@pytest.mark.slow
 def test_attention_decodes_with_its_cache():
     make = lambda: nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))  # noqa: E731
     model = make()
@@ -128,53 +128,8 @@ def test_batch_statistics_move_as_in_the_plain_model():
     assert np.any(plain.norm.mean[...] != start)
 
 
-@jax.custom_vjp
-def no_gradient(x, w):
-    return x @ w
-
-
-no_gradient.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: jax.tree.map(jnp.zeros_like, kept))
-
-
-class Rule(nnx.Module):
-    def __init__(self, rngs):
-        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
-
-    def __call__(self, x):
-        return no_gradient(x, self.w[...])
-
-
-def test_a_custom_gradient_is_kept():
-    model, _ = build(Row(Rule, rule=(), parameters={"layer/w": "io"}))
-    randomise(model)
-    assert_close(model(X), merge(model)(X))
-    grads = nnx.grad(lambda m: jnp.sum(m(X)), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
-    assert not any(np.any(g) for g in jax.tree.leaves(grads))
-
-
-class Inside(nnx.Module):
-    """A weight used in a checkpoint, a loop and a branch of its module's method."""
-
-    def __init__(self, rngs):
-        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)) / 3)
-
-    def __call__(self, x):
-        w = self.w[...]
-        x = jax.checkpoint(lambda x, w: jnp.tanh(x @ w))(x, w)
-        x = jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, 2)[0]
-        return jax.lax.cond(jnp.sum(x) > 0, lambda x, w: x @ w, lambda x, w: x @ w + 1, x, w)
-
-
-def test_checkpoints_loops_and_branches_inside_a_method():
-    model, _ = build(Row(Inside, rule=(), parameters={"layer/w": "io"}))
-    randomise(model)
-    assert_close(model(X), merge(model)(X))
-    program = jax.make_jaxpr(lambda x: model(x))(X)
-    assert any(eqn.primitive.name in ("checkpoint", "remat2") for eqn in program.jaxpr.eqns)
-
-
 def test_dropout_follows_the_mode_and_its_own_stream():
-    model, _ = build(LINEAR, {"dropout": 0.5})
+    model = build(LINEAR, dropout=0.5)
     randomise(model)
     assert not np.array_equal(model(X), model(X))
     model.eval()
@@ -194,93 +149,17 @@ def test_dropout_without_an_input_to_drop_is_rejected():
     assert_close(model(x), merge(model)(x))
 
 
-class Jitted(nnx.Linear):
-    @nnx.jit
-    def __call__(self, x):
-        return super().__call__(x)
-
-
-class JaxJitted(nnx.Linear):
-    @jax.jit
-    def __call__(self, x):
-        return super().__call__(x)
-
-
-class PartlyJitted(nnx.Module):
-    def __init__(self, rngs):
-        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
-
-    @functools.partial(nnx.jit, static_argnums=2)
-    def __call__(self, x, twice=True):
-        return x @ self.w[...] * (2 if twice else 1)
-
-
-@pytest.mark.parametrize(
-    ("make", "parameters"),
-    [
-        (lambda r: Jitted(8, 6, rngs=r), {}),
-        (lambda r: JaxJitted(8, 6, rngs=r), {}),
-        (PartlyJitted, {"layer/w": "io"}),
-    ],
-)
-def test_methods_under_jit_use_their_adapters(make, parameters):
-    model, _ = build(Row(make, rule=() if parameters else ("layer",), parameters=parameters))
-    randomise(model)
-    assert_close(model(X), merge(model)(X))
-    wrt = nnx.DiffState(0, nnx.LoRAParam)
-    grads = nnx.grad(lambda m: jnp.sum(jnp.square(m(X))), argnums=wrt)(model)
-    assert all(np.any(g) for g in jax.tree.leaves(grads))
-
-
 class Applies(nnx.Linear):
     def __call__(self, x, act):
         return act(super().__call__(x))
 
 
 def test_an_argument_may_close_over_a_traced_value():
-    model, _ = build(Row(lambda r: Applies(8, 6, rngs=r)))
+    model = build(one(lambda r: Applies(8, 6, rngs=r)))
     randomise(model)
     run = nnx.jit(lambda net, t: net(X, lambda y: y * t))
     for t in (2.0, 3.0):
         assert_close(run(model, t), merge(model)(X, lambda y, t=t: y * t))
-
-
-@dataclasses.dataclass
-class Settings:
-    """Not hashable."""
-
-    factor: float = 2.0
-
-
-class Configured(nnx.Module):
-    def __init__(self, rngs):
-        self.settings = Settings()
-        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
-
-    def __call__(self, x, options):
-        return x @ self.w[...] * self.settings.factor * options["scale"]
-
-
-def test_fields_and_arguments_need_not_be_hashable():
-    model, _ = build(Row(Configured, rule=(), parameters={"layer/w": "io"}))
-    randomise(model)
-    assert_close(model(X, {"scale": 0.5}), merge(model)(X, {"scale": 0.5}))
-    assert_close(nnx.jit(lambda m: m(X, {"scale": 0.5}))(model), merge(model)(X, {"scale": 0.5}))
-
-
-def test_integer_inputs_do_not_round_the_factors():
-    class Counts(nnx.Module):
-        def __init__(self, rngs):
-            self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
-
-        def __call__(self, x):
-            numbers = (((2,), (0,)), ((), ()))
-            return jax.lax.dot_general(x, self.w[...], numbers, preferred_element_type=jnp.float32)
-
-    model, _ = build(Row(Counts, rule=(), parameters={"layer/w": "io"}))
-    randomise(model)
-    x = jnp.arange(80, dtype=jnp.int8).reshape(2, 5, 8)
-    assert_close(model(x), merge(model)(x))
 
 
 class Lazy(nnx.Linear):
@@ -290,19 +169,9 @@ class Lazy(nnx.Linear):
 
 
 def test_a_module_that_a_call_makes_is_named():
-    model, _ = build(Row(lambda r: Lazy(8, 6, rngs=r)))
+    model = build(one(lambda r: Lazy(8, 6, rngs=r)))
     with pytest.raises(ValueError, match=mentions("Lazy", "__init__")):
         model(X)
-
-
-class Blocks(nnx.Module):
-    def __init__(self, rngs):
-        self.layers = nnx.List([Block(rngs) for _ in range(2)])
-
-    def __call__(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 def test_jax_jit_takes_an_adapted_model_and_traces_once_for_two():
