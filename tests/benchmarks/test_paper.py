@@ -67,9 +67,3 @@ def test_when_lambda_is_a_factor_on_alpha(case, low, high):
     from paper import EXACT, difference
 
     assert low <= difference(100, **EXACT[case]) <= high
-
-
-def test_a_slope():
-    from paper import slope
-
-    assert slope([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)

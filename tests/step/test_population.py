@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from loraplus_jax import init_state, jit_step, lora_plus_adamw, population_step
 from loraplus_jax.step.population import MEMBER_AXIS
 
-from ..messages import mentions
+from ..marks import slow
+from ..refusals import refusals
 
 RATES = [(1e-2, 1.0), (3e-3, 4.0), (2e-2, 16.0)]
 FROZEN = {"params": {"w": jnp.asarray(np.random.default_rng(9).normal(size=(6, 3)), jnp.float32)}}
@@ -53,7 +54,7 @@ def first_states(factors, keys, own):
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"at_once": 2}, {"at_once": 3, "accumulate": 2}, {"devices": 3}], ids=str
+    "how", [slow({}), {"at_once": 2}, slow({"at_once": 3, "accumulate": 2}), {"devices": 3}]
 )
 def test_members_equal_their_single_runs(how):
     factors, keys, batches = members()
@@ -110,11 +111,11 @@ def test_a_member_that_diverges_leaves_the_others_alone():
     assert np.isfinite(states.trainable["lora"]["q"]["lora_b"]).all()
 
 
-def test_bad_arguments():
-    step = population_step(noisy_squares, make_tx)
-    with pytest.raises(ValueError, match=mentions("members", 2, 3)):
-        step({"a": jnp.ones(3)}, {"b": jnp.ones(2)}, {}, {"c": jnp.ones(3)})
-    with pytest.raises(ValueError, match=mentions("at_once", 0)):
-        population_step(noisy_squares, make_tx, at_once=0)
-    with pytest.raises(ValueError, match=mentions("'members'", "'data'")):
-        population_step(noisy_squares, make_tx, mesh=Mesh(jax.devices(), ("data",)))
+STEP = population_step(noisy_squares, make_tx)
+BY_DATA = Mesh(jax.devices(), ("data",))
+test_bad_arguments = refusals(
+    (lambda: STEP({"a": jnp.ones(3)}, {"b": jnp.ones(2)}, {}, {"c": jnp.ones(3)}), "members", 2, 3),
+    (lambda: population_step(noisy_squares, make_tx, at_once=0), "at_once", 0),
+    (lambda: population_step(noisy_squares, make_tx, mesh=BY_DATA), "'members'", "'data'"),
+    error=ValueError,
+)

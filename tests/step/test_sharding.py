@@ -1,8 +1,6 @@
 """Meshes that are refused, where rules put arrays, and the same steps on every mesh of eight devices as on one."""
 
 import functools
-import math
-import re
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -28,6 +26,7 @@ from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.models.bert import model as bert
 from loraplus_jax.models.llama import model as llama
 from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.plan.hlo import collectives
 from loraplus_jax.step.sharding import (
     adapter_shardings,
     base_shardings,
@@ -41,7 +40,6 @@ from loraplus_jax.step.sharding import (
 from loraplus_jax.tasks.causal_lm import LanguageTask
 from loraplus_jax.tasks.encoder import EncoderTask
 
-from ..marks import every
 from ..refusals import refusals
 
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
@@ -93,11 +91,8 @@ test_meshes_that_do_not_fit_name_the_number_to_change = refusals(
 )
 
 
-def test_heads_that_tensor_divides():
-    check_tensor(make_mesh(1, 1, 4), HEADS)
-
-
 def test_rows_are_sharded_over_data_and_fsdp():
+    check_tensor(make_mesh(1, 1, 4), HEADS)  # which 4 divides
     assert local_rows(make_mesh(2, 2, 2), 8).tolist() == list(range(8))
     devices = np.array(jax.devices()).reshape(2, 4)
     by_tensor_first = Mesh(devices.T, ("fsdp", "data"))
@@ -245,16 +240,15 @@ def subject(family):
 
 
 @functools.cache
-def curve(family, steps):
-    """On one device: the states before some steps, copied, and the losses."""
+def before_steps(family):
+    """The states before some of the first steps on one device."""
     s = subject(family)
-    state, states, losses = s.start(), {}, []
-    for step in range(steps):
+    state, states = s.start(), []
+    for step in range(21):
         if step in (0, 5, 20):
-            states[step] = jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
-        state, metrics = s.one(state, s.frozen, s.batch)
-        losses.append(metrics["loss"])
-    return states, np.array(losses)
+            states.append(jax.device_get(state.replace(rng=jax.random.key_data(state.rng))))
+        state, _ = s.one(state, s.frozen, s.batch)
+    return states
 
 
 def kept(state):
@@ -267,10 +261,22 @@ def off(got, expected):
     return max(jax.tree.leaves(pairs))
 
 
-def check_steps(family, sizes):
-    s, (states, _) = subject(family), curve(family, 21)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        # Not long: the language model on all three axes, and the encoder on each alone.
+        pytest.param(family, sizes, marks=() if gated else pytest.mark.long)
+        for family in ("bert", "llama")
+        for sizes in MESHES
+        for gated in [sizes == (2, 2, 2) if family == "llama" else 8 in sizes]
+    ],
+    ids=str,
+)
+def test_a_step_is_the_same_on_every_mesh(family, sizes):
+    s, states = subject(family), before_steps(family)
     step, shardings, placed = s.on(sizes)
-    for before in states.values():
+    for before in states:
         expected, metrics = s.one(jax.tree.map(jnp.array, kept(before)), s.frozen, s.batch)
         got, found = step(distribute(kept(before), shardings.state), *placed)
         assert off(got.trainable, expected.trainable) < 1e-6
@@ -284,81 +290,31 @@ def check_steps(family, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 2, 2)], ids=str)
-@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.long)])
-def test_a_step_is_the_same_on_a_mesh_of_all_three_axes(family, sizes):
-    check_steps(family, sizes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", every(3, [m for m in MESHES if m != (2, 2, 2)]), ids=str)
-@pytest.mark.parametrize("family", ["bert", pytest.param("llama", marks=pytest.mark.long)])
-def test_a_step_is_the_same_on_every_mesh(sizes, family):
-    check_steps(family, sizes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", every(4, MESHES), ids=str)
-@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.long)])
-def test_curves_are_the_same_on_every_mesh(family, sizes):
-    s, (_, losses) = subject(family), curve(family, 100)
-    step, shardings, placed = s.on(sizes)
-    state, found = distribute(s.start(), shardings.state), []
-    for _ in range(100):
-        state, metrics = step(state, *placed)
-        found.append(float(metrics["loss"]))
-    assert losses[-1] < losses[0] - 0.02
-    np.testing.assert_allclose(found, losses, rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", every(2, ["bert", "llama"]))
-def test_pmap_is_the_same_step_and_curve(family):
+def test_pmap_is_the_same_step():
     from flax.jax_utils import replicate, unreplicate
 
-    s, (states, losses) = subject(family), curve(family, 100)
+    s = subject("bert")
     step = pmap_step(s.loss, s.tx)
     frozen, batch = replicate(s.frozen), jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), s.batch)
-    for before in states.values():
+    for before in before_steps("bert"):
         expected, _ = s.one(jax.tree.map(jnp.array, kept(before)), s.frozen, s.batch)
         got, _ = step(replicate(kept(before)), frozen, batch)
         assert off(unreplicate(got).trainable, expected.trainable) < 1e-6
-    state, found = replicate(s.start()), []
-    for _ in range(100):
-        state, metrics = step(state, frozen, batch)
-        found.append(float(metrics["loss"][0]))
-    np.testing.assert_allclose(found, losses, rtol=0, atol=1e-5)
 
 
 # What travels
 
 
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
-
-
-def collectives(compiled):
-    """(kind, bytes of the result) of every collective in a program's text."""
-    pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-    for line in compiled.as_text().splitlines():
-        if found := re.search(pattern, line):
-            shapes = re.findall(r"(f32|s32|u32|pred)\[([\d,]*)\]", found[1])
-            yield found[2], sum(BYTES[t] * math.prod(int(n) for n in s.split(",") if n) for t, s in shapes)
-
-
 @pytest.mark.slow
 def test_on_a_data_mesh_only_gradients_of_adapters_and_scalars_are_communicated():
-    """The layers stand in a scan, so what is summed inside it is of one layer; written out, all are seen."""
     s = subject("llama")
     step, _, _ = s.on((8, 1, 1))
-    found = list(collectives(step))
-    assert {kind for kind, _ in found} == {"all-reduce"}
+    found = collectives(step.as_text())
+    assert {one.kind for one in found} == {"all-reduce"}
     adapters = 4 * sum(x.size for x in jax.tree.leaves(s.trainable))
     base = 4 * sum(x.size for x in jax.tree.leaves(s.frozen))
-    total = sum(size for _, size in found)
-    layers = SIZES["num_hidden_layers"]
-    embedding = 4 * 2 * (SIZES["vocab_size"] + SIZES["hidden_size"])
-    assert total in range(embedding + (adapters - embedding) // layers, adapters + 64)
-    assert total < base / 4
+    total = sum(one.times * one.bytes for one in found)
+    assert adapters <= total < min(adapters + 64, base / 4)
 
 
 @pytest.mark.slow
@@ -367,7 +323,7 @@ def test_fsdp_all_gathers_weights_and_no_rows():
     s = subject("bert")
     step, _, _ = s.on((1, 8, 1))
     rows, tokens = s.batch["input_ids"].shape
-    gathered = [size for kind, size in collectives(step) if kind == "all-gather"]
+    gathered = [one.bytes for one in collectives(step.as_text()) if one.kind == "all-gather"]
     assert gathered
     assert max(gathered) <= 4 * max(64 * 32, 32 * 48)
     assert 4 * rows * tokens * SIZES["hidden_size"] not in gathered

@@ -1,6 +1,7 @@
-"""Members in slots: their places, what a checkpoint holds of them, and what is evaluated."""
+"""Members in slots: how many run at once, their places, what a checkpoint holds of them, and what is evaluated."""
 
 import itertools
+import math
 import types
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from loraplus_jax.step.train_step import TrainState
 from loraplus_jax.sweep import device_slots
 from loraplus_jax.sweep.device_slots import DeviceSlots, assign_slots, stored_members
-from loraplus_jax.sweep.population import Members
+from loraplus_jax.sweep.population import Members, fastest_batch_size, parallel_members
 
 from ..training.test_trainer import numbered
 
@@ -113,3 +114,23 @@ def test_members_keep_their_numbers_in_a_checkpoint_and_on_another_number_of_slo
     three.fill(stored_members(saved, {number: first[number] for number in places}, places))
     assert three.slots == [3, 4, -1]
     np.testing.assert_array_equal(three.as_state(7).trainable["step"], [3, 4])
+
+
+def test_more_members_at_once_only_while_it_pays():
+    asked = []
+
+    def seconds(size):
+        asked.append(size)
+        return {1: 1.0, 2: 0.5, 4: 0.49, 8: 0.1}[size]
+
+    assert fastest_batch_size(seconds, 16) == 2
+    assert asked == [1, 2, 4]
+    assert fastest_batch_size(lambda size: 1 / size, 6) == 4
+    assert fastest_batch_size(lambda size: math.inf if size > 1 else 1.0, 6) == 1
+
+
+def test_few_members_are_computed_in_the_least_power_of_two_that_holds_them():
+    assert [parallel_members(count, 16, 1) for count in (32, 9, 8, 5, 2, 1)] == [16, 16, 8, 8, 2, 1]
+    assert [parallel_members(count, 16, 4) for count in (33, 32, 4, 3)] == [16, 8, 1, 1]
+    assert parallel_members(7, 6, 1) == 6  # a number of the user's own
+    assert parallel_members(7, 1, 1) == 1
