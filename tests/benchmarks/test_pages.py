@@ -107,29 +107,6 @@ def test_steps_are_only_counted_on_curves_with_enough_points():
     assert counts_steps(study)
 
 
-def test_both_starts_are_compared_by_seed_at_the_lambda_that_the_search_chose(benchmarks):
-    from results_page import start_lines
-
-    def method(label, found, *losses):
-        runs = [{"seed": seed, "test": {"loss": loss}} for seed, loss in enumerate(losses)]
-        return {"label": label, "search": [{"loss": found}, {"loss": None}], "runs": runs}
-
-    b_zero = {"lora": method("λ = 1", 0.1, 1.0, 2.0)}
-    a_zero = {
-        "lora": method("λ = 1", 0.5, 1.5, 2.5),
-        "lambda_2": method("λ = 2", 0.3, 1.25, 2.25),
-        "lambda_64": method("λ = 64", 0.4, 0.5, 1.5),
-    }
-    studies = {"X, B zero": {"methods": b_zero}, "X, A zero": {"methods": a_zero}}
-    (line,) = start_lines(studies)
-    assert "X: " in line
-    assert (
-        "+0.5000 [+0.5000, +0.5000] for λ = 1, −0.5000 [−0.5000, −0.5000] for λ = 64, and +0.2500 [" in line
-    )
-    assert "+0.2500] for λ = 2, which has the lowest validation loss (2 paired seeds" in line
-    assert start_lines({"X, B zero": {"methods": b_zero}}) == []
-
-
 def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):
     from results_page import map_points
 

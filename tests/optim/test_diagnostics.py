@@ -19,15 +19,13 @@ TRAINABLE = {
     "lora": {"enc": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 5))}}},
     "params": {"head": {"bias": jnp.ones(4)}},
 }
-SPECS = {
-    "enc/q": AdapterSpec(leaf="params/enc/q/kernel", kind="dense", axes="io", shape=(3, 5), rank=2, scale=2.0)
-}
+SPEC = AdapterSpec(leaf="params/enc/q/kernel", kind="dense", axes="io", shape=(3, 5), rank=2, scale=2.0)
 
 
 def test_describe_in_full():
     tx = lora_plus_adamw(1e-3, lr_ratio=4.0, weight_decay=0.01, decay="equal")
     frozen = {"params": {"enc": {"q": {"kernel": jnp.ones((300, 5))}}}}
-    assert str(describe(TRAINABLE, tx, SPECS, frozen=frozen)).splitlines() == [
+    assert str(describe(TRAINABLE, tx, {"enc/q": SPEC}, frozen=frozen)).splitlines() == [
         "path               shape  role   rank  rate   decay   count",
         "lora/enc/q/lora_a  3x2    a      2     0.001  0.01    6",
         "lora/enc/q/lora_b  2x5    b      2     0.004  0.0025  10",
@@ -63,9 +61,8 @@ def test_describe_before_training(wrap, step):
     injected = optax.inject_hyperparams(lora_plus_adamw)(**settings)
     for tx in (injected, keep_float32(optax.chain(optax.identity(), lora_plus_adamw(**settings)))):
         rows = describe(wrap(TRAINABLE), tx, step=step).rows
-        assert [(row.rate, row.decay) for row in rows] == [
-            (pytest.approx(step / 10 * n), 0.5) for n in (1, 4, 1)
-        ]
+        assert [row.rate for row in rows] == pytest.approx([step / 10 * n for n in (1, 4, 1)])
+        assert {row.decay for row in rows} == {0.5}
     many = optax.MultiSteps(injected, 2)
     assert len(describe(TRAINABLE, many).rows) == 3
     for optimizer in (many, injected.init(TRAINABLE)):
@@ -86,11 +83,8 @@ def test_describe_beside_another_optimizer():
     labels = {"lora": "plus", "params": "other"}
     tx = optax.multi_transform(parts, labels)
     table = describe(TRAINABLE, tx.init(TRAINABLE))
-    assert [(row.role, row.rate) for row in table.rows] == [
-        ("a", pytest.approx(1e-3)),
-        ("b", pytest.approx(4e-3)),
-        ("extra", None),
-    ]
+    assert [row.role for row in table.rows] == ["a", "b", "extra"]
+    assert [row.rate for row in table.rows] == [pytest.approx(1e-3), pytest.approx(4e-3), None]
     assert "params/head/bias   4      extra  -     -      -      4" in str(table)
 
 
@@ -106,12 +100,8 @@ EVERYTHING = {
         "rms": {"scale": jnp.ones(3)},
     },
 }
-KINDS = {
-    "adapters": ("lora",),
-    "head": ("lora", "params/head"),
-    "biases": ("lora", "params/norm/bias"),
-    "all": ("lora", "params"),
-}
+KINDS = {"adapters": ["lora"], "head": ["lora", "params/head"], "all": ["lora", "params"]}
+KINDS["biases"] = ["lora", "params/norm/bias"]
 RATES = {
     "one rate": {},
     "head": {"head_learning_rate": 0.02},
@@ -130,16 +120,12 @@ METHODS = {
 
 
 def part(tree, prefixes):
-    flat = {
-        p: x for p, x in leaves_by_path(tree).items() if any(f"{p}/".startswith(f"{q}/") for q in prefixes)
-    }
-    return unflatten(flat)
+    starts = tuple(f"{prefix}/" for prefix in prefixes)
+    return unflatten({p: x for p, x in leaves_by_path(tree).items() if f"{p}/".startswith(starts)})
 
 
-CELLS = [  # of every kind with every rate; the quick ones show every value of all four
-    (slow if i != j % 4 else pytest.param)(
-        kind, rates, POLICIES[(i // 2 + j) % 2], [*METHODS][(2 * i + j) % 4]
-    )
+CELLS = [  # of every kind with every rate; the quick ones show every kind, policy and method
+    (pytest.param if i == j else slow)(kind, rates, POLICIES[(i // 2 + j) % 2], [*METHODS][(2 * i + j) % 4])
     for i, kind in enumerate(KINDS)
     for j, rates in enumerate(RATES)
 ]
@@ -150,12 +136,12 @@ def test_what_describe_says_is_what_a_step_does(kind, rates, policy, method):
     params = part(EVERYTHING, KINDS[kind])
     fields = {"learning_rate": 0.1, "lr_ratio": 4.0, "weight_decay": 0.5, "eps": 1e-30, "policy": policy}
     tx = METHODS[method](**fields | RATES[rates])
-    state, ones = tx.init(params), jax.tree.map(jnp.ones_like, params)
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    state, ones = jax.jit(tx.init)(params), jax.tree.map(np.ones_like, params)
+    zeros, update = jax.tree.map(np.zeros_like, params), jax.jit(tx.update)
     for _ in range(2):
         # A step is -rate (Adam's direction + decay * parameter): parameters of 0 show the rate, of 1 the decay too.
-        moved, after = tx.update(ones, state, zeros)
-        decayed, state = tx.update(ones, state, ones)
+        moved, after = update(ones, state, zeros)
+        decayed, state = update(ones, state, ones)
         rows = {row.path: row for row in describe(params, after).rows}
         for path, step in leaves_by_path(moved).items():
             rate = -np.unique(np.asarray(step))
@@ -163,7 +149,7 @@ def test_what_describe_says_is_what_a_step_does(kind, rates, policy, method):
             decay = -np.unique(np.asarray(leaves_by_path(decayed)[path])) / rate - 1
             np.testing.assert_allclose(decay, rows[path].decay, rtol=1e-3, atol=1e-4)
     realised = probe(tx, state, zeros)
-    by_role = {row.role: row.rate for row in describe(params, tx.update(ones, state, zeros)[1]).rows}
+    by_role = {row.role: row.rate for row in describe(params, update(ones, state, zeros)[1]).rows}
     assert {role: float(realised[role]) for role in by_role} == pytest.approx(by_role, rel=1e-4)
 
 
@@ -191,20 +177,6 @@ def test_probe_with_gradients_takes_root_mean_squares():
     assert found["extra"] == 0
     grads["lora"]["enc"]["q"]["lora_a"] *= 0  # as of a fresh adapter
     assert jnp.isinf(probe(tx, tx.init(TRAINABLE), TRAINABLE, grads)["b/a"])
-
-
-def test_probe_shows_a_ratio_outside_a_transform_that_keeps_parameters():
-    def update(updates, state, params):
-        state = jax.tree.map(lambda x, g: x - 1e-3 * g, state, updates)
-        return jax.tree.map(jnp.subtract, state, params), state
-
-    tx = lora_plus(optax.GradientTransformation(lambda params: params, update), lr_ratio=8.0)
-    params, state, ratios = TRAINABLE, tx.init(TRAINABLE), []
-    for _ in range(2):
-        ratios.append(float(probe(tx, state, params)["b/a"]))
-        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
-        params = optax.apply_updates(params, updates)
-    assert ratios == pytest.approx([8, 48], rel=1e-3)
 
 
 def test_probe_behind_float32_copies_shows_the_realised_rates():

@@ -136,13 +136,9 @@ def pair(a=(4, 2), b=(2, 3), fill=jnp.zeros):
     "tree",
     [
         {"lora": {"q": pair()}},
-        {"q": pair()},
-        {"q": pair(fill=jnp.ones)},
         {"q": {**pair(), "lora_a": jnp.ones((4, 2))}},
         jax.eval_shape(lambda: {"q": pair()}),
-        {"lora": pair()},
         pair(),
-        {"lora": {"layers": {"q": pair((6, 4, 2), (6, 2, 3))}}},
         {"lora": {"layers": {"q": pair((4, 6, 2), (2, 6, 3))}}},
         {"lora": {"b": pair(), "lora_alike": pair()}},
     ],

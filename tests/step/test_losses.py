@@ -51,7 +51,7 @@ def value_and_gradient(hidden, kernel, labels, weights, **options):
 @pytest.mark.parametrize(
     ("chunk", "cap", "smoothing"),
     [
-        *((7, None, 0.0), slow(1, None, 0.0), slow(4, 2.0, 0.0), slow(9, None, 0.1)),
+        *(slow(7, None, 0.0), slow(1, None, 0.0), slow(4, 2.0, 0.0), slow(9, None, 0.1)),
         *((30, 5.0, 0.2), slow(512, None, 0.0)),
     ],
 )
@@ -98,7 +98,7 @@ def test_the_kernel_gets_no_gradient():
     np.testing.assert_array_equal(gradient, np.zeros_like(kernel))
 
 
-@pytest.mark.parametrize("kernel_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("kernel_dtype", [slow(jnp.bfloat16), jnp.float32])
 def test_bf16_states_give_float32_losses_and_bf16_gradients(kernel_dtype):
     hidden, kernel, labels, weights = inputs(jnp.bfloat16)
     losses, gradient = value_and_gradient(hidden, kernel.astype(kernel_dtype), labels, weights, chunk=4)
@@ -108,6 +108,7 @@ def test_bf16_states_give_float32_losses_and_bf16_gradients(kernel_dtype):
     np.testing.assert_allclose(np.asarray(gradient, np.float32), d_hidden, atol=0.1)
 
 
+@pytest.mark.slow
 def test_the_memory_of_the_compiled_gradient_does_not_grow_with_the_vocabulary_times_the_tokens():
     tokens, words = 512, 4096
     hidden = jax.ShapeDtypeStruct((4, tokens // 4, 16), jnp.float32)

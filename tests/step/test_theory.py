@@ -15,7 +15,7 @@ from loraplus_jax.adapter.lora import low_rank_output, scale_variables
 from loraplus_jax.adapter.taps import TERMS, update_squares
 from loraplus_jax.step.theory import BALANCED_RATIO, Balance, balance, make_theory, terms_by_layer
 
-from ..marks import every
+from ..marks import every, slow
 from ..refusals import refusals
 
 KEY = jax.random.key(0)
@@ -59,10 +59,8 @@ def root(x):
 
 def explicit(x, before, after, scale):
     """The definitions, written out with matrices in float64."""
-    x, a0, b0, a, b = (
-        np.asarray(v, np.float64)
-        for v in (x, before["lora_a"], before["lora_b"], after["lora_a"], after["lora_b"])
-    )
+    given = (x, before["lora_a"], before["lora_b"], after["lora_a"], after["lora_b"])
+    x, a0, b0, a, b = (np.asarray(v, np.float64) for v in given)
     return {
         "delta1": root(scale * x @ (a - a0) @ b0),
         "delta2": root(scale * x @ a0 @ (b - b0)),
@@ -111,11 +109,7 @@ def test_every_layer_gets_its_own_inputs():
 
 
 LAYERS = {  # the layer, the shape of its inputs, and x A where it is written out
-    "general": (
-        nn.DenseGeneral((4, 5), axis=(-2, -1)),
-        (2, 4, 6),
-        lambda x, a: np.einsum("bij,ijr->br", x, a),
-    ),
+    "general": (nn.DenseGeneral((4, 5), axis=(-2, -1)), (2, 4, 6), lambda x, a: np.einsum("bij,ijr", x, a)),
     "general, batch": (nn.DenseGeneral(5, batch_dims=(0,)), (2, 3, 6), None),
     "einsum": (nn.Einsum((3, 6, 5), "bti,nio->btno", use_bias=False), (2, 4, 6), None),
     "einsum, batch": (nn.Einsum((3, 6, 5), "ebi,eio->ebo", use_bias=False), (3, 4, 6), None),
@@ -179,9 +173,8 @@ class Looped(nn.Module):
 @pytest.mark.parametrize("axis", [0, -1])
 def test_stacked_layers_give_one_value_each(axis):
     x = inputs(5, 4)
-    model, base, before, after, specs = adapted(
-        Looped(axis=axis), x, target_modules=["fc"], rank=2, alpha=2.0
-    )
+    looped = Looped(axis=axis)
+    model, base, before, after, specs = adapted(looped, x, target_modules=["fc"], rank=2, alpha=2.0)
     found = measured(model, base, before, after, specs, x)["layers/fc"]
     for n in range(3):
         take = lambda tree: {k: np.take(v, n, axis) for k, v in tree["layers"]["fc"].items()}  # noqa: B023, E731
@@ -190,12 +183,12 @@ def test_stacked_layers_give_one_value_each(axis):
         x = np.tanh(x @ params["kernel"] + params["bias"] + x @ new["lora_a"] @ new["lora_b"])
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_used_again_gives_the_mean_over_its_uses():
     """Weights shared by the turns of a loop, where nothing could be written into the model's variables."""
     x = inputs(5, 4)
-    model, base, before, after, specs = adapted(
-        Looped(shared=True), x, target_modules=["fc"], rank=2, alpha=2.0
-    )
+    looped = Looped(shared=True)
+    model, base, before, after, specs = adapted(looped, x, target_modules=["fc"], rank=2, alpha=2.0)
     found = measured(model, base, before, after, specs, x)["layers/fc"]
     params, old, new = (t["layers"]["fc"] for t in (base["params"], before, after))
     turns = []
@@ -215,11 +208,11 @@ def test_our_own_layers_and_other_scales_are_measured_too():
     close(found, explicit(x, before, after, 0.25))
 
 
+@pytest.mark.slow
 def test_layers_left_out_of_a_stack_are_left_out_of_the_metrics():
     x = inputs(5, 4)
-    model = apply_lora_plus(
-        Looped(), LoRAPlusConfig(target_modules=["fc"], rank=2, alpha=3.0, layers_to_transform=(0, 2))
-    )
+    fields = {"target_modules": ["fc"], "rank": 2, "alpha": 3.0, "layers_to_transform": (0, 2)}
+    model = apply_lora_plus(Looped(), LoRAPlusConfig(**fields))
     base = drawn({"params": jax.eval_shape(model.init, KEY, x)["params"]}, 3)
     lora, specs = init_lora(model, KEY, x)
     chosen = np.array([1, 0, 1], np.float32)[:, None, None]
@@ -227,15 +220,14 @@ def test_layers_left_out_of_a_stack_are_left_out_of_the_metrics():
     found = terms_by_layer(measured(model, base, before, after, specs, x), specs)
     assert list(found) == ["layers/fc/0", "layers/fc/2"]
     for n in range(3):
-        params, old, new = (
-            {name: leaf[n] for name, leaf in tree["layers"]["fc"].items()}
-            for tree in (base["params"], before, after)
-        )
+        trees = (base["params"], before, after)
+        params, old, new = (jax.tree.map(lambda leaf: leaf[n], tree["layers"]["fc"]) for tree in trees)  # noqa: B023
         if n != 1:
             close(found[f"layers/fc/{n}"], explicit(x, old, new, 1.5))
         x = np.tanh(x @ params["kernel"] + params["bias"] + 1.5 * x @ new["lora_a"] @ new["lora_b"])
 
 
+@pytest.mark.slow
 def test_a_measurement_leaves_what_the_model_computes_bitwise_unchanged():
     """The value and the gradients are bitwise those without it."""
     x = inputs(7, 4)
@@ -351,7 +343,7 @@ def test_the_balance_follows_the_rate_of_the_factor_that_does_not_start_at_zero(
 
 
 @pytest.mark.parametrize(
-    ("init", "rate", "ratio"), [("lora", 5e-4, 16.0), ("lora", 2e-4, 4.0), ("lora_b", 1e-4, 4.0)]
+    ("init", "rate", "ratio"), [("lora", 5e-4, 16.0), slow("lora", 2e-4, 4.0), slow("lora_b", 1e-4, 4.0)]
 )
 def test_rates_changed_as_suggested_bring_the_two_closer(init, rate, ratio):
     lora = first_factors(init)

@@ -275,13 +275,9 @@ def test_mlflow(tmp_path, monkeypatch, run_id):
     entities = module(monkeypatch, "mlflow.entities")
     assert used("mlflow", tmp_path, run_id) == (run_id or "new")
     params = [args for args, _ in entities.of("Param")]
-    if run_id is None:
-        assert client.of("create_experiment") == [(("mine",), {})]
-        assert client.of("create_run")[0][0] == ("7",)
-        assert params == [("seed", "0"), ("train.steps", "5")]
-    else:
-        assert not client.of("create_run")
-        assert not params
+    assert [args for args, _ in client.of("create_experiment")] == ([] if run_id else [("mine",)])
+    assert [args for args, _ in client.of("create_run")] == ([] if run_id else [("7",)])
+    assert params == ([] if run_id else [("seed", "0"), ("train.steps", "5")])
     (((name, value, _, step), _),) = entities.of("Metric")
     assert (name, value, step) == ("train/loss", 0.5, 3)
     assert client.of("log_batch")[-1][0][0] == (run_id or "new")
