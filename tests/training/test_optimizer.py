@@ -14,6 +14,8 @@ from loraplus_jax.optim.riemannian import scale_by_riemannian
 from loraplus_jax.settings.schema import OptimizerSettings
 from loraplus_jax.training.optimizer import make_optimizer, schedule_for
 
+from ..marks import slow
+
 SPECS = {
     "query": AdapterSpec(leaf="params/query/kernel", kind="dense", axes="io", shape=(3, 3), rank=2, scale=8.0)
 }
@@ -51,10 +53,12 @@ TRANSFORMS = {
 @pytest.mark.parametrize(
     ("fields", "lr_ratio", "transform"),
     [
-        (DECAY, 4.0, lora_plus_adamw(1e-2, 4.0, **DECAY)),
+        slow(DECAY, 4.0, lora_plus_adamw(1e-2, 4.0, **DECAY)),
         (EVERY, 1.5, lora_plus_adamw(1e-2, 1.5, **EVERY)),
         *(
-            (DECAY | {"name": name}, 4.0 if name == "riemannian" else 1.0, transform)
+            (slow if name == "lora_rite" else pytest.param)(
+                DECAY | {"name": name}, 4.0 if name == "riemannian" else 1.0, transform
+            )
             for name, transform in TRANSFORMS.items()
         ),
     ],
