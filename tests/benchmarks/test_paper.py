@@ -7,7 +7,7 @@ from ..marks import every
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", every(2, range(6)))
+@pytest.mark.parametrize("number", every(3, range(6)))
 def test_coordinate_check(number):
     import paper as experiment
 

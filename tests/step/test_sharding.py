@@ -20,7 +20,6 @@ from loraplus_jax import (
     jit_step,
     lora_plus_adamw,
     make_mesh,
-    pmap_step,
 )
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.adapter.tree import leaves_by_path
@@ -45,7 +44,6 @@ from ..marks import long
 from ..refusals import refusals
 
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
-GATED = [("bert", sizes) for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2))]
 KEY = jax.random.key(0)
 
 
@@ -236,7 +234,10 @@ def off(got, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "sizes"),
-    [case if case in GATED else long(*case) for case in itertools.product(("bert", "llama"), MESHES)],
+    [
+        case if case == ("bert", (2, 2, 2)) else long(*case)
+        for case in itertools.product(("bert", "llama"), MESHES)
+    ],
     ids=str,
 )
 def test_a_step_is_the_same_on_every_mesh(family, sizes):
@@ -253,19 +254,6 @@ def test_a_step_is_the_same_on_every_mesh(family, sizes):
             # Of sums that cancel, as gradients do, float32 keeps fewer digits: on a data mesh too.
             rtol = 5e-5 if name.startswith("grad_norm") else 2e-6
             np.testing.assert_allclose(found[name], value, rtol=rtol)
-
-
-@pytest.mark.slow
-def test_pmap_is_the_same_step():
-    from flax.jax_utils import replicate, unreplicate
-
-    s = subject("bert")
-    step = pmap_step(s.loss, s.tx)
-    frozen, batch = replicate(s.frozen), jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), s.batch)
-    for before in before_steps("bert"):
-        expected, _ = s.one(jax.tree.map(jnp.array, kept(before)), s.frozen, s.batch)
-        got, _ = step(replicate(kept(before)), frozen, batch)
-        assert off(unreplicate(got).trainable, expected.trainable) < 1e-6
 
 
 # What travels
