@@ -49,27 +49,6 @@ def test_rows_of_a_run_by_hand():
     }
 
 
-def test_ratios_are_medians_of_ours_over_a_peers():
-    from end_to_end import rows_of
-
-    same = {
-        "steps": 5,
-        "text": 0.5,
-        "evaluation_s": 1,
-        "train_s": 9,
-        "step_s": 2,
-        "peak_bytes": 2e9,
-        "loss": 1,
-    }
-
-    def rounds(*seconds, command):
-        return [same | {"token_s": s, "command_s": command} for s in seconds]
-
-    runs = {"here": rounds(1.0, 8.0, 9.0, command=10), "slow": rounds(2.0, 10.0, 9.0, command=8)}
-    found = [(row["here / it"], row["command, here / it"]) for row in rows_of("a", runs)]
-    assert found == [("1.00", "1.00"), ("0.80", "1.25")]
-
-
 def test_texts_of_padded_and_packed_rows_are_the_same():
     from end_to_end import sequences
     from end_to_end_peer import fingerprint
@@ -96,18 +75,6 @@ def test_tokens_of_batches_are_counted_with_their_padding():
     assert {size for _, size in counted} <= {3, 6}
     # Two batches are an epoch.
     assert sum(text for text, _ in counted) == 2 * mask.sum()
-
-
-def test_a_conversation_as_trl_reads_it():
-    from end_to_end import as_chat
-
-    from loraplus_jax.data.conversations import Chat, Turn
-
-    user, assistant = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "no"}
-    chat = Chat((Turn("user", "Is it?"), Turn("assistant", "no")))
-    assert as_chat(chat) == {"prompt": [user], "completion": [assistant]}
-    with pytest.raises(ValueError, match="one answer"):
-        as_chat(Chat(chat.turns + chat.turns))
 
 
 def test_runs_without_packing_take_as_many_examples():

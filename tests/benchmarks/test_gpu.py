@@ -31,14 +31,3 @@ def test_without_a_gpu_nothing_is_written(benchmarks, tmp_path):
     assert run.returncode == 2
     assert "no NVIDIA GPU" in run.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_rows_name_what_failed_and_a_kind_without_a_plan(monkeypatch):
-    import gpu
-
-    found = {"measure": {"compiled": 3e9, "peak": None, "seconds": 0.5, "kind": "some GPU"}, "plan": {}}
-    monkeypatch.setattr(gpu, "in_process", lambda function, *_, platform: found[function])
-    row = gpu.row("a case", True, "cpu")
-    assert (row["planned, GB"], row["compiled, GB"], row["step, s"]) == ("-", "3.00", "0.500")
-    found["measure"] = {"failed": "out of memory"}
-    assert gpu.row("a case", True, "cpu")["failed"] == "out of memory"

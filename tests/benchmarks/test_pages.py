@@ -73,15 +73,6 @@ def report(gains, ratios, confidence=0.95):
     }
 
 
-def test_one_data_set_has_its_own_interval():
-    from results_page import overall
-
-    study = report([0.01, 0.03, 0.02], [2.0, 2.0, 8.0], 0.99)
-    for measure, own in study["methods"]["lora_plus"]["against_lora"].items():
-        known = {name: own[name] for name in ("mean", "low", "high")}
-        assert overall([[study]], measure, 0.99) == pytest.approx(known)
-
-
 def test_the_mean_over_data_sets_uses_all_their_seeds():
     from results_page import overall
 
@@ -104,21 +95,6 @@ def test_the_mean_over_data_sets_uses_all_their_seeds():
     assert overall([[first], [corrected]], "test_metric", 0.95) == pytest.approx(gain)
 
 
-@pytest.mark.parametrize(("noise", "share"), [((1, 1, 1), 0.955), ((3, 1, 1), 0.93)])
-def test_intervals_over_data_sets_cover_the_true_mean(noise, share):
-    from results_page import overall
-
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(2000):
-        sets = [
-            [report(rng.normal(n, s, seeds), [1.0, 1.0])]
-            for n, (s, seeds) in enumerate(zip(noise, (3, 5, 5), strict=True))
-        ]
-        found = overall(sets, "test_metric", 0.95)
-        covered += found["low"] <= 1 <= found["high"]
-    assert covered / 2000 == pytest.approx(share, abs=0.015)
-
-
 def test_steps_are_only_counted_on_curves_with_enough_points():
     from results_page import counts_steps
 
@@ -129,82 +105,6 @@ def test_steps_are_only_counted_on_curves_with_enough_points():
     assert not counts_steps(study)
     runs[0]["curve"].append([4, 0.0])
     assert counts_steps(study)
-
-
-def test_curves_of_tasks_that_are_not_learned_are_not_drawn(benchmarks):
-    import results_page
-
-    glue = results_page.read()["glue"]
-    assert results_page.with_curves({"glue": glue}).keys() == glue.keys() - {"RTE"}
-    coarse = json.loads(json.dumps({"glue": {"STS-B": glue["STS-B"]}}))
-    for run in coarse["glue"]["STS-B"]["methods"]["lora"]["runs"]:
-        run["curve"] = run["curve"][:2]
-    assert not results_page.with_curves(coarse)
-
-
-def test_the_levels_without_training_are_in_the_table_of_settings(benchmarks):
-    import results_page
-
-    report = json.loads(json.dumps(results_page.read()["glue"]["CoLA"]))
-    report["protocol"]["untrained"] = {"matthews": 0.0625, "loss": 0.75}
-    (block,) = results_page.settings_lines({"glue": {"CoLA": report}, "repeat": {"again": {**report}}})
-    head, _, first, second = map(cells, block.splitlines())
-    row = dict(zip(head, first, strict=True))
-    assert [row[n] for n in ("table", "data", "model", "steps")] == ["glue", "CoLA", "minilm", "720"]
-    assert [row[n] for n in ("settings", "intervals, %")] == ["5 to 6", "97.5"]
-    assert row["constant answer"] == "matthews 0.0000, loss 0.6185"
-    assert row["before training"] == "matthews 0.0625, loss 0.7500"
-    assert second[:2] == ["repeat", "again"]
-
-
-def test_significant_differences_are_bold(benchmarks):
-    from results_page import significant
-
-    def estimate(low, high):
-        return {"mean": 1.5, "low": low, "high": high}
-
-    assert significant(estimate(1.25, 2), ".2f") == "**1.50 [1.25, 2.00]**"
-    assert significant(estimate(-3, -1), ".0f") == "**2 [−3, −1]**"
-    assert significant(estimate(0, 2), ".2f") == "1.50 [0.00, 2.00]"
-    assert significant(estimate(0.5, 2), ".2f", 1.0) == "1.50 [0.50, 2.00]"
-    assert significant(None, ".2f") == significant(estimate(None, None), ".2f") == "–"
-
-
-def test_scores_are_named_where_a_section_has_several_metrics(benchmarks):
-    import results_page
-
-    glue = results_page.read()["glue"]
-    (block,) = results_page.study_lines({"CoLA": glue["CoLA"]})
-    head, _, lora, lora_plus, *_ = map(cells, block.splitlines())
-    assert head[4] == "matthews"
-    assert [lora[n] for n in (0, 1, 4)] == ["CoLA", "LoRA", "0.1993"]
-    assert [lora_plus[n] for n in (0, 1, 4)] == ["", "LoRA+", "0.2344"]
-    (block,) = results_page.study_lines({name: glue[name] for name in ("CoLA", "RTE")})
-    head, _, lora, *_ = map(cells, block.splitlines())
-    assert [head[4], lora[4]] == ["score", "matthews 0.1993"]
-
-
-def test_both_starts_are_compared_by_seed_at_the_lambda_that_the_search_chose(benchmarks):
-    from results_page import start_lines
-
-    def method(label, found, *losses):
-        runs = [{"seed": seed, "test": {"loss": loss}} for seed, loss in enumerate(losses)]
-        return {"label": label, "search": [{"loss": found}, {"loss": None}], "runs": runs}
-
-    b_zero = {"lora": method("λ = 1", 0.1, 1.0, 2.0)}
-    a_zero = {
-        "lora": method("λ = 1", 0.5, 1.5, 2.5),
-        "lambda_2": method("λ = 2", 0.3, 1.25, 2.25),
-        "lambda_64": method("λ = 64", 0.4, 0.5, 1.5),
-    }
-    studies = {"X, B zero": {"methods": b_zero}, "X, A zero": {"methods": a_zero}}
-    (line,) = start_lines(studies)
-    assert "X: " in line
-    assert (
-        "+0.5000 [+0.5000, +0.5000] for λ = 1, −0.5000 [−0.5000, −0.5000] for λ = 64, and +0.2500 [" in line
-    )
-    assert "+0.2500] for λ = 2, which has the lowest validation loss (2 paired seeds" in line
-    assert start_lines({"X, B zero": {"methods": b_zero}}) == []
 
 
 def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):
@@ -238,29 +138,10 @@ def test_losses_over_the_ratio_are_shares_of_those_at_ratio_1(benchmarks):
     assert loss_by_ratio(report) == [(1, 0, 0, 0), (2, -4, -6, -2), (8, 2, -2, 6)]
 
 
-def test_each_method_is_compared_at_its_own_best_batch(benchmarks):
-    from results_page import best_batch_line
+def test_significant_differences_are_bold(benchmarks):
+    from results_page import significant
 
-    def study(size, lora, lora_plus):
-        methods = {
-            name: {
-                "label": label,
-                "loss": 0.0,
-                "chosen": {"learning_rate": 1e-3},
-                "search": [{"loss": searched}, {"loss": None}],
-                "runs": [{"seed": seed, "test": {"loss": loss}} for seed, loss in enumerate(ends)],
-            }
-            for (name, label), (searched, ends) in zip(
-                {"lora": "LoRA", "lora_plus": "LoRA+"}.items(), (lora, lora_plus), strict=True
-            )
-        }
-        return {"protocol": {"batch": [size, 64], "steps": 10}, "methods": methods}
-
-    studies = {
-        "a": study(8, (0.5, [0.6, 0.7]), (0.3, [0.4, 0.6])),
-        "b": study(32, (0.4, [0.5, 0.7]), (0.6, [9, 9])),
-    }
-    line = best_batch_line(studies)
-    # Differences -0.1 and -0.1.
-    assert "LoRA 32 and LoRA+ 8" in line
-    assert "−0.1000 [−0.1000, −0.1000] (2 paired seeds)" in line
+    found = [
+        significant({"mean": 1.5, "low": low, "high": high}, ".1f", 1.0) for low, high in ((1.2, 2), (0.5, 2))
+    ]
+    assert found == ["**1.5 [1.2, 2.0]**", "1.5 [0.5, 2.0]"]

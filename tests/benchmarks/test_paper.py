@@ -7,7 +7,7 @@ from ..marks import every
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", every(2, range(6)))
+@pytest.mark.parametrize("number", every(3, range(6)))
 def test_coordinate_check(number):
     import paper as experiment
 
@@ -45,31 +45,6 @@ def test_figure_2():
 def test_an_optimum_off_the_diagonal_by_hand():
     import paper as experiment
 
-    found = experiment.optimum(
-        np.array([[4.0, 2.0, np.inf], [9.0, 3.0, 9.0], [9.0, 9.0, np.inf]]), (0.1, 1.0, 10.0)
-    )
-    assert found == {
-        "eta_A": 0.1,
-        "eta_B": 1.0,
-        "loss": 2.0,
-        "equal rates": 1.0,
-        "their loss": 3.0,
-        "gap": 0.5,
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "low", "high"),
-    [("epsilon 1e-30", 0, 1e-9), ("epsilon 1e-8", 0, 1e-2), ("weight decay 0.1", 1e-3, np.inf)],
-)
-def test_when_lambda_is_a_factor_on_alpha(case, low, high):
-    from paper import EXACT, difference
-
-    assert low <= difference(100, **EXACT[case]) <= high
-
-
-def test_a_slope():
-    from paper import slope
-
-    assert slope([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+    losses = np.array([[4.0, 2.0, np.inf], [9.0, 3.0, 9.0], [9.0, 9.0, np.inf]])
+    best = {"eta_A": 0.1, "eta_B": 1.0, "loss": 2.0, "equal rates": 1.0, "their loss": 3.0, "gap": 0.5}
+    assert experiment.optimum(losses, (0.1, 1.0, 10.0)) == best

@@ -28,23 +28,18 @@ def test_a_sample_is_the_same_each_time_and_keeps_to_its_limits(tmp_path):
     ("instruction", "answer", "choices"),
     [
         (
-            "Please choose the correct answer to the question: What melts?\n\nAnswer1: ice Answer2: hot iron "
-            "Answer3: a: b\n\nAnswer format: answer1/answer2/answer3",
+            "\n\nAnswer1: ice Answer2: hot iron Answer3: a: b\n\nAnswer",
             "answer2",
             ["ice", "hot iron", "a: b"],
         ),
-        (
-            "Please choose the correct solution to the question: What melts?\n\nSolution1: ice.\n\nSolution2: "
-            "iron.\n\nAnswer format: solution1/solution2",
-            "solution2",
-            ["ice.", "iron."],
-        ),
+        ("\n\nSolution1: ice.\n\nSolution2: iron.\n\nAnswer", "solution2", ["ice.", "iron."]),
     ],
 )
 def test_a_question_is_answered_by_the_text_of_a_choice(instruction, answer, choices):
     from tables import spell
 
-    row = {"instruction": instruction, "answer": answer}
+    start = "Please choose the correct answer to the question: What melts?"
+    row = {"instruction": f"{start}{instruction} format: a/b", "answer": answer}
     assert spell(row) == {"instruction": "What melts?", "choices": choices, "answer": choices[1]}
 
 

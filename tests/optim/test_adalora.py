@@ -1,4 +1,4 @@
-"""AdaLoRA by hand, against the paper's equations in float64, and against P Λ Q trained by autodiff."""
+"""AdaLoRA by hand and against the paper's equations in float64; what it is in every layout and precision."""
 
 import jax
 import jax.numpy as jnp
@@ -78,14 +78,8 @@ def test_a_step_by_hand():
     """
     params = {"q": {"lora_a": jnp.diag(jnp.array([1.0, 2.0])), "lora_b": jnp.array([[3.0, 4.0], [0.0, 2.0]])}}
     grads = jax.tree.map(jnp.ones_like, params)
-    settings = {
-        "steps": 2,
-        "initial_steps": 0,
-        "final_steps": 0,
-        "beta1": 0.5,
-        "beta2": 0.5,
-        "orthogonality": 0.5,
-    }
+    settings = {"steps": 2, "initial_steps": 0, "final_steps": 0}
+    settings |= dict.fromkeys(("beta1", "beta2", "orthogonality"), 0.5)
     for target, kept in ((2, 1.0), (1, 0.0)):
         tx = adalora(optax.sgd(0.1), optax.sgd(0.1), target_rank=target, **settings)
         updates, state = jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
@@ -185,49 +179,9 @@ def test_thirty_steps_are_the_papers_in_float64():
     assert ranks[-1] != [2, 2, 2]
 
 
-def test_with_the_full_budget_it_is_autodiff_through_the_triplets():
-    """P Λ Q trained by the same optimizers on a loss of its own, with a leaf that is no factor."""
-    x, y = draw(20, 5, seed=5), draw(20, 7, seed=6)
-    params = {"lora": {"v": factors()["v"]}, "params": {"bias": np.zeros(7, np.float32)}}
-
-    def loss(product, bias):
-        return jnp.mean((jnp.tanh(x @ product) + bias[None] - y) ** 2)
-
-    def by_factors(params, _):
-        pair = params["lora"]["v"]
-        return loss(pair["lora_a"] @ pair["lora_b"], params["params"]["bias"])
-
-    def by_triplets(params, values):
-        pair = params["lora"]["v"]
-        return loss(pair["lora_a"] @ jnp.diag(values) @ pair["lora_b"], params["params"]["bias"])
-
-    inner, singular = lora_plus_adamw(0.01, 4.0, weight_decay=0.1), optax.adamw(0.02)
-    tx = adalora(inner, singular, **OFF)
-    history = train(tx, params, grads=jax.jit(jax.grad(by_factors)))
-    q = tx.init(params).triplets.q["lora/v/lora_b"]
-    plain = {
-        "lora": {"v": {"lora_a": params["lora"]["v"]["lora_a"], "lora_b": q}},
-        "params": params["params"],
-    }
-    values = jnp.zeros(RANK)
-    states = inner.init(plain), singular.init(values)
-    for found, _ in history:
-        grads = jax.grad(by_triplets, argnums=(0, 1))(plain, values)
-        updates, state = inner.update(grads[0], states[0], plain)
-        shift, singular_state = singular.update(grads[1], states[1], values)
-        states = state, singular_state
-        plain, values = optax.apply_updates(plain, updates), optax.apply_updates(values, shift)
-        pair, expected = found["lora"]["v"], plain["lora"]["v"]
-        tolerance = {"rtol": 0, "atol": 1e-6}
-        np.testing.assert_allclose(pair["lora_a"], expected["lora_a"], **tolerance)
-        np.testing.assert_allclose(pair["lora_b"], values[:, None] * expected["lora_b"], **tolerance)
-        np.testing.assert_allclose(found["params"]["bias"], plain["params"]["bias"], **tolerance)
-    assert jnp.abs(pair["lora_b"]).max() > 1e-3
-
-
 def test_the_budget_and_its_choice():
-    assert [int(budget_at(left, 12, 4)) for left in (1, 0.75, 0.5, 0.25, 0)] == [12, 7, 5, 4, 4]
-    for total, phase in ((864, 1000), (250, 25), (14336, 777)):
+    assert budget_at(jnp.array([1, 0.75, 0.5, 0.25, 0]), 12, 4).tolist() == [12, 7, 5, 4, 4]
+    for total, phase in ((864, 1000), (14336, 777)):
         found = budget_at(jnp.arange(phase, -1, -1) / phase, total, total // 2)
         exact = [total // 2 + (total - total // 2) * n**3 // phase**3 for n in range(phase, -1, -1)]
         np.testing.assert_array_equal(found, exact)
@@ -236,6 +190,7 @@ def test_the_budget_and_its_choice():
     assert kept["a"].tolist() == [False, True]
 
 
+@pytest.mark.slow
 def test_the_rank_goes_to_the_modules_that_need_it():
     """What is to be learned has rank 3 in the first module, 1 in the second and 0 in the third."""
     size, ranks = 16, (3, 1, 0)
@@ -271,27 +226,23 @@ def test_the_rank_goes_to_the_modules_that_need_it():
     assert loss(found) < 1e-3 * loss(params)
 
 
-def other_views():
-    """Ways to hold v's factors, as functions of A (in, r) and B (r, out)."""
-    return {
-        "PEFT": lambda a, b: {"v": {"lora_A": {"weight": a.T}, "lora_B": {"weight": b.T}}},
-        "several axes": lambda a, b: {
-            "v": {"lora_a": a.reshape(5, 1, RANK), "lora_b": b.reshape(RANK, 7, 1)}
-        },
-        "gemma": lambda a, b: {"v": {"lora": {"a": a, "b": b}}},
-    }
+VIEWS = {  # of v's factors, A (in, r) and B (r, out)
+    "PEFT": lambda a, b: {"v": {"lora_A": {"weight": a.T}, "lora_B": {"weight": b.T}}},
+    "several axes": lambda a, b: {"v": {"lora_a": a.reshape(5, 1, RANK), "lora_b": b.reshape(RANK, 7, 1)}},
+}
 
 
-@pytest.mark.parametrize("name", other_views())
+@pytest.mark.parametrize("name", ["PEFT", pytest.param("several axes", marks=pytest.mark.slow)])
 def test_every_layout_takes_the_same_steps(name):
-    view = other_views()[name]
+    view = VIEWS[name]
     pair = factors()["v"]["lora_a"], draw(RANK, 7, seed=8)
     history = train(usual(), {"v": dict(zip(("lora_a", "lora_b"), pair, strict=True))})
     tx, params = usual(), view(*pair)
     state, before = tx.init(params), {"v": dict(zip(("lora_a", "lora_b"), pair, strict=True))}
+    update = jax.jit(tx.update)
     for step, (found, _) in enumerate(history):
         grads = gradients(before, step)["v"]
-        updates, state = jax.jit(tx.update)(view(grads["lora_a"], grads["lora_b"]), state, params)
+        updates, state = update(view(grads["lora_a"], grads["lora_b"]), state, params)
         params, before = optax.apply_updates(params, updates), found
     expected = view(found["v"]["lora_a"], found["v"]["lora_b"])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), params, expected)
@@ -310,9 +261,8 @@ def test_layers_without_adapter_stay_zero_and_do_not_count():
     params["q"]["lora_a"][1] = 0
     params["v"]["lora_a"][:, 3] = 0  # as in a sweep over ranks
     tx = usual()
-    state = tx.init(params)
+    found, state = train(tx, params)[-1]
     assert (int(state.initial_budget), int(state.target_budget)) == (7, 4)
-    found, _ = train(tx, params)[-1]
     assert not any(np.any(x[1]) for x in found["q"].values())
     assert not any(np.any(x) for x in (found["v"]["lora_a"][:, 3], found["v"]["lora_b"][3]))
     assert sum(int(np.any(pair["lora_b"], -1).sum()) for pair in found.values()) == 4
@@ -322,10 +272,13 @@ def test_what_is_drawn_does_not_depend_on_ranks_that_are_not_there():
     alone = factors()
     padded = jax.tree.map(lambda x: np.pad(x, [(0, 2 if n == RANK else 0) for n in x.shape]), alone)
     tx, other = usual(), adalora(optax.sgd(1.0), optax.sgd(1.0), **OFF, seed=1)
-    for path, q in tx.init(alone).triplets.q.items():
+    drawn, more, others = (
+        jax.jit(t.init)(x).triplets.q for t, x in ((tx, alone), (tx, padded), (other, alone))
+    )
+    for path, q in drawn.items():
         axis = next(n for n, size in enumerate(q.shape) if size == RANK)
-        np.testing.assert_array_equal(q, jnp.take(tx.init(padded).triplets.q[path], jnp.arange(RANK), axis))
-        assert not np.allclose(q, other.init(alone).triplets.q[path])
+        np.testing.assert_array_equal(q, np.take(more[path], range(RANK), axis))
+        assert not np.allclose(q, others[path])
 
 
 def test_bfloat16_factors_are_the_state_rounded():
@@ -340,6 +293,7 @@ def test_bfloat16_factors_are_the_state_rounded():
     assert sum(ranks) == 6
 
 
+@pytest.mark.slow
 def test_members_of_a_sweep_are_single_runs():
     rates, params = jnp.array([0.01, 0.03]), {"v": factors()["v"]}
 
@@ -355,18 +309,16 @@ def test_members_of_a_sweep_are_single_runs():
         return jax.lax.scan(step, (params, state), jnp.arange(25))[0][0]
 
     together = jax.jit(jax.vmap(member))(rates)
-    for n, rate in enumerate(rates):
-        alone = jax.jit(member)(rate)
-        jax.tree.map(lambda x, y, n=n: np.testing.assert_allclose(x[n], y, atol=1e-5), together, alone)
+    alone = jax.jit(member)(rates[1])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[1], y, atol=1e-5), together, alone)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_it_takes_the_same_steps():
     mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     params = {"q": {"lora_a": draw(2, 6, RANK), "lora_b": np.zeros((2, RANK, 8), np.float32)}}
     axes = {"lora_a": PartitionSpec(None, "fsdp"), "lora_b": PartitionSpec(None, None, "fsdp")}
-    placed = {
-        "q": {name: jax.device_put(x, NamedSharding(mesh, axes[name])) for name, x in params["q"].items()}
-    }
+    placed = jax.device_put(params, {"q": {name: NamedSharding(mesh, spec) for name, spec in axes.items()}})
 
     def grads(params, step):
         return jax.tree.map(lambda x: jnp.cos(3 * x + step), params)

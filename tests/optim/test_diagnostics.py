@@ -11,21 +11,21 @@ from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.adapter.tree import leaves_by_path, unflatten
 from loraplus_jax.optim.keep_float32 import keep_float32
 
+from ..marks import slow
 from ..messages import mentions
+from ..refusals import refusals
 
 TRAINABLE = {
     "lora": {"enc": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 5))}}},
     "params": {"head": {"bias": jnp.ones(4)}},
 }
-SPECS = {
-    "enc/q": AdapterSpec(leaf="params/enc/q/kernel", kind="dense", axes="io", shape=(3, 5), rank=2, scale=2.0)
-}
+SPEC = AdapterSpec(leaf="params/enc/q/kernel", kind="dense", axes="io", shape=(3, 5), rank=2, scale=2.0)
 
 
 def test_describe_in_full():
     tx = lora_plus_adamw(1e-3, lr_ratio=4.0, weight_decay=0.01, decay="equal")
     frozen = {"params": {"enc": {"q": {"kernel": jnp.ones((300, 5))}}}}
-    assert str(describe(TRAINABLE, tx, SPECS, frozen=frozen)).splitlines() == [
+    assert str(describe(TRAINABLE, tx, {"enc/q": SPEC}, frozen=frozen)).splitlines() == [
         "path               shape  role   rank  rate   decay   count",
         "lora/enc/q/lora_a  3x2    a      2     0.001  0.01    6",
         "lora/enc/q/lora_b  2x5    b      2     0.004  0.0025  10",
@@ -49,13 +49,9 @@ def test_schedules_are_read_at_the_step(step, a, b):
 
 
 def test_a_wrapped_optimizer_shows_multiples():
-    rows = describe(TRAINABLE, lora_plus(optax.sgd(0.1), lr_ratio=4.0)).rows
-    assert [(row.rate, row.decay, row.relative) for row in rows] == [
-        (1.0, None, True),
-        (4.0, None, True),
-        (1.0, None, True),
-    ]
-    assert "4 x base" in str(describe(TRAINABLE, lora_plus(optax.sgd(0.1), lr_ratio=4.0)))
+    table = describe(TRAINABLE, lora_plus(optax.sgd(0.1), lr_ratio=4.0))
+    assert [(row.rate, row.decay, row.relative) for row in table.rows] == [(n, None, True) for n in (1, 4, 1)]
+    assert "4 x base" in str(table)
 
 
 @pytest.mark.parametrize("step", [0, 5])
@@ -65,9 +61,8 @@ def test_describe_before_training(wrap, step):
     injected = optax.inject_hyperparams(lora_plus_adamw)(**settings)
     for tx in (injected, keep_float32(optax.chain(optax.identity(), lora_plus_adamw(**settings)))):
         rows = describe(wrap(TRAINABLE), tx, step=step).rows
-        assert [(row.rate, row.decay) for row in rows] == [
-            (pytest.approx(step / 10 * n), 0.5) for n in (1, 4, 1)
-        ]
+        assert [row.rate for row in rows] == pytest.approx([step / 10 * n for n in (1, 4, 1)])
+        assert {row.decay for row in rows} == {0.5}
     many = optax.MultiSteps(injected, 2)
     assert len(describe(TRAINABLE, many).rows) == 3
     for optimizer in (many, injected.init(TRAINABLE)):
@@ -75,15 +70,12 @@ def test_describe_before_training(wrap, step):
             describe(TRAINABLE, optimizer, step=7)
 
 
-def test_describe_of_what_it_does_not_know():
-    for optimizer in (optax.adam(1e-3), optax.chain(optax.adam(1e-3))):
-        with pytest.raises(TypeError, match="lora_plus_adamw"):
-            describe(TRAINABLE, optimizer)
-    with pytest.raises(TypeError, match="lora_plus_adamw"):
-        describe(TRAINABLE, optax.adam(1e-3).init(TRAINABLE))
-    state = lora_plus_adamw(1e-3, 4.0).init(TRAINABLE["lora"])
-    with pytest.raises(TypeError, match="trainable variables"):
-        describe(TRAINABLE, state)
+test_describe_of_what_it_does_not_know = refusals(
+    (lambda: describe(TRAINABLE, optax.chain(optax.adam(1e-3))), "lora_plus_adamw"),
+    (lambda: describe(TRAINABLE, optax.adam(1e-3).init(TRAINABLE)), "lora_plus_adamw"),
+    (lambda: describe(TRAINABLE, lora_plus_adamw(1e-3, 4.0).init(TRAINABLE["lora"])), "trainable variables"),
+    error=TypeError,
+)
 
 
 def test_describe_beside_another_optimizer():
@@ -91,11 +83,8 @@ def test_describe_beside_another_optimizer():
     labels = {"lora": "plus", "params": "other"}
     tx = optax.multi_transform(parts, labels)
     table = describe(TRAINABLE, tx.init(TRAINABLE))
-    assert [(row.role, row.rate) for row in table.rows] == [
-        ("a", pytest.approx(1e-3)),
-        ("b", pytest.approx(4e-3)),
-        ("extra", None),
-    ]
+    assert [row.role for row in table.rows] == ["a", "b", "extra"]
+    assert [row.rate for row in table.rows] == [pytest.approx(1e-3), pytest.approx(4e-3), None]
     assert "params/head/bias   4      extra  -     -      -      4" in str(table)
 
 
@@ -111,12 +100,8 @@ EVERYTHING = {
         "rms": {"scale": jnp.ones(3)},
     },
 }
-KINDS = {
-    "adapters": ("lora",),
-    "head": ("lora", "params/head"),
-    "biases": ("lora", "params/norm/bias"),
-    "all": ("lora", "params"),
-}
+KINDS = {"adapters": ["lora"], "head": ["lora", "params/head"], "all": ["lora", "params"]}
+KINDS["biases"] = ["lora", "params/norm/bias"]
 RATES = {
     "one rate": {},
     "head": {"head_learning_rate": 0.02},
@@ -125,6 +110,7 @@ RATES = {
     "equal decay": {"decay": "equal"},
     "clipped": {"max_grad_norm": 1e9},
 }
+POLICIES = ("lora_plus", "peft")
 METHODS = {
     "plain": lambda **fields: lora_plus_adamw(**fields),
     "chain": lambda **fields: optax.chain(optax.identity(), lora_plus_adamw(**fields)),
@@ -134,26 +120,29 @@ METHODS = {
 
 
 def part(tree, prefixes):
-    flat = {
-        p: x for p, x in leaves_by_path(tree).items() if any(f"{p}/".startswith(f"{q}/") for q in prefixes)
-    }
-    return unflatten(flat)
+    starts = tuple(f"{prefix}/" for prefix in prefixes)
+    return unflatten({p: x for p, x in leaves_by_path(tree).items() if f"{p}/".startswith(starts)})
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("policy", ["lora_plus", "peft"])
-@pytest.mark.parametrize("rates", RATES)
-@pytest.mark.parametrize("kind", KINDS)
+CELLS = [  # of every kind with every other rate; the quick ones show every kind, policy and method
+    (pytest.param if i == j else slow)(kind, rates, POLICIES[(i // 2 + j) % 2], [*METHODS][(2 * i + j) % 4])
+    for i, kind in enumerate(KINDS)
+    for j, rates in enumerate(RATES)
+    if (i + j) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("kind", "rates", "policy", "method"), CELLS)
 def test_what_describe_says_is_what_a_step_does(kind, rates, policy, method):
     params = part(EVERYTHING, KINDS[kind])
     fields = {"learning_rate": 0.1, "lr_ratio": 4.0, "weight_decay": 0.5, "eps": 1e-30, "policy": policy}
     tx = METHODS[method](**fields | RATES[rates])
-    state, ones = tx.init(params), jax.tree.map(jnp.ones_like, params)
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    state, ones = jax.jit(tx.init)(params), jax.tree.map(np.ones_like, params)
+    zeros, update = jax.tree.map(np.zeros_like, params), jax.jit(tx.update)
     for _ in range(2):
         # A step is -rate (Adam's direction + decay * parameter): parameters of 0 show the rate, of 1 the decay too.
-        moved, after = tx.update(ones, state, zeros)
-        decayed, state = tx.update(ones, state, ones)
+        moved, after = update(ones, state, zeros)
+        decayed, state = update(ones, state, ones)
         rows = {row.path: row for row in describe(params, after).rows}
         for path, step in leaves_by_path(moved).items():
             rate = -np.unique(np.asarray(step))
@@ -161,14 +150,13 @@ def test_what_describe_says_is_what_a_step_does(kind, rates, policy, method):
             decay = -np.unique(np.asarray(leaves_by_path(decayed)[path])) / rate - 1
             np.testing.assert_allclose(decay, rows[path].decay, rtol=1e-3, atol=1e-4)
     realised = probe(tx, state, zeros)
-    by_role = {row.role: row.rate for row in describe(params, tx.update(ones, state, zeros)[1]).rows}
+    by_role = {row.role: row.rate for row in describe(params, update(ones, state, zeros)[1]).rows}
     assert {role: float(realised[role]) for role in by_role} == pytest.approx(by_role, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("tx", "rates"),
     [
-        (lora_plus_adamw(1e-3, lr_ratio=16.0), (1e-3, 16e-3, 1e-3)),
         (lora_plus_adamw(1e-3, lr_ratio=16.0, head_learning_rate=0.5), (1e-3, 16e-3, 0.5)),
         (lora_plus(optax.lion(1e-3, weight_decay=0.0), lr_ratio=4.0), (1e-3, 4e-3, 1e-3)),
         (optax.adam(1e-3), (1e-3, 1e-3, 1e-3)),
@@ -188,27 +176,8 @@ def test_probe_with_gradients_takes_root_mean_squares():
     found = probe(tx, tx.init(TRAINABLE), TRAINABLE, grads)
     np.testing.assert_allclose([found["a"], found["b"]], [(25 / 6) ** 0.5, 8.0], rtol=1e-6)
     assert found["extra"] == 0
-
-
-def test_probe_of_a_fresh_adapter_is_infinite_as_documented():
-    grads = jax.tree.map(jnp.ones_like, TRAINABLE)
-    grads["lora"]["enc"]["q"]["lora_a"] *= 0
-    tx = lora_plus_adamw(1e-3, 4.0)
+    grads["lora"]["enc"]["q"]["lora_a"] *= 0  # as of a fresh adapter
     assert jnp.isinf(probe(tx, tx.init(TRAINABLE), TRAINABLE, grads)["b/a"])
-
-
-def test_probe_shows_a_ratio_outside_a_transform_that_keeps_parameters():
-    def update(updates, state, params):
-        state = jax.tree.map(lambda x, g: x - 1e-3 * g, state, updates)
-        return jax.tree.map(jnp.subtract, state, params), state
-
-    tx = lora_plus(optax.GradientTransformation(lambda params: params, update), lr_ratio=8.0)
-    params, state, ratios = TRAINABLE, tx.init(TRAINABLE), []
-    for _ in range(2):
-        ratios.append(float(probe(tx, state, params)["b/a"]))
-        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
-        params = optax.apply_updates(params, updates)
-    assert ratios == pytest.approx([8, 48], rel=1e-3)
 
 
 def test_probe_behind_float32_copies_shows_the_realised_rates():

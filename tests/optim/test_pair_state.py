@@ -1,5 +1,6 @@
 """What optimizers of pairs share: which axes of a factor are its rows, roots of Gram matrices, bad trees."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -37,12 +38,12 @@ def test_trees_without_clear_pairs_are_rejected(name):
         (STACK, ["batch", "specs"]),
     ):
         with pytest.raises(ValueError, match=mentions(*words)):
-            tx.init(tree)
-    MAKERS[name](specs={"q": SPEC}).init(STACK)
+            jax.eval_shape(tx.init, tree)
+    jax.eval_shape(MAKERS[name](specs={"q": SPEC}).init, STACK)
     with pytest.raises(ValueError, match=mentions("q", "specs")):
-        MAKERS[name](specs={"w": SPEC}).init(PAIR)
+        jax.eval_shape(MAKERS[name](specs={"w": SPEC}).init, PAIR)
     with pytest.raises(ValueError, match=mentions("params")):
-        tx.update(PAIR, tx.init(PAIR))
+        tx.update(PAIR, jax.jit(tx.init)(PAIR))
 
 
 @pytest.mark.parametrize(
@@ -72,11 +73,11 @@ def test_of_a_square_weight_the_rank_is_the_smaller_axis():
             np.testing.assert_array_equal(layout.rows(leaves[path]), rows)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("rows", [1, 7])
 def test_what_float32_rounds_is_no_direction(rows):
     x = jnp.asarray(np.random.default_rng(rows).normal(size=(8, rows)), jnp.float32)
     gram = x @ x.T
-    root = inverse_root(gram)
+    root = jax.jit(inverse_root)(gram)
     # The projection on the directions that the rows span.
     assert float(jnp.trace(root @ gram @ root)) == pytest.approx(rows, abs=1e-3)
     assert float(jnp.abs(root).max()) < 2 / float(jnp.linalg.svd(x)[1].min())
@@ -85,6 +86,6 @@ def test_what_float32_rounds_is_no_direction(rows):
 def test_inverse_roots():
     matrix = np.random.default_rng(5).normal(size=(4, 4))
     matrix = jnp.asarray(matrix @ matrix.T, jnp.float32)
-    root = inverse_root(matrix)
+    root = jax.jit(inverse_root)(matrix)
     np.testing.assert_allclose(root @ matrix @ root, np.eye(4), atol=1e-3)
     np.testing.assert_array_equal(inverse_root(jnp.zeros((2, 3, 3))), 0)

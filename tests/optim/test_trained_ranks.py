@@ -54,19 +54,18 @@ def test_ranks_are_counted_by_layer():
 
 def test_a_pruned_adapter_is_plain_lora_with_the_same_outputs(tmp_path):
     model, lora, specs, config = net(alpha_pattern={"heads": 3.0})
-    params = Net().init(jax.random.key(2), X)["params"]
-    small, table, found = prune(lora, specs, config)
+    params = jax.jit(Net().init)(jax.random.key(2), X)["params"]
+    small, table, pruned_config = prune(lora, specs, config)
     assert {module: spec.rank for module, spec in table.items()} == {"layers/fc": 3, "fc": 3, "heads": 1}
     for module, spec in specs.items():
-        assert found.rank_of(module) == table[module].rank
-        assert found.scale_of(module) == table[module].scale == pytest.approx(spec.scale, rel=1e-15)
-    pruned = apply_lora_plus(Net(), found)
+        assert pruned_config.rank_of(module) == table[module].rank
+        assert pruned_config.scale_of(module) == table[module].scale == pytest.approx(spec.scale, rel=1e-15)
+    pruned = apply_lora_plus(Net(), pruned_config)
     _, made = init_lora(pruned, jax.random.key(0), X)
     assert made == table
-    outputs = model.apply({"params": params, "lora": lora}, X)
-    np.testing.assert_allclose(
-        pruned.apply({"params": params, "lora": small}, X), outputs, rtol=1e-5, atol=1e-5
-    )
+    outputs = jax.jit(model.apply)({"params": params, "lora": lora}, X)
+    found = jax.jit(pruned.apply)({"params": params, "lora": small}, X)
+    np.testing.assert_allclose(found, outputs, rtol=1e-5, atol=1e-5)
     for module, spec in specs.items():
         before, after = (
             weight_delta(*(jnp.asarray(x) for x in at(tree, module).values()), s)
@@ -74,7 +73,7 @@ def test_a_pruned_adapter_is_plain_lora_with_the_same_outputs(tmp_path):
         )
         np.testing.assert_allclose(before, after, atol=1e-6)
     assert final_ranks(small, table) == final_ranks(lora, specs)
-    save_adapter(tmp_path / "a", small, table, found)
+    save_adapter(tmp_path / "a", small, table, pruned_config)
     jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / "a").lora, small)
 
 
@@ -84,7 +83,7 @@ def at(tree, module):
     return tree
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("use_rslora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_adapter_of_a_single_layer_can_be_pruned(use_rslora):
     config = LoRAPlusConfig(target_modules=".*", rank=3, use_rslora=use_rslora)
     model = apply_lora_plus(nn.Dense(5), config)

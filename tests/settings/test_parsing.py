@@ -43,9 +43,7 @@ def test_every_field_is_read_from_the_file_and_from_the_command_line(tmp_path, n
 def test_separate_files(tmp_path):
     settings = parsed(tmp_path, "--data.path", "null", *(w for n, v in FILES.items() for w in (f"--{n}", v)))
     assert (settings.data.path, settings.data.train, settings.data.test) == (None, "a.csv", "c.csv")
-    settings = parsed(
-        tmp_path, "--data.path", "null", "--data.train", "[a.csv, b.csv]", "--data.test", "c.csv"
-    )
+    settings = parsed(tmp_path, "--data.path=null", "--data.train=[a.csv, b.csv]", "--data.test=c.csv")
     assert settings.data.files == {"train": ("a.csv", "b.csv"), "test": ("c.csv",)}
     assert settings_from_json(settings.to_json()) == settings
 
@@ -121,9 +119,7 @@ test_names_of_other_libraries_are_recognized = refusals(
 def test_json_and_yaml_round_trips(tmp_path, target):
     apart = ("train.epochs", "lora.target_modules", "train.theory_every")
     changes = {n: v for n, v in OTHER.items() if n not in apart}
-    words = [
-        w for n, v in changes.items() for w in (f"--{n}", json.dumps(v) if not isinstance(v, str) else v)
-    ]
+    words = [f"--{n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in changes.items()]
     settings = parsed(tmp_path, *words, "--lora.target_modules", target)
     plain = settings.to_json()
     assert settings_from_json(json.loads(json.dumps(plain))) == settings

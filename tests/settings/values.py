@@ -9,126 +9,55 @@ from loraplus_jax.settings.parsing import parse_settings
 LEAST = {"model": {"path": "m"}, "data": {"path": "d"}, "output_dir": "o"}
 
 
-# Every field of the sections, away from its default, as it stands in YAML.
-OTHER = {
-    "model.path": "elsewhere",
-    "model.pooling": "cls",
-    "model.dtype": "bfloat16",
-    "model.param_dtype": "bfloat16",
-    "model.quantize": "nf4",
-    "model.dropout": 0.2,
-    "model.head_dropout": 0.3,
-    "model.unroll": True,
-    "data.path": "other.csv",
-    "data.text": "sentence",
-    "data.text_pair": "second",
-    "data.label": "class",
-    "data.delimiter": ";",
-    "data.quoting": "none",
-    "data.header": ["text", "label", "sentence", "second", "class"],
-    "data.max_length": 32,
-    "data.validation_fraction": 0.2,
-    "data.test_fraction": 0.1,
-    "data.split_seed": 3,
-    "data.limit": 50,
-    "data.duplicates": "drop",
-    "lora.target_modules": ["key"],
-    "lora.rank": 3,
-    "lora.alpha": 7.0,
-    "lora.dropout": 0.1,
-    "lora.lr_ratio": 2.0,
-    "lora.init": "lora_b",
-    "lora.modules_to_save": ["pooler"],
-    "lora.exclude_modules": ["key"],
-    "lora.target_parameters": {"word/embedding": "io"},
-    "lora.layers_to_transform": [0],
-    "lora.rank_pattern": {"query": 2},
-    "lora.alpha_pattern": {"query": 2.0},
-    "lora.use_rslora": True,
-    "lora.variant": "dora",
-    "lora.bias": "all",
-    "optimizer.embedding_learning_rate": 1e-3,
-    "optimizer.policy": "peft",
-    "optimizer.name": "riemannian",
-    "optimizer.learning_rate": 2e-3,
-    "optimizer.head_learning_rate": 1e-2,
-    "optimizer.schedule": "cosine",
-    "optimizer.warmup_steps": 4,
-    "optimizer.final_fraction": 0.1,
-    "optimizer.b1": 0.8,
-    "optimizer.b2": 0.99,
-    "optimizer.eps": 1e-6,
-    "optimizer.weight_decay": 0.01,
-    "optimizer.max_grad_norm": 1.0,
-    "train.steps": 5,
-    "train.epochs": 1.5,
-    "train.batch_size": 8,
-    "train.accumulate": 2,
-    "train.eval_batch_size": 16,
-    "train.eval_every": 7,
-    "train.log_every": 3,
-    "train.early_stopping": 2,
-    "train.select": "last",
-    "train.keep": 1,
-    "train.max_skipped": 2,
-    "train.compilation_cache": False,
-    "train.theory_every": 4,
-    "train.report_to": ["wandb"],
-    "mesh.data": 2,
-    "mesh.fsdp": 2,
-    "mesh.tensor": 4,
-    "task": "regression",
-    "method": "lora",
-    "init_adapter": "old_run",
-    "seed": 9,
-    "output_dir": "there",
-}
+def flat(text):
+    """Settings by their names with sections, from YAML by section."""
+    return {
+        f"{section}.{field}".removeprefix("."): given
+        for section, fields in yaml.safe_load(text).items()
+        for field, given in fields.items()
+    }
 
 
+# Every field of the sections, away from its default.
+OTHER = flat("""
+model:
+  {path: elsewhere, pooling: cls, dtype: bfloat16, param_dtype: bfloat16, quantize: nf4, dropout: 0.2,
+   head_dropout: 0.3, unroll: true}
+data:
+  {path: other.csv, text: sentence, text_pair: second, label: class, delimiter: ";", quoting: none,
+   header: [text, label, sentence, second, class], max_length: 32, validation_fraction: 0.2, test_fraction: 0.1,
+   split_seed: 3, limit: 50, duplicates: drop}
+lora:
+  {target_modules: [key], rank: 3, alpha: 7.0, dropout: 0.1, lr_ratio: 2.0, init: lora_b, modules_to_save: [pooler],
+   exclude_modules: [key], target_parameters: {word/embedding: io}, layers_to_transform: [0],
+   rank_pattern: {query: 2}, alpha_pattern: {query: 2.0}, use_rslora: true, variant: dora, bias: all}
+optimizer:
+  {embedding_learning_rate: 1.0e-3, policy: peft, name: riemannian, learning_rate: 2.0e-3,
+   head_learning_rate: 1.0e-2, schedule: cosine, warmup_steps: 4, final_fraction: 0.1, b1: 0.8, b2: 0.99,
+   eps: 1.0e-6, weight_decay: 0.01, max_grad_norm: 1.0}
+train:
+  {steps: 5, epochs: 1.5, batch_size: 8, accumulate: 2, eval_batch_size: 16, eval_every: 7, log_every: 3,
+   early_stopping: 2, select: last, keep: 1, max_skipped: 2, compilation_cache: false, theory_every: 4,
+   report_to: [wandb]}
+mesh: {data: 2, fsdp: 2, tensor: 4}
+"": {task: regression, method: lora, init_adapter: old_run, seed: 9, output_dir: there}
+""")
 # Fields of language models, with task instruction.
-LANGUAGE = {
-    "model.split_fused": True,
-    "model.remat": "dots",
-    "model.attention": "xla",
-    "model.loss_chunk": 64,
-    "data.template": "plain",
-    "data.answers": "last",
-    "data.packing": True,
-    "data.column_names": {"prompt": "question"},
-    "train.prompt": "Why?",
-    "train.label_smoothing": 0.1,
-}
-
-
+LANGUAGE = flat("""
+model: {split_fused: true, remat: dots, attention: xla, loss_chunk: 64}
+data: {template: plain, answers: last, packing: true, column_names: {prompt: question}}
+train: {prompt: "Why?", label_smoothing: 0.1}
+""")
 # Fields of task generation.
-GENERATION = {
-    "generation.beams": 7,
-    "generation.length_penalty": 0.5,
-    "generation.no_repeat_ngram": 3,
-    "generation.early_stopping": "never",
-    "generation.max_new_tokens": 9,
-    "generation.inputs": 5,
-    "generation.batch_size": 2,
-}
-
-
+GENERATION = flat("""
+generation: {beams: 7, length_penalty: 0.5, no_repeat_ngram: 3, early_stopping: never, max_new_tokens: 9,
+  inputs: 5, batch_size: 2}
+""")
 # Set together.
-PROCESSES = {
-    "distributed.coordinator": "host:1234",
-    "distributed.processes": 4,
-    "distributed.process_id": 3,
-}
-
-
+PROCESSES = flat('distributed: {coordinator: "host:1234", processes: 4, process_id: 3}')
+OTHER_PROCESSES = flat('distributed: {coordinator: "host:1", processes: 8, process_id: 0}')
 # These replace data.path.
-FILES = {"data.train": "a.csv", "data.validation": "b.csv", "data.test": "c.csv"}
-
-
-OTHER_PROCESSES = {
-    "distributed.coordinator": "host:1",
-    "distributed.processes": 8,
-    "distributed.process_id": 0,
-}
+FILES = flat("data: {train: a.csv, validation: b.csv, test: c.csv}")
 # Every field: a value away from its default, and the settings without which this value is rejected.
 FIELDS = {
     **{name: (given, {}) for name, given in OTHER.items()},

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import jax_utils
 
 from loraplus_jax import (
     LoRAPlusConfig,
@@ -19,7 +19,6 @@ from loraplus_jax import (
     lora_plus_adamw,
     make_mesh,
     open_manager,
-    pmap_step,
     restore_checkpoint,
     save_checkpoint,
 )
@@ -44,12 +43,6 @@ def loss_fn(variables, batch, rng):
     noise = jax.random.normal(rng, (2, 3))
     y = batch @ (variables["params"]["q"]["kernel"] + q["lora_a"] @ q["lora_b"]) + noise
     return (jnp.sum(y**2), 2), {}
-
-
-def squares(variables, batch, rng):
-    q = variables["lora"]["q"]
-    y = batch @ (variables["params"]["q"]["kernel"] + q["lora_a"] @ q["lora_b"])
-    return (jnp.sum(y**2), y.size), {}
 
 
 step = jit_step(loss_fn, TX)
@@ -77,8 +70,8 @@ def assert_same(got, expected):
     jax.tree.map(np.testing.assert_array_equal, values(got), values(expected))
 
 
-def metadata(config=CONFIG, specs=SPEC, base="0123", **more):
-    return describe_run({"q": specs}, config, base=base, **more)
+def metadata(config=CONFIG, specs=SPEC, base="0123", seed=5, **more):
+    return describe_run({"q": specs}, config, base=base, seed=seed, **more)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +80,9 @@ def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     state = trained(fresh(), 3)
     expected = values(state)
+    position = {"epoch": 1, "next": [7, 8]}
     with open_manager(directory) as manager:
-        save_checkpoint(
-            manager, state, metadata=metadata(seed=5), input_position={"epoch": 1, "next": [7, 8]}
-        )
+        save_checkpoint(manager, state, metadata=metadata(), input_position=position)
         trained(state, 2)
     return directory, expected
 
@@ -98,34 +90,30 @@ def saved(tmp_path_factory):
 def test_a_saved_state_is_restored_though_training_continued(saved):
     directory, expected = saved
     with open_manager(directory) as manager:
-        restored = restore_checkpoint(manager, fresh(seed=1), metadata=metadata(seed=5))
+        restored = restore_checkpoint(manager, fresh(seed=1), metadata=metadata())
     jax.tree.map(np.testing.assert_array_equal, values(restored.state), expected)
     assert restored.input_position == {"epoch": 1, "next": [7, 8]}
     assert restored.metadata["config"] == CONFIG.to_json()
     assert restored.metadata["versions"]["jax"] == jax.__version__
     assert restored.metadata["format"] == 1
+    assert "kernel" not in " ".join(map(str, directory.rglob("*")))  # the base is not in the files
 
 
 def test_a_resumed_run_is_bitwise_the_same(saved):
     with open_manager(saved[0]) as manager:
-        state = restore_checkpoint(manager, fresh(seed=1), metadata=metadata(seed=5)).state
+        state = restore_checkpoint(manager, fresh(seed=1), metadata=metadata()).state
     assert_same(trained(state, 4), trained(fresh(), 7))
 
 
-@pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), slow((2, 1, 1)), (1, 2, 2), slow((1, 8, 1)), slow((2, 1, 4)), "pmap"], ids=str
-)
+@pytest.mark.parametrize("sizes", [(1, 2, 2), slow((2, 1, 4))], ids=str)
 def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bitwise(tmp_path, sizes):
-    # Eight devices add a gradient up in another order than one, and Adam's step carries that noise times the rate:
-    # at 1e-3 it stays far below 1e-6, which at TX's 0.1 it does not on every processor.
-    tx = lora_plus_adamw(optax.linear_schedule(1e-3, 0.0, 10), 16.0, weight_decay=0.1)
     draw = functools.partial(jax.random.normal, jax.random.key(1))
     lora = {"q": {"lora_a": draw((8, 4)), "lora_b": draw((4, 16))}}
     spec = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(8, 16), rank=4, scale=1.0)
     frozen = {"params": {"q": {"kernel": jnp.ones((8, 16))}}}
-    state = init_state({"lora": lora}, tx, jax.random.key(3))
-    grads = jax.tree.map(jnp.sin, state.trainable)
-    state = state.replace(opt_state=tx.update(grads, state.opt_state, state.trainable)[1], step=jnp.int32(7))
+    state = init_state({"lora": lora}, TX, jax.random.key(3))
+    moments = jax.jit(TX.update)(state.trainable, state.opt_state, state.trainable)[1]
+    state = state.replace(opt_state=moments, step=jnp.int32(7))
     rules = (("q/kernel", ("fsdp", "tensor")),)
 
     def on(*sizes):
@@ -134,33 +122,16 @@ def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bitwise(tmp_path, si
     with open_manager(tmp_path) as manager:
         save_checkpoint(manager, distribute(state, on(2, 2, 2)), metadata={})
         manager.wait_until_finished()
-        like = (
-            state
-            if sizes == "pmap"
-            else distribute(init_state({"lora": lora}, tx, jax.random.key(0)), on(*sizes))
-        )
+        like = distribute(init_state({"lora": lora}, TX, jax.random.key(0)), on(*sizes))
         found = restore_checkpoint(manager, like, metadata={}).state
-    if sizes == "pmap":
-        # It trains on there as on one device; the values are looked at before, as a step takes its state.
-        copies, alone = jax_utils.replicate(found), jax.tree.map(jnp.array, found)
-        x = jax.random.normal(jax.random.key(2), (16, 8))
-        after, _ = pmap_step(squares, tx)(copies, jax_utils.replicate(frozen), x.reshape(8, 2, 8))
-        expected, _ = jit_step(squares, tx)(alone, frozen, x)
-        pairs = zip(
-            *(jax.tree.leaves(values(s)) for s in (jax_utils.unreplicate(after), expected)), strict=True
-        )
-        for ours, theirs in pairs:
-            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
-        assert int(expected.step) == 8
-    else:
-        pairs = zip(*map(jax.tree.leaves, (found.trainable, on(*sizes).trainable)), strict=True)
-        assert all(x.sharding.is_equivalent_to(place, x.ndim) for x, place in pairs)
+    pairs = zip(*map(jax.tree.leaves, (found.trainable, on(*sizes).trainable)), strict=True)
+    assert all(x.sharding.is_equivalent_to(place, x.ndim) for x, place in pairs)
     jax.tree.map(np.testing.assert_array_equal, values(found), values(state))
 
 
-def restored(directory, state=None, **change):
+def restored(directory, state=None, step=None, **change):
     with open_manager(directory) as manager:
-        return restore_checkpoint(manager, state or fresh(), metadata=metadata(**{"seed": 5} | change))
+        return restore_checkpoint(manager, state or fresh(), metadata=metadata(**change), step=step)
 
 
 def with_leaf(name, *shape):
@@ -185,7 +156,7 @@ test_another_run_is_rejected_with_field_and_values = refusals(
     (
         lambda saved: restored(saved[0], with_leaf("lora_a", 5, 2)),
         "lora/q/lora_a",
-        "float32 (4, 2)",
+        "(4, 2)",
         "float32 (5, 2)",
     ),
     (
@@ -196,11 +167,13 @@ test_another_run_is_rejected_with_field_and_values = refusals(
     ),
     (lambda saved: restored(saved[0], SGD), "opt_state"),
     (lambda tmp_path: open_manager(tmp_path, keep=0), "keep", 1, 0),
+    (lambda tmp_path: open_manager(tmp_path / "a\\b/checkpoints"), "directory", r"a\\b"),
+    (lambda tmp_path: open_manager(tmp_path / "a\udcffb/checkpoints"), "directory", r"a\udcffb"),
     error=ValueError,
 )
 
 
-@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize("make", [jax.random.key, slow(jax.random.PRNGKey)])
 def test_keys_of_an_optimizer_and_a_state_of_shapes(tmp_path, make):
     tx = optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(3)), TX)
     state, _ = jit_step(loss_fn, tx)(init_state(trainable(), tx, make(0)), FROZEN, BATCH)
@@ -213,25 +186,11 @@ def test_keys_of_an_optimizer_and_a_state_of_shapes(tmp_path, make):
     assert restored.rng.dtype == state.rng.dtype
 
 
-def test_a_missing_checkpoint_is_named(saved, tmp_path):
-    with (
-        open_manager(saved[0]) as manager,
-        pytest.raises(FileNotFoundError, match=mentions("step 2", saved[0])),
-    ):
-        restore_checkpoint(manager, fresh(), metadata=metadata(), step=2)
-    with (
-        open_manager(tmp_path) as manager,
-        pytest.raises(FileNotFoundError, match=mentions("checkpoint", tmp_path)),
-    ):
-        restore_checkpoint(manager, fresh(), metadata=metadata())
-
-
-def test_the_base_is_not_in_the_files(saved):
-    """As many bytes as the state has, and metadata: a base of 4 MB would show."""
-    size = sum(path.stat().st_size for path in saved[0].rglob("*") if path.is_file())
-    assert 0 < size < 100_000
-    names = " ".join(str(path) for path in saved[0].rglob("*"))
-    assert "kernel" not in names
+test_a_missing_checkpoint_is_named = refusals(
+    (lambda saved: restored(saved[0], step=2), "step 2"),
+    (lambda tmp_path: restored(tmp_path / "mine"), "checkpoint", "mine"),
+    error=FileNotFoundError,
+)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +213,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mode, losses, kept):
         assert mode is None or manager.best_step() == (2 if len(kept) == 3 else 5)
 
 
-@pytest.mark.parametrize("name", ["a[b]", "a*", "a?", "**", "[!a]", "~a", "a\nb", "[/red]", "a%20{b}'\"$"])
+@pytest.mark.parametrize("name", ["a[b]*", slow("~a"), slow("a\nb"), slow("a%20{b}'\"$")])
 def test_any_name_of_a_directory_that_is_legal_works(tmp_path, name):
     state = fresh()
     # Their siblings would match these names as patterns.
@@ -264,14 +223,6 @@ def test_any_name_of_a_directory_that_is_legal_works(tmp_path, name):
             save_checkpoint(manager, state.replace(trainable=leaves), metadata=metadata())
     with open_manager(tmp_path / name / "checkpoints") as manager:
         assert_same(restore_checkpoint(manager, fresh(seed=1), metadata=metadata()).state, state)
-
-
-@pytest.mark.parametrize("name", ["a\\b", "a\udcffb"])
-def test_a_name_that_orbax_cannot_write_to_is_rejected_before_it_does(tmp_path, name):
-    with pytest.raises(ValueError, match=mentions("directory")) as caught:
-        open_manager(tmp_path / name / "checkpoints")
-    assert repr(name)[1:-1] in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_differences_leave_versions_aside_and_reach_the_innermost_field():
@@ -288,13 +239,20 @@ def test_differences_leave_versions_aside_and_reach_the_innermost_field():
 # Damage
 
 
-def save_two(directory):
-    """Steps 1 and 2, of which the first is the best."""
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two")
     with open_manager(directory, best="loss") as manager:
         for n in (1, 2):
-            save_checkpoint(
-                manager, trained(fresh(), n), metadata=metadata(), input_position=[n], metrics={"loss": n}
-            )
+            state, metrics = trained(fresh(), n), {"loss": n}
+            save_checkpoint(manager, state, metadata=metadata(), input_position=[n], metrics=metrics)
+    return directory
+
+
+@pytest.fixture
+def saved_two(two, tmp_path):
+    """Steps 1 and 2, of which the first is the best."""
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
 
 
 def flip(path):
@@ -304,21 +262,18 @@ def flip(path):
     path.write_bytes(data)
 
 
+@pytest.mark.usefixtures("saved_two")
 @pytest.mark.parametrize("item", ["input_position", "metadata", "contents"])
 def test_a_changed_note_is_damage(tmp_path, item):
-    save_two(tmp_path)
     path = tmp_path / "2" / item / "metadata"
     path.write_text(path.read_text().replace("1", "3").replace("2", "3"))
-    with (
-        open_manager(tmp_path, best="loss") as manager,
-        pytest.raises(DamagedCheckpoint, match="step 2"),
-    ):
-        restore_checkpoint(manager, fresh(), metadata=metadata())
+    with pytest.raises(DamagedCheckpoint, match="step 2"):
+        restored(tmp_path)
 
 
-def test_a_loop_of_ones_own_resumes_from_an_older_checkpoint_as_the_docs_say(tmp_path):
+def test_a_loop_of_ones_own_resumes_from_an_older_checkpoint_as_the_docs_say(two, tmp_path):
     directory = tmp_path / "checkpoints"
-    save_two(directory)
+    shutil.copytree(two, directory)
     flip(directory / "2/metadata/metadata")
     with open_manager(directory, keep=2, best="loss") as manager:
         with pytest.raises(DamagedCheckpoint):
@@ -339,26 +294,13 @@ def test_one_changed_bit_of_an_array_is_damage(tmp_path):
     with open_manager(tmp_path) as manager:
         save_checkpoint(manager, state, metadata=metadata())
     flip(max((tmp_path / "0/state").rglob("*"), key=lambda path: path.stat().st_size))
-    with (
-        open_manager(tmp_path) as manager,
-        pytest.raises(DamagedCheckpoint, match=r"step 0.*arrays"),
-    ):
-        restore_checkpoint(manager, state, metadata=metadata())
+    with pytest.raises(DamagedCheckpoint, match=r"step 0.*arrays"):
+        restored(tmp_path, state)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"loss": "x"}', '{"other": 1}', '{"loss": NaN}'])
-def test_a_checkpoint_with_damaged_metrics_is_not_the_best_and_no_more(tmp_path, content):
-    save_two(tmp_path)
-    (tmp_path / "1/metrics/metrics").write_text(content)
-    with open_manager(tmp_path, best="loss") as manager:
-        assert (manager.best_step(), list(manager.all_steps())) == (2, [1, 2])
-        assert restore_checkpoint(manager, fresh(), metadata=metadata(), step=1).input_position == [1]
-
-
-@pytest.mark.usefixtures("ten_seconds")
+@pytest.mark.usefixtures("ten_seconds", "saved_two")
 @pytest.mark.parametrize("name", ["metrics/metrics", "metadata/metadata", "state/manifest.ocdbt"])
 def test_a_fifo_in_a_checkpoint_is_damage_and_not_waited_for(tmp_path, name):
-    save_two(tmp_path)
     path = tmp_path / "2" / name
     path.unlink()
     os.mkfifo(path)
@@ -375,13 +317,14 @@ CHANGES = {
     "value made worse": lambda text: text.replace('"loss": 1', '"loss": 9'),
     "digest": lambda text: text.replace('"digest": "', '"digest": "0'),
     "without digest": lambda text: '{"loss": 1}',
+    **{text: (lambda _, text=text: text) for text in ("", "{", "[]", '{"loss": "x"}', '{"loss": NaN}')},
     "of another checkpoint": None,
 }
 
 
+@pytest.mark.usefixtures("saved_two")
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_metrics_do_not_decide_the_best(tmp_path, change):
-    save_two(tmp_path)
     path, other = (tmp_path / f"{n}/metrics/metrics" for n in (1, 2))
     if change == "of another checkpoint":
         other.write_bytes(path.read_bytes())
@@ -391,21 +334,20 @@ def test_changed_metrics_do_not_decide_the_best(tmp_path, change):
     damaged = {1, 2} if change == "of another checkpoint" else {1}
     with open_manager(tmp_path, best="loss") as manager:
         assert {step for step in manager.all_steps() if manager.metrics(step) is None} == damaged
-        assert manager.best_step() == (None if len(damaged) == 2 else 2)
+        assert (manager.best_step(), [*manager.all_steps()]) == (None if len(damaged) == 2 else 2, [1, 2])
+        assert restore_checkpoint(manager, fresh(), metadata=metadata(), step=1).input_position == [1]
         add_metrics(manager, 1, {"loss": 1})
         assert manager.best_step() == 1
         assert manager.metrics(1) == {"loss": 1}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize(("value", "mode"), [("nan", "max"), ("inf", "max"), ("-inf", "min")])
 def test_a_metric_that_is_not_finite_is_never_the_best_and_null_in_the_file(tmp_path, mode, value):
     how = {"best": "m", "mode": mode, "keep": 3}
     with open_manager(tmp_path, **how) as manager:
-        for n, metric in enumerate((value, 0.5, value), 1):
-            save_checkpoint(
-                manager, fresh().replace(step=jnp.array(n)), metadata=metadata(), metrics={"m": metric}
-            )
+        for n, metric in enumerate((float(value), 0.5, float(value)), 1):
+            state = fresh().replace(step=jnp.array(n))
+            save_checkpoint(manager, state, metadata=metadata(), metrics={"m": metric})
         manager.wait_until_finished()
         assert manager.best_step() == 2
     assert json.loads((tmp_path / "1/metrics/metrics").read_text())["m"] is None
@@ -413,9 +355,9 @@ def test_a_metric_that_is_not_finite_is_never_the_best_and_null_in_the_file(tmp_
         assert manager.best_step() == 2
 
 
+@pytest.mark.usefixtures("saved_two")
 @pytest.mark.parametrize("content", ['{"metrics": 5}', '{"commit_timestamp_nsecs": 1' + "0" * 30 + "}"])
 def test_a_damaged_date_does_not_keep_checkpoints_from_being_opened(tmp_path, content):
-    save_two(tmp_path)
     (tmp_path / "2/_CHECKPOINT_METADATA").write_text(content)
     with open_manager(tmp_path, best="loss") as manager:
         assert restore_checkpoint(manager, fresh(), metadata=metadata()).input_position == [2]
@@ -429,14 +371,13 @@ def tree(dtype="float32"):
     return {"params": {"w": jnp.arange(64).reshape(8, 8).astype(dtype), "b": jnp.ones(8, dtype)}}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int32", "uint8"])
-@pytest.mark.parametrize("bit", [0, 7])
-@pytest.mark.parametrize("place", [(0, 0), (3, 5), (7, 7)])
-def test_one_bit_changes_the_fingerprint(dtype, bit, place):
-    w = np.array(tree(dtype)["params"]["w"])
-    w.view(f"uint{8 * w.itemsize}")[place] ^= 1 << bit
-    other = {"params": {"w": jnp.asarray(w), "b": tree(dtype)["params"]["b"]}}
-    assert fingerprint(other) != fingerprint(tree(dtype))
+@pytest.mark.parametrize("dtype", ["bfloat16", slow("float32"), slow("int8")])
+def test_one_bit_changes_the_fingerprint(dtype):
+    for bit, place in ((0, (0, 0)), (7, (3, 5)), (0, (7, 7))):
+        w = np.array(tree(dtype)["params"]["w"])
+        w.view(f"uint{8 * w.itemsize}")[place] ^= 1 << bit
+        other = {"params": {"w": jnp.asarray(w), "b": tree(dtype)["params"]["b"]}}
+        assert fingerprint(other) != fingerprint(tree(dtype))
 
 
 def test_the_fingerprint_is_the_same_on_any_layout():
@@ -449,7 +390,7 @@ def test_the_fingerprint_is_the_same_on_any_layout():
     assert fingerprint({"params": dict(reversed(tree()["params"].items()))}) == one
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int8", "uint8", "bool"])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16"), slow("uint8"), slow("bool")])
 def test_the_fingerprint_sees_signs_and_places(dtype):
     w = 3 * jax.random.normal(jax.random.key(0), (8, 8))
     w = w > 0 if dtype == "bool" else w.astype(dtype)
@@ -463,5 +404,5 @@ def test_the_fingerprint_sees_signs_and_places(dtype):
 
 def test_the_fingerprint_takes_keys_and_complex_numbers():
     tree = {"key": jax.random.key(1), "z": jnp.array([1 + 2j, 3])}
-    assert fingerprint(tree) != fingerprint({**tree, "z": jnp.array([1 - 2j, 3])})
-    assert fingerprint(tree) != fingerprint({**tree, "key": jax.random.key(2)})
+    changes = ({}, {"z": jnp.array([1 - 2j, 3])}, {"key": jax.random.key(2)})
+    assert len({fingerprint(tree | change) for change in changes}) == 3

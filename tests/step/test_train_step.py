@@ -1,7 +1,5 @@
 """One step, worked by hand; the same however a batch is cut; the base neither copied nor differentiated."""
 
-import functools
-
 import flax.jax_utils
 import flax.linen as nn
 import jax
@@ -37,9 +35,8 @@ def squares(variables, batch, rng):
     q = variables["lora"]["q"]
     error = batch["x"] @ (variables["params"]["w"] + q["lora_a"] @ q["lora_b"]) - batch["y"]
     weight = batch["weight"][:, None]
-    return (jnp.sum(weight * error**2), jnp.sum(weight)), {
-        "off": (jnp.sum(abs(error)), jnp.sum(weight * 0 + 1))
-    }
+    off = jnp.sum(abs(error)), jnp.sum(weight * 0 + 1)
+    return (jnp.sum(weight * error**2), jnp.sum(weight)), {"off": off}
 
 
 def scalars(b=0.0):
@@ -50,22 +47,17 @@ def scalars(b=0.0):
     return trainable, frozen, batch
 
 
-def held():
-    return optax.inject_hyperparams(lora_plus_adamw)(learning_rate=jnp.float32(0.1), lr_ratio=4.0)
-
-
-def noisy():
-    return optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), lora_plus_adamw(0.1, 4.0))
-
-
-@pytest.mark.parametrize("make", [held, noisy])
-def test_an_optimizer_with_arrays_of_its_own_trains_twice(make):
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.inject_hyperparams(lora_plus_adamw)(learning_rate=jnp.float32(0.1), lr_ratio=4.0),
+        optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), lora_plus_adamw(0.1, 4.0)),
+    ],
+)
+def test_an_optimizer_with_arrays_of_its_own_trains_twice(tx):
     trainable, frozen, batch = scalars()
-    tx = make()
-    step, moved = jit_step(squares, tx), []
-    for _ in range(2):
-        state, _ = step(init_state(trainable, tx, KEY), frozen, batch)
-        moved.append(state.trainable)
+    step = jit_step(squares, tx)
+    moved = [step(init_state(trainable, tx, KEY), frozen, batch)[0].trainable for _ in range(2)]
     jax.tree.map(np.testing.assert_array_equal, *moved)
 
 
@@ -89,14 +81,8 @@ def test_a_step_by_hand():
     assert q["lora_a"].item() == 2.0
     np.testing.assert_allclose(q["lora_b"], [[-7.6]], rtol=1e-6)
     assert (int(state.step), state.step.dtype) == (1, jnp.int32)
-    expected = {
-        "loss": 3.25,
-        "off": 1.5,
-        "grad_norm/a": 0.0,
-        "grad_norm/b": 19.0,
-        "update_norm/a": 0.0,
-        "update_norm/b": 7.6,
-    }
+    expected = {"loss": 3.25, "off": 1.5, "grad_norm/a": 0.0, "grad_norm/b": 19.0}
+    expected |= {"update_norm/a": 0.0, "update_norm/b": 7.6}
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
@@ -109,11 +95,8 @@ def problem(examples=16):
     random = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
     trainable = {"lora": {"q": {"lora_a": draw(6, 2), "lora_b": draw(2, 3)}}}
-    batch = {
-        "x": draw(examples, 6),
-        "y": draw(examples, 3),
-        "weight": jnp.arange(examples, dtype=jnp.float32),
-    }
+    weight = jnp.arange(examples, dtype=jnp.float32)
+    batch = {"x": draw(examples, 6), "y": draw(examples, 3), "weight": weight}
     return trainable, {"params": {"w": draw(6, 3)}}, batch
 
 
@@ -124,41 +107,34 @@ def assert_close(got, expected):
 TX = lora_plus_adamw(1e-2, lr_ratio=4.0, weight_decay=0.01, max_grad_norm=1.0)
 
 
-@pytest.mark.parametrize("accumulate", [slow(1), 2])
-def test_jit_pmap_and_mesh_agree_at_every_step(accumulate):
+@pytest.mark.slow
+def test_jit_pmap_and_mesh_agree_at_every_step():
     trainable, frozen, batch = problem(32)
     mesh = make_mesh()
     assert mesh.size == 8
     one = jit_step(squares, TX)
-    meshed = jit_step(squares, TX, mesh=mesh, accumulate=accumulate)
-    mapped = pmap_step(squares, TX, accumulate=accumulate)
+    meshed = jit_step(squares, TX, mesh=mesh, accumulate=2)
+    mapped = pmap_step(squares, TX, accumulate=2)
     spread = jax.tree.map(lambda x: x.reshape(8, 4, *x.shape[1:]), batch)
-    on_mesh, on_all = replicate(mesh, frozen), flax.jax_utils.replicate(frozen)
+    places = (lambda x: x), (lambda x: replicate(mesh, x)), flax.jax_utils.replicate
+    _, on_mesh, on_all = (place(frozen) for place in places)
     state = init_state(trainable, TX, KEY)
     for _ in range(3):
         # every step from the same state, so that rounding does not pile up
-        copies = (
-            init_copy(state),
-            replicate(mesh, init_copy(state)),
-            flax.jax_utils.replicate(init_copy(state)),
-        )
-        state, metrics = one(copies[0], frozen, batch)
-        by_mesh = meshed(copies[1], on_mesh, batch)
-        by_pmap = flax.jax_utils.unreplicate(mapped(copies[2], on_all, spread))
+        here, there, all_over = (place(jax.tree.map(jnp.array, state)) for place in places)
+        state, metrics = one(here, frozen, batch)
+        by_mesh = meshed(there, on_mesh, batch)
+        by_pmap = flax.jax_utils.unreplicate(mapped(all_over, on_all, spread))
         for other in (by_mesh, by_pmap):
             assert_close(without_key(other[0]), without_key(state))
             assert_close(other[1], metrics)
-
-
-def init_copy(state):
-    return jax.tree.map(jnp.array, state)
 
 
 def without_key(state):
     return state.replace(rng=jax.random.key_data(state.rng))
 
 
-@pytest.mark.parametrize("parts", [2, 4, 16])
+@pytest.mark.parametrize("parts", [slow(2), 4, slow(16)])
 def test_accumulation_changes_nothing(parts):
     trainable, frozen, batch = problem()
     whole, cut = jit_step(squares, TX), jit_step(squares, TX, accumulate=parts)
@@ -167,7 +143,7 @@ def test_accumulation_changes_nothing(parts):
     assert_close(got[1], expected[1])
 
 
-@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 1), (8, 1, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [slow((4, 1, 1)), (2, 2, 1), slow((8, 1, 1))], ids=str)
 def test_accumulation_moves_no_row_between_devices(sizes):
     """Every micro-batch is split as the batch is: only sums of gradients and metrics are communicated."""
     trainable, frozen, batch = problem(32)
@@ -211,25 +187,30 @@ def test_a_batch_of_no_weight_changes_nothing():
 def test_the_state_is_donated_and_the_callers_arrays_are_not():
     trainable, frozen, batch = problem()
     state = init_state(trainable, TX, KEY)
-    jit_step(squares, TX)(state, frozen, batch)
+    pure, _ = make_step(squares, TX)(state, frozen, batch)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(without_key(state)))
+    moved, _ = jit_step(squares, TX)(state, frozen, batch)
+    assert_close(moved.trainable, pure.trainable)
     # The rates of the last update are only written: XLA drops the old ones before it can take their memory.
     state = state.replace(opt_state=state.opt_state.inner_state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.trainable, state.opt_state, state.step)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((trainable, frozen, batch, KEY)))
 
 
-@pytest.mark.parametrize("how", ["jit", "mesh", "pmap"])
+@pytest.mark.parametrize("how", ["mesh", slow("pmap")])
 def test_steps_share_one_compilation(how):
     trainable, frozen, batch = problem()
-    traces = []
+    traces, mesh = [], make_mesh()
 
     def loss_fn(*args):
         traces.append(1)
         return squares(*args)
 
-    state, mesh = init_state(trainable, TX, KEY), make_mesh()
-    step = {"jit": jit_step, "mesh": functools.partial(jit_step, mesh=mesh), "pmap": pmap_step}[how](
-        loss_fn, TX
+    state = init_state(trainable, TX, KEY)
+    step = (
+        pmap_step(loss_fn, TX)
+        if how == "pmap"
+        else jit_step(loss_fn, TX, mesh=mesh if how == "mesh" else None)
     )
     if how == "mesh":
         state, frozen = replicate(mesh, (state, frozen))
@@ -244,11 +225,11 @@ def test_steps_share_one_compilation(how):
     assert np.unique(state.step) == [4 if how == "pmap" else 3]
 
 
+@pytest.mark.slow
 def test_every_step_device_and_part_has_a_key_of_its_own():
     def loss_fn(variables, batch, rng):
-        return (jnp.sum(variables["lora"]["q"]["lora_a"]) * 0, jnp.ones(())), {
-            "draw": (jax.random.uniform(rng), jnp.ones(()))
-        }
+        one = jnp.ones(())
+        return (jnp.sum(variables["lora"]["q"]["lora_a"]) * 0, one), {"draw": (jax.random.uniform(rng), one)}
 
     trainable, frozen, batch = problem()
     tx = optax.sgd(1.0)
@@ -330,17 +311,7 @@ def test_memory_holds_no_copy_of_the_base(compiled):
     assert memory.alias_size_in_bytes >= size - 100  # the new state lies where the old one was
 
 
-def test_the_step_is_pure():
-    trainable, frozen, batch = problem()
-    step = make_step(squares, TX)
-    state = init_state(trainable, TX, KEY)
-    got, expected = (step(state, frozen, batch) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, without_key(got[0]), without_key(expected[0]))
-    assert not state.step.is_deleted()
-
-
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-@pytest.mark.parametrize("pmapped", [False, True])
+@pytest.mark.parametrize(("bad", "pmapped"), [(jnp.nan, False), slow(jnp.inf, True)])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(bad, pmapped):
     def loss_fn(variables, batch, rng):
         total = jnp.sum(variables["params"]["w"] * batch)
@@ -371,15 +342,15 @@ def test_a_step_whose_update_is_not_finite_is_skipped_too():
     def loss_fn(variables, batch, rng):
         return (jnp.sum(variables["params"]["w"] * batch), jnp.float32(1.0)), {}
 
-    step = jit_step(loss_fn, optax.sgd(2e38), skip_nonfinite=True)
-    state, metrics = step(
-        init_state({"params": {"w": jnp.ones(2)}}, optax.sgd(2e38), KEY), {}, jnp.full(2, 2.0)
-    )
+    tx = optax.sgd(2e38)
+    state = init_state({"params": {"w": jnp.ones(2)}}, tx, KEY)
+    state, metrics = jit_step(loss_fn, tx, skip_nonfinite=True)(state, {}, jnp.full(2, 2.0))
     assert (metrics["skipped"], metrics["grad_norm/extra"]) == (1, np.float32(np.sqrt(8)))
     assert jnp.isinf(metrics["update_norm/extra"])
     np.testing.assert_array_equal(state.trainable["params"]["w"], [1, 1])
 
 
+@pytest.mark.slow
 def test_lambda_costs_nothing():
     """The compiled steps of lambda 16 and 4 have the same operations, bytes and memory.
 

@@ -1,6 +1,6 @@
-"""Members in slots: their places, what a checkpoint holds of them, and what is evaluated."""
+"""Members in slots: how many run at once, their places, what a checkpoint holds of them, and what is evaluated."""
 
-import itertools
+import math
 import types
 
 import jax
@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from loraplus_jax.step.train_step import TrainState
-from loraplus_jax.sweep import device_slots
 from loraplus_jax.sweep.device_slots import DeviceSlots, assign_slots, stored_members
-from loraplus_jax.sweep.population import Members
+from loraplus_jax.sweep.population import Members, fastest_batch_size, parallel_members
 
 from ..training.test_trainer import numbered
 
@@ -37,15 +36,12 @@ def test_members_are_spread_over_the_devices():
 
 def test_rows_of_the_members_of_a_sweep():
     def both(members, frozen, batch):
-        return jax.tree.map(
-            lambda *x: jnp.stack(x), *(numbered(scale, frozen, batch) for scale in (1.0, 3.0))
-        )
+        results = (numbered(scale, frozen, batch) for scale in (1.0, 3.0))
+        return jax.tree.map(lambda *x: jnp.stack(x), *results)
 
+    parts, batches = types.SimpleNamespace(frozen=None), types.SimpleNamespace(eval_rows=4)
     slots = types.SimpleNamespace(
-        population=types.SimpleNamespace(
-            parts=types.SimpleNamespace(frozen=None),
-            batches=types.SimpleNamespace(eval_rows=4),
-        ),
+        population=types.SimpleNamespace(parts=parts, batches=batches),
         programs=types.SimpleNamespace(evaluate=Program(both)),
         chunks=[types.SimpleNamespace(alive=np.array([True, True]))],
         slots_in=lambda chunk: [5, 2],
@@ -56,37 +52,6 @@ def test_rows_of_the_members_of_a_sweep():
     for number, scale in {5: 1.0, 2: 3.0}.items():
         assert found[number]["x"] == 3 * scale
         np.testing.assert_array_equal(found[number]["rows"], scale * arrays["x"])
-
-
-def test_an_evaluation_batch_is_timed_with_one_member_on_each_device(monkeypatch):
-    """Two devices of three slots; the clock counts the calls."""
-    calls = []
-
-    def program(members, frozen, batch):
-        calls.append((members["alive"].tolist(), len(batch["x"])))
-
-    class Chunk(dict):
-        alive = types.SimpleNamespace(sharding=None)
-        replace = dict
-
-    def slots(at_once):
-        return types.SimpleNamespace(
-            population=types.SimpleNamespace(
-                parts=types.SimpleNamespace(frozen=None),
-                batches=types.SimpleNamespace(eval_rows=4),
-                mesh=types.SimpleNamespace(size=2),
-            ),
-            programs=types.SimpleNamespace(evaluate=Program(program), at_once=at_once),
-            chunks=[Chunk()],
-            chunk=6,
-        )
-
-    ticks = itertools.count()
-    monkeypatch.setattr(device_slots.time, "perf_counter", lambda: float(next(ticks)))
-    arrays = {"x": np.arange(7, dtype=np.float32)}
-    assert DeviceSlots.time_evaluation(slots(1), arrays) == 1 / 2  # pyright: ignore
-    assert calls == 2 * [([True, False, False] * 2, 4)]
-    assert DeviceSlots.time_evaluation(slots(3), arrays) == 1 / 6  # pyright: ignore
 
 
 def member(number):
@@ -113,3 +78,23 @@ def test_members_keep_their_numbers_in_a_checkpoint_and_on_another_number_of_slo
     three.fill(stored_members(saved, {number: first[number] for number in places}, places))
     assert three.slots == [3, 4, -1]
     np.testing.assert_array_equal(three.as_state(7).trainable["step"], [3, 4])
+
+
+def test_more_members_at_once_only_while_it_pays():
+    asked = []
+
+    def seconds(size):
+        asked.append(size)
+        return {1: 1.0, 2: 0.5, 4: 0.49, 8: 0.1}[size]
+
+    assert fastest_batch_size(seconds, 16) == 2
+    assert asked == [1, 2, 4]
+    assert fastest_batch_size(lambda size: 1 / size, 6) == 4
+    assert fastest_batch_size(lambda size: math.inf if size > 1 else 1.0, 6) == 1
+
+
+def test_few_members_are_computed_in_the_least_power_of_two_that_holds_them():
+    assert [parallel_members(count, 16, 1) for count in (32, 9, 8, 5, 2, 1)] == [16, 16, 8, 8, 2, 1]
+    assert [parallel_members(count, 16, 4) for count in (33, 32, 4, 3)] == [16, 8, 1, 1]
+    assert parallel_members(7, 6, 1) == 6  # a number of the user's own
+    assert parallel_members(7, 1, 1) == 1

@@ -12,12 +12,10 @@ from loraplus_jax.sweep.settings import SweepSettings
 from loraplus_jax.training.console import LineConsole
 
 from ..messages import assert_mentions, mentions
+from ..refusals import refusals
 
-LOGIN, GPUS, TPUS = (
-    {"CPU": 8.0},
-    {"CPU": 96.0, "GPU": 8.0},
-    {"CPU": 208.0, "TPU": 4.0, "TPU-v5p-16-head": 1.0},
-)
+LOGIN, GPUS = {"CPU": 8.0}, {"CPU": 96.0, "GPU": 8.0}
+TPUS = {"CPU": 208.0, "TPU": 4.0, "TPU-v5p-16-head": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -35,19 +33,12 @@ def test_the_resources_of_a_worker(worker, nodes, wanted):
     assert worker_resources(worker, nodes) == wanted
 
 
-@pytest.mark.parametrize(
-    ("worker", "nodes"),
-    [({"GPU": 16.0}, [LOGIN, GPUS]), ({"CPU": 100.0, "GPU": 1.0}, [LOGIN, GPUS]), ({"CPU": 1.0}, [])],
+test_resources_that_no_node_has = refusals(
+    (lambda: worker_resources({"GPU": 16.0}, [LOGIN, GPUS]), "sweep.worker", "GPU 16"),
+    (lambda: worker_resources({"CPU": 100.0, "GPU": 1.0}, [LOGIN, GPUS]), "sweep.worker", "CPU 100, GPU 1"),
+    (lambda: worker_resources({"CPU": 1.0}, []), "sweep.worker", "CPU 1"),
+    (lambda: worker_resources({"memory": 1e9}, [GPUS | {"memory": 1e12}]), "sweep.worker", "memory"),
 )
-def test_resources_that_no_node_has(worker, nodes):
-    wanted = ", ".join(f"{name} {count:g}" for name, count in worker.items())
-    with pytest.raises(ValueError, match=mentions("sweep.worker", wanted)):
-        worker_resources(worker, nodes)
-
-
-def test_memory_is_no_resource_of_a_worker():
-    with pytest.raises(ValueError, match=mentions("sweep.worker", "memory")):
-        worker_resources({"memory": 1e9}, [GPUS | {"memory": 1e12}])
 
 
 def test_ray_waits_before_it_tries_again_and_prints_no_colors(monkeypatch):

@@ -68,17 +68,14 @@ def ended(tmp_path, monkeypatch, parsed):
 def test_the_search_selects_on_validation_and_the_report_tests(ended, option):
     sweep, _ = ended(GivenLosses(), f"--sweep.{option}")
     run = sweep.run
-    assert {(row["stage"], row["split"]) for row in sweep.rows} == {
-        ("search", "validation"),
-        ("report", "test"),
-    }
+    splits = {(row["stage"], row["split"]) for row in sweep.rows}
+    assert splits == {("search", "validation"), ("report", "test")}
     for row in sweep.rows:
         rate, ratio, *_ = row["trial"]
         assert row["loss"] == 9.0 + SLOPES[row["split"]] * rate * ratio
-    lowest = {
-        arm: min(t.learning_rate * t.lr_ratio for t in run.trials if t.arm == arm) for arm in sweep.chosen
-    }
-    assert {arm: t.learning_rate * t.lr_ratio for arm, t in sweep.chosen.items()} == lowest
+    for arm, chosen in sweep.chosen.items():
+        rates = [t.learning_rate * t.lr_ratio for t in run.trials if t.arm == arm]
+        assert chosen.learning_rate * chosen.lr_ratio == min(rates)
 
 
 class Timed(GivenLosses):
@@ -89,11 +86,8 @@ class Timed(GivenLosses):
     def wait(self):
         sweep, unit = self.queue[-1]
         if unit.is_timed:
-            sweep.follow(unit, Progress(unit.start))
-            self.speed_since = sweep.lines.clock
-            sweep.follow(
-                unit, Progress(unit.start, batch_seconds=0.5, step_work=2.0, eval_rows=4, preparation=100.0)
-            )
+            took = {"batch_seconds": 0.5, "step_work": 2.0, "eval_rows": 4, "preparation": 100.0}
+            sweep.follow(unit, Progress(unit.start, **took))
         return super().wait()
 
 
@@ -104,42 +98,49 @@ def test_an_estimate_includes_the_preparation_of_the_units_that_follow(ended, mo
     options = ("method=grid", "learning_rates=[1e-3]", "lr_ratios=[4]", "curve_points=2", "control=false")
     ended(Timed(2), *(f"--sweep.{option}" for option in options))
     work = (2 + 6) * 8 * 1.0 + (2 + 6 * 3) * 0.5
-    assert seconds == [
-        work + 3 * 100.0
-    ]  # groups of two: one of the search, which has begun, and three of the report
+    # Groups of two: one of the search, which has begun, and three of the report.
+    assert seconds == [work + 3 * 100.0]
 
 
-def test_the_speed_of_a_stage_counts_from_when_its_first_unit_is_prepared(ended, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(
-        "loraplus_jax.training.console.time", types.SimpleNamespace(perf_counter=lambda: now[0])
-    )
-    submit = Timed.submit
+class Told(GivenLosses):
+    """Tells losses of its own before each result, as an attempt that is lost."""
 
-    def prepared(self, sweep, unit):
-        now[0] += 1000.0
-        submit(self, sweep, unit)
-
-    monkeypatch.setattr(Timed, "submit", prepared)
-    executor = Timed()
-    ended(executor)
-    assert executor.speed_since == 1000.0
+    def wait(self):
+        sweep, unit = self.queue[-1]
+        members = [{"arm": arm, "trial": list(trial), "seed": seed} for arm, trial, seed in unit.members]
+        key = {"stage": unit.stage, "split": unit.split, "loss": 1.0}
+        rows = [key | member | {"step": stop} for stop in unit.stops for member in members]
+        sweep.follow(unit, Progress(unit.stops[-1], rows))
+        return super().wait()
 
 
-def test_the_report_does_not_depend_on_the_groups_nor_on_which_ends_first(ended):
+def test_the_report_does_not_depend_on_groups_on_which_ends_first_nor_on_lost_attempts(ended):
     whole = GivenLosses()
     sweep, report = ended(whole, "--sweep.keep=0.5")
     assert [unit.name for unit in whole.units] == ["search-1-0", "search-8-0", "report-0-0"]
-    for size in (1, 3):
-        split = GivenLosses(size)
+    for split, size in ((GivenLosses(1), 1), (Told(3), 3)):
         again, same = ended(split, "--sweep.keep=0.5")
         assert (again.rows, same) == (sweep.rows, report)
         assert [len(unit.members) for unit in split.units[: 32 // size]] == [size] * (32 // size)
 
 
-def test_members_continue_from_the_unit_that_trained_them(ended):
-    executor = GivenLosses(3)
-    ended(executor, "--sweep.keep=0.5")
+class Saving(GivenLosses):
+    """Has a checkpoint of each unit, and notes those that are there when a unit ends."""
+
+    there = ()
+
+    def wait(self):
+        sweep, unit, result = super().wait()
+        (unit_directory(sweep.directory, unit.name) / CHECKPOINTS).mkdir(parents=True)
+        for source in unit.sources:
+            assert (unit_directory(sweep.directory, source.unit) / CHECKPOINTS).exists()
+        self.there = {path.parent.name.rpartition("-")[0] for path in sweep.directory.glob("units/*/*")}
+        return sweep, unit, result
+
+
+def test_members_continue_from_the_checkpoint_of_the_unit_that_trained_them(ended):
+    executor = Saving(3)
+    sweep, _ = ended(executor, "--sweep.keep=0.5")
     units = {unit.name: unit for unit in executor.units}
     continued = [unit for unit in executor.units if unit.stage == "search" and unit.start]
     assert [len(unit.members) for unit in continued] == [3] * 5 + [1]
@@ -148,41 +149,6 @@ def test_members_continue_from_the_unit_that_trained_them(ended):
             assert units[source.unit].members[source.number] == member
             assert len(units[source.unit].members) == source.size
             assert units[source.unit].stops[-1] == unit.start
-
-
-def test_the_report_is_of_results_not_of_what_a_lost_attempt_told(ended):
-    class Told(GivenLosses):
-        """Tells losses of its own before each result."""
-
-        def wait(self):
-            sweep, unit = self.queue[-1]
-            members = [{"arm": arm, "trial": list(trial), "seed": seed} for arm, trial, seed in unit.members]
-            key = {"stage": unit.stage, "split": unit.split, "loss": 1.0}
-            rows = [key | member | {"step": stop} for stop in unit.stops for member in members]
-            sweep.follow(unit, Progress(unit.stops[-1], rows))
-            return super().wait()
-
-    sweep, report = ended(Told(3), "--sweep.keep=0.5")
-    again, same = ended(GivenLosses(3), "--sweep.keep=0.5")
-    assert (sweep.rows, report) == (again.rows, same)
-
-
-def test_checkpoints_stay_while_units_continue_from_them(ended):
-    class Saving(GivenLosses):
-        """Has a checkpoint of each unit, and notes those that are there when a unit ends."""
-
-        there = ()
-
-        def wait(self):
-            sweep, unit, result = super().wait()
-            (unit_directory(sweep.directory, unit.name) / CHECKPOINTS).mkdir(parents=True)
-            for source in unit.sources:
-                assert (unit_directory(sweep.directory, source.unit) / CHECKPOINTS).exists()
-            self.there = {path.parent.name.rpartition("-")[0] for path in sweep.directory.glob("units/*/*")}
-            return sweep, unit, result
-
-    executor = Saving(3)
-    sweep, _ = ended(executor, "--sweep.keep=0.5")
     # Of the stage before the report, and of the report's own; at the end none.
     assert executor.there == {"search-8", "report-0"}
     assert not list(sweep.directory.glob(f"units/*/{CHECKPOINTS}"))
@@ -209,20 +175,19 @@ class BestRates(GivenLosses):
 
 # A halving that keeps one at its rung, step 1 of 8, selects it there; one that keeps both, at the end.
 @pytest.mark.parametrize(
-    ("option", "stops"), [("method=grid", (8,)), ("keep=0.5", (1,)), ("keep=0.75", (1, 8))]
+    ("option", "stops", "size"),
+    [("method=grid", (8,), 1), ("keep=0.5", (1,), None), ("keep=0.75", (1, 8), 1)],
 )
-@pytest.mark.parametrize("size", [None, 1])
 def test_rates_beyond_the_list_are_tried_until_the_best_is_inside(ended, option, stops, size):
     executor = BestRates(lora=3e-4, lora_plus=4e-3, group_size=size)
     sweep, report = ended(executor, *LISTED, f"--sweep.{option}", "--sweep.widen=2", "--sweep.seeds=[0,1]")
     added = [unit for unit in executor.units if unit.name.startswith("wider")]
-    assert [
-        (unit.name.split("-")[1], member.trial.learning_rate, member.seed)
-        for unit in added
-        for member in unit.members
-    ] == [
-        *(("0", 5e-4, 0), ("0", 5e-4, 1), ("0", 4e-3, 0), ("0", 4e-3, 1)),
-        *(("1", 2.5e-4, 0), ("1", 2.5e-4, 1), ("1", 8e-3, 0), ("1", 8e-3, 1)),
+    members = [(unit.name.split("-")[1], member) for unit in added for member in unit.members]
+    assert [(turn, member.trial.learning_rate, member.seed) for turn, member in members] == [
+        (turn, rate, seed)
+        for turn, rates in (("0", (5e-4, 4e-3)), ("1", (2.5e-4, 8e-3)))
+        for rate in rates
+        for seed in (0, 1)
     ]
     assert {(unit.start, unit.stops) for unit in added} == {(0, stops)}
     chosen = {arm: trial.learning_rate for arm, trial in sweep.chosen.items()}
@@ -235,16 +200,10 @@ def test_rates_beyond_the_list_are_tried_until_the_best_is_inside(ended, option,
 
 
 def test_a_further_rate_has_the_best_ratio_and_rank_and_may_be_of_one_method(ended):
-    options = (
-        "--sweep.lr_ratios=[2,4]",
-        "--sweep.ranks=[4,8]",
-        "--sweep.rungs=[0.125,0.5]",
-        "--sweep.keep=0.5",
-    )
+    options = ("lr_ratios=[2,4]", "ranks=[4,8]", "rungs=[0.125,0.5]", "keep=0.5", "widen=1")
+    options += ("lora_learning_rates=[1e-3,1.5e-3,2e-3]",)
     executor = BestRates(lora=1.5e-3, lora_plus=4e-3)
-    sweep, report = ended(
-        executor, *LISTED, *options, "--sweep.lora_learning_rates=[1e-3,1.5e-3,2e-3]", "--sweep.widen=1"
-    )
+    sweep, report = ended(executor, *LISTED, *(f"--sweep.{option}" for option in options))
     (added,) = [member for unit in executor.units for member in unit.members if unit.name.startswith("wider")]
     # The first of equal losses.
     assert tuple(added.trial) == (4e-3, 2.0, 16.0, 4)
@@ -261,7 +220,8 @@ def test_a_rate_that_diverges_ends_the_range(ended):
 
 
 def test_no_rate_is_added_where_the_best_is_inside(ended):
-    options = "--sweep.method=grid", "--sweep.widen=2", "--sweep.learning_rates=[1e-3,2e-3,4e-3]"
-    executor = BestRates(lora=4e-3, lora_plus=2e-3)
-    ended(executor, "--sweep.lr_ratios=[4]", "--sweep.control=false", *options)
-    assert [unit.name for unit in executor.units] == ["search-8-0", "report-0-0"]
+    executor, inside = BestRates(lora=2e-3, lora_plus=2e-3), "rates=[1e-3,2e-3,4e-3]"
+    ended(
+        executor, *LISTED, "--sweep.widen=2", f"--sweep.learning_{inside}", f"--sweep.lora_learning_{inside}"
+    )
+    assert not any(unit.name.startswith("wider") for unit in executor.units)

@@ -22,25 +22,22 @@ from ..messages import assert_mentions
 
 CHOSEN = {"lora": Trial(1e-3, 1.0, 16.0, 8), "lora_plus": Trial(5e-4, 4.0, 16.0, 8)}
 # Two-sided 95 % quantiles of Student's t, as tables print them.
-T = {1: 12.7062, 2: 4.3027, 4: 2.7764, 7: 2.3646}
+T = {1: 12.7062, 2: 4.3027, 7: 2.3646}
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 8])
+@pytest.mark.parametrize("count", [2, 3, 8])
 def test_the_interval_is_students(count):
     values = [float(n * n) for n in range(count)]
     mean = sum(values) / count
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (count - 1))
     half = T[count - 1] * deviation / math.sqrt(count)
-    found = t_interval(values)
-    assert found["pairs"] == count
-    assert found["mean"] == pytest.approx(mean)
-    assert found["low"] == pytest.approx(mean - half, rel=2e-4)
-    assert found["high"] == pytest.approx(mean + half, rel=2e-4)
+    expected = {"mean": mean, "low": mean - half, "high": mean + half, "pairs": count}
+    assert t_interval(values) == pytest.approx(expected, rel=2e-4)
 
 
 def test_too_few_pairs_have_no_interval():
-    assert t_interval([]) == {"mean": None, "low": None, "high": None, "pairs": 0}
-    assert t_interval([2.0]) == {"mean": 2.0, "low": None, "high": None, "pairs": 1}
+    assert [t_interval(x)["mean"] for x in ([], [2.0])] == [None, 2.0]
+    assert t_interval([2.0]) | {"mean": None} == t_interval([]) | {"pairs": 1}
 
 
 def test_ratios_are_geometric_and_turn_round():
@@ -90,10 +87,7 @@ def test_the_target_of_a_seed_is_the_worse_final_loss_of_the_two():
 def test_no_difference_in_steps_is_reported_apart_from_a_significant_one_in_loss():
     middles = {1: 0.405, 2: 0.5, 3: 0.7}
     runs = [("lora", seed, [1.0, middle, 0.4]) for seed, middle in middles.items()]
-    runs += [
-        ("lora_plus", seed, [1.0, middle, 0.41 + seed * 1e-4])
-        for seed, middle in zip(middles, [*middles.values()][::-1], strict=True)
-    ]
+    runs += [("lora_plus", seed, [1.0, middles[4 - seed], 0.41 + seed * 1e-4]) for seed in middles]
     _, comparison = found(*runs)
     said = verdict(comparison, CHOSEN, None)
     assert said.startswith("Tuned LoRA ends with a significantly lower test loss")
@@ -111,33 +105,19 @@ def one_sided(faster, slower, tests=(0.4, 0.4)):
 
 
 def test_a_significant_difference_has_its_ratio_and_interval_either_way():
-    comparison = one_sided("lora_plus", "lora")
-    assert faster_arm(comparison) == "lora_plus"
-    said = verdict(comparison, CHOSEN, None)
-    assert said.startswith("LoRA+ with lambda=4")
-    assert_mentions(said, "2.00 x [2.00, 2.00]", "fewer steps", "tuned LoRA", "95 %", "3 paired seeds")
-    comparison = one_sided("lora", "lora_plus")
-    assert faster_arm(comparison) == "lora"
-    said = verdict(comparison, CHOSEN, None)
-    assert said.startswith("Tuned LoRA")
-    assert_mentions(said, "2.00 x [2.00, 2.00]", "fewer steps", "LoRA+")
+    for arms, name in ((("lora_plus", "lora"), "LoRA+ with lambda=4"), (("lora", "lora_plus"), "Tuned LoRA")):
+        comparison = one_sided(*arms)
+        assert faster_arm(comparison) == arms[0]
+        said = verdict(comparison, CHOSEN, None)
+        assert said.startswith(name)
+        assert_mentions(said, "2.00 x [2.00, 2.00]", "fewer steps", "LoRA+", "95 %", "3 paired seeds")
 
 
 @pytest.mark.parametrize(
     ("tests", "winner", "why", "first"),
     [
-        (
-            (0.4, 0.4),
-            "lora_plus",
-            ["fewer steps to the same test loss, 2.00 x [2.00, 2.00]"],
-            "LoRA+ with lambda=4 needs",
-        ),
-        (
-            (0.3, 0.4),
-            "lora_plus",
-            ["lower test loss, by 0.1002 [0.1000, 0.1004]"],
-            "LoRA+ with lambda=4 ends with",
-        ),
+        ((0.4, 0.4), "lora_plus", ["fewer steps", "2.00 x [2.00, 2.00]"], "LoRA+ with lambda=4 needs"),
+        ((0.3, 0.4), "lora_plus", ["by 0.1002 [0.1000, 0.1004]"], "LoRA+ with lambda=4 ends with"),
         ((0.5, 0.4), "lora", ["test loss", "lower", "more steps"], "Tuned LoRA ends with"),
     ],
 )

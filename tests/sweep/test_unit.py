@@ -39,6 +39,8 @@ def test_a_unit_waits_for_the_process_that_ran_it_and_takes_its_result(tmp_path)
     results.append(run_unit(POPULATION, UNIT, tmp_path, console=QUIET))  # pyright: ignore
     thread.join()
     assert results == [read_record(path / RESULT)]
+    assert is_result_of(results[0], UNIT)
+    assert not is_result_of(results[0], UNIT._replace(members=(MEMBER._replace(seed=4),)))
     write_record(path / RESULT, results[0] | {"jax_config": {"jax_enable_x64": True}})
     with pytest.raises(ValueError, match=mentions("result.json", "jax_config.jax_enable_x64", "--fresh")):
         run_unit(POPULATION, UNIT, tmp_path, console=QUIET)  # pyright: ignore
@@ -50,10 +52,3 @@ def test_a_unit_that_another_process_keeps_is_an_error(tmp_path, monkeypatch):
     path.mkdir(parents=True)
     with lock_directory(path), pytest.raises(ValueError, match=r"search-8-0 is in use"):
         run_unit(None, UNIT, tmp_path, console=QUIET)  # pyright: ignore
-
-
-def test_a_result_is_of_its_members(tmp_path):
-    write_record(tmp_path / RESULT, {"members": UNIT.members})
-    result = read_record(tmp_path / RESULT)
-    assert is_result_of(result, UNIT)
-    assert not is_result_of(result, UNIT._replace(members=(MEMBER._replace(seed=4),)))

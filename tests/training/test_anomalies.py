@@ -28,17 +28,13 @@ def test_one_step_of_eight_times_the_loss_in_a_window_of_ten_is_named_with_its_o
     seen, (jump,) = find_spikes(SpikeHistory((1.0, 1.1, 0.9)), 11, rows)
     assert (jump.step, jump.loss, jump.median) == (17, 8.0, 1.0)
     assert jump.norms == {"grad_norm/b": 30.0, "update_norm/a": 60.0}
-    assert jump.values() == {
-        "spike/loss": 8.0,
-        "spike/median": 1.0,
-        "spike/grad_norm/b": 30.0,
-        "spike/update_norm/a": 60.0,
-    }
+    norms = {"spike/grad_norm/b": 30.0, "spike/update_norm/a": 60.0}
+    assert jump.values() == {"spike/loss": 8.0, "spike/median": 1.0} | norms
     assert_mentions(str(jump), "step 17", "8.0000", "1.0000", "grad_norm/b 30", "update_norm/a 60")
     assert seen.losses[-4:] == (8.0, 1.0, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("cut", range(41))
+@pytest.mark.parametrize("cut", [0, 10, 11, 20, 33, 34, 35, 40])
 def test_where_rows_are_cut_does_not_matter(cut):
     rows = [row(1.0 + 0.01 * (n % 7)) for n in range(40)]
     rows[10], rows[33], rows[34] = row(5.0), row(3.0), row(0.0, skipped=1.0)
@@ -55,9 +51,7 @@ def test_losses_that_always_jump_about_are_no_spikes_and_skipped_ones_do_not_cou
     assert find_spikes(SpikeHistory(noisy), 1, [row(9.0), row(4 + 3 * NOISE)])[1] == []
     assert len(find_spikes(SpikeHistory(noisy), 1, [row(5 + 3 * NOISE)])[1]) == 1
     nan = float("nan")
-    seen, jumps = find_spikes(
-        SpikeHistory(noisy[:3], skipped=1), 1, [row(nan, skipped=1.0), row(nan, skipped=1.0)]
-    )
+    seen, jumps = find_spikes(SpikeHistory(noisy[:3], skipped=1), 1, 2 * [row(nan, skipped=1.0)])
     assert (seen, jumps) == (SpikeHistory(noisy[:3], skipped=3), [])
 
 

@@ -79,6 +79,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_each_line_at_once():
     command = [sys.executable, "-c", PIPE]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -1,4 +1,4 @@
-"""What `loraplus inspect` shows of adapters of every format, without a model."""
+"""Which directory is an adapter's, in which format, and what `loraplus inspect` shows of it without a model."""
 
 import json
 
@@ -9,12 +9,14 @@ from safetensors.numpy import save_file
 from loraplus_jax import save_adapter
 from loraplus_jax.cli.commands import main
 from loraplus_jax.training.inspect_adapter import read_summary
+from loraplus_jax.training.saved_adapter import find_adapter, is_peft, require_adapter
 
 from ..inference.conversions import write_library, write_peft
 from ..interop.library_trees import RANK
 from ..interop.models import spec_of
 from ..interop.test_combination import adapter as random_adapter
 from ..messages import assert_mentions
+from ..refusals import refusals
 
 MODULES = {f"layers.{n}.{name}": (8, 6) for n in range(2) for name in ("q_proj", "v_proj")}
 
@@ -32,10 +34,8 @@ def damage(file):
 
 
 def test_an_adapter_of_ours(tmp_path, capsys):
-    specs = {
-        "m": spec_of("dense", "io", (6, 8)),
-        "n": spec_of("dense", "io", (3, 6, 8), leaf="params/n/kernel", stacked=(0,), layers=(0, 2)),
-    }
+    stack = spec_of("dense", "io", (3, 6, 8), leaf="params/n/kernel", stacked=(0,), layers=(0, 2))
+    specs = {"m": spec_of("dense", "io", (6, 8)), "n": stack}
     made = random_adapter(specs)
     settings = {"settings": {"model": {"path": "org/base\x1b[2J"}}}
     save_adapter(tmp_path / "a", made.lora, specs, made.config, **settings)
@@ -76,11 +76,8 @@ def test_tensors_of_another_method_are_not_said_to_be_trained_in_full(tmp_path, 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "VERA", "r": 4}))
     save_file({"m.vera_lambda_b": np.ones(4, np.float32)}, tmp_path / "adapter_model.safetensors")
     _, rows = shown(capsys, tmp_path)
-    assert (rows["alpha"], rows["targets"], rows["other tensors"]) == (
-        "not in the files",
-        "none",
-        "1, such as m.vera_lambda_b",
-    )
+    found = [rows[name] for name in ("alpha", "targets", "other tensors")]
+    assert found == ["not in the files", "none", "1, such as m.vera_lambda_b"]
     assert_mentions(rows["unsupported"], "VERA")
 
 
@@ -95,9 +92,7 @@ def test_factors_of_a_library(library, tmp_path, capsys):
 
 def test_factors_of_no_library(tmp_path, capsys):
     shapes = {"b/mine/lora_a": (5, 6, 2), "b/mine/lora_b": (5, 2, 6)}
-    save_file(
-        {name: np.ones(shape, np.float16) for name, shape in shapes.items()}, tmp_path / "a.safetensors"
-    )
+    save_file({name: np.ones(x, np.float16) for name, x in shapes.items()}, tmp_path / "a.safetensors")
     _, rows = shown(capsys, tmp_path / "a.safetensors")
     assert (rows["rank"], rows["targets"], rows["dtype"]) == ("2", "mine (1)", "float16")
     assert_mentions(rows["unsupported"], "b/mine/lora_a")
@@ -122,13 +117,11 @@ def test_a_gguf_adapter(tmp_path):
 
 
 def test_what_is_no_adapter_is_an_error(tmp_path, capsys):
-    (tmp_path / "model").mkdir()
+    for name in ("model", "empty", "pickle"):
+        (tmp_path / name).mkdir()
     (tmp_path / "model/config.json").write_text("{}")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "pickle").mkdir()
-    (tmp_path / "pickle/adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1})
-    )
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (tmp_path / "pickle/adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "pickle/adapter_model.bin").touch()
     for words, told in (
         ([tmp_path / "model"], ["model", "adapter"]),
@@ -139,3 +132,34 @@ def test_what_is_no_adapter_is_an_error(tmp_path, capsys):
     ):
         assert main(["inspect", *map(str, words)]) == 2
         assert_mentions(capsys.readouterr().err, *told)
+
+
+def unfinished(config, summary=None):
+    def require(tmp_path):
+        run = tmp_path / "run"
+        for step in (110, 50):
+            (run / f"checkpoints/{step}").mkdir(parents=True)
+        (run / "config.yaml").write_text(config)
+        if summary:
+            (run / "summary.json").write_text(summary)
+        require_adapter(run)
+
+    return require
+
+
+test_an_unfinished_run_says_how_far_it_got = refusals(
+    (unfinished("train: {steps: 400}\n"), "run", 110, 400, "train"),
+    (unfinished("train: {epochs: 2.0}\n"), "step", 110),
+    (unfinished("train: {epochs: 2.0}\n", "{}"), "adapter.json", "adapter_config.json"),
+    error=FileNotFoundError,
+)
+
+
+@pytest.mark.parametrize(("name", "peft"), [("adapter.json", False), ("adapter_config.json", True)])
+def test_an_adapter_is_found_in_a_run_and_in_its_own_directory(tmp_path, name, peft):
+    adapter = tmp_path / "run/adapter"
+    adapter.mkdir(parents=True)
+    assert find_adapter(tmp_path / "run") is None
+    (adapter / name).write_text("{}")
+    assert find_adapter(tmp_path / "run") == find_adapter(adapter) == require_adapter(adapter) == adapter
+    assert is_peft(adapter) is peft

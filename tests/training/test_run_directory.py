@@ -1,5 +1,6 @@
 """Whose a run directory is, which settings may change when a run resumes, and what is kept of a finished run."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -39,20 +40,99 @@ from loraplus_jax.training.run_files import TrainingFailed
 from loraplus_jax.training.saved_adapter import require_adapter
 
 from ..messages import assert_mentions, mentions
+from ..refusals import refusals
 from ..settings.values import FIELDS, LEAST, nested
 from .preparation import lock_of_another_process
 
+SETTINGS = Settings(
+    model=ModelSettings(path="m"),
+    data=DataSettings(path="d"),
+    train=TrainSettings(keep=3, compilation_cache=False),
+    output_dir="o",
+    seed=3,
+)
+
+
+def run_of(directory, values=SETTINGS, *, finished=False):
+    """The directory of a run with these settings."""
+    directory.mkdir()
+    settings = settings_from_json(values) if isinstance(values, dict) else values
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings.to_json()))
+    if finished:
+        (directory / "summary.json").write_text('{"steps": 9}')
+    return directory
+
+
+def check(directory, settings=SETTINGS, *, fresh=False):
+    return check_directory(directory, settings, fresh=fresh)
+
+
+def with_file(directory, name, text="mine"):
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text(text)
+    return directory
+
+
+def spoilt(act, text):
+    return lambda tmp_path: act(with_file(tmp_path, "config.yaml", text))
+
+
+def of_cls(**fields):
+    return dataclasses.replace(SETTINGS, model=ModelSettings(path="m", pooling="cls"), **fields)
+
+
+FIELDS_OF_TWO = ("model.pooling", '"cls" in that run', '"mean" here', "seed", 4, 3)
+
+test_directories_that_are_rejected = refusals(
+    (lambda: check(Path("/proc/loraplus/out")), "output_dir", "/proc/loraplus/out"),
+    (lambda tmp_path: check(tmp_path / "a" / ("b" * 300)), "output_dir", "name too long"),
+    (lambda tmp_path: check(with_file(tmp_path, "file") / "file"), "file", "a file"),
+    (lambda tmp_path: check(with_file(tmp_path, "file") / "file", fresh=True), "file", "a file"),
+    (lambda tmp_path: check(with_file(tmp_path / "mine", "thesis.txt")), "mine", "files"),
+    (lambda tmp_path: check(with_file(tmp_path / "mine", "thesis.txt"), fresh=True), "mine", "files"),
+    (lambda tmp_path: check(run_of(tmp_path / "mine", finished=True)), "mine", "summary.json", "--fresh"),
+    (lambda tmp_path: check(run_of(tmp_path / "mine", of_cls(seed=4))), "mine", *FIELDS_OF_TWO),
+    (
+        lambda tmp_path: check(with_file(run_of(tmp_path / "mine"), "metrics.jsonl", "{}\n")),
+        *("mine", "checkpoints", "--fresh"),
+    ),
+    *(
+        (spoilt(act, text), "config.yaml", "settings")
+        for text in ("[1]", "5", "", "train: 5", "train: [1]")
+        for act in (check, require_adapter)
+    ),
+    lines=9,
+)
+
+
+def test_what_is_rejected_passes_with_fresh_where_it_is_a_run(tmp_path):
+    for n, (values, finished) in enumerate([(SETTINGS, True), (of_cls(seed=4), False)]):
+        assert check(run_of(tmp_path / str(n), values, finished=finished), fresh=True) == []
+    directory = with_file(run_of(tmp_path / "run"), "metrics.jsonl", "{}\n")
+    assert check(directory, fresh=True) == []
+    (directory / "checkpoints").mkdir()
+    assert check(directory) == []
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_directories_where_a_run_may_start_are_not_created(tmp_path, fresh):
+    assert check(tmp_path, fresh=fresh) == check(tmp_path / "a/b/c", fresh=fresh) == []
+    assert list(tmp_path.iterdir()) == []
+
 
 def test_a_second_process_is_rejected_with_the_pid_of_the_first_before_any_preparation(tmp_path):
-    directory = run_of(tmp_path / "out", LEAST)
+    directory = run_of(tmp_path / "out")
     with lock_of_another_process(directory) as first:
         with pytest.raises(ValueError, match=mentions(first.pid, directory)), lock_directory(directory):
             pass
         for fresh in (False, True):
             with pytest.raises(ValueError, match=mentions(first.pid, directory)):
-                check_directory(directory, settings_from_json(LEAST), fresh=fresh)
-    # The system let go of the lock when the process was killed.
-    check_directory(directory, settings_from_json(LEAST), fresh=False)
+                check(directory, fresh=fresh)
+    # The system let go of the lock when the process was killed. A check writes no pid.
+    check(directory)
+    (directory / ".pid").write_text("mine")
+    check(directory)
+    assert (directory / ".pid").read_text() == "mine"
     with lock_directory(directory):
         assert (directory / ".pid").read_text() == f"{os.getpid()}\n"
     assert not (directory / ".pid").exists()
@@ -68,81 +148,43 @@ def test_a_lock_that_is_no_regular_file_is_rejected_and_no_link_followed(tmp_pat
     {"FIFO": lambda: os.mkfifo(path), "directory": path.mkdir}.get(kind, lambda: path.symlink_to(mine))()
     before = sorted(directory.iterdir())
     with pytest.raises(ValueError, match=mentions(path, kind)):
-        check_directory(directory, settings_from_json(LEAST), fresh=False)
+        check(directory, settings_from_json(LEAST))
     with pytest.raises(ValueError, match=mentions(path, kind)), lock_directory(directory):
         pass
     assert mine.read_text() == "mine"
     assert sorted(directory.iterdir()) == before
 
 
-def test_a_check_writes_no_pid(tmp_path):
-    directory = run_of(tmp_path / "out", LEAST)
-    (directory / ".lock").touch()
-    (directory / ".pid").write_text("mine")
-    check_directory(directory, settings_from_json(LEAST), fresh=False)
-    assert (directory / ".pid").read_text() == "mine"
-
-
-def test_a_directory_that_cannot_be_created_is_rejected_and_one_that_can_is_not_created(tmp_path):
-    settings = settings_from_json(LEAST)
-    check_directory(tmp_path / "a/b/c", settings, fresh=False)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match=mentions("output_dir", "/proc/loraplus/out")):
-        check_directory(Path("/proc/loraplus/out"), settings, fresh=False)
-    with pytest.raises(ValueError, match=mentions("output_dir", "name too long")):
-        check_directory(tmp_path / "a" / ("b" * 300), settings, fresh=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("names", [[], [".lock"], [".lock", ".pid"], [".lock", ".config.yaml.partial"]])
+@pytest.mark.parametrize("names", [[".lock"], [".lock", ".pid"], [".lock", ".config.yaml.partial"]])
 def test_a_run_killed_before_its_first_file_starts_over(tmp_path, names):
-    settings = Settings(
-        model=ModelSettings(path="m"), data=DataSettings(path="d"), output_dir=str(tmp_path / "out")
-    )
-    (tmp_path / "out").mkdir()
     for name in names:
-        (tmp_path / "out" / name).touch()
-    check_directory(tmp_path / "out", settings, fresh=False)
-    (tmp_path / "out/mine.txt").touch()
-    with pytest.raises(ValueError, match=mentions(tmp_path / "out", "files")):
-        check_directory(tmp_path / "out", settings, fresh=False)
-
-
-def run_of(directory, values, *, finished=False):
-    """The directory of a run with these settings."""
-    directory.mkdir()
-    settings = settings_from_json(values) if isinstance(values, dict) else values
-    (directory / "config.yaml").write_text(yaml.safe_dump(settings.to_json()))
-    if finished:
-        (directory / "summary.json").write_text('{"steps": 9}')
-    return directory
+        (tmp_path / name).touch()
+    check(tmp_path)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match=mentions(tmp_path, "files")):
+        check(tmp_path)
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_what_may_change_when_a_run_resumes_and_what_not(tmp_path, name):
+def test_what_may_change_when_a_run_resumes_and_a_finished_one_when_its_end_moves(tmp_path, name):
     given, needed = FIELDS[name]
     directory = run_of(tmp_path / "run", nested(needed))
     settings = settings_from_json(nested(needed | {name: given}))
     if name == "output_dir" or name.startswith("distributed."):
-        assert check_directory(directory, settings, fresh=False) == []
+        assert check(directory, settings) == []
     elif name in RESUMABLE_FIELDS:
-        (change,) = check_directory(directory, settings, fresh=False)
+        (change,) = check(directory, settings)
         assert_mentions(change, name, json.dumps(given))
+        (directory / "summary.json").write_text('{"steps": 9}')
+        with (
+            contextlib.nullcontext()
+            if name in STOP_FIELDS
+            else pytest.raises(ValueError, match=mentions(directory, "finished", "train.steps"))
+        ):
+            assert check(directory, settings)
     else:
         with pytest.raises(ValueError, match=mentions(name, directory, "--fresh")):
-            check_directory(directory, settings, fresh=False)
-
-
-@pytest.mark.parametrize("name", RESUMABLE_FIELDS)
-def test_a_finished_run_resumes_only_when_its_end_moves(tmp_path, name):
-    given, needed = FIELDS[name]
-    directory = run_of(tmp_path / "run", nested(needed), finished=True)
-    settings = settings_from_json(nested(needed | {name: given}))
-    if name in STOP_FIELDS:
-        assert check_directory(directory, settings, fresh=False)
-    else:
-        with pytest.raises(ValueError, match=mentions(directory, "finished", "train.steps")):
-            check_directory(directory, settings, fresh=False)
+            check(directory, settings)
 
 
 def test_results_of_a_finished_run_are_kept_under_names_of_their_own(tmp_path):
@@ -160,44 +202,12 @@ def test_results_of_a_finished_run_are_kept_under_names_of_their_own(tmp_path):
     }
 
 
-SETTINGS = Settings(
-    model=ModelSettings(path="m"),
-    data=DataSettings(path="d"),
-    train=TrainSettings(keep=3, compilation_cache=False),
-    output_dir="o",
-    seed=3,
-)
-
-
-@pytest.mark.parametrize("fresh", [False, True])
-def test_directories_where_a_run_may_start(tmp_path, fresh):
-    assert check_directory(tmp_path / "absent", SETTINGS, fresh=fresh) == []
-    assert not (tmp_path / "absent").exists()
-    (tmp_path / "empty").mkdir()
-    assert check_directory(tmp_path / "empty", SETTINGS, fresh=fresh) == []
-
-
 def test_an_unfinished_run_of_the_same_settings_resumes_in_any_directory(tmp_path):
-    directory = run_of(tmp_path / "run", SETTINGS)
-    assert check_directory(directory, SETTINGS, fresh=False) == []
+    directory = run_of(tmp_path / "run")
+    assert check(directory) == []
     moved = Settings.to_json(SETTINGS) | {"output_dir": "another"}
     (directory / "config.yaml").write_text(yaml.safe_dump(moved))
-    assert check_directory(directory, SETTINGS, fresh=False) == []
-
-
-def test_runs_that_are_rejected_and_pass_with_fresh(tmp_path):
-    finished = run_of(tmp_path / "finished", SETTINGS, finished=True)
-    with pytest.raises(ValueError, match=mentions(finished, "summary.json", "--fresh")):
-        check_directory(finished, SETTINGS, fresh=False)
-    other = Settings(
-        model=ModelSettings(path="m", pooling="cls"), data=DataSettings(path="d"), output_dir="o", seed=4
-    )
-    unlike = run_of(tmp_path / "unlike", other)
-    with pytest.raises(ValueError, match=mentions(unlike)) as caught:
-        check_directory(unlike, SETTINGS, fresh=False)
-    assert_mentions(str(caught.value), "model.pooling", '"cls"', '"mean"', "seed", 4, 3)
-    for directory in (finished, unlike):
-        check_directory(directory, SETTINGS, fresh=True)
+    assert check(directory) == []
 
 
 def opened(directory, **how):
@@ -207,9 +217,9 @@ def opened(directory, **how):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"\0" * 4096])
 def test_a_summary_that_is_empty_or_damaged_does_not_mark_a_run_as_finished(tmp_path, content):
-    directory = run_of(tmp_path / "run", SETTINGS)
+    directory = run_of(tmp_path / "run")
     (directory / "summary.json").write_bytes(content)
-    assert check_directory(directory, SETTINGS, fresh=False) == []
+    assert check(directory) == []
     assert_mentions(describe_unfinished(directory), directory, "resume")
     archive_results(directory)
     with opened(directory) as output:
@@ -220,7 +230,7 @@ def test_a_summary_that_is_empty_or_damaged_does_not_mark_a_run_as_finished(tmp_
 
 @pytest.mark.parametrize("replacement", [None, "empty", "copy"])
 def test_a_directory_that_is_renamed_or_deleted_is_named_by_the_next_check(tmp_path, replacement):
-    directory = run_of(tmp_path / "run", SETTINGS)
+    directory = run_of(tmp_path / "run")
     with lock_directory(directory) as check:
         check()
         moved = directory.rename(tmp_path / "moved")
@@ -235,17 +245,6 @@ def test_a_directory_that_is_renamed_or_deleted_is_named_by_the_next_check(tmp_p
         check()
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-def test_files_that_are_not_a_runs_are_never_touched(tmp_path, fresh):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=mentions(tmp_path / "file", "a file")):
-        check_directory(tmp_path / "file", SETTINGS, fresh=fresh)
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=mentions(tmp_path / "foreign", "files")):
-        check_directory(tmp_path / "foreign", SETTINGS, fresh=fresh)
-
-
 def test_an_older_run_gets_the_first_free_number(tmp_path):
     text = io.StringIO()
     console = Console(file=text, width=300)
@@ -253,7 +252,7 @@ def test_an_older_run_gets_the_first_free_number(tmp_path):
     rename_run(directory, console)
     assert text.getvalue() == ""
     for number in (1, 2):
-        run_of(directory, SETTINGS)
+        run_of(directory)
         (directory / "mark").write_text(str(number))
         rename_run(directory, console)
         assert not directory.exists()
@@ -261,38 +260,17 @@ def test_an_older_run_gets_the_first_free_number(tmp_path):
         assert f"{directory}.{number}" in text.getvalue()
 
 
-def test_a_run_whose_checkpoints_are_gone_is_rejected(tmp_path):
-    directory = run_of(tmp_path / "run", SETTINGS)
-    (directory / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=mentions(directory, "checkpoints", "--fresh")):
-        check_directory(directory, SETTINGS, fresh=False)
-    assert check_directory(directory, SETTINGS, fresh=True) == []
-    (directory / "checkpoints").mkdir()
-    assert check_directory(directory, SETTINGS, fresh=False) == []
-
-
-@pytest.mark.parametrize("content", ["[1]", "5", "", "train: 5", "train: [1]"])
-def test_settings_of_a_run_that_are_none_are_named(tmp_path, content):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").write_text(content)
-    for act in (lambda: require_adapter(run), lambda: check_directory(run, SETTINGS, fresh=False)):
-        with pytest.raises(ValueError, match=mentions("config.yaml", "settings")):
-            act()
-
-
 def test_a_setting_that_an_earlier_version_did_not_have_has_its_default(tmp_path):
-    directory = run_of(tmp_path / "run", SETTINGS)
+    directory = run_of(tmp_path / "run")
     old = yaml.safe_load((directory / "config.yaml").read_text())
     del old["train"]["max_skipped"], old["model"]["pooling"], old["generation"]
     (directory / "config.yaml").write_text(yaml.safe_dump(old))
-    assert check_directory(directory, SETTINGS, fresh=False) == []
-    other = dataclasses.replace(SETTINGS, model=ModelSettings(path="m", pooling="cls"))
+    assert check(directory) == []
     with pytest.raises(ValueError, match=mentions("model.pooling", '"mean" in that run', '"cls" here')):
-        check_directory(directory, other, fresh=False)
+        check(directory, of_cls())
     (directory / "config.yaml").write_text(yaml.safe_dump(old | {"renamed": 1}))
     with pytest.raises(ValueError, match=mentions("another version", "config.yaml", "renamed", "--fresh")):
-        check_directory(directory, SETTINGS, fresh=False)
+        check(directory)
 
 
 def test_a_sweep_may_change_less_and_a_finished_one_stays_finished(tmp_path):
@@ -421,16 +399,12 @@ def test_a_difference_is_allowed_where_there_is_something_to_compare_with(tmp_pa
     with opened(out, allow_different=("data",)) as output:
         output.open_manager()
         assert output.restore(state(0), changed)
-    run_of(part, SETTINGS, finished=True)
+    run_of(part, finished=True)
     for parts in ([part], [out]):
         with opened(new, allow_different=("data",), parts=parts):
             pass
-    for directory, how in (
-        (new, {}),
-        (part, {}),
-        (out, {"fresh": True}),
-        (new, {"fresh": True, "parts": [part]}),
-    ):
+    without_effect = (new, {}), (part, {}), (out, {"fresh": True}), (new, {"fresh": True, "parts": [part]})
+    for directory, how in without_effect:
         (directory / "summary.json").unlink(missing_ok=True)
         with (
             pytest.raises(ValueError, match=mentions("--allow_different", "data", "no effect")),

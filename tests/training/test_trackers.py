@@ -1,5 +1,6 @@
 """Trackers get every row once, over interruptions too, and end no run; with modules in place of the services'."""
 
+import importlib
 import importlib.util
 import io
 import json
@@ -10,8 +11,7 @@ import types
 
 import pytest
 
-from loraplus_jax.settings.parsing import settings_from_json
-from loraplus_jax.settings.schema import RESUMABLE_FIELDS, Settings
+from loraplus_jax.settings.schema import RESUMABLE_FIELDS
 from loraplus_jax.sweep.run import WINNER_ONLY_FIELDS
 from loraplus_jax.training import trackers
 from loraplus_jax.training.console import LineConsole
@@ -54,7 +54,7 @@ def service(monkeypatch):
     return service
 
 
-def logged(directory, steps, keep=0, names=("wandb",)):
+def logged(directory, steps, keep=0, names=("wandb",), finished=False):
     """Writes a row for each step, after the first `keep` rows of an interrupted run; returns what is printed."""
     file = io.StringIO()
     console = LineConsole(file=file)
@@ -63,7 +63,7 @@ def logged(directory, steps, keep=0, names=("wandb",)):
     )
     for step in steps:
         log.write(step, {"loss": step, "validation/loss": math.nan})
-    log.close()
+    log.close(finished=finished)
     return file.getvalue().splitlines()
 
 
@@ -79,18 +79,21 @@ def test_rows_have_the_names_of_tensorboard(tmp_path, service):
     assert values.keys() == {"train/loss", "validation/loss"}
 
 
-def test_a_resumed_run_continues_and_sends_no_row_twice(tmp_path, service):
-    logged(tmp_path, [1, 2, 3, 4, 5])
-    logged(tmp_path, [3], keep=2)  # it stops before it has written again what it wrote before
-    logged(tmp_path, [3, 4, 5, 6], keep=2)
-    assert {name: steps_of(run) for name, run in service.runs.items()} == {"id0": [1, 2, 3, 4, 5, 6]}
+# What a run logs, interruption by interruption: steps, rows that are kept of before, trackers.
+HISTORIES = {
+    "it stops before it has written again what it wrote before": [([1, 2, 3], 0), ([3], 2), ([3, 4], 2)],
+    "a tracker that is added gets the rows so far": [([1, 2, 3], 0, ()), ([3, 4], 2)],
+    "one that was left out for a while gets what it lacks": [([1, 2], 0), ([3], 2, ()), ([4], 3)],
+    "train.log_every has changed": [([1, 2, 3], 0), ([4], 1)],
+}
 
 
-def test_a_tracker_that_is_added_gets_the_rows_so_far(tmp_path, service):
-    logged(tmp_path, [1, 2, 3], names=())
-    assert not (tmp_path / "trackers.json").exists()
-    logged(tmp_path, [3, 4], keep=2)
-    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4]
+@pytest.mark.parametrize("history", HISTORIES.values(), ids=HISTORIES)
+def test_over_interruptions_every_row_is_sent_once(tmp_path, service, history):
+    for part in history:
+        logged(tmp_path, *part)
+        assert (tmp_path / "trackers.json").exists() == bool(service.runs)
+    assert {name: steps_of(run) for name, run in service.runs.items()} == {"id0": [1, 2, 3, 4]}
 
 
 def test_a_tracker_that_fails_is_left_out_with_one_line(tmp_path, service):
@@ -103,19 +106,6 @@ def test_a_tracker_that_fails_is_left_out_with_one_line(tmp_path, service):
     service.fails = False
     assert logged(tmp_path, [5], keep=4) == []
     assert steps_of(service.runs["id0"]) == [1, 2, 3, 4, 5]
-
-
-def test_rows_at_other_steps_after_a_resumption_are_sent(tmp_path, service):
-    logged(tmp_path, [1, 2, 3, 4, 5, 6, 7, 8])
-    logged(tmp_path, [10, 20, 30], keep=2)  # train.log_every has changed
-    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 20, 30]
-
-
-def test_a_tracker_that_was_left_out_for_a_while_gets_what_it_lacks(tmp_path, service):
-    logged(tmp_path, [1, 2, 3])
-    logged(tmp_path, [4, 5, 6], keep=3, names=())
-    logged(tmp_path, [7], keep=6)
-    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_after_a_kill_the_rows_of_the_file_count_as_sent(tmp_path, service):
@@ -132,13 +122,12 @@ def test_after_a_kill_the_rows_of_the_file_count_as_sent(tmp_path, service):
 
 def test_after_a_kill_while_rows_of_before_are_sent_the_others_follow(tmp_path, service, monkeypatch):
     monkeypatch.setattr(trackers, "SAVE_SECONDS", -1.0)
-    logged(tmp_path, [1, 2, 3, 4], names=())
-    rows = [(step, {"train/loss": float(step)}) for step in (1, 2, 3, 4)]
+    logged(tmp_path, [1, 2, 3], names=())
+    rows = [(step, {"train/loss": float(step)}) for step in (1, 2, 3)]
     reports = Reports(["wandb"], tmp_path, CONFIG, rows, LineConsole(file=io.StringIO()))
-    for row in rows[:2]:
-        reports.log(*row)
-    logged(tmp_path, [5], keep=4)
-    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4, 5]
+    reports.log(*rows[0])
+    logged(tmp_path, [4], keep=3)
+    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4]
 
 
 def test_after_a_kill_before_a_service_answers_its_rows_still_count_as_sent(tmp_path, service, monkeypatch):
@@ -169,28 +158,24 @@ def test_a_damaged_file_of_ids_ends_no_run_and_stays(tmp_path, service):
         assert (tmp_path / "trackers.json").read_text() == text
 
 
-def test_the_address_of_a_run_is_a_line(tmp_path, service):
+def test_the_address_of_a_run_is_a_line_and_a_password_in_one_is_not_printed(tmp_path, service):
     service.address = "https://host/run"
     (line,) = logged(tmp_path, [1])
     assert_mentions(line, "wandb", "https://host/run")
-
-
-def test_a_password_in_an_address_is_not_printed(tmp_path, service):
-    def fail(*args):
-        raise OSError("http://user:secret@host/api failed")
-
     service.start = fail
-    (line,) = logged(tmp_path, [1])
+    (line,) = logged(tmp_path, [2], keep=1)
     assert "secret" not in line
     assert "http://***@host/api" in line
+
+
+def fail(*_):
+    raise OSError("http://user:secret@host/api failed")
 
 
 def test_a_run_that_did_not_finish_is_no_finished_one_at_the_service(tmp_path, service):
     logged(tmp_path, [1])
     assert service.finished is False
-    console = LineConsole(file=io.StringIO())
-    log = RunLog(tmp_path, keep=1, open_reports=lambda r: Reports(["wandb"], tmp_path, CONFIG, r, console))
-    log.close(finished=True)
+    logged(tmp_path, [2], keep=1, finished=True)
     assert service.finished is True
 
 
@@ -216,15 +201,7 @@ def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch):
         check_trackers(["wandb", "mlflow"])
 
 
-def test_the_setting():
-    values = {"model": {"path": "m"}, "data": {"path": "d"}, "output_dir": "o"}
-    names = [*TRACKERS]
-    assert settings_from_json(values | {"train": {"report_to": names}}, Settings).train.report_to == tuple(
-        names
-    )
-    with pytest.raises(ValueError, match=mentions("train.report_to", *names, "comet")):
-        settings_from_json(values | {"train": {"report_to": ["comet"]}}, Settings)
-    # A run may add one when it resumes. A sweep names it as ignored, and its winner reports.
+def test_a_run_may_add_one_when_it_resumes_and_the_winner_of_a_sweep_reports():
     assert "train.report_to" in RESUMABLE_FIELDS
     assert "train.report_to" in WINNER_ONLY_FIELDS
 
@@ -298,13 +275,9 @@ def test_mlflow(tmp_path, monkeypatch, run_id):
     entities = module(monkeypatch, "mlflow.entities")
     assert used("mlflow", tmp_path, run_id) == (run_id or "new")
     params = [args for args, _ in entities.of("Param")]
-    if run_id is None:
-        assert client.of("create_experiment") == [(("mine",), {})]
-        assert client.of("create_run")[0][0] == ("7",)
-        assert params == [("seed", "0"), ("train.steps", "5")]
-    else:
-        assert not client.of("create_run")
-        assert not params
+    assert [args for args, _ in client.of("create_experiment")] == ([] if run_id else [("mine",)])
+    assert [args for args, _ in client.of("create_run")] == ([] if run_id else [("7",)])
+    assert params == ([] if run_id else [("seed", "0"), ("train.steps", "5")])
     (((name, value, _, step), _),) = entities.of("Metric")
     assert (name, value, step) == ("train/loss", 0.5, 3)
     assert client.of("log_batch")[-1][0][0] == (run_id or "new")
@@ -329,28 +302,26 @@ def test_trackio(tmp_path, monkeypatch, run_id):
 # the packages themselves, where they are installed, without a network
 
 
-def test_real_mlflow(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    logged(tmp_path, [1, 2, 3], names=["mlflow"])
-    logged(tmp_path, [3, 4], keep=2, names=["mlflow"])
-    run_id = json.loads((tmp_path / "trackers.json").read_text())["services"]["mlflow"]["id"]
-    client = mlflow.MlflowClient()
-    history = client.get_metric_history(run_id, "train/loss")
-    assert [(metric.step, metric.value) for metric in history] == [(n, float(n)) for n in (1, 2, 3, 4)]
+def sent_by_mlflow(directory, run_id):
+    client = importlib.import_module("mlflow").MlflowClient()
     assert client.get_run(run_id).data.params == {"seed": "0", "train.steps": "5"}
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, "train/loss")]
 
 
-def test_real_trackio(tmp_path, monkeypatch):
+def sent_by_trackio(directory, run_id):
+    rows = importlib.import_module("trackio.sqlite_storage").SQLiteStorage.get_logs("loraplus_jax", run_id)
+    return [(row["step"], row["train/loss"]) for row in rows]
+
+
+@pytest.mark.parametrize(("name", "sent"), [("mlflow", sent_by_mlflow), ("trackio", sent_by_trackio)])
+def test_a_real_package(tmp_path, monkeypatch, name, sent):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    pytest.importorskip("trackio")
-    from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
-
-    logged(tmp_path, [1, 2, 3], names=["trackio"])
-    logged(tmp_path, [3, 4], keep=2, names=["trackio"])
-    run_id = json.loads((tmp_path / "trackers.json").read_text())["services"]["trackio"]["id"]
-    rows = SQLiteStorage.get_logs("loraplus_jax", run_id)
-    assert [(row["step"], row["train/loss"]) for row in rows] == [(n, float(n)) for n in (1, 2, 3, 4)]
+    pytest.importorskip(name)
+    logged(tmp_path, [1, 2, 3], names=[name])
+    logged(tmp_path, [3, 4], keep=2, names=[name])
+    run_id = json.loads((tmp_path / "trackers.json").read_text())["services"][name]["id"]
+    assert sent(tmp_path, run_id) == [(n, float(n)) for n in (1, 2, 3, 4)]
 
 
 def test_real_wandb_offline(tmp_path, monkeypatch, capfd):

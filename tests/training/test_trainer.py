@@ -22,6 +22,8 @@ from loraplus_jax.training.evaluation import evaluate, finish_metrics
 from loraplus_jax.training.setup import Programs, Run, state_shardings
 from loraplus_jax.training.trainer import Trainer
 
+from ..marks import slow
+
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 100])
 def test_a_split_is_averaged_over_all_rows_once(size):
@@ -142,7 +144,7 @@ def _rows(run):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize(("select", "selected"), [("best", 2), ("last", 5)])
+@pytest.mark.parametrize(("select", "selected"), [("best", 2), slow("last", 5)])
 def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(make_run, select, selected):
     run = make_run(eval_every=1, select=select)
     summary = training.train(run.settings, console=LineConsole(quiet=True))
