@@ -30,6 +30,9 @@ def nothing(_):
     """Of a kind that promises no more than its properties."""
 
 
+BOTH = ("peft", "merged")
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """How a run is trained, and what its properties are proved with."""
@@ -47,8 +50,10 @@ class Kind:
     otherwise: tuple[str, ...] = MESH
     """Settings that change how its numbers are computed, but not the numbers."""
     rel: float = 1e-4
-    exports: tuple[str, ...] = ("peft", "merged")
+    exports: tuple[str, ...] = BOTH
     """Those that evaluate as the run does."""
+    answers: tuple[str, ...] = ()
+    """Those that also answer as the run does."""
     extra: Callable = nothing
     """What else is true of the run."""
 
@@ -381,8 +386,8 @@ KINDS = {
     ),
     "pooler": bert("--model.pooling pooler --train.steps 4"),
     "cls": bert("--model.pooling cls --train.steps 4"),
-    "chat": Kind((), stop=25, extra=chat),
-    "llama": Kind(otherwise=(*MESH, *OTHERWISE), exports=("peft",)),
+    "chat": Kind((), stop=25, answers=BOTH, extra=chat),
+    "llama": Kind(otherwise=(*MESH, *OTHERWISE), exports=("peft",), answers=("peft",)),
     "llama_theory": Kind((*SHORT_TALK, "--train.theory_every", "4"), extra=theory(LLAMA_LAYERS, [4, 8])),
     "packed": Kind((*NO_PROMPT, *PACKED), stop=13, extra=packed),
     "nf4": Kind((*SHORT_TALK, *NF4), exports=("peft", "same"), extra=nf4),
@@ -394,13 +399,13 @@ KINDS = {
     "lora_one": init("lora_one", None),
     "loftq": Kind((*FIRST, *LOFTQ), falls=0.99, exports=("same",), extra=loftq),
     "adalora": Kind((*NO_PROMPT, *ADALORA), stop=7, extra=adalora),
-    "gpt2": Kind(make=gpt2, extra=conv1d),
+    "gpt2": Kind(make=gpt2, answers=BOTH, extra=conv1d),
     "gpt2_nf4": Kind((*SHORT_TALK, *NF4, "--model.quantize_exclude", "[]"), make=gpt2, exports=("same",)),
     "gpt2_split": Kind(SPLIT, make=gpt2, falls=1, extra=keys_are_the_bases),
     "gpt2_loftq": Kind((*SPLIT, *LOFTQ), make=gpt2, falls=1, exports=("same",)),
-    "gemma2": Kind(make=family("gemma2")),
-    "gemma3": Kind(make=family("gemma3_text")),
-    "phi3": Kind(make=family("phi3"), extra=names_its_targets),
+    "gemma2": Kind(make=family("gemma2"), answers=BOTH),
+    "gemma3": Kind(make=family("gemma3_text"), answers=BOTH),
+    "phi3": Kind(make=family("phi3"), answers=BOTH, extra=names_its_targets),
     "phi3_nf4": Kind((*SHORT_TALK, *NF4), make=family("phi3"), exports=("same",)),
     "describe": Kind(
         ("--train.steps", "60"),

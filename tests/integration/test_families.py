@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 CELLS = """
             learns  resumes  devices  exports  restarts  member
 gpt2        slow    long     long     slow     slow      -
-gpt2_split  slow    -        long     slow     long      -
+gpt2_split  slow    -        long     long     long      -
 gpt2_loftq  slow    -        -        slow     -         -
 gpt2_nf4    long    -        -        long     -         -
 gemma2      long    -        long     long     -         -
