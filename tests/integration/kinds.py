@@ -44,7 +44,7 @@ class Kind:
     """Changes a copy of that world."""
     picture: bool = False
     falls: float = 0.9
-    """Which part of the loss is left at most."""
+    """Which part of the loss is left at most; any of a run that is too short to learn."""
     stop: int = 6
     """The step at which it is interrupted."""
     otherwise: tuple[str, ...] = MESH
@@ -377,11 +377,13 @@ KINDS = {
         otherwise=flags("--mesh.data 8 --train.accumulate 4 --train.steps 20"),
         rel=1e-5,
     ),
-    "full": bert("--method full --train.steps 8", exports=("merged",), extra=full, falls=1),
-    "bf16": bert("--train.steps 10 --model.dtype bfloat16 --model.param_dtype bfloat16", extra=bf16, falls=1),
+    "full": bert("--method full --train.steps 8", falls=math.inf, exports=("merged",), extra=full),
+    "bf16": bert(
+        "--train.steps 10 --model.dtype bfloat16 --model.param_dtype bfloat16", falls=math.inf, extra=bf16
+    ),
     "theory": bert(
         "--train.steps 8 --train.eval_every 4 --train.log_every 4 --train.theory_every 3",
-        falls=1,
+        falls=math.inf,
         extra=theory(BERT_LAYERS, [3, 6]),
     ),
     "pooler": bert("--model.pooling pooler --train.steps 4"),
