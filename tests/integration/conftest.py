@@ -19,6 +19,7 @@ from loraplus_jax.cli.commands import main
 from loraplus_jax.training import trainer
 
 from . import language_world as language
+from .kinds import runs_of
 from .runs import ASKED, PROMPT
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -192,7 +193,7 @@ def first_talk(tmp_path_factory):
 
 @pytest.fixture
 def world(first_world, tmp_path, cache, monkeypatch):
-    """A fresh copy, whose runs draw no picture: that takes as long as all else. `finished` has one."""
+    """A fresh copy, whose runs draw no picture: that takes as long as all else."""
     monkeypatch.setattr(trainer, "draw_loss", lambda *_: None)
     return first_world.copy(tmp_path)
 
@@ -204,24 +205,31 @@ def talk(first_talk, tmp_path, cache, monkeypatch):
     return first_talk.copy(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def finished(first_world, tmp_path_factory, cache_directory):
-    """A world of its own with a whole run in it, to be read only."""
-    return _finished(first_world.copy(tmp_path_factory.mktemp("finished")), cache_directory)
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No run draws a picture."""
+    monkeypatch.setattr(trainer, "draw_loss", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
-def finished_talk(first_talk, tmp_path_factory, cache_directory):
+def run_of(first_world, first_talk, tmp_path_factory):
+    """The run of a kind; its world, its results and its exports are to be read only."""
+    worlds = {"first_world": first_world, "first_talk": first_talk}
+    return runs_of(worlds, tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.fixture(scope="session")
+def finished(run_of, cache_directory):
+    """A world with a whole run in it, to be read only; alone among worlds it has a picture."""
+    with _cached(cache_directory):
+        return run_of("bert").finished
+
+
+@pytest.fixture(scope="session")
+def finished_talk(run_of, cache_directory):
     """That of language models, without a picture."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_loss", lambda *_: None)
-        return _finished(first_talk.copy(tmp_path_factory.mktemp("finished_talk")), cache_directory)
-
-
-def _finished(world, cache_directory):
-    with world.printed.open("w") as file, contextlib.redirect_stdout(file), _cached(cache_directory):
-        world.trained()
-    return world
+    with _cached(cache_directory):
+        return run_of("chat").finished
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,13 @@
 import itertools
 import json
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from loraplus_jax.models.checkpoints.name_table import expand, shape_in_file
+from loraplus_jax.models.families import family_of
 
 from ..models.checkpoints.gguf.files import write as write_gguf
 
@@ -113,6 +117,38 @@ def tensors(config):
         # Large enough for a frozen head to be sure of a token.
         found["lm_head.weight"] = 2 * linear(config["vocab_size"], HIDDEN)
     return found
+
+
+GEMMA = {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12}
+FAMILIES = {
+    "gemma2": (GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 9.0}, PRODUCTS),
+    "gemma3_text": (GEMMA, PRODUCTS),
+    "qwen3": ({"head_dim": 8, "tie_word_embeddings": True}, PRODUCTS),
+    "phi3": ({"partial_rotary_factor": 0.5}, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+}
+
+
+def write_family(directory, kind):
+    """The tiny language world's directory with another family's config and random weights."""
+    config = json.loads((directory / "config.json").read_text()) | {"model_type": kind} | FAMILIES[kind][0]
+    (directory / "config.json").write_text(json.dumps(config))
+    family, rng = family_of(kind), np.random.default_rng(2)
+    ours = family.config.from_hf(config)
+    ids = jax.ShapeDtypeStruct((1, 2), np.int32)
+    shapes = jax.eval_shape(family.model(ours).init, jax.random.key(0), ids)["params"]
+    content = {}
+    for rule in family.name_table(ours).rules:
+        leaf = shapes
+        for part in rule.path.split("/"):
+            leaf = leaf[part]
+        shape = shape_in_file(rule, leaf)
+        for name in expand(rule, leaf):
+            values = rng.normal(size=shape) / np.sqrt(shape[-1]) * (1 + rule.path.startswith("lm_head"))
+            name = name if name.startswith("lm_head") else f"model.{name}"
+            content[name] = (
+                values if len(shape) > 1 else 0 * values + (not kind.startswith("gemma"))
+            ).astype(np.float32)
+    save_file(content, directory / "model.safetensors")
 
 
 GGUF_NAMES = {

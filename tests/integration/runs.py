@@ -116,12 +116,8 @@ def rejected(capsys, *arguments):
     return out.err
 
 
-def printed_json(capsys, *arguments):
-    return json.loads(printed(capsys, *arguments))
-
-
 def evaluated(capsys, *arguments):
-    return printed_json(capsys, "eval", *arguments)
+    return json.loads(printed(capsys, "eval", *arguments))
 
 
 def near(given, wanted, rel=1e-4):
@@ -129,16 +125,6 @@ def near(given, wanted, rel=1e-4):
     assert given.keys() == wanted.keys()
     numbers = [name for name, value in wanted.items() if isinstance(value, float)]
     return {n: given[n] for n in numbers} == pytest.approx({n: wanted[n] for n in numbers}, rel=rel)
-
-
-def assert_exports_answer_the_same(capsys, out, to):
-    """The run exported for PEFT and merged, in `to`, evaluates and answers as the run does."""
-    run, exact = printed(capsys, "generate", out, *ASKED), evaluated(capsys, out)
-    for name, more in (("peft", ()), ("merged", ("--merged",))):
-        printed(capsys, "export", out, "--to", to / name, *more)
-        assert near(evaluated(capsys, to / name), exact)
-        assert printed(capsys, "generate", to / name, *ASKED) == run
-    return exact
 
 
 # runs that are disturbed
@@ -170,13 +156,6 @@ def interrupted(world, step, *args):
         interrupt_at(patch, step)
         assert world.train(*args) == 130
     return world.out
-
-
-def assert_resumes(world, straight, *args, step=6):
-    """A run that is interrupted at a step resumes and ends with the bits of `straight`."""
-    interrupted(world, step, *args)
-    assert world.train(*args) == 0
-    assert result_of(world.out) == result_of(straight)
 
 
 def at_step(patch, step, act, *, saved=False):

@@ -8,8 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from loraplus_jax import load_adapter, make_mesh, save_adapter
@@ -30,9 +27,8 @@ from loraplus_jax.settings.parsing import parse_settings, setting_fields
 from loraplus_jax.settings.schema import Settings
 from loraplus_jax.tasks import chat_generation
 from loraplus_jax.tasks.held_out_generation import HeldOutTexts
-from loraplus_jax.training import distributed, setup
+from loraplus_jax.training import setup
 from loraplus_jax.training import trainer as training
-from loraplus_jax.training.anomalies import TrainingFailed, check_skipped
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.trainer import Trainer, train
 
@@ -40,7 +36,6 @@ from ..marks import every
 from ..training.preparation import without_compiling
 from . import language_world as language
 from .runs import flags, rows_of, saved_steps
-from .test_decoder_families import write_family
 
 pytestmark = pytest.mark.slow
 
@@ -152,20 +147,6 @@ def updates(settings):
     return found, {role: float(rate) for role, (rate, _) in tx.rates(length(settings) - 1).items()}
 
 
-def ranks_over_time(settings):
-    """How many components train after each step."""
-    tx = setup.make_optimizer(settings.optimizer, settings.lr_ratio, length(settings), {"query": SPEC})
-    wave = lambda shape, turn: 0.1 * jnp.sin(turn + jnp.arange(math.prod(shape)).reshape(shape) ** 2)  # noqa: E731
-    params = {"lora": {"query": {"lora_a": wave((3, 2), 0.3), "lora_b": jnp.zeros((2, 3))}}}
-    state, update, found = tx.init(params), jax.jit(tx.update), []
-    for step in range(length(settings)):
-        grads = jax.tree.map(lambda x: wave(x.shape, step), params)  # noqa: B023
-        moved, state = update(grads, state, params)
-        params = optax.apply_updates(params, moved)
-        found.append(int((params["lora"]["query"]["lora_b"] != 0).any(-1).sum()))
-    return found
-
-
 PREPARED = {}
 """The run of the file's world. Its programs are not compiled."""
 
@@ -189,24 +170,6 @@ def evaluation_batches(settings):
     """The shape of the batches in which a split is evaluated."""
     _, _, batches, _, _ = described(settings)
     return batches.evaluate["weight"].shape
-
-
-def patience(settings):
-    """Whether training ends after one, two, three and four evaluations, all worse than the first."""
-    one, scores, found = trainer(settings), [0.9, 0.5, 0.4, 0.3], []
-    for count in range(1, len(scores) + 1):
-        one.log = SimpleNamespace(values=lambda name, seen=count: list(enumerate(scores[:seen])))
-        found.append(one.should_stop())
-    return found
-
-
-def most_skipped(settings):
-    """How many steps in a row are skipped when the run ends."""
-    one = trainer(settings)
-    skipped = [{"skipped": 1.0, "loss": float("nan")}] * 100
-    with pytest.raises(TrainingFailed) as failure:
-        check_skipped(one.run, one.history, 1, skipped, 0)
-    return str(failure.value)
 
 
 def cache_in_use(settings):
@@ -255,50 +218,6 @@ def searched(settings):
     return texts.model.generate(*[None] * 5), texts.batch_size, len(texts.inputs)
 
 
-def joining(settings):
-    """What JAX is asked for to join the processes, and after how many seconds the start is given up."""
-    waits = []
-
-    def initialize(**options):
-        raise Found(options)
-
-    def timer(seconds, *_):
-        waits.append(seconds)
-        return SimpleNamespace(start=lambda: None, cancel=lambda: None)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.distributed, "initialize", initialize)
-        patch.setattr(distributed.threading, "Timer", timer)
-        with pytest.raises(Found) as found:
-            train(settings, console=QUIET)
-    return found.value.args, waits
-
-
-def goes_elsewhere(settings):
-    """Whether a run is started in a directory of this name beside the data."""
-    elsewhere = Path(settings.data.path).parent / "elsewhere"
-
-    with pytest.MonkeyPatch.context() as patch, without_compiling():
-        patch.setattr(Trainer, "run_to_end", ending())
-        with pytest.raises(Found):
-            train(settings, console=QUIET)
-    found = (elsewhere / "config.yaml").exists()
-    shutil.rmtree(elsewhere, ignore_errors=True)
-    return found
-
-
-def theory(settings):
-    """Whether a program that measures the theory's terms is compiled first."""
-
-    mesh, data, batches, parts, tx = described(settings)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "lower_theory", ending("theory"))
-        patch.setattr(setup, "trace_step", ending("step"))
-        with pytest.raises(Found) as found:
-            setup.compile_programs(settings, data, batches, parts, tx, mesh, None)
-    return found.value.args
-
-
 def left(settings):
     """What a whole run leaves: rows, checkpoints and adapter."""
     train(settings, console=QUIET)
@@ -318,13 +237,20 @@ class Change(NamedTuple):
     base: tuple[str, ...] = ()
 
 
-PROCESSES = flags(
-    "--distributed.coordinator localhost:47521 --distributed.processes 2 --distributed.process_id 1"
-)
+ELSEWHERE = {
+    **{f"distributed.{name}": "test_processes.py" for name in ("processes", "process_id", "coordinator")},
+    **{f"distributed.{name}_timeout": "test_processes.py" for name in ("start", "lost")},
+    "optimizer.target_rank": "kinds.py",
+    "train.theory_every": "kinds.py",
+    "train.early_stopping": "test_run.py",
+    "train.max_skipped": "test_interrupt.py",
+    "output_dir": "conftest.py",
+}
+"""Fields whose effect whole runs show, and in which file."""
+
 WIDE = ("--data.path", "{dir}/wide.csv")
 BARE = ("--data.path", "{dir}/bare.csv", "--data.header", "[text, second, label]")
 BOTH = ("--data.path", "{dir}/both.csv")
-LAST = ("--train.select", "last")
 FILES = ("--data.path", "null", "--data.train", "{dir}/first.csv")
 TALK = flags(
     "--task instruction --model.path {dir}/talk --data.path {dir}/chats.jsonl --data.max_length 128"
@@ -400,7 +326,6 @@ CHANGES = [
     Change("optimizer.name", "riemannian", updates),
     Change("optimizer.name", "lora_rite", updates, ("--method", "lora")),
     Change("optimizer.name", "lora_muon", updates, ("--method", "lora")),
-    Change("optimizer.target_rank", "1", ranks_over_time, LAST),
     Change("optimizer.reg", "0.5", updates, ("--optimizer.name", "riemannian")),
     Change("optimizer.decay_steps", "3", updates, ("--optimizer.schedule", "wsd")),
     Change("optimizer.learning_rate", "2e-3", updates),
@@ -421,12 +346,9 @@ CHANGES = [
     Change("train.eval_batch_size", "8", evaluation_batches),
     Change("train.eval_every", "3", left, RESTLESS),
     Change("train.log_every", "3", left, RESTLESS),
-    Change("train.early_stopping", "2", patience),
     Change("train.select", "last", left, RESTLESS),
     Change("train.keep", "3", left, RESTLESS),
-    Change("train.max_skipped", "2", most_skipped),
     Change("train.compilation_cache", "false", cache_in_use),
-    Change("train.theory_every", "2", theory),
     Change("train.report_to", "[mlflow]", reported),
     Change("train.prompt", "what colour is coal", asked, SAY),
     Change("train.prompt_tokens", "9", asked, SAY),
@@ -442,11 +364,6 @@ CHANGES = [
     Change("mesh.data", "2", shardings),
     Change("mesh.fsdp", "2", shardings),
     Change("mesh.tensor", "2", shardings),
-    Change("distributed.coordinator", "other:1", joining, PROCESSES),
-    Change("distributed.processes", "3", joining, PROCESSES),
-    Change("distributed.process_id", "0", joining, PROCESSES),
-    Change("distributed.start_timeout", "20", joining, PROCESSES),
-    Change("distributed.lost_timeout", "20", joining, PROCESSES),
     Change("task", "regression", arrays, ("--data.label", "rating")),
     Change("method", "lora", updates),
     Change("method", "full", shapes),
@@ -455,7 +372,6 @@ CHANGES = [
     Change("seed", "9", variables),
     Change("seed", "9", first_batch),
     Change("seed", "9", random_key),
-    Change("output_dir", "{dir}/elsewhere", goes_elsewhere),
 ]
 
 
@@ -495,7 +411,7 @@ def home(first_world, tmp_path_factory, cache):
     language.write_model(world.directory / "talk", max_position_embeddings=128)
     (world.directory / "phi").mkdir()
     language.write_model(world.directory / "phi", max_position_embeddings=128)
-    write_family(world.directory / "phi", "phi3")
+    language.write_family(world.directory / "phi", "phi3")
     world.write_rows("chats.jsonl", list(map(two_turns, language.chats())))
     world.write_rows("descriptions.csv", language.descriptions())
     with without_compiling():
@@ -531,7 +447,11 @@ def found_on(settings_of):
 
 
 def test_every_field_has_its_proof():
-    assert {change.name for change in CHANGES} == {field.name for field in setting_fields()}
+    proved = {change.name for change in CHANGES}
+    assert proved | ELSEWHERE.keys() == {field.name for field in setting_fields()}
+    assert not proved & ELSEWHERE.keys()
+    for name, file in ELSEWHERE.items():
+        assert name.rpartition(".")[2] in Path(__file__).with_name(file).read_text(), name
 
 
 @pytest.mark.parametrize(

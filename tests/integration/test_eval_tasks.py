@@ -91,32 +91,12 @@ def test_a_run_on_tasks(run, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.slow
-def test_a_packed_run_a_merged_model_and_a_base(run, tmp_path, capsys):
-    args = flags(CHOICES.format(dir=run.directory))
-    packed = run.trained(*args, "--model.quantize", "nf4", out=tmp_path / "packed")
-    merged, base = tmp_path / "merged", tmp_path / "base.json"
-    assert main(["export", str(run.out), "--to", str(merged), "--merged"]) == 0
-    data = run.directory / "tasks/ARC-Easy/test.json"
-    for place in (packed, merged):
-        assert evaluate(run, place, "arc_easy,boolq") == 0
-        found = evaluated(capsys, place, "--data", data)
-        results = json.loads((place / "tasks.json").read_text())
-        assert results["tasks"]["arc_easy"]["accuracy"] == pytest.approx(found["accuracy"])
-    assert evaluate(run, run.model, "mmlu", "--shots", "1", "--output", str(base)) == 0
+def test_a_base(long_talk, tmp_path, capsys):
+    base = tmp_path / "base.json"
+    assert evaluate(long_talk, long_talk.model, "mmlu", "--shots", "1", "--output", str(base)) == 0
     results = json.loads(base.read_text())
     assert results["steps"] is None
     assert results["tasks"]["mmlu"]["fewer_shots"] == 0
     capsys.readouterr()
-    assert evaluate(run, run.model, "mmlu", "--output", str(base)) == 2
+    assert evaluate(long_talk, long_talk.model, "mmlu", "--output", str(base)) == 2
     assert_mentions(capsys.readouterr().err, "--output", "exists")
-
-
-@pytest.mark.slow
-def test_an_encoder_is_rejected(finished, tmp_path, capsys):
-    write_tasks(finished.directory / "tasks")
-    assert evaluate(finished, finished.out, "boolq") == 2
-    assert_mentions(capsys.readouterr().err, "encoder", "not a language model")
-    assert not (finished.out / "tasks.json").exists()
-    assert evaluate(finished, finished.model, "boolq", "--output", str(tmp_path / "a.json")) == 2
-    assert_mentions(capsys.readouterr().err, "bert", "not a language model")

@@ -11,7 +11,7 @@ from loraplus_jax.inference import predict
 from loraplus_jax.sweep import run as sweeping
 
 from ..messages import assert_mentions
-from .runs import SHORT, column, evaluated, lines_of, printed, summary_of
+from .runs import SHORT, column, evaluated, flags, lines_of, printed, summary_of
 from .test_sweep import TINY
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -85,7 +85,8 @@ def test_a_sweep_reports_the_tasks_metric(world, monkeypatch):
     write_cola(world)
     monkeypatch.setattr(sweeping, "draw_figures", lambda *_: None)
     monkeypatch.setattr(sweeping, "write_report", lambda directory, report, page=False: None)
-    args = [*TINY, *glue(world, "cola")]
+    few = flags("--sweep.learning_rates [5e-3] --sweep.lr_ratios [4]")
+    args = [*TINY, *few, *glue(world, "cola")]
     assert main(["sweep", str(world.config), "--output_dir", str(world.out), *args]) == 0
     rows = lines_of(world.out / "metrics.jsonl")
     assert rows
@@ -103,6 +104,8 @@ def test_regression_on_pairs_by_correlation(world, capsys):
     assert summary["selected_step"] == max(scores, key=lambda step: (scores[step], step))
     dev = world.directory / "glue/STS-B/dev.tsv"
     found = [row["prediction"] for row in predict.predict_run(out, data=str(dev))]
+    assert main(["predict", str(out), "--text", "alone"]) == 2
+    assert "text pairs" in capsys.readouterr().err
     labels = [float(line.rpartition("\t")[2]) for line in dev.read_text().splitlines()[1:]]
     assert summary["after"]["pearson"] == pytest.approx(scipy.stats.pearsonr(found, labels)[0], abs=1e-5)
     assert summary["after"]["spearman"] == pytest.approx(scipy.stats.spearmanr(found, labels)[0], abs=1e-5)

@@ -132,16 +132,6 @@ def test_several_devices_are_the_same(home, members):
 
 
 @pytest.mark.long
-def test_several_at_once_have_the_same_losses(home, members):
-    some = {n: entry for n, entry in ENTRIES.items() if n != DIVERGES}
-    other = taken(swept(home), some, at_once=2)
-    assert (other.chunk, len(other.chunks)) == (2, 2)
-    split = members.population.data.splits["validation"]
-    ours, theirs = members.evaluate(split), other.evaluate(split)
-    assert all(abs(ours[n]["loss"] - theirs[n]["loss"]) <= 1e-5 for n in some)
-
-
-@pytest.mark.long
 def test_members_continue_on_any_number_of_devices(home, members):
     saved = members.as_state(7)
     assert {len(leaf) for leaf in jax.tree.leaves((saved.trainable, saved.opt_state, saved.rng))} == {4}

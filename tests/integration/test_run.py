@@ -1,4 +1,4 @@
-"""Whole runs of the command line on the tiny world, in this process."""
+"""Whole runs of the command line on the tiny world of texts, in this process."""
 
 import json
 import math
@@ -10,40 +10,40 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from loraplus_jax import jit_step, load_adapter
+from loraplus_jax import load_adapter
 from loraplus_jax.cli.commands import main
-from loraplus_jax.training import console
-from loraplus_jax.training import setup as prepare
-from loraplus_jax.training.trainer import Trainer
 
-from ..marks import long
 from ..messages import assert_mentions
+from .properties import cells
 from .runs import (
     SHORT,
     column,
     evaluated,
     flags,
-    interrupted,
     lines_of,
     printed,
-    result_of,
-    rows_of,
+    rejected,
     saved_steps,
     summary_of,
     tensor_bytes,
-    tensors_of,
-    undisturbed,
 )
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
-RATING = flags("--task regression --data.label rating")
+CELLS = """
+        learns  resumes  devices  exports  restarts  member
+bert    slow    slow     slow     -        slow      -
+full    slow    -        -        long     -         -
+bf16    slow    -        -        -        -         -
+theory  slow    -        -        -        -         -
+pooler  -       -        -        long     -         -
+cls     -       -        -        long     -         -
+"""  # tests/inference/test_export.py has the exports of texts' runs; test_population.py has the members
 
 
-@pytest.fixture(scope="module")
-def short(first_world, tmp_path_factory, cache):
-    """A short run that others are compared with."""
-    return undisturbed(first_world, tmp_path_factory, SHORT)
+@pytest.mark.parametrize(("kind", "prove"), cells(CELLS))
+def test_kind(kind, prove, run_of, undrawn):
+    prove(run_of(kind))
 
 
 # what a run leaves
@@ -116,15 +116,11 @@ def test_tensorboard_events_hold_the_same_numbers(finished):
         assert events[key] == pytest.approx(value, rel=1e-6)
 
 
-def test_the_config_repeats_the_run_bitwise_and_nothing_is_compiled_again(finished, world, cache):
+def test_the_config_is_complete(finished):
+    """`resumes` trains by it."""
     content = yaml.safe_load((finished.out / "config.yaml").read_text())
     assert content["optimizer"]["b2"] == 0.999
     assert content["lora"]["target_modules"] == ["query", "value", "up"]
-    compiled = {path.name for path in (cache / "xla").glob("*-cache")}
-    assert any("step" in name for name in compiled)
-    assert main(["train", str(finished.out / "config.yaml"), "--output_dir", str(world.out)]) == 0
-    assert tensor_bytes(world.out) == tensor_bytes(finished.out)
-    assert {path.name for path in (cache / "xla").glob("*-cache")} == compiled
 
 
 def test_the_adapter_loads_without_the_run(finished):
@@ -148,26 +144,16 @@ def test_what_is_printed(finished):
     assert "data: 112 train, 16 validation, 32 test" in lines
     assert sum(line.startswith("before: accuracy 0.") and line.endswith("(test)") for line in lines) == 1
     # The estimate comes before the first step.
-    names = [line.split(":")[0] for line in lines if line.startswith(("estimate:", "before:", "step "))]
+    names = [line.split(":")[0] for line in lines if re.match(r"(estimate|before|step \d+):", line)]
     assert names == ["estimate", "before", "step 20", "step 40"]
     assert_mentions(next(line for line in lines if line.startswith("estimate:")), "40 steps", "3 evaluations")
     assert sum(line.startswith("after:  accuracy ") for line in lines) == 1
-
-
-def test_a_log_file_gets_lines_between_and_during_evaluations(world, short, capsys, monkeypatch):
-    monkeypatch.setattr(console, "SECONDS_PER_LINE", 0.0)
-    out = world.trained(*SHORT)
-    lines = [
-        line for line in capsys.readouterr().out.splitlines() if re.search(r"/s, \d+:\d\d:\d\d left$", line)
-    ]
-    assert [line.split(": ")[0] for line in lines] == [
-        "test batch 1 of 2",
-        *(f"step {step} of 8" for step in range(1, 9)),
-        "test batch 1 of 2",
-    ]
-    assert rows_of(out) == rows_of(short)
-    first, second = (float(re.search(r"loss (\d\.\d{4}), ", line)[1]) for line in lines[1:3])
-    assert (first + second) / 2 == pytest.approx(column(out, "loss")[2], abs=1e-4)
+    # A log file gets lines between and during evaluations.
+    timed = [line for line in lines if re.search(r"/s, \d+:\d\d:\d\d left$", line)]
+    steps = [f"step {step} of 40" for step in range(1, 41)]
+    assert [line.split(": ")[0] for line in timed] == ["test batch 1 of 2", *steps, "test batch 1 of 2"]
+    losses = [float(re.search(r"loss (\d\.\d{4}), ", line)[1]) for line in timed[1:6]]
+    assert sum(losses) / 5 == pytest.approx(column(finished.out, "loss")[5], abs=1e-4)
 
 
 # using it
@@ -208,87 +194,46 @@ def test_predict_a_file_into_a_file(finished, tmp_path, capsys):
     assert lines_of(output) == found
 
 
-# methods
+# other tasks and data, and where a run ends or begins again
 
 
-@pytest.mark.slow
-def test_lora_is_bitwise_lora_plus_with_ratio_1(world, short):
-    lora = world.trained(*SHORT, "--method", "lora", out=world.directory / "lora")
-    plus = world.trained(*SHORT, "--lora.lr_ratio", "1", out=world.directory / "plus")
-    assert tensor_bytes(lora) == tensor_bytes(plus)
-    assert rows_of(lora) == rows_of(plus)
-    assert column(lora, "rate/a") == column(lora, "rate/b")
-    assert load_adapter(lora / "adapter").config.lr_ratio == 1  # pyright: ignore
-    assert tensor_bytes(lora) != tensor_bytes(short)
-    assert summary_of(lora)["before"] == summary_of(short)["before"]
-
-
-@pytest.mark.slow
-def test_full_trains_every_weight_and_is_used_like_an_adapter(world, capsys):
-    out = world.trained(*SHORT, "--method", "full")
+def test_a_fresh_run_on_separate_files_without_a_test_split(finished, tmp_path, undrawn, capsys):
+    world = finished.copy(tmp_path)
+    (tmp_path / "out.1").mkdir()
+    rows = world.rows()
+    first = world.write_rows("first.tsv", rows[:120])
+    second = world.write_rows("second.jsonl", rows[120:])
+    separate = ("--data.path", "null", "--data.train", str(first), "--data.validation", str(second))
+    out = world.trained(*SHORT, *separate, "--fresh")
+    printed = capsys.readouterr().out
+    assert f"{out}.2" in printed.replace("\n", "")
+    assert tensor_bytes(tmp_path / "out.2") == tensor_bytes(finished.out)
+    assert "data: 120 train, 40 validation" in printed.splitlines()
     summary = summary_of(out)
-    assert summary["trainable"] == summary["total"]
-    tensors = tensors_of(out)
-    assert not any(name.startswith("lora") for name in tensors)
-    old = load_file(world.model / "model.safetensors")
-    for ours, theirs in [("query", "attention.self.query"), ("up", "intermediate.dense")]:
-        name = next(name for name in tensors if name.endswith(f"{ours}/kernel"))
-        moved = tensors[name][0].T - old[f"encoder.layer.0.{theirs}.weight"]
-        assert np.all(moved != 0)
-    found = evaluated(capsys, out, "--data", world.data)
-    assert (found["data"], found["examples"]) == (str(world.data), 160)
-    assert found["accuracy"] == pytest.approx(summary["after"]["accuracy"], abs=0.2)
+    assert summary["held_out"] == {"split": "validation", "examples": 40}
+    assert column(out, "before/validation/loss") == {0: summary["before"]["loss"]}
+    assert column(out, "after/validation/loss") == {summary["selected_step"]: summary["after"]["loss"]}
+    assert list(column(out, "validation/loss")) == [4, 8]
 
 
-# the same numbers, however they are computed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "args",
-    [
-        "--mesh.data 8 --train.accumulate 4",
-        *(long("--mesh.data 8"), long("--train.accumulate 4"), long("--model.unroll true")),
-    ],
+# The mean square error, unlike the accuracy, has no ties.
+EARLY = flags(
+    "--task regression --data.label rating --train.steps 200 --train.eval_every 5 --train.early_stopping 1"
+    " --train.keep 1"
 )
-def test_the_same_run_cut_otherwise(world, short, args, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        prepare, "jit_step", lambda *a, **options: seen.append(options) or jit_step(*a, **options)
-    )
-    out = world.trained(*SHORT, *flags(args))
-    # The results are the same, so the step itself is checked.
-    assert seen[0]["accumulate"] == (4 if "--train.accumulate" in args else 1)
-    expected = tensors_of(short)
-    for name, tensor in tensors_of(out).items():
-        np.testing.assert_allclose(tensor, expected[name], rtol=0, atol=1e-5, err_msg=name)
-    assert column(out, "loss") == pytest.approx(column(short, "loss"), abs=1e-5)
-    assert column(out, "validation/loss") == pytest.approx(column(short, "validation/loss"), abs=1e-5)
-    assert summary_of(out)["devices"].startswith("8 x" if "8" in args else "1 x")
 
 
-@pytest.mark.slow
-def test_bf16_runs_near_float32_with_float32_adapters(world, short):
-    out = world.trained(*SHORT, "--model.dtype", "bfloat16", "--model.param_dtype", "bfloat16")
-    assert {tensor.dtype for tensor in tensors_of(out).values()} == {np.dtype("float32")}
-    assert column(out, "loss") == pytest.approx(column(short, "loss"), abs=0.05)
-    assert column(out, "loss") != column(short, "loss")
-
-
-@pytest.mark.slow
-def test_the_seed_decides(world, short):
-    out = world.trained(*SHORT, "--seed", "1")
-    assert tensor_bytes(out) != tensor_bytes(short)
-    assert column(out, "test/loss") != column(short, "test/loss")
-
-
-# other tasks and data
-
-
-@pytest.mark.slow
-def test_regression_in_units_of_the_labels(world, capsys):
-    out = world.trained(*RATING, "--train.select", "last")
+def test_regression_in_units_of_the_labels_stops_early_with_the_best_state(world, capsys):
+    out = world.trained(*EARLY)
     summary = summary_of(out)
+    said = (f"stopped at step {summary['steps']} of 200", "train.early_stopping")
+    assert_mentions(capsys.readouterr().out, *said)
+    assert_mentions(world.rejected(capsys, *EARLY), "raise train.early_stopping")
+    scores = column(out, "validation/mse")
+    best = min(scores, key=scores.__getitem__)
+    assert summary["steps"] == max(scores) == best + 5 < 200
+    assert summary["selected_step"] == best
+    assert saved_steps(out) == [best, best + 5]
     assert set(summary["before"]) == {"loss", "mse", "mae"}
     assert summary["after"]["mse"] < 2 < 6 < summary["before"]["mse"]  # the ratings are 3 and -3
     assert summary["after"]["mse"] == pytest.approx(9 * summary["after"]["loss"], rel=0.02)
@@ -297,100 +242,9 @@ def test_regression_in_units_of_the_labels(world, capsys):
     assert low < -1 < 1 < high
 
 
-def test_separate_files_without_a_test_split(world, capsys):
-    rows = world.rows()
-    first = world.write_rows("first.tsv", rows[:120])
-    second = world.write_rows("second.jsonl", rows[120:])
-    separate = ("--data.path", "null", "--data.train", str(first), "--data.validation", str(second))
-    out = world.trained(*SHORT, *separate)
-    assert "data: 120 train, 40 validation" in capsys.readouterr().out.splitlines()
-    summary = summary_of(out)
-    assert summary["held_out"] == {"split": "validation", "examples": 40}
-    assert column(out, "before/validation/loss") == {0: summary["before"]["loss"]}
-    assert column(out, "after/validation/loss") == {summary["selected_step"]: summary["after"]["loss"]}
-    assert list(column(out, "validation/loss")) == [4, 8]
-
-
-@pytest.mark.slow
-def test_pairs_of_texts(world, capsys):
-    rows = [{"a": row["text"], "b": "a film", "label": row["label"]} for row in world.rows()]
-    pairs = world.write_rows("pairs.csv", rows)
-    out = world.trained(*SHORT, "--data.path", str(pairs), "--data.text", "a", "--data.text_pair", "b")
-    assert len(printed(capsys, "predict", out, "--data", pairs).splitlines()) == 160
-    assert main(["predict", str(out), "--text", "alone"]) == 2
-    assert "text pairs" in capsys.readouterr().err
-
-
-# how long, and which state is kept
-
-
-# The mean square error, unlike the accuracy, has no ties.
-EARLY = (*RATING, *flags("--train.steps 200 --train.eval_every 5 --train.early_stopping 1 --train.keep 1"))
-
-
-@pytest.mark.slow
-def test_early_stopping_and_the_best_state(world, capsys):
-    out = world.trained(*EARLY)
-    assert_mentions(
-        capsys.readouterr().out, f"stopped at step {summary_of(out)['steps']} of 200", "train.early_stopping"
-    )
-    assert_mentions(world.rejected(capsys, *EARLY), "raise train.early_stopping")
-    scores = column(out, "validation/mse")
-    best = min(scores, key=scores.__getitem__)
-    summary = summary_of(out)
-    assert summary["steps"] == max(scores) == best + 5 < 200
-    assert summary["selected_step"] == best
-    assert saved_steps(out) == [best, best + 5]
-    last = world.trained(*EARLY, "--train.select", "last", out=world.directory / "last")
-    assert rows_of(last)[:-1] == rows_of(out)[:-1]
-    assert summary_of(last)["selected_step"] == summary["steps"]
-    assert tensor_bytes(last) != tensor_bytes(out)
-
-
-# interrupted, and started over
-
-NOISY = flags(
-    "--model.dropout 0.1 --model.head_dropout 0.1 --lora.dropout 0.1 --train.steps 20 --train.eval_every 8"
-    " --train.log_every 4 --optimizer.schedule linear --optimizer.weight_decay 0.01"
-)
-
-
-def test_an_interrupted_run_resumes_and_ends_bit_identical(world, capsys):
-    straight = world.trained(*NOISY, out=world.directory / "straight")
-    interrupted(world, 13, *NOISY)
-    assert "interrupted" in capsys.readouterr().err
-    assert not (world.out / "summary.json").exists()
-    with (world.out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 12, "lo')
-    assert world.train(*NOISY) == 0
-    assert_mentions(capsys.readouterr().out, "step 8 of 20", "for 12 steps, plus evaluations")
-    assert result_of(world.out) == result_of(straight)
-
-
-@pytest.mark.slow
-def test_a_run_that_lacks_only_its_end_trains_no_more(world, monkeypatch):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert world.train(*SHORT) == 130
-    monkeypatch.setattr("loraplus_jax.training.trainer.shard_batch", lambda batch, mesh: batch)
-    assert world.train(*SHORT) == 0
-    assert list(column(world.out, "loss")) == [2, 4, 6, 8]
-
-
-def test_fresh_renames_the_older_run(finished, tmp_path, capsys):
-    world = finished.copy(tmp_path)
-    (tmp_path / "out.1").mkdir()
-    assert world.train(*SHORT, "--fresh") == 0
-    assert f"{world.out}.2" in capsys.readouterr().out.replace("\n", "")
-    assert tensor_bytes(tmp_path / "out.2") == tensor_bytes(finished.out)
-    assert summary_of(world.out)["steps"] == 8
-
-
-# the compilation cache
-
-
-@pytest.mark.slow
-def test_without_the_compilation_cache_nothing_is_kept(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("LORAPLUS_CACHE", str(tmp_path / "cache"))
-    world.trained("--train.steps", "3", "--train.compilation_cache", "false")
-    assert not (tmp_path / "cache").exists()
+def test_tasks_need_a_language_model(finished, tmp_path, capsys):
+    for directory, words in ((finished.out, ["encoder"]), (finished.model, ["bert"])):
+        output = ("--output", tmp_path / "tasks.json")
+        error = rejected(capsys, "eval", directory, "--tasks", "boolq", "--data_root", tmp_path, *output)
+        assert_mentions(error, *words, "not a language model")
+    assert not list(tmp_path.iterdir())

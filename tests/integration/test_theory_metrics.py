@@ -1,16 +1,16 @@
-"""The theory's terms as metrics of whole runs."""
+"""The theory's terms as metrics of whole runs, beside what `test_run.py` and `test_language.py` prove of them."""
 
 import jax
 import pytest
 
 from loraplus_jax.settings.parsing import parse_settings
 
-from .runs import NO_PROMPT, flags, rows_of, stopped, summary_of, tensor_bytes
+from .runs import flags, rows_of, stopped, summary_of, tensor_bytes
 
+pytestmark = pytest.mark.long
+
+AXES = flags("--mesh.data 2 --mesh.fsdp 2")
 SHORT = flags("--train.steps 8 --train.eval_every 4 --train.log_every 4")
-LAYERS = [
-    f"encoder/layers/{name}/{n}" for name in ("attention/query", "attention/value", "mlp/up") for n in (0, 1)
-]
 
 
 def apart(rows):
@@ -19,24 +19,6 @@ def apart(rows):
     return theory, [row for row in rows if row not in theory]
 
 
-@pytest.mark.slow
-def test_terms_are_logged_at_every_kth_step_and_read_at_the_end(world, capsys):
-    out = world.trained(*SHORT, "--train.theory_every", "3")
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("theory: "))
-    theory, others = apart(rows_of(out))
-    assert [row["step"] for row in theory] == [3, 6]
-    assert [row["step"] for row in others] == [0, 4, 4, 8, 8, 8]
-    names = {
-        f"theory/{layer}/{t}"
-        for layer in (*LAYERS, "mean")
-        for t in ("delta1", "delta2", "delta3", "z_a", "z_b")
-    }
-    assert all(row.keys() == names | {"step"} for row in theory)
-    assert all(value > 0 for row in theory for value in row.values())
-    assert line == f"theory: {summary_of(out)['theory']}"
-
-
-@pytest.mark.long
 def test_measurements_may_change_on_resume_and_the_adapter_is_that_without_any(world):
     straight = world.trained(*SHORT, out=world.directory / "straight")
     stopped(world, 5, *SHORT, "--train.theory_every", "2")
@@ -48,24 +30,13 @@ def test_measurements_may_change_on_resume_and_the_adapter_is_that_without_any(w
     assert tensor_bytes(world.out) == tensor_bytes(straight)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("axes", ["--mesh.data 4", "--mesh.data 2 --mesh.fsdp 2"])
-def test_a_batch_and_weights_split_over_devices_are_measured_alike(world, axes):
+def test_a_batch_and_weights_split_over_devices_are_measured_alike(world):
     one = world.trained(*SHORT, "--train.theory_every", "8", out=world.directory / "one")
-    four = world.trained(*SHORT, "--train.theory_every", "8", *flags(axes), out=world.directory / "four")
+    four = world.trained(*SHORT, "--train.theory_every", "8", *AXES, out=world.directory / "four")
     (first,), (second,) = apart(rows_of(one))[0], apart(rows_of(four))[0]
     assert first == pytest.approx(second, rel=1e-3)
 
 
-@pytest.mark.slow
-def test_language_models_are_measured_through_their_own_loss(talk):
-    out = talk.trained(*SHORT, *NO_PROMPT, "--train.theory_every", "4")
-    theory, _ = apart(rows_of(out))
-    assert [row["step"] for row in theory] == [4, 8]
-    assert all(value > 0 for row in theory for value in row.values())
-
-
-@pytest.mark.long
 def test_at_every_tenth_step_it_takes_less_than_a_twentieth_of_the_training(world):
     """By the FLOPs of the compiled programs, all layers counted."""
     from loraplus_jax.training.setup import prepare
