@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from loraplus_jax import load_adapter
 from loraplus_jax.cli.commands import main
 
+from ..inference.test_eval_tasks import write_tasks
 from ..messages import assert_mentions
 from .properties import cells
 from .runs import (
@@ -243,8 +244,10 @@ def test_regression_in_units_of_the_labels_stops_early_with_the_best_state(world
 
 
 def test_tasks_need_a_language_model(finished, tmp_path, capsys):
+    write_tasks(tmp_path)
+    found = set(tmp_path.iterdir())
     for directory, words in ((finished.out, ["encoder"]), (finished.model, ["bert"])):
         output = ("--output", tmp_path / "tasks.json")
         error = rejected(capsys, "eval", directory, "--tasks", "boolq", "--data_root", tmp_path, *output)
         assert_mentions(error, *words, "not a language model")
-    assert not list(tmp_path.iterdir())
+    assert set(tmp_path.iterdir()) == found
