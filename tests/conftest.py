@@ -52,7 +52,7 @@ def pytest_runtest_teardown(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What to choose the quick suite by: `pytest --costs costs.json`, most expensive first."""
+    """What to choose the quick suite by: `pytest --costs=costs.json`, most expensive first."""
     if path := terminalreporter.config.option.costs:
         costs = {
             report.nodeid: cost

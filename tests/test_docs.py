@@ -137,6 +137,7 @@ def test_the_api_page_has_every_public_name_once():
                 assert sum(value is x for x in listed) == 1, f"{package}.{name}"
 
 
+@pytest.mark.slow
 def test_the_reference_has_every_setting_and_error(conf, tmp_path):
     tmp_path = tmp_path / "reference"
     conf.generate(tmp_path)
@@ -153,6 +154,7 @@ def messages(conf):
     return conf.Index(DOCS.parent / "loraplus_jax").messages
 
 
+@pytest.mark.slow
 def test_the_index_has_messages_of_every_form(messages):
     # In the raise itself; in a variable; returned by a helper; passed to one; in a list of problems.
     texts = [text for found in messages.values() for row in found for text in [" ".join(row)]]

@@ -94,6 +94,7 @@ def test_every_module_over_80_lines_has_a_test_file_or_is_imported_by_one():
     ]
 
 
+@pytest.mark.slow
 def test_no_two_files_import_each_other():
     graph = {module: set(imports_of(module)) & FILES.keys() for module in FILES}
     while leaves := {module for module, targets in graph.items() if not targets & graph.keys()}:
@@ -127,6 +128,7 @@ def loaded_by(code):
     return {name.split(".")[0] for name in modules_after(code)}
 
 
+@pytest.mark.slow
 def test_the_public_names_load_no_extra():
     code = "from loraplus_jax import *"
     core = loaded_by(code)

@@ -177,6 +177,7 @@ ROWS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_what_would_hang_or_fill_the_memory_is_rejected(reject, tmp_path, row):
     read, *words = row

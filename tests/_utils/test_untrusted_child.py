@@ -23,6 +23,7 @@ DOUBLED += "{{% set n.s = n.s {sign} n.s %}}{{% endfor %}}"
 TURNS = [Turn("user", "hi"), Turn("assistant", "yes")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "word"),
     [

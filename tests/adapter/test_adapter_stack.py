@@ -126,6 +126,7 @@ def mixed_batch(model, stack):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed", *map(slow, ("llama", "bert", "nf4"))])
 def test_each_row_has_the_outputs_of_its_adapter(name):
     model, base, adapters = subject("llama" if name == "nf4" else name)
@@ -155,6 +156,7 @@ class Square(nn.Module):
         return nn.Dense(7, use_bias=False, name="up")(x), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "a", "b"),
     [
@@ -186,6 +188,7 @@ def test_layers_stacked_along_any_axis(axis, a, b):
     np.testing.assert_allclose(found, expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_of_nnx_too():
     model = NNXModel(nnx.Rngs(0))
     base = loraplus_nnx.base_variables(model)
@@ -241,6 +244,7 @@ def test_fully_trained_parameters_are_those_of_the_row():
     np.testing.assert_allclose(found, by_themselves(model, base, full), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_changing_a_slot_recompiles_nothing():
     model, base, adapters = subject("mixed")
     room = stack_adapters(adapters).specs
@@ -301,6 +305,7 @@ def test_rows_may_be_several_for_one_adapter_and_other_axes():
     np.testing.assert_allclose(third.swapaxes(0, 1), first, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_an_error():
     model, base, adapters = subject("llama")
     stack = stack_adapters(adapters[:1], slots=2)

@@ -56,6 +56,7 @@ def randomised(lora):
     return jax.tree.map(lambda x: jnp.asarray(x + 0.3 * random.normal(size=x.shape), x.dtype), lora)
 
 
+@pytest.mark.slow
 def test_a_layer_of_two_inputs_and_two_outputs_by_hand():
     """W + 2 A B = [[3, 0], [4, 1]], whose columns have the norms 5 and 1; their magnitudes are 10 and 3."""
     model = apply_lora_plus(nn.Dense(2), CONFIG)
@@ -81,6 +82,7 @@ def test_a_layer_of_two_inputs_and_two_outputs_by_hand():
     np.testing.assert_allclose(found["lora_b"], [[8.0, 0.0]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_output_with_zero_weights_is_adapted_as_by_lora():
     base = {"params": {"kernel": jnp.array([[1.0, 0.0], [2.0, 0.0]])}}
     dense = nn.Dense(2, use_bias=False)
@@ -96,6 +98,7 @@ def test_an_output_with_zero_weights_is_adapted_as_by_lora():
     np.testing.assert_array_equal(found["dora"][1]["lora_a"], found["lora"][1]["lora_a"])
 
 
+@pytest.mark.slow
 def test_with_magnitudes_that_are_the_norms_it_is_lora():
     _, model, base, lora, specs = net()
     lora = randomised(lora)
@@ -122,6 +125,7 @@ def test_magnitudes_are_set_in_a_tree_of_factors_and_in_variables():
     jax.tree.map(np.testing.assert_array_equal, set_magnitudes({"lora": lora}, base, specs), {"lora": bare})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_packed_base_gives_what_its_values_give(kind):
     _, model, base, lora, specs = net()
@@ -147,6 +151,7 @@ def is_leaf(x):
     return hasattr(x, "dequantize")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contracted", ["inputs", "outputs", "both"])
 def test_a_parameter_whose_batch_axis_is_used_in_part_or_whole(contracted):
     """Products over either side, with a batch axis in the product or not, against the sum."""
@@ -181,6 +186,7 @@ def test_models_with_magnitudes_have_all_properties(name, tmp_path):
     prove(TOYS[name], tmp_path, variant="dora")
 
 
+@pytest.mark.slow
 def test_its_norms_are_float32_for_bfloat16_weights():
     w = jax.random.normal(jax.random.key(0), (4096, 2)).astype(jnp.bfloat16)
     a, b = jnp.ones((4096, 1), jnp.bfloat16), jnp.zeros((1, 2), jnp.bfloat16)
@@ -229,6 +235,7 @@ def test_an_adapter_directory_needs_the_magnitudes(tmp_path):
         save_adapter(tmp_path / "c", lora, specs, LoRAPlusConfig(target_modules=["up", "down"], rank=2))
 
 
+@pytest.mark.slow
 def test_what_it_does_not_support_is_one_clear_error():
     _, model, base, _, specs = net()
     with pytest.raises(ValueError, match=mentions("dora", "base")):

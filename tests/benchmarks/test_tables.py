@@ -43,6 +43,7 @@ def test_a_question_is_answered_by_the_text_of_a_choice(instruction, answer, cho
     assert spell(row) == {"instruction": "What melts?", "choices": choices, "answer": choices[1]}
 
 
+@pytest.mark.slow
 def test_the_settings_of_every_study_and_of_each_of_its_methods_are_valid(tmp_path, monkeypatch):
     import tables
 

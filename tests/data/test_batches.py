@@ -44,6 +44,7 @@ def test_the_seed_decides_the_order():
     assert order(1) == order(1) != order(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_each_global_batch(processes):
     whole = _taken(train_batches(_columns(20), batch_size=8, seed=3), 9)

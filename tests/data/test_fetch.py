@@ -151,6 +151,7 @@ TOY_WHEEL = {"METADATA": METADATA, "WHEEL": "Wheel-Version: 1.0\n", "RECORD": ""
 SETUP = {"toy-1.0/setup.py": "boom"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "name", "content"),
     [

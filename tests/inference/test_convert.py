@@ -93,6 +93,7 @@ def flags(options):
     return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwix", "openpi"])
 def test_a_library_merged(name, base, tmp_path, capsys, by_us):
     """Two libraries stand for all: `test_convert_sources.py` reads every one."""
@@ -153,6 +154,7 @@ PEFT = {"use_rslora": True, "rank_pattern": {"up_proj": 4}, "alpha_pattern": {"q
 """All that changes PEFT's scales."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("to", "dora", "by"),
     [
@@ -174,6 +176,7 @@ def test_adapters_of_peft(to, dora, by, base, tmp_path, capsys, request):
         assert difference <= 5e-3 * size < effect  # float16, the default
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["peft", "merged"])
 def test_damage_to_what_was_written_is_named(to, base, tmp_path, capsys):
     source = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base)
@@ -368,6 +371,7 @@ def test_peft_computes_another_model_with_these_options(options, named, base, tm
     assert_mentions(capsys.readouterr().err, *named)
 
 
+@pytest.mark.slow
 def test_an_expression_of_the_source_is_not_written(base, tmp_path, capsys):
     """PEFT would run it on every module of a model, for ever with the second one."""
     modules = modules_of(base, "q_proj")
@@ -432,6 +436,7 @@ def test_a_small_adapter_that_is_lost_on_the_way_is_no_rounding(base, tmp_path, 
     assert_mentions(rejected(capsys, *words, out=tmp_path / "no"), "logits", "changes")
 
 
+@pytest.mark.slow
 def test_a_target_that_computes_something_else_is_removed(base, tmp_path, capsys, by_us, monkeypatch):
     _, options = write_library("qwix", tmp_path / "qwix.safetensors")
     right = verify_conversion.our_logits
@@ -545,6 +550,7 @@ def test_trained_biases_of_a_loop_of_ones_own(tmp_path, capsys, by_us):
     np.testing.assert_allclose(new, old + 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_adapter_with_names_and_axes_of_ones_own(base, tmp_path, capsys, by_us):
     """Stacked layers, heads on axes of their own, and keys and values in one weight."""
     specs = {

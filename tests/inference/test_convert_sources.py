@@ -69,6 +69,7 @@ def test_a_tree(name, base, tmp_path):
     assert (TreeSource(file, library, **options).recipe, len(found)) == (source.recipe, len(changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"dora": True}, {"use_rslora": True}, {"rank_pattern": {"up_proj": 5}}]
 )
@@ -82,6 +83,7 @@ def test_peft(options, base, tmp_path):
     assert "null" in PeftSource(open_targets).about
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("has_copy", [False, True], ids=["factors alone", "with the base's weight"])
 def test_an_embedding_of_peft(has_copy, dora, base, tmp_path):

@@ -46,6 +46,7 @@ def test_a_merged_encoder_evaluates_the_same(untrained, tmp_path, capsys):
     assert new.keys() == old.keys()
 
 
+@pytest.mark.slow
 def test_a_gguf_adapter_that_cannot_be_written_names_its_directory(untrained, tmp_path, capsys, monkeypatch):
     def limited(*_):
         raise OSError(errno.EFBIG, "File too large")
@@ -57,6 +58,7 @@ def test_a_gguf_adapter_that_cannot_be_written_names_its_directory(untrained, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_bad_exports_are_one_line_and_leave_nothing(untrained, tmp_path, capsys):
     to = tmp_path / "to"
     to.mkdir()

@@ -32,6 +32,7 @@ def table_of(card):
     return {row[0]: row[1:] for row in cells}
 
 
+@pytest.mark.slow
 def test_a_run_s_card_has_its_data_rates_lambda_and_evaluation(untrained, tmp_path, capsys):
     run, to = tmp_path / "run", tmp_path / "to"
     shutil.copytree(untrained.out, run)
@@ -64,6 +65,7 @@ def test_a_run_s_card_has_its_data_rates_lambda_and_evaluation(untrained, tmp_pa
 MARKUP = "<script>1</script> <img src=x onerror=1>\x1b[31m ![x](y) `a` | **b** https://c.d<b>\n---\n# e"
 
 
+@pytest.mark.slow
 def test_names_of_others_are_text_in_yaml_markdown_and_html(untrained):
     directory = untrained.out / "adapter"
     tuned = describe_adapter(directory, None, ())

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 TEXTS = ["the film is so good", "bad play", "one quite bad tale that felt good"]
 
 
+@pytest.mark.slow
 def test_a_prediction_is_the_output_of_the_model_for_the_text_alone(untrained):
     tuned = load_tuned(untrained.out)
     vocabulary = json.loads((untrained.model / "tokenizer.json").read_text())["model"]["vocab"]
@@ -53,6 +54,7 @@ def test_an_evaluation_counts_right_predictions_and_truncated_texts_of_a_file(un
     assert evaluated["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "options", "words"),
     [

@@ -70,6 +70,7 @@ def hub(monkeypatch):
     return hub
 
 
+@pytest.mark.slow
 def test_an_adapter_is_pushed_privately_and_without_local_paths(untrained, hub, capsys):
     out = printed(capsys, "export", untrained.out, "--push", "org/name", *BASE)
     assert out == "pushed to https://huggingface.co/org/name\n"
@@ -96,6 +97,7 @@ def test_a_merged_model_is_pushed_and_kept(untrained, hub, capsys, tmp_path):
     assert_no_local_path(hub.files, untrained)
 
 
+@pytest.mark.slow
 def test_a_failed_upload_is_one_line_without_the_token_and_keeps_the_export(untrained, hub, capsys, tmp_path):
     hub.error = ConnectionError(f"Illegal header value b'Bearer {TOKEN}'\nno route")
     to = tmp_path / "to"
@@ -106,6 +108,7 @@ def test_a_failed_upload_is_one_line_without_the_token_and_keeps_the_export(untr
     assert "hf upload" not in rejected(capsys, "export", untrained.out, "--push", "org/name", *BASE)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_pushed_is_known_before_anything_is_written(
     untrained, hub, capsys, tmp_path, monkeypatch
 ):
@@ -127,6 +130,7 @@ def test_what_cannot_be_pushed_is_known_before_anything_is_written(
     assert not to.exists()
 
 
+@pytest.mark.slow
 def test_a_push_replaces_an_earlier_export_and_nothing_else(untrained, hub, capsys, tmp_path):
     to, run = tmp_path / "to", ("export", untrained.out, "--push", "org/name", *BASE)
     hub.files = {"README.md": b"license: mit"}
@@ -177,6 +181,7 @@ def test_a_signal_during_an_upload_leaves_nothing(untrained, tmp_path, number, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("public", "flags"), [(True, ()), (False, ("--public",))])
 def test_a_repository_of_the_other_visibility_is_rejected(untrained, hub, capsys, tmp_path, public, flags):
     hub.repositories = {"org/name": not public}
@@ -187,6 +192,7 @@ def test_a_repository_of_the_other_visibility_is_rejected(untrained, hub, capsys
     assert not to.exists()
 
 
+@pytest.mark.slow
 def test_a_repository_that_cannot_be_opened_is_known_before_the_export(
     untrained, hub, capsys, tmp_path, monkeypatch
 ):
@@ -200,6 +206,7 @@ def test_a_repository_that_cannot_be_opened_is_known_before_the_export(
     assert not to.exists()
 
 
+@pytest.mark.slow
 def test_a_base_named_as_a_directory_here(untrained, hub, capsys, tmp_path, monkeypatch):
     (tmp_path / "org/base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

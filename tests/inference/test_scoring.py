@@ -39,6 +39,7 @@ def random_continuations():
     return [result[n] for n in rng.permutation(len(result))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_scores_are_those_of_full_logits(model, axes):
     module, variables = model
@@ -62,6 +63,7 @@ def test_scores_are_those_of_full_logits(model, axes):
     assert {score.is_greedy for score in scores} == {True, False}
 
 
+@pytest.mark.slow
 def test_few_programs_and_shared_rows(model):
     """Four continuations with one prefix are one row, and lengths from 2 to 65 share a program."""
     module, variables = model

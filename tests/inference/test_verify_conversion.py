@@ -55,6 +55,7 @@ def test_ids_are_always_the_same():
     assert (token_ids(50).shape, token_ids(50).max() < 50) == ((2, 16), True)
 
 
+@pytest.mark.slow
 def test_a_replaced_tensor_is_used(base):
     plain, name = our_logits(read_named_base(base)), "model.layers.1.mlp.down_proj.weight"
     changed = {name: load_file(base / "model.safetensors")[name] + 0.1}

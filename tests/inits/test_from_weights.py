@@ -61,6 +61,7 @@ STARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STARTS)
 def test_the_model_starts_as_the_base(parts, name):
     base, model, specs, grads = parts
@@ -76,6 +77,7 @@ def test_the_model_starts_as_the_base(parts, name):
     jax.tree.map(np.testing.assert_array_equal, base, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pissa", "olora", "lora_ga"])
 def test_the_difference_is_an_adapter_for_the_untouched_base(parts, name, tmp_path):
     base, model, specs, grads = parts
@@ -183,6 +185,7 @@ def test_bad_input(parts):
             call()
 
 
+@pytest.mark.slow
 def test_the_difference_keeps_the_scale_of_rslora():
     config = LoRAPlusConfig(
         target_modules=["q"], rank=2, alpha=6.0, use_rslora=True, alpha_pattern={"v": 3.0}

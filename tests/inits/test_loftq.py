@@ -54,6 +54,7 @@ def test_the_start_is_nearer_to_the_weights(parts, kind):
     assert 0 < off[0] < 0.9 * off[1]
 
 
+@pytest.mark.slow
 def test_one_alternation_is_the_best_approximation_of_the_rest(parts):
     """By a float64 singular value decomposition of W - Q: the error is that of the dropped values."""
     base, _, specs = parts

@@ -86,6 +86,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     # PEFT: `kaiming_uniform_` with a = √5, whose bound is √(6 / ((1 + 5) · in)) = 1/20 for 400 inputs.
     ("init", "bound", "layers"),
@@ -111,6 +112,7 @@ def test_integer_weights_get_float32_factors(init, changes_a):
     assert bool(lora["lora_a"].any()) == changes_a
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_linen_and_nnx_give_a_weight_factors_of_one_dtype_and_one_output(dtype):
     with jax.enable_x64(True):

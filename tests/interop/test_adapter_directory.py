@@ -42,6 +42,7 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_round_trip_bit_for_bit(tmp_path, dtype):
     save_adapter(tmp_path, trainable(dtype), SPECS, CONFIG)

@@ -131,6 +131,7 @@ def wrapped(**fields):
     return Adapter(lora, specs, config, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cat", "svd", "linear"])
 def test_adapters_of_other_layers_give_a_config_that_makes_their_layers(how, tmp_path):
     rank = 2 if how == "linear" else 1

@@ -132,6 +132,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_an_orbax_checkpoint_of_another_is_not_trusted(name, tmp_path, monkeypatch):
     monkeypatch.setattr(untrusted, "FILE_SECONDS", 1)
@@ -168,6 +169,7 @@ NPZ = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NPZ)
 def test_an_npz_file_of_another_is_not_trusted(name, tmp_path):
     entries, words = NPZ[name]

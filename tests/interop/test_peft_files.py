@@ -357,6 +357,7 @@ def test_what_a_server_would_ignore_is_named_before_anything_is_written(tmp_path
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_some_layers_of_a_stack_come_back(tmp_path):
     config, lora, specs, _ = net(target_modules=["fc"], layers_to_transform=[0, 2])
     lora = jax.tree.map(lambda x: x.at[1].set(0), lora)
@@ -401,6 +402,7 @@ def test_patterns_that_would_match_another_module_are_made_exact(tmp_path):
     assert options.ranks_and_alphas(["fc", "block.fc"]) == {"fc": (1, 2), "block.fc": (2, 2)}
 
 
+@pytest.mark.slow
 def test_changed_tensors_of_an_export_are_rejected(tmp_path):
     config, lora, specs, params = net(target_modules=["fc"], bias="lora_only")
     own = {"params": {"head": {"bias": jnp.ones(2)}}}
@@ -517,6 +519,7 @@ def test_factors_that_peft_would_ignore_are_rejected(changes, option, tmp_path):
             read(tmp_path / "a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"target_modules": ["fc"]}, {"target_modules": ["fc", "head"]}])
 def test_a_module_that_the_options_select_must_have_factors(fields, tmp_path):
     """A layer of a stack without any, and a module whose name a regular expression selects as well."""
@@ -542,6 +545,7 @@ def test_biases_that_a_model_lacks_are_not_in_the_config(tmp_path):
     assert peft_config(tmp_path / "a", PATHS).bias == "none"
 
 
+@pytest.mark.slow
 def test_target_modules_are_ends_of_names_where_the_whole_model_is_known(tmp_path):
     names = ["emb", *(f"layers.{n}.{m}" for n in range(3) for m in ("fc", "proj")), "out.0", "out.1"]
     config, lora, specs, _ = net(target_modules=["fc", "head"])
@@ -556,6 +560,7 @@ def test_target_modules_are_ends_of_names_where_the_whole_model_is_known(tmp_pat
     assert read_options(tmp_path / "c/adapter_config.json").target_modules == ["0.fc", "2.fc"]
 
 
+@pytest.mark.slow
 def test_missing_and_left_over_factors_are_all_listed(tmp_path):
     config, lora, specs, _ = net()
     save_peft(tmp_path / "a", lora, specs, config, PATHS)
@@ -584,6 +589,7 @@ def test_notes_that_contradict_pefts_options_are_rejected(tmp_path):
         load_peft(tmp_path / "a", specs, PATHS)
 
 
+@pytest.mark.slow
 def test_dtypes_are_kept_and_integers_are_rejected(tmp_path):
     config, lora, specs, _ = net(target_modules=["head"])
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora)
@@ -596,6 +602,7 @@ def test_dtypes_are_kept_and_integers_are_rejected(tmp_path):
         load_peft(tmp_path / "a", specs, PATHS)
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten(tmp_path):
     config, lora, specs, _ = net()
     (tmp_path / "a").mkdir()

@@ -15,6 +15,7 @@ from ..messages import mentions
 from .models import PATHS, accept_changes, factors, net, spec_of
 
 
+@pytest.mark.slow
 def test_biases_of_some_layers_are_filled_up_with_the_bases(tmp_path):
     config, lora, specs, params = net(target_modules=["fc"], bias="lora_only")
     bias = jnp.arange(24.0).reshape(3, 8)
@@ -31,6 +32,7 @@ def test_biases_of_some_layers_are_filled_up_with_the_bases(tmp_path):
     assert isinstance(unknown["params"]["blocks"]["fc"]["bias"], jax.ShapeDtypeStruct)
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_base_must_be_one(tmp_path):
     config, lora, specs, params = net(target_modules=["embed"])
     save_peft(tmp_path / "a", lora, specs, config, PATHS)

@@ -55,6 +55,7 @@ def test_a_weight_that_the_model_changes_before_its_layer_is_rejected():
         init_lora(apply_lora_plus(Halved(), config()), KEY, X)
 
 
+@pytest.mark.slow
 def test_our_own_layers_are_checked_too():
     assert sorted(init_lora(OwnTied(attend=True), KEY, IDS)[1]) == ["d", "emb"]
     with pytest.raises(ValueError, match=mentions("'emb'", "params/emb/embedding")):

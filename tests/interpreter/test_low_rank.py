@@ -14,7 +14,7 @@ from ..marks import slow
 from ..zoo.linen_toys import WEIGHTS, lifted, part, steps, used
 from ..zoo.properties import KEY, Toy, close, drawn, modules, of_linen, parameters, prove, traced
 
-QUICK = ("experts, last", "rows", "scan of remat", "reshaped")
+QUICK = ("rows", "reshaped")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in WEIGHTS])
@@ -51,6 +51,7 @@ def test_the_gradient_of_the_whole_weight_is_not_computed(name):
     assert 0 < ours < 0.8 * merged
 
 
+@pytest.mark.slow
 def test_a_parameter_of_a_layer_costs_what_the_adapter_of_the_layer_does():
     found = [
         costs(
@@ -84,6 +85,7 @@ def both():
         yield jnp.asarray(x), specs, (model, base, lora), (other, merged, {"layer": lora["layer"]})
 
 
+@pytest.mark.slow
 def test_the_dropout_of_layers_is_that_of_the_merged_model(both):
     x, _, *models = both
     run = lambda model, base, lora, **rngs: model.apply({**base, "lora": lora}, x, rngs=rngs)  # noqa: E731

@@ -72,6 +72,7 @@ def looped(program, variables, *inputs):
     return jax.tree.map(np.asarray, program(copies, *inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", *map(slow, ("adapted", "packed", "gpt2"))])
 def test_the_tokens_are_those_of_the_loop(llama, kind):
     config, model, variables = CONFIG, LLAMA, llama
@@ -102,6 +103,7 @@ def test_the_beams_are_those_of_the_loop(llama):
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_token_loop_moves_each_weight_once(llama):
     """Counts in the compiled program: bytes of the loop's operations, and arrays with the shape of a weight."""
     generate = make_generate(LLAMA, CONFIG, new_tokens=NEW, stop=()).__wrapped__
@@ -139,6 +141,7 @@ def test_only_whole_stacks_on_one_device_have_views():
     assert jax.jit(lambda x: len(unstack(x, LAYERS)[0]))(stack) == 0
 
 
+@pytest.mark.slow
 def test_any_loop_over_the_first_axis_is_run_step_by_step():
     def fn(variables, x):
         def body(carry, step):

@@ -38,6 +38,7 @@ class Deeper(nn.Module):
         return self.head(self.encode(x)) if whole else self.encode(x)
 
 
+@pytest.mark.slow
 def test_adapters_of_a_deeper_model_are_rejected_by_every_method():
     rules = config(target_modules="all-linear")
     _, _, lora, _ = prepared(Deeper(3), rules)
@@ -86,27 +87,30 @@ def one_layer_for_two():
     return apply_lora_plus(Setup(), config("up", "down")).apply(variables, X, method="encode")
 
 
-test_adapters_and_rules_that_do_not_fit_each_other = refusals(
-    (lambda: prepared(Pair(), config(target_parameters=["w"])), "target_parameters", "'w'", "tuple"),
-    (two_layers_for_one, "'layers_0/up'", "config"),
-    (one_layer_for_two, "target_modules", "'down'"),
-    (lambda: factors_for(config("plain"), lambda lora: {}), "'plain'", "target_modules", "init_lora"),
-    (lambda: factors_for(W, lambda lora: {}), "'w'", "target_parameters"),
-    (
-        lambda: factors_for(W, lambda lora: {"w": {**lora["w"], "lora_b": jnp.ones((3, 6))}}),
-        *("lora_b", "'w'", "(3, 6)", "(2, 6)", "target_parameters"),
-    ),
-    (
-        lambda: factors_for(
-            config("plain"), lambda lora: {"plain": lora["plain"] | {"lora_a": jnp.ones((6, 3))}}
+test_adapters_and_rules_that_do_not_fit_each_other = pytest.mark.slow(
+    refusals(
+        (lambda: prepared(Pair(), config(target_parameters=["w"])), "target_parameters", "'w'", "tuple"),
+        (two_layers_for_one, "'layers_0/up'", "config"),
+        (one_layer_for_two, "target_modules", "'down'"),
+        (lambda: factors_for(config("plain"), lambda lora: {}), "'plain'", "target_modules", "init_lora"),
+        (lambda: factors_for(W, lambda lora: {}), "'w'", "target_parameters"),
+        (
+            lambda: factors_for(W, lambda lora: {"w": {**lora["w"], "lora_b": jnp.ones((3, 6))}}),
+            *("lora_b", "'w'", "(3, 6)", "(2, 6)", "target_parameters"),
         ),
-        *("lora_a", "'plain'", "target_modules", "(6, 3)", "(6, 2)"),
-    ),
-    (lambda: factors_for(W, lambda lora: {**lora, "v": lora["w"]}), "'v'", "model", "config"),
-    error=ValueError,
+        (
+            lambda: factors_for(
+                config("plain"), lambda lora: {"plain": lora["plain"] | {"lora_a": jnp.ones((6, 3))}}
+            ),
+            *("lora_a", "'plain'", "target_modules", "(6, 3)", "(6, 2)"),
+        ),
+        (lambda: factors_for(W, lambda lora: {**lora, "v": lora["w"]}), "'v'", "model", "config"),
+        error=ValueError,
+    )
 )
 
 
+@pytest.mark.slow
 def test_adapters_are_off_in_one_call_and_nothing_is_compiled_again():
     model, base, lora, _ = prepared(Raw(), config("plain", target_parameters={"w": "oi"}))
     apply = jax.jit(model.apply)
@@ -125,6 +129,7 @@ class OwnLora(nn.Module):
         return nn.Dense(4, name="up")(x) @ self.param("lora_a", nn.initializers.ones, (4, 4))
 
 
+@pytest.mark.slow
 def test_a_parameter_that_is_called_as_ours_stays_where_it_is():
     model = apply_lora_plus(OwnLora(), config("up"))
     variables = model.init(KEY, X)

@@ -14,12 +14,14 @@ from ..zoo.linen_toys import Scanned, Setup
 from .models import CONFIG, KEY, X, adapters_of, variables_of
 
 
+@pytest.mark.slow
 def test_every_layer_of_a_stack_starts_with_its_own_draw():
     a = init_lora(apply_lora_plus(Scanned(), CONFIG), KEY, X)[0]["layers"]["up"]["lora_a"]
     assert (a[0] != a[1]).all()
     assert (a[1] != a[2]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [Setup(), Scanned(split=True)], ids=["flat", "scanned"])
 def test_dropout_acts_when_a_key_is_given(inner):
     model = apply_lora_plus(inner, LoRAPlusConfig(target_modules=["up"], rank=2, dropout=0.5))
@@ -41,6 +43,7 @@ def test_a_key_that_does_not_reach_a_target_is_an_error():
     )  # dropout=0: nothing to reach
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "param_dtype"), [("bfloat16", "float32"), (None, "bfloat16")])
 def test_dtypes_follow_the_layer(dtype, param_dtype):
     class Half(nn.Module):
@@ -58,6 +61,7 @@ def test_dtypes_follow_the_layer(dtype, param_dtype):
         np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.slow
 def test_a_scale_per_layer():
     model, inner = apply_lora_plus(Scanned(), CONFIG), Scanned()
     base, (lora, specs) = variables_of(inner), adapters_of(model)

@@ -301,7 +301,7 @@ def subjects(subject, lifting, **fields):
     return first._replace(adapted=tuple(adapted))
 
 
-QUICK = ("general", "conv, strides and groups", "embed and attend")
+QUICK = ("general", "embed and attend")
 EVERY = [(name, "plain") if name in QUICK else slow(name, "plain") for name in SUBJECTS]
 # Each way of lifting in turn, for every third layer.
 TURNS = [slow(name, [*LIFTED][1 + n // 3 % 3]) for n, name in enumerate(SUBJECTS) if n % 3 == 0]
@@ -324,6 +324,7 @@ def test_a_layer_has_all_properties_in_linen_in_nnx_and_as_our_own(subject, lift
         assert_as_merged(every, 1e-6 if subject == "attention" else 1e-9)  # NNX's multiplies in float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subject", [name if name == "einsum" else slow(name) for name in SUBJECTS])
 def test_dora_has_them_too(subject, tmp_path):
     with jax.enable_x64(True):
@@ -332,6 +333,7 @@ def test_dora_has_them_too(subject, tmp_path):
         assert_as_merged(every, 1e-6 if subject == "attention" else 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subject", [name if name == "conv" else slow(name) for name in SUBJECTS])
 def test_a_layer_in_bfloat16_computes_what_its_merged_weights_do(subject):
     """Outputs and gradients against those in float32 of the same numbers."""
@@ -380,6 +382,7 @@ def test_a_layer_of_our_own_costs_the_same(subject):
     assert cost(ours) == cost(apply_lora_plus(toy.make, toy.config())) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("subject", "kind"),
     [
@@ -430,6 +433,7 @@ class Boxed(nn.Module):
         return nn.Dense(5, name="other")(nn.Dense(5, kernel_init=init, name="layer")(x))
 
 
+@pytest.mark.slow
 def test_a_packed_weight_may_be_boxed_or_a_target():
     x, key = jnp.ones((2, 6)), jax.random.key(0)
     base = {"params": Boxed().init(key, x)["params"]}
@@ -443,6 +447,7 @@ def test_a_packed_weight_may_be_boxed_or_a_target():
     np.testing.assert_allclose(model.apply(packed | {"lora": lora}, x), Boxed().apply(merged, x), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_embedding_of_one_row_ignores_its_indices():
     """As Flax's does."""
     config, ids = LoRAPlusConfig(target_modules=".*", rank=1), jnp.array([[0, 3]])

@@ -26,6 +26,7 @@ def dtypes(tree):
     return jax.tree.map(lambda leaf: leaf.dtype, tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -61,6 +62,7 @@ def test_bfloat16_compute_really_is_bfloat16():
     np.testing.assert_allclose(y.astype(jnp.float32), layer().apply(variables, X), rtol=0.05, atol=0.2)
 
 
+@pytest.mark.slow
 def test_lora_b_is_uniform_by_rank_and_gaussian_normal_by_rank():
     """tests/inits has the other inits."""
     inits = {init: layer(features=500, rank=4, init_factors=init) for init in ("lora_b", "gaussian")}
@@ -88,6 +90,7 @@ def test_missing_factors_are_rejected():
         layer().apply({"params": variables["params"]}, X)
 
 
+@pytest.mark.slow
 def test_dropout_acts_only_on_the_adapter_and_only_with_a_key():
     dense = layer(features=6, rank=6, alpha=6.0, dropout=0.5)
     eye = {"lora_a": jnp.eye(6), "lora_b": jnp.eye(6)}
@@ -100,6 +103,7 @@ def test_dropout_acts_only_on_the_adapter_and_only_with_a_key():
     assert (y != dense.apply(variables, ones, rngs={"dropout": jax.random.key(1)})).any()
 
 
+@pytest.mark.slow
 def test_specs_of_layers_without_a_wrapper():
     lora, specs = init_lora(nn.Sequential([layer(), nn.Dense(3), layer(features=2)]), KEY, X)
     assert {path: spec.leaf for path, spec in specs.items()} == {

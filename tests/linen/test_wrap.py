@@ -19,7 +19,7 @@ from ..zoo.linen_toys import MODELS, Jitted, Setup, Unbound, Up
 from ..zoo.properties import prove
 from .models import CONFIG, KEY, X, adapters_of, assert_equal, config, drawn, variables_of
 
-QUICK = ("setup", "scan 1", "inside, setup", "tied", "mapped", "parameters", "some of a list")
+QUICK = ("setup", "scan 1", "inside, setup", "parameters")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in MODELS])
@@ -30,6 +30,7 @@ def test_any_model(name, tmp_path):
 STARTS = ("setup", "these with patterns", "scan scan", "mapped", "own apply, our parameters", "tied")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name if name in STARTS[:1] else slow(name) for name in STARTS])
 def test_init_draws_what_the_plain_model_and_init_lora_draw(name):
     toy = MODELS[name]
@@ -138,6 +139,7 @@ def test_each_config_has_traces_of_its_own_under_jit_inside_the_model():
     assert jax.tree.map(jnp.shape, Jitted().init(KEY, X)) == jax.tree.map(jnp.shape, base)
 
 
+@pytest.mark.slow
 def test_jit_inside_the_model_is_traced_once_when_run_again():
     traces = []
 
@@ -261,6 +263,7 @@ class Equation(nn.Module):
         return nn.Einsum((4, 4), None, name="layer")(x, equation)
 
 
+@pytest.mark.slow
 def test_an_equation_without_an_adapter_is_rejected_in_every_call():
     model = apply_lora_plus(Equation(), LoRAPlusConfig(target_modules=["layer"], rank=2))
     x = jnp.ones((4, 4))
@@ -276,6 +279,7 @@ class Renamed(nn.Dense):
         return super().param(f"my_{name}", *args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_layer_that_no_rule_matches_may_be_of_any_kind():
     class Two(nn.Module):
         @nn.compact

@@ -8,6 +8,7 @@ from loraplus_jax.models.activations import exact_gelu
 X = jnp.linspace(-8, 8, 321)
 
 
+@pytest.mark.slow
 def test_gelu_and_its_gradient_equal_jax():
     np.testing.assert_allclose(exact_gelu(X), jax.nn.gelu(X, approximate=False), atol=1e-6)
     ours, jaxs = (

@@ -167,6 +167,7 @@ def test_auto_goes_by_the_length(length, same):
     assert program("xla") != program("blocked")
 
 
+@pytest.mark.slow
 def test_a_cache_is_seen_where_the_mask_says():
     query, key, value, upstream = inputs(6)
     mask = np.tril(np.ones((6, 6), bool))[4:]

@@ -172,11 +172,13 @@ def attend(implementation, arguments=None, **options):
     return lambda: jax.eval_shape(call, *(arguments or shapes()))
 
 
-test_inputs_that_a_kernel_does_not_support = refusals(
-    (attend("splash", window=jnp.array(3)), "splash", "window", "auto", "blocked"),
-    (attend("cudnn", window=jnp.array(3)), "cudnn", "window", "auto", "blocked"),
-    (attend("cudnn", shapes(dtype=jnp.float32)), "cudnn", "bfloat16", "float16", "float32"),
-    (attend("cudnn", shapes(size=12)), "cudnn", "multiple of 8", "128", "12"),
-    (attend("cudnn", shapes(129)), "cudnn", "even", "129"),
-    (attend("cudnn", softcap=2.0), "cudnn", "soft cap", "2.0"),
+test_inputs_that_a_kernel_does_not_support = pytest.mark.slow(
+    refusals(
+        (attend("splash", window=jnp.array(3)), "splash", "window", "auto", "blocked"),
+        (attend("cudnn", window=jnp.array(3)), "cudnn", "window", "auto", "blocked"),
+        (attend("cudnn", shapes(dtype=jnp.float32)), "cudnn", "bfloat16", "float16", "float32"),
+        (attend("cudnn", shapes(size=12)), "cudnn", "multiple of 8", "128", "12"),
+        (attend("cudnn", shapes(129)), "cudnn", "even", "129"),
+        (attend("cudnn", softcap=2.0), "cudnn", "soft cap", "2.0"),
+    )
 )

@@ -33,6 +33,7 @@ def test_logits_and_greedy_continuations_equal_transformers(name, models):
 CACHED = ("llama_mistral", "llama_gemma3", "llama_dynamic", "gpt2_untied")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2_scaled", *map(slow, CACHED)])
 def test_continuations_with_a_cache_equal_transformers(name, models):
     golden, model, params = models(name)

@@ -75,6 +75,7 @@ def test_bfloat16_by_a_transposed_kernel_is_that_of_jax():
     np.testing.assert_array_equal(own, jaxs)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_frozen_kernel_is_not_computed():
     x, kernel, _ = arrays()
 

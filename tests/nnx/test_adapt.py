@@ -16,6 +16,7 @@ from ..zoo.properties import prove
 from .models import build, randomise
 
 
+@pytest.mark.slow
 def test_the_base_keeps_its_paths_class_and_checkpoints():
     plain = ATTENTION.make(nnx.Rngs(0))
     model = build(ATTENTION)
@@ -28,7 +29,7 @@ def test_the_base_keeps_its_paths_class_and_checkpoints():
     assert base_variables(model)["params"]["layer"]["query"]["kernel"].shape == kernel.shape
 
 
-QUICK = ("parameters", "under nnx.jit", "checkpoint, loop and branch", "a list", "stack along axis 1")
+QUICK = ("under nnx.jit", "checkpoint, loop and branch", "a list")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in MODELS])
@@ -36,6 +37,7 @@ def test_any_model(name, tmp_path):
     prove(MODELS[name], tmp_path)
 
 
+@pytest.mark.slow
 def test_layers_to_transform_within_a_stack():
     model = Stack(nnx.Rngs(0))
     fields = {"rank": 2, "init": "orthogonal"}  # in which neither factor is zero
@@ -50,6 +52,7 @@ def test_layers_to_transform_within_a_stack():
     assert not np.array_equal(first, second)  # a draw for every layer
 
 
+@pytest.mark.slow
 def test_factors_of_a_bfloat16_base_are_float32_and_its_mesh_axes_are_carried():
     metadata = {"kernel_metadata": {"out_sharding": ("fsdp", "tensor")}}
     with jax.set_mesh(jax.make_mesh((1, 1), ("fsdp", "tensor"))):
@@ -86,6 +89,7 @@ class Mixed(nnx.Module):
         return jnp.tanh(self.fc(x) @ self.w[...])
 
 
+@pytest.mark.slow
 def test_dropout_is_made_for_layers_alone():
     stack = nnx.split_rngs(splits=3)(nnx.vmap(Mixed, in_axes=(0,), out_axes=0))(nnx.Rngs(0))
     config = LoRAPlusConfig(target_modules=["fc"], target_parameters={"w": "bio"}, rank=1, dropout=0.5)
@@ -94,6 +98,7 @@ def test_dropout_is_made_for_layers_alone():
     assert run(stack, X).shape == X.shape
 
 
+@pytest.mark.slow
 def test_dropout_in_a_stack_of_stacks_has_a_key_for_each_layer():
     make = lambda rngs: nnx.Linear(8, 8, rngs=rngs)  # noqa: E731
     for size in (2, 3):
@@ -104,6 +109,7 @@ def test_dropout_in_a_stack_of_stacks_has_a_key_for_each_layer():
     assert {key.shape for key in keys} == {(3, 2)}
 
 
+@pytest.mark.slow
 def test_a_stacked_axis_may_be_negative():
     make = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: nnx.Linear(4, 8, rngs=rngs), out_axes=-1))
     stack = nnx.Dict(fc=make(nnx.Rngs(0)))

@@ -17,6 +17,7 @@ from ..zoo.nnx_toys import ATTENTION, LINEAR, PARAMETERS, Blocks, X, one
 from .models import assert_close, build, randomise
 
 
+@pytest.mark.slow
 def test_copies_and_instances_share_a_trace():
     traces = []
 
@@ -118,6 +119,7 @@ class Norms(nnx.Module):
         return self.norm(x @ self.w[...])
 
 
+@pytest.mark.slow
 def test_batch_statistics_move_as_in_the_plain_model():
     model, plain = Norms(nnx.Rngs(0)), Norms(nnx.Rngs(0))
     apply_lora_plus(model, LoRAPlusConfig(target_parameters={"w": "io"}, rank=2), rngs=nnx.Rngs(1))
@@ -128,6 +130,7 @@ def test_batch_statistics_move_as_in_the_plain_model():
     assert np.any(plain.norm.mean[...] != start)
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_mode_and_its_own_stream():
     model = build(LINEAR, dropout=0.5)
     randomise(model)
@@ -137,6 +140,7 @@ def test_dropout_follows_the_mode_and_its_own_stream():
     assert_close(model(X), merge(model)(X))
 
 
+@pytest.mark.slow
 def test_dropout_without_an_input_to_drop_is_rejected():
     model = nnx.ConvTranspose(4, 6, (3,), transpose_kernel=True, rngs=nnx.Rngs(0))
     apply_lora_plus(
@@ -174,6 +178,7 @@ def test_a_module_that_a_call_makes_is_named():
         model(X)
 
 
+@pytest.mark.slow
 def test_jax_jit_takes_an_adapted_model_and_traces_once_for_two():
     traces, models = [], []
     for seed in (0, 3):

@@ -92,6 +92,7 @@ class Model(nnx.Module):
         self.layers = nnx.List([Attention(rngs) for _ in range(2)])
 
 
+@pytest.mark.slow
 def test_factors_of_qwix_get_the_axes_of_their_weight(tmp_path):
     lora, specs, config = specs_of(Model(nnx.Rngs(0)), scale=2.0)
     assert list(specs) == [f"layers/{n}/{name}" for n in range(2) for name in ("out", "q_proj")]
@@ -155,6 +156,7 @@ def gemma_layer():
     }
 
 
+@pytest.mark.slow
 def test_gemma_s_factors_of_raw_weights():
     params = {"layer_0": gemma_layer()}
     lora, specs, config = specs_of({"params": params}, scale=1.0)

@@ -72,6 +72,7 @@ def layout(model):
     return {key: (*spec, *(None,) * (2 - len(spec))) for key, spec in specs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, slow(DORA)], ids=lambda config: config.variant)
 def test_one_device_and_a_mesh_agree(mesh, config):
     explicit = AxisType.Explicit in mesh.axis_types
@@ -89,6 +90,7 @@ def test_one_device_and_a_mesh_agree(mesh, config):
         np.testing.assert_allclose(found, value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_on_a_mesh_is_adapted_outside_its_context(mesh):
     with jax.set_mesh(mesh):
         model = Net(nnx.Rngs(0))

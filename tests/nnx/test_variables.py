@@ -109,6 +109,7 @@ def test_specs_and_theory_are_those_of_linen(pair):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *found)
 
 
+@pytest.mark.slow
 def test_factors_keep_the_dtype_of_the_model():
     """Of another dtype they would compile every step again, and lose the optimizer's updates in bfloat16."""
     model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
@@ -132,6 +133,7 @@ class Drops(nnx.Module):
         return self.drop(self.up(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rngs", [lambda: nnx.Rngs(0), lambda: nnx.Rngs(params=0, dropout=1)])
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_a_key_draws_all_dropout_of_a_functional_model(rngs, rate):
@@ -160,6 +162,7 @@ class Reads(nnx.Module):
         return self.emb.attend(x) if self.method else x @ self.emb.embedding[...].T
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_read_past_its_layer_is_found():
     config = LoRAPlusConfig(target_modules=["emb"], rank=2)
     model = Reads(nnx.Rngs(0), method=True)
@@ -211,6 +214,7 @@ class Squared(nnx.Module):
         return x @ jnp.square(self.w[...])
 
 
+@pytest.mark.slow
 def test_describe_says_which_products_are_not_by_rank():
     model, x = Masked(nnx.Rngs(0)), jnp.ones((2, 5, 8))
     config = LoRAPlusConfig(target_modules=["fc", "conv"], target_parameters={"stack/w": "bio"}, rank=2)
@@ -233,6 +237,7 @@ def flops(f, *args):
     return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_a_step_costs_what_loralinear_costs():
     """At most 1 % above the products of `nnx.LoRALinear`, forward and backward."""
     x = jnp.ones((32, 64))
@@ -250,6 +255,7 @@ def test_a_step_costs_what_loralinear_costs():
     assert costs[0] <= 1.01 * costs[1]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_scale_is_rejected():
     model, other = NNXModel(nnx.Rngs(0)), NNXModel(nnx.Rngs(0))
     specs = loraplus_nnx.apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))

@@ -139,6 +139,7 @@ class Reference:
         return s[1] + s[0].sum(0) / len(p) + s[2].sum(1) / q.shape[1]
 
 
+@pytest.mark.slow
 def test_thirty_steps_are_the_papers_in_float64():
     """A and B after every step, through all phases; ranks differ in the end, and the reference's masks change."""
     with jax.enable_x64(True):
@@ -179,6 +180,7 @@ def test_thirty_steps_are_the_papers_in_float64():
     assert ranks[-1] != [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_the_budget_and_its_choice():
     assert budget_at(jnp.array([1, 0.75, 0.5, 0.25, 0]), 12, 4).tolist() == [12, 7, 5, 4, 4]
     for total, phase in ((864, 1000), (14336, 777)):
@@ -232,6 +234,7 @@ VIEWS = {  # of v's factors, A (in, r) and B (r, out)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["PEFT", pytest.param("several axes", marks=pytest.mark.slow)])
 def test_every_layout_takes_the_same_steps(name):
     view = VIEWS[name]
@@ -248,6 +251,7 @@ def test_every_layout_takes_the_same_steps(name):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), params, expected)
 
 
+@pytest.mark.slow
 def test_a_start_that_is_not_zero_is_kept():
     params = factors() | {"v": {"lora_a": np.zeros((5, RANK), np.float32), "lora_b": draw(RANK, 7)}}
     params["q"]["lora_b"] = draw(2, RANK, 5, seed=9)
@@ -256,6 +260,7 @@ def test_a_start_that_is_not_zero_is_kept():
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(updates)) < 1e-6
 
 
+@pytest.mark.slow
 def test_layers_without_adapter_stay_zero_and_do_not_count():
     params = factors()
     params["q"]["lora_a"][1] = 0
@@ -268,6 +273,7 @@ def test_layers_without_adapter_stay_zero_and_do_not_count():
     assert sum(int(np.any(pair["lora_b"], -1).sum()) for pair in found.values()) == 4
 
 
+@pytest.mark.slow
 def test_what_is_drawn_does_not_depend_on_ranks_that_are_not_there():
     alone = factors()
     padded = jax.tree.map(lambda x: np.pad(x, [(0, 2 if n == RANK else 0) for n in x.shape]), alone)
@@ -281,6 +287,7 @@ def test_what_is_drawn_does_not_depend_on_ranks_that_are_not_there():
         assert not np.allclose(q, others[path])
 
 
+@pytest.mark.slow
 def test_bfloat16_factors_are_the_state_rounded():
     history = train(usual(), jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), factors()))
     for params, state in history:
@@ -329,6 +336,7 @@ def test_on_a_mesh_it_takes_the_same_steps():
     assert state.sensitivity.q["q/lora_b"].sharding.is_equivalent_to(placed["q"]["lora_b"].sharding, 3)
 
 
+@pytest.mark.slow
 def test_roles_and_rates_are_the_wrapped_optimizers():
     tx, params = usual(), {"lora": factors()}
     (state,) = find_states(tx.init(params))

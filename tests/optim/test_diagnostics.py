@@ -54,6 +54,7 @@ def test_a_wrapped_optimizer_shows_multiples():
     assert "4 x base" in str(table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 5])
 @pytest.mark.parametrize("wrap", [lambda tree: tree, lambda tree: jax.eval_shape(lambda: tree)])
 def test_describe_before_training(wrap, step):
@@ -132,6 +133,7 @@ CELLS = [  # of every kind with every other rate; the quick ones show every kind
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "rates", "policy", "method"), CELLS)
 def test_what_describe_says_is_what_a_step_does(kind, rates, policy, method):
     params = part(EVERYTHING, KINDS[kind])
@@ -154,6 +156,7 @@ def test_what_describe_says_is_what_a_step_does(kind, rates, policy, method):
     assert {role: float(realised[role]) for role in by_role} == pytest.approx(by_role, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tx", "rates"),
     [
@@ -180,6 +183,7 @@ def test_probe_with_gradients_takes_root_mean_squares():
     assert jnp.isinf(probe(tx, tx.init(TRAINABLE), TRAINABLE, grads)["b/a"])
 
 
+@pytest.mark.slow
 def test_probe_behind_float32_copies_shows_the_realised_rates():
     params = jax.tree.map(lambda x: jnp.full(x.shape, 0.3, jnp.bfloat16), TRAINABLE)
     inner = lora_plus_adamw(1e-4, 4.0)

@@ -26,6 +26,7 @@ from .toy import ONES, PARAMS, SCHEDULES, gradients, leaves, run
 inject = optax.inject_hyperparams
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     lambda: lora_plus(optax.sgd(1e-3), lr_ratio=16.0),
     lambda: lora_plus_adamw(1e-3, lr_ratio=16.0, eps=1e-30),
@@ -76,6 +77,7 @@ def test_the_wrapper_equals_the_builder_with_decay_and_clipping():
     assert (abs(leaves(got[-1][0])[1] - leaves(still[-1][0])[1]) > 1e-2).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     [
@@ -149,6 +151,7 @@ def is_decayed(tree):
     return jax.tree.map_with_path(lambda path, _: not any(x in text(path) for x in KEPT), tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "decay"),
     [("kernels", "coupled"), ("kernels", "equal"), (is_decayed, "equal"), (is_decayed(LAYERS), "coupled")],
@@ -166,6 +169,7 @@ def test_a_mask_says_which_leaves_decay_and_the_table_shows_it(mask, decay):
             np.testing.assert_allclose(step, np.full(row.shape, row.rate * row.decay), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_mask_may_be_a_prefix_and_decay_may_change_in_a_run():
     prefix = {"lora": True, "params": {"norm": False, "head": True}}
     fields = {"lr_ratio": 4.0, "weight_decay": 0.5, "decay_mask": lambda _: prefix}
@@ -219,6 +223,7 @@ def first_updates(tx, params):
     return {"/".join(p.split("/")[-2:]): float(jnp.ravel(x)[0]) for p, x in leaves_by_path(found).items()}
 
 
+@pytest.mark.slow
 def test_the_policy_of_peft_by_hand():
     params = {"lora": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}, **EXTRAS}
     tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, policy="peft", eps=1e-30)
@@ -235,6 +240,7 @@ def test_the_policy_of_peft_by_hand():
     assert first_updates(wrapped, params) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_policy_of_peft_in_stacked_layers():
     """Stacked layers move as the same layers apart: their vectors at B's rate, with PEFT's decay."""
     layer = {"norm": {"scale": (3,), "bias": (3,)}, "rms": {"scale": (4,)}}
@@ -304,6 +310,7 @@ def test_a_step_may_donate_the_first_state():
     assert len({x.unsafe_buffer_pointer() for x in arrays}) == len(arrays)
 
 
+@pytest.mark.slow
 def test_every_number_can_be_changed_in_a_run():
     params = {**PAIR, **EMBEDDED["lora"], "head": {"kernel": jnp.ones((3, 1))}}
     fields = {"weight_decay": 0.5, "head_learning_rate": 0.2, "embedding_learning_rate": 0.01}
@@ -346,6 +353,7 @@ def test_the_ratio_of_a_wrapped_optimizer_can_be_changed_in_a_run():
     assert update._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_an_injected_schedule_may_start_and_end_at_zero():
     schedule = optax.join_schedules([optax.linear_schedule(0, 0.1, 2), optax.linear_schedule(0.1, 0, 2)], [2])
     tx = inject(lora_plus_adamw)(schedule, lr_ratio=4.0, eps=1e-30, head_learning_rate=schedule)
@@ -419,6 +427,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n if n in ("keep_float32", "adalora") else slow(n) for n in WRAPPERS])
 def test_the_ratio_belongs_inside_a_transform_that_keeps_parameters(name):
     """Constant gradients, so that B moves lambda times as far as by the plain optimizer, after every step."""
@@ -491,6 +500,7 @@ test_two_members_of_a_chain_do_not_update_one_leaf = refusals(
 )
 
 
+@pytest.mark.slow
 def test_members_of_separate_leaves_are_one_optimizer():
     """By optax.masked, also below accumulation and a count of errors."""
     pair = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))}

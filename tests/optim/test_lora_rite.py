@@ -44,6 +44,7 @@ def train(tx, a, b, steps=STEPS):
     return np.asarray(run(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "decay"), [("rite", 0.1), ("muon", 0.1), slow("rite", 0.0), slow("muon", 0.0)]
 )
@@ -101,6 +102,7 @@ def reference_rite(a, b, rate, b1, b2, eps):
     return factors[0] @ factors[1].T
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_papers_in_float64():
     with jax.enable_x64(True):
         expected = reference_muon(A, B, 0.05, 0.95)
@@ -122,6 +124,7 @@ def test_a_pair_by_hand():
     np.testing.assert_allclose(rite["q"]["lora_a"], [[0.5 * 2**0.5, 0], [0, 2**0.5]], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_zero_b_and_stacked_layers_and_a_head(name):
     """While B is zero, A has no gradient and stays; each layer of a stack goes its own way; the head is Adam's."""
@@ -146,6 +149,7 @@ def test_a_zero_b_and_stacked_layers_and_a_head(name):
     np.testing.assert_allclose(updates["head"], -0.1 * np.sign(grads["head"]), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_as_the_direction_of_grouped_rates(name):
     """Rates, decay and clipping by role, around the same steps; a head keeps its own rate."""

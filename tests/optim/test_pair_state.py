@@ -73,6 +73,7 @@ def test_of_a_square_weight_the_rank_is_the_smaller_axis():
             np.testing.assert_array_equal(layout.rows(leaves[path]), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 7])
 def test_what_float32_rounds_is_no_direction(rows):
     x = jnp.asarray(np.random.default_rng(rows).normal(size=(8, rows)), jnp.float32)
@@ -83,6 +84,7 @@ def test_what_float32_rounds_is_no_direction(rows):
     assert float(jnp.abs(root).max()) < 2 / float(jnp.linalg.svd(x)[1].min())
 
 
+@pytest.mark.slow
 def test_inverse_roots():
     matrix = np.random.default_rng(5).normal(size=(4, 4))
     matrix = jnp.asarray(matrix @ matrix.T, jnp.float32)

@@ -52,6 +52,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_is_the_equation_in_float64(name):
     shapes, specs, letters = LAYOUTS[name]
@@ -109,6 +110,7 @@ def test_a_bfloat16_run_that_stalls_goes_on_with_float32_copies():
     np.testing.assert_array_equal(found["w"], state.masters["w"].astype(jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_float32_copies_change_nothing_in_float32_and_moments_are_float32():
     params = jax.tree.map(jnp.asarray, draw({"lora": {"q": {"lora_a": (4, 2), "lora_b": (2, 5)}}}))
     results = []

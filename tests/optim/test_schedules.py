@@ -14,6 +14,7 @@ from ..refusals import refusals
 from .toy import ONES, SCHEDULES, leaves, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "wrapped"), [(name, n % 2 == 1) for n, name in enumerate(SCHEDULES)])
 def test_the_ratio_holds_at_every_step_of_every_schedule(name, wrapped):
     # Adam's step for a gradient that is always one is the rate itself.

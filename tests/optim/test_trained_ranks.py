@@ -52,6 +52,7 @@ def test_ranks_are_counted_by_layer():
     assert final_ranks({"lora": lora}, specs)["fc"] == 3
 
 
+@pytest.mark.slow
 def test_a_pruned_adapter_is_plain_lora_with_the_same_outputs(tmp_path):
     model, lora, specs, config = net(alpha_pattern={"heads": 3.0})
     params = jax.jit(Net().init)(jax.random.key(2), X)["params"]
@@ -83,6 +84,7 @@ def at(tree, module):
     return tree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_rslora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_adapter_of_a_single_layer_can_be_pruned(use_rslora):
     config = LoRAPlusConfig(target_modules=".*", rank=3, use_rslora=use_rslora)

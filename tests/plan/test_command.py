@@ -11,6 +11,7 @@ from ..messages import assert_mentions
 from .tiny import config
 
 
+@pytest.mark.slow
 def test_a_layer_to_adapt_that_does_not_exist(tmp_path, capsys):
     assert main(["plan", config(tmp_path), "--lora.layers_to_transform=[3,5]"]) == 2
     assert_mentions(capsys.readouterr().err, "layers_to_transform", 5, "[0, 1, 2, 3, 4]")
@@ -29,6 +30,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     assert_mentions(capsys.readouterr().err, file, "--json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -32,6 +32,7 @@ def layouts_of(search):
     return [trial.layout for trial in search.trials]
 
 
+@pytest.mark.slow
 def test_a_layout_uses_all_devices_and_keeps_the_tokens_of_a_step(all_layouts):
     settings, search = all_layouts
     # All weights are split, or none; the tensor axis divides the two key heads.
@@ -66,6 +67,7 @@ def layout_of(settings):
     return Layout(*sizes, settings.train.accumulate, settings.model.remat)
 
 
+@pytest.mark.slow
 def test_fixed_settings_stay_and_what_cannot_fit_is_out(tmp_path):
     settings = llama(tmp_path, model={"remat": "full"})
     chip = dataclasses.replace(CHIP, memory=1000)
@@ -101,6 +103,7 @@ def test_hosts_along_the_axes_of_a_mesh(sizes, spanned):
     assert tuple(module.hosts_along(mesh, name) for name in names) == spanned
 
 
+@pytest.mark.slow
 def test_what_crosses_hosts_is_estimated_at_the_rate_of_their_network(tmp_path, monkeypatch):
     settings = llama(tmp_path)
     gpu = dataclasses.replace(GPUS["h100"], link_rate=1e9, host_rate=1e6)

@@ -70,6 +70,7 @@ def planned(tmp_path, monkeypatch):
     return plan
 
 
+@pytest.mark.slow
 def test_the_time_by_hand(planned):
     # 8 settings to step 2, 4 to step 8, 4 runs of the report, one on each of two devices. Each setting is evaluated
     # on 3 batches, each run of the report on 2 batches after steps 0 and 8.

@@ -26,6 +26,7 @@ def test_the_levels_are_those_of_the_paper():
     np.testing.assert_allclose(NF4, PAPER, rtol=0, atol=6e-9)
 
 
+@pytest.mark.slow
 def test_a_block_by_hand():
     """One output of four inputs: the magnitude 2 is one group, so it is stored exactly as the mean."""
     packed = quantize(np.float32([[2.0], [-1.0], [0.2], [0.0]]), "nf4")
@@ -69,6 +70,7 @@ def test_nf4_against_float64(shape):
     np.testing.assert_array_equal(quantize(found.astype(np.float32), "nf4").shape, shape)
 
 
+@pytest.mark.slow
 def test_the_second_step_costs_little():
     """Root mean square errors on normal draws: 8 bits for the blocks' magnitudes add less than 0.5 %."""
     weight = draw(1024, 256)
@@ -92,6 +94,7 @@ def test_accelerators_unpack_the_same_values(monkeypatch):
     np.testing.assert_array_equal(packed.dequantize(), expected)
 
 
+@pytest.mark.slow
 def test_zero_weights_stay_zero():
     weight = draw(128, 4)
     weight[:, 1] = 0

@@ -23,6 +23,7 @@ def test_bits_on_the_device(kind, bits):
     assert 8 * live / packed.size <= bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize(
     ("axes", "shape", "stacked", "embedding"),
@@ -63,6 +64,7 @@ def test_shapes_without_values(kind, shape):
     assert packed_shape(kind, shape, transposed=True, stacked=len(shape) - 2) == expected
 
 
+@pytest.mark.slow
 def test_scan_vmap_and_jit_take_the_layers_of_a_stack():
     weight = draw(3, 64, 6)
     packed = quantize(weight, "nf4", stacked=1)

@@ -88,6 +88,7 @@ def by_peft(base, directory):
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(30))
 def test_options_that_select_modules(seed, base, tmp_path):

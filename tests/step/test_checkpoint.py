@@ -87,6 +87,7 @@ def saved(tmp_path_factory):
     return directory, expected
 
 
+@pytest.mark.slow
 def test_a_saved_state_is_restored_though_training_continued(saved):
     directory, expected = saved
     with open_manager(directory) as manager:
@@ -173,6 +174,7 @@ test_another_run_is_rejected_with_field_and_values = refusals(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [jax.random.key, slow(jax.random.PRNGKey)])
 def test_keys_of_an_optimizer_and_a_state_of_shapes(tmp_path, make):
     tx = optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(3)), TX)
@@ -193,6 +195,7 @@ test_a_missing_checkpoint_is_named = refusals(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "losses", "kept"),
     [
@@ -288,6 +291,7 @@ def test_a_loop_of_ones_own_resumes_from_an_older_checkpoint_as_the_docs_say(two
         assert restore_checkpoint(manager, fresh(), metadata=metadata()).input_position == [2]
 
 
+@pytest.mark.slow
 def test_one_changed_bit_of_an_array_is_damage(tmp_path):
     """In the largest file of the arrays, where no checksum of tensorstore's own covers it."""
     state = fresh().replace(trainable={"w": jax.random.normal(jax.random.key(0), (100, 100))})
@@ -341,6 +345,7 @@ def test_changed_metrics_do_not_decide_the_best(tmp_path, change):
         assert manager.metrics(1) == {"loss": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "mode"), [("nan", "max"), ("inf", "max"), ("-inf", "min")])
 def test_a_metric_that_is_not_finite_is_never_the_best_and_null_in_the_file(tmp_path, mode, value):
     how = {"best": "m", "mode": mode, "keep": 3}
@@ -380,6 +385,7 @@ def test_one_bit_changes_the_fingerprint(dtype):
         assert fingerprint(other) != fingerprint(tree(dtype))
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_the_same_on_any_layout():
     mesh = make_mesh()
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

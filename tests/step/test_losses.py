@@ -48,6 +48,7 @@ def value_and_gradient(hidden, kernel, labels, weights, **options):
     return losses, gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "cap", "smoothing"),
     [
@@ -92,12 +93,14 @@ def test_large_logits_do_not_overflow():
     assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.slow
 def test_the_kernel_gets_no_gradient():
     hidden, kernel, labels, _ = inputs()
     gradient = jax.grad(lambda kernel: chunked_cross_entropy(hidden, kernel, labels, chunk=4).sum())(kernel)
     np.testing.assert_array_equal(gradient, np.zeros_like(kernel))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_dtype", [slow(jnp.bfloat16), jnp.float32])
 def test_bf16_states_give_float32_losses_and_bf16_gradients(kernel_dtype):
     hidden, kernel, labels, weights = inputs(jnp.bfloat16)

@@ -52,6 +52,7 @@ def first_states(factors, keys, own):
     return jax.jit(jax.vmap(init))(stack(factors), own, jnp.stack(keys))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"at_once": 2, "accumulate": 2}, slow({"devices": 3})])
 def test_members_equal_their_single_runs(how):
     factors, keys, batches = members()
@@ -77,6 +78,7 @@ def test_members_equal_their_single_runs(how):
         assert (int(np.asarray(states.step)[m]), states.rng[m]) == (4, keys[m])
 
 
+@pytest.mark.slow
 def test_new_rates_compile_nothing_and_states_are_donated():
     factors, keys, batches = members()
     step = population_step(noisy_squares, make_tx)

@@ -84,6 +84,7 @@ class Net(nn.Module):
         return nn.Dense(5, name="second")(nn.tanh(nn.Dense(6, name="first")(x)))
 
 
+@pytest.mark.slow
 def test_a_step_of_one_by_one_matrices_by_hand():
     """x = (1, -2) down the rows; A: 2 -> 5, B: 3 -> -1, s = 1/2."""
     x = jnp.array([[1.0], [-2.0]])
@@ -97,6 +98,7 @@ def test_a_step_of_one_by_one_matrices_by_hand():
     close(measured(model, base, before, after, specs, x)[""], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_layer_gets_its_own_inputs():
     """Those of the model after the step, with the new factors of the layers below."""
     x = inputs(7, 4)
@@ -198,6 +200,7 @@ def test_a_layer_that_is_used_again_gives_the_mean_over_its_uses():
     close(found, {name: np.sqrt(np.mean([turn[name] ** 2 for turn in turns])) for name in TERMS})
 
 
+@pytest.mark.slow
 def test_our_own_layers_and_other_scales_are_measured_too():
     x = inputs(7, 4)
     model, base, before, after, specs = adapted(LoRAPlusDense(5, rank=2, alpha=4.0), x)
@@ -342,6 +345,7 @@ def test_the_balance_follows_the_rate_of_the_factor_that_does_not_start_at_zero(
     assert 0.5 < later(lora, 4e-4, 1.0) / later(lora, 1e-4, 4.0) < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("init", "rate", "ratio"), [("lora", 5e-4, 16.0), slow("lora", 2e-4, 4.0), slow("lora_b", 1e-4, 4.0)]
 )

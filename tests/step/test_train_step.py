@@ -47,6 +47,7 @@ def scalars(b=0.0):
     return trainable, frozen, batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     [
@@ -61,6 +62,7 @@ def test_an_optimizer_with_arrays_of_its_own_trains_twice(tx):
     jax.tree.map(np.testing.assert_array_equal, *moved)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_takes_the_loss_gets_its_mean():
     trainable, frozen, batch = scalars()
     tx = optax.chain(
@@ -143,6 +145,7 @@ def test_accumulation_changes_nothing(parts):
     assert_close(got[1], expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [slow((4, 1, 1)), (2, 2, 1), slow((8, 1, 1))], ids=str)
 def test_accumulation_moves_no_row_between_devices(sizes):
     """Every micro-batch is split as the batch is: only sums of gradients and metrics are communicated."""
@@ -184,6 +187,7 @@ def test_a_batch_of_no_weight_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, state.trainable, trainable)
 
 
+@pytest.mark.slow
 def test_the_state_is_donated_and_the_callers_arrays_are_not():
     trainable, frozen, batch = problem()
     state = init_state(trainable, TX, KEY)

@@ -114,6 +114,7 @@ class Told(GivenLosses):
         return super().wait()
 
 
+@pytest.mark.slow
 def test_the_report_does_not_depend_on_groups_on_which_ends_first_nor_on_lost_attempts(ended):
     whole = GivenLosses()
     sweep, report = ended(whole, "--sweep.keep=0.5")

@@ -108,6 +108,7 @@ def choices():
 
 
 # Log-likelihoods: of the first question's choices -2R, -R-W and -2W, of the second's -2R and -R.
+@pytest.mark.slow
 def test_the_likeliest_choice_and_the_likeliest_by_byte():
     found, metrics = chosen(choices())
     assert both(found) == pytest.approx((2 * RIGHT + RIGHT, 3), rel=1e-6)
@@ -196,6 +197,7 @@ def test_chunks_and_the_head_at_scored_positions_give_the_loss_and_gradients_of_
     assert np.isnan(run(most - 1)[0])
 
 
+@pytest.mark.slow
 def test_choices_at_scored_positions_have_the_metrics_of_all():
     model, rng = Llama(SIZES), np.random.default_rng(1)
     ids = rng.integers(0, 11, (4, 3, 10))

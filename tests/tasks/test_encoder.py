@@ -95,6 +95,7 @@ def test_the_constant_answer_by_hand():
     assert found == pytest.approx({"loss": 5.0, "mse": 20.0, "mae": 4.0, "pearson": 0.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "ids", "label", "predicted"),
     [
@@ -187,6 +188,7 @@ def test_long_texts_are_counted(world):
     }
 
 
+@pytest.mark.slow
 def test_every_batch_of_all_epochs_and_the_largest_split_have_a_shape(world):
     settings = parse_settings(world.config, ["--train.batch_size", "16", "--train.eval_batch_size", "32"])
     data, rng = load_data(settings, world.model), np.random.default_rng(0)

@@ -92,6 +92,7 @@ def test_loss_and_gradients_are_those_of_padded_texts(subject):
     close(packed, padded)
 
 
+@pytest.mark.slow
 def test_predictions_and_metrics_are_those_of_padded_texts(subject):
     rows, places = subject.rows.arrange_all(subject.data)
     variables = combine(subject.trainable, subject.frozen)

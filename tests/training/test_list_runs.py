@@ -188,6 +188,7 @@ def test_what_is_wrong_with_one_run_is_its_own_line(tmp_path, name, content):
     assert [row["state"] for row in rows] == ["stopped", "unreadable"]
 
 
+@pytest.mark.slow
 def test_nested_directories_do_not_end_the_list(tmp_path):
     run_of(tmp_path / "z")
     deep = tmp_path
@@ -267,6 +268,7 @@ def test_json_lines_on_the_command_line(tmp_path, capsys, monkeypatch):
         list_runs(tmp_path / "absent")
 
 
+@pytest.mark.slow
 def test_the_list_loads_no_jax(tmp_path):
     run_of(tmp_path / "a", steps=[10])
     code = f"""

@@ -146,6 +146,7 @@ def test_no_row_is_written_where_the_directory_is_gone(tmp_path):
     assert read_rows(tmp_path / METRICS) == []
 
 
+@pytest.mark.slow
 def test_the_picture_shows_its_curves(tmp_path):
     import matplotlib.image
 

@@ -50,6 +50,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "lr_ratio", "transform"),
     [
@@ -82,6 +83,7 @@ def test_an_optimizer_is_clipping_and_then_what_its_settings_name(fields, lr_rat
     assert not any(np.any(x) for x in jax.tree.leaves(update))
 
 
+@pytest.mark.slow
 def test_adalora_lowers_the_ranks_between_a_tenth_and_seven_tenths_of_the_steps():
     tx = make_optimizer(OptimizerSettings(target_rank=1), 4.0, 100, SPECS)
     params = {"lora": PARAMS["lora"]}
@@ -94,6 +96,7 @@ def test_adalora_lowers_the_ranks_between_a_tenth_and_seven_tenths_of_the_steps(
     assert low == [20, 30, 40, 50, 60, *range(70, 101)]
 
 
+@pytest.mark.slow
 def test_every_seed_draws_other_values_for_adalora():
     def drawn(seed):
         tx = make_optimizer(OptimizerSettings(target_rank=1), 4.0, 100, SPECS, seed=seed)

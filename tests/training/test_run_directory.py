@@ -120,6 +120,7 @@ def test_directories_where_a_run_may_start_are_not_created(tmp_path, fresh):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_second_process_is_rejected_with_the_pid_of_the_first_before_any_preparation(tmp_path):
     directory = run_of(tmp_path / "out")
     with lock_of_another_process(directory) as first:
@@ -348,6 +349,7 @@ def state(step):
     return TrainState({"w": np.full(3, step, np.float32)}, (), np.int32(step), jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("best", "steps"), [(False, (3, 2, 1)), (True, (2, 3, 1))])
 def test_damaged_checkpoints_are_moved_and_the_next_restored_but_the_last_stays(tmp_path, best, steps):
     with opened(tmp_path) as output:

@@ -75,6 +75,7 @@ def test_trained_leaves_are_float32_on_a_bf16_base(first_world):
     np.testing.assert_array_equal(found, jnp.asarray(word, jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_the_head_is_the_only_extra_and_is_new(usual, first_world):
     parts = usual.parts
     assert set(parts.trainable) == {"lora", "params"}
@@ -92,6 +93,7 @@ def test_the_head_is_the_only_extra_and_is_new(usual, first_world):
     assert usual.data.task.names == ("no", "yes")
 
 
+@pytest.mark.slow
 def test_full_trains_all_and_freezes_nothing(first_world):
     run = prepared(first_world, "--method", "full")
     assert run.settings.applied is None
@@ -125,6 +127,7 @@ def test_inspect_reads_no_weights_and_shows_what_would_be_trained(usual, world, 
     assert_mentions(lines[-2], "40 steps", 32, "step 2", "112 train", "16 validation", "32 test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_inspect_shows_the_methods_own_rates(first_world, method):
     text = inspect(parse_settings(first_world.config, ["--method", method]))

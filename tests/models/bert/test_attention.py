@@ -36,6 +36,7 @@ def assert_near(result, expected, **tolerance):
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (left, right)), **tolerance)
 
 
+@pytest.mark.slow
 def test_values_and_gradients_equal_jax():
     assert_near(run(text_attention, *inputs()), run(reference, *inputs()), atol=1e-5)
 

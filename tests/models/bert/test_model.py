@@ -111,6 +111,7 @@ def test_unrolled_equals_scanned_on_the_same_tree(tiny):
     np.testing.assert_allclose(outputs(tiny, unroll=True), outputs(tiny, unroll=False), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("platform", "unrolled"), [("cpu", 3), ("gpu", 1), ("tpu", 1)])
 def test_the_loop_is_unrolled_by_default_on_cpus_only(tiny, platform, unrolled, monkeypatch):
     monkeypatch.setattr(bert, "target_platform", lambda: platform)
@@ -140,6 +141,7 @@ def test_padding_does_not_change_the_tokens(tiny):
     np.testing.assert_allclose(other_padding, outputs(tiny), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_roberta_counts_positions_from_the_padding_id():
     roberta = dataclasses.replace(TINY, model_type="roberta", pad_token_id=1)
     ids = jnp.array([[1, 7, 8, 1, 9, 1]])

@@ -23,6 +23,7 @@ from loraplus_jax.models.gpt2.model import name_table
 from ..golden import GOLDEN
 
 
+@pytest.mark.slow
 def test_split_layers_are_written_as_the_fused_one(split, base, tmp_path):
     (folder, merge), form = base, causal_lm_class(split[0].config)
     (tmp_path / "out").mkdir()

@@ -36,6 +36,7 @@ def test_only_a_gguf_file_with_blocks_has_blocks(models, base, tmp_path):
             choose_formats(table, "file", None, path)
 
 
+@pytest.mark.slow
 def test_the_blocks_of_a_file_stay_as_they_are(split, base, tmp_path):
     (model, shapes), (folder, merge) = split, base
     table, file = name_table(model.config), tmp_path / "q8.gguf"

@@ -156,6 +156,7 @@ def nucleus_by_hand(logits, temperature, top_p):
     return kept / kept.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7), (1.0, 0.3), (1.0, 0.9)]
 )
@@ -171,6 +172,7 @@ def test_draws_have_the_distribution_of_the_nucleus(temperature, top_p):
     assert (found[expected == 0] == 0).all()
 
 
+@pytest.mark.slow
 def test_the_nucleus_is_the_fewest_likeliest_and_never_empty():
     shares = np.array([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]])
     logits = jnp.log(jnp.asarray(shares, jnp.float32))

@@ -219,6 +219,7 @@ def test_what_has_no_form_there_is_named_with_the_remedy(tmp_path, tensors, opti
     assert {path.name for path in tmp_path.iterdir()} == {"peft", "base"}
 
 
+@pytest.mark.slow
 def test_embeddings_that_llama_cpp_does_not_adapt_are_named(tmp_path):
     folder = base(tmp_path / "base", tie_word_embeddings=True)
     for name, tensors in (
@@ -242,6 +243,7 @@ def test_the_copy_of_the_bases_embedding_is_left_out(tmp_path):
     assert len(contents(tmp_path / "a.gguf")[1]) == 2
 
 
+@pytest.mark.slow
 def test_other_invalid_sources_are_rejected(tmp_path):
     folder, source = base(tmp_path / "base"), peft(tmp_path / "peft", pair(V))
     with pytest.raises(ValueError, match=mentions("dtype", "float32, float16, q8_0", "int8")):

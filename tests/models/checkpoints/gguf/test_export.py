@@ -15,6 +15,7 @@ def views(path):
     return {name: gguf.View(file, tensor) for name, tensor in file.tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "kinds"), [("float32", {"F32"}), ("float16", {"F32", "F16"}), ("q8_0", {"F32", "F16", "Q8_0"})]
 )

@@ -63,6 +63,7 @@ def interleaved(rows, heads):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "options"),
     [("llama", {}), ("llama", {"attention__sliding_window": 32}), ("qwen2", {}), ("qwen3", {})],
