@@ -170,6 +170,7 @@ def test_the_index_has_messages_of_every_form(messages):
     assert not any("JSON FILE" in text or "Apache-2.0, sentence" in text for text in texts)  # help
 
 
+@pytest.mark.slow
 def test_troubleshooting_has_every_message_in_one_section(conf, messages, tmp_path):
     page = (DOCS / "troubleshooting.md").read_text()
     folders = [folder for section in conf.ERRORS.values() for folder in section]
@@ -180,6 +181,7 @@ def test_troubleshooting_has_every_message_in_one_section(conf, messages, tmp_pa
         assert f"{{include}} reference/errors/{section}.md" in page
 
 
+@pytest.mark.slow
 def test_messages_that_troubleshooting_quotes_exist(messages):
     page = (DOCS / "troubleshooting.md").read_text()
     known = "\n".join(text for found in messages.values() for _, text in found) + OTHER_LINES

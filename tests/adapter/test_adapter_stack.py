@@ -156,13 +156,12 @@ class Square(nn.Module):
         return nn.Dense(7, use_bias=False, name="up")(x), None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "a", "b"),
     [
         (0, (2, 5, 7, 3), (2, 5, 3, 7)),
-        (1, (5, 7, 2, 3), (5, 3, 2, 7)),
-        (2, (5, 7, 3, 2), (5, 3, 7, 2)),
+        slow(1, (5, 7, 2, 3), (5, 3, 2, 7)),
+        slow(2, (5, 7, 3, 2), (5, 3, 7, 2)),
     ],
 )
 def test_layers_stacked_along_any_axis(axis, a, b):

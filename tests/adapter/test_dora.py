@@ -118,6 +118,7 @@ def test_with_magnitudes_that_are_the_norms_it_is_lora():
     assert np.abs(model.apply({**base, "lora": lora}, X) - expected).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_magnitudes_are_set_in_a_tree_of_factors_and_in_variables():
     _, _, base, lora, specs = net()
     bare = set_magnitudes(lora, base, specs)

@@ -74,6 +74,7 @@ def test_invalid_arguments(untrained, tmp_path, function, options, words):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -83,6 +83,7 @@ def test_few_programs_and_shared_rows(model):
     assert score._cache_size() == 2  # one and four last tokens
 
 
+@pytest.mark.slow
 def test_what_is_rejected(model):
     module, variables = model
     scorer = Scorer(module, variables, mesh=make_mesh(1), batch_size=4, max_length=LONGEST)

@@ -65,6 +65,7 @@ def test_a_replaced_tensor_is_used(base):
         our_logits(read_named_base(base), {"model.other.weight": np.ones(2)})
 
 
+@pytest.mark.slow
 def test_gpt2_splits_its_tensors(tmp_path):
     write_gpt2(tmp_path)
     name = "h.0.attn.c_attn.weight"

@@ -98,6 +98,7 @@ def test_the_difference_is_an_adapter_for_the_untouched_base(parts, name, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, flatten(loaded), flatten(lora))
 
 
+@pytest.mark.slow
 def test_the_equations_in_float64(parts):
     base, _, specs, grads = parts
     spec = specs["heads"]  # (12, 4, 4)

@@ -68,6 +68,7 @@ def test_one_alternation_is_the_best_approximation_of_the_rest(parts):
     assert error == pytest.approx(np.linalg.norm(values[spec.rank :]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_one_alternation_is_the_start_of_a_base_that_is_packed_already(parts):
     base, _, specs = parts
     packed, lora = loftq(base, "nf4", specs, steps=1)

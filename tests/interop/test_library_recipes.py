@@ -61,6 +61,7 @@ class Block(nnx.Module):
         self.up_proj = nnx.LoRALinear(8, 5, lora_rank=2, **options)
 
 
+@pytest.mark.slow
 def test_flax_itself():
     block = Block(nnx.Rngs(0))
     x = np.eye(8, dtype=np.float32)

@@ -301,7 +301,7 @@ def subjects(subject, lifting, **fields):
     return first._replace(adapted=tuple(adapted))
 
 
-QUICK = ("general", "embed and attend")
+QUICK = ("general",)
 EVERY = [(name, "plain") if name in QUICK else slow(name, "plain") for name in SUBJECTS]
 # Each way of lifting in turn, for every third layer.
 TURNS = [slow(name, [*LIFTED][1 + n // 3 % 3]) for n, name in enumerate(SUBJECTS) if n % 3 == 0]

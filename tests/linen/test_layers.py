@@ -53,6 +53,7 @@ def test_at_init_it_is_dense_bit_for_bit(fields, x_dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables["lora"])} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_really_is_bfloat16():
     half = layer(dtype=jnp.bfloat16)
     variables = variables_of(half, X)

@@ -45,6 +45,7 @@ def test_factors_of_layers_along_the_second_axis():
     assert specs["layers/out"].factor_shapes == ((2, 2, 3, 2), (2, 2, 8))
 
 
+@pytest.mark.slow
 def test_an_axis_of_layers_that_no_shape_tells_apart_is_an_error():
     config = LoRAPlusConfig(target_modules=["out"], rank=2)
     message = mentions("'layers/out'", "(2, 2, 3, 8)", "[0, 1]", "stacked={'layers/out': axes}")

@@ -171,6 +171,7 @@ def test_probe_shows_the_realised_rates(tx, rates):
     np.testing.assert_allclose(found["b/a"], rates[1] / rates[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_probe_with_gradients_takes_root_mean_squares():
     grads = jax.tree.map(jnp.zeros_like, TRAINABLE)
     grads["lora"]["enc"]["q"]["lora_a"] = jnp.array([[3.0, 0.0], [4.0, 0.0], [0.0, 0.0]])

@@ -47,6 +47,7 @@ def test_a_layout_uses_all_devices_and_keeps_the_tokens_of_a_step(all_layouts):
         assert dataclasses.replace(changed, mesh=settings.mesh, model=model, train=train) == settings
 
 
+@pytest.mark.slow
 def test_the_command_parses_to_the_layout_and_names_only_what_differs(tmp_path, all_layouts):
     _, search = all_layouts
     path, pinned = config(tmp_path, mesh={"data": 1, "fsdp": -1}), ["--lora.rank", "3"]

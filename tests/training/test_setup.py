@@ -20,6 +20,7 @@ from loraplus_jax.settings.schema import (
     TrainSettings,
 )
 from loraplus_jax.training import setup as module
+from loraplus_jax.training.adapter_start import read_start, saved_form
 from loraplus_jax.training.inspect import inspect
 from loraplus_jax.training.setup import count_steps, prepare
 
@@ -182,3 +183,8 @@ def test_what_cannot_start_from_the_base_is_an_error_before_anything_is_written(
         assert talk.train(*flags.format(dir=talk.directory).split()) == 2
     assert_mentions(capsys.readouterr().err, *words)
     assert not talk.out.exists()
+
+
+def test_a_run_without_a_start_of_its_own_saves_what_it_trained(tmp_path):
+    assert read_start(tmp_path, {}, {}, ()) is None
+    assert saved_form({"lora": {}}, {}, None, None) == ({"lora": {}}, {}, None, None)

@@ -11,7 +11,7 @@ from loraplus_jax import LoRAPlusDense, LoRAPlusEmbed, apply_lora_plus
 
 from .properties import Toy, X, modules, parameters
 
-IDS = np.arange(6).reshape(2, 3)
+IDS = np.arange(6, dtype=np.int32).reshape(2, 3)  # JAX caches what a NumPy array becomes, with x64 or without
 STACKED = {"split_rngs": {"params": True}}
 
 
@@ -452,7 +452,7 @@ MODELS = {
         Tied(),
         "layers_0 layers_1 words",
         modules("words", "layers_0", "layers_1"),
-        (np.array([[1, 2, 3]]),),
+        (np.array([[1, 2, 3]], np.int32),),
         options=STATS,
     ),
     "one layer": Toy(nn.Dense(5), ".", {"target_modules": ".*"}),
