@@ -243,7 +243,7 @@ ELSEWHERE = {
     "optimizer.target_rank": "kinds.py",
     "train.theory_every": "kinds.py",
     "train.early_stopping": "test_run.py",
-    "train.max_skipped": "test_interrupt.py",
+    "train.max_skipped": "test_disturbances.py",
     "output_dir": "conftest.py",
 }
 """Fields whose effect whole runs show, and in which file."""

@@ -94,6 +94,7 @@ def kernel(kind, axes, *shape):
 
 
 HEADS = dict.fromkeys(("query", "key", "value"), ("kernel", "dense_general", "ioo", (6, 2, 3)))
+MASK = np.tril(np.ones((3, 4, 4), np.float32))  # JAX caches what a float64 array becomes, with x64 or without
 SUBJECTS = {
     "dense": Subject(*layer(nn.Dense, 5), (2, 3, 5), kernel("dense", "io", 5, 5), twin(nnx.Linear, 5, 5)),
     "dense of a vector": Subject(
@@ -160,10 +161,10 @@ SUBJECTS = {
         twin(nnx.Conv, 4, 6, (3, 2), strides=2, padding="VALID", feature_group_count=2),
     ),
     "conv, masked": Subject(
-        *layer(nn.Conv, 4, (3,), mask=np.tril(np.ones((3, 4, 4)))),
+        *layer(nn.Conv, 4, (3,), mask=MASK),
         (2, 5, 4),
         kernel("conv", "iio", 3, 4, 4),
-        twin(nnx.Conv, 4, 4, (3,), mask=np.tril(np.ones((3, 4, 4)))),
+        twin(nnx.Conv, 4, 4, (3,), mask=MASK),
     ),
     "conv, circular": Subject(
         *layer(nn.Conv, 4, (3,), padding="CIRCULAR"),

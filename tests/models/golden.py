@@ -34,7 +34,8 @@ QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_pass
 
 def write_golden(name, folder):
     """The golden file, with its weights and config written to a directory as transformers does."""
-    golden = np.load(GOLDEN / f"{name}.npz")
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        golden = dict(file)
     weights = {key.removeprefix("weights/"): golden[key] for key in golden if key.startswith("weights/")}
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(str(golden["config"]))

@@ -78,7 +78,8 @@ def test_pooler_equals_transformers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not MINILM.is_dir(), reason="no MiniLM: loraplus fetch minilm")
 def test_minilm_equals_transformers():
-    golden = np.load(GOLDEN / "minilm.npz")
+    with np.load(GOLDEN / "minilm.npz") as file:
+        golden = dict(file)
     model, params = load_model(MINILM, "mean")
     tokens = golden["attention_mask"] > 0
     hidden = encoded(model, params, golden)

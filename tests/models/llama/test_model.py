@@ -86,7 +86,8 @@ def test_no_chunk_holds_the_logits():
 
 
 def test_smollm2_equals_transformers():
-    golden = np.load(GOLDEN / "smollm2.npz")
+    with np.load(GOLDEN / "smollm2.npz") as file:
+        golden = dict(file)
     model, params = load(real_smollm2())
     apply = jax.jit(lambda params, *given: model.apply({"params": params}, *given)[:, ::4, golden["entries"]])
     logits = np.where(golden["mask"][:, ::4, None], apply(params, golden["ids"], golden["mask"]), 0)
