@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 from pathlib import Path
@@ -72,6 +73,18 @@ def pytest_configure(config):
     """Compiling is most of what tests do. Slow tests in `.ci/run --all` see the programs that users run."""
     if "not long" in config.option.markexpr:
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+ALL_SLOW = re.compile(r"^pytestmark = \[?.*pytest\.mark\.slow\b", flags=re.M)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Helpers have no doctests, and the quick suite needs no file whose tests are all slow: none is imported."""
+    if collection_path.suffix != ".py":
+        return None
+    is_quick = "not slow" in config.option.markexpr
+    text = collection_path.read_text(encoding="utf-8") if is_quick else ""
+    return not collection_path.name.startswith("test_") or bool(ALL_SLOW.search(text)) or None
 
 
 def pytest_collection_modifyitems(items):

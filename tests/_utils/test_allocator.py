@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import resource, sys
 if sys.argv[1] == "kept":
@@ -23,7 +25,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_a_program_writes_into_the_memory_of_the_one_before():
     # A result of 64 MiB, which is 16,384 pages.

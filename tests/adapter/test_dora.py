@@ -197,6 +197,7 @@ def test_its_norms_are_float32_for_bfloat16_weights():
     np.testing.assert_allclose(c, 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_roles_and_rates():
     config, _, _, lora, specs = net()
     trainable = {"lora": lora}

@@ -351,6 +351,7 @@ def test_bad_input(base, tmp_path, capsys, by_us):
     assert_mentions(rejected(capsys, *words, out=out), "--to", "loraplus", "peft", "merged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [

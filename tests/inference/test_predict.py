@@ -92,6 +92,7 @@ def test_damaged_notes_name_their_file(untrained, change, words):
         settings_and_task(adapter, notes | change)
 
 
+@pytest.mark.slow
 def test_damaged_notes_of_a_run_whose_base_has_moved(untrained, tmp_path):
     adapter = shutil.copytree(untrained.out / "adapter", tmp_path / "adapter")
     notes = json.loads((adapter / "adapter.json").read_text())

@@ -13,6 +13,8 @@ from loraplus_jax.step.sharding import base_shardings, distribute, make_mesh
 
 from ..messages import mentions
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 72
 SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
 CONFIG = LlamaConfig.from_hf(
@@ -39,7 +41,6 @@ def random_continuations():
     return [result[n] for n in rng.permutation(len(result))]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_scores_are_those_of_full_logits(model, axes):
     module, variables = model
@@ -63,7 +64,6 @@ def test_scores_are_those_of_full_logits(model, axes):
     assert {score.is_greedy for score in scores} == {True, False}
 
 
-@pytest.mark.slow
 def test_few_programs_and_shared_rows(model):
     """Four continuations with one prefix are one row, and lengths from 2 to 65 share a program."""
     module, variables = model
@@ -83,7 +83,6 @@ def test_few_programs_and_shared_rows(model):
     assert score._cache_size() == 2  # one and four last tokens
 
 
-@pytest.mark.slow
 def test_what_is_rejected(model):
     module, variables = model
     scorer = Scorer(module, variables, mesh=make_mesh(1), batch_size=4, max_length=LONGEST)

@@ -11,6 +11,8 @@ from ..integration.runs import flags, lines_of
 from ..messages import assert_mentions
 from .conftest import with_adapter
 
+pytestmark = pytest.mark.slow
+
 PACKED = flags("--model.quantize nf4")
 OTHER = flags("--lora.rank 2 --lora.alpha 3 --lora.target_modules [q_proj,o_proj]")
 THIRD = flags("--lora.rank 3 --lora.use_rslora true --lora.target_modules [down_proj,lm_head]")
@@ -52,7 +54,6 @@ def write(path, rows):
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("search", [(), flags("--beams 3 --mesh.data 2 --mesh.tensor 2")])
 def test_texts_are_those_of_each_adapter_alone(talks, tmp_path, search):
     rows = talks["all"].rows()[:8]
@@ -71,7 +72,6 @@ def test_texts_are_those_of_each_adapter_alone(talks, tmp_path, search):
     assert len(answers) > 4
 
 
-@pytest.mark.slow
 def test_data_to_text_of_each_adapter_alone(talk, tmp_path):
     """An input of two adapters is described by both."""
     talk.describe(beams=1, max_new_tokens=6, inputs=6, batch_size=4)
@@ -89,7 +89,6 @@ def test_data_to_text_of_each_adapter_alone(talk, tmp_path):
         assert found == {row["prompt"]: row["answer"] for row in alone}
 
 
-@pytest.mark.slow
 def test_every_prompt_is_for_the_adapters_that_use_names(talks, capsys):
     prompts = ("--prompt", "what colour is snow", "--prompt", "say it", "--max_tokens", "2")
     # A model as the base: the first adapter has the settings.
@@ -103,7 +102,6 @@ def test_every_prompt_is_for_the_adapters_that_use_names(talks, capsys):
     assert capsys.readouterr().out.count("third> ") == 2
 
 
-@pytest.mark.slow
 def test_predictions_are_those_of_each_adapter_alone(worlds, tmp_path):
     texts = [row["text"] for row in worlds["a"].rows()[:9]]
     names = ["a", "b", "b", "a", "b", "a", "a", "b", "b"]
@@ -119,7 +117,6 @@ def test_predictions_are_those_of_each_adapter_alone(worlds, tmp_path):
                 assert row["probabilities"] == pytest.approx(other["probabilities"], abs=2e-6)
 
 
-@pytest.mark.slow
 def test_what_is_wrong_with_names_and_bases_is_one_message(talks, worlds, tmp_path, capsys):
     rows = talks["all"].rows()[:3]
     unnamed = write(tmp_path / "unnamed.jsonl", [*({**row, "adapter": "all"} for row in rows[:2]), rows[2]])
@@ -152,7 +149,6 @@ def test_what_is_wrong_with_names_and_bases_is_one_message(talks, worlds, tmp_pa
         assert_mentions(capsys.readouterr().err, *mentioned)
 
 
-@pytest.mark.slow
 def test_an_adapter_of_another_base_is_rejected(talks, first_talk, tmp_path, capsys):
     other = with_adapter(first_talk, tmp_path / "plain")  # the same base, not packed
     words = (
@@ -168,7 +164,6 @@ def test_an_adapter_of_another_base_is_rejected(talks, first_talk, tmp_path, cap
     assert_mentions(capsys.readouterr().err, other.out, "base.weights")
 
 
-@pytest.mark.slow
 def test_an_encoder_that_computes_otherwise_is_rejected(worlds, first_world, tmp_path, capsys):
     other = with_adapter(first_world, tmp_path / "other", "--model.pooling", "cls")
     words = ("predict", worlds["a"].model, *named(worlds), "--adapter", f"other={other.out}", "--text", "x")

@@ -130,6 +130,7 @@ def test_the_equations_in_float64(parts):
     jax.tree.map(np.testing.assert_array_equal, rest, base)
 
 
+@pytest.mark.slow
 def test_the_rest_of_the_base_keeps_its_dtype_and_sharding(parts):
     base, _, specs, _ = parts
     sharding = jax.NamedSharding(jax.make_mesh((4,), ("x",)), jax.P(None, "x"))

@@ -90,6 +90,7 @@ def test_some_layers_of_a_stack_are_rejected(parts):
         loftq(base, "nf4", some)
 
 
+@pytest.mark.slow
 def test_layers_see_the_weights_in_the_dtype_of_the_base(parts):
     base, _, specs = parts
     table = {"params": {"table": jax.tree.map(lambda x: x.astype(jnp.bfloat16), base["params"]["table"])}}

@@ -54,6 +54,7 @@ def test_round_trip_bit_for_bit(tmp_path, dtype):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+@pytest.mark.slow
 def test_round_trip_of_a_model_that_is_one_layer_and_of_no_adapters(tmp_path):
     root = {"": spec("params/kernel", (4, 3), ())}
     pair = {"lora_a": drawn(4, 2), "lora_b": drawn(2, 3)}

@@ -145,6 +145,7 @@ def test_names_that_hold_a_slash_stay_in_trees():
     assert_equal(combine(*split_trainable(base)), base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "rules"),
     [

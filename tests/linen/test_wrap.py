@@ -158,6 +158,7 @@ def test_jit_inside_the_model_is_traced_once_when_run_again():
     assert len(traces) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False], ids=["own layer", "wrapped inside"])
 def test_the_specs_are_there_after_a_plain_init_under_jit(own):
     class Outer(nn.Module):

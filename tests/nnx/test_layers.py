@@ -12,10 +12,11 @@ from ..zoo.nnx_toys import MODELS, Heads, One, Scanned, X
 from ..zoo.properties import Toy, modules
 from .models import assert_close, build, randomise
 
+pytestmark = pytest.mark.slow
+
 FACTORS = {"query": ("ioo", ((8, 2), (2, 2, 3))), "out": ("iio", ((2, 3, 2), (2, 8)))}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["in_features_shape of its own", "the same by letters"])
 def test_axes_of_a_layer_of_someone_else_s(name):
     toy = MODELS[name]
@@ -24,7 +25,6 @@ def test_axes_of_a_layer_of_someone_else_s(name):
     assert found == FACTORS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"param_dtype": jnp.bfloat16}, {"dtype": jnp.bfloat16}])
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_bfloat16_weights_and_products(fields, variant):
@@ -36,7 +36,6 @@ def test_bfloat16_weights_and_products(fields, variant):
     assert_close(y, merge(model)(X), 2e-2)
 
 
-@pytest.mark.slow
 def test_factors_of_layers_along_the_second_axis():
     specs = apply_lora_plus(
         Scanned(nnx.Rngs(0)), LoRAPlusConfig(target_modules=["out"], rank=2), rngs=nnx.Rngs(1)
@@ -45,7 +44,6 @@ def test_factors_of_layers_along_the_second_axis():
     assert specs["layers/out"].factor_shapes == ((2, 2, 3, 2), (2, 2, 8))
 
 
-@pytest.mark.slow
 def test_an_axis_of_layers_that_no_shape_tells_apart_is_an_error():
     config = LoRAPlusConfig(target_modules=["out"], rank=2)
     message = mentions("'layers/out'", "(2, 2, 3, 8)", "[0, 1]", "stacked={'layers/out': axes}")

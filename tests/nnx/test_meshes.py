@@ -14,6 +14,8 @@ from loraplus_jax.nnx import apply_lora_plus, lora_tree, merge
 
 from ..marks import slow
 
+pytestmark = pytest.mark.slow
+
 X = jax.random.normal(jax.random.key(3), (8, 8))
 CONFIG = LoRAPlusConfig(target_modules=["up", "down"], rank=2, lr_ratio=4.0)
 DORA = dataclasses.replace(CONFIG, variant="dora")
@@ -72,7 +74,6 @@ def layout(model):
     return {key: (*spec, *(None,) * (2 - len(spec))) for key, spec in specs.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, slow(DORA)], ids=lambda config: config.variant)
 def test_one_device_and_a_mesh_agree(mesh, config):
     explicit = AxisType.Explicit in mesh.axis_types
@@ -90,7 +91,6 @@ def test_one_device_and_a_mesh_agree(mesh, config):
         np.testing.assert_allclose(found, value, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_model_on_a_mesh_is_adapted_outside_its_context(mesh):
     with jax.set_mesh(mesh):
         model = Net(nnx.Rngs(0))

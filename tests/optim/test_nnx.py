@@ -45,6 +45,7 @@ def chain(**fields):
     return optax.chain(optax.identity(), lora_plus_adamw(**fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make_net", "make"), [slow(net_of_flax, chain), (net_of_ours, INJECTED)])
 def test_the_realised_ratio_is_that_of_the_optimizer(make_net, make):
     net, specs = make_net()

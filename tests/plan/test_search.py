@@ -165,6 +165,7 @@ def fake_search(monkeypatch, all_layouts):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_none_of_the_counted_layouts_is_faster_than_the_one_that_is_found(fake_search, all_layouts, seed):
     search, compiled = fake_search(seed)

@@ -8,6 +8,8 @@ import transformers
 
 from loraplus_jax.interop import library_path_maps
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
 TEXT = SIZES | {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 32}
 
@@ -26,7 +28,6 @@ MODELS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_rule_names_a_module(name):
     with torch.device("meta"):

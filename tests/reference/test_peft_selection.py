@@ -19,6 +19,8 @@ from loraplus_jax.inference.convert import convert
 
 from ..inference.conversions import write_base
 
+pytestmark = pytest.mark.slow
+
 CHOICES = {
     "target_modules": (
         *(["q_proj"], ["q_proj", "v_proj"], ["self_attn.k_proj", "down_proj"], "all-linear"),
@@ -88,7 +90,6 @@ def by_peft(base, directory):
         return None
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(30))
 def test_options_that_select_modules(seed, base, tmp_path):

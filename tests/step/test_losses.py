@@ -64,6 +64,7 @@ def test_every_chunk_size_and_option_gives_the_float64_values_and_gradients(chun
         np.testing.assert_allclose(ours, wanted, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_a_tied_embedding_is_taken_as_it_is():
     hidden, kernel, labels, weights = inputs()
     expected = value_and_gradient(hidden, kernel, labels, weights, chunk=4)

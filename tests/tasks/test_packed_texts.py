@@ -21,6 +21,8 @@ from loraplus_jax.training.evaluation import evaluate, finish_metrics
 from .. import tiny
 from ..marks import slow
 
+pytestmark = pytest.mark.slow
+
 MAX_LENGTH, PAD = 16, 1
 MODELS = [("roberta", "cls"), slow(("bert", "pooler"))]
 
@@ -77,7 +79,6 @@ def close(found, expected, tolerance=1e-5):
     )
 
 
-@pytest.mark.slow
 def test_loss_and_gradients_are_those_of_padded_texts(subject):
     @jax.jit
     def value_and_gradient(trainable, batch):
@@ -92,7 +93,6 @@ def test_loss_and_gradients_are_those_of_padded_texts(subject):
     close(packed, padded)
 
 
-@pytest.mark.slow
 def test_predictions_and_metrics_are_those_of_padded_texts(subject):
     rows, places = subject.rows.arrange_all(subject.data)
     variables = combine(subject.trainable, subject.frozen)
@@ -109,7 +109,6 @@ def test_predictions_and_metrics_are_those_of_padded_texts(subject):
     assert found[0]["accuracy"] > 0
 
 
-@pytest.mark.slow
 def test_eight_devices_train_as_one_does():
     it, tx, mesh = Subject("roberta", "mean", 70), optax.sgd(0.1), make_mesh(8)
     batches, lengths = first_batches(70, batch_size=32, seeds=[0], count=2), text_lengths(it.data)
@@ -132,7 +131,6 @@ def test_eight_devices_train_as_one_does():
     close((mapped[0].trainable, mapped[1]), (one[0].trainable, one[1]))
 
 
-@pytest.mark.slow
 def test_flops_follow_the_tokens_of_text():
     # XLA counts the body of a loop once, so there is none.
     it = Subject("bert", "mean", unroll=True, hidden_size=64, intermediate_size=256)

@@ -9,13 +9,14 @@ from loraplus_jax.models.checkpoints.gguf.export import write_gguf
 
 from .files import gguf_of
 
+pytestmark = pytest.mark.slow
+
 
 def views(path):
     file = gguf.read(path)
     return {name: gguf.View(file, tensor) for name, tensor in file.tensors.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "kinds"), [("float32", {"F32"}), ("float16", {"F32", "F16"}), ("q8_0", {"F32", "F16", "Q8_0"})]
 )
