@@ -25,6 +25,8 @@ from loraplus_jax.linen.quantize import quantize_base
 from ..messages import mentions
 from .nets import Net
 
+pytestmark = pytest.mark.slow
+
 NET = Net(40, 12, 16, convolution=True)
 IDS = jnp.arange(6).reshape(2, 3)
 
@@ -61,7 +63,6 @@ STARTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", STARTS)
 def test_the_model_starts_as_the_base(parts, name):
     base, model, specs, grads = parts
@@ -77,7 +78,6 @@ def test_the_model_starts_as_the_base(parts, name):
     jax.tree.map(np.testing.assert_array_equal, base, before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pissa", "olora", "lora_ga"])
 def test_the_difference_is_an_adapter_for_the_untouched_base(parts, name, tmp_path):
     base, model, specs, grads = parts
@@ -98,7 +98,6 @@ def test_the_difference_is_an_adapter_for_the_untouched_base(parts, name, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, flatten(loaded), flatten(lora))
 
 
-@pytest.mark.slow
 def test_the_equations_in_float64(parts):
     base, _, specs, grads = parts
     spec = specs["heads"]  # (12, 4, 4)
@@ -130,7 +129,6 @@ def test_the_equations_in_float64(parts):
     jax.tree.map(np.testing.assert_array_equal, rest, base)
 
 
-@pytest.mark.slow
 def test_the_rest_of_the_base_keeps_its_dtype_and_sharding(parts):
     base, _, specs, _ = parts
     sharding = jax.NamedSharding(jax.make_mesh((4,), ("x",)), jax.P(None, "x"))
@@ -187,7 +185,6 @@ def test_bad_input(parts):
             call()
 
 
-@pytest.mark.slow
 def test_the_difference_keeps_the_scale_of_rslora():
     config = LoRAPlusConfig(
         target_modules=["q"], rank=2, alpha=6.0, use_rslora=True, alpha_pattern={"v": 3.0}

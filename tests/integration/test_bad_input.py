@@ -1,5 +1,6 @@
 """Whatever is wrong with the input: one clear line, exit code 2, no traceback, and nothing written."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -287,13 +288,14 @@ conversations "prompt, choices, answer" | eval {out} --data {dir}/questions.json
 
 
 def cases():
-    """Those of a finished run are slow: it takes longer to train than all else here."""
+    """Every third is quick, but none of a finished run: it takes longer to train than all else here."""
+    number = itertools.count()
     for fixture, table in CASES.items():
         is_slow = fixture.endswith("slow") or fixture.startswith("finished")
         for row in table.strip().splitlines():
             words, arguments, spoiler = (part.strip() for part in row.split("|"))
             case = (fixture.partition(",")[0], words, arguments, spoiler)
-            marks = [pytest.mark.slow] if is_slow else []
+            marks = [pytest.mark.slow] if is_slow or next(number) % 3 else []
             yield pytest.param(*case, marks=marks, id=f"{arguments or spoiler}: {words}")
 
 

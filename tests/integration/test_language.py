@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 ONE = (*NO_PROMPT, "--train.steps", "3", "--train.log_every", "1")
 CELLS = """
               learns  resumes  devices  exports  restarts  member
-llama         quick   quick    long     slow     -         -
+llama         quick   slow     long     slow     -         -
 chat          slow    -        -        slow     long      -
 llama_theory  long    -        -        -        -         -
 packed        slow    long     -        -        -         -

@@ -19,6 +19,8 @@ from loraplus_jax.settings.parsing import parse_settings
 from ..messages import assert_mentions
 from .tiny import BERT, config, llama, settings_of
 
+pytestmark = pytest.mark.slow
+
 CHIP = Tpu("tiny", memory=1e7, flops=1e9, memory_rate=1e9, link_rate=1e9, dimensions=2, most=8)
 
 
@@ -32,7 +34,6 @@ def layouts_of(search):
     return [trial.layout for trial in search.trials]
 
 
-@pytest.mark.slow
 def test_a_layout_uses_all_devices_and_keeps_the_tokens_of_a_step(all_layouts):
     settings, search = all_layouts
     # All weights are split, or none; the tensor axis divides the two key heads.
@@ -47,7 +48,6 @@ def test_a_layout_uses_all_devices_and_keeps_the_tokens_of_a_step(all_layouts):
         assert dataclasses.replace(changed, mesh=settings.mesh, model=model, train=train) == settings
 
 
-@pytest.mark.slow
 def test_the_command_parses_to_the_layout_and_names_only_what_differs(tmp_path, all_layouts):
     _, search = all_layouts
     path, pinned = config(tmp_path, mesh={"data": 1, "fsdp": -1}), ["--lora.rank", "3"]
@@ -68,7 +68,6 @@ def layout_of(settings):
     return Layout(*sizes, settings.train.accumulate, settings.model.remat)
 
 
-@pytest.mark.slow
 def test_fixed_settings_stay_and_what_cannot_fit_is_out(tmp_path):
     settings = llama(tmp_path, model={"remat": "full"})
     chip = dataclasses.replace(CHIP, memory=1000)
@@ -87,7 +86,6 @@ def test_a_fixed_axis_is_kept_though_it_splits_some_weights_only(tmp_path):
     assert {layout.mesh for layout in layouts_of(search)} == {(2, 4, 1), (2, 2, 2)}
 
 
-@pytest.mark.slow
 def test_an_encoder_has_no_layouts_of_language_models(tmp_path):
     settings = settings_of(tmp_path, BERT, task="classification", targets=("query",))
     search = Search(settings, CHIP, jax.devices(), {"train.accumulate"})
@@ -104,7 +102,6 @@ def test_hosts_along_the_axes_of_a_mesh(sizes, spanned):
     assert tuple(module.hosts_along(mesh, name) for name in names) == spanned
 
 
-@pytest.mark.slow
 def test_what_crosses_hosts_is_estimated_at_the_rate_of_their_network(tmp_path, monkeypatch):
     settings = llama(tmp_path)
     gpu = dataclasses.replace(GPUS["h100"], link_rate=1e9, host_rate=1e6)
@@ -165,7 +162,6 @@ def fake_search(monkeypatch, all_layouts):
     return make
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_none_of_the_counted_layouts_is_faster_than_the_one_that_is_found(fake_search, all_layouts, seed):
     search, compiled = fake_search(seed)

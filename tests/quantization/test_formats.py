@@ -10,6 +10,8 @@ import pytest
 from loraplus_jax.quantization.formats import NF4, pack_matrix, part_shapes
 from loraplus_jax.quantization.packed_array import packed_shape, quantize
 
+from ..marks import slow
+
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -58,7 +60,7 @@ def reference_nf4(rows, double):
     return out
 
 
-@pytest.mark.parametrize("shape", [(64, 3), (576, 40), (100, 7), (1600, 33)])
+@pytest.mark.parametrize("shape", [(64, 3), slow((576, 40)), (100, 7), slow((1600, 33))])
 def test_nf4_against_float64(shape):
     weight = draw(*shape)
     found = np.asarray(quantize(weight, "nf4").dequantize(), np.float64)
