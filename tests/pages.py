@@ -33,11 +33,11 @@ def run(page, tab=""):
 
 
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?(?![\w.])")
-TIME = re.compile(r"about \d+ (?:s|min|h)\b(?: \d+ (?:s|min)\b)?|compiled in \d+ s")
+TIME = re.compile(r"about (?:[\d.]+ (?:s|min|h) )+and [\d.]+ GB|compiled in \d+ s")
 
 
 def assert_printed(shown, printed, rel=0.05):
-    """The lines that a page shows are printed in this order, numbers within a tolerance, times of any length.
+    """The lines that a page shows are printed in this order, numbers within a tolerance, estimates as they are.
 
     A line `...` stands for any lines.
     """
