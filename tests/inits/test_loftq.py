@@ -47,7 +47,7 @@ def test_the_start_is_nearer_to_the_weights(parts, kind):
     packed, lora = loftq(base, kind, specs)
     one, five = (errors(base, *found, specs) for found in (loftq(base, kind, specs, steps=1), (packed, lora)))
     for module in specs:
-        assert five[module] <= one[module] < 0.95 * before[module]
+        assert five[module] < one[module] < 0.95 * before[module]
     run = lambda variables: model.apply(variables, IDS)  # noqa: E731
     wide = run(base | {"lora": zero})
     off = [float(jnp.abs(run(v) - wide).mean()) for v in (packed | {"lora": lora}, plain | {"lora": zero})]

@@ -229,3 +229,12 @@ def test_parameters_trained_in_full_must_be_equal():
     assert result.extras is extras
     with pytest.raises(ValueError, match=mentions("params/head/kernel", "one", "two")):
         combine_adapters(adapters | {"two": same["two"]}, [1, 1], "cat")
+
+
+def test_what_dare_keeps_is_divided_by_the_density():
+    one = {"one": pair()["one"]}
+    whole, kept = combining(one, "linear")(), combining(one, "dare_linear", density=0.5, seed=1)()
+    for before, after in zip(*map(jax.tree.leaves, (whole.lora, kept.lora)), strict=True):
+        stays = np.asarray(after) != 0
+        assert 0 < stays.mean() < 1
+        np.testing.assert_allclose(after[stays], 2 * before[stays], rtol=1e-6)
