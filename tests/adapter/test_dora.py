@@ -181,6 +181,33 @@ TOYS = {
 
 
 @pytest.mark.slow
+def test_linen_and_nnx_agree_with_each_other():
+    config, model, base, lora, specs = net()
+    lora = randomised(lora)
+
+    class Twin(nnx.Module):
+        def __init__(self, rngs):
+            self.up, self.down = nnx.Linear(8, 16, rngs=rngs), nnx.Linear(16, 6, rngs=rngs)
+
+        def __call__(self, x):
+            return self.down(jnp.tanh(self.up(x)))
+
+    twin = Twin(nnx.Rngs(0))
+    for name, leaves in base["params"].items():
+        for leaf, value in leaves.items():
+            getattr(getattr(twin, name), leaf).set_value(value)
+    assert loraplus_nnx.apply_lora_plus(twin, config, rngs=nnx.Rngs(1)) == specs
+    start = loraplus_nnx.lora_tree(twin)
+    norms = set_magnitudes(start, base, specs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), start, norms)
+    loraplus_nnx.set_lora(twin, lora)
+    theirs = jax.grad(lambda lora: jnp.sum(jnp.sin(model.apply({**base, "lora": lora}, X))))(lora)
+    state = nnx.grad(lambda m: jnp.sum(jnp.sin(m(X))), argnums=nnx.DiffState(0, nnx.LoRAParam))(twin)
+    ours = nnx.to_pure_dict(state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOYS)
 def test_models_with_magnitudes_have_all_properties(name, tmp_path):
     """tests/linen/test_layer_table.py has each kind of layer."""
