@@ -22,7 +22,7 @@ from .config import LoRAPlusConfig
 from .lora import SCALE
 from .spec import AdapterSpec, Specs
 from .target_rules import config_of
-from .tree import flat_factors, flatten, unflatten
+from .tree import combine, flat_factors, flatten, replace_leaves, unflatten
 
 ROW_AXES: Any = jax.make_user_context(())
 """The mesh axes that split the rows of `apply_rows`, inside of which a row must not be split over them again."""
@@ -271,7 +271,7 @@ def apply_rows(
     spread = lambda axis, part: jax.tree.map(lambda _: _Axis(axis), part)  # noqa: E731
     axes = jax.tree.leaves((jax.tree.map(spread, tuple(of_args), args, is_leaf=is_none), spread(0, kwargs)))
     leaves, structure = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    mapped, sizes, size = {}, {}, 0
+    flat, mapped, sizes, size = flatten(variables), {}, {}, 0
     for n, ((path, leaf), axis) in enumerate(zip(leaves, axes, strict=True)):
         if axis.axis is not None and isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim:
             mapped[n] = axis.axis
@@ -293,7 +293,10 @@ def apply_rows(
         inputs = [new.get(n, leaf) for n, (_, leaf) in enumerate(leaves)]
         own_args, own_kwargs = jax.tree.unflatten(structure, inputs)
         with ROW_AXES(tuple(mesh_axes)):
-            return apply(unflatten({**flatten(variables), **values}), *own_args, **own_kwargs)
+            # What the variables lack, factors or a new head, and then what replaces their values.
+            own = unflatten({path: x for path, x in values.items() if path not in flat})
+            both = combine(own, replace_leaves(variables, values))
+            return apply(both, *own_args, **own_kwargs)
 
     of_values = _row_axes(adapters.room)
     result = jax.vmap(

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import jax
 from flax import traverse_util
 from flax.core import meta
+from jax import tree_util
 
 from .._utils.validation import check_choice, suggest
 from ..quantization.packed_array import is_packed
@@ -20,7 +21,7 @@ def leaf_path(path: tuple[Any, ...]) -> str:
     Returns:
       The segments of the path, joined by "/".
     """
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return tree_util.keystr(path, simple=True, separator="/")
 
 
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
@@ -32,20 +33,37 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
     >>> leaves_by_path({"params": {"head": {"bias": 1.0}}})
     {'params/head/bias': 1.0}
     """
-    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)}
+    return {leaf_path(path): leaf for path, leaf in tree_util.tree_leaves_with_path(tree, is_leaf)}
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Flattens nested dicts to "/"-joined paths; `unflatten` is the inverse if no key contains "/".
+    """Flattens nested dicts, and any trees in them, to "/"-joined paths.
+
+    `unflatten` is the inverse if all are dicts and no key contains "/".
 
     Returns:
       A dict from path to leaf. A box of metadata or a packed weight is one leaf; empty dicts are dropped.
 
-    >>> flatten({"layers": {0: {"kernel": 1.0}}})
-    {'layers/0/kernel': 1.0}
+    >>> flatten({"layers": {0: {"kernel": 1.0}, 1: [2.0]}})
+    {'layers/0/kernel': 1.0, 'layers/1/0': 2.0}
     """
-    # Not by jax.tree, which would take boxes of metadata and packed weights apart.
-    return {join_path(path): leaf for path, leaf in traverse_util.flatten_dict(dict(tree)).items()}
+    flat = {}
+    # Dicts not by jax.tree, which would sort their keys.
+    for path, leaf in traverse_util.flatten_dict(dict(tree)).items():
+        name = join_path(path)
+        inner = {"": leaf} if _is_leaf(leaf) else leaves_by_path(leaf, _is_leaf)
+        flat |= {f"{name}/{own}" if own else name: x for own, x in inner.items()}
+    return flat
+
+
+def _is_leaf(value: Any) -> bool:
+    # Boxes of metadata and packed weights are trees to JAX.
+    return (
+        value is None
+        or isinstance(value, meta.AxisMetadata)
+        or is_packed(value)
+        or tree_util.all_leaves([value])
+    )
 
 
 def join_path(path: tuple[Any, ...]) -> str:
@@ -58,18 +76,23 @@ def join_path(path: tuple[Any, ...]) -> str:
 
 
 def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies nested dicts, replacing the leaves at some "/"-joined paths; keys may contain "/".
+    """Copies nested dicts, and any trees in them, replacing the leaves at some "/"-joined paths.
 
     Returns:
-      New nested dicts; paths in `leaves` that `tree` lacks are ignored.
+      Trees of the same types; paths in `leaves` that `tree` lacks are ignored.
 
     >>> replace_leaves({"a": {"b": 1, "c/d": 2}}, {"a/c/d": 3})
     {'a': {'b': 1, 'c/d': 3}}
     """
+
+    def new(name: str, leaf: Any) -> Any:
+        if _is_leaf(leaf):
+            return leaves.get(name, leaf)
+        replaced = lambda path, x: leaves.get(f"{name}/{leaf_path(path)}", x)  # noqa: E731
+        return tree_util.tree_map_with_path(replaced, leaf, is_leaf=_is_leaf)
+
     flat = traverse_util.flatten_dict(dict(tree))
-    return traverse_util.unflatten_dict(
-        {path: leaves.get(join_path(path), leaf) for path, leaf in flat.items()}
-    )
+    return traverse_util.unflatten_dict({path: new(join_path(path), leaf) for path, leaf in flat.items()})
 
 
 def replace_paths(tree: Any, leaves: Mapping[str, Any]) -> Any:
@@ -81,7 +104,7 @@ def replace_paths(tree: Any, leaves: Mapping[str, Any]) -> Any:
     >>> replace_paths({"a": (1, 2)}, {"a/1": 3})
     {'a': (1, 3)}
     """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(leaf_path(path), leaf), tree)
+    return tree_util.tree_map_with_path(lambda path, leaf: leaves.get(leaf_path(path), leaf), tree)
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A model whose adapted layers return only their low-rank terms (`Tracing.low_rank
 weights. If one still reaches an output, the model reads it outside its layer, where no adapter acts.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +19,11 @@ Tags = frozenset[tuple[int, bool]]
 
 NOTHING: Tags = frozenset()
 _MARK = "loraplus_weight_of_a_layer"
-_MARK_WHOLE = f"{_MARK}_as_one_array"
+_MARK_WHOLE = f"{_MARK}_as_one_array_for_"
 # Operations that return parts of a weight unchanged, except for their order or precision.
 _MOVES = (
     *("transpose", "squeeze", "slice", "dynamic_slice", "broadcast_in_dim", "convert_element_type", "copy"),
+    *("gather", "reshape", "split", "concatenate", "stack"),
     *("stop_gradient", "sharding_constraint", "pvary", "pcast", "all_gather", "device_put"),
 )
 
@@ -32,19 +34,23 @@ class Dataflow(NamedTuple):
     Attributes:
       read: inputs that reach an output.
       changed: inputs that are changed before they reach `mark_weight`.
-      whole: inputs that reach `mark_weight` where a layer needs W + s A B as one array.
+      whole: inputs that reach `mark_weight` where W + s A B is needed as one array, and the operations there.
     """
 
     read: set[int]
     changed: set[int]
-    whole: set[int]
+    whole: dict[int, set[str]]
 
 
-def mark_weight(weight: jax.Array, *, whole: bool = False) -> jax.Array:
-    """Returns a zero that marks a layer's use of a weight for `trace_dataflow`, without passing on its values."""
-    return _mark_whole(weight) if whole else _mark(weight)
+def mark_weight(weight: jax.Array, *, whole: str = "") -> jax.Array:
+    """Returns a zero that marks a layer's use of a weight for `trace_dataflow`, without passing on its values.
+
+    `whole` is the operation that needs it as one array.
+    """
+    return _marker(_MARK_WHOLE + whole if whole else _MARK)(weight)
 
 
+@functools.cache
 def _marker(name: str) -> Any:
     def zero(weight: jax.Array) -> jax.Array:
         return jnp.zeros(())
@@ -54,16 +60,13 @@ def _marker(name: str) -> Any:
     return jax.jit(zero)
 
 
-_mark, _mark_whole = _marker(_MARK), _marker(_MARK_WHOLE)
-
-
 def trace_dataflow(program: ClosedJaxpr) -> Dataflow:
     """Follows the inputs of a program to its outputs, through loops, branches and calls.
 
     Assumes that every input of an operation reaches all its outputs, so an input counts as unread only if no output
     uses it. Effects such as printing do not count as outputs.
     """
-    flow = Dataflow(set(), set(), set())
+    flow = Dataflow(set(), set(), {})
     outputs = _propagate(program, [frozenset({(n, True)}) for n in range(len(program.jaxpr.invars))], flow)
     flow.read.update(n for tags in outputs for n, _ in tags)
     return flow
@@ -99,7 +102,8 @@ def _propagate_eqn(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
     if _MARK in (called := str(params.get("name"))):
         flow.changed.update(n for tags in inputs for n, unchanged in tags if not unchanged)
         if _MARK_WHOLE in called:
-            flow.whole.update(n for tags in inputs for n, _ in tags)
+            for n in {n for tags in inputs for n, _ in tags}:
+                flow.whole.setdefault(n, set()).add(called.removeprefix(_MARK_WHOLE))
     inner = [value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
     if len(inner) == 1:
         jaxpr: Any = getattr(inner[0], "jaxpr", inner[0])

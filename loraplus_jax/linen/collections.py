@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 from flax import traverse_util
 from flax.core import lift, meta
 
@@ -15,8 +14,9 @@ from ..adapter.spec import EMBEDDING_FACTORS, FACTORS, LEAVES, MAGNITUDE
 from ..adapter.taps import PREVIOUS_FACTORS, TAP
 from ..adapter.target_rules import is_target, parameter_rule, parameter_spec
 from ..adapter.tree import rebox
-from ..interpreter.low_rank import LowRankWeight, evaluate
-from ..quantization.packed_array import dense_shapes, is_packed
+from ..interpreter.low_rank import call
+from ..interpreter.weight import LowRankWeight
+from ..quantization.packed_array import is_packed
 from .discovery import Discovery
 from .layer_adapter import TRACING, FactorBox, LayerAdapter, is_box, new_factors, read_factors
 
@@ -171,39 +171,17 @@ def _flatten(tree: Any) -> dict[Path, Any]:
 def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
     """A lifted transform, like that of `nn.jit`: runs `fn` as a program that keeps `LowRankWeight` variables apart.
 
-    Inside, `fn` sees plain arrays, which it may change and pass on as it likes.
-
     Returns:
       A function of a scope and the arguments of `fn`, with the result of `fn`.
     """
 
     def run(scope_fn: Any, repack: Any, variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        # Other leaves stay outside the program: closed over, they keep whatever trace they belong to.
-        leaves, structure = jax.tree.flatten(variables, is_leaf=_is_low_rank)
-        weights = [leaf for leaf in leaves if _is_low_rank(leaf)]
-        results: list[Any] = []
-
-        def program(*values: jax.Array) -> list[jax.Array]:
-            given = iter(values)
-            filled = [next(given) if _is_low_rank(leaf) else leaf for leaf in leaves]
-            scope = scope_fn(structure.unflatten(filled), rngs)
+        def inner(variables: Any) -> Any:
+            scope = scope_fn(variables, rngs)
             y = fn(scope, *args, **kwargs)
-            results.extend(jax.tree.flatten((y, repack(scope))))
-            # make_jaxpr takes arrays only; a model may also return text, None or numbers.
-            return [leaf for leaf in results[0] if isinstance(leaf, jax.Array)]
+            return y, repack(scope)
 
-        if not weights:  # as in an initialization
-            program()
-            return results[1].unflatten(results[0])
-        shapes = dense_shapes([weight.w for weight in weights])
-        arrays = iter(evaluate(jax.make_jaxpr(program)(*shapes), weights))
-        return results[1].unflatten(
-            next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in results[0]
-        )
+        return call(inner, variables)
 
     # The layer below nn.jit and nn.remat: it hands over the variables as a tree, before they are a scope.
     return lift.pack(run, (True,), (True,), (True,), name="low_rank", enable_kwargs=True)
-
-
-def _is_low_rank(value: Any) -> bool:
-    return isinstance(value, LowRankWeight)

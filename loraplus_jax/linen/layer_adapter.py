@@ -20,7 +20,7 @@ from ..adapter.taps import PREVIOUS_FACTORS, TAP
 from ..adapter.target_rules import is_adapted, is_target, matching_rule
 from ..inits.random import factor_dtype, factor_inits
 from ..interpreter.dataflow import mark_weight
-from ..interpreter.low_rank import LowRankWeight
+from ..interpreter.weight import LowRankWeight
 from .layer_table import LayerCall
 
 OURS = "lora_plus"
@@ -277,7 +277,7 @@ def add_low_rank_term(
     # Factors wider than the layer's products would widen its inputs too.
     dtype = y.dtype if jnp.issubdtype(y.dtype, jnp.inexact) else a.dtype
     x = call.inputs
-    if magnitude:
+    if magnitude and not weight.omit:
         weight = weight.with_magnitude(*magnitude)
         if call.product is not None and weight.c is not None:  # c scales the inputs of this product
             x = weight.scale_outputs(x)

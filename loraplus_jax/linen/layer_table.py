@@ -20,7 +20,7 @@ from opt_einsum.parser import parse_einsum_input
 
 from ..adapter.einsum_letters import LETTERS, factor_letters, split_equation
 from ..adapter.lora import low_rank_output
-from ..interpreter.low_rank import Term
+from ..interpreter.weight import Term
 
 
 class LayerCall(NamedTuple):

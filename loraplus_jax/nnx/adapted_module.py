@@ -15,7 +15,8 @@ from ..adapter.einsum_letters import factor_letters
 from ..adapter.lora import SCALE
 from ..adapter.spec import AdapterSpec
 from ..adapter.taps import PREVIOUS_FACTORS, TAP
-from ..interpreter.low_rank import LowRankWeight, evaluate
+from ..interpreter.low_rank import evaluate
+from ..interpreter.weight import LowRankWeight
 from ..quantization.packed_array import dense_shapes, is_packed
 
 ADAPTERS, DROPOUT = "lora_plus_adapters", "lora_plus_dropout"

@@ -5,10 +5,10 @@ from typing import Any
 
 from flax import nnx
 
+from ..adapter.quantize_base import quantize_base as quantize_tree
 from ..adapter.spec import Specs
 from ..adapter.tree import flatten
 from ..linen.from_qwix import check_rules, is_from_qwix, packed, stack_counts
-from ..linen.quantize import quantize_base as quantize_tree
 from ..quantization.formats import QuantizeTo
 from .adapted_module import ADAPTERS, join, set_adapters, set_class
 from .variables import base_variables
@@ -27,7 +27,7 @@ def quantize_base(
       dtype: dtype in which the layers see the weights; by default their own.
 
     Raises:
-      ValueError: as `loraplus_jax.linen.quantize`. The model is unchanged then.
+      ValueError: as `quantize_base` of a tree. The model is unchanged then.
     """
     old = flatten(base_variables(model))
     new = flatten(quantize_tree(base_variables(model), kind, targets, dtype=dtype))

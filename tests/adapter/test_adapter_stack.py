@@ -14,7 +14,7 @@ from loraplus_jax import LoRAPlusConfig, apply_lora_plus, disabled, init_lora
 from loraplus_jax import nnx as loraplus_nnx
 from loraplus_jax.adapter import AdapterSpec, apply_rows, put_adapter, select_adapters, stack_adapters
 from loraplus_jax.interop import Adapter
-from loraplus_jax.linen.quantize import quantize_base
+from loraplus_jax.linen import quantize_base
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.bert.model import BertForSequence
 from loraplus_jax.models.llama.config import LlamaConfig

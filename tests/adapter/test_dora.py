@@ -23,7 +23,7 @@ from loraplus_jax.adapter.dora import output_scale, set_magnitudes
 from loraplus_jax.adapter.tree import flatten, replace_leaves
 from loraplus_jax.inits.from_weights import pissa
 from loraplus_jax.interpreter.low_rank import LowRankWeight, evaluate
-from loraplus_jax.linen.quantize import quantize_base
+from loraplus_jax.linen import quantize_base
 from loraplus_jax.step.sharding import adapter_shardings, base_shardings, make_mesh
 from loraplus_jax.step.theory import make_theory
 

@@ -20,7 +20,7 @@ from loraplus_jax.inits.from_weights import (
     to_factors,
     to_matrix,
 )
-from loraplus_jax.linen.quantize import quantize_base
+from loraplus_jax.linen import quantize_base
 
 from ..messages import mentions
 from .nets import Net

@@ -11,7 +11,7 @@ from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
 from loraplus_jax.adapter.tree import flatten
 from loraplus_jax.inits.from_weights import make_factors
 from loraplus_jax.inits.loftq import loftq
-from loraplus_jax.linen.quantize import quantize_base
+from loraplus_jax.linen import quantize_base
 
 from ..messages import mentions
 from .nets import Net

@@ -9,7 +9,7 @@ import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
 from loraplus_jax.interpreter.unstack import run_unstacked, unstack
-from loraplus_jax.linen.quantize import quantize_base
+from loraplus_jax.linen import quantize_base
 from loraplus_jax.models.decoding.beam_search import make_beam_search
 from loraplus_jax.models.decoding.generate import Sampling, make_generate, pad_left
 from loraplus_jax.models.gpt2.config import GPT2Config

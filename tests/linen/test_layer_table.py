@@ -27,7 +27,7 @@ from loraplus_jax import (
     merge,
 )
 from loraplus_jax import nnx as loraplus_nnx
-from loraplus_jax.linen.quantize import quantize_base
+from loraplus_jax.linen import quantize_base
 from loraplus_jax.quantization.packed_array import is_packed
 
 from ..marks import slow

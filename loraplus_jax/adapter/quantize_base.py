@@ -1,4 +1,4 @@
-"""Packs the weights of a Linen model's variables."""
+"""Packs the weights of a tree of variables."""
 
 import re
 from collections.abc import Mapping
@@ -7,19 +7,19 @@ from typing import Any
 from flax.core import meta
 
 from .._utils.validation import suggest
-from ..adapter.spec import AdapterSpec, Specs
-from ..adapter.tree import flatten, rebox, replace_leaves
 from ..quantization.formats import QuantizeTo
 from ..quantization.packed_array import is_packed, quantize
+from .spec import AdapterSpec, Specs
+from .tree import flatten, rebox, replace_leaves
 
 
 def quantize_base(
     base: Mapping[str, Any], kind: QuantizeTo, targets: Specs | Mapping[str, str], *, dtype: Any = None
 ) -> dict[str, Any]:
-    """Packs weights of a Linen model's variables, one after the other; a model from `apply_lora_plus` runs on them.
+    """Packs weights of variables, one after the other; what `apply_lora_plus` makes of a model runs on them.
 
     Args:
-      base: variables without adapters, `{"params": ...}`; they stay as they are.
+      base: variables without adapters, `{"params": tree}`; they stay as they are.
       kind: the format, as in `quantize`.
       targets: the specs of `init_lora`, for all adapted weights; or a mapping from a regular expression for a
         weight's path, such as `".*/kernel"`, to one letter per axis as in `target_parameters`. Axes before those

@@ -1,0 +1,247 @@
+"""LoRA+ for models that are plain functions of a tree of arrays: `f(params, ...)`, whatever library made the tree.
+
+The function runs as a program that keeps each adapted weight as W, A and B; see `interpreter.low_rank`.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core.scope import LazyRng
+
+from .adapter.config import LoRAPlusConfig
+from .adapter.dora import set_magnitudes
+from .adapter.einsum_letters import LETTERS
+from .adapter.lora import SCALE
+from .adapter.quantize_base import quantize_base
+from .adapter.spec import AdapterSpec, check_rank
+from .adapter.target_rules import check_coverage, parameter_rule, parameter_spec
+from .adapter.tree import flatten, leaf_path, leaves_by_path, unflatten, with_collection
+from .inits.random import factor_dtype, factor_inits
+from .interpreter.dataflow import trace_dataflow
+from .interpreter.low_rank import call
+from .interpreter.products import product
+from .interpreter.weight import LowRankWeight
+from .quantization.packed_array import dense_shapes, is_packed
+
+__all__ = ["apply_lora_plus", "init_lora", "product", "quantize_base", "whole_weights"]
+
+Rules = LoRAPlusConfig | Mapping[str, str]
+_OF_MODULES = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "dropout",
+    "modules_to_save",
+    "bias",
+)
+"""Fields of a config that name Flax's modules, or need one."""
+
+
+def apply_lora_plus(f: Callable[..., Any], config: Rules) -> Callable[..., Any]:
+    """Makes a function that computes with W + s A B wherever `f` uses an adapted weight.
+
+    A product, a lookup of rows, a convolution and a product grouped by expert (`jax.lax.ragged_dot`) cost two thin
+    operations more; slices, reshapes and joins of weights move A and B too. Any other use costs the whole weight;
+    `whole_weights` finds those.
+
+    Args:
+      f: `f(params, *args, **kwargs)`, where `params` is any tree; JAX must be able to trace it.
+      config: `target_parameters` as a mapping from a regular expression for a weight's whole path to one letter per
+        axis (i input, o output, any other letter a batch axis), such as `{"layers/.*/q": "io", ".*/up": "eio"}`;
+        or a `LoRAPlusConfig` with `target_parameters`.
+
+    Returns:
+      `g(params, lora, *args, **kwargs)`; call it under `jax.jit`. `params` may hold packed weights. `lora` is the
+      tree from `init_lora`, or variables `{"lora": tree}`, with `"lora_scale"` from `scale_variables` if scales are
+      to differ from the config's.
+
+    Raises:
+      ValueError: the config sets a field that needs modules. A call raises it if `lora` does not fit.
+
+    Example:
+      >>> f = lambda params, x: x @ params["up"]
+      >>> params = {"up": jnp.ones((3, 4))}
+      >>> g = apply_lora_plus(f, {"up": "io"})
+      >>> lora, specs = init_lora(jax.random.key(0), params, {"up": "io"})
+      >>> g(params, lora, jnp.ones((2, 3))).shape
+      (2, 4)
+    """
+    rules = _config(config)
+
+    @functools.wraps(f)
+    def adapted(params: Any, lora: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return _run(f, rules, params, lora, args, kwargs)
+
+    return adapted
+
+
+def init_lora(
+    key: jax.Array, params: Any, config: Rules, *, check: tuple[Any, ...] | None = None
+) -> tuple[dict[str, Any], dict[str, AdapterSpec]]:
+    """Makes the factors of the weights that a config selects.
+
+    Args:
+      key: a key; each factor has its own, by its path.
+      params: the tree of weights; arrays may be `jax.ShapeDtypeStruct`, but variant dora needs their values.
+      config: as for `apply_lora_plus`.
+      check: `(f, *args)`, to warn where `f(params, *args)` needs a weight as a whole; arrays may be shapes.
+
+    Returns:
+      The tree of factors, and the table of specs, from path to `AdapterSpec`, with which `merge`, `describe`,
+      `save_adapter` and `save_peft` take `{"params": params}`.
+
+    Raises:
+      ValueError: a rule matches nothing or has another number of letters than the weight has axes, or a rank is
+        above min(in, out).
+    """
+    rules = _config(config)
+    specs = _specs(params, rules)
+    flat, arrays = {}, _arrays(params)
+    for path, spec in specs.items():
+        check_rank(spec, repr(path))
+        inits: Any = factor_inits(rules.init, spec.rank, spec.axes)
+        names = dict(zip(spec.factor_paths(path), spec.factor_shapes, strict=True))
+        for (name, shape), make in zip(names.items(), inits, strict=False):
+            # By the path, so that another rule leaves this weight's start as it is.
+            own = LazyRng.create(key, *name.split("/")).as_jax_rng()
+            flat[name] = make(own, shape, factor_dtype(arrays[path]))
+        if spec.magnitude:
+            flat |= {name: jnp.zeros(shape) for name, shape in names.items() if name not in flat}
+    lora = set_magnitudes(unflatten(flat), {"params": params}, specs)
+    if check is not None:
+        f, *args = check
+        for path, users in whole_weights(f, rules, params, *args).items():
+            warnings.warn(
+                f"{path} {specs[path].shape}: {users} needs the whole weight, so each call adds up W + s A B, and "
+                "its gradient is as large as W; product makes a function of your own cheap",
+                stacklevel=2,
+            )
+    return lora, specs
+
+
+def whole_weights(
+    f: Callable[..., Any], config: Rules, params: Any, *args: Any, **kwargs: Any
+) -> dict[str, str]:
+    """Finds the adapted weights that a function needs as a whole, W + s A B with its gradient. Nothing is computed.
+
+    Args:
+      f, config, params: as for `apply_lora_plus`; arrays may be `jax.ShapeDtypeStruct`.
+      args, kwargs: the other arguments of `f`.
+
+    Returns:
+      By path the operations that need it, as JAX calls them, for `describe(merged=...)`.
+    """
+    rules = _config(config)
+    is_array = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")  # noqa: E731
+    leaves, structure = jax.tree.flatten((params, args, kwargs), is_leaf=is_packed)
+    arrays = [x for x in leaves if is_array(x)]
+    numbers = {path: n for n, path in enumerate(_arrays(params))}
+
+    def run(arrays: list[Any]) -> list[jax.Array]:
+        given = iter(arrays)
+        own, args, kwargs = structure.unflatten([next(given) if is_array(x) else x for x in leaves])
+        zeros = {
+            name: jnp.zeros(shape)
+            for path, spec in _specs(own, rules).items()
+            for name, shape in zip(spec.factor_paths(path), spec.factor_shapes, strict=True)
+        }
+        y = _run(f, rules, own, unflatten(zeros), args, kwargs, omit=True)
+        return [leaf for leaf in jax.tree.leaves(y) if isinstance(leaf, jax.Array)]
+
+    flow = trace_dataflow(jax.make_jaxpr(run)(dense_shapes(arrays)))
+    return {
+        path: ", ".join(sorted(flow.whole[numbers[path]]))
+        for path in _specs(params, rules)
+        if numbers[path] in flow.whole
+    }
+
+
+def _run(
+    f: Callable[..., Any],
+    config: LoRAPlusConfig,
+    params: Any,
+    lora: Mapping[str, Any],
+    args: Any,
+    kwargs: Any,
+    *,
+    omit: bool = False,
+) -> Any:
+    """Calls `f` with its weights kept apart; `omit` leaves W out and marks it, for `whole_weights`."""
+    specs = _specs(params, config)
+    variables = with_collection(lora, specs)
+    factors, scales = flatten(variables.get("lora", {})), flatten(variables.get(SCALE, {}))
+    shapes = {
+        name: shape
+        for path, spec in specs.items()
+        for name, shape in zip(spec.factor_paths(path), spec.factor_shapes, strict=True)
+    }
+    for name in shapes.keys() | factors.keys():
+        if (shape := getattr(factors.get(name), "shape", None)) != shapes.get(name):
+            raise ValueError(
+                f"lora: {name} must have shape {shapes[name]}, got {shape}"
+                if name in shapes
+                else f"lora: {name} belongs to no weight that the config adapts"
+            )
+
+    def part(path: Any, value: Any) -> Any:
+        spec = specs.get(name := leaf_path(path))
+        if spec is None:
+            return LowRankWeight(value, letters=LETTERS[: value.ndim]) if is_packed(value) else value
+        a, b, *magnitude = (factors[factor] for factor in spec.factor_paths(name))
+        scale = scales.get(f"{name}/{SCALE}")
+        return LowRankWeight(
+            w=value,
+            a=a,
+            b=b,
+            letters=spec.base_letters,
+            factor_letters=spec.factor_letters,
+            scale=spec.scale if scale is None else scale.reshape(()),
+            omit=omit,
+            stops=True,
+        ).with_magnitude(*magnitude)
+
+    weights = jax.tree_util.tree_map_with_path(part, params, is_leaf=is_packed)
+    return call(lambda params: f(params, *args, **kwargs), weights)
+
+
+def _config(config: Rules) -> LoRAPlusConfig:
+    if not isinstance(config, LoRAPlusConfig):
+        return LoRAPlusConfig(target_parameters=config)
+    for field in dataclasses.fields(config):
+        if field.name in _OF_MODULES and (value := getattr(config, field.name)) not in (
+            field.default,
+            "none",
+        ):
+            raise ValueError(
+                f"{field.name} is about modules, which a function does not have, got {value!r}; name weights in "
+                "target_parameters"
+            )
+    return config
+
+
+def _arrays(params: Any) -> dict[str, Any]:
+    """The arrays of a tree by path, packed ones too, in the order of its leaves."""
+    leaves = leaves_by_path(params, is_packed)
+    return {path: x for path, x in leaves.items() if hasattr(x, "shape") and hasattr(x, "dtype")}
+
+
+def _specs(params: Any, config: LoRAPlusConfig) -> dict[str, AdapterSpec]:
+    return _specs_of(config, tuple((path, tuple(x.shape)) for path, x in _arrays(params).items()))
+
+
+# A config's regular expressions and a tree's paths are the same in every call.
+@functools.lru_cache(maxsize=256)
+def _specs_of(
+    config: LoRAPlusConfig, shapes: tuple[tuple[str, tuple[int, ...]], ...]
+) -> dict[str, AdapterSpec]:
+    check_coverage(config, {}, [path for path, _ in shapes], {})
+    return {
+        path: parameter_spec(config, path, rule, shape, f"params/{path}")
+        for path, shape in shapes
+        if (rule := parameter_rule(config, path)) is not None
+    }

@@ -1,0 +1,247 @@
+"""Products with a weight kept as W + s A B: those whose low-rank term is two thin operations."""
+
+import string
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..adapter.lora import is_explicit, low_rank_output
+from .weight import LowRankWeight, Term
+
+
+class Use(NamedTuple):
+    """How an operation uses a weight.
+
+    Attributes:
+      term: the low-rank term for the other input.
+      position: the other input's.
+      letters: the letters of the axes of the other input if the operation contracts the weight's outputs, and of
+        the result otherwise.
+      contracts_outputs: whether it does.
+      scaled: multiplies by DoRA's factor c what `letters` are the axes of, where c has other ones.
+    """
+
+    term: Term
+    position: int
+    letters: str
+    contracts_outputs: bool = False
+    scaled: Callable[[jax.Array], jax.Array] | None = None
+
+
+_OWN: dict[str, tuple[int, Callable[..., jax.Array]]] = {}
+"""By the name under which `product` jits a function: the position of its weight, and its low-rank term."""
+
+
+def product(fn: Callable[..., jax.Array], term: Callable[..., jax.Array], *, weight: int = 1) -> Any:
+    """Makes a product of one's own, such as a kernel with a `custom_vjp`, cheap where its weight has an adapter.
+
+    Args:
+      fn: `fn(x, w, ...)` of arrays, linear in `w`, with one array as its result.
+      term: `term(x, a, b, ...)`: the same product with A B in place of `w`, for factors of the letters of the
+        weight's rule; `lambda x, a, b: fn(fn(x, a), b)` if `fn` takes any sizes.
+      weight: the position of `w` among the arguments.
+
+    Returns:
+      A function like `fn`, under `jax.jit`.
+
+    Example:
+      >>> matmul = product(jnp.matmul, lambda x, a, b: (x @ a) @ b)
+      >>> matmul(jnp.ones((2, 3)), jnp.ones((3, 4))).shape
+      (2, 4)
+    """
+
+    def own(*args: Any) -> jax.Array:
+        return fn(*args)
+
+    own.__name__ = f"loraplus_product_{len(_OWN)}"
+    _OWN[own.__name__] = weight, term
+    return jax.jit(own)
+
+
+def own_product(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
+    """The use by a function from `product`; None for any other equation, or where c has to scale the result."""
+    found = _OWN.get(str(eqn.params.get("name")))
+    if found is None or weight.a is None or weight.c is not None or inputs[found[0]] is not weight:
+        return None
+    position, own_term = found
+    x = 0 if position else 1  # any other argument: dropout is on the first
+
+    def term(value: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        args = [value if n == x else each for n, each in enumerate(inputs) if n != position]
+        args.insert(position, a)
+        args.insert(position + 1, b)
+        y = own_term(*args)
+        return y * jnp.asarray(scale, y.dtype)
+
+    return Use(term, x, "")
+
+
+def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
+    """The use by a `dot_general` over all input axes or over all output axes, batch axes being those of both."""
+    position = 0 if inputs[0] is weight else 1
+    x, dimensions = inputs[1 - position], eqn.params["dimension_numbers"]
+    (contracted, x_contracted), (batch, x_batch) = (
+        pair if position == 0 else pair[::-1] for pair in dimensions
+    )
+    left, right = map(set, weight.factor_letters)
+    common = left & right - {"r"}
+    used = {weight.letters[n] for n in contracted} - common
+    if not {weight.letters[n] for n in batch} <= common or used not in (left - right, right - left):
+        return None
+    letters = list(string.ascii_uppercase[: x.ndim])  # the weight's are lower case
+    for n, m in (*zip(x_contracted, contracted, strict=True), *zip(x_batch, batch, strict=True)):
+        letters[n] = weight.letters[m]
+    shared = [weight.letters[n] for n in batch]
+    free = [c for c in letters if c.isupper()]
+    outputs = [c for n, c in enumerate(weight.letters) if n not in (*contracted, *batch)]
+    result = "".join((*shared, *outputs, *free) if position == 0 else (*shared, *free, *outputs))
+    middle = "".join((*shared, *sorted(common.difference(shared)), *free, "r"))
+    order = weight.factor_letters if used == left - right else weight.factor_letters[::-1]
+    equations = f"{''.join(letters)},{order[0]}->{middle}", f"{middle},{order[1]}->{result}"
+    if (
+        position == 1
+        and not shared
+        and x_contracted == (x.ndim - 1,)
+        and order[0][0] in used
+        and len(weight.letters) == 2
+    ):
+        equations = None  # a plain product, which is quicker to trace
+    precision, shardings = eqn.params["precision"], (None, None)
+    # A product over an explicitly sharded axis must say how its result is sharded; JAX does not choose.
+    if is_explicit(x, weight.w, weight.a, weight.b):
+        of_x = jax.typeof(x).sharding
+        axes = dict(zip(letters, of_x.spec, strict=True))
+        shardings = of_x.update(spec=jax.P(*(axes.get(c) for c in middle))), eqn.outvars[0].aval.sharding
+
+    # Integer inputs would round the factors to zero.
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else eqn.outvars[0].aval.dtype
+
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        first, second = (a, b) if used == left - right else (b, a)
+        if equations is None and used != left - right:
+            first, second = first.T, second.T
+        x, first, second = (value.astype(dtype) for value in (x, first, second))
+        return low_rank_output(x, first, second, scale, equations, precision, shardings)
+
+    contracts_outputs = used != left - right
+    # c has an axis that x or the result lacks.
+    is_summed = any(weight.letters[n] in common for n in contracted)
+    if weight.c is not None and (not common <= set(shared) if contracts_outputs else is_summed):
+        return None
+    axes_scaled = "".join(letters) if contracts_outputs else result
+    return Use(term, 1 - position, axes_scaled, contracts_outputs)
+
+
+def _ragged(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
+    """The use by a `ragged_dot_general` whose rows are grouped by expert: two ragged products."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (x_contracted, contracted), batch = numbers.dot_dimension_numbers
+    groups, (ragged,) = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
+    left, right = map(set, weight.factor_letters)
+    inner = [weight.letters[n] for n in contracted]
+    contracts_outputs = set(inner) == right - left
+    if (
+        inputs[1] is not weight
+        or {weight.letters[n] for n in groups} != left & right - {"r"}
+        or set(inner) not in (left - right, right - left)
+        or any(batch)
+        or len(inputs) > 3  # a group offset
+        or is_explicit(inputs[0], weight.w, weight.a, weight.b)
+    ):
+        return None
+    (x, _, sizes), (group,) = inputs, (weight.letters[n] for n in groups)
+    outer = [c for c in weight.letters if c not in (group, *inner)]
+    rows = [n for n in range(x.ndim) if n not in x_contracted].index(ragged)  # of the results
+    options: Any = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
+
+    def run(x: jax.Array, factor: jax.Array, axes: Sequence[int], ragged: int) -> jax.Array:
+        dims = (axes, range(1, 1 + len(axes))), ((), ())
+        own = jax.lax.RaggedDotDimensionNumbers(dims, (ragged,), (0,))
+        return jax.lax.ragged_dot_general(x, factor.astype(x.dtype), sizes, own, **options)
+
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        of_a, of_b = weight.factor_letters
+        (first, of_first), (second, of_second) = (
+            ((b, of_b), (a, of_a)) if contracts_outputs else ((a, of_a), (b, of_b))
+        )
+        h = run(x, first.transpose([of_first.index(c) for c in (group, *inner, "r")]), x_contracted, ragged)
+        h = h.astype(x.dtype) * jnp.asarray(scale, x.dtype)
+        return run(
+            h, second.transpose([of_second.index(c) for c in (group, "r", *outer)]), (h.ndim - 1,), rows
+        )
+
+    def scaled(y: jax.Array) -> jax.Array:
+        """Times c of each row's expert, along the outputs of W in the result, or in x."""
+        axes = x_contracted if contracts_outputs else range(y.ndim - len(outer), y.ndim)
+        places = [ragged if contracts_outputs else rows, *axes]
+        names = (group, *(inner if contracts_outputs else outer))
+        c = weight.c.transpose([weight.outputs.index(name) for name in names])
+        c = jnp.repeat(c, sizes, axis=0, total_repeat_length=y.shape[places[0]])
+        c = c.transpose(sorted(range(c.ndim), key=places.__getitem__))
+        return (c.reshape([y.shape[n] if n in places else 1 for n in range(y.ndim)]) * y).astype(y.dtype)
+
+    return Use(term, 0, "", contracts_outputs, None if weight.c is None else scaled)
+
+
+def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
+    """The use by a `gather` of whole rows of a matrix whose rows are its input axis."""
+    numbers, rank = eqn.params["dimension_numbers"], weight.a.shape[-1]
+    if (
+        inputs[0] is not weight
+        or is_explicit(weight.w, weight.a, weight.b)
+        or weight.factor_letters != (f"{weight.letters[0]}r", f"r{weight.letters[1:]}")
+        or len(weight.letters) != 2
+        or (numbers.collapsed_slice_dims, numbers.start_index_map) != ((0,), (0,))
+        or eqn.params["slice_sizes"] != (1, weight.w.shape[1])
+        or numbers.offset_dims != (eqn.outvars[0].aval.ndim - 1,)
+    ):
+        return None
+    options = {
+        name: eqn.params[name] for name in ("mode", "fill_value", "unique_indices", "indices_are_sorted")
+    }
+
+    def term(rows: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        h = jax.lax.gather(a, rows, numbers, slice_sizes=(1, rank), **options)
+        return jnp.matmul(h * jnp.asarray(scale, h.dtype), b)
+
+    free = string.ascii_uppercase[: eqn.outvars[0].aval.ndim - 1]
+    return Use(term, 1, free + weight.letters[1])
+
+
+def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
+    """The use by a convolution with a kernel `(window..., in / groups, out)`: to the rank, then to the outputs."""
+    params, last = eqn.params, weight.w.ndim - 1
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    if (
+        inputs[1] is not weight
+        or is_explicit(inputs[0], weight.a, weight.b)
+        or weight.letters != "".join(sorted(weight.letters))
+        or weight.factor_letters[1] != f"r{weight.letters[-1]}"
+        or (numbers.rhs_spec[0], numbers.out_spec[1]) != (last, last)
+        or params["batch_group_count"] != 1
+    ):
+        return None
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
+    options = {name: params[name] for name in names}
+
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        # All groups share A; each has its own part of B's outputs.
+        kernel = jnp.tile(a, groups).astype(x.dtype)
+        h = jax.lax.conv_general_dilated(x, kernel, feature_group_count=groups, **options)
+        h = h.reshape(*h.shape[:-1], groups, -1) * jnp.asarray(scale, h.dtype)
+        b = b.astype(h.dtype).reshape(b.shape[0], groups, -1)
+        y = jnp.einsum("...gr,rgo->...go", h, b, precision=params["precision"])
+        return y.reshape(*y.shape[:-2], -1)
+
+    free = string.ascii_uppercase[:last]
+    return Use(term, 0, free + weight.letters[-1])
+
+
+RULES = {
+    "dot_general": _contraction,
+    "ragged_dot_general": _ragged,
+    "gather": _lookup,
+    "conv_general_dilated": _convolution,
+}

@@ -1,0 +1,202 @@
+"""Moves of an adapted weight, and where it is used: the merged weight's values and gradients, by thin products."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from loraplus_jax import LoRAPlusConfig, merge
+from loraplus_jax.functions import apply_lora_plus, init_lora, product, whole_weights
+
+from ..marks import slow
+from ..zoo.properties import KEY, close, drawn
+
+EXPERTS, ROWS, IN, OUT = 4, 10, 8, 16
+DRAW = np.random.default_rng(0)
+PARAMS = {
+    "experts": DRAW.normal(size=(EXPERTS, IN, OUT)),
+    "up": DRAW.normal(size=(IN, OUT)),
+    "gate": DRAW.normal(size=(IN, OUT)),
+}
+X, Y = DRAW.normal(size=(ROWS, IN)), DRAW.normal(size=(ROWS, OUT))
+GROUPS, CHOSEN = np.array([3, 4, 1, 2], np.int32), np.arange(ROWS, dtype=np.int32) % EXPERTS
+
+
+def loop(p):
+    """Over experts by a traced index."""
+    add = lambda e, y: y + X @ p["experts"][e]  # noqa: E731
+    return jax.lax.fori_loop(0, EXPERTS, add, jnp.zeros((ROWS, OUT)))
+
+
+def shards(of_x, of_w, fn, name):
+    """A product on two devices."""
+    mesh = jax.make_mesh((2,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    out = P() if of_x else P(None, "m") if name == "up" else P("m")
+    return lambda p: jax.shard_map(fn, mesh=mesh, in_specs=(P(*of_x), P(*of_w)), out_specs=out)(X, p[name])
+
+
+E, U, BOTH = {"experts": "eio"}, {"up": "io"}, {"up|gate": "io"}
+USES = {
+    "grouped rows": (lambda p: jax.lax.ragged_dot(X, p["experts"], GROUPS), E),
+    "grouped rows, to the inputs": (lambda p: jax.lax.ragged_dot(Y, p["experts"].swapaxes(1, 2), GROUPS), E),
+    "every expert": (lambda p: jnp.einsum("ti,eio->teo", X, p["experts"]), E),
+    "one expert": (lambda p: X @ p["experts"][2], E),
+    "an expert by a traced index": (loop, E),
+    "an expert of each row": (lambda p: jnp.einsum("ti,tio->to", X, p["experts"][CHOSEN]), E),
+    "take": (lambda p: jnp.einsum("ti,tio->to", X, jnp.take(p["experts"], CHOSEN, axis=0)), E),
+    "vmap over indices": (lambda p: jax.vmap(lambda e: X @ p["experts"][e])(jnp.arange(3)), E),
+    "vmap": (lambda p: jax.vmap(lambda w: X @ w)(p["experts"]), E),
+    "scan": (lambda p: jax.lax.scan(lambda y, w: (y + X @ w, None), Y, p["experts"])[0], E),
+    "cond": (
+        lambda p: jax.lax.cond(p["up"][0, 0] > 9, *(lambda e=e: X @ p["experts"][e] for e in (0, 1))),
+        E,
+    ),
+    "groups of experts": (
+        lambda p: jnp.einsum("ti,gnio->tgno", X, p["experts"].reshape(2, 2, IN, OUT)),
+        E,
+    ),
+    "split outputs": (lambda p: [X @ w for w in jnp.split(p["up"], [4], axis=-1)], U),
+    "split inputs": (lambda p: X[:, :3] @ p["up"][:3] + jnp.sin(X[:, 3:] @ p["up"][3:]), U),
+    "heads": (lambda p: jnp.einsum("ti,ihd->thd", X, p["up"].reshape(IN, 2, -1)), U),
+    "parts of inputs": (
+        lambda p: jnp.einsum("tab,abo->to", X.reshape(ROWS, 2, 4), p["up"].reshape(2, 4, -1)),
+        U,
+    ),
+    "gate and up in one": (lambda p: X @ jnp.concatenate([p["gate"], p["up"]], -1), BOTH),
+    "with one that has no adapter": (lambda p: X @ jnp.concatenate([p["gate"], p["up"]], -1), U),
+    "inputs in one": (lambda p: jnp.tile(X, 2) @ jnp.concatenate([p["gate"], p["up"]], 0), BOTH),
+    "stacked": (lambda p: jnp.einsum("ti,eio->teo", X, jnp.stack([p["gate"], p["up"]])), BOTH),
+    "experts and one more": (
+        lambda p: jnp.einsum("ti,eio->teo", X, jnp.concatenate([p["experts"], p["up"][None]])),
+        {"experts": "eio", "up": "io"},
+    ),
+    "a new axis and back": (lambda p: X @ p["up"][None][0], U),
+    "remat": (lambda p: jax.checkpoint(lambda w: jnp.sin(X @ w[:, :4]))(p["up"]), U),
+    "shards of inputs": (shards((None, "m"), ("m",), lambda x, w: jax.lax.psum(x @ w, "m"), "up"), U),
+    "shards of outputs": (shards((), (None, "m"), jnp.matmul, "up"), U),
+    "shards of experts": (shards((), ("m",), lambda x, w: jnp.einsum("ti,eio->eto", x, w), "experts"), E),
+    "scaled": (lambda p: X @ (2 * p["up"]), U),
+    "mixed by a reshape": (lambda p: jnp.tile(X, 2) @ p["up"].reshape(OUT, IN), U),
+    "rows": (lambda p: p["up"][jnp.arange(3)], U),
+    "returned": (lambda p: p["up"], U),
+}
+WHOLE = {"scaled": "mul", "mixed by a reshape": "reshape", "returned": "output"}
+WHOLE_DORA = WHOLE | {"inputs in one": "concatenate"}
+QUICK = ("grouped rows", "one expert", "heads", "gate and up in one")
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def adapted(rules, **fields):
+    config = LoRAPlusConfig(target_parameters=rules, rank=2, **fields)
+    lora, specs = init_lora(KEY, PARAMS, config)
+    return config, drawn(lora), specs
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in USES])
+def test_values_and_gradients_are_those_of_the_merged_weight(name, variant, x64):
+    f, rules = USES[name]
+    config, lora, specs = adapted(rules, variant=variant)
+    total = lambda y: sum(jnp.sum(jnp.sin(part)) for part in jax.tree.leaves(y))  # noqa: E731
+    ours = lambda lora: total(apply_lora_plus(f, config)(PARAMS, lora))  # noqa: E731
+    merged = lambda lora: total(f(merge({"params": PARAMS}, lora, specs)["params"]))  # noqa: E731
+    found, expected = (jax.jit(jax.value_and_grad(loss))(lora) for loss in (ours, merged))
+    assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-9)
+    if variant == "lora":  # of DoRA merging differentiates the norms, which are constants
+        jax.tree.map(functools.partial(close, tolerance=1e-9), found[1], expected[1])
+    needs = (WHOLE_DORA if variant == "dora" else WHOLE).get(name)
+    users = whole_weights(f, config, PARAMS)
+    assert set(users.values()) == ({needs} if needs else set())
+
+
+def test_a_loop_that_may_end_early_decodes_with_parts(x64):
+    def f(p):
+        def step(carry):
+            return carry[0] + 1, carry[1] + X @ p["experts"][carry[0]]
+
+        return jax.lax.while_loop(lambda carry: carry[0] < EXPERTS, step, (0, jnp.zeros((ROWS, OUT))))[1]
+
+    config, lora, specs = adapted(E)
+    expected = f(merge({"params": PARAMS}, lora, specs)["params"])
+    close(apply_lora_plus(f, config)(PARAMS, lora), expected, 1e-9)
+    assert not whole_weights(f, config, PARAMS)
+
+
+@jax.custom_vjp
+def kernel(x, w):
+    """A product whose parts nothing outside sees."""
+    return jnp.sin(x) @ w
+
+
+kernel.defvjp(
+    lambda x, w: (kernel(x, w), (x, w)), lambda r, ct: (jnp.cos(r[0]) * (ct @ r[1].T), jnp.sin(r[0]).T @ ct)
+)
+
+
+def test_a_product_of_ones_own_is_cheap_with_a_rule_and_right_without(x64):
+    config, lora, specs = adapted(U)
+    ruled = product(kernel, lambda x, a, b: kernel(x, a) @ b)
+    for fn, needs in ((kernel, {"up": "custom_vjp_call"}), (ruled, {})):
+        f = lambda p, x, fn=fn: fn(x, p["up"])  # noqa: E731
+        g = apply_lora_plus(f, config)
+        ours = lambda lora, x, g=g: jnp.sum(jnp.sin(g(PARAMS, lora, x)))  # noqa: E731
+        merged = lambda lora, x, f=f: jnp.sum(jnp.sin(f(merge({"params": PARAMS}, lora, specs)["params"], x)))  # noqa: E731
+        found, expected = (jax.grad(loss, (0, 1))(lora, X) for loss in (ours, merged))
+        jax.tree.map(functools.partial(close, tolerance=1e-9), found, expected)
+        assert whole_weights(f, config, PARAMS, X) == needs
+    assert float(jnp.abs(found[1]).max()) > 0
+
+
+SIZE, RANK, LARGE = 128, 16, {"experts": (EXPERTS, 128, 128), "up": (128, 128), "gate": (128, 128)}
+COSTS = {  # the function of (params, x), its rules, and its products with a whole matrix
+    "every expert": (lambda p, x: jnp.einsum("ti,eio->teo", x, p["experts"]), E, EXPERTS),
+    "experts in a loop": (lambda p, x: [x @ p["experts"][e] for e in range(EXPERTS)], E, EXPERTS),
+    "an expert of each row": (
+        lambda p, x: jnp.einsum("ti,tio->to", x, p["experts"][jnp.arange(256) % 4]),
+        E,
+        1,
+    ),
+    "heads": (lambda p, x: jnp.einsum("ti,ihd->thd", x, p["up"].reshape(SIZE, 4, -1)), U, 1),
+    "gate and up in one": (lambda p, x: x @ jnp.concatenate([p["gate"], p["up"]], -1), BOTH, 3),
+    # On CPU every expert multiplies all rows, and so do A and B.
+    "grouped rows": (lambda p, x: jax.lax.ragged_dot(x, p["experts"], jnp.full(4, 64)), E, EXPERTS),
+}
+
+
+def arrays_like(jaxpr, shape):
+    """How many operations of a program, in its loops and calls too, make an array of a shape."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        count += sum(getattr(out.aval, "shape", None) == shape for out in eqn.outvars)
+        for value in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            count += arrays_like(inner, shape) if hasattr(inner, "eqns") else 0
+    return count
+
+
+@pytest.mark.parametrize("name", [name if name == "grouped rows" else slow(name) for name in COSTS])
+def test_a_step_costs_the_base_s_and_thin_products(name):
+    f, rules, products = COSTS[name]
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in LARGE.items()}
+    config = LoRAPlusConfig(target_parameters=rules, rank=RANK)
+    lora, specs = init_lora(KEY, params, config)
+    x = jax.ShapeDtypeStruct((256, SIZE), jnp.float32)
+    total = lambda y: sum(jnp.sum(part) for part in jax.tree.leaves(y))  # noqa: E731
+    g = apply_lora_plus(f, config)
+    ours = jax.grad(lambda lora, x, params: total(g(params, lora, x)), (0, 1))
+    base = jax.grad(lambda x, params: total(f(params, x)))
+    flops = lambda fn, *args: jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]  # noqa: E731
+    # Forward, the inputs' gradient and the factors'.
+    thin = 3 * 2 * 256 * RANK * (SIZE + SIZE) * products
+    assert flops(ours, lora, x, params) < flops(base, x, params) + 1.1 * thin
+    for path in specs:
+        count = arrays_like(jax.make_jaxpr(ours)(lora, x, params).jaxpr, LARGE[path])
+        assert count <= arrays_like(jax.make_jaxpr(base)(x, params).jaxpr, LARGE[path])
