@@ -180,7 +180,7 @@ def _run(
         for path, spec in specs.items()
         for name, shape in zip(spec.factor_paths(path), spec.factor_shapes, strict=True)
     }
-    for name in shapes.keys() | factors.keys():
+    for name in sorted(shapes.keys() | factors.keys()):
         if (shape := getattr(factors.get(name), "shape", None)) != shapes.get(name):
             raise ValueError(
                 f"lora: {name} must have shape {shapes[name]}, got {shape}"

@@ -10,7 +10,7 @@ from ..quantization.packed_array import dense_shapes
 from .adapted_module import OMIT_WEIGHTS, adapters_by_path
 
 
-def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[str, ...]:
+def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwargs: Any) -> dict[str, str]:
     """Checks how a model uses its adapted weights in a call.
 
     An adapter acts in its module's public methods. A model that reads `self.embedder.embedding[...]` itself sees
@@ -22,8 +22,8 @@ def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwarg
       method: the model's method to check.
 
     Returns:
-      The paths, as in the specs, of adapters for which a call adds up W + s A B, for `describe(merged=...)`. All
-      others cost a product by rank.
+      By path, as in the specs, the operations for which a call adds up W + s A B, as JAX calls them, for
+      `describe(merged=...)`. All other adapters cost products by rank.
 
     Raises:
       ValueError: the model uses an adapted weight outside its module's methods.
@@ -61,4 +61,4 @@ def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwarg
                 "or leave it out by exclude_modules"
             )
     paths = ["/".join(map(str, parts)) for parts, _ in nnx.to_flat_state(weights)]
-    return tuple(leaves[path] for n, path in enumerate(paths) if n in flow.whole)
+    return {leaves[path]: ", ".join(sorted(flow.whole[n])) for n, path in enumerate(paths) if n in flow.whole}

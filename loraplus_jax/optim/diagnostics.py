@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,8 +16,6 @@ from ..adapter.tree import count, leaves_by_path, replace_paths
 from .find_pairs import spec_path
 from .lora_plus import check_floating
 from .roles import LoRAPlusState, LoRAPlusTransform, Role, find_states, labels_of, leaves_by_role
-
-_PRODUCTS = {None: "-", False: "by rank", True: "merged"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +32,8 @@ class LeafRow:
       decay: weight decay, float; None if a wrapped or another optimizer sets it.
       count: number of values, int.
       relative: whether `rate` is a multiple, bool.
-      merged: whether each call adds up W + s A B for the leaf's layer, bool; None if `merged` was not passed to
-        `describe` or `rank` is None.
+      merged: the operations for which each call adds up W + s A B, str, empty if there are none; None if `merged`
+        was not passed to `describe` or `rank` is None.
     """
 
     path: str
@@ -46,7 +44,7 @@ class LeafRow:
     decay: float | None
     count: int
     relative: bool = False
-    merged: bool | None = None
+    merged: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +70,8 @@ class Description:
             rank = "-" if row.rank is None else str(row.rank)
             lines.append((row.path, shape, row.role, rank, rate, decay, f"{row.count:,}"))
         if any(row.merged is not None for row in self.rows):
-            products = ("product", *(_PRODUCTS[row.merged] for row in self.rows))
+            kinds = {None: "-", "": "by rank"}
+            products = ("product", *(kinds.get(r.merged, f"merged for {r.merged}") for r in self.rows))
             lines = [(*line, product) for line, product in zip(lines, products, strict=True)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -94,7 +93,7 @@ def describe(
     *,
     frozen: Any = None,
     step: int = 0,
-    merged: Collection[str] | None = None,
+    merged: Mapping[str, str] | None = None,
 ) -> Description:
     """Lists every trainable leaf with its role and size, and the learning rate and weight decay it gets.
 
@@ -105,8 +104,8 @@ def describe(
       specs: the table from `init_lora`, for ranks.
       frozen: frozen variables, to count the total.
       step: step at which to evaluate a transform's schedules.
-      merged: the paths of adapters whose weight each call adds up, from `loraplus_jax.nnx.check_reads`; the table
-        then says how each layer's product is computed.
+      merged: the operations for which each call adds up a weight, by path, from `functions.whole_weights` or
+        `nnx.check_reads`; the table then says how each product is computed.
 
     Returns:
       A `Description` with one row per leaf, in the order of `trainable`.
@@ -154,7 +153,7 @@ def describe(
         rate, decay = (None if x is None else float(np.asarray(x)) for x in (rate, decay))
         key = spec_path(path.removesuffix("/value").rpartition("/")[0])
         rank = specs[key].rank if specs and key in specs and role in ("a", "b", "embedding") else None
-        whole = None if merged is None or rank is None else key in merged
+        whole = None if merged is None or rank is None else merged.get(key, "")
         rows.append(LeafRow(path, tuple(leaf.shape), role, rank, rate, decay, leaf.size, relative, whole))
     trained = count(trainable)
     return Description(tuple(rows), trained, None if frozen is None else trained + count(frozen))

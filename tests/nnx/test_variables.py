@@ -187,7 +187,7 @@ def test_reads_of_packed_weights_are_found_too(method):
     )
     loraplus_nnx.quantize_base(model, "int8", specs)
     if method:
-        assert loraplus_nnx.check_reads(model, IDS) == ()
+        assert loraplus_nnx.check_reads(model, IDS) == {}
     else:
         with pytest.raises(ValueError, match=mentions("emb/embedding")):
             loraplus_nnx.check_reads(model, IDS)
@@ -223,14 +223,13 @@ def test_describe_says_which_products_are_not_by_rank():
     assert set(merged) == {"conv", "stack/w"}
     table = describe(loraplus_nnx.lora_tree(model), lora_plus_adamw(1e-3, lr_ratio=2.0), specs, merged=merged)
     rows = {row.path: row.merged for row in table.rows if row.path.endswith("a")}
-    assert rows == {"fc/lora_a": False, "conv/lora_a": True, "stack/w/lora_a": True}
-    assert [line.rsplit("  ", 1)[1] for line in str(table).splitlines()[:3]] == [
-        "product",
-        "merged",
-        "merged",
-    ]
+    assert rows == {"fc/lora_a": "", "conv/lora_a": "mul", "stack/w/lora_a": "square"}
+    ends = [line.rsplit("  ", 1)[1] for line in str(table).splitlines()[:3]]
+    assert ends == ["product", "merged for mul", "merged for mul"]
     with pytest.raises(ValueError, match=mentions("merged", "'cnv'")):
-        describe(loraplus_nnx.lora_tree(model), lora_plus_adamw(1e-3, lr_ratio=2.0), specs, merged=["cnv"])
+        describe(
+            loraplus_nnx.lora_tree(model), lora_plus_adamw(1e-3, lr_ratio=2.0), specs, merged={"cnv": "mul"}
+        )
 
 
 def flops(f, *args):
