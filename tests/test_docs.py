@@ -12,7 +12,7 @@ from .pages import DOCS, assert_printed, blocks, run
 
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.md"))
 PAGES = sorted(DOCS.glob("*.md")) + NOTEBOOKS
-PUBLIC = ("adapter", "inits", "interop", "linen", "nnx", "optim", "quantization", "step")
+PUBLIC = ("adapter", "functions", "inits", "interop", "linen", "nnx", "optim", "quantization", "step")
 """The packages whose functions users call; the rest is the application."""
 OTHER_LINES = "using 2 of 16 GPUs, out of memory, is not installed; run pip install 'loraplus_jax[train]'"
 """What commands print beside errors; other tests pin it."""

@@ -19,6 +19,7 @@ FOLDERS = (
         "optim",
         "inits",
         "interpreter",
+        "functions",
         "linen",
         "nnx",
         "step",
@@ -77,7 +78,7 @@ def test_a_folder_imports_only_from_those_above_it(folder):
 
 
 def test_every_folder_is_in_the_table():
-    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    folders = {path.stem for path in PACKAGE.iterdir() if not path.stem.startswith("__") and path.suffix != ".typed"}
     assert folders == set(FOLDERS)
 
 

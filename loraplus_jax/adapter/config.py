@@ -73,8 +73,8 @@ class LoRAPlusConfig:
       exclude_modules: layers of target_modules to leave out, in the same form.
       target_parameters: single weights to adapt as W + s A B, whatever module owns them: a mapping from a regular
         expression for the weight's whole path to one letter per axis (i input, o output, any other letter a batch
-        axis kept in both factors), or a list, which means io for each. A use other than a product, a lookup of
-        rows or a convolution costs the whole weight's gradient.
+        axis kept in both factors), or a list, which means io for each. A use other than products, lookups, moves of
+        axes and convolutions costs the whole weight's gradient.
       layers_to_transform: indices of the layers of target_modules to adapt: the number that ends a path segment
         (layers_3/query), or the index in a stack of scanned layers; null adapts all layers.
       rank: rank r, the inner dimension of A (in, r) and B (r, out).

@@ -211,32 +211,33 @@ def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
 
 
 def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
-    """The use by a convolution with a kernel `(window..., in / groups, out)`: to the rank, then to the outputs."""
-    params, last = eqn.params, weight.w.ndim - 1
+    """The use by a convolution whose kernel has one output axis: to the rank, then to the outputs."""
+    params = eqn.params
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    to, features = numbers.rhs_spec[0], numbers.out_spec[1]
     if (
         inputs[1] is not weight
         or is_explicit(inputs[0], weight.a, weight.b)
-        or weight.letters != "".join(sorted(weight.letters))
-        or weight.factor_letters[1] != f"r{weight.letters[-1]}"
-        or (numbers.rhs_spec[0], numbers.out_spec[1]) != (last, last)
+        or weight.factor_letters[1] != f"r{weight.letters[to]}"
         or params["batch_group_count"] != 1
     ):
         return None
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
     options = {name: params[name] for name in names}
+    order = [weight.factor_letters[0].index("r" if n == to else c) for n, c in enumerate(weight.letters)]
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         # All groups share A; each has its own part of B's outputs.
-        kernel = jnp.tile(a, groups).astype(x.dtype)
+        kernel = jnp.concatenate([a.transpose(order)] * groups, to).astype(x.dtype)
         h = jax.lax.conv_general_dilated(x, kernel, feature_group_count=groups, **options)
+        h = jnp.moveaxis(h, features, -1)
         h = h.reshape(*h.shape[:-1], groups, -1) * jnp.asarray(scale, h.dtype)
         b = b.astype(h.dtype).reshape(b.shape[0], groups, -1)
         y = jnp.einsum("...gr,rgo->...go", h, b, precision=params["precision"])
-        return y.reshape(*y.shape[:-2], -1)
+        return jnp.moveaxis(y.reshape(*y.shape[:-2], -1), -1, features)
 
-    free = string.ascii_uppercase[:last]
-    return Use(term, 0, free + weight.letters[-1])
+    free = string.ascii_uppercase[: weight.w.ndim - 1]
+    return Use(term, 0, free[:features] + weight.letters[to] + free[features:])
 
 
 RULES = {
