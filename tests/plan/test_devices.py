@@ -154,13 +154,6 @@ def test_a_gpu_that_the_compiler_cannot_compile_for_is_one_line(tmp_path, monkey
         target_devices(write_card(tmp_path))
 
 
-@pytest.mark.parametrize(("topology", "extra"), [("h100:8", "gpu-plan"), ("v5e:2x2", "tpu-plan")])
-def test_without_the_compiler_the_extra_is_named(monkeypatch, topology, extra):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=rf"loraplus_jax\[{extra}\]"):
-        target_devices(topology)
-
-
 def test_what_the_compiler_cannot_read_is_one_line(monkeypatch):
     def reject(**options):
         raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Failed to parse\nGpuTargetConfigProto")

@@ -11,7 +11,7 @@ import pytest
 
 from loraplus_jax.plan import search as module
 from loraplus_jax.plan.devices import GPUS, Tpu
-from loraplus_jax.plan.plan import Plan, Work, plan_for
+from loraplus_jax.plan.plan import Plan, Work
 from loraplus_jax.plan.render import explain_no_fit, format_search, search_command
 from loraplus_jax.plan.search import COUNTED, LARGER, SETTINGS, TOO_LARGE, Layout, Search
 from loraplus_jax.settings.parsing import parse_settings
@@ -201,19 +201,3 @@ def test_an_interrupt_keeps_the_best_so_far(fake_search, all_layouts, monkeypatc
     assert not search.complete
     assert [trial.layout for trial in search.trials if trial.plan] == compiled == [search.current]
     assert_mentions(format_search(search, all_layouts[0], []), "not compiled")
-
-
-@pytest.mark.long
-def test_estimates_of_memory_are_lower_bounds_and_a_fast_layout_is_found(tmp_path, monkeypatch):
-    settings, devices, counted = llama(tmp_path), jax.devices()[:2], {}
-    search = Search(settings, CHIP, devices, {"train.accumulate", "mesh.tensor"})
-    plans = {
-        trial.layout: plan_for(trial.layout.apply(settings), CHIP, devices, counted)
-        for trial in search.trials
-    }
-    assert all(trial.needed <= plans[trial.layout].needed for trial in search.trials)
-    search._counted = counted  # and no program is compiled twice
-    by_settings = {str(layout.apply(settings)): plan for layout, plan in plans.items()}
-    monkeypatch.setattr(module, "plan_for", lambda settings, *_: by_settings[str(settings)])
-    search.run()
-    assert search.best.seconds == min(max(plan.roofline.values()) for plan in plans.values())

@@ -13,12 +13,12 @@ from loraplus_jax.training.setup import task_module
 
 from .. import tiny
 
-RANK = 3
+RANK, LAYERS = 3, 3
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": None}
-WIDE = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 5, "intermediate_size": 64}
+WIDE = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": LAYERS, "intermediate_size": 64}
 LLAMA = tiny.config(**WIDE, **HEADS)
 GPT2 = tiny.config("gpt2", **WIDE, num_attention_heads=4)
-BERT = tiny.config("bert", vocab_size=128, num_hidden_layers=4, intermediate_size=32)
+BERT = tiny.config("bert", vocab_size=128, num_hidden_layers=3, intermediate_size=32)
 
 
 def settings_of(
