@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import pydoc
 import re
+import types
 
 import pytest
 
@@ -33,6 +34,11 @@ def conf():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def messages(conf):
+    return conf.Index(DOCS.parent / "loraplus_jax").messages
 
 
 @pytest.mark.slow
@@ -138,7 +144,8 @@ def test_the_api_page_has_every_public_name_once():
 
 
 @pytest.mark.slow
-def test_the_reference_has_every_setting_and_error(conf, tmp_path):
+def test_the_reference_has_every_setting_and_error(conf, messages, tmp_path, monkeypatch):
+    monkeypatch.setattr(conf, "Index", lambda package: types.SimpleNamespace(messages=messages))
     tmp_path = tmp_path / "reference"
     conf.generate(tmp_path)
     commands = (tmp_path / "commands.md").read_text()
@@ -147,11 +154,8 @@ def test_the_reference_has_every_setting_and_error(conf, tmp_path):
     settings = (tmp_path / "settings.md").read_text()
     assert "| `lora.lr_ratio` |" in settings
     assert "| `sweep.lr_ratios` |" in settings
-
-
-@pytest.fixture(scope="module")
-def messages(conf):
-    return conf.Index(DOCS.parent / "loraplus_jax").messages
+    pages = [(tmp_path / f"errors/{section}.md").read_text() for section in conf.ERRORS]
+    assert sum(page.count("\n| ") - 2 for page in pages) == sum(map(len, messages.values()))
 
 
 @pytest.mark.slow

@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
 
 from loraplus_jax.sweep import report
-from loraplus_jax.sweep.figures import heat_map, heat_map_cells
+from loraplus_jax.sweep.figures import heat_map_cells
 
 
 def test_every_best_value_at_an_edge_names_the_option_that_widens_the_range(parsed):
@@ -53,26 +52,3 @@ def test_cells_are_those_of_the_last_rung():
     cells, dropped = heat_map_cells(SEARCH)
     assert cells == {(1e-3, 1e-3): 0.4, (1e-3, 4e-3): 0.3, (1e-2, 1e-2): None, (1e-2, 4e-2): None}
     assert dropped == {(1e-2, 1e-2): 5}
-
-
-def test_a_cell_is_dropped_where_one_of_its_settings_did_not_diverge():
-    cells, dropped = heat_map_cells([*SEARCH, row(1e-2, 4.0, 5, 0.9, alpha=4.0)])
-    assert cells[1e-2, 4e-2] is None
-    assert dropped == {(1e-2, 1e-2): 5, (1e-2, 4e-2): 5}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_legend_covers_no_cell_and_the_title_names_the_last_rung():
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    best = {"learning_rate": 1e-3, "lr_ratio": 4.0}
-    chosen = {"lora": {"learning_rate": 1e-3, "lr_ratio": 1.0}, "lora_plus": best}
-    heat_map(axes, {"search": SEARCH, "chosen": chosen, "protocol": {"steps": 40}})
-    figure.canvas.draw()
-    assert "40 of 40" in axes.get_title()
-    (legend,) = figure.legends
-    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
-    texts = [text.get_text() for text in axes.texts]
-    assert {".300", ".400", "5"} <= set(texts)
-    keys = [text.get_text() for text in legend.get_texts()]
-    assert keys == ["dropped after this many steps", "diverged", "LoRA, selected", "LoRA+, selected"]
-    plt.close(figure)

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.sweep import settings
 from loraplus_jax.sweep.halving import comparison_steps, curve_steps, survivors
 from loraplus_jax.sweep.interim_report import seed_groups
 from loraplus_jax.sweep.method_comparison import method_run
@@ -13,7 +12,7 @@ from loraplus_jax.sweep.run import ignored_fields
 from loraplus_jax.sweep.settings import SweepSettings, Trial
 from loraplus_jax.sweep.statistics import report_runs
 
-from ..messages import assert_mentions, mentions
+from ..messages import assert_mentions
 from ..refusals import refusals
 
 
@@ -231,10 +230,3 @@ def test_fields_of_the_winner_alone_are_named(parsed):
     assert ignored_fields(parsed()) == []
     words = ["--generation.beams=2", "--generation.inputs=3", "--train.prompt=Why?", "--train.steps=5"]
     assert ignored_fields(parsed("--task", "generation", *words)) == ["train.prompt", "generation.beams"]
-
-
-def test_the_size_is_checked_before_the_lists_are_expanded(parsed, monkeypatch):
-    monkeypatch.setattr(settings, "_grid_trials", lambda _: pytest.fail("expanded"))
-    many = [n / 1e4 for n in range(2, 400)]
-    with pytest.raises(ValueError, match=mentions("10,000")):
-        parsed(f"--sweep.learning_rates={many}", f"--sweep.alphas={many}")
