@@ -92,33 +92,26 @@ def test_notebooks_are_executed_and_draw_the_gallery():
     assert len(drawn) == 3
 
 
-@pytest.mark.parametrize(
-    ("repository", "link", "command"),
-    [
-        ("", '<a href="sweep.ipynb" download>', "raise ImportError("),
-        (
-            "me/fork",
-            "](https://colab.research.google.com/github/me/fork/blob/gh-pages/notebooks/sweep.ipynb)",
-            '%pip install -q "loraplus_jax[train] @ git+https://github.com/me/fork"',
-        ),
-    ],
-)
+COLAB = "](https://colab.research.google.com/github/me/fork/blob/gh-pages/notebooks/sweep.ipynb)"
+INSTALL = '%pip install -q "loraplus_jax[train] @ git+https://github.com/me/fork"'
+OPENED = [("", '<a href="sweep.ipynb" download>', "raise ImportError("), ("me/fork", COLAB, INSTALL)]
+
+
+@pytest.mark.parametrize(("repository", "link", "command"), OPENED)
 def test_a_notebook_says_how_to_open_it_and_installs_the_package(
     conf, monkeypatch, repository, link, command
 ):
     import notebook_pages  # conf puts its folder on the path
 
     monkeypatch.setattr(notebook_pages, "REPOSITORY", repository)
-    source = ["---\nkernelspec:\n---\n\n# Title\n\n```{code-cell}\n# A comment\n```\n"]
+    source, other = ["---\nkernelspec:\n---\n\n# Title\n\n```{code-cell}\n# A comment\n```\n"], ["# Title\n"]
     notebook_pages.add_how_to_open(None, "notebooks/sweep", source)
-    first, _, rest = source[0].partition("# Title\n\n")[2].partition("```\n\n")
-    assert link in first
-    assert "```{code-cell}\n:tags: [remove-cell]\n\nimport importlib.util\n" in first
-    assert f"\n    {command}" in first
-    assert rest == "```{code-cell}\n# A comment\n```\n"
-    other = ["# Title\n"]
     notebook_pages.add_how_to_open(None, "nnx", other)
     assert other == ["# Title\n"]
+    first, _, rest = source[0].partition("# Title\n\n")[2].partition("```\n\n")
+    assert link in first
+    assert f"\n    {command}" in first
+    assert rest == "```{code-cell}\n# A comment\n```\n"
 
 
 def test_pictures_are_taken_from_tagged_cells(conf):

@@ -90,25 +90,6 @@ def test_what_must_be_new_replaces_nothing(tmp_path, existing):
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
-@pytest.mark.parametrize("write", [write_file, write_directory])
-def test_of_two_that_write_one_new_path_the_first_wins(tmp_path, monkeypatch, write):
-    path, lexists, checks = tmp_path / "target", os.path.lexists, []
-
-    def other_is_faster(checked):
-        checks.append(checked)
-        if len(checks) != 2:
-            return lexists(checked)
-        write(path, "first")  # between the last check and the rename
-        return False
-
-    monkeypatch.setattr("os.path.lexists", other_is_faster)
-    with pytest.raises(ValueError, match=mentions(path, "exists")), atomic_write(path, new=True) as written:
-        write(written, "second")
-    monkeypatch.undo()
-    assert content_of(path) == "first"
-    assert [p.name for p in tmp_path.iterdir()] == ["target"]
-
-
 WRITE = """
 import pathlib, sys
 from loraplus_jax.cli import __main__ as loraplus_command

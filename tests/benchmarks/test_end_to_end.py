@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 OPTIONS = SimpleNamespace(data="data", steps=40, limit=0)
@@ -46,15 +45,3 @@ def test_rows_of_a_run_by_hand():
         "loss_before": 2.0,
         "loss": 0.75,
     }
-
-
-def test_texts_of_padded_and_packed_rows_are_the_same():
-    from end_to_end import sequences
-    from end_to_end_peer import fingerprint
-
-    ids = np.array([[5, 6, 0, 0], [7, 8, 9, 0]])
-    padded = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int32)}
-    packed = {"input_ids": np.array([[7, 8, 9, 5, 6, 0]]), "segment_ids": np.array([[1, 1, 1, 2, 2, 0]])}
-    assert [*sequences(padded)] == [[5, 6], [7, 8, 9]]
-    assert fingerprint(sequences(padded)) == fingerprint(sequences(packed))
-    assert fingerprint([[5, 6], [7, 8, 9]]) != fingerprint([[5, 6, 7], [8, 9]])

@@ -8,25 +8,6 @@ import pytest
 from loraplus_jax.sweep.method_comparison import method_run
 
 
-@pytest.mark.parametrize(
-    ("instruction", "answer", "choices"),
-    [
-        (
-            "\n\nAnswer1: ice Answer2: hot iron Answer3: a: b\n\nAnswer",
-            "answer2",
-            ["ice", "hot iron", "a: b"],
-        ),
-        ("\n\nSolution1: ice.\n\nSolution2: iron.\n\nAnswer", "solution2", ["ice.", "iron."]),
-    ],
-)
-def test_a_question_is_answered_by_the_text_of_a_choice(instruction, answer, choices):
-    from tables import spell
-
-    start = "Please choose the correct answer to the question: What melts?"
-    row = {"instruction": f"{start}{instruction} format: a/b", "answer": answer}
-    assert spell(row) == {"instruction": "What melts?", "choices": choices, "answer": choices[1]}
-
-
 @pytest.mark.slow
 def test_the_settings_of_every_study_and_of_each_of_its_methods_are_valid(tmp_path, monkeypatch):
     import tables

@@ -1,7 +1,10 @@
 """PEFT's files without PEFT: layouts by literals and by their product, and what is rejected."""
 
 import dataclasses
+import functools
+import itertools
 import json
+import re
 
 import flax.linen as nn
 import jax
@@ -77,71 +80,55 @@ def test_a_square_window_keeps_its_two_axes(tmp_path):
     np.testing.assert_array_equal(again.extras["params"]["last"]["kernel"], kernel)
 
 
-# A slice's weight in PyTorch as (out, in), from the whole delta of ours.
+def case(ours, rule, view, *axes, **more):
+    """A spec, its rule, and for each module its weight in PyTorch as (out, in), from the whole delta of ours.
+
+    `axes` are what the rule's braces stand for; `view` takes their numbers.
+    """
+    rule, slices = (rule if isinstance(rule, tuple) else (rule,)), {}
+    name = re.sub(r"{[^}]*}", "{}", rule[0])
+    for labels in itertools.product(*axes):
+        index = [axis.index(x) if isinstance(x, str) else x for axis, x in zip(axes, labels, strict=True)]
+        slices[name.format(*labels)] = functools.partial(lambda w, index: view(w, *index), index=index)
+    return spec_of(*ours, **more), ("m", *rule), slices
+
+
+GATES, FOUR = ("gate", "up"), range(4)
+TWO_DENSE, TWO_HEADS = ("dense", "io", (2, 4, 3, 5)), lambda w, n: w[n].swapaxes(1, 2).reshape(20, 3)
 CASES = {
-    "dense": (spec_of("dense", "io", (3, 5)), ("m", "t"), {"t": lambda w: w.T}),
-    "heads_out": (
-        spec_of("dense_general", "ioo", (3, 2, 5)),
-        ("m", "t"),
-        {"t": lambda w: w.reshape(3, 10).T},
+    "dense": case(("dense", "io", (3, 5)), "t", lambda w: w.T),
+    "heads_out": case(("dense_general", "ioo", (3, 2, 5)), "t", lambda w: w.reshape(3, 10).T),
+    "heads_in": case(("dense_general", "iio", (2, 5, 3)), "t", lambda w: w.reshape(10, 3).T),
+    "einsum": case(("einsum", "oio", (2, 3, 5)), "t", lambda w: w.transpose(0, 2, 1).reshape(10, 3)),
+    "conv1d": case(("dense", "io", (3, 5)), ("t", "Conv1D"), lambda w: w.T),
+    "parameter": case(("parameter", "oi", (5, 3)), ("t", "Linear"), lambda w: w),
+    "stacked": case(("dense", "io", (4, 3, 5)), "h.{n}.t", lambda w, n: w[n].T, FOUR, stacked=(0,)),
+    "in_the_middle": case(("dense", "io", (3, 4, 5)), "h.{n}.t", lambda w, n: w[:, n].T, FOUR, stacked=(1,)),
+    "twice": case(TWO_DENSE, "h.{n}.{k}.t", lambda w, n, k: w[n, k].T, range(2), FOUR, stacked=(0, 0)),
+    "some_layers": case(
+        ("dense", "io", (4, 3, 5)), "h.{n}.t", lambda w, n: w[n].T, (1, 3), stacked=(0,), layers=(1, 3)
     ),
-    "heads_in": (spec_of("dense_general", "iio", (2, 5, 3)), ("m", "t"), {"t": lambda w: w.reshape(10, 3).T}),
-    "einsum": (
-        spec_of("einsum", "oio", (2, 3, 5)),
-        ("m", "t"),
-        {"t": lambda w: w.transpose(0, 2, 1).reshape(10, 3)},
+    "experts": case(("einsum", "eio", (4, 3, 5)), "experts.{e}.t", lambda w, n: w[n].T, FOUR),
+    "stacked_experts": case(
+        ("einsum", "eio", (2, 4, 3, 5)),
+        "h.{n}.{e}.t",
+        lambda w, n, e: w[n, e].T,
+        range(2),
+        FOUR,
+        stacked=(0,),
     ),
-    "conv1d": (spec_of("dense", "io", (3, 5)), ("m", "t", "Conv1D"), {"t": lambda w: w.T}),
-    "parameter": (spec_of("parameter", "oi", (5, 3)), ("m", "t", "Linear"), {"t": lambda w: w}),
-    "stacked": (
-        spec_of("dense", "io", (4, 3, 5), stacked=(0,)),
-        ("m", "h.{layer}.t"),
-        {f"h.{n}.t": lambda w, n=n: w[n].T for n in range(4)},
+    "parts_with_one_a": case(("einsum", "ooio", (2, 4, 3, 5)), "t.{k|v}", TWO_HEADS, "kv"),
+    "parts_with_an_a_each": case(("einsum", "boio", (2, 4, 3, 5)), "t.{k|v}", TWO_HEADS, "kv"),
+    "stacked_parts": case(
+        ("einsum", "ooi", (2, 3, 5, 4)),
+        "h.{n}.{gate|up}",
+        lambda w, k, n: w[n, k],
+        range(3),
+        GATES,
+        stacked=(1,),
     ),
-    "stacked_in_the_middle": (
-        spec_of("dense", "io", (3, 4, 5), stacked=(1,)),
-        ("m", "h.{layer}.t"),
-        {f"h.{n}.t": lambda w, n=n: w[:, n].T for n in range(4)},
-    ),
-    "stacked_twice": (
-        spec_of("dense", "io", (2, 4, 3, 5), stacked=(0, 0)),
-        ("m", "h.{block}.{layer}.t"),
-        {f"h.{n}.{k}.t": lambda w, n=n, k=k: w[n, k].T for n in range(2) for k in range(4)},
-    ),
-    "some_layers": (
-        spec_of("dense", "io", (4, 3, 5), stacked=(0,), layers=(1, 3)),
-        ("m", "h.{layer}.t"),
-        {f"h.{n}.t": lambda w, n=n: w[n].T for n in (1, 3)},
-    ),
-    "experts": (
-        spec_of("einsum", "eio", (4, 3, 5)),
-        ("m", "experts.{e}.t"),
-        {f"experts.{n}.t": lambda w, n=n: w[n].T for n in range(4)},
-    ),
-    "stacked_experts": (
-        spec_of("einsum", "eio", (2, 4, 3, 5), stacked=(0,)),
-        ("m", "h.{layer}.{e}.t"),
-        {f"h.{n}.{e}.t": lambda w, n=n, e=e: w[n, e].T for n in range(2) for e in range(4)},
-    ),
-    "parts_with_one_a": (
-        spec_of("einsum", "ooio", (2, 4, 3, 5)),
-        ("m", "t.{k|v}"),
-        {f"t.{p}": lambda w, n=n: w[n].swapaxes(1, 2).reshape(20, 3) for n, p in enumerate("kv")},
-    ),
-    "parts_with_an_a_each": (
-        spec_of("einsum", "boio", (2, 4, 3, 5)),
-        ("m", "t.{k|v}"),
-        {f"t.{p}": lambda w, n=n: w[n].swapaxes(1, 2).reshape(20, 3) for n, p in enumerate("kv")},
-    ),
-    "stacked_parts": (
-        spec_of("einsum", "ooi", (2, 3, 5, 4), stacked=(1,)),
-        ("m", "h.{layer}.{gate|up}"),
-        {f"h.{k}.{p}": lambda w, n=n, k=k: w[n, k] for n, p in enumerate(("gate", "up")) for k in range(3)},
-    ),
-    "parts_and_experts": (
-        spec_of("einsum", "oeio", (2, 4, 3, 5)),
-        ("m", "{gate|up}.{e}"),
-        {f"{p}.{e}": lambda w, n=n, e=e: w[n, e].T for n, p in enumerate(("gate", "up")) for e in range(4)},
+    "parts_and_experts": case(
+        ("einsum", "oeio", (2, 4, 3, 5)), "{gate|up}.{e}", lambda w, n, e: w[n, e].T, GATES, FOUR
     ),
 }
 
@@ -205,19 +192,6 @@ def test_the_tensors_of_a_users_own_model(tmp_path):
     assert (bare.rank, bare.alpha, bare.use_rslora) == (2, 16.0, True)
     assert (bare.modules_to_save, bare.layers_to_transform) == (("other_head",), None)
     assert load_peft(tmp_path / "a", specs, PATHS, params=params).config == bare
-
-
-def test_ranks_and_alphas_by_pattern_come_back(tmp_path):
-    config, lora, specs, _ = net(rank_pattern={"fc": 1, "head": 3}, alpha_pattern={"blocks/fc": 5.0})
-    save_peft(tmp_path / "a", lora, specs, config, PATHS)
-    options = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    assert options["rank_pattern"] == {"fc": 1, "0": 3}
-    assert options["alpha_pattern"] == {"fc": 5}
-    (tmp_path / "a/loraplus.json").unlink()
-    found = peft_config(tmp_path / "a", PATHS, layers=3)
-    assert {key: (found.rank_of(key), found.scale_of(key)) for key in specs} == {
-        key: (spec.rank, spec.scale) for key, spec in specs.items()
-    }
 
 
 def test_experts_in_one_parameter_are_pruned_together(tmp_path):

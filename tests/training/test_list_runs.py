@@ -227,17 +227,6 @@ def test_a_lock_that_is_a_link_is_not_opened(tmp_path):
     assert not (tmp_path / "target").exists()
 
 
-def test_a_run_that_ends_while_it_is_listed_is_not_running(tmp_path, monkeypatch):
-    run = locked_run(tmp_path)
-
-    def end(*args, **kwargs):
-        (run / ".pid").unlink()
-        raise filelock.Timeout(str(run / ".lock"))
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", end)
-    assert describe_run(run)["state"] == "stopped"
-
-
 def test_json_lines_on_the_command_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "none").mkdir()
     run_of(tmp_path / "runs" / "a", steps=[10])
