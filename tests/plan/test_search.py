@@ -17,7 +17,7 @@ from loraplus_jax.plan.search import COUNTED, LARGER, SETTINGS, TOO_LARGE, Layou
 from loraplus_jax.settings.parsing import parse_settings
 
 from ..messages import assert_mentions
-from .tiny import BERT, config, llama, settings_of
+from .tiny import config, llama
 
 pytestmark = pytest.mark.slow
 
@@ -84,12 +84,6 @@ def test_a_fixed_axis_is_kept_though_it_splits_some_weights_only(tmp_path):
     settings = parse_settings(config(tmp_path), ["--mesh.data=2", "--mesh.fsdp=-1"])
     search = Search(settings, CHIP, jax.devices(), {"mesh.data", "train.accumulate", "model.remat"})
     assert {layout.mesh for layout in layouts_of(search)} == {(2, 4, 1), (2, 2, 2)}
-
-
-def test_an_encoder_has_no_layouts_of_language_models(tmp_path):
-    settings = settings_of(tmp_path, BERT, task="classification", targets=("query",))
-    search = Search(settings, CHIP, jax.devices(), {"train.accumulate"})
-    assert {(layout.tensor, layout.remat) for layout in layouts_of(search)} == {(1, "none"), (2, "none")}
 
 
 @pytest.mark.parametrize(
