@@ -11,27 +11,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "loraplus_jax"
 
 # A folder imports from itself and from folders above it; `loraplus_jax/__init__.pyi` stands outside the order.
-FOLDERS = (
-    *(
-        "_utils",
-        "quantization",
-        "adapter",
-        "optim",
-        "inits",
-        "interpreter",
-        "linen",
-        "nnx",
-        "step",
-        "interop",
-    ),
-    *("settings", "models", "data", "tasks", "training", "sweep", "plan", "inference", "cli"),
-)
-PUBLIC = FOLDERS[: FOLDERS.index("settings")]
+PUBLIC = ("_utils", "quantization", "adapter", "optim", "inits", "interpreter")
+PUBLIC += ("linen", "nnx", "step", "interop")
 """What a loop of one's own needs."""
-EXTRAS = (
-    *("safetensors", "tokenizers", "grain", "pydantic", "rich", "matplotlib"),
-    *("huggingface_hub", "tensorboardX", "yaml", "jinja2", "gguf"),
-)
+FOLDERS = (*PUBLIC, "settings", "models", "data", "tasks", "training", "sweep", "plan", "inference", "cli")
+EXTRAS = {"safetensors", "tokenizers", "grain", "pydantic", "rich", "matplotlib", "huggingface_hub"}
+EXTRAS |= {"tensorboardX", "yaml", "jinja2", "gguf"}
 
 
 IMPORTS = re.compile(r"from loraplus_jax\.([\w.]+) import (\([^)]*\)|.+)")
@@ -129,7 +114,7 @@ def test_the_public_names_load_no_extra():
     """Flax itself loads rich and yaml."""
     before, after = loaded_by("import jax, flax.linen, optax, orbax.checkpoint", "from loraplus_jax import *")
     assert "loraplus_jax.optim" in after
-    assert not {name.partition(".")[0] for name in after - before} & set(EXTRAS)
+    assert not {name.partition(".")[0] for name in after - before} & EXTRAS
     assert "loraplus_jax.nnx" not in after  # nor NNX
 
 

@@ -87,12 +87,13 @@ test_topologies_that_do_not_exist = refusals(
 )
 
 
+TOPOLOGY = "jax.experimental.topologies.get_topology_desc"
+
+
 def test_a_file_of_a_card(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setattr(
-        "jax.experimental.topologies.get_topology_desc", lambda **options: asked.update(options) or _Two
-    )
+    monkeypatch.setattr(TOPOLOGY, lambda **options: asked.update(options) or _Two)
     chip, devices = target_devices(write_card(tmp_path, memory="16e9"))  # YAML's text
     assert chip == Gpu(**CARD | {"memory": 16e9})
     assert (asked["topology"], len(devices)) == ("1x1x2", 2)
@@ -113,22 +114,13 @@ def test_an_invalid_fraction_of_memory_is_found_before_the_compiler_reads_it(mon
         target_devices("h100:8")
 
 
-def test_a_gpu_that_the_compiler_cannot_compile_for_is_one_line(tmp_path, monkeypatch):
-    def reject(device):
+@pytest.mark.parametrize("at", ["loraplus_jax.plan.devices._compile_exp", TOPOLOGY])
+def test_what_the_compiler_cannot_read_or_compile_for_is_one_line(tmp_path, monkeypatch, at):
+    def reject(*_, **__):
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: ptxas\ntoo old.")
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", lambda **options: _Two)
-    monkeypatch.setattr("loraplus_jax.plan.devices._compile_exp", reject)
+    monkeypatch.setattr(TOPOLOGY, lambda **options: _Two)
+    monkeypatch.setattr(at, reject)
     with pytest.raises(ValueError, match=mentions("t4.yaml:2", "jax_cuda13_plugin", "ptxas too old")):
         target_devices(write_card(tmp_path))
-
-
-def test_what_the_compiler_cannot_read_is_one_line(monkeypatch):
-    def reject(**options):
-        raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Failed to parse\nGpuTargetConfigProto")
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", reject)
-    with pytest.raises(ValueError, match=mentions("h100:8", "jax_cuda13_plugin", "GpuTargetConfigProto")):
-        target_devices("h100:8")

@@ -108,12 +108,6 @@ def test_samples_are_redrawn_until_each_arm_has_as_many_different_ones(parsed):
         assert [trial.arm for trial in run.trials] == 11 * ["lora"] + 11 * ["lora_plus"]
         assert all(1e-3 <= trial.learning_rate <= 1.1e-3 for trial in run.trials)
         assert all(trial.lr_ratio == float(f"{trial.lr_ratio:.3g}") for trial in run.trials)
-    # One value at both ends is taken as it is, and the recipe's own rate is tried to all its digits.
-    run = parsed("--sweep.samples", "1", "--sweep.learning_rates", "[1.2345e-3]", "--sweep.lr_ratios", "[2]")
-    assert run.trials[1][:2] == (1.2345e-3, 2.0)
-    run = parsed("--optimizer.learning_rate", "1.2345e-4")
-    rates = {trial.learning_rate for trial in run.trials if trial.arm == "lora_plus"}
-    assert rates == {3.09e-5, 6.17e-5, 1.2345e-4, 2.47e-4}
 
 
 def test_the_report_has_other_seeds_than_the_search(parsed):
