@@ -140,30 +140,18 @@ def test_the_gpus_of_the_page_follow_from_the_memory_that_it_shows(monkeypatch):
     assert_printed(shown_by_plan("which GPUs"), printed, rel=0.002)
 
 
-def test_a_plan_reads_as_the_page_shows(tmp_path):
+def test_a_plan_reads_as_the_page_shows(tmp_path, monkeypatch):
     """Its labels, units, shares and times follow from the figures that the page gives."""
-    gathers = Collective("all-gather", 25_580_000_000 * 8 // 7 // 8, 8, 8, "bf16[1]", "")
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    chip, work = GPUS["h100"], Work(351_783.46e9, 711.01e9)
+    gathers = Collective("all-gather", 25_580_000_000 // 7, 8, 8, "bf16[1]", "")
+    sizes = {"rows": 32, "tokens": 2048, "layers": 32, "trained": 41_943_040, "total": 8_072_204_288}
     memory = {"frozen weights": 2_010_000_000, "trained": 116_390_000, "optimizer": 232_780_000}
-    work = Work(351_783.46e9, 711.01e9)
-    plan = plan_by_hand(
-        "benchmarks/plan/llama31_8b",
-        device="NVIDIA H100 80GB HBM3",
-        chip=GPUS["h100"],
-        mesh={"data": 1, "fsdp": 8, "tensor": 1},
-        rows=32,
-        tokens=2048,
-        layers=32,
-        trained=41_943_040,
-        total=8_072_204_288,
-        memory=memory | {"temporaries": 5_000_000_000},
-        needed=7_500_000_000,
-        peak=7_330_000_000,
-        evaluation=4_220_000_000,
-        room=GPUS["h100"].available,
-        work=work,
-        collectives=(gathers,),
-        roofline=roofline(GPUS["h100"], work, [gathers]),
-    )
+    sizes |= {"needed": 7_500_000_000, "peak": 7_330_000_000, "evaluation": 4_220_000_000}
+    place = {"device": "NVIDIA H100 80GB HBM3", "chip": chip, "room": chip.available, "work": work}
+    place |= {"mesh": {"data": 1, "fsdp": 8, "tensor": 1}, "memory": memory | {"temporaries": 5_000_000_000}}
+    times = {"collectives": (gathers,), "roofline": roofline(chip, work, [gathers])}
+    plan = plan_by_hand("benchmarks/plan/llama31_8b", **sizes, **place, **times)
     assert_printed(
         shown_by_plan("NVIDIA H100"), format_plan(plan, llama(tmp_path, model={"param_dtype": "bfloat16"}))
     )

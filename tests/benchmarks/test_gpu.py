@@ -4,9 +4,10 @@ import pytest
 
 
 def test_without_a_gpu_nothing_is_written(monkeypatch, tmp_path, capsys):
+    import common
     import gpu
 
-    monkeypatch.setenv("BENCHMARK_RESULTS", str(tmp_path))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["gpu.py"])
     with pytest.raises(SystemExit, match="2"):
         gpu.main()
