@@ -17,8 +17,9 @@ from .. import tiny
 
 RANK, LAYERS = 3, 3
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": None}
-WIDE = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": LAYERS, "intermediate_size": 64}
+WIDE = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 5, "intermediate_size": 64}
 LLAMA = tiny.config(**WIDE, **HEADS)
+SHORT = LLAMA | {"num_hidden_layers": LAYERS}
 GPT2 = tiny.config("gpt2", **WIDE, num_attention_heads=4)
 BERT = tiny.config("bert", vocab_size=128, num_hidden_layers=3, intermediate_size=32)
 
@@ -39,7 +40,7 @@ def settings_of(
 
 
 def llama(directory, **kwargs):
-    return settings_of(directory, LLAMA, task="instruction", **kwargs)
+    return settings_of(directory, SHORT, task="instruction", **kwargs)
 
 
 def parts_of(settings, directory):
@@ -49,7 +50,7 @@ def parts_of(settings, directory):
 
 
 def config(directory, **changes):
-    (directory / "config.json").write_text(json.dumps(LLAMA))
+    (directory / "config.json").write_text(json.dumps(SHORT))
     path = directory / "run.yaml"
     lines = {"model": {"path": str(directory)}, "data": {"path": "none.jsonl", "max_length": 32}}
     lines |= {"task": "instruction", "output_dir": "out", "train": {"batch_size": 8, "eval_batch_size": 8}}
@@ -58,7 +59,7 @@ def config(directory, **changes):
 
 
 def plan_by_hand(model, **changes):
-    """A plan of `LLAMA` on eight devices, with these figures of another."""
+    """A plan of `SHORT` on eight devices, with these figures of another."""
     adapters, weights = LAYERS * RANK * (2 * 32 + 32 + 16), 62_816
     memory = {"frozen weights": 4 * weights, "trained": 4 * adapters, "optimizer": 8 * adapters}
     sizes = {"devices": 8, "mesh": {"data": 8, "fsdp": 1, "tensor": 1}, "rows": 8, "tokens": 32}
