@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import pydoc
 import re
+import types
 
 import pytest
 
@@ -33,6 +34,11 @@ def conf():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def messages(conf):
+    return conf.Index(DOCS.parent / "loraplus_jax").messages
 
 
 @pytest.mark.slow
@@ -86,33 +92,26 @@ def test_notebooks_are_executed_and_draw_the_gallery():
     assert len(drawn) == 3
 
 
-@pytest.mark.parametrize(
-    ("repository", "link", "command"),
-    [
-        ("", '<a href="sweep.ipynb" download>', "raise ImportError("),
-        (
-            "me/fork",
-            "](https://colab.research.google.com/github/me/fork/blob/gh-pages/notebooks/sweep.ipynb)",
-            '%pip install -q "loraplus_jax[train] @ git+https://github.com/me/fork"',
-        ),
-    ],
-)
+COLAB = "](https://colab.research.google.com/github/me/fork/blob/gh-pages/notebooks/sweep.ipynb)"
+INSTALL = '%pip install -q "loraplus_jax[train] @ git+https://github.com/me/fork"'
+OPENED = [("", '<a href="sweep.ipynb" download>', "raise ImportError("), ("me/fork", COLAB, INSTALL)]
+
+
+@pytest.mark.parametrize(("repository", "link", "command"), OPENED)
 def test_a_notebook_says_how_to_open_it_and_installs_the_package(
     conf, monkeypatch, repository, link, command
 ):
     import notebook_pages  # conf puts its folder on the path
 
     monkeypatch.setattr(notebook_pages, "REPOSITORY", repository)
-    source = ["---\nkernelspec:\n---\n\n# Title\n\n```{code-cell}\n# A comment\n```\n"]
+    source, other = ["---\nkernelspec:\n---\n\n# Title\n\n```{code-cell}\n# A comment\n```\n"], ["# Title\n"]
     notebook_pages.add_how_to_open(None, "notebooks/sweep", source)
-    first, _, rest = source[0].partition("# Title\n\n")[2].partition("```\n\n")
-    assert link in first
-    assert "```{code-cell}\n:tags: [remove-cell]\n\nimport importlib.util\n" in first
-    assert f"\n    {command}" in first
-    assert rest == "```{code-cell}\n# A comment\n```\n"
-    other = ["# Title\n"]
     notebook_pages.add_how_to_open(None, "nnx", other)
     assert other == ["# Title\n"]
+    first, _, rest = source[0].partition("# Title\n\n")[2].partition("```\n\n")
+    assert link in first
+    assert f"\n    {command}" in first
+    assert rest == "```{code-cell}\n# A comment\n```\n"
 
 
 def test_pictures_are_taken_from_tagged_cells(conf):
@@ -138,7 +137,8 @@ def test_the_api_page_has_every_public_name_once():
 
 
 @pytest.mark.slow
-def test_the_reference_has_every_setting_and_error(conf, tmp_path):
+def test_the_reference_has_every_setting_and_error(conf, messages, tmp_path, monkeypatch):
+    monkeypatch.setattr(conf, "Index", lambda package: types.SimpleNamespace(messages=messages))
     tmp_path = tmp_path / "reference"
     conf.generate(tmp_path)
     commands = (tmp_path / "commands.md").read_text()
@@ -147,11 +147,8 @@ def test_the_reference_has_every_setting_and_error(conf, tmp_path):
     settings = (tmp_path / "settings.md").read_text()
     assert "| `lora.lr_ratio` |" in settings
     assert "| `sweep.lr_ratios` |" in settings
-
-
-@pytest.fixture(scope="module")
-def messages(conf):
-    return conf.Index(DOCS.parent / "loraplus_jax").messages
+    pages = [(tmp_path / f"errors/{section}.md").read_text() for section in conf.ERRORS]
+    assert sum(page.count("\n| ") - 2 for page in pages) == sum(map(len, messages.values()))
 
 
 @pytest.mark.slow

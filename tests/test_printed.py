@@ -1,6 +1,8 @@
 """What README and pages show of the output of commands is what the commands print."""
 
+import dataclasses
 import json
+import math
 import os
 import re
 import resource
@@ -8,14 +10,28 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from loraplus_jax.cli.commands import main
+from loraplus_jax.inference.eval_tasks import Accuracy, TaskResults
+from loraplus_jax.plan import fits, sweep_plan
+from loraplus_jax.plan.devices import GPUS
+from loraplus_jax.plan.hlo import Collective
+from loraplus_jax.plan.plan import Work, roofline
+from loraplus_jax.plan.render import format_fits, format_plan
+from loraplus_jax.plan.sweep_plan import SHARED, SweepPlan, format_sweep, runs_held
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.settings.recipes import find_config
+from loraplus_jax.sweep.makespan import schedule
+from loraplus_jax.sweep.settings import SweepRun
 
 from .pages import DOCS, assert_printed, blocks
+from .plan.tiny import llama, plan_by_hand
+from .training.test_list_runs import run_of, sweep_rows
 
 README = DOCS.parent / "README.md"
 QUICKSTART = re.search(r"```text\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)[1]
@@ -88,3 +104,72 @@ def test_an_adapter_of_peft_is_inspected_as_the_page_shows(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     main(["inspect", "their_adapter"])
     assert_printed(shown, capsys.readouterr().out)
+
+
+def test_runs_are_listed_as_the_page_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = {"model": {"path": "minilm"}, "data": {"path": "d"}}
+    (tmp_path / "runs/copied/checkpoints").mkdir(parents=True)
+    after = {"after": {"accuracy": 0.8376}, "held_out": {"split": "test"}, "steps": 300, "selected_step": 300}
+    run_of(Path("runs/quickstart"), model | {"train": {"steps": 300}}, steps=[300], summary=after)
+    rows = sweep_rows({"lora": [math.nan]}, 6, "search")
+    run_of(Path("runs/quickstart_sweep"), model | {"train": {"steps": 300}}, SweepRun, rows=rows)
+    rows = [{"step": 20, "validation/accuracy": 0.7188, "validation/loss": 0.5}]
+    run_of(Path("runs/short"), model | {"train": {"steps": 30}}, steps=[20], rows=rows)
+    assert main(["runs"]) == 0
+    (shown,) = (text for text in blocks("runs", "text")[""] if "finished" in text)
+    assert_printed(shown, capsys.readouterr().out)
+
+
+def shown_by_plan(words):
+    (shown,) = (text for text in blocks("plan", "text")[""] if words in text)
+    return shown
+
+
+def test_the_gpus_of_the_page_follow_from_the_memory_that_it_shows(monkeypatch):
+    """Of a step on one and on eight GPUs; on two and on four by what is left of the smallest card."""
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.chdir(DOCS.parent)
+    gigabytes = {"none": (21.135, 13.756, 7.826, 5.176), "nf4": (10.466, 6.166, 4.036, 3.276)}
+    needed = lambda settings, gpu, count, say: int(  # noqa: E731
+        1e9 * gigabytes[settings.model.quantize][fits.COUNTS.index(count)]
+    )
+    monkeypatch.setattr(fits, "_bytes_needed", needed)
+    settings = parse_settings("benchmarks/plan/llama31_8b.yaml")
+    printed = format_fits(fits.find_fits(settings, print), settings)
+    assert_printed(shown_by_plan("which GPUs"), printed, rel=0.002)
+
+
+def test_a_plan_reads_as_the_page_shows(tmp_path, monkeypatch):
+    """Its labels, units, shares and times follow from the figures that the page gives."""
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    chip, work = GPUS["h100"], Work(351_783.46e9, 711.01e9)
+    gathers = Collective("all-gather", 25_580_000_000 // 7, 8, 8, "bf16[1]", "")
+    sizes = {"rows": 32, "tokens": 2048, "layers": 32, "trained": 41_943_040, "total": 8_072_204_288}
+    memory = {"frozen weights": 2_010_000_000, "trained": 116_390_000, "optimizer": 232_780_000}
+    sizes |= {"needed": 7_500_000_000, "peak": 7_330_000_000, "evaluation": 4_220_000_000}
+    place = {"device": "NVIDIA H100 80GB HBM3", "chip": chip, "room": chip.available, "work": work}
+    place |= {"mesh": {"data": 1, "fsdp": 8, "tensor": 1}, "memory": memory | {"temporaries": 5_000_000_000}}
+    times = {"collectives": (gathers,), "roofline": roofline(chip, work, [gathers])}
+    plan = plan_by_hand("benchmarks/plan/llama31_8b", **sizes, **place, **times)
+    assert_printed(
+        shown_by_plan("NVIDIA H100"), format_plan(plan, llama(tmp_path, model={"param_dtype": "bfloat16"}))
+    )
+
+
+def test_the_plan_of_a_sweep_has_the_units_that_the_page_shows():
+    """With the memory and the seconds of the page, which a compiler gave."""
+    run = parse_settings(find_config("smollm2_chat"), ["--sweep.report_seeds", "5"], SweepRun)
+    one = SimpleNamespace(model=run.model.path, device="TPU v5 lite", memory={SHARED: 538_000_000}, room=16e9)
+    one.most, seconds, batches = 538_000_000 + 1_469_000_000, (0.0210, 0.0105), {"validation": 11, "test": 10}
+    units = schedule([run], 60, 1, 16, sweep_plan._times([seconds], batches, 1))
+    plan = SweepPlan({"": one}, {"": runs_held(one)}, 1, 1, 60, batches, {"": seconds}, units)
+    assert_printed(shown_by_plan("a sweep on workers"), format_sweep(plan, run))
+
+
+def test_accuracies_read_as_the_page_shows():
+    right = {"boolq": 33, "piqa": 51} | {f"task {n}": 28 for n in range(5)}
+    tasks = {name: Accuracy.of([True] * n + [False] * (100 - n), 100) for name, n in right.items()}
+    tasks["piqa"] = dataclasses.replace(tasks["piqa"], available=9923)
+    (shown,) = blocks("evaluate_tasks", "text")[""]
+    assert_printed(shown, str(TaskResults("m", "data", None, None, 100, tasks)), rel=0.06)

@@ -90,34 +90,6 @@ def test_what_must_be_new_replaces_nothing(tmp_path, existing):
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
-@pytest.mark.parametrize("write", [write_file, write_directory])
-def test_of_two_that_write_one_new_path_the_first_wins(tmp_path, monkeypatch, write):
-    path, lexists, checks = tmp_path / "target", os.path.lexists, []
-
-    def other_is_faster(checked):
-        checks.append(checked)
-        if len(checks) != 2:
-            return lexists(checked)
-        write(path, "first")  # between the last check and the rename
-        return False
-
-    monkeypatch.setattr("os.path.lexists", other_is_faster)
-    with pytest.raises(ValueError, match=mentions(path, "exists")), atomic_write(path, new=True) as written:
-        write(written, "second")
-    monkeypatch.undo()
-    assert content_of(path) == "first"
-    assert [p.name for p in tmp_path.iterdir()] == ["target"]
-
-
-def test_a_new_file_needs_no_file_system_with_links(tmp_path, monkeypatch):
-    def unsupported(*_):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr("os.link", unsupported)
-    write_text(tmp_path / "target", "x", new=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["target"]
-
-
 WRITE = """
 import pathlib, sys
 from loraplus_jax.cli import __main__ as loraplus_command
@@ -215,12 +187,6 @@ def test_a_failure_leaves_no_parents(tmp_path):
     assert not list(tmp_path.iterdir())
     write_text(path, "x", new=True)
     assert path.read_text() == "x"
-
-
-def test_a_directory_that_is_gone_is_not_made_again(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        write_text(tmp_path / "gone/summary.json", "{}")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -144,9 +144,7 @@ ROWS = (
     (peft(r=10**9), PEFT_RULE, 10**9, 2),
     (ours(rank_pattern={EVIL: 2}), *RULE),
     slow((ours("settings", target_modules=EVIL), *RULE)),
-    slow((ours("settings", exclude_modules=EVIL), *RULE)),
     slow((ours(target_parameters=[EVIL]), *RULE)),
-    slow((ours(target_modules=CLASSES), *RULE)),
     *(
         (ours(rank=10**9, rank_pattern={NAME: 2}, alpha=16.0, read=read), "adapter.json", 10**9, 4)
         for read in (load_adapter, saved_config)

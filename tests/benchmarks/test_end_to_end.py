@@ -1,9 +1,7 @@
 """The parts of `benchmarks/end_to_end.py` that need no long run: settings, examples, rows and ratios."""
 
 from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 
 OPTIONS = SimpleNamespace(data="data", steps=40, limit=0)
@@ -47,42 +45,3 @@ def test_rows_of_a_run_by_hand():
         "loss_before": 2.0,
         "loss": 0.75,
     }
-
-
-def test_texts_of_padded_and_packed_rows_are_the_same():
-    from end_to_end import sequences
-    from end_to_end_peer import fingerprint
-
-    ids = np.array([[5, 6, 0, 0], [7, 8, 9, 0]])
-    padded = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int32)}
-    packed = {"input_ids": np.array([[7, 8, 9, 5, 6, 0]]), "segment_ids": np.array([[1, 1, 1, 2, 2, 0]])}
-    assert [*sequences(padded)] == [[5, 6], [7, 8, 9]]
-    assert fingerprint(sequences(padded)) == fingerprint(sequences(packed))
-    assert fingerprint([[5, 6], [7, 8, 9]]) != fingerprint([[5, 6, 7], [8, 9]])
-
-
-def test_tokens_of_batches_are_counted_with_their_padding():
-    from end_to_end import count_tokens
-
-    train = SimpleNamespace(batch_size=2, accumulate=1, eval_batch_size=2)
-    settings: Any = SimpleNamespace(train=train, seed=0, is_language=False)
-    mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0]], np.int32)
-    columns = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), mask)
-    columns["label"] = np.zeros(4, np.int32)
-    data: Any = SimpleNamespace(splits={"train": columns, "validation": {"weight": np.ones((2, 1))}})
-    counted = count_tokens(settings, data, steps=4)
-    # The first two texts fill 2 rows of 3 tokens, or share none.
-    assert {size for _, size in counted} <= {3, 6}
-    # Two batches are an epoch.
-    assert sum(text for text, _ in counted) == 2 * mask.sum()
-
-
-def test_runs_without_packing_take_as_many_examples():
-    from end_to_end import CASES, Prepared, steps_of
-
-    settings = SimpleNamespace(train=SimpleNamespace(steps=60))
-    prepared = Prepared(CASES["chat"], None, settings, [], {}, examples_per_row=2.5)
-    assert steps_of(prepared, packing=True) == (60, 1.0)
-    assert steps_of(prepared, packing=False) == (150, 2.5)
-    prepared = prepared._replace(case=CASES["cola"])
-    assert steps_of(prepared, packing=False) == (60, 1.0)

@@ -107,37 +107,6 @@ def test_steps_are_only_counted_on_curves_with_enough_points():
     assert counts_steps(study)
 
 
-def test_a_map_has_the_settings_that_trained_to_the_end(benchmarks):
-    from results_page import map_points
-
-    def row(rate, ratio, loss, step=8):
-        return {"learning_rate": rate, "lr_ratio": ratio, "loss": loss, "step": step}
-
-    searches = [
-        [row(1e-3, 1.0, 0.5), row(1e-3, 1.0, 0.7), row(2e-3, 1.0, None), row(2e-3, 1.0, 0.1)],
-        [row(1e-3, 4.0, 0.25), row(2e-3, 4.0, 0.2, step=2)],
-    ]
-    report = {"protocol": {"steps": 8}, "methods": {str(n): {"search": x} for n, x in enumerate(searches)}}
-    assert map_points(report) == [(1e-3, 1e-3, 0.6), (1e-3, 4e-3, 0.25)]
-
-
-def test_losses_over_the_ratio_are_shares_of_those_at_ratio_1(benchmarks):
-    from results_page import loss_by_ratio
-
-    def method(ratio, **interval):
-        return {"chosen": {"lr_ratio": ratio}, "against_lora": {"test_loss": interval}}
-
-    report = {
-        "methods": {
-            "lora": {"loss": 0.5, "against_lora": None},
-            "lambda_8": method(8.0, mean=0.01, low=-0.01, high=0.03),
-            "lambda_2": method(2.0, mean=-0.02, low=-0.03, high=-0.01),
-            "lambda_4": method(4.0, mean=None, low=None, high=None),
-        }
-    }
-    assert loss_by_ratio(report) == [(1, 0, 0, 0), (2, -4, -6, -2), (8, 2, -2, 6)]
-
-
 def test_significant_differences_are_bold(benchmarks):
     from results_page import significant
 

@@ -3,30 +3,16 @@
 import numpy as np
 import pytest
 
-from ..marks import every
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", every(3, range(6)))
+@pytest.mark.parametrize("number", [0, 3])
 def test_coordinate_check(number):
     import paper as experiment
 
-    setting, widths = experiment.SETTINGS[number], (256, 1024, 4096)
+    setting, widths = experiment.SETTINGS[number], (256, 4096)
     values = experiment.measure_terms(setting, widths, seeds=2)
     for name, expected in zip(experiment.SHOWN, setting.slopes, strict=True):
         assert experiment.slope(widths, values[name]) == pytest.approx(expected, abs=0.2), name
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.parametrize(("power", "expected"), [(1.0, -0.5), (0.5, -0.75)])
-def test_best_single_rate_against_width(power, expected):
-    import paper as experiment
-
-    widths = (64, 256, 1024)
-    rates, _ = experiment.best_rates(power, widths, seeds=3)
-    # Three widths for seven: the slope is known less well.
-    assert experiment.slope(widths, rates) == pytest.approx(expected, abs=0.25)
 
 
 @pytest.mark.slow

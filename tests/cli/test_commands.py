@@ -81,17 +81,3 @@ def test_a_very_long_line_of_an_error_is_shortened(capsys):
 def test_the_version(capsys):
     assert main(["--version"]) == 0
     assert re.fullmatch(r"loraplus_jax \S+, jax \S+, flax \S+, Python \S+\n", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--shots", "3"), ("--shots", "requires --tasks")),
-        (("--tasks", "mmlu"), ("--data_root",)),
-        (("--tasks", "mmlu", "--data_root", "d", "--split", "test"), ("--split", "combined", "--tasks")),
-    ],
-)
-def test_options_of_eval_that_exclude_each_other(capsys, options, words):
-    assert main(["eval", "run", *options]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert all(word in line for word in words)

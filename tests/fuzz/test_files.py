@@ -27,7 +27,7 @@ from loraplus_jax.inference.predict import settings_and_task
 from loraplus_jax.interop.peft_files import peft_config
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.checkpoints.gguf import load as gguf
-from loraplus_jax.models.checkpoints.hf import INDEX_FILE, SINGLE_FILE, load_config, load_params
+from loraplus_jax.models.checkpoints.hf import SINGLE_FILE, load_config, load_params
 from loraplus_jax.models.checkpoints.name_table import NameTable, Rule, embedding_rules, linear_rules
 from loraplus_jax.models.gpt2.config import GPT2Config
 from loraplus_jax.models.llama.config import LlamaConfig
@@ -38,7 +38,7 @@ from loraplus_jax.tasks.causal_lm import LanguageTask
 from loraplus_jax.training.saved_adapter import read_notes, saved_config
 
 from .. import tiny
-from ..data.chats import CHATML, INST, MARKED, chat
+from ..data.chats import CHATML, chat
 from ..models.checkpoints.gguf.files import metadata, write
 from .damage import BYTES, JSON_KEYS, JSON_VALUES, check, damaged, data_limit, odd_json, peak_limit, words
 
@@ -114,35 +114,6 @@ def load(directory):
 
 def weights(folder):
     return of_safetensors(folder / SINGLE_FILE, save(FIRST | SECOND, {"format": "pt"}), lambda: load(folder))
-
-
-OUTSIDE = words(r'"../outside.safetensors" "/etc/passwd" "C:\\x.safetensors" ".safetensors"')
-OUTSIDE += (f'"{SINGLE_FILE}"',)
-
-
-def index(folder):
-    """The file outside would do, if it were opened."""
-    save_file(FIRST | SECOND, folder / "outside.safetensors")
-    inside, shards = folder / "model", {"1.safetensors": FIRST, "2.safetensors": SECOND}
-    inside.mkdir()
-    for name, content in shards.items():
-        save_file(content, inside / name)
-    files = {n: name for name, content in shards.items() for n in content}
-
-    def read():
-        load(inside)
-        assert set(json.loads((inside / INDEX_FILE).read_bytes())["weight_map"].values()) <= set(shards)
-
-    values, keys = (*JSON_VALUES, *OUTSIDE * 9), (*JSON_KEYS, *FIRST)
-    content = {"metadata": {}, "weight_map": files}
-    target = of_json(inside / INDEX_FILE, content, read, values, keys, names=re.escape(str(inside)))
-
-    def odd(rng):
-        if rng.randrange(10):
-            return target.odd(rng)
-        return json.dumps({"weight_map": dict.fromkeys(files, json.loads(rng.choice(OUTSIDE)))}).encode()
-
-    return target._replace(odd=odd)
 
 
 HUGE = (*words("1000000000 1000000000000 18446744073709551615 1e9 3 16 true"), "9" * 30, '"silu"')
@@ -482,13 +453,10 @@ def data_file(suffix, delimiter=""):
 
 TARGETS = {
     "weights": (20_000, weights),
-    "index of shards": (10_000, index),
     **{f"config of {kind}": (10_000, model_config(kind)) for kind in CONFIGS},
     "tokenizer": (10_000, tokenizer_file),
     "tokenizer config": (5_000, tokenizer_config),
     "template chatml": (5_000, template(CHATML)),
-    "template inst": (5_000, template(INST)),
-    "template marked": (5_000, template(MARKED)),
     "template plain": (5_000, template(PLAIN)),
     "options of PEFT": (10_000, peft_options),
     "notes of an adapter": (10_000, adapter_notes),

@@ -36,19 +36,16 @@ def read_texts(path):
 
 
 JSON, YAML = ('{"a": ["😀",'.encode(), b"0]}"), (b"a: [", b"a]")
-IN_JSON = (b"[],", b"{},", b'{"":{}},', b"[[[[[]]]]],", b"1.5,", b'"ab",')
+IN_JSON = (b"[],", b'{"":{}},', b"1.5,", b'"ab",')
 IN_CSV = (b"a\n", b"\xff\n", b"\n", b'"\n', b",", b"a,b,c\n", b"\x00")
-IN_JSONL = (b"a\n", b"{}\n", b"[", b'{"text":1}\n', b"\n", b"\xff\n")
+IN_JSONL = (b"{}\n", b"[", b'{"text":1}\n', b"\n")
 
 
 @pytest.mark.parametrize(
     ("name", "read", "size", "ends", "part"),
     [
         *(("config.json", read_json, MAX_JSON_BYTES, JSON, part) for part in IN_JSON),
-        *(
-            ("a.yaml", read_yaml, LARGEST_YAML, YAML, part)
-            for part in (b"a,", b"[],", b"1.5,", b"'a',", b"{a: b},")
-        ),
+        *(("a.yaml", read_yaml, LARGEST_YAML, YAML, part) for part in (b"a,", b"[],", b"{a: b},")),
         *(("data.csv", read_texts, MIB, (b"text,label\n", b""), part) for part in IN_CSV),
         *(("data.jsonl", read_texts, MIB, (b"", b""), part) for part in IN_JSONL),
     ],

@@ -24,14 +24,8 @@ SENTENCES = (
     "Low-rank adapters learn faster when B outruns A.",
     "No.",
 )
-TINY = {
-    "vocab_size": 90,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 20,
-}
+TINY = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+TINY |= {"intermediate_size": 48, "max_position_embeddings": 20}
 
 
 def main(minilm: str) -> None:

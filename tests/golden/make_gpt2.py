@@ -14,25 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import make_llama
 
 SIZES = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-CASES = {
-    "tied": {},
-    "scaled": {
-        "n_layer": 3,
-        "n_head": 2,
-        "n_inner": 40,
-        "activation_function": "gelu",
-        "scale_attn_by_inverse_layer_idx": True,
-        "reorder_and_upcast_attn": True,
-    },
-    "untied": {
-        "n_embd": 24,
-        "n_head": 3,
-        "tie_word_embeddings": False,
-        "activation_function": "relu",
-        "scale_attn_weights": False,
-        "layer_norm_epsilon": 1e-3,
-    },
-}
+SCALED = {"n_layer": 3, "n_head": 2, "n_inner": 40, "activation_function": "gelu"}
+SCALED |= {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}
+UNTIED = {"n_embd": 24, "n_head": 3, "tie_word_embeddings": False, "activation_function": "relu"}
+UNTIED |= {"scale_attn_weights": False, "layer_norm_epsilon": 1e-3}
+CASES = {"tied": {}, "scaled": SCALED, "untied": UNTIED}
 
 
 def main() -> None:

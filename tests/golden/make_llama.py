@@ -22,54 +22,30 @@ ORIGINAL = 16
 """The context that the tiny models were "trained" on; the long input is longer."""
 LENGTHS, LONG, PROMPTS, NEW_TOKENS = (12, 7, 3), 26, (9, 4, 1), 12
 
-TINY = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 40,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+TINY = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 128}
+TINY |= {"rms_norm_eps": 1e-5, "initializer_range": 0.3, "tie_word_embeddings": False}
+TINY |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 # theta is small where rope is scaled, so that the few frequencies of a small head fall on all sides of each bound.
+_SHORT = {"original_max_position_embeddings": ORIGINAL}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0}
-_YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 2.0, "beta_slow": 0.1}
-_LONG = {
-    "rope_type": "longrope",
-    "rope_theta": 100.0,
-    "short_factor": [1.0, 1.5, 2.0],
-    "long_factor": [2.0, 5.0, 9.0],
-    "original_max_position_embeddings": ORIGINAL,
-}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 2.0, "beta_slow": 0.1, "rope_theta": 100.0}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
+_LONG = {"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75}
+_LONG |= {"short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 5.0, 9.0]}
+_FULL = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e3}
+_SLIDING = {"rope_type": "default", "rope_theta": 30.0}
 # Bounds so low that scores and logits reach them.
 _GEMMA = {"head_dim": 12, "sliding_window": 5, "tie_word_embeddings": True, "query_pre_attn_scalar": 9}
+_GEMMA2 = {"num_hidden_layers": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+_GEMMA3 = {"num_hidden_layers": 4, "sliding_window_pattern": 3}
+_GEMMA3 |= {"rope": {"full_attention": _FULL, "sliding_attention": _SLIDING}}
 CASES = {
     "llama2": ("llama", {"num_key_value_heads": 4, "max_position_embeddings": ORIGINAL}),
-    "llama3": (
-        "llama",
-        {"rope": _LLAMA3 | {"rope_theta": 10.0, "original_max_position_embeddings": ORIGINAL}},
-    ),
+    "llama3": ("llama", {"rope": _LLAMA3 | {"rope_theta": 10.0} | _SHORT}),
     "linear": ("llama", {"rope": {"rope_type": "linear", "factor": 2.5, "rope_theta": 100.0}}),
-    "dynamic": (
-        "llama",
-        {
-            "rope": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0},
-            "max_position_embeddings": ORIGINAL,
-        },
-    ),
-    "yarn": (
-        "llama",
-        {
-            "rope": _YARN | {"rope_theta": 100.0, "original_max_position_embeddings": ORIGINAL},
-            "max_position_embeddings": 4 * ORIGINAL,
-        },
-    ),
+    "dynamic": ("llama", {"rope": _DYNAMIC, "max_position_embeddings": ORIGINAL}),
+    "yarn": ("llama", {"rope": _YARN | _SHORT, "max_position_embeddings": 4 * ORIGINAL}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "smollm2": ("llama", {"tie_word_embeddings": True, "rope": {"rope_theta": 1e5}}),
     "mistral": ("mistral", {"sliding_window": 5}),
@@ -77,31 +53,10 @@ CASES = {
     "qwen2": ("qwen2", {"rope": {"rope_theta": 1e6}}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": 4}),
     "qwen3": ("qwen3", {"head_dim": 12, "rope": {"rope_theta": 1e6}}),
-    "gemma2": (
-        "gemma2",
-        _GEMMA | {"num_hidden_layers": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
-    ),
-    "gemma3": (
-        "gemma3_text",
-        _GEMMA
-        | {
-            "num_hidden_layers": 4,
-            "sliding_window_pattern": 3,
-            "rope": {
-                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e3},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
-            },
-        },
-    ),
+    "gemma2": ("gemma2", _GEMMA | _GEMMA2),
+    "gemma3": ("gemma3_text", _GEMMA | _GEMMA3),
     "phi3": ("phi3", {"sliding_window": 7}),
-    "phi3_long": (
-        "phi3",
-        {
-            "rope": _LONG | {"partial_rotary_factor": 0.75},
-            "max_position_embeddings": 4 * ORIGINAL,
-            "original_max_position_embeddings": ORIGINAL,
-        },
-    ),
+    "phi3_long": ("phi3", {"rope": _LONG | _SHORT, "max_position_embeddings": 4 * ORIGINAL} | _SHORT),
 }
 # transformers keeps cached keys as an earlier, shorter context rotated them; within the context all agree.
 SHORT = {"dynamic": ORIGINAL - max(PROMPTS), "phi3_long": ORIGINAL - max(PROMPTS)}

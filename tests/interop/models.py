@@ -1,5 +1,6 @@
 """What the tests of PEFT's files share: specs with random factors, and a user's own model."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -53,8 +54,13 @@ IDS = jnp.zeros((1, 3), jnp.int32)
 
 
 def net(**fields):
-    fields = {"target_modules": ["embed", "fc", "head"], "rank": 2} | fields
-    config = LoRAPlusConfig(**fields)
+    """Config, factors, specs and weights of the model; the same arrays for the same fields."""
+    return _net(json.dumps({"target_modules": ["embed", "fc", "head"], "rank": 2} | fields))
+
+
+@functools.cache
+def _net(fields):
+    config = LoRAPlusConfig(**json.loads(fields))
     model = apply_lora_plus(Net(), config)
     lora, specs = init_lora(model, jax.random.key(0), IDS)
     shapes = jax.eval_shape(Net().init, jax.random.key(1), IDS)["params"]

@@ -33,7 +33,8 @@ def drawn(*shape, dtype=jnp.float32):
 
 def trainable(dtype=jnp.float32):
     pair = {"lora_a": drawn(6, 4, 2, dtype=dtype), "lora_b": drawn(6, 2, 3, dtype=dtype)}
-    return {"lora": {"layers": {"q": pair}}, "params": {"head": {"kernel": drawn(3, 2)}}}
+    head = {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3).T, "temperature": np.float32(2)}
+    return {"lora": {"layers": {"q": pair}}, "params": {"head": head}}
 
 
 @pytest.fixture
@@ -43,10 +44,10 @@ def adapter(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip_bit_for_bit(tmp_path, dtype):
-    save_adapter(tmp_path, trainable(dtype), SPECS, CONFIG)
-    lora, specs, config, extras, start = load_adapter(tmp_path)
+    save_adapter(tmp_path / "a/b", trainable(dtype), SPECS, CONFIG)
+    lora, specs, config, extras, start = load_adapter(str(tmp_path / "a/b"))
     assert not start
     assert (config, specs) == (CONFIG, SPECS)
     got, expected = {"lora": lora, **extras}, trainable(dtype)
@@ -72,20 +73,13 @@ def test_round_trip_of_a_model_that_is_one_layer_and_of_no_adapters(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, extras["params"], trainable()["params"])
 
 
-def test_a_transposed_array_keeps_its_values_and_a_scalar_its_shape(tmp_path):
-    tree = {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3).T, "temperature": np.float32(2)}
-    save_adapter(tmp_path, {"params": tree}, {}, None)
-    saved = load_adapter(tmp_path).extras["params"]
-    np.testing.assert_array_equal(saved["w"], tree["w"])
-    assert (saved["temperature"].shape, saved["temperature"]) == ((), 2)
-
-
 def test_the_files_say_what_they_are(adapter):
     assert {path.name for path in adapter.iterdir()} == {"adapter.json", "adapter.safetensors"}
     assert load_file(adapter / "adapter.safetensors").keys() == {
         "lora/layers/q/lora_a",
         "lora/layers/q/lora_b",
         "params/head/kernel",
+        "params/head/temperature",
     }
     notes = read_adapter_json(adapter)
     assert (notes["format"], notes["base"], notes["task"]) == (1, "0123", "cola")
@@ -195,11 +189,6 @@ def test_a_failed_save_leaves_the_older_adapter_and_nothing_else(adapter):
         save_adapter(adapter, {"lora": trainable()["lora"]}, SPECS, CONFIG, task=object())
     jax.tree.map(np.testing.assert_array_equal, load_adapter(adapter).lora, trainable()["lora"])
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
-
-
-def test_parents_are_made(tmp_path):
-    save_adapter(tmp_path / "a" / "b", trainable(), SPECS, CONFIG)
-    assert load_adapter(str(tmp_path / "a" / "b")).config == CONFIG
 
 
 def test_only_an_adapter_is_ever_replaced(tmp_path):

@@ -134,10 +134,10 @@ def wrapped(**fields):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["cat", "svd", "linear"])
 def test_adapters_of_other_layers_give_a_config_that_makes_their_layers(how, tmp_path):
-    rank = 2 if how == "linear" else 1
+    fields = {"target_modules": ("fc",), "use_rslora": True}
     adapters = {
-        "a": wrapped(target_modules=["fc"], rank=2, layers_to_transform=(0,), use_rslora=True),
-        "b": wrapped(target_modules=["fc"], rank=rank, layers_to_transform=(2,), use_rslora=True),
+        "a": wrapped(rank=2, layers_to_transform=(0,), **fields),
+        "b": wrapped(rank=2 if how == "linear" else 1, layers_to_transform=(2,), **fields),
         "c": wrapped(target_parameters={"other_head/kernel": "io"}, rank=2),
     }
     result = combine_adapters(adapters, [1, 1, 0.5], how)

@@ -87,23 +87,15 @@ def test_what_is_no_tree(tmp_path):
         read_tree(tmp_path / "x.npz")
 
 
-def lost_manifest(path):
-    (path / "manifest.ocdbt").unlink()
-
-
 def change_metadata(path, **changes):
     """Changes what an array's own file says of it."""
     file = path / "layer.lora_a/.zarray"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def fifo_for(name):
-    def change(path):
-        file = next(path.glob(name))
-        file.unlink()
-        os.mkfifo(file)
-
-    return change
+def fifo(path):
+    (path / "manifest.ocdbt").unlink()
+    os.mkfifo(path / "manifest.ocdbt")
 
 
 def endless(path):
@@ -119,15 +111,10 @@ def link_to_fifo(path):
 
 
 HOSTILE = {
-    "manifest is a FIFO": (fifo_for("manifest.ocdbt"), ("manifest.ocdbt", "FIFO")),
-    "metadata is a FIFO": (fifo_for("_METADATA"), ("_METADATA", "FIFO")),
-    "data is a FIFO": (fifo_for("d/*"), ("FIFO",)),
+    "manifest is a FIFO": (fifo, ("manifest.ocdbt", "FIFO")),
     "endless": (endless, ("_METADATA", "device")),
-    "lost": (lost_manifest, ("metadata", "missing")),
-    "empty": (lambda path: (path / "_METADATA").write_text("{}"), ()),
     "deep": (lambda path: (path / "_METADATA").write_text("[" * 100_000), ("recursion",)),
     "large": (lambda path: change_metadata(path, shape=[10**6] * 2), ("64 MiB",)),
-    "large chunks": (lambda path: change_metadata(path, chunks=[10**6] * 2), ("64 MiB",)),
     "hidden FIFO": (link_to_fifo, ("1 s",)),
 }
 
@@ -160,9 +147,7 @@ FLOAT = npy((1,), bytes(4))
 NPZ = {
     "bomb": ([("a.npy", npy((2**25,), bytes(2**27)))], ("memory",)),
     "large": ([("a.npy", npy((10**6,) * 2))], ("64 MiB",)),
-    "negative": ([("a.npy", npy((-1, 4), bytes(64)))], ("negative",)),
     "header": ([("a.npy", npy((1,), bytes(4), pad=2 * 10**6))], ("2000058",)),
-    "nested": ([("a.npy", npy("(" * 9000))], ()),
     "object": ([("a.npy", npy((1,), b"cos\nsystem\n.", "|O"))], ("allow_pickle",)),
     "twice": ([("a.npy", FLOAT), ("a", FLOAT)], ("one name",)),
     "name": ([("x" * 60_000, FLOAT)], (60_000, 1000)),

@@ -16,7 +16,7 @@ from loraplus_jax.interop.library_recipes import (
 from loraplus_jax.optim.find_pairs import factor_pairs
 
 from ..refusals import refusals
-from .library_trees import HEAD, HEADS, HIDDEN, LIBRARIES, RANK, maxtext
+from .library_trees import HEADS, HIDDEN, LIBRARIES, RANK, maxtext
 
 CONFIG = {"model_type": "llama", "hidden_size": HIDDEN, "num_attention_heads": HEADS}
 
@@ -81,20 +81,6 @@ def test_flax_itself():
 def test_every_library_is_tested():
     assert {name.removeprefix("old ") for name in LIBRARIES} == set(NAMES)
     assert all(recipe.version and recipe.leaves_out for recipe in RECIPES)
-
-
-def test_ranks_of_openpi_are_those_of_its_heads():
-    tree, _ = made("openpi")
-    factors, _ = read_factors(tree, find_recipe(factor_pairs(tree)), scale=1.0)
-    q, o, gate = (
-        factors[f"paligemma_with_expert.gemma_expert.model.layers.1.{name}_proj"]
-        for name in ("self_attn.q", "self_attn.o", "mlp.gate")
-    )
-    assert (len(q.a), len(o.a), len(gate.a)) == (HEADS * RANK, RANK, RANK)
-    assert q.b.shape == (HEADS * HEAD, HEADS * RANK)
-    # One block a head.
-    blocks = q.b.reshape(HEADS, HEAD, HEADS, RANK)
-    assert all((blocks[n, :, m] != 0).all() == (n == m) for n in range(HEADS) for m in range(HEADS))
 
 
 def test_a_module_that_only_a_path_map_places():

@@ -85,7 +85,6 @@ LAYERS = [f"model.layers.{n}.{m}" for n in (0, 1) for m in ("attn.q", "attn.k", 
         ({"target_modules": ["q"]}, {"0.attn.q", "0.mlp.experts.3.q", "1.attn.q", "1.mlp.experts.3.q"}),
         ({"target_modules": "attn.q"}, set()),  # a regular expression for the whole name
         ({"target_modules": r".*\.1\..*\.(q|k)"}, {"1.attn.q", "1.attn.k", "1.mlp.experts.3.q"}),
-        ({"target_modules": ["attn.q"], "layers_to_transform": 1}, {"1.attn.q"}),
         # The number of a layer, and not that of an expert; a whole name is taken in any layer.
         (
             {"target_modules": ["q", LAYERS[1]], "layers_to_transform": [1, 3]},
@@ -95,21 +94,15 @@ LAYERS = [f"model.layers.{n}.{m}" for n in (0, 1) for m in ("attn.q", "attn.k", 
             {"target_modules": ["q"], "layers_to_transform": [3], "layers_pattern": ["experts"]},
             {"0.mlp.experts.3.q", "1.mlp.experts.3.q"},
         ),
-        ({"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": "blocks"}, set()),
         (
             {"target_modules": ["q", "k"], "exclude_modules": ["attn.q", "experts"]},
             {"0.attn.k", "0.mlp.experts.3.q", "1.attn.k", "1.mlp.experts.3.q"},
-        ),
-        (
-            {"target_modules": ["q", "k"], "exclude_modules": r".*experts.*"},
-            {"0.attn.q", "0.attn.k", "1.attn.q", "1.attn.k"},
         ),
         ({"target_modules": ["q"], "modules_to_save": ["mlp"]}, {"0.attn.q", "1.attn.q"}),
         (
             {"target_modules": ["attn.k"], "target_parameters": ["experts.3.q.weight"]},
             {"0.attn.k", "1.attn.k", "0.mlp.experts.3.q", "1.mlp.experts.3.q"},
         ),
-        ({"target_parameters": ["1.attn.q.weight"]}, {"1.attn.q"}),
         ({"target_modules": "ALL-linear"}, {name.removeprefix("model.layers.") for name in LAYERS}),
     ],
 )

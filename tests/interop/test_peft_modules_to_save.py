@@ -46,64 +46,48 @@ def test_a_copy_of_the_base_must_be_one(tmp_path):
         load_peft(tmp_path / "a", specs, PATHS, params=params)
 
 
-def test_an_embedding_that_is_the_head_too_must_say_so(tmp_path):
-    config, lora, specs, _ = net(target_modules=["embed"], alpha_pattern={"embed": 3.0})
-    tied = (("embed", "m.wte", "TiedEmbedding"), ("embed", "lm_head", "TiedHead"))
-    save_peft(tmp_path / "a", lora, specs, config, tied)
-    options, weights = (
-        tmp_path / "a" / name for name in ("adapter_config.json", "adapter_model.safetensors")
-    )
+ADAPTED = {"target_modules": ["embed"], "alpha_pattern": {"embed": 3.0}}
+SAVED = {"target_modules": ["fc"], "modules_to_save": ["embed"]}
+OTHERS = ({"alpha_pattern": {"lm_head": 4}}, {"rank_pattern": {"lm_head": 1}})
+
+
+@pytest.mark.parametrize(("fields", "contradictions"), [(ADAPTED, OTHERS), (SAVED, ())])
+def test_an_embedding_that_is_the_head_too_is_written_as_both(tmp_path, fields, contradictions):
+    config, lora, specs, params = net(**fields)
+    tied = (("embed", "m.wte", "TiedEmbedding"), *PATHS[1:], ("embed", "lm_head", "TiedHead"))
+    extras = {"params": {"embed": params["embed"]}} if fields is SAVED else {}
+    save_peft(tmp_path / "a", lora, specs, config, tied, extras=extras)
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    options, weights = (accept_changes(tmp_path / "a") / name for name in names)
     content, written = json.loads(options.read_text()), load_file(weights)
-    assert (content["target_modules"], content["lora_alpha"]) == (["m.wte", "lm_head"], 3)
-    assert content["ensure_weight_tying"] is True
-    embedding, head = "base_model.model.m.wte.lora_embedding_", "base_model.model.lm_head.lora_"
-    for own, other in ("AB", "BA"):
-        np.testing.assert_array_equal(written[f"{head}{own}.weight"], written[f"{embedding}{other}"].T)
-    jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path / "a", specs, tied).lora, lora)
-    accept_changes(tmp_path / "a")
-    for changes in (
-        {"ensure_weight_tying": False},
-        {"alpha_pattern": {"lm_head": 4}},
-        {"rank_pattern": {"lm_head": 1}},
+    named = content["modules_to_save" if fields is SAVED else "target_modules"]
+    assert (named, content["ensure_weight_tying"]) == (["m.wte", "lm_head"], True)
+    embedding, head = (f"base_model.model.{name}" for name in ("m.wte", "lm_head"))
+    if fields is SAVED:
+        same = {f"{head}.weight": f"{embedding}.weight"}
+        np.testing.assert_array_equal(written[f"{head}.weight"], params["embed"]["embedding"])
+    else:  # the head is the transposed embedding
+        same = {f"{head}.lora_{x}.weight": f"{embedding}.lora_embedding_{y}" for x, y in ("AB", "BA")}
+    for of_head, of_embedding in same.items():
+        expected = written[of_embedding]
+        np.testing.assert_array_equal(written[of_head], expected if fields is SAVED else expected.T)
+
+    def load():
+        return load_peft(tmp_path / "a", specs, tied, params=params)
+
+    jax.tree.map(np.testing.assert_array_equal, (load().lora, load().extras), (lora, extras))
+    for changes, *words in (
+        ({"ensure_weight_tying": False}, "ensure_weight_tying"),
+        *((changes, "lm_head", "m.wte", "alpha") for changes in contradictions),
     ):
         options.write_text(json.dumps(content | changes))
-        words = ["ensure_weight_tying"] if "ensure_weight_tying" in changes else ["lm_head", "m.wte", "alpha"]
         with pytest.raises(ValueError, match=mentions(*words)):
-            load_peft(tmp_path / "a", specs, tied)
+            load()
     options.write_text(json.dumps(content))
-    for changed in ({f"{head}B.weight": None}, {f"{head}A.weight": written[f"{head}A.weight"] + 1}):
-        save_file({name: x for name, x in (written | changed).items() if x is not None}, weights)
+    for changed in (*({name: written[name] + 1} for name in same), {[*same][-1]: None}):
+        save_file({n: x for n, x in (written | changed).items() if x is not None}, weights)
         with pytest.raises(ValueError, match=mentions("tied", "m.wte", "lm_head")):
-            load_peft(tmp_path / "a", specs, tied)
-    with pytest.raises(ValueError, match=mentions("params/embed/embedding", "TiedHead")):
-        save_peft(tmp_path / "c", lora, specs, config, tied[:1])
-
-
-def test_a_fully_trained_embedding_that_is_the_head_too_is_written_as_both(tmp_path):
-    config, lora, specs, params = net(target_modules=["fc"], modules_to_save=["embed"])
-    tied = (("embed", "m.wte", "TiedEmbedding"), *PATHS[1:], ("embed", "lm_head", "TiedHead"))
-    extras = {"params": {"embed": params["embed"]}}
-    weights, options = (
-        tmp_path / "a" / name for name in ("adapter_model.safetensors", "adapter_config.json")
-    )
-    save_peft(tmp_path / "a", lora, specs, config, tied, extras=extras)
-    content, written = json.loads(options.read_text()), load_file(weights)
-    assert (content["modules_to_save"], content["ensure_weight_tying"]) == (["m.wte", "lm_head"], True)
-    embedding, head = (f"base_model.model.{name}.weight" for name in ("m.wte", "lm_head"))
-    np.testing.assert_array_equal(written[embedding], params["embed"]["embedding"])
-    np.testing.assert_array_equal(written[head], params["embed"]["embedding"])
-    jax.tree.map(
-        np.testing.assert_array_equal, load_peft(tmp_path / "a", specs, tied, params=params).extras, extras
-    )
-    options.write_text(json.dumps(content | {"ensure_weight_tying": False}))
-    with pytest.raises(ValueError, match="ensure_weight_tying"):
-        load_peft(tmp_path / "a", specs, tied, params=params)
-    options.write_text(json.dumps(content))
-    for changed in ({head: None}, {embedding: None}, {head: written[embedding] + 1}):
-        kept = {name: x for name, x in (written | changed).items() if x is not None}
-        save_file(kept, weights)
-        with pytest.raises(ValueError, match=mentions("tied", "m.wte", "lm_head.weight")):
-            load_peft(tmp_path / "a", specs, tied, params=params)
+            load()
     with pytest.raises(ValueError, match=mentions("params/embed/embedding", "TiedHead")):
         save_peft(tmp_path / "b", lora, specs, config, tied[:-1], extras=extras)
 

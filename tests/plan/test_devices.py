@@ -13,54 +13,10 @@ from loraplus_jax.plan.devices import (
     gpu_spec,
     memory_fraction,
     target_devices,
-    topology_shapes,
 )
 
 from ..messages import assert_mentions, mentions
-
-
-@pytest.mark.parametrize(
-    ("topology", "near"),
-    [
-        ("v5e:3x3", "v5e:2x4, "),
-        ("v6e:2x3", "v6e:2x4, "),
-        ("v5e:6x6", "v5e:4x8, "),
-        ("v5e:4x2", "v5e:2x4, "),
-        ("v5e:2x128", "v5e:16x16, "),
-        ("v5p:2x2x3", "v5p:2x2x4, "),
-        ("v5p:8x4x4", "v5p:4x4x8, "),
-        ("v4:1x1x1", "v4:2x2x1, "),
-    ],
-)
-def test_an_unavailable_shape_names_the_nearest(topology, near):
-    with pytest.raises(ValueError, match=mentions(topology)) as caught:
-        target_devices(topology)
-    assert near in str(caught.value).partition(topology)[2]
-
-
-def test_the_shapes_of_large_slices():
-    assert (16, 16, 16) in topology_shapes(TPUS["v4"])
-    assert (8, 16, 16) in topology_shapes(TPUS["v5p"])
-    assert len(topology_shapes(TPUS["v6e"])) == 8
-
-
-@pytest.mark.parametrize(
-    ("topology", "words"),
-    [
-        ("h10:8", ["h100:8", "'h10:8'", "'h100'"]),
-        ("H100:8", ["'h100'"]),
-        ("a100:8", ["'a100-40' or 'a100-80'"]),
-        ("h100", ["h100:COUNT", "'h100'"]),
-        ("h100:-1", ["h100:COUNT", "'h100:-1'"]),
-        ("h100:0", ["h100:COUNT", "'h100:0'"]),
-        ("h100:2x2x2", ["h100:HOSTSxCOUNT"]),
-        ("h100:5000", ["4,096", "'h100:5000'"]),
-        ("nowhere.yaml:8", ["nowhere.yaml", "cannot be read"]),
-    ],
-)
-def test_an_unknown_gpu_topology(topology, words):
-    with pytest.raises(ValueError, match=mentions(*words)):
-        target_devices(topology)
+from ..refusals import refusals
 
 
 def test_names_are_unique_and_memory_grows():
@@ -102,27 +58,42 @@ def write_card(tmp_path, **changes):
     return f"{file}:2"
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"clock": None}, ["clock"]),
-        ({"speed": 1}, ["speed"]),
-        ({"memory": "much"}, ["much", "numbers"]),
-        ({"cores": 0}, ["cores", "above 0"]),
-        ({"capability": 7.0}, ["capability", "7.5", "7.0"]),
-    ],
+def targets(topology):
+    return lambda: target_devices(topology)
+
+
+def card(**changes):
+    return lambda tmp_path: target_devices(write_card(tmp_path, **changes))
+
+
+NEAREST = {"v5e:3x3": "v5e:2x4", "v6e:2x3": "v6e:2x4", "v5e:6x6": "v5e:4x8", "v5e:4x2": "v5e:2x4"}
+NEAREST |= {"v5p:2x2x3": "v5p:2x2x4", "v5p:8x4x4": "v5p:4x4x8", "v4:1x1x1": "v4:2x2x1"}
+test_topologies_that_do_not_exist = refusals(
+    *((targets(topology), topology, near) for topology, near in NEAREST.items()),
+    (targets("h10:8"), "h100:8", "'h10:8'", "'h100'"),
+    (targets("H100:8"), "'h100'"),
+    (targets("a100:8"), "'a100-40' or 'a100-80'"),
+    (targets("h100"), "h100:COUNT", "'h100'"),
+    (targets("h100:-1"), "h100:COUNT", "'h100:-1'"),
+    (targets("h100:0"), "h100:COUNT", "'h100:0'"),
+    (targets("h100:2x2x2"), "h100:HOSTSxCOUNT"),
+    (targets("h100:5000"), "4,096", "'h100:5000'"),
+    (targets("nowhere.yaml:8"), "nowhere.yaml", "cannot be read"),
+    (card(clock=None), "clock"),
+    (card(speed=1), "speed"),
+    (card(memory="much"), "much", "numbers"),
+    (card(cores=0), "cores", "above 0"),
+    (card(capability=7.0), "capability", "7.5", "7.0"),
 )
-def test_an_invalid_file_of_a_card(tmp_path, changes, words):
-    with pytest.raises(ValueError, match=mentions(*words)):
-        target_devices(write_card(tmp_path, **changes))
+
+
+TOPOLOGY = "jax.experimental.topologies.get_topology_desc"
 
 
 def test_a_file_of_a_card(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setattr(
-        "jax.experimental.topologies.get_topology_desc", lambda **options: asked.update(options) or _Two
-    )
+    monkeypatch.setattr(TOPOLOGY, lambda **options: asked.update(options) or _Two)
     chip, devices = target_devices(write_card(tmp_path, memory="16e9"))  # YAML's text
     assert chip == Gpu(**CARD | {"memory": 16e9})
     assert (asked["topology"], len(devices)) == ("1x1x2", 2)
@@ -143,29 +114,13 @@ def test_an_invalid_fraction_of_memory_is_found_before_the_compiler_reads_it(mon
         target_devices("h100:8")
 
 
-def test_a_gpu_that_the_compiler_cannot_compile_for_is_one_line(tmp_path, monkeypatch):
-    def reject(device):
+@pytest.mark.parametrize("at", ["loraplus_jax.plan.devices._compile_exp", TOPOLOGY])
+def test_what_the_compiler_cannot_read_or_compile_for_is_one_line(tmp_path, monkeypatch, at):
+    def reject(*_, **__):
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: ptxas\ntoo old.")
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", lambda **options: _Two)
-    monkeypatch.setattr("loraplus_jax.plan.devices._compile_exp", reject)
+    monkeypatch.setattr(TOPOLOGY, lambda **options: _Two)
+    monkeypatch.setattr(at, reject)
     with pytest.raises(ValueError, match=mentions("t4.yaml:2", "jax_cuda13_plugin", "ptxas too old")):
         target_devices(write_card(tmp_path))
-
-
-@pytest.mark.parametrize(("topology", "extra"), [("h100:8", "gpu-plan"), ("v5e:2x2", "tpu-plan")])
-def test_without_the_compiler_the_extra_is_named(monkeypatch, topology, extra):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=rf"loraplus_jax\[{extra}\]"):
-        target_devices(topology)
-
-
-def test_what_the_compiler_cannot_read_is_one_line(monkeypatch):
-    def reject(**options):
-        raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Failed to parse\nGpuTargetConfigProto")
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", reject)
-    with pytest.raises(ValueError, match=mentions("h100:8", "jax_cuda13_plugin", "GpuTargetConfigProto")):
-        target_devices("h100:8")

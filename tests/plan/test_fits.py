@@ -1,17 +1,16 @@
 """Which GPUs a step fits on: the table, and which answers come from a program for the GPU itself."""
 
 import dataclasses
-import json
 
 import pytest
 
 from loraplus_jax.plan import fits as module
 from loraplus_jax.plan.devices import GPUS, MAX_FRACTION
 from loraplus_jax.plan.fits import COUNTS, find_fits, split_over
-from loraplus_jax.plan.render import format_fits, write_fits
+from loraplus_jax.plan.render import format_fits
 
 from ..messages import assert_mentions
-from .tiny import BERT, llama, settings_of
+from .tiny import llama
 
 ALL = 40_000_000_000
 """Bytes that a made-up step needs on one GPU; n GPUs need an n-th each, and a quarter of it with nf4."""
@@ -72,15 +71,6 @@ def test_only_close_answers_are_compiled_for_their_gpu(answers):
         assert fit.needed == size - (asked in others)
 
 
-def test_the_answers_as_json(answers, tmp_path):
-    fits, *_ = answers
-    write_fits(tmp_path / "fits.json", fits)
-    found = json.loads((tmp_path / "fits.json").read_text())["fits"]
-    assert len(found) == len(fits.fits)
-    assert found[0]["gpu"] == "rtx4080"
-    assert found[0]["fits"] is False
-
-
 def test_batches_are_split_over_the_gpus(tmp_path):
     settings = llama(tmp_path, train={"batch_size": 4, "accumulate": 4, "eval_batch_size": 2})
     sizes = [dataclasses.astuple(split_over(settings, n).mesh) for n in COUNTS]
@@ -89,10 +79,3 @@ def test_batches_are_split_over_the_gpus(tmp_path):
     assert [t.batch_size for t in trains] == [4, 4, 4, 8]
     assert [t.accumulate for t in trains] == [4, 2, 1, 1]
     assert [t.eval_batch_size for t in trains] == [2, 2, 4, 8]
-
-
-def test_weights_that_all_train_are_not_quantized(tmp_path):
-    full = settings_of(tmp_path, BERT, task="classification", method="full")
-    assert [s.model.quantize for s in module._variants(full)] == ["none"]
-    nf4 = llama(tmp_path, model={"quantize": "nf4"})
-    assert [s.model.quantize for s in module._variants(nf4)] == ["nf4", "none"]

@@ -106,10 +106,7 @@ def blocks_left(length, block, window):
     ("length", "window", "block", "matmuls"),
     [
         (1024, None, 512, 2 + 5),  # one kernel for all gradients
-        (1024, 513, 512, 2 + 3 + 4),
-        (1152, 300, 384, 2 + 3 + 4),
         (1152, 386, 384, 2 + 3 + 4),
-        (1280, 100, 256, 2 + 3 + 4),
         (1408, None, 128, 2 + 3 + 4),  # eleven blocks
     ],
 )

@@ -11,9 +11,8 @@ from loraplus_jax.plan.programs import plan_step
 from loraplus_jax.tasks.interface import row_count
 from loraplus_jax.training.setup import task_module
 
-from ..marks import long
 from ..messages import mentions
-from .tiny import BERT, RANK, llama, parts_of, settings_of
+from .tiny import BERT, LAYERS, RANK, llama, parts_of, settings_of
 
 
 def cost(settings, base, data, mesh):
@@ -21,13 +20,10 @@ def cost(settings, base, data, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "devices"), [long("llama", 2), ("bert", 1)])
-def test_costs_of_all_layers_follow_from_those_of_one_and_two(tmp_path, kind, devices):
-    if kind == "llama":
-        settings = llama(tmp_path, model={"remat": "full"})
-    else:  # on one device: on a mesh XLA's CPU compiler repeats the embedding's lookup in more and more places
-        settings = settings_of(tmp_path, BERT, task="classification", targets=("query", "value"))
-    mesh, (base, data) = make_mesh(devices), parts_of(settings, tmp_path)
+def test_costs_of_all_layers_follow_from_those_of_one_and_two(tmp_path):
+    """On one device: on a mesh XLA's CPU compiler repeats the embedding's lookup in more and more places."""
+    settings = settings_of(tmp_path, BERT, task="classification", targets=("query", "value"))
+    mesh, (base, data) = make_mesh(1), parts_of(settings, tmp_path)
     whole = cost(settings, replace_depth(base, base.model.config.num_hidden_layers), data, mesh)
     work = count_work(settings, base, data, mesh)
     assert work.flops == pytest.approx(whole["flops"], rel=0.01)
@@ -37,34 +33,23 @@ def test_costs_of_all_layers_follow_from_those_of_one_and_two(tmp_path, kind, de
 
 
 @pytest.mark.slow
-def test_costs_where_some_layers_are_adapted(tmp_path):
-    settings, mesh = llama(tmp_path, layers=(3, 4), targets="all-linear"), make_mesh(1)  # and the head is not
+def test_costs_of_some_adapted_layers_micro_batches_and_pieces_of_the_loss(tmp_path):
+    options, mesh = {"layers": (1, 2), "targets": "all-linear"}, make_mesh(1)  # and the head is not adapted
+    settings = llama(tmp_path, **options)
     base, data = parts_of(settings, tmp_path)
-    whole = cost(settings, replace_depth(base, 5), data, mesh)
+    whole = cost(settings, replace_depth(base, LAYERS), data, mesh)
     work = count_work(settings, base, data, mesh)
     assert work.flops == pytest.approx(whole["flops"], rel=0.01)
     assert work.bytes == pytest.approx(whole["bytes accessed"], rel=0.02)
-
-
-@pytest.mark.slow
-def test_micro_batches_and_pieces_of_the_loss_are_counted(tmp_path):
-    mesh = make_mesh(1)
-    plain = llama(tmp_path)
-    base, data = parts_of(plain, tmp_path)
-    one = count_work(plain, base, data, mesh)
-    cut = llama(tmp_path, train={"accumulate": 4}, model={"loss_chunk": 16})
+    cut = llama(tmp_path, train={"accumulate": 4}, model={"loss_chunk": 16}, **options)
     four = count_work(cut, base, data, mesh)
-    assert four.flops == pytest.approx(one.flops, rel=0.02)
-    assert four.bytes > one.bytes  # weights are read four times
-
-
-@pytest.mark.slow
-def test_the_head_is_read_twice_for_each_further_piece_of_the_loss(tmp_path):
-    settings = llama(tmp_path, model={"loss_chunk": 64, "dtype": "bfloat16"})  # 8 rows of 8 tokens: 4 pieces
-    base, data = parts_of(settings, tmp_path)
-    step = plan_step(settings, base, data, make_mesh(1))
-    assert head_bytes(settings, step.parts, make_mesh(1)) == 3 * 2 * 256 * 32 * 2
-    assert head_bytes(settings, step.parts, make_mesh(1, 1, 2)) == 3 * 2 * 256 * 32
+    assert four.flops == pytest.approx(work.flops, rel=0.02)
+    assert four.bytes > work.bytes  # weights are read four times
+    # The head is read twice for each further piece of the loss: 8 rows of 32 tokens are 4 pieces.
+    cut = llama(tmp_path, model={"loss_chunk": 64, "dtype": "bfloat16"}, **options)
+    parts = plan_step(cut, base, data, mesh).parts
+    assert head_bytes(cut, parts, mesh) == 3 * 2 * 256 * 32 * 2
+    assert head_bytes(cut, parts, make_mesh(1, 1, 2)) == 3 * 2 * 256 * 32
 
 
 @pytest.mark.slow
@@ -72,15 +57,15 @@ def test_bytes_of_what_is_held_are_those_of_the_program(planned):
     plan, _ = planned
     held = {name: size for name, size in plan.memory.items() if name != "temporaries"}
     layer = 2 * (32 * 32 + 32 * 16) + 3 * 32 * 64 + 2 * 32
-    assert held["frozen weights"] == 4 * (5 * layer + 2 * 256 * 32 + 32)
-    adapters = 5 * RANK * ((32 + 32) + (32 + 16))
+    assert held["frozen weights"] == 4 * (LAYERS * layer + 2 * 256 * 32 + 32)
+    adapters = LAYERS * RANK * ((32 + 32) + (32 + 16))
     assert held["trained"] == 4 * adapters
     assert (plan.trained, plan.total - plan.trained) == (adapters, held["frozen weights"] // 4)
     assert held["batch"] == 8 * (3 * 32 + 1) * 4 // plan.devices
     # Beside them the program takes the step, the key and the optimizer's counters, and has its own code.
     assert 0 <= plan.needed - sum(plan.memory.values()) < 4096
     assert plan.fits
-    assert (plan.devices, plan.layers, plan.mesh["data"]) == (jax.device_count(), 5, jax.device_count())
+    assert (plan.devices, plan.layers, plan.mesh["data"]) == (jax.device_count(), LAYERS, jax.device_count())
 
 
 @pytest.mark.slow

@@ -9,46 +9,20 @@ import pytest
 from loraplus_jax import make_mesh
 from loraplus_jax.plan.devices import GPUS, TPUS
 from loraplus_jax.plan.hlo import Collective
-from loraplus_jax.plan.plan import Plan, Work, roofline
+from loraplus_jax.plan.plan import Work, roofline
 from loraplus_jax.plan.render import advice, format_plan
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.training.setup import check_mesh
 
 from ..messages import assert_mentions, mentions
-from .tiny import RANK, fake, llama
+from .tiny import fake, llama, plan_by_hand
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """A plan by hand, as no compiler is asked here, and its settings."""
     settings = llama(tmp_path_factory.mktemp("model"))
-    adapters, weights = 5 * RANK * (2 * 32 + 32 + 16), 62_816
-    memory = {"frozen weights": 4 * weights, "trained": 4 * adapters, "optimizer": 8 * adapters}
-    plan = Plan(
-        model=settings.model.path,
-        device="cpu",
-        chip=None,
-        devices=8,
-        mesh={"data": 8, "fsdp": 1, "tensor": 1},
-        rows=8,
-        tokens=32,
-        accumulate=1,
-        layers=5,
-        trained=adapters,
-        total=adapters + weights,
-        memory=memory | {"batch": 388, "temporaries": 200_000},
-        needed=480_000,
-        peak=0,
-        evaluation=300_000,
-        theory=None,
-        room=16_000_000_000,
-        problem=None,
-        work=Work(2e7, 1e7),
-        collectives=(Collective("all-reduce", 4 * adapters, 8, 1, "f32[32,3]", ""),),
-        roofline={},
-        compile_seconds=1.0,
-    )
-    return plan, settings
+    return plan_by_hand(settings.model.path), settings
 
 
 def test_what_does_not_fit_comes_with_what_to_change(planned):
@@ -178,53 +152,3 @@ def test_advice_is_what_training_would_take(planned, mesh):
         train = dataclasses.replace(settings.train, accumulate=int(line.get("train.accumulate", 1)))
         made = make_mesh(**axes, devices=jax.devices()[:count])
         check_mesh(dataclasses.replace(settings, train=train, mesh=MeshSettings(**axes)), made)
-
-
-def test_advice_where_most_is_trained(planned):
-    plan, settings = planned
-    one = {"data": 1, "fsdp": 1, "tensor": 1}
-    held = {"frozen weights": 10, "trained": 3_000, "optimizer": 6_000, "batch": 1, "temporaries": 100}
-    large = fake(plan, mesh=one, devices=1, memory=held, needed=9_111, room=1, evaluation=None)
-    first = advice(large, settings)[0]
-    assert first.startswith("lora.rank below 3")
-    assert_mentions(first, "9.00 kB")
-    saving = dataclasses.replace(settings.lora, modules_to_save=("lm_head",))
-    assert advice(large, dataclasses.replace(settings, lora=saving))[0].startswith(
-        "fewer lora.modules_to_save"
-    )
-    full = dataclasses.replace(settings, method="full")
-    all_trained = fake(large, memory={**held, "frozen weights": 0})
-    assert advice(all_trained, full)[0].startswith("method lora_plus")
-    assert "frozen weights" not in format_plan(all_trained, full).partition("does not fit")[2]
-    split = fake(all_trained, mesh={"data": 4, "fsdp": 2, "tensor": 1}, devices=8)
-    (wider,) = [line for line in advice(split, full) if line.startswith("mesh.data 1 and mesh.fsdp 8")]
-    assert_mentions(wider, "9.00 kB", "2.25 kB")
-    stored = dataclasses.replace(settings.model, param_dtype="bfloat16")
-    small = fake(large, memory={**held, "frozen weights": 10_000})
-    lines = advice(small, dataclasses.replace(settings, model=stored))
-    assert_mentions(lines[0], "more devices", "mesh.fsdp", 1)
-
-
-def test_the_largest_collectives_and_reductions_are_shown(planned):
-    plan, settings = planned
-    gathers = [Collective("all-gather", 1000 * n, 4, 2, f"f32[{n},250]", "here") for n in range(1, 8)]
-    again = Collective("all-gather", 7000, 4, 3, "f32[7,250]", "there")
-    reduces = [Collective("all-reduce", n, 4, 1, f"f32[3,{n}], f32[3,{n}], f32[]", "") for n in range(1, 6)]
-    text = format_plan(fake(plan, collectives=(*gathers, again, *reduces)), settings)
-    lines = [line.split() for line in text.partition("largest collectives")[2].splitlines()[1:]]
-    shown = [line[:2] for line in lines if line[0].startswith("all-")]
-    assert shown[:5] == [["all-gather", f"f32[{n},250]"] for n in (7, 6, 5, 4, 3)]
-    assert lines[0] == ["all-gather", "f32[7,250]", "4", "5", "7.00", "kB", "26.25", "kB"]
-    assert [line[:4] for line in lines[5:8]] == [
-        ["all-reduce", "2", f"f32[3,{n}],", "f32[]"] for n in (5, 4, 3)
-    ]
-    assert len(shown) == 8
-
-
-def test_a_plan_that_fits(planned):
-    plan, settings = planned
-    text = format_plan(plan, settings)
-    assert_mentions(text, "5 layers", f"{plan.trained:,} of {plan.total:,} parameters")
-    assert_mentions(text, "8 x 32 tokens", "1 x 32")
-    assert "fits: " in text
-    assert "all-reduce" in text

@@ -11,13 +11,13 @@ import pytest
 
 from loraplus_jax.plan import search as module
 from loraplus_jax.plan.devices import GPUS, Tpu
-from loraplus_jax.plan.plan import Plan, Work, plan_for
+from loraplus_jax.plan.plan import Plan, Work
 from loraplus_jax.plan.render import explain_no_fit, format_search, search_command
 from loraplus_jax.plan.search import COUNTED, LARGER, SETTINGS, TOO_LARGE, Layout, Search
 from loraplus_jax.settings.parsing import parse_settings
 
 from ..messages import assert_mentions
-from .tiny import BERT, config, llama, settings_of
+from .tiny import config, llama
 
 pytestmark = pytest.mark.slow
 
@@ -84,12 +84,6 @@ def test_a_fixed_axis_is_kept_though_it_splits_some_weights_only(tmp_path):
     settings = parse_settings(config(tmp_path), ["--mesh.data=2", "--mesh.fsdp=-1"])
     search = Search(settings, CHIP, jax.devices(), {"mesh.data", "train.accumulate", "model.remat"})
     assert {layout.mesh for layout in layouts_of(search)} == {(2, 4, 1), (2, 2, 2)}
-
-
-def test_an_encoder_has_no_layouts_of_language_models(tmp_path):
-    settings = settings_of(tmp_path, BERT, task="classification", targets=("query",))
-    search = Search(settings, CHIP, jax.devices(), {"train.accumulate"})
-    assert {(layout.tensor, layout.remat) for layout in layouts_of(search)} == {(1, "none"), (2, "none")}
 
 
 @pytest.mark.parametrize(
@@ -201,19 +195,3 @@ def test_an_interrupt_keeps_the_best_so_far(fake_search, all_layouts, monkeypatc
     assert not search.complete
     assert [trial.layout for trial in search.trials if trial.plan] == compiled == [search.current]
     assert_mentions(format_search(search, all_layouts[0], []), "not compiled")
-
-
-@pytest.mark.long
-def test_estimates_of_memory_are_lower_bounds_and_a_fast_layout_is_found(tmp_path, monkeypatch):
-    settings, devices, counted = llama(tmp_path), jax.devices()[:2], {}
-    search = Search(settings, CHIP, devices, {"train.accumulate", "mesh.tensor"})
-    plans = {
-        trial.layout: plan_for(trial.layout.apply(settings), CHIP, devices, counted)
-        for trial in search.trials
-    }
-    assert all(trial.needed <= plans[trial.layout].needed for trial in search.trials)
-    search._counted = counted  # and no program is compiled twice
-    by_settings = {str(layout.apply(settings)): plan for layout, plan in plans.items()}
-    monkeypatch.setattr(module, "plan_for", lambda settings, *_: by_settings[str(settings)])
-    search.run()
-    assert search.best.seconds == min(max(plan.roofline.values()) for plan in plans.values())

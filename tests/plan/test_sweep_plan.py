@@ -22,7 +22,7 @@ from loraplus_jax.tasks.interface import full_batches
 from loraplus_jax.training.setup import task_module
 
 from ..messages import assert_mentions
-from .tiny import BERT, RANK, config, llama, parts_of, settings_of
+from .tiny import LAYERS, RANK, config, fake, llama, parts_of
 
 HALF_A_SECOND = Work(500.0, 0.0)
 CHIP = Chip("chip", memory=100.0, flops=1000.0, memory_rate=1000.0, link_rate=1.0)
@@ -56,7 +56,7 @@ def load(run, directory):
 
 
 @pytest.fixture
-def planned(tmp_path, monkeypatch):
+def plan_of(tmp_path, monkeypatch):
     """Plans a sweep whose runs have the given plan, for a worker with two devices."""
 
     def plan(one, workers, *options, topology="chip:2", evaluation=HALF_A_SECOND):
@@ -71,40 +71,36 @@ def planned(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_time_by_hand(planned):
+def test_the_time_by_hand(plan_of):
     # 8 settings to step 2, 4 to step 8, 4 runs of the report, one on each of two devices. Each setting is evaluated
     # on 3 batches, each run of the report on 2 batches after steps 0 and 8.
-    plan, run = planned(run_plan(), 2, "--sweep.curve_points=1")
+    plan, run = plan_of(run_plan(), 2, "--sweep.curve_points=1")
     assert (plan.steps, plan.batches, plan.seconds) == (8, {"validation": 3, "test": 2}, {"": (2.0, 0.5)})
     search, rest, report = 2 * 2.0 + 1.5, 6 * 2.0 + 1.5, 8 * 2.0 + 2 * 1.0
     assert plan.schedule.makespan == 2 * search + rest + report
     assert plan.schedule.work == 4 * search + 2 * rest + 2 * report
     # Three on each.
-    plan, run = planned(run_plan(), 2, "--sweep.members_at_once=3", "--sweep.curve_points=1")
+    plan, run = plan_of(run_plan(), 2, "--sweep.members_at_once=3", "--sweep.curve_points=1")
     assert (plan.held, plan.group_size, plan.devices) == ({"": 3}, 6, 2)
     assert [len(span.unit.members) for span in plan.schedule.spans] == [6, 2, 4, 4]
     assert plan.schedule.makespan == 3 * search + 2 * rest + 2 * report
     assert plan.schedule.work == (3 + 1) * search + 2 * rest + 2 * report
     words = ("3 runs", "8 steps a run; 3 batches", "2 in the report", "2 workers", "80 s", "85 s")
     assert_mentions(format_sweep(plan, run), *words, "2 from step 0 of the search")
-    plan, _ = planned(run_plan(), 8, "--sweep.group_size=1", "--sweep.curve_points=1")
+    plan, _ = plan_of(run_plan(), 8, "--sweep.group_size=1", "--sweep.curve_points=1")
     assert plan.schedule.makespan == plan.schedule.bound == search + rest + report
-    plan, run = planned(run_plan(), 8, "--sweep.group_size=1", "--sweep.curve_points=1", "--sweep.widen=2")
+    plan, run = plan_of(run_plan(), 8, "--sweep.group_size=1", "--sweep.curve_points=1", "--sweep.widen=2")
     assert plan.schedule.makespan == search + rest + report
     assert_mentions(format_sweep(plan, run), "on top", "sweep.widen")
-    plan, run = planned(run_plan(seconds=0.0), 2)
+    plan, run = plan_of(run_plan(seconds=0.0), 2)
     assert plan.schedule is None
     assert_mentions(format_sweep(plan, run), "--topology")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", pytest.param("bert", marks=pytest.mark.long)])
-def test_an_evaluation_of_all_layers_is_counted(tmp_path, kind):
-    if kind == "llama":  # its loss in eight chunks, whose loop would count once
-        settings = llama(tmp_path, model={"loss_chunk": 16}, train={"accumulate": 2})
-    else:  # wide enough that what XLA's CPU compiler fuses into later layers once more does not count
-        wide = BERT | {"hidden_size": 128, "intermediate_size": 512}
-        settings = settings_of(tmp_path, wide, task="classification", targets=("query", "value"))
+def test_an_evaluation_of_all_layers_is_counted(tmp_path):
+    """Its loss is in eight chunks, whose loop would count once."""
+    settings = llama(tmp_path, model={"loss_chunk": 16}, train={"accumulate": 2})
     mesh, (base, data) = make_mesh(1), parts_of(settings, tmp_path)
     batches = full_batches(data.splits["train"], 8, 4)
     work = count_evaluation(settings, base, data, batches, mesh)
@@ -114,18 +110,17 @@ def test_an_evaluation_of_all_layers_is_counted(tmp_path, kind):
     evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
     program = evaluate.lower(step.held["trained"][0], step.parts.frozen, batches.evaluate).compile()
     assert work.flops == pytest.approx(program.cost_analysis()["flops"], rel=0.01)
-    if kind == "llama":
-        # The matmuls of 4 rows of 32 tokens: weights of a layer, scores, factors of q and v, and the head.
-        weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
-        layer = weights + 2 * 32 * 32 + RANK * (32 + 32 + 32 + 16)
-        assert work.flops == pytest.approx(2 * 4 * 32 * (5 * layer + 32 * 256), rel=0.1)
+    # The matmuls of 4 rows of 32 tokens: weights of a layer, scores, factors of q and v, and the head.
+    weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    layer = weights + 2 * 32 * 32 + RANK * (32 + 32 + 32 + 16)
+    assert work.flops == pytest.approx(2 * 4 * 32 * (LAYERS * layer + 32 * 256), rel=0.1)
 
 
-def test_a_run_that_fits_no_device(planned):
+def test_a_run_that_fits_no_device(plan_of):
     with pytest.raises(ValueError, match="and a run needs"):
-        planned(run_plan(room=50), 2)
+        plan_of(run_plan(room=50), 2)
     with pytest.raises(ValueError, match=r"evaluation of 7 rows.*train\.eval_batch_size"):
-        planned(run_plan(), 2, evaluation=None)
+        plan_of(run_plan(), 2, evaluation=None)
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
@@ -143,8 +138,13 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_what_it_prints(planned, tmp_path, capsys, monkeypatch):
+    def plan_for(settings, chip, devices):
+        larger = settings.method == "full"
+        return fake(planned[0], needed=planned[0].needed * (1 + larger), evaluation=None)
+
     monkeypatch.setattr(sweep_plan, "load_sweep_data", load)
+    monkeypatch.setattr(sweep_plan, "plan_for", plan_for)
     file = tmp_path / "plan.json"
     command = ["plan", config(tmp_path), *OPTIONS, "--sweep.methods=[full]", "--workers", "2"]
     assert main([*command, "--json", str(file)]) == 0

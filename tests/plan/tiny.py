@@ -6,6 +6,8 @@ import json
 import jax
 
 from loraplus_jax import LoRAPlusConfig, make_mesh, pmap_step
+from loraplus_jax.plan.hlo import Collective
+from loraplus_jax.plan.plan import Plan, Work
 from loraplus_jax.plan.programs import plan_step
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
 from loraplus_jax.training.optimizer import make_optimizer
@@ -13,12 +15,13 @@ from loraplus_jax.training.setup import task_module
 
 from .. import tiny
 
-RANK = 3
+RANK, LAYERS = 3, 3
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": None}
 WIDE = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 5, "intermediate_size": 64}
 LLAMA = tiny.config(**WIDE, **HEADS)
+SHORT = LLAMA | {"num_hidden_layers": LAYERS}
 GPT2 = tiny.config("gpt2", **WIDE, num_attention_heads=4)
-BERT = tiny.config("bert", vocab_size=128, num_hidden_layers=4, intermediate_size=32)
+BERT = tiny.config("bert", vocab_size=128, num_hidden_layers=3, intermediate_size=32)
 
 
 def settings_of(
@@ -37,7 +40,7 @@ def settings_of(
 
 
 def llama(directory, **kwargs):
-    return settings_of(directory, LLAMA, task="instruction", **kwargs)
+    return settings_of(directory, SHORT, task="instruction", **kwargs)
 
 
 def parts_of(settings, directory):
@@ -47,12 +50,25 @@ def parts_of(settings, directory):
 
 
 def config(directory, **changes):
-    (directory / "config.json").write_text(json.dumps(LLAMA))
+    (directory / "config.json").write_text(json.dumps(SHORT))
     path = directory / "run.yaml"
     lines = {"model": {"path": str(directory)}, "data": {"path": "none.jsonl", "max_length": 32}}
     lines |= {"task": "instruction", "output_dir": "out", "train": {"batch_size": 8, "eval_batch_size": 8}}
     path.write_text(json.dumps(lines | changes))  # JSON is YAML
     return str(path)
+
+
+def plan_by_hand(model, **changes):
+    """A plan of `SHORT` on eight devices, with these figures of another."""
+    adapters, weights = LAYERS * RANK * (2 * 32 + 32 + 16), 62_816
+    memory = {"frozen weights": 4 * weights, "trained": 4 * adapters, "optimizer": 8 * adapters}
+    sizes = {"devices": 8, "mesh": {"data": 8, "fsdp": 1, "tensor": 1}, "rows": 8, "tokens": 32}
+    sizes |= {"accumulate": 1, "layers": LAYERS, "trained": adapters, "total": adapters + weights}
+    needs = {"memory": memory | {"batch": 388, "temporaries": 200_000}, "needed": 480_000, "peak": 0}
+    needs |= {"evaluation": 300_000, "theory": None, "room": 16_000_000_000, "problem": None}
+    reduced = (Collective("all-reduce", 4 * adapters, 8, 1, "f32[32,3]", ""),)
+    others = {"device": "cpu", "chip": None, "work": Work(2e7, 1e7), "collectives": reduced}
+    return Plan(**{"model": model, "roofline": {}, "compile_seconds": 1.0} | sizes | needs | others | changes)
 
 
 def fake(plan, **changes):

@@ -3,15 +3,11 @@
 import math
 import types
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from loraplus_jax.step.train_step import TrainState
 from loraplus_jax.sweep.device_slots import DeviceSlots, assign_slots, stored_members
 from loraplus_jax.sweep.population import Members, fastest_batch_size, parallel_members
-
-from ..training.test_trainer import numbered
 
 
 class Program:
@@ -32,26 +28,6 @@ def test_members_are_spread_over_the_devices():
     assert assign_slots(5, chunk=4, devices=2, at_once=2) == [0, 1, 2, 3, 4]
     for count in range(1, 17):
         assert len(set(assign_slots(count, chunk=8, devices=4, at_once=1))) == count
-
-
-def test_rows_of_the_members_of_a_sweep():
-    def both(members, frozen, batch):
-        results = (numbered(scale, frozen, batch) for scale in (1.0, 3.0))
-        return jax.tree.map(lambda *x: jnp.stack(x), *results)
-
-    parts, batches = types.SimpleNamespace(frozen=None), types.SimpleNamespace(eval_rows=4)
-    slots = types.SimpleNamespace(
-        population=types.SimpleNamespace(parts=parts, batches=batches),
-        programs=types.SimpleNamespace(evaluate=Program(both)),
-        chunks=[types.SimpleNamespace(alive=np.array([True, True]))],
-        slots_in=lambda chunk: [5, 2],
-    )
-    arrays = {"x": np.arange(7, dtype=np.float32)}
-    found = DeviceSlots.evaluate(slots, arrays)  # pyright: ignore
-    assert list(found) == [2, 5]
-    for number, scale in {5: 1.0, 2: 3.0}.items():
-        assert found[number]["x"] == 3 * scale
-        np.testing.assert_array_equal(found[number]["rows"], scale * arrays["x"])
 
 
 def member(number):

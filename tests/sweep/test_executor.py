@@ -105,11 +105,3 @@ def test_a_worker_runs_one_unit_at_a_time(parsed):
         spans = sorted((span.start, span.end) for span in found.spans if span.worker == worker)
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert found.bound <= found.makespan <= found.bound + found.chain
-
-
-@pytest.mark.parametrize("interim", ["[]", "[2,3]"])
-def test_all_report_seeds_are_planned(parsed, interim):
-    run = parsed("--sweep.report_seeds", "4", "--sweep.interim_seeds", interim)
-    found = schedule([run], 100, 1, 4, steps_of)
-    report = [span.unit for span in found.spans if span.unit.stage == "report"]
-    assert len(report) == 3 * 4

@@ -9,7 +9,6 @@ from loraplus_jax.sweep.halving import (
     curve_steps,
     mean_losses,
     member_steps,
-    planned_members,
     split_at_rung,
     survivors,
 )
@@ -117,11 +116,3 @@ def test_the_defaults_take_less_than_a_quarter_of_the_grid():
     left = survivors({trial: float(n) for n, trial in enumerate(settings)}, SweepSettings().keep)
     taken = member_steps([len(settings), len(left)], comparison_steps(SweepSettings(), 300))
     assert taken == 32 * 38 + 4 * 262 == 2264 <= 32 * 300 / 4
-
-
-def test_the_plan_of_a_sweep_counts_as_it_trains():
-    # 8 settings of two methods to step 4, 2 of each to 16.
-    trials = [Trial(10.0**-n, ratio, 16.0, 8) for ratio in (1.0, 4.0) for n in range(4)]
-    assert planned_members(trials, 1, [4, 16], 0.5) == [8, 4]
-    assert member_steps([8, 4], [4, 16]) == 8 * 4 + 4 * 12
-    assert planned_members(trials, 2, [16], 0.5) == [16]

@@ -1,15 +1,11 @@
 """What a worker needs by Ray's names, and what is said without Ray. `tests/integration/test_ray.py` runs sweeps."""
 
-import os
 import sys
-import types
 
 import pytest
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.sweep.ray_tasks import _join_cluster, connect, worker_resources
-from loraplus_jax.sweep.settings import SweepSettings
-from loraplus_jax.training.console import LineConsole
+from loraplus_jax.sweep.ray_tasks import _join_cluster, worker_resources
 
 from ..messages import assert_mentions, mentions
 from ..refusals import refusals
@@ -39,20 +35,6 @@ test_resources_that_no_node_has = refusals(
     (lambda: worker_resources({"CPU": 1.0}, []), "sweep.worker", "CPU 1"),
     (lambda: worker_resources({"memory": 1e9}, [GPUS | {"memory": 1e12}]), "sweep.worker", "memory"),
 )
-
-
-def test_ray_waits_before_it_tries_again_and_prints_no_colors(monkeypatch):
-    def init(**_):
-        raise RuntimeError(" ".join(os.environ[name] for name in names))
-
-    names = ("RAY_task_retry_delay_ms", "RAY_COLOR_PREFIX")
-    for name in (*names, "RAY_USAGE_STATS_ENABLED"):
-        monkeypatch.setenv(name, "")  # restored at the end
-        monkeypatch.delenv(name)
-    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=init))
-    settings = SweepSettings(ray="auto")
-    with pytest.raises(ValueError, match=mentions("10000 0")), connect(settings, LineConsole(quiet=True)):
-        pass
 
 
 @pytest.mark.parametrize("address", ["ray://host:1", "cluster"])

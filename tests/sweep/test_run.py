@@ -78,30 +78,6 @@ def test_the_search_selects_on_validation_and_the_report_tests(ended, option):
         assert chosen.learning_rate * chosen.lr_ratio == min(rates)
 
 
-class Timed(GivenLosses):
-    """Measures at the start of its first unit, which took 100 s to prepare; a batch takes half a second."""
-
-    workers = 1
-
-    def wait(self):
-        sweep, unit = self.queue[-1]
-        if unit.is_timed:
-            took = {"batch_seconds": 0.5, "step_work": 2.0, "eval_rows": 4, "preparation": 100.0}
-            sweep.follow(unit, Progress(unit.start, **took))
-        return super().wait()
-
-
-def test_an_estimate_includes_the_preparation_of_the_units_that_follow(ended, monkeypatch):
-    seconds = []
-    monkeypatch.setattr("loraplus_jax.sweep.run.Estimate", lambda *values: seconds.append(values[0]))
-    # 2 settings for 8 steps and a validation; then 2 runs on 3 seeds for 8 steps, evaluated on 3 points.
-    options = ("method=grid", "learning_rates=[1e-3]", "lr_ratios=[4]", "curve_points=2", "control=false")
-    ended(Timed(2), *(f"--sweep.{option}" for option in options))
-    work = (2 + 6) * 8 * 1.0 + (2 + 6 * 3) * 0.5
-    # Groups of two: one of the search, which has begun, and three of the report.
-    assert seconds == [work + 3 * 100.0]
-
-
 class Told(GivenLosses):
     """Tells losses of its own before each result, as an attempt that is lost."""
 
@@ -218,11 +194,3 @@ def test_a_rate_that_diverges_ends_the_range(ended):
     # 0.002 doubled until 1.024 diverges.
     assert sweep.chosen["lora_plus"].learning_rate == 0.512
     assert report["at_the_edge"] == []
-
-
-def test_no_rate_is_added_where_the_best_is_inside(ended):
-    executor, inside = BestRates(lora=2e-3, lora_plus=2e-3), "rates=[1e-3,2e-3,4e-3]"
-    ended(
-        executor, *LISTED, "--sweep.widen=2", f"--sweep.learning_{inside}", f"--sweep.lora_learning_{inside}"
-    )
-    assert not any(unit.name.startswith("wider") for unit in executor.units)

@@ -66,22 +66,6 @@ def test_the_base_and_the_data_are_compared_with_the_drivers(job, monkeypatch):
     error_of(job._replace(source=source | data), ["identity.data.train", "d1", "e2"])
 
 
-def test_progress_is_written_every_second_and_at_each_evaluation(tmp_path, monkeypatch):
-    path = unit_directory(tmp_path, UNIT.name) / PROGRESS
-    path.parent.mkdir(parents=True)
-    now, written = [0.0], []
-    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(worker, "write_record", lambda path, content: written.append(content["step"]))
-    reporter = worker._Reporter(path)
-    for step, rows in ((1, []), (2, []), (3, [{}]), (4, [{}]), (5, [{}])):
-        now[0] += 0.4
-        reporter.tell(Progress(step, rows))
-    assert written == [1, 3]
-    now[0] += 0.4
-    reporter.tell(Progress(6, [{}]))
-    assert written == [1, 3, 6]
-
-
 def test_unreadable_progress_is_none(tmp_path):
     path = unit_directory(tmp_path, UNIT.name) / PROGRESS
     assert read_progress(tmp_path, UNIT) is None

@@ -2,7 +2,6 @@
 
 import types
 
-import jax.numpy as jnp
 import pytest
 
 from loraplus_jax.training.anomalies import (
@@ -12,7 +11,6 @@ from loraplus_jax.training.anomalies import (
     advice,
     find_spikes,
     index_of_skip_limit,
-    metrics_to_host,
 )
 
 from ..messages import assert_mentions
@@ -55,19 +53,10 @@ def test_losses_that_always_jump_about_are_no_spikes_and_skipped_ones_do_not_cou
     assert (seen, jumps) == (SpikeHistory(noisy[:3], skipped=3), [])
 
 
-def test_a_first_loss_is_nothing_to_compare_with():
-    assert find_spikes(SpikeHistory(), 1, [row(1.0), row(9.0), row(90.0)])[1] == []
-
-
 @pytest.mark.parametrize(("before", "most", "place"), [(0, 3, 4), (0, 4, None), (2, 3, 0), (1, 3, 4)])
 def test_skipped_steps_in_a_row(before, most, place):
     rows = [row(1.0, skipped=float(letter == "x")) for letter in "x.xxx."]
     assert index_of_skip_limit(SpikeHistory(skipped=before), rows, most) == place
-
-
-def test_metrics_of_a_checkpoint_and_of_a_device_are_floats_alike():
-    assert metrics_to_host([{"loss": jnp.float32(0.5)}, {"loss": 0.5}]) == [{"loss": 0.5}, {"loss": 0.5}]
-    assert metrics_to_host([]) == []
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from loraplus_jax import save_adapter
 from loraplus_jax.cli.commands import main
@@ -72,15 +71,6 @@ def test_fields_of_peft_that_are_unsupported_are_named_next_to_the_rest(tmp_path
     assert_mentions(capsys.readouterr().err, place / "adapter_model.safetensors", "damaged")
 
 
-def test_tensors_of_another_method_are_not_said_to_be_trained_in_full(tmp_path, capsys):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "VERA", "r": 4}))
-    save_file({"m.vera_lambda_b": np.ones(4, np.float32)}, tmp_path / "adapter_model.safetensors")
-    _, rows = shown(capsys, tmp_path)
-    found = [rows[name] for name in ("alpha", "targets", "other tensors")]
-    assert found == ["not in the files", "none", "1, such as m.vera_lambda_b"]
-    assert_mentions(rows["unsupported"], "VERA")
-
-
 @pytest.mark.parametrize("library", ["qwix", "gemma", "openpi"])
 def test_factors_of_a_library(library, tmp_path, capsys):
     write_library(library, tmp_path / "a.safetensors")
@@ -88,14 +78,6 @@ def test_factors_of_a_library(library, tmp_path, capsys):
     assert_mentions(head, library)
     assert rows["rank"] == f"{RANK}"
     assert (rows["alpha"], rows["base"], rows["digests"]) == ("not in the files", "not in the files", "none")
-
-
-def test_factors_of_no_library(tmp_path, capsys):
-    shapes = {"b/mine/lora_a": (5, 6, 2), "b/mine/lora_b": (5, 2, 6)}
-    save_file({name: np.ones(x, np.float16) for name, x in shapes.items()}, tmp_path / "a.safetensors")
-    _, rows = shown(capsys, tmp_path / "a.safetensors")
-    assert (rows["rank"], rows["targets"], rows["dtype"]) == ("2", "mine (1)", "float16")
-    assert_mentions(rows["unsupported"], "b/mine/lora_a")
 
 
 def test_a_gguf_adapter(tmp_path):

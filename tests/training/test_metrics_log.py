@@ -1,7 +1,5 @@
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -20,33 +18,6 @@ def log_of(directory, rows, **kwargs):
 
 def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
-    log = log_of(tmp_path, [(1, {"loss": np.float32(0.5)}), (2, {"loss": 0.25, "rate/a": 1})])
-    lines = (tmp_path / METRICS).read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"step": 1, "loss": 0.5},
-        {"step": 2, "loss": 0.25, "rate/a": 1.0},
-    ]
-    assert log.values("loss") == [(1, 0.5), (2, 0.25)]
-    assert log.values("rate/a") == [(2, 1.0)]
-    assert log.values("other") == []
-    log.close()
-
-
-def test_tensorboard_does_not_load_torch(tmp_path):
-    code = f"""
-import sys
-from pathlib import Path
-from loraplus_jax.training.metrics_log import RunLog
-log = RunLog(Path({str(tmp_path)!r}))
-log.write(1, {{"loss": 0.5}})
-log.close()
-assert not any(name.split(".")[0] == "torch" for name in sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_rows_after_the_step_that_a_run_resumes_from_are_dropped(tmp_path):

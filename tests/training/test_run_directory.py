@@ -105,15 +105,6 @@ test_directories_that_are_rejected = refusals(
 )
 
 
-def test_what_is_rejected_passes_with_fresh_where_it_is_a_run(tmp_path):
-    for n, (values, finished) in enumerate([(SETTINGS, True), (of_cls(seed=4), False)]):
-        assert check(run_of(tmp_path / str(n), values, finished=finished), fresh=True) == []
-    directory = with_file(run_of(tmp_path / "run"), "metrics.jsonl", "{}\n")
-    assert check(directory, fresh=True) == []
-    (directory / "checkpoints").mkdir()
-    assert check(directory) == []
-
-
 @pytest.mark.parametrize("fresh", [False, True])
 def test_directories_where_a_run_may_start_are_not_created(tmp_path, fresh):
     assert check(tmp_path, fresh=fresh) == check(tmp_path / "a/b/c", fresh=fresh) == []
@@ -330,16 +321,6 @@ def test_a_reason_that_cannot_be_written_does_not_hide_the_failure(tmp_path):
 
     with pytest.raises(TrainingFailed, match="not finite"):
         fail()
-
-
-def test_an_error_of_the_disk_names_the_claimed_directory(tmp_path):
-    def fill():
-        with opened(tmp_path) as output:
-            output.claim()
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match=mentions(tmp_path)):
-        fill()
 
 
 METADATA = describe_run({}, None, identity={"data": {"train": "x"}})

@@ -1,7 +1,6 @@
 """The first signal is recorded; further ones act only after a grace period; a lost stdout counts as one."""
 
 import signal
-import subprocess
 import sys
 import types
 
@@ -53,22 +52,3 @@ def test_a_stdout_that_cannot_be_written_counts_as_a_broken_pipe(monkeypatch):
         assert stop.is_due(1)
         monkeypatch.undo()
         assert stop.received == signal.SIGPIPE
-
-
-NOTED = """
-import signal, time
-from loraplus_jax.cli import __main__ as loraplus_command
-from loraplus_jax.training.signals import StopSignal
-loraplus_command.listen()
-with StopSignal() as stop:
-    signal.raise_signal(signal.SIGTERM)
-    time.sleep(1)  # so that a thread that was told of it would have acted
-    signal.raise_signal(signal.SIGTERM)
-    print(stop.received, flush=True)
-signal.raise_signal(signal.SIGTERM)
-"""
-
-
-def test_a_handled_signal_does_not_end_the_command_and_a_later_one_does():
-    done = subprocess.run([sys.executable, "-c", NOTED], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (143, "15\n", "loraplus: stopped by SIGTERM\n")

@@ -11,8 +11,6 @@ import types
 
 import pytest
 
-from loraplus_jax.settings.schema import RESUMABLE_FIELDS
-from loraplus_jax.sweep.run import WINNER_ONLY_FIELDS
 from loraplus_jax.training import trackers
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.metrics_log import RunLog
@@ -71,14 +69,6 @@ def steps_of(run):
     return [step for step, _ in run]
 
 
-def test_rows_have_the_names_of_tensorboard(tmp_path, service):
-    logged(tmp_path, [1])
-    ((step, values),) = service.runs["id0"]
-    assert (step, values["train/loss"], service.closed) == (1, 1.0, 1)
-    assert math.isnan(values["validation/loss"])
-    assert values.keys() == {"train/loss", "validation/loss"}
-
-
 # What a run logs, interruption by interruption: steps, rows that are kept of before, trackers.
 HISTORIES = {
     "it stops before it has written again what it wrote before": [([1, 2, 3], 0), ([3], 2), ([3, 4], 2)],
@@ -91,8 +81,12 @@ HISTORIES = {
 @pytest.mark.parametrize("history", HISTORIES.values(), ids=HISTORIES)
 def test_over_interruptions_every_row_is_sent_once(tmp_path, service, history):
     for part in history:
-        logged(tmp_path, *part)
+        logged(tmp_path, *part, finished=part is history[-1])
         assert (tmp_path / "trackers.json").exists() == bool(service.runs)
+        assert not service.runs or service.finished == (part is history[-1])
+    values = service.runs["id0"][0][1]
+    assert (values.keys(), values["train/loss"]) == ({"train/loss", "validation/loss"}, 1.0)
+    assert math.isnan(values["validation/loss"])
     assert {name: steps_of(run) for name, run in service.runs.items()} == {"id0": [1, 2, 3, 4]}
 
 
@@ -117,16 +111,6 @@ def test_after_a_kill_the_rows_of_the_file_count_as_sent(tmp_path, service):
     log.close()
     (tmp_path / "trackers.json").write_text(at_the_start)  # a kill leaves no more
     logged(tmp_path, [2, 3, 4], keep=1)
-    assert steps_of(service.runs["id0"]) == [1, 2, 3, 4]
-
-
-def test_after_a_kill_while_rows_of_before_are_sent_the_others_follow(tmp_path, service, monkeypatch):
-    monkeypatch.setattr(trackers, "SAVE_SECONDS", -1.0)
-    logged(tmp_path, [1, 2, 3], names=())
-    rows = [(step, {"train/loss": float(step)}) for step in (1, 2, 3)]
-    reports = Reports(["wandb"], tmp_path, CONFIG, rows, LineConsole(file=io.StringIO()))
-    reports.log(*rows[0])
-    logged(tmp_path, [4], keep=3)
     assert steps_of(service.runs["id0"]) == [1, 2, 3, 4]
 
 
@@ -172,13 +156,6 @@ def fail(*_):
     raise OSError("http://user:secret@host/api failed")
 
 
-def test_a_run_that_did_not_finish_is_no_finished_one_at_the_service(tmp_path, service):
-    logged(tmp_path, [1])
-    assert service.finished is False
-    logged(tmp_path, [2], keep=1, finished=True)
-    assert service.finished is True
-
-
 def test_one_that_fails_while_logging_does_not_stop_the_others(tmp_path, service, monkeypatch):
     other = Service()
     monkeypatch.setitem(trackers.TRACKERS, "mlflow", lambda: other)  # pyright: ignore
@@ -188,22 +165,11 @@ def test_one_that_fails_while_logging_does_not_stop_the_others(tmp_path, service
     assert (steps_of(other.runs["id0"]), service.closed, other.closed) == ([1, 2], 0, 1)
 
 
-def test_a_process_that_does_not_write_opens_no_tracker(tmp_path):
-    log = RunLog(tmp_path, writes=False, open_reports=lambda n: pytest.fail("opened"))
-    log.write(1, {"loss": 1.0})
-    log.close()
-
-
 def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else object())
     check_trackers(["wandb", "trackio"])
     with pytest.raises(ImportError, match=mentions("train.report_to", "pip install 'loraplus_jax[mlflow]'")):
         check_trackers(["wandb", "mlflow"])
-
-
-def test_a_run_may_add_one_when_it_resumes_and_the_winner_of_a_sweep_reports():
-    assert "train.report_to" in RESUMABLE_FIELDS
-    assert "train.report_to" in WINNER_ONLY_FIELDS
 
 
 # the adapters, on modules that record what is called
@@ -297,41 +263,3 @@ def test_trackio(tmp_path, monkeypatch, run_id):
     assert (init["auto_log_cpu"], init["auto_log_gpu"]) == (False, False)
     assert run.of("log") == [(({"train/loss": 0.5},), {"step": 3})]
     assert len(run.of("finish")) == 1
-
-
-# the packages themselves, where they are installed, without a network
-
-
-def sent_by_mlflow(directory, run_id):
-    client = importlib.import_module("mlflow").MlflowClient()
-    assert client.get_run(run_id).data.params == {"seed": "0", "train.steps": "5"}
-    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, "train/loss")]
-
-
-def sent_by_trackio(directory, run_id):
-    rows = importlib.import_module("trackio.sqlite_storage").SQLiteStorage.get_logs("loraplus_jax", run_id)
-    return [(row["step"], row["train/loss"]) for row in rows]
-
-
-@pytest.mark.parametrize(("name", "sent"), [("mlflow", sent_by_mlflow), ("trackio", sent_by_trackio)])
-def test_a_real_package(tmp_path, monkeypatch, name, sent):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    pytest.importorskip(name)
-    logged(tmp_path, [1, 2, 3], names=[name])
-    logged(tmp_path, [3, 4], keep=2, names=[name])
-    run_id = json.loads((tmp_path / "trackers.json").read_text())["services"][name]["id"]
-    assert sent(tmp_path, run_id) == [(n, float(n)) for n in (1, 2, 3, 4)]
-
-
-def test_real_wandb_offline(tmp_path, monkeypatch, capfd):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    (line,) = logged(tmp_path, [1, 2, 3], names=["wandb"])
-    assert line.startswith(f"wandb: {tmp_path}/wandb/offline-run-")
-    assert capfd.readouterr() == ("", "")
-    logged(tmp_path, [3, 4], keep=2, names=["wandb"])
-    files = [path for path in tmp_path.glob("wandb/offline-run-*/files/**/*") if path.is_file()]
-    assert not files  # neither code nor the list of packages
-    run_id = json.loads((tmp_path / "trackers.json").read_text())["services"]["wandb"]["id"]
-    assert len({*tmp_path.glob(f"wandb/offline-run-*/run-{run_id}.wandb")}) == 2

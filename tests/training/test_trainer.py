@@ -158,22 +158,3 @@ def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(make
     assert (summary["held_out"]["split"], summary["examples"]) == ("test", run.data.examples)
     assert (summary["before"]["loss"], summary["selected_step"]) == (16.0, selected)
     assert summary["after"]["loss"] == (selected - 4.0) ** 2
-
-
-def test_the_speed_is_that_of_training(make_run, monkeypatch):
-    seconds = [0.0]
-    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: seconds[0]))
-    run = make_run(log_every=2, eval_every=3)
-
-    def lasts(duration, call):
-        def timed(*args):
-            seconds[0] += duration
-            return call(*args)
-
-        return timed
-
-    monkeypatch.setattr(Trainer, "evaluate", lasts(100.0, Trainer.evaluate))
-    slow = run._replace(programs=run.programs._replace(step=lasts(0.5, run.programs.step)))
-    monkeypatch.setattr(training, "prepare", lambda *_, **__: slow)
-    training.train(run.settings, console=LineConsole(quiet=True))
-    assert [row["steps_per_second"] for row in _rows(run) if "steps_per_second" in row] == [2.0, 2.0, 2.0]
