@@ -1,4 +1,4 @@
-"""`loraplus combine` on adapters that were never trained: what evaluates, generates and exports its result."""
+"""`loraplus combine` on adapters that were never trained: what evaluates and exports its result."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from loraplus_jax.interop import combine_adapters
 from loraplus_jax.interop.adapter_directory import read_adapter_json
 from loraplus_jax.interop.combination import OPTIONS, How, get_args
 
-from ..integration.runs import ASKED, evaluated, near, printed, rejected
+from ..integration.runs import evaluated, near, printed, rejected
 from ..interop.models import spec_of
 from ..interop.test_combination import adapter as random_adapter
 from ..messages import assert_mentions
@@ -56,7 +56,6 @@ def test_parts_of_one_adapter_in_either_format_make_the_adapter(run, tmp_path, c
     assert first["files"].keys() == {"adapter.json", "adapter.safetensors"}
     exact = evaluated(capsys, run.out)
     assert near(evaluated(capsys, out), exact)
-    assert printed(capsys, "generate", out, *ASKED) == printed(capsys, "generate", run.out, *ASKED)
     printed(capsys, "export", out, "--to", to)
     assert "svd of 0.5 out + 0.5 copy" in (to / "README.md").read_text()
     assert json.loads((to / "loraplus.json").read_text())["combined"]["how"] == "svd"
@@ -111,7 +110,8 @@ def test_a_head_trained_in_full_must_be_the_same(untrained, first_world, tmp_pat
     copy, out = shutil.copytree(untrained.out / "adapter", tmp_path / "copy"), tmp_path / "out"
     to = ("--how", "cat", "--out", out)
     printed(capsys, "combine", f"{untrained.out}=0.5", f"{copy}=0.5", *to)
-    assert near(evaluated(capsys, out), evaluated(capsys, untrained.out))
+    found, wanted = (load_adapter(place).extras for place in (out, copy))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
     shutil.rmtree(out)
     other = with_adapter(first_world, tmp_path / "other", "--lora.rank", "2")  # draws another head
     assert main(["combine", *map(str, (untrained.out, other.out, *to))]) == 2

@@ -57,20 +57,24 @@ def near(given, wanted):
         assert given[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
 
 
+@pytest.fixture(scope="module")
+def alone(untrained_talk):
+    """Answers and evaluation of a language model on one device."""
+    out = str(untrained_talk.out)
+    return generate_answers(out, prompts=PROMPTS, max_tokens=8), evaluate_run(untrained_talk.out)
+
+
 @pytest.mark.slow
-def test_a_language_model_on_a_mesh_evaluates_and_answers_as_on_one_device(untrained_talk):
-    out = untrained_talk.out
-    near(evaluate_run(out, mesh=MESH), evaluate_run(out))
-    answers = [generate_answers(str(out), prompts=PROMPTS, max_tokens=8, mesh=m) for m in (None, MESH)]
-    assert answers[0] == answers[1]
-    assert len({row["answer"] for row in answers[0]}) == len(PROMPTS)
+def test_a_language_model_on_a_mesh_evaluates_and_answers_as_on_one_device(untrained_talk, alone):
+    answers, metrics = alone
+    near(evaluate_run(untrained_talk.out, mesh=MESH), metrics)
+    assert generate_answers(str(untrained_talk.out), prompts=PROMPTS, max_tokens=8, mesh=MESH) == answers
+    assert len({row["answer"] for row in answers}) == len(PROMPTS)
 
 
 @pytest.mark.slow
 def test_an_encoder_on_a_mesh_predicts_as_on_one_device(untrained):
-    out, data = untrained.out, str(untrained.data)
-    near(evaluate_run(out, mesh=MESH), evaluate_run(out))
-    rows = [predict_run(out, data=data, mesh=mesh) for mesh in (None, MESH)]
+    rows = [predict_run(untrained.out, data=str(untrained.data), mesh=mesh) for mesh in (None, MESH)]
     assert [row["prediction"] for row in rows[0]] == [row["prediction"] for row in rows[1]]
     shares = [[list(row["probabilities"].values()) for row in part] for part in rows]
     np.testing.assert_allclose(*shares, rtol=0, atol=1e-5)
@@ -84,7 +88,6 @@ def test_a_device_holds_its_part_of_the_weights_alone(untrained_talk):
         return sum(x.addressable_shards[0].data.nbytes for x in leaves)
 
     whole = bytes_of(None)
-    assert bytes_of({"data": 8}) == whole
     # Norms, scales of packed weights, and the narrow side of factors are whole on every device.
     assert bytes_of({"fsdp": 8}) < 0.35 * whole
     assert bytes_of(MESH) < 0.5 * whole
@@ -92,64 +95,51 @@ def test_a_device_holds_its_part_of_the_weights_alone(untrained_talk):
 
 # Several processes
 
+COMMANDS = """
+import json, sys
+from loraplus_jax.cli.commands import main
+from loraplus_jax.settings.schema import DistributedSettings
+from loraplus_jax.training.distributed import join_processes
 
-def run_two(*words, devices, within=300, own=((), ())):
+number, address, commands = json.loads(sys.argv[1])
+with join_processes(DistributedSettings(coordinator=address, processes=2, process_id=number)):
+    for words in commands:
+        assert main(words) == 0
+"""
+
+
+def run_two(command_of, devices):
+    """How two processes end; `command_of` makes the command of one of its number and their address."""
     address = free_address()
-    command = [sys.executable, "-m", "loraplus_jax.cli", *map(str, words)]
-    pair = [spawn([*command, *member(n, address), *map(str, own[n])], devices) for n in range(2)]
+    pair = [spawn([sys.executable, *command_of(n, address)], devices) for n in range(2)]
     with ending(pair):
-        return [ended(process, within) for process in pair]
+        return [ended(process, 300) for process in pair]
 
 
-def output_of(*words, devices):
-    """What process 0 prints; the other prints nothing."""
-    ends = run_two(*words, devices=devices)
+@pytest.mark.slow
+def test_two_processes_answer_and_evaluate_what_one_device_does(untrained_talk, first_talk, tmp_path, alone):
+    out, root = untrained_talk.out, write_tasks(tmp_path / "tasks")
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    answers, results, split = tmp_path / "answers.jsonl", tmp_path / "results.json", ("--mesh.fsdp", "2")
+    tasks = ("--tasks", "boolq", "--data_root", root, "--template", "completion", "--output", results)
+    commands = [
+        ("generate", out, *prompts, "--max_tokens", "8", "--output", answers, *split),
+        ("eval", first_talk.model, *tasks, *split),
+        ("eval", out, *split),
+    ]
+    words = [[*map(str, command)] for command in commands]
+    ends = run_two(lambda *who: ["-c", COMMANDS, json.dumps([*who, words])], devices=1)
     assert [end[0] for end in ends] == [0, 0], ends
     assert not ends[1][1].strip()  # the lines of Gloo, which are left out, may end twice
-    return ends[0][1]
-
-
-SPLIT = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
-
-
-@pytest.mark.long
-def test_two_processes_predict_and_evaluate_what_one_device_does(untrained, tmp_path):
-    out, data, file = untrained.out, untrained.data, tmp_path / "rows.jsonl"
-    assert output_of("predict", out, "--data", data, "--output", file, *SPLIT, devices=4) == ""
-    rows, expected = lines_of(file), predict_run(out, data=str(data))
-    assert [row["prediction"] for row in rows] == [row["prediction"] for row in expected]
-    near(json.loads(output_of("eval", out, *SPLIT, devices=4)), evaluate_run(out))
-
-
-@pytest.mark.slow
-def test_two_processes_answer_and_evaluate_what_one_device_does(untrained_talk, tmp_path):
-    out, fsdp = untrained_talk.out, ("--mesh.fsdp", "2")
-    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    file = tmp_path / "answers.jsonl"
-    words = ("generate", out, *prompts, "--max_tokens", "8", "--output", file, *fsdp)
-    assert output_of(*words, devices=1) == ""
-    assert lines_of(file) == generate_answers(str(out), prompts=PROMPTS, max_tokens=8)
-    near(json.loads(output_of("eval", out, *fsdp, devices=1)), evaluate_run(out))
-
-
-@pytest.mark.slow
-def test_two_processes_evaluate_tasks_on_a_model(first_talk, tmp_path):
-    root = write_tasks(tmp_path / "tasks")
-    words = ("eval", first_talk.model, "--tasks", "boolq", "--data_root", root)
-    file = tmp_path / "results.json"
-    output_of(*words, "--template", "completion", "--output", file, *SPLIT, devices=4)
+    assert lines_of(answers) == alone[0]
+    near(json.loads(ends[0][1][ends[0][1].rindex("{") :]), alone[1])
     options = {"template": "completion", "mesh": {"data": 1}}
-    alone, _ = evaluate_tasks(str(first_talk.model), ["boolq"], root, output=tmp_path / "a.json", **options)
-    assert json.loads(file.read_text())["tasks"] == alone.to_json()["tasks"]
+    one, _ = evaluate_tasks(str(first_talk.model), ["boolq"], root, output=tmp_path / "a.json", **options)
+    assert json.loads(results.read_text())["tasks"] == one.to_json()["tasks"]
 
 
 @pytest.mark.slow
-def test_processes_that_differ_or_fail_end_with_one_line_each(untrained, tmp_path):
-    for own, words in (
-        ((("--text", "good"), ("--text", "bad")), ["processes", "texts"]),
-        ((("--data", untrained.data), ("--data", untrained.data)), ["a.jsonl", "exists"]),
-    ):
-        more = ("--output", tmp_path / "a.jsonl") if "exists" in words else ()
-        (tmp_path / "a.jsonl").touch()
-        for end in run_two("predict", untrained.out, *more, devices=4, own=own):
-            assert_one_error(end, *words)
+def test_processes_that_differ_end_with_one_line_each(untrained):
+    predict = ("-m", "loraplus_jax.cli", "predict", str(untrained.out), "--text")
+    for end in run_two(lambda n, address: [*predict, "good" if n else "bad", *member(n, address)], devices=4):
+        assert_one_error(end, "processes", "texts")

@@ -11,7 +11,7 @@ from loraplus_jax.tasks import chat_generation
 from loraplus_jax.tasks.causal_lm import load_data
 
 from ..integration import language_world
-from ..integration.test_export import printed
+from ..integration.runs import flags, printed
 from ..messages import assert_mentions
 
 
@@ -45,23 +45,26 @@ def test_what_training_leaves_out_is_counted_and_what_generate_answers(tmp_path)
 @pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_generate_searches_with_beams_where_it_is_asked_to(talk, capsys, monkeypatch):
-    widths = []
-    search = chat_generation.make_beam_search
-    monkeypatch.setattr(
-        chat_generation, "make_beam_search", lambda *a, **k: widths.append(k["beams"]) or search(*a, **k)
-    )
+    class Asked(ValueError):
+        """What is searched with; nothing is compiled."""
+
+    def make_beam_search(*_, **options):
+        raise Asked(
+            ", ".join(f"{name} {options[name]}" for name in ("beams", "length_penalty", "no_repeat_ngram"))
+        )
+
     asked = ("generate", talk.model, "--prompt", "what colour is snow", "--max_tokens", "4")
-    greedy = printed(capsys, *asked)
-    assert widths == []
-    assert printed(capsys, *asked, "--beams", "1") == greedy
-    printed(capsys, *asked, "--beams", "3", "--length_penalty", "0.5", "--no_repeat_ngram", "2")
-    assert widths == [1, 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_generation, "make_beam_search", make_beam_search)
+        assert main([*map(str, asked), *flags("--beams 3 --length_penalty 0.5 --no_repeat_ngram 2")]) == 2
+        assert_mentions(capsys.readouterr().err, "beams 3", "length_penalty 0.5", "no_repeat_ngram 2")
+        printed(capsys, *asked)  # greedily
     assert main([*map(str, asked), "--beams", "2", "--temperature", "1"]) == 2
     assert_mentions(capsys.readouterr().err, "--beams", "--temperature")
-    for flags, words in {
+    for given, words in {
         ("--beams", "0"): ("beams", 0),
         ("--beams", "1000"): ("--beams", 1000, "vocabulary"),
         ("--length_penalty", "2"): ("--length_penalty 2", "--beams"),
     }.items():
-        assert main([*map(str, asked), *flags]) == 2
+        assert main([*map(str, asked), *given]) == 2
         assert_mentions(capsys.readouterr().err, *words)

@@ -24,12 +24,12 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\nA:"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-WORDS = {"boolq": ["true", "false"], "arc_easy": ["answer1", "answer2", "answer3", "answer4"]}
+WORDS = ["answer1", "answer2", "answer3", "answer4"]
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A tiny Llama whose tokenizer adds BOS, the files of three tasks, and a chat template."""
+    """A tiny Llama whose tokenizer adds BOS, the files of two tasks, and a chat template."""
     directory = tmp_path_factory.mktemp("lm_eval")
     (directory / "model").mkdir()
     tiny.write_model(directory / "model", max_position_embeddings=CONTEXT)
@@ -40,16 +40,16 @@ def directory(tmp_path_factory):
     tokenizer.save(file)
     (directory / "template.jinja").write_text("{{ bos_token }}" + TEMPLATE)
     rng = np.random.default_rng(0)
-    for name, words in WORDS.items():
-        folder = directory / eval_tasks.COMMONSENSE[name]
-        folder.mkdir()
-        rows = []
-        for n in range(9):
-            text = f"{'tell me ' * n}what colour is {n} ?\n\nAnswer format: {'/'.join(words)}"
-            word = str(rng.choice(words))
-            output = f"the correct answer is {word}"
-            rows.append({"instruction": text, "input": "", "output": output, "answer": word})
-        (folder / "test.json").write_text(json.dumps(rows))
+    rows = []
+    for n in range(9):
+        text = f"{'tell me ' * n}what colour is {n} ?\n\nAnswer format: {'/'.join(WORDS)}"
+        word = str(rng.choice(WORDS))
+        rows.append(
+            {"instruction": text, "input": "", "output": f"the correct answer is {word}", "answer": word}
+        )
+    folder = directory / eval_tasks.COMMONSENSE["arc_easy"]
+    folder.mkdir()
+    (folder / "test.json").write_text(json.dumps(rows))
     questions = [[f"is {n} {'green ' * n}?", "yes", "no", str(n), "2", "ABCD"[n % 4]] for n in range(12)]
     write_mmlu(directory / "mmlu", "world_religions", questions[:3], questions[3:])
     return directory
@@ -141,7 +141,7 @@ def test_generated_texts_are_those_of_transformers(ours, theirs):
 
 def commonsense_task(root, name):
     """LLM-Adapters' file as a task of lm-eval."""
-    choices = [f"the correct answer is {word}" for word in WORDS[name]]
+    choices = [f"the correct answer is {word}" for word in WORDS]
     return {
         "task": f"local_{name}",
         "dataset_path": "json",

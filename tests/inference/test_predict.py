@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from loraplus_jax.inference.predict import (
 )
 
 from ..messages import mentions
+from ..refusals import refusals
 
 pytestmark = pytest.mark.usefixtures("cache")
 TEXTS = ["the film is so good", "bad play", "one quite bad tale that felt good"]
@@ -41,8 +43,6 @@ def test_an_evaluation_counts_right_predictions_and_truncated_texts_of_a_file(un
     rows[3] |= {"text": "good " * 200}
     data = tmp_path / "long.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    predict_run(untrained.out, texts=TEXTS)
-    assert "truncated" not in capsys.readouterr().err
     found = predict_run(untrained.out, data=str(data))
     assert f"truncated 1 of {len(rows)} texts to data.max_length" in capsys.readouterr().err
     right = np.mean([a["prediction"] == b["label"] for a, b in zip(found, rows, strict=True)])
@@ -54,42 +54,35 @@ def test_an_evaluation_counts_right_predictions_and_truncated_texts_of_a_file(un
     assert evaluated["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("function", "options", "words"),
-    [
-        (evaluate_run, {"split": "test", "data": "a.csv"}, ["--split test", "--data a.csv"]),
-        (evaluate_run, {"split": "tests"}, ["--split", "'tests'", "'test'"]),
-        (evaluate_run, {"output": "a.txt"}, ["--output", ".jsonl", "a.txt"]),
-        (evaluate_run, {"output": "a.jsonl"}, ["--output", "generation", "classification"]),
-        (predict_run, {}, ["--text", "--data"]),
-        (predict_run, {"texts": ["a", " "]}, ["empty"]),
-        (write_submissions, {"to": "glue"}, ["--glue", "glue/TASK"]),
-    ],
-)
-def test_invalid_arguments(untrained, tmp_path, function, options, words):
-    options = {name: tmp_path / x if name in ("output", "to") else x for name, x in options.items()}
-    with pytest.raises(ValueError, match=mentions(*words)):
-        function(untrained.out, **options)
-    assert list(tmp_path.iterdir()) == []
+def damaged(**change):
+    """Reads the notes of an adapter with other values."""
 
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"task": {"kind": "classification"}}, ["names"]),
-        ({"task": {"kind": "classification", "names": [1, 2]}}, ["task.names", "[1, 2]"]),
-        ({"task": {"kind": "instruction", "nosuch": 1}}, ["nosuch"]),
-        ({"settings": {"nosuch": 1}}, ["nosuch"]),
-    ],
-)
-def test_damaged_notes_name_their_file(untrained, change, words):
-    adapter = untrained.out / "adapter"
-    notes = json.loads((adapter / "adapter.json").read_text())
-    assert settings_and_task(adapter, notes)[1].names == ("no", "yes")
-    with pytest.raises(ValueError, match=mentions("adapter.json is damaged", *words)):
+    def call(untrained):
+        adapter = untrained.out / "adapter"
+        notes = json.loads((adapter / "adapter.json").read_text())
+        assert settings_and_task(adapter, notes)[1].names == ("no", "yes")
         settings_and_task(adapter, notes | change)
+
+    return call
+
+
+DAMAGED = "adapter.json is damaged"
+test_invalid_arguments_and_notes = pytest.mark.slow(
+    refusals(
+        (lambda untrained: evaluate_run(untrained.out, split="test", data="a.csv"), "--split test", "a.csv"),
+        (lambda untrained: evaluate_run(untrained.out, split="tests"), "--split", "'tests'", "'test'"),
+        (lambda untrained: evaluate_run(untrained.out, output=Path("a.txt")), "--output", ".jsonl", "a.txt"),
+        (lambda untrained: evaluate_run(untrained.out, output=Path("a.jsonl")), "--output", "generation"),
+        (lambda untrained: predict_run(untrained.out), "--text", "--data"),
+        (lambda untrained: predict_run(untrained.out, texts=["a", " "]), "empty"),
+        (lambda untrained: write_submissions(untrained.out, to=Path("glue")), "--glue", "glue/TASK"),
+        (damaged(task={"kind": "classification"}), DAMAGED, "names"),
+        (damaged(task={"kind": "classification", "names": [1, 2]}), DAMAGED, "task.names", "[1, 2]"),
+        (damaged(task={"kind": "instruction", "nosuch": 1}), DAMAGED, "nosuch"),
+        (damaged(settings={"nosuch": 1}), DAMAGED, "nosuch"),
+        lines=9,
+    )
+)
 
 
 @pytest.mark.slow

@@ -78,16 +78,6 @@ def error(given, wanted):
     return float(np.abs(given - wanted).max() / np.abs(wanted).max())
 
 
-def greedy(model, params, prompts, new_tokens):
-    """What the largest logits go on with from left-padded prompts (B, T), each time from the whole sequence."""
-    ids, segments = prompts, (prompts != 0).astype(np.int32)
-    for _ in range(new_tokens):
-        new = logits(model, params, ids, segments)[:, -1:].argmax(-1)
-        ids = np.concatenate([ids, new.astype(np.int32)], axis=1)
-        segments = np.pad(segments, [(0, 0), (0, 1)], constant_values=1)
-    return ids[:, prompts.shape[1] :]
-
-
 def real_smollm2():
     """What `loraplus fetch smollm2-135m` put into the cache, or the file that the environment names."""
     found = sorted(cache_dir().rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))
@@ -96,7 +86,7 @@ def real_smollm2():
 
 
 def generated(model, params, prompts, new_tokens, segments=None):
-    """The same, with a cache."""
+    """What the largest logits go on with from left-padded prompts (B, T)."""
     segments = (prompts != 0).astype(np.int32) if segments is None else segments
     generate = make_generate(model, model.config, new_tokens=new_tokens, stop=())
     keys = jax.random.split(jax.random.key(0), len(prompts))

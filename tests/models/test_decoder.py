@@ -10,7 +10,7 @@ from loraplus_jax.models.families import family_of
 
 from ..marks import slow
 from ..refusals import refusals
-from .golden import CASES, IDS, QUICKLY, WIDTH, error, generated, greedy, logits, run
+from .golden import CASES, IDS, QUICKLY, WIDTH, error, generated, logits, run
 
 BF16 = 0.05
 VALUES, GRADIENTS = 5e-6, 2e-5
@@ -20,21 +20,16 @@ TELLING = ("llama_llama3", "llama_gemma2")
 
 
 @pytest.mark.parametrize("name", [name if name in TELLING else slow(name) for name in CASES])
-def test_logits_and_greedy_continuations_equal_transformers(name, models):
+def test_logits_equal_transformers(name, models):
     golden, model, params = models(name)
     for key in ("right", "left", "long"):
         given = logits(model, params, golden[key], (golden[key] != 0).astype(np.int32))
         # transformers' own float32 is off by 6e-7 to 3e-6.
         assert error(given, golden[f"float64/{key}"]) <= 1e-5, key
-    new_tokens = golden["greedy"].shape[1]
-    np.testing.assert_array_equal(greedy(model, params, golden["prompts"], new_tokens), golden["greedy"])
-
-
-CACHED = ("llama_mistral", "llama_gemma3", "llama_dynamic", "gpt2_untied")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2_scaled", *map(slow, CACHED)])
+@pytest.mark.parametrize("name", ["gpt2_scaled", "llama_gemma3", "llama_dynamic"])
 def test_continuations_with_a_cache_equal_transformers(name, models):
     golden, model, params = models(name)
     given = generated(model, params, golden["prompts"], golden["greedy"].shape[1])
@@ -80,7 +75,7 @@ def test_a_variant_has_the_same_values_and_gradients(models):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [("llama_mistral", "blocked"), ("gpt2_scaled", "xla"), ("llama_llama3", "xla")],
+    [("llama_mistral", "blocked"), ("gpt2_scaled", "xla")],
 )
 def test_packed_sequences_equal_each_alone(name, attention, models, long_inputs):
     _, model, params = models(name)
@@ -134,7 +129,6 @@ GPT2 = {f"layers/{name}" for name in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", 
     ("name", "targets", "adapted"),
     [
         ("llama_biases", "all-linear", LLAMA | {"lm_head"}),
-        ("llama_smollm2", "all-linear", LLAMA),
         ("gpt2_tied", "all-linear", GPT2),
         ("llama_llama3", ("q_proj", "v_proj"), {f"layers/self_attn/{name}_proj" for name in "qv"}),
     ],
@@ -148,12 +142,6 @@ def test_what_adapters_are_made_for(name, targets, adapted, models):
             "q_proj": {"lora_a": (2, 32, 4), "lora_b": (2, 4, 32)},
             "v_proj": {"lora_a": (2, 32, 4), "lora_b": (2, 4, 16)},
         }
-
-
-@pytest.mark.slow
-def test_without_segment_ids_each_row_is_a_sequence(models):
-    golden, model, params = models("llama_llama3")
-    assert error(np.asarray(run(model, {"params": params}, golden["long"])), golden["float64/long"]) <= 1e-5
 
 
 def test_every_family_is_found_by_its_model_types():

@@ -29,10 +29,9 @@ def golden_maker(name):
 
 maker, gpt2_maker = golden_maker("make_llama"), golden_maker("make_gpt2")
 CAUSAL = (
-    *("llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "biases", "gemma2", "gemma3", "phi3"),
+    *("llama3", "smollm2", "qwen2", "qwen3", "biases", "gemma2", "gemma3", "phi3"),
     *("gpt2", "gpt2_split", "phi3_split"),
 )
-ENCODERS = ("bert", "roberta")
 LINEAR = {
     "causal": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),

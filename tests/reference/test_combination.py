@@ -1,4 +1,6 @@
-"""Combined adapters have the factors of PEFT's `add_weighted_adapter`, on models of four families."""
+"""Combined adapters have the factors of PEFT's `add_weighted_adapter`, on a transformer and on small layers."""
+
+import itertools
 
 import jax
 import numpy as np
@@ -18,12 +20,10 @@ from loraplus_jax.nnx import apply_lora_plus as adapt_nnx
 from loraplus_jax.nnx import lora_tree
 from loraplus_jax.optim.pair_state import layouts_of
 
-from ..marks import diagonal
 from .families import Pair, random
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 LIMIT = 1e-6
-FAMILIES = ("llama3", "gpt2", "bert", "nnx")
 WEIGHTS_OF = {"a": 0.7, "b": -0.4, "c": 1.3}
 
 
@@ -120,7 +120,9 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "way"), diagonal(FAMILIES, WAYS), indirect=["world"])
+@pytest.mark.parametrize(
+    ("world", "way"), list(zip(itertools.cycle(["bert", "nnx"]), WAYS)), indirect=["world"], ids=str
+)
 def test_the_factors_are_those_of_peft(world, way, tmp_path, monkeypatch):
     pair, adapters, theirs = world
     how, options = way

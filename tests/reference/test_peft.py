@@ -1,55 +1,44 @@
-"""Adapters here and in PEFT give the same logits, whichever side made them."""
+"""Adapters here and in PEFT, and merged models in transformers, give the same logits."""
 
 import jax
 import numpy as np
 import peft
 import pytest
 import torch
+import transformers as tf
 
-from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, split_trainable
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, merge, split_trainable
 from loraplus_jax.adapter.tree import flatten, replace_leaves
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
+from loraplus_jax.models.checkpoints import export
+from loraplus_jax.models.checkpoints.hf import check_params
+from loraplus_jax.models.checkpoints.merge import CheckpointMerge
 
-from ..marks import diagonal
-from .families import CAUSAL, ENCODERS, off, random
+from .families import Pair, off, random
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 LIMIT = 1e-4
 
 
 def options(pair):
-    """Every option that PEFT has too, by name."""
+    """Options that PEFT has too, by name."""
     names = pair.linear
     some = (names[0], names[2])
     embedding = "embed_tokens" if pair.is_causal else "embeddings/word"
-    found = {
-        "plain": {"target_modules": some},
+    patterns = {"rank_pattern": {names[0]: 2, f".*/{names[-1]}": 5}, "alpha_pattern": {names[2]: 3.0}}
+    return {
         "all_linear": {"target_modules": names},
         "embedding": {"target_modules": (*some, embedding)},
-        "rslora": {"target_modules": some, "use_rslora": True, "alpha": 7.0},
-        "patterns": {
-            "target_modules": names,
-            "rank_pattern": {names[0]: 2, f".*/{names[-1]}": 5},
-            "alpha_pattern": {names[2]: 3.0},
-        },
-        "layers": {"target_modules": some, "layers_to_transform": (1,)},
+        "rslora": {"target_modules": names, "use_rslora": True, "alpha": 7.0},
+        "patterns": {"target_modules": names, **patterns},
+        "layers": {"target_modules": names, "layers_to_transform": (1,)},
         "modules_to_save": {"target_modules": some, "modules_to_save": (names[1],)},
         "parameters": {"target_parameters": {rf".*/{names[1]}/kernel": "lio"}},
-        "init_b": {"target_modules": some, "init": "lora_b"},
+        "init_b": {"target_modules": names, "init": "lora_b"},
         "dora": {"target_modules": names, "variant": "dora"},
+        "bias": {"target_modules": names, "bias": "lora_only"},
+        "all_biases": {"target_modules": names, "bias": "all", "variant": "dora", **patterns},
     }
-    if pair.name in ("qwen2", "biases", "gpt2", "gpt2_split", *ENCODERS):
-        found |= {
-            "bias": {"target_modules": names, "bias": "lora_only"},
-            "all_biases": {
-                "target_modules": names,
-                "bias": "all",
-                "variant": "dora",
-                "rank_pattern": {names[0]: 2},
-                "alpha_pattern": {names[2]: 3.0},
-            },
-        }
-    return found
 
 
 def tuned(pair, seed=5, **fields):
@@ -73,25 +62,45 @@ def tuned(pair, seed=5, **fields):
     return config, model, specs, trainable, frozen
 
 
-OPTIONS = (
-    *("plain", "all_linear", "embedding", "rslora", "patterns", "layers", "modules_to_save", "parameters"),
-    *("init_b", "bias", "all_biases", "dora"),
-)
-CASES = diagonal(
-    (*CAUSAL, *ENCODERS), OPTIONS, also=(("qwen2", "bias"), ("bert", "all_biases"), ("gpt2", "all_linear"))
-)
+def write_merged(pair, folder, specs, trainable, *, headless=False, **how):
+    """The directory of the pair's model with the adapter merged into its weights."""
+    new = () if pair.is_causal else ("head",)
+    leaves, _ = check_params(pair.folder, pair.table, pair.params, new=new)
+    extras = {name: x for name, x in trainable.items() if name != "lora"}
+    has_head = not (headless or pair.is_causal)
+    head = {"params": {"head": extras["params"]["head"]}} if has_head else {}
+    folder.mkdir()
+    made = CheckpointMerge(pair.table, leaves, specs, trainable["lora"], extras)
+    labels = {"num_labels": 3} if has_head else {}
+    export.write_hf(folder, pair.folder, made, pair.form, new=head, config=labels, **how)
 
 
-@pytest.mark.parametrize(("name", "option"), CASES)
-def test_exported_adapters_give_the_same_logits_in_peft(name, option, pairs, tmp_path):
+# A cell for each name table and each option.
+CELLS = {
+    "llama3": "modules_to_save",
+    "smollm2": "embedding",
+    "qwen2": "all_biases",
+    "qwen3": "layers",
+    "biases": "bias",
+    "gemma2": "parameters",
+    "gemma3": "init_b",
+    "phi3": "rslora",
+    "phi3_split": "patterns",
+    "gpt2": "all_linear",
+    "gpt2_split": "dora",
+    "bert": "all_biases",
+    "roberta": "embedding",
+}
+
+
+@pytest.mark.parametrize(("name", "option"), CELLS.items())
+def test_exported_and_merged_adapters_give_the_same_logits(name, option, pairs, tmp_path):
     pair = pairs(name)
-    if option not in options(pair):
-        pytest.skip("the family has no biases")
     config, model, specs, trainable, frozen = tuned(pair, **options(pair)[option])
+    given = pair.logits(model, combine(trainable, frozen))
     extras = {k: v for k, v in trainable.items() if k != "lora"}
     if name == "roberta":  # a part of the classifier there, frozen here
-        pooler = extras["params"].get("pooler", {})
-        extras["params"] = extras["params"] | {"pooler": pair.params["pooler"] | pooler}
+        extras["params"] = extras["params"] | {"pooler": pair.params["pooler"]}
     save_peft(
         tmp_path / "a",
         trainable["lora"],
@@ -103,35 +112,73 @@ def test_exported_adapters_give_the_same_logits_in_peft(name, option, pairs, tmp
     )
     loaded = peft.PeftModel.from_pretrained(pair.reference(), tmp_path / "a").eval()
     wanted = pair.torch_logits(loaded)
-    given = pair.logits(model, combine(trainable, frozen))
     assert off(pair.base_logits, wanted) > 1e-2, "the adapter does nothing"
     assert off(given, wanted) <= LIMIT
     # And back, to the bit, unless parts of a module have different scales.
     again = load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
     assert again.config == config
-    rel = 1e-6 if name.endswith("_split") and option in ("patterns", "all_biases") else 0
+    rel = 1e-6 if (name, option) == ("phi3_split", "patterns") else 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rel), again.lora, trainable["lora"])
     jax.tree.map(np.testing.assert_array_equal, again.extras, extras)
+    if option == "parameters":  # whose layers are no stack
+        return
+    # Merged, in several files.
+    write_merged(pair, tmp_path / "merged", specs, trainable, shard_bytes=40_000)
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    auto = tf.AutoModelForCausalLM if pair.is_causal else tf.AutoModelForSequenceClassification
+    merged, report = auto.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert type(merged).__name__ == pair.form.architecture
+    assert off(given, pair.torch_logits(merged.eval())) <= LIMIT
 
 
-# What PEFT's user sets, in PEFT's names; modules by ours.
+def test_a_bare_encoder_in_transformers(tmp_path):
+    pair = Pair("bert", tmp_path / "base", pooling="mean")
+    _, model, specs, trainable, frozen = tuned(pair, target_modules=pair.linear)
+    write_merged(pair, tmp_path / "merged", specs, trainable, headless=True)
+    theirs = tf.AutoModel.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    given = {
+        n: torch.from_numpy(x).long()
+        for n, x in zip(("input_ids", "attention_mask"), pair.inputs, strict=True)
+    }
+    with torch.no_grad():
+        hidden = theirs(**given).last_hidden_state.numpy()
+    mask = pair.inputs[1][:, :, None]
+    mean = (hidden * mask).sum(1) / mask.sum(1)
+    head = trainable["params"]["head"]
+    wanted = mean @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
+    assert off(pair.logits(model, combine(trainable, frozen)), wanted) <= LIMIT
+
+
+def test_weights_are_stored_as_asked_and_merged_in_float32(pairs, tmp_path):
+    pair = pairs("llama3")
+    _, _, specs, trainable, _ = tuned(pair, target_modules=pair.linear)
+    write_merged(pair, tmp_path / "merged", specs, trainable, dtype=np.dtype(jax.numpy.bfloat16))
+    theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+    whole = merge({"params": pair.params}, trainable["lora"], specs, dtype="bfloat16")
+    ours = np.asarray(whole["params"]["layers"]["mlp"]["up_proj"]["kernel"][1].astype("float32"))
+    given = theirs.model.layers[1].mlp.up_proj.weight.detach().float().numpy().T
+    # The two sums may round apart in the last bit before they are stored.
+    assert np.mean(ours != given) < 1e-2
+    np.testing.assert_allclose(ours, given, rtol=1e-2)
+
+
+# What PEFT's user sets, in PEFT's names; modules by ours. Each option once.
 THEIRS = {
-    "plain": {},
-    "rslora": {"use_rslora": True, "lora_alpha": 7},
-    "patterns": {
-        "rank_pattern": {"q_proj|query|c_attn|qkv_proj": 2},
-        "alpha_pattern": {"v_proj|value|c_fc|gate_up_proj": 5},
-    },
-    "layers": {"layers_to_transform": [1]},
-    "embedding": {"embedding": True, "ensure_weight_tying": True},
-    "bias": {"bias": "all"},
-    "dora": {"use_dora": True},
+    "llama3": {"use_rslora": True, "lora_alpha": 7, "layers_to_transform": [1]},
+    "phi3": {"rank_pattern": {"qkv_proj": 2}, "alpha_pattern": {"gate_up_proj": 5}},
+    "gpt2": {"embedding": True, "ensure_weight_tying": True},
+    "gpt2_split": {"use_dora": True},
+    "bert": {"bias": "all"},
 }
 
 
-def made_by_peft(pair, option, folder):
-    """An adapter that PEFT saved, and its model; `option` is a name in `THEIRS`, or the options."""
-    given = dict(THEIRS[option] if isinstance(option, str) else option)
+def made_by_peft(pair, options, folder):
+    """An adapter that PEFT saved, and its model."""
+    given = dict(options)
     names = [*pair.theirs[:3]]
     if given.pop("embedding", False):
         # PEFT looks for the names embed_tokens and lm_head.
@@ -149,22 +196,10 @@ def made_by_peft(pair, option, folder):
     return model
 
 
-# Each option once: that names are those of PEFT's file is proved above for every family.
-READ = {
-    "gpt2_split": "plain",
-    "llama3": "rslora",
-    "phi3": "patterns",
-    "gemma2": "layers",
-    "gpt2": "embedding",
-    "bert": "bias",
-    "qwen2": "dora",
-}
-
-
-@pytest.mark.parametrize(("name", "option"), READ.items())
-def test_adapters_that_peft_made_give_the_same_logits_here(name, option, pairs, tmp_path):
+@pytest.mark.parametrize("name", THEIRS)
+def test_adapters_that_peft_made_give_the_same_logits_here(name, pairs, tmp_path):
     pair = pairs(name)
-    theirs = made_by_peft(pair, option, tmp_path / "a")
+    theirs = made_by_peft(pair, THEIRS[name], tmp_path / "a")
     config = peft_config(tmp_path / "a", pair.path_map, layers=pair.model.config.num_hidden_layers)
     model = apply_lora_plus(pair.model, config)
     _, specs = init_lora(model, jax.random.key(0), *pair.inputs, base={"params": pair.params})
@@ -176,7 +211,7 @@ def test_adapters_that_peft_made_give_the_same_logits_here(name, option, pairs, 
 
 
 def test_layers_of_a_stack_with_ranks_of_their_own_are_rejected(pairs, tmp_path):
-    pair = pairs("mistral")
+    pair = pairs("llama3")
     config = peft.LoraConfig(target_modules=["q_proj"], rank_pattern={"layers.0.*": 2}, task_type="CAUSAL_LM")
     peft.get_peft_model(pair.reference(), config).save_pretrained(tmp_path / "a")
     with pytest.raises(ValueError, match=r"ranks.*alphas"):
@@ -193,9 +228,8 @@ def test_an_embedding_that_peft_adapts_without_the_tied_head_is_rejected(pairs, 
         load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "gpt2"])
-def test_a_fully_trained_embedding_is_the_tied_head_on_both_sides(name, pairs, tmp_path):
-    pair = pairs(name)
+def test_a_fully_trained_embedding_is_the_tied_head_on_both_sides(pairs, tmp_path):
+    pair = pairs("gpt2")
     saved = {"modules_to_save": [pair.theirs[3], "lm_head"], "ensure_weight_tying": True}
     theirs = made_by_peft(pair, saved, tmp_path / "theirs")
     wanted = pair.torch_logits(theirs)
@@ -215,10 +249,9 @@ def test_a_fully_trained_embedding_is_the_tied_head_on_both_sides(name, pairs, t
         peft_config(tmp_path / "untied", pair.path_map)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "gpt2"])
-def test_an_adapted_embedding_with_a_scale_of_its_own_is_the_tied_head_in_peft(name, pairs, tmp_path):
+def test_an_adapted_embedding_with_a_scale_of_its_own_is_the_tied_head_in_peft(pairs, tmp_path):
     """PEFT takes the head's scale by the head's name."""
-    pair = pairs(name)
+    pair = pairs("smollm2")
     rules = {"rank_pattern": {"embed_tokens": 2}, "alpha_pattern": {"embed_tokens": 3.0}}
     config, model, specs, trainable, frozen = tuned(
         pair, target_modules=("embed_tokens", pair.linear[0]), **rules

@@ -1,9 +1,5 @@
 """The two real models, exported by the command's own function, in PEFT and in transformers."""
 
-import json
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import peft
@@ -113,50 +109,3 @@ def test_smollm2(tmp_path):
         tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32
     ).eval()
     assert off(ours, logits(again, given)) <= LIMIT
-
-
-CHILD = """
-import json, sys, threading, time
-from pathlib import Path
-import jax, numpy as np
-from loraplus_jax.inference.export import export_run
-import gguf, tokenizers, safetensors.numpy
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return 1024 * int(next(line for line in file if line.startswith("RssAnon")).split()[1])
-
-peak, done = 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
-
-jax.device_put(np.zeros(3)).block_until_ready()
-before = anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-place, to, how = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-export_run(place, to, merged=True, **how)
-done = True
-thread.join()
-print(json.dumps({"grown": peak - before, "written": sum(p.stat().st_size for p in to.iterdir())}))
-"""
-
-
-@pytest.mark.long
-@needs("smollm2-135m")
-@pytest.mark.parametrize("how", [{}, {"format": "gguf"}], ids=["hf", "gguf"])
-def test_a_merged_export_needs_little_memory(how, tmp_path):
-    """At most 1.3 times the model as it is kept here, in float32, beside what the process has before."""
-    parts = run_of("smollm2-135m", tmp_path, ("q_proj", "v_proj", "down_proj"))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.frozen))
-    arguments = [sys.executable, "-c", CHILD, str(tmp_path), str(tmp_path / "merged"), json.dumps(how)]
-    child = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    found = json.loads(child.stdout.splitlines()[-1])
-    print(
-        f"{how}: {found['grown'] / size:.2f} x the model of {size / 1e6:.0f} MB; "
-        f"{found['written'] / 1e6:.0f} MB written"
-    )
-    assert found["grown"] <= 1.3 * size

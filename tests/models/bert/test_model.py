@@ -123,24 +123,12 @@ def test_the_loop_is_unrolled_by_default_on_cpus_only(tiny, platform, unrolled, 
 
 
 @pytest.mark.slow
-def test_cost_analysis_counts_every_layer_when_unrolled(tiny):
-    def flops(layers, unroll):
-        model = BertEncoder(dataclasses.replace(TINY, num_hidden_layers=layers), unroll=unroll)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), IDS, MASK)
-        return jax.jit(model.apply).lower(shapes, IDS, MASK).compile().cost_analysis()["flops"]
-
-    one, three = flops(1, True), flops(3, True)
-    products = 2 * IDS.size * (4 * 16 * 16 + 2 * 16 * 24)  # one layer's Dense products alone
-    assert three - one >= 2 * products
-    assert flops(3, False) < three
-
-
-@pytest.mark.slow
 def test_padding_does_not_change_the_tokens(tiny):
     alone = outputs(tiny, IDS[1:, :2], MASK[1:, :2])
     np.testing.assert_allclose(outputs(tiny)[1:], alone, atol=1e-5)
     other_padding = outputs(tiny, jnp.where(MASK == 0, 33, IDS))
     np.testing.assert_allclose(other_padding, outputs(tiny), atol=1e-5)
+    np.testing.assert_array_equal(outputs(tiny, mask=MASK.astype(bool)), outputs(tiny))
 
 
 @pytest.mark.slow
@@ -157,16 +145,14 @@ def test_roberta_counts_positions_from_the_padding_id():
 @pytest.mark.slow
 def test_a_row_of_padding_alone_is_finite_and_so_is_its_gradient(tiny):
     mask = MASK.at[1].set(0)
-    value, grads = jax.value_and_grad(lambda p: outputs(p, mask=mask, pooling="cls").sum())(tiny)
-    assert np.isfinite(value)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-    assert np.isfinite(outputs(tiny, mask=mask)).all()
-    assert np.isfinite(outputs(tiny, mask=mask, pooling="cls", rngs={"dropout": jax.random.key(0)})).all()
+    rngs = {"dropout": jax.random.key(0)}
 
+    @jax.jit
+    def run(params):
+        dropped = lambda p: outputs(p, mask=mask, pooling="cls", rngs=rngs).sum()  # noqa: E731
+        return jax.value_and_grad(dropped)(params), outputs(params, mask=mask)
 
-@pytest.mark.slow
-def test_mask_may_be_bool(tiny):
-    np.testing.assert_array_equal(outputs(tiny, mask=MASK.astype(bool)), outputs(tiny))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run(tiny)))
 
 
 @pytest.mark.slow

@@ -57,32 +57,27 @@ def ideal_flops(layers):
 
 
 def test_a_step_does_hardly_more_than_its_products():
-    compiled = lowered(3, unroll=True).compile()
+    compiled = lowered(2, unroll=True).compile()
     # Softmax, norms and rotations weigh more here than in a real model.
-    assert 0.97 < compiled.cost_analysis()["flops"] / ideal_flops(3) < 1.15
+    assert 0.97 < compiled.cost_analysis()["flops"] / ideal_flops(2) < 1.15
 
 
 def test_the_program_does_not_grow_with_the_depth():
     small, large, straight = (
         len(lowered(layers, remat="dots", unroll=unroll).as_text().splitlines())
-        for layers, unroll in ((2, False), (12, False), (12, True))
+        for layers, unroll in ((2, False), (5, False), (5, True))
     )
     assert large == small
-    assert straight > 1.5 * large
+    assert straight > large
 
 
-def test_remat_takes_less_memory():
-    small, large = (lowered(6, remat=name).compile().memory_analysis() for name in ("full", "dots"))
-    assert small.temp_size_in_bytes < 0.8 * large.temp_size_in_bytes
-
-
-def test_no_chunk_holds_the_logits():
-    whole, chunked = (
-        lowered(1, chunk=chunk, remat="full", vocab_size=8192).compile().memory_analysis()
-        for chunk in (10**9, 8)
+def test_remat_takes_less_memory_and_no_chunk_holds_the_logits():
+    whole, chunked, kept = (
+        lowered(4, chunk=chunk, remat=remat, vocab_size=8192).compile().memory_analysis().temp_size_in_bytes
+        for chunk, remat in ((10**9, "full"), (8, "full"), (8, "dots"))
     )
-    logits = BATCH * TOKENS * 8192 * 4
-    assert whole.temp_size_in_bytes > logits > chunked.temp_size_in_bytes
+    assert whole > BATCH * TOKENS * 8192 * 4 > chunked
+    assert chunked < 0.8 * kept
 
 
 def test_smollm2_equals_transformers():

@@ -155,7 +155,6 @@ CAUSAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 LAYERS = {
     "llama_llama3": (*CAUSAL, "embed_tokens", "lm_head"),
     "llama_qwen2": CAUSAL,
-    "llama_gemma3": CAUSAL,
     "gpt2_untied": ("c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj", "embed_tokens", "lm_head"),
 }
 
