@@ -61,9 +61,9 @@ def test_a_folder_imports_only_from_those_above_it(folder):
     assert not wrong
 
 
-def test_every_folder_is_in_the_table():
-    folders = {path.stem for path in PACKAGE.iterdir() if not path.stem.startswith("__") and path.suffix != ".typed"}
-    assert folders == set(FOLDERS)
+def test_every_folder_and_module_is_in_the_table():
+    found = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert found == {*FOLDERS, "__init__"} | (found & {"__pycache__"})
 
 
 def test_every_module_over_80_lines_has_a_test_file_or_is_imported_by_a_test():

@@ -11,7 +11,8 @@ import yaml
 from loraplus_jax.settings.parsing import setting_fields
 from loraplus_jax.sweep.settings import SweepRun
 
-# tests/others runs those that need other packages: 08_tunix.py, 09_gemma.py, 10_bonsai.py, 11_equinox.py, 13_haiku.py.
+# tests/others runs those that need other packages: 08_tunix.py, 09_gemma.py, 10_bonsai.py, 11_equinox.py and
+# 13_haiku.py.
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HOLDS = {
     "01_own_loop.py": lambda before, after, same: after < 0.01 * before and same < 1e-5,
