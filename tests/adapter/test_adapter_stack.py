@@ -1,6 +1,7 @@
 """A batch with another adapter in each row against a call of each adapter by itself."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -308,6 +309,8 @@ def test_what_does_not_fit_is_an_error(mixed):
     moved = adapters[0]._replace(specs={"other": spec, **adapters[0].specs})
     with pytest.raises(ValueError, match=mentions(spec.leaf, "other")):
         stack_adapters([moved])
-    turned = adapters[0]._replace(specs={next(iter(adapters[0].specs)): dataclasses.replace(spec, axes="oi")})
-    with pytest.raises(ValueError, match=mentions("axes", "io", "oi")):
+    turned = adapters[0]._replace(
+        specs={next(iter(adapters[0].specs)): dataclasses.replace(spec, axes="oii")}
+    )
+    with pytest.raises(ValueError, match=mentions("axes", "ioo", "oii")):
         stack_adapters([adapters[0], turned])
