@@ -103,27 +103,6 @@ def test_attention_decodes_with_its_cache():
     assert_close(found, nnx.jit(lambda net: net(X, mask=causal, decode=False))(merge(model)))
 
 
-class Norms(nnx.Module):
-    """An adapted parameter beside batch statistics, in one module."""
-
-    def __init__(self, rngs):
-        self.w, self.norm = nnx.Param(jnp.eye(8)), nnx.BatchNorm(8, rngs=rngs)
-
-    def __call__(self, x):
-        return self.norm(x @ self.w[...])
-
-
-@pytest.mark.slow
-def test_batch_statistics_move_as_in_the_plain_model():
-    model, plain = Norms(nnx.Rngs(0)), Norms(nnx.Rngs(0))
-    apply_lora_plus(model, LoRAPlusConfig(target_parameters={"w": "io"}, rank=2), rngs=nnx.Rngs(1))
-    start = plain.norm.mean[...]
-    for net in (model, plain):
-        nnx.jit(lambda net, x: net(x))(net, X)
-    np.testing.assert_array_equal(model.norm.mean[...], plain.norm.mean[...])
-    assert np.any(plain.norm.mean[...] != start)
-
-
 @pytest.mark.slow
 def test_dropout_follows_the_mode_and_its_own_stream():
     model = build(LINEAR, dropout=0.5)
