@@ -17,7 +17,6 @@ RANK, STEPS = 4, 30
 SCHEDULE = {"steps": STEPS, "target_rank": 2, "initial_steps": 5, "final_steps": 8, "every": 3}
 """Chooses at the steps 6, 9, ..., 21 and, for good, from 22 on."""
 OFF = {"steps": 1000, "target_rank": RANK, "initial_steps": 999, "final_steps": 0, "orthogonality": 0.0}
-SHAPES = {"q": (6, 5), "v": (5, 7)}
 
 
 def draw(*shape, seed=0, dtype=np.float32):
