@@ -119,7 +119,6 @@ METHODS = {
         ("peft", "inject", {"embedding_learning_rate": 0.003}),
         ("lora_plus", "lora", {"head_learning_rate": 0.02, "max_grad_norm": 1e9}),
     ],
-    ids=str,
 )
 def test_what_describe_says_is_what_a_step_does(policy, method, rates):
     params = EVERYTHING
