@@ -205,13 +205,13 @@ def test_files_and_calls_that_contributing_names_exist():
 def test_every_public_function_says_what_it_returns():
     silent = []
     for package in PUBLIC:
-        path = importlib.import_module(f"loraplus_jax.{package}").__path__
-        for entry in pkgutil.iter_modules(path, f"loraplus_jax.{package}."):
-            module = importlib.import_module(entry.name)
+        whole = importlib.import_module(f"loraplus_jax.{package}")
+        inner = pkgutil.iter_modules(getattr(whole, "__path__", ()), f"{whole.__name__}.")
+        for module in [whole, *(importlib.import_module(entry.name) for entry in inner)]:
             for name, function in inspect.getmembers(module, inspect.isfunction):
-                if name.startswith("_") or function.__module__ != entry.name:
+                if name.startswith("_") or function.__module__ != module.__name__:
                     continue
                 returns = inspect.signature(function).return_annotation
                 if returns and not re.search(r"^ *(Returns|Yields):$", function.__doc__ or "", flags=re.M):
-                    silent.append(f"{entry.name}.{name}")
+                    silent.append(f"{module.__name__}.{name}")
     assert not silent

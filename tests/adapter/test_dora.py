@@ -22,8 +22,10 @@ from loraplus_jax import nnx as loraplus_nnx
 from loraplus_jax.adapter.dora import output_scale, set_magnitudes
 from loraplus_jax.adapter.tree import flatten, replace_leaves
 from loraplus_jax.inits.from_weights import pissa
-from loraplus_jax.interpreter.low_rank import LowRankWeight, evaluate
+from loraplus_jax.interpreter.low_rank import evaluate
+from loraplus_jax.interpreter.weight import LowRankWeight
 from loraplus_jax.linen import quantize_base
+from loraplus_jax.quantization.packed_array import is_packed
 from loraplus_jax.step.sharding import adapter_shardings, base_shardings, make_mesh
 from loraplus_jax.step.theory import make_theory
 
@@ -46,7 +48,7 @@ class Net(nn.Module):
 def net(**fields):
     config = LoRAPlusConfig(target_modules=("up", "down"), rank=2, **{"variant": "dora", **fields})
     model = apply_lora_plus(Net(), config)
-    base = {"params": Net().init(jax.random.key(1), X)["params"]}
+    base = {"params": jax.jit(Net().init)(jax.random.key(1), X)["params"]}
     lora, specs = init_lora(model, jax.random.key(2), X, base=base)
     return config, model, base, lora, specs
 
@@ -108,32 +110,21 @@ def test_with_magnitudes_that_are_the_norms_it_is_lora():
     plain = {name: {k.split("/")[1]: v for k, v in pairs.items() if name in k} for name in ("up", "down")}
     merged = merge(base, plain, plain_specs)["params"]
     norms = {
-        f"{name}/lora_magnitude": jnp.linalg.norm(merged[name]["kernel"], axis=0, keepdims=True)
+        f"{name}/lora_magnitude": np.linalg.norm(merged[name]["kernel"], axis=0, keepdims=True)
         for name in plain
     }
     same = replace_leaves(lora, norms)
     assert specs.keys() == plain_specs.keys()
-    expected = plain_model.apply({**base, "lora": plain}, X)
-    np.testing.assert_allclose(model.apply({**base, "lora": same}, X), expected, rtol=1e-5, atol=1e-6)
-    assert np.abs(model.apply({**base, "lora": lora}, X) - expected).max() > 1e-2
+    expected, apply = plain_model.apply({**base, "lora": plain}, X), jax.jit(model.apply)
+    np.testing.assert_allclose(apply({**base, "lora": same}, X), expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(apply({**base, "lora": lora}, X) - expected).max() > 1e-2
 
 
 @pytest.mark.slow
-def test_magnitudes_are_set_in_a_tree_of_factors_and_in_variables():
-    _, _, base, lora, specs = net()
-    bare = set_magnitudes(lora, base, specs)
-    assert (bare["up"]["lora_magnitude"] > 0).all()
-    jax.tree.map(np.testing.assert_array_equal, set_magnitudes({"lora": lora}, base, specs), {"lora": bare})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_packed_base_gives_what_its_values_give(kind):
+def test_a_packed_base_gives_what_its_values_give():
     _, model, base, lora, specs = net()
-    packed = quantize_base(base, kind, specs)
-    values = jax.tree.map(
-        lambda x: x.dequantize() if hasattr(x, "dequantize") else x, packed, is_leaf=is_leaf
-    )
+    packed = quantize_base(base, "nf4", specs)
+    values = jax.tree.map(lambda x: x.dequantize() if is_packed(x) else x, packed, is_leaf=is_packed)
     start = set_magnitudes(lora, packed, specs)
     for name in specs:
         kernel = values["params"][name]["kernel"]
@@ -148,20 +139,16 @@ def test_a_packed_base_gives_what_its_values_give(kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
-def is_leaf(x):
-    return hasattr(x, "dequantize")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("contracted", ["inputs", "outputs", "both"])
+@pytest.mark.parametrize("contracted", ["outputs", "both"])
 def test_a_parameter_whose_batch_axis_is_used_in_part_or_whole(contracted):
     """Products over either side, with a batch axis in the product or not, against the sum."""
     keys = jax.random.split(jax.random.key(0), 5)
     w, a, b = (jax.random.normal(k, s) for k, s in zip(keys, ((2, 8, 6), (2, 8, 1), (2, 1, 6)), strict=False))
     m = jax.random.uniform(keys[3], (2, 1, 6))
     weight = LowRankWeight(w, a, b, "abc", ("abr", "arc"), 1.5).with_magnitude(m)
-    sizes = {"inputs": ("eb,abc->eac", (3, 8)), "outputs": ("aec,abc->aeb", (2, 3, 6))}
-    equation, shape = sizes.get(contracted, ("ec,abc->eab", (3, 6)))
+    sizes = {"outputs": ("aec,abc->aeb", (2, 3, 6)), "both": ("ec,abc->eab", (3, 6))}
+    equation, shape = sizes[contracted]
     x = jax.random.normal(keys[4], shape)
     run = lambda w, x: jnp.einsum(equation, x, w)  # noqa: E731
     (found,) = evaluate(jax.make_jaxpr(run)(w, x), [weight, x])
@@ -175,7 +162,6 @@ TOYS = {
     "scan 1": LINEN["scan 1"],
     # Each expert has its own norms.
     "experts that are summed": WEIGHTS["experts that are summed"]._replace(whole=True),
-    "nnx attention": NNX["attention"],
     "nnx stack": NNX["stack along axis 1"],
 }
 
@@ -201,9 +187,9 @@ def test_linen_and_nnx_agree_with_each_other():
     norms = set_magnitudes(start, base, specs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), start, norms)
     loraplus_nnx.set_lora(twin, lora)
-    theirs = jax.grad(lambda lora: jnp.sum(jnp.sin(model.apply({**base, "lora": lora}, X))))(lora)
-    state = nnx.grad(lambda m: jnp.sum(jnp.sin(m(X))), argnums=nnx.DiffState(0, nnx.LoRAParam))(twin)
-    ours = nnx.to_pure_dict(state)
+    theirs = jax.jit(jax.grad(lambda lora: jnp.sum(jnp.sin(model.apply({**base, "lora": lora}, X)))))(lora)
+    ours = nnx.grad(lambda m: jnp.sum(jnp.sin(m(X))), argnums=nnx.DiffState(0, nnx.LoRAParam))
+    ours = nnx.to_pure_dict(nnx.jit(ours)(twin))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
@@ -280,7 +266,7 @@ def test_what_it_does_not_support_is_one_clear_error():
 
     some = LoRAPlusConfig(target_modules=["up"], rank=2, variant="dora", layers_to_transform=[1])
     x = jnp.ones((2, 4))
-    params = Stack().init(jax.random.key(0), x)
+    params = jax.eval_shape(Stack().init, jax.random.key(0), x)
     with pytest.raises(ValueError, match=mentions("layers_to_transform", "dora", "layers/up")):
         init_lora(apply_lora_plus(Stack(), some), jax.random.key(0), x, base=params)
     abstract = nnx.eval_shape(lambda: nnx.Linear(8, 8, rngs=nnx.Rngs(0)))

@@ -36,25 +36,6 @@ def test_the_gradient_of_b_copies_no_rows():
         assert "[80,128]" not in str(compiled)
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1])
-def test_weight_delta_of_stacked_layers_is_each_layers_own(axis):
-    random = np.random.default_rng(0)
-    a, b = random.normal(size=(6, 3, 2)), random.normal(size=(6, 2, 5))
-    move = lambda x: jnp.asarray(np.moveaxis(x, 0, axis), jnp.float32)  # noqa: E731
-    expected = np.stack([2.0 * a[n] @ b[n] for n in range(6)], axis)
-    got = weight_delta(move(a), move(b), spec(expected.shape, 2.0, rank=2, stacked=(axis,)))
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_weight_delta_keeps_a_batch_axis():
-    random = np.random.default_rng(0)
-    a, b = random.normal(size=(4, 3, 2)), random.normal(size=(4, 2, 5))
-    batched = AdapterSpec(leaf="w", kind="dense", axes="goi", shape=(4, 5, 3), rank=2, scale=1.0)
-    expected = np.stack([(a[n] @ b[n]).T for n in range(4)])
-    got = weight_delta(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), batched)
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("table", "value", "shape"),
     [

@@ -16,19 +16,6 @@ KEY = jax.random.key(0)
 ROW = jnp.ones((1, 400))
 
 
-class Scanned(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        block = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        return block(name="blocks")(x, None)[0]
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        return nn.Dense(400, name="layer")(x), None
-
-
 class Bare(nn.Module):
     shape: tuple[int, ...]
 
@@ -70,9 +57,7 @@ def stacked():
 # Adapters of weights with 400 inputs each.
 LAYERS = {
     "Linen Dense": lambda f: linen(nn.Dense(16), ROW, **f),
-    "Linen stacked": lambda f: linen(Scanned(), ROW, **f),
     "Linen two input axes": lambda f: linen(nn.DenseGeneral(16, axis=(-2, -1)), jnp.ones((1, 20, 20)), **f),
-    "Linen convolution": lambda f: linen(nn.Conv(16, (2, 2)), jnp.ones((1, 4, 4, 100)), **f),
     "Linen convolution in groups": lambda f: linen(
         nn.Conv(16, (2, 2), feature_group_count=2), jnp.ones((1, 4, 4, 200)), **f
     ),
@@ -80,7 +65,6 @@ LAYERS = {
     "Linen parameter with a batch axis": lambda f: linen(
         Bare((3, 400, 16)), ROW, **f | {"target_modules": (), "target_parameters": {"layer": "bio"}}
     ),
-    "NNX Linear": lambda f: of_nnx(nnx.Linear(400, 16, rngs=nnx.Rngs(0)), **f),
     "NNX stacked": lambda f: of_nnx(stacked(), **f),
     "NNX convolution": lambda f: of_nnx(nnx.Conv(100, 16, (2, 2), rngs=nnx.Rngs(0)), **f),
 }
@@ -90,7 +74,7 @@ LAYERS = {
 @pytest.mark.parametrize(
     # PEFT: `kaiming_uniform_` with a = √5, whose bound is √(6 / ((1 + 5) · in)) = 1/20 for 400 inputs.
     ("init", "bound", "layers"),
-    [("lora", 0.05, LAYERS), ("he_uniform", 0.122474487, ("Linen Dense", "NNX stacked"))],
+    [("lora", 0.05, LAYERS), ("he_uniform", 0.122474487, ("Linen Dense",))],
 )
 def test_a_is_uniform_by_fan_in_and_b_zero(init, bound, layers):
     for name in layers:
@@ -113,7 +97,7 @@ def test_integer_weights_get_float32_factors(init, changes_a):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
 def test_linen_and_nnx_give_a_weight_factors_of_one_dtype_and_one_output(dtype):
     with jax.enable_x64(True):
         x = jnp.sin(jnp.arange(40.0)).reshape(4, 10).astype(dtype)

@@ -41,17 +41,14 @@ def test_a_weight_used_past_its_layer_is_rejected_and_the_rule_in_the_message_wo
     assert [spec.leaf for spec in specs.values()] == [f"params/{leaf}"]
 
 
-BY_RANK = ("variables", "get_variable", "a method of a subclass's own", "scanned", "through an adapted layer")
-"""Those that multiply by the weight as it is; the others compute with W + s A B."""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", READ)
-def test_such_a_weight_is_adapted_by_parameter(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "axes", "whole"),
+    [("a method of a subclass's own", "io", False), ("scanned", "eio", False), ("a choice", "io", True)],
+)
+def test_such_a_weight_is_adapted_by_parameter(name, axes, whole, tmp_path):
     net, x, leaf = READ[name]
-    axes = "eio" if leaf.startswith("layers/") else "io"
-    toy = Toy(net, leaf, {"target_parameters": {leaf: axes}}, (x,), whole=name not in BY_RANK)
-    prove(toy, tmp_path)
+    prove(Toy(net, leaf, {"target_parameters": {leaf: axes}}, (x,), whole=whole), tmp_path)
 
 
 def test_a_weight_that_the_model_changes_before_its_layer_is_rejected():
@@ -84,7 +81,7 @@ def test_results_may_be_no_arrays():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"unroll": True}, {"remat": "dots"}, {"attention": "splash"}])
+@pytest.mark.parametrize("options", [{"remat": "dots"}, {"unroll": True, "attention": "splash"}])
 def test_a_llama_whose_attention_has_its_own_gradient(options):
     sizes = {"vocab_size": 32, "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes |= {"head_dim": 12, "intermediate_size": 16, "max_position_embeddings": 512, "num_hidden_layers": 2}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, merge
-from loraplus_jax.interpreter.low_rank import LowRankWeight
+from loraplus_jax.interpreter.weight import LowRankWeight
 from loraplus_jax.step.theory import make_theory
 
 from ..marks import slow
@@ -27,10 +27,7 @@ COSTLY = {
     "product": used((64, 64), jnp.matmul, "io", WIDE),
     "experts": used((3, 64, 64), "bi,eio->beo", "eio", WIDE),
     "rows": used((500, 64), lambda x, w: w[x], "io", np.arange(64)),
-    "convolution": WEIGHTS["convolution"]._replace(make=nn.Conv(32, (3,)), args=(np.ones((8, 32, 32), "f"),)),
     "scan": part(lifted(nn.scan, (64, 64), **steps()), "eio", WIDE),
-    "remat": part(lifted(nn.remat, (64, 64)), "io", WIDE),
-    "jit": part(lifted(nn.jit, (64, 64)), "io", WIDE),
 }
 
 

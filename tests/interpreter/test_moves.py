@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from loraplus_jax import LoRAPlusConfig, merge
-from loraplus_jax.functions import apply_lora_plus, init_lora, product, whole_weights
+from loraplus_jax.functions import apply_lora_plus, init_lora, whole_weights
+from loraplus_jax.interpreter.products import product
 
 from ..marks import slow
 from ..zoo.properties import KEY, close, drawn

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from loraplus_jax import (
@@ -62,17 +63,17 @@ def test_only_the_chosen_layers_of_a_stack_are_ever_moved():
     assert specs["layers/up"].layers == (2, 0)
     factors = lora["layers"]["up"]
     assert factors["lora_a"].shape == (3, 4, 2)
-    np.testing.assert_array_equal(jnp.abs(factors["lora_a"]).sum((1, 2)) > 0, [True, False, True])
-    jax.tree.map(np.testing.assert_array_equal, apply_lora_plus(Stack(), rules).init(KEY, X)["lora"], lora)
+    np.testing.assert_array_equal(np.abs(factors["lora_a"]).sum((1, 2)) > 0, [True, False, True])
     tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.1)
-    state = tx.init(lora)
-    gradients = jax.jit(jax.grad(lambda lora: jnp.mean(model.apply({**base, "lora": lora}, X) ** 2)))
-    for _ in range(3):
-        grads = gradients(lora)
-        updates, state = tx.update(grads, state, lora)
-        lora = jax.tree.map(jnp.add, lora, updates)
-    moved = lora["layers"]["up"]["lora_b"]
-    np.testing.assert_array_equal(jnp.abs(moved).sum((1, 2)) > 0, [True, False, True])
+
+    @jax.jit
+    def step(lora):
+        grads = jax.grad(lambda lora: jnp.mean(model.apply({**base, "lora": lora}, X) ** 2))(lora)
+        return optax.apply_updates(lora, tx.update(grads, tx.init(lora), lora)[0])
+
+    lora = step(step(lora))
+    moved = np.abs(lora["layers"]["up"]["lora_b"])
+    np.testing.assert_array_equal(moved.sum((1, 2)) > 0, [True, False, True])
     merged = merge(base, lora, specs)["params"]["layers"]["up"]["kernel"]
     np.testing.assert_array_equal(merged[1], base["params"]["layers"]["up"]["kernel"][1])
 

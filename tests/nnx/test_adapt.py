@@ -7,10 +7,11 @@ import pytest
 from flax import nnx
 
 from loraplus_jax import LoRAPlusConfig
-from loraplus_jax.nnx import apply_lora_plus, base_variables, lora_tree
+from loraplus_jax.nnx import apply_lora_plus, base_variables, lora_tree, set_lora
 
 from ..marks import slow
 from ..messages import mentions
+from ..refusals import refusals
 from ..zoo.nnx_toys import ATTENTION, LINEAR, MODELS, Bare, One, Stack, X
 from ..zoo.properties import prove
 from .models import build, randomise
@@ -112,7 +113,7 @@ def test_dropout_in_a_stack_of_stacks_has_a_key_for_each_layer():
 @pytest.mark.slow
 def test_a_stacked_axis_may_be_negative():
     make = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: nnx.Linear(4, 8, rngs=rngs), out_axes=-1))
-    stack = nnx.Dict(fc=make(nnx.Rngs(0)))
+    stack = nnx.eval_shape(lambda: nnx.Dict(fc=make(nnx.Rngs(0))))
     specs = apply_lora_plus(
         stack, LoRAPlusConfig(target_modules=["fc"], rank=1), rngs=nnx.Rngs(1), stacked={"fc": (-1,)}
     )
@@ -165,7 +166,17 @@ def test_what_cannot_be_adapted_is_named_and_the_model_stays_as_it_is(make, fiel
     assert nnx.graphdef(model) == before
 
 
-def test_a_second_adapter_is_rejected():
-    model = build(LINEAR)
-    with pytest.raises(ValueError, match="layer"):
-        apply_lora_plus(model, LoRAPlusConfig(target_modules=["layer"], rank=2), rngs=nnx.Rngs(1))
+@pytest.fixture(scope="module")
+def linear():
+    return build(LINEAR)
+
+
+PAIR = {"lora_a": np.ones((8, 2)), "lora_b": np.ones((2, 6))}
+
+test_a_second_adapter_and_factors_that_do_not_fit = refusals(
+    (lambda linear: apply_lora_plus(linear, LINEAR.config(), rngs=nnx.Rngs(1)), "layer"),
+    (lambda linear: set_lora(linear, {}), "layer"),
+    (lambda linear: set_lora(linear, {"layer": {"lora_b": PAIR["lora_b"]}}), "layer"),
+    (lambda linear: set_lora(linear, {"layer": PAIR | {"lora_c": PAIR["lora_a"]}}), "lora_c"),
+    error=ValueError,
+)

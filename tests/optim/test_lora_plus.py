@@ -18,7 +18,6 @@ from loraplus_jax.optim.diagnostics import describe, probe
 from loraplus_jax.optim.keep_float32 import keep_float32
 from loraplus_jax.optim.roles import lr_ratio_of
 
-from ..marks import slow
 from ..messages import mentions
 from ..refusals import refusals
 from .toy import ONES, PARAMS, SCHEDULES, gradients, leaves, run
@@ -27,14 +26,10 @@ inject = optax.inject_hyperparams
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [
-    lambda: lora_plus(optax.sgd(1e-3), lr_ratio=16.0),
-    lambda: lora_plus_adamw(1e-3, lr_ratio=16.0, eps=1e-30),
-])  # fmt: skip
-def test_b_is_scaled_once_however_many_adapters_there_are(make):
+def test_b_is_scaled_once_however_many_adapters_there_are():
     one = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}
     params = {"lora": {f"layer_{n}": one for n in range(24)}}
-    tx = make()
+    tx = lora_plus(optax.sgd(1e-3), lr_ratio=16.0)
     updates, _ = tx.update(params, tx.init(params), params)
     assert len(updates["lora"]) == 24
     for pair in updates["lora"].values():
@@ -51,21 +46,6 @@ def test_lambda_one_is_bitwise_plain_adamw():
     jax.tree.map(np.testing.assert_array_equal, built, plain)
 
 
-def chains_of(tx):
-    """The AdamW states in an optimizer's."""
-    is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)  # noqa: E731
-    return [x for x in jax.tree.leaves(tx.init(PARAMS), is_leaf=is_adam) if is_adam(x)]
-
-
-def test_each_role_has_an_adamw_of_its_own_unless_settings_are_equal():
-    assert len(chains_of(lora_plus_adamw(0.1, 1.0))) == 1
-    assert len(chains_of(lora_plus_adamw(0.1, 4.0))) == 2
-    assert len(chains_of(lora_plus_adamw(0.1, 4.0, head_learning_rate=0.2))) == 3
-    # One schedule is one rate; an array of the value 1 is a ratio that is not known.
-    assert len(chains_of(lora_plus_adamw(SCHEDULES["linear"], 1.0))) == 1
-    assert len(chains_of(lora_plus_adamw(0.1, jnp.float32(1.0)))) == 2
-
-
 def test_the_wrapper_equals_the_builder_with_decay_and_clipping():
     rate = SCHEDULES["cosine with a floor"]
     adam = {"b1": 0.8, "b2": 0.95, "eps": 1e-2, "weight_decay": 0.1}
@@ -80,14 +60,8 @@ def test_the_wrapper_equals_the_builder_with_decay_and_clipping():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
-    [
-        optax.adamw(0.01, weight_decay=0.1),
-        slow(optax.lion(0.01, weight_decay=0.1)),
-        slow(optax.sgd(0.01, momentum=0.9, nesterov=True)),
-        optax.adafactor(0.01),
-        slow(optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01))),
-    ],
-    ids=["adamw", "lion", "sgd", "adafactor", "clipped adam"],
+    [optax.lion(0.01), optax.adafactor(0.01), optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01))],
+    ids=["lion", "adafactor", "clipped adam"],
 )
 def test_any_optimizer_scales_only_b(tx):
     # The same parameters at every step: what differs is the update alone.
@@ -154,7 +128,7 @@ def is_decayed(tree):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "decay"),
-    [("kernels", "coupled"), ("kernels", "equal"), (is_decayed, "equal"), (is_decayed(LAYERS), "coupled")],
+    [("kernels", "coupled"), (is_decayed, "equal")],
 )
 def test_a_mask_says_which_leaves_decay_and_the_table_shows_it(mask, decay):
     tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, decay=decay, decay_mask=mask)
@@ -428,7 +402,7 @@ WRAPPERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n if n in ("keep_float32", "adalora") else slow(n) for n in WRAPPERS])
+@pytest.mark.parametrize("name", WRAPPERS)
 def test_the_ratio_belongs_inside_a_transform_that_keeps_parameters(name):
     """Constant gradients, so that B moves lambda times as far as by the plain optimizer, after every step."""
     wrap, ends = WRAPPERS[name], []

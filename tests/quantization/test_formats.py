@@ -19,8 +19,6 @@ def draw(*shape, seed=0):
 
 # arXiv 2305.14314, appendix E, to the digits printed there.
 PAPER = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
-
-
 PAPER += [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0]
 
 
@@ -108,7 +106,7 @@ HALF_FLOATS = {"q4_0": (0,), "q4_1": (0, 2), "q8_0": (0,), "q4_k": (0, 2), "q6_k
 """Where a block of GGUF has them."""
 
 
-@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("platform", ["cpu", slow("tpu")])
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "q4_k", "q6_k"])
 def test_gguf_blocks_are_bit_identical(kind, platform, monkeypatch):
     if platform == "tpu":  # its way of unpacking, here

@@ -10,7 +10,6 @@ import pytest
 
 from loraplus_jax.step.losses import chunked_cross_entropy
 
-from ..marks import slow
 from ..refusals import refusals
 
 ROWS, LENGTH, HIDDEN, WORDS = 3, 10, 8, 23
@@ -51,10 +50,7 @@ def value_and_gradient(hidden, kernel, labels, weights, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "cap", "smoothing"),
-    [
-        *(slow(7, None, 0.0), slow(1, None, 0.0), slow(4, 2.0, 0.0), slow(9, None, 0.1)),
-        *((30, 5.0, 0.2), slow(512, None, 0.0)),
-    ],
+    [(7, None, 0.0), (30, 5.0, 0.2), (512, None, 0.1)],
 )
 def test_every_chunk_size_and_option_gives_the_float64_values_and_gradients(chunk, cap, smoothing):
     data, tolerance = inputs(scale=3.0 if cap or smoothing else 1.0), 2e-5 if cap or smoothing else 1e-5
@@ -74,7 +70,7 @@ def test_a_tied_embedding_is_taken_as_it_is():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(2, 3, 7), (7,), (0, 4)])
+@pytest.mark.parametrize("shape", [(7,), (0, 4)])
 def test_any_leading_axes(shape):
     hidden = jax.random.normal(jax.random.key(0), (*shape, HIDDEN))
     kernel, labels = inputs()[1], jnp.ones(shape, jnp.int32)
@@ -102,10 +98,9 @@ def test_the_kernel_gets_no_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel_dtype", [slow(jnp.bfloat16), jnp.float32])
-def test_bf16_states_give_float32_losses_and_bf16_gradients(kernel_dtype):
+def test_bf16_states_give_float32_losses_and_bf16_gradients():
     hidden, kernel, labels, weights = inputs(jnp.bfloat16)
-    losses, gradient = value_and_gradient(hidden, kernel.astype(kernel_dtype), labels, weights, chunk=4)
+    losses, gradient = value_and_gradient(hidden, kernel.astype(jnp.float32), labels, weights, chunk=4)
     assert (losses.dtype, gradient.dtype) == (jnp.float32, jnp.bfloat16)
     expected, d_hidden = reference(*inputs())
     np.testing.assert_allclose(losses, expected, atol=0.1)

@@ -1,5 +1,7 @@
 """Members of one compiled step train as their single runs do."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,6 @@ from jax.sharding import Mesh
 from loraplus_jax import init_state, jit_step, lora_plus_adamw, population_step
 from loraplus_jax.step.population import MEMBER_AXIS
 
-from ..marks import slow
 from ..refusals import refusals
 
 RATES = [(1e-2, 1.0), (3e-3, 4.0), (2e-2, 16.0)]
@@ -53,29 +54,28 @@ def first_states(factors, keys, own):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [{"at_once": 2, "accumulate": 2}, slow({"devices": 3})])
-def test_members_equal_their_single_runs(how):
+def test_members_equal_their_single_runs():
+    """Some at once, with accumulation, and each on a device of its own."""
     factors, keys, batches = members()
-    options = {name: value for name, value in how.items() if name in ("accumulate",)}
-    devices, at_once = how.get("devices"), how.get("at_once", 1)
-    mesh = Mesh(jax.devices()[:devices], (MEMBER_AXIS,)) if devices else None
-    step = population_step(noisy_squares, make_tx, at_once=at_once, mesh=mesh, **options)
-    own = hyperparams(RATES)
-    states, logs = first_states(factors, keys, own), []
-    compiled = step.lower(states, own, FROZEN, stack([b[0] for b in batches])).compile()
-    for n in range(4):
-        states, metrics = compiled(states, own, FROZEN, stack([b[n] for b in batches]))
-        logs.append(metrics)
-    for m, (rate, ratio) in enumerate(RATES):
+    own, runs = hyperparams(RATES), []
+    for how in ({"at_once": 2}, {"mesh": Mesh(jax.devices()[:3], (MEMBER_AXIS,))}):
+        step = population_step(noisy_squares, make_tx, accumulate=2, **how)
+        states, logs = first_states(factors, keys, own), []
+        for n in range(4):
+            states, metrics = step(states, own, FROZEN, stack([b[n] for b in batches]))
+            logs.append(jax.device_get(metrics))
+        runs.append((states, logs))
+    for m, (rate, ratio) in ((0, RATES[0]), (2, RATES[2])):
         tx = lora_plus_adamw(rate, ratio, weight_decay=0.01, max_grad_norm=1.0)
-        single, state = jit_step(noisy_squares, tx, **options), init_state(factors[m], tx, keys[m])
+        single, state = jit_step(noisy_squares, tx, accumulate=2), init_state(factors[m], tx, keys[m])
         for n in range(4):
             state, metrics = single(state, FROZEN, batches[m][n])
-            for name, value in metrics.items():
+            for (_, logs), (name, value) in itertools.product(runs, metrics.items()):
                 np.testing.assert_allclose(logs[n][name][m], value, rtol=1e-5, err_msg=name)
-        for x, y in zip(*map(jax.tree.leaves, (states.trainable, state.trainable)), strict=True):
-            np.testing.assert_allclose(np.asarray(x)[m], y, rtol=1e-5, atol=1e-6)
-        assert (int(np.asarray(states.step)[m]), states.rng[m]) == (4, keys[m])
+        for states, _ in runs:
+            for x, y in zip(*map(jax.tree.leaves, (states.trainable, state.trainable)), strict=True):
+                np.testing.assert_allclose(np.asarray(x)[m], y, rtol=1e-5, atol=1e-6)
+            assert (int(np.asarray(states.step)[m]), states.rng[m]) == (4, keys[m])
 
 
 @pytest.mark.slow

@@ -62,11 +62,6 @@ class Letters(nnx.Module):
         return jnp.einsum(self.einsum_str, x, self.w[...])
 
 
-class Super(nnx.Linear):
-    def __call__(self, x):
-        return 2 * super().__call__(x)
-
-
 class Jitted(nnx.Linear):
     @nnx.jit
     def __call__(self, x):
@@ -237,17 +232,11 @@ def bare_stack(axis):
 
 
 MODELS = {
-    "linear": LINEAR,
-    "linear, no bias": one(lambda r: nnx.Linear(8, 6, use_bias=False, precision="highest", rngs=r)),
-    "einsum, ellipsis": one(lambda r: nnx.Einsum("...d,df->...f", (8, 3), rngs=r)),
-    "attention": ATTENTION,
     "parameters": PARAMETERS,
     "einsum_str of its own": one(Letters),
-    "in_features_shape of its own": toy(Heads, "out query", HEADS),
     "the same by letters": toy(
         Heads, "out/kernel query/kernel", parameters(query__kernel="ioo", out__kernel="iio")
     ),
-    "subclass": one(lambda r: Super(8, 6, rngs=r)),
     "under nnx.jit": one(lambda r: Jitted(8, 6, rngs=r)),
     "under jax.jit": one(lambda r: JaxJitted(8, 6, rngs=r)),
     "under a partial jit": one(PartlyJitted, "layer/w", LAYER),
@@ -258,20 +247,16 @@ MODELS = {
     "a list": toy(Blocks, "layers/1/up", {"target_modules": "layers/1/up"}),
     "a dict": toy(InDict, "parts/up", modules("up")),
     "shared": toy(Twice, "first", modules("first")),
-    "stack": toy(Stack, "blocks/down@0 blocks/up@0", UP_DOWN),
     "stack along axis 1": toy(lambda r: Stack(r, 1), "blocks/down@1 blocks/up@1", UP_DOWN),
     "a stack of parameters, by letters": toy(
         bare_stack(0), "blocks/wo blocks/wq", {"target_parameters": {"blocks/w[qo]": "bio"}}, scales=False
     ),
-    **{
-        f"a stack of parameters along axis {axis}": toy(
-            bare_stack(axis),
-            f"blocks/wo@{axis} blocks/wq@{axis}",
-            {"target_parameters": {"blocks/w[qo]": "io"}},
-            options={"stacked": {"wq": (axis,), "wo": (axis,)}},
-        )
-        for axis in (0, 1)
-    },
+    "a stack of parameters along axis 1": toy(
+        bare_stack(1),
+        "blocks/wo@1 blocks/wq@1",
+        {"target_parameters": {"blocks/w[qo]": "io"}},
+        options={"stacked": {"wq": (1,), "wo": (1,)}},
+    ),
     # As many layers as heads and as the rank: no shape tells the axes apart.
     "along the second axis by metadata": toy(Scanned, ALONG_1, HEADS),
     "along the second axis as told": toy(
