@@ -153,7 +153,7 @@ ERRORS = {
     "settings": ("settings", "cli"),
     "data": ("data",),
     "models": ("models",),
-    "adapters": ("adapter", "linen", "nnx", "interpreter", "quantization"),
+    "adapters": ("adapter", "functions.py", "linen", "nnx", "interpreter", "quantization"),
     "optimizers": ("optim", "inits"),
     "steps": ("step",),
     "files": ("interop",),

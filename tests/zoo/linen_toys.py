@@ -552,13 +552,11 @@ WEIGHTS = {
     "scan that only reads": Toy(Reused(), "w", parameters(w="io")),
     "stacked lookup": part(lifted(nn.scan, (7, 4), lambda x, w: x + w[jnp.arange(2)], **steps()), "eio"),
     "part of the inputs": used((2, 4, 5), "bi,jio->bjo", "iio", whole=True),
-    "reshaped": used((2, 2, 5), lambda x, w: x @ w.reshape(4, 5), "iio", whole=True),
+    "reshaped": used((2, 2, 5), lambda x, w: x @ w.reshape(4, 5), "iio"),
     "with itself": used((4, 5), lambda x, w: x @ (w @ w.T), "io", whole=True),
     "stopped": used((4, 5), lambda x, w: x @ (w + 2 * stopped(w)), "io", whole=True),
     "whole numbers": used((4, 5), lambda x, w: x @ (9 * w).astype(int) + x @ w, "io", whole=True),
-    "branch": used(
-        (4, 4), lambda x, w: jax.lax.cond(x.sum() > -9, lambda: x @ w, lambda: x), "io", whole=True
-    ),
+    "branch": used((4, 4), lambda x, w: jax.lax.cond(x.sum() > -9, lambda: x @ w, lambda: x), "io"),
     "result": used((4, 5), lambda x, w: (x @ w, w), "io", whole=True),
 }
 

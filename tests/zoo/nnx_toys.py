@@ -241,7 +241,7 @@ MODELS = {
     "under jax.jit": one(lambda r: JaxJitted(8, 6, rngs=r)),
     "under a partial jit": one(PartlyJitted, "layer/w", LAYER),
     "a custom gradient": weight(no_gradient, whole=True),
-    "checkpoint, loop and branch": weight(inside, whole=True),
+    "checkpoint, loop and branch": weight(inside),
     "integers": weight(integers, np.arange(80, dtype=np.int8).reshape(2, 5, 8)),
     "nothing hashable": one(Configured, "layer/w", LAYER, args=(WIDE, {"scale": 0.5})),
     "a list": toy(Blocks, "layers/1/up", {"target_modules": "layers/1/up"}),
