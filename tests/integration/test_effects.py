@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax import load_adapter, make_mesh, save_adapter
+from loraplus_jax import make_mesh, save_adapter
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.data.fetch import resolve
@@ -32,10 +32,9 @@ from loraplus_jax.training import trainer as training
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.trainer import Trainer, train
 
-from ..marks import every
 from ..training.preparation import without_compiling
 from . import language_world as language
-from .runs import flags, rows_of, saved_steps
+from .runs import flags
 
 pytestmark = pytest.mark.slow
 
@@ -218,13 +217,6 @@ def searched(settings):
     return texts.model.generate(*[None] * 5), texts.batch_size, len(texts.inputs)
 
 
-def left(settings):
-    """What a whole run leaves: rows, checkpoints and adapter."""
-    train(settings, console=QUIET)
-    out = Path(settings.output_dir)
-    return rows_of(out), saved_steps(out), hashed(load_adapter(out / "adapter").lora)
-
-
 # The table.
 
 
@@ -242,7 +234,9 @@ ELSEWHERE = {
     **{f"distributed.{name}_timeout": "test_processes.py" for name in ("start", "lost")},
     "optimizer.target_rank": "kinds.py",
     "train.theory_every": "kinds.py",
-    "train.early_stopping": "test_run.py",
+    **{f"train.{name}": "test_run.py" for name in ("early_stopping", "eval_every", "keep")},
+    "train.log_every": "kinds.py",
+    "train.select": "test_disturbances.py",
     "train.max_skipped": "test_disturbances.py",
     "output_dir": "conftest.py",
 }
@@ -260,11 +254,6 @@ PHI = (*TALK, *flags("--model.path {dir}/phi --lora.target_modules [o_proj]"))
 DESCRIBE = (*TALK, *flags("--task generation --data.path {dir}/descriptions.csv"))
 SAY = (*TALK, "--train.prompt", "what colour is snow")
 RENAMED = '{{"instruction": "asked", "output": "said"}}'
-# With such a rate the last of the three evaluations is worse than the one before.
-RESTLESS = flags(
-    "--train.steps 6 --train.eval_every 2 --train.log_every 2 --task regression --data.label rating"
-    " --optimizer.learning_rate 0.2 --lora.init he_uniform"
-)
 CHANGES = [
     Change("model.path", "{dir}/other", variables),
     Change("model.pooling", "cls", program),
@@ -281,7 +270,6 @@ CHANGES = [
     Change("model.loss_chunk", "64", program, TALK),
     Change("data.path", "{dir}/first.csv", arrays),
     Change("data.train", "{dir}/more.csv", arrays, FILES),
-    Change("data.train", "[{dir}/first.csv, {dir}/last.csv]", arrays, FILES),
     Change("data.validation", "{dir}/last.csv", arrays, FILES),
     Change("data.test", "{dir}/last.csv", arrays, FILES),
     Change("data.text", "text2", arrays, WIDE),
@@ -291,14 +279,12 @@ CHANGES = [
     Change("data.quoting", "none", arrays, ("--data.path", "{dir}/quoted.csv")),
     Change("data.header", "[second, text, label]", arrays, BARE),
     Change("data.limit", "20", arrays),
-    Change("data.limit", "20", arrays, TALK),
     Change("data.root", "{dir}", arrays, ("--data.path", "glue/sst2", "--data.root", "{dir}/glue")),
     Change("data.max_length", "8", arrays),
     Change("data.validation_fraction", "0.2", arrays),
     Change("data.test_fraction", "0.1", arrays),
     Change("data.split_seed", "3", arrays),
     Change("data.duplicates", "drop", arrays, (*FILES, "--data.test", "{dir}/more.csv")),
-    Change("data.template", "plain", arrays, TALK),
     Change("data.template", "{dir}/template.jinja", arrays, TALK),
     Change("data.answers", "last", arrays, TALK),
     Change("data.packing", "true", arrays, TALK),
@@ -309,7 +295,6 @@ CHANGES = [
     Change("lora.dropout", "0.1", program),
     Change("lora.lr_ratio", "2.0", updates),
     Change("lora.init", "lora_b", variables),
-    Change("lora.init", "pissa", variables),
     Change("lora.init_iterations", "1", variables, ("--lora.init", "pissa")),
     Change("lora.modules_to_save", "[attention_norm]", shapes),
     Change("lora.exclude_modules", "[up]", shapes, ("--lora.target_modules", "all-linear")),
@@ -324,8 +309,6 @@ CHANGES = [
     Change("optimizer.magnitude_learning_rate", "1e-3", updates, ("--lora.variant", "dora")),
     Change("optimizer.policy", "peft", updates),
     Change("optimizer.name", "riemannian", updates),
-    Change("optimizer.name", "lora_rite", updates, ("--method", "lora")),
-    Change("optimizer.name", "lora_muon", updates, ("--method", "lora")),
     Change("optimizer.reg", "0.5", updates, ("--optimizer.name", "riemannian")),
     Change("optimizer.decay_steps", "3", updates, ("--optimizer.schedule", "wsd")),
     Change("optimizer.learning_rate", "2e-3", updates),
@@ -344,10 +327,6 @@ CHANGES = [
     Change("train.batch_size", "16", first_batch),
     Change("train.accumulate", "2", program),
     Change("train.eval_batch_size", "8", evaluation_batches),
-    Change("train.eval_every", "3", left, RESTLESS),
-    Change("train.log_every", "3", left, RESTLESS),
-    Change("train.select", "last", left, RESTLESS),
-    Change("train.keep", "3", left, RESTLESS),
     Change("train.compilation_cache", "false", cache_in_use),
     Change("train.report_to", "[mlflow]", reported),
     Change("train.prompt", "what colour is coal", asked, SAY),
@@ -365,7 +344,6 @@ CHANGES = [
     Change("mesh.fsdp", "2", shardings),
     Change("mesh.tensor", "2", shardings),
     Change("task", "regression", arrays, ("--data.label", "rating")),
-    Change("method", "lora", updates),
     Change("method", "full", shapes),
     Change("init_adapter", "{dir}/adapter", variables),
     Change("init_adapter_rates", "new", refusal, ("--init_adapter", "{dir}/adapter", "--lora.lr_ratio", "8")),
@@ -384,7 +362,7 @@ def two_turns(row):
 
 @pytest.fixture(scope="module")
 def home(first_world, tmp_path_factory, cache):
-    """The world of this file: another model and other data beside the usual ones, and no pictures."""
+    """The world of this file: another model and other data beside the usual ones."""
     world = first_world.copy(tmp_path_factory.mktemp("effects"))
     other = first_world.copy(tmp_path_factory.mktemp("other"))
     other.change_tensors(lambda tensors: tensors["embeddings.LayerNorm.weight"].__setitem__(0, 3.0))
@@ -423,9 +401,7 @@ def home(first_world, tmp_path_factory, cache):
     template = language.TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
     (world.directory / "template.jinja").write_text(template)
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_loss", lambda *_: None)
-        yield world
+    return world
 
 
 @pytest.fixture(scope="module")
@@ -454,17 +430,14 @@ def test_every_field_has_its_proof():
         assert name.rpartition(".")[2] in Path(__file__).with_name(file).read_text(), name
 
 
-@pytest.mark.parametrize(
-    "change", every(3, CHANGES), ids=lambda change: f"{change.name}-{change.proof.__name__}"
-)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: f"{change.name}-{change.proof.__name__}")
 def test_changing_a_field_changes_something(settings_of, found_on, change):
     changed = change.proof(settings_of(*change.base, f"--{change.name}", change.value))
     assert changed != found_on(change.proof, change.base)
 
 
-# Else a difference would prove nothing.
 @pytest.mark.long
-@pytest.mark.parametrize("proof", dict.fromkeys(change.proof for change in CHANGES))
-def test_a_proof_finds_the_same_again(settings_of, found_on, proof):
-    base = next(change.base for change in CHANGES if change.proof is proof)
-    assert proof(settings_of(*base)) == found_on(proof, base)
+def test_each_proof_finds_the_same_again(settings_of, found_on):
+    """Else a difference would prove nothing."""
+    for proof, base in {change.proof: change.base for change in CHANGES}.items():
+        assert proof(settings_of(*base)) == found_on(proof, base), proof
