@@ -13,15 +13,12 @@ from .runs import SHORT_TALK, assert_same_losses, evaluated, printed, tensor_byt
 pytestmark = pytest.mark.usefixtures("cache")
 
 CELLS = """
-            learns  resumes  devices  exports  restarts  member
-gpt2        slow    long     long     slow     slow      -
-gpt2_split  slow    -        long     long     long      -
-gpt2_loftq  slow    -        -        slow     -         -
-gpt2_nf4    long    -        -        long     -         -
-gemma2      long    -        long     long     -         -
-gemma3      long    -        long     long     -         -
-phi3        long    -        long     long     long      -
-phi3_nf4    long    -        -        long     -         -
+            learns  resumes  devices  exports  restarts
+gpt2        slow    -        long     slow     slow
+gpt2_split  slow    -        -        long     -
+gpt2_loftq  slow    -        -        slow     -
+gemma3      long    -        -        long     -
+phi3        long    -        -        long     -
 """
 
 

@@ -18,9 +18,9 @@ from .runs import MESH, NO_PROMPT, SHORT, evaluated, flags, lines_of, printed, s
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 CELLS = """
-          learns  resumes  devices  exports  restarts  member
-describe  slow    slow     -        -        -         -
-choices   slow    -        -        long     -         -
+          learns  resumes  devices  exports  restarts
+describe  slow    -        -        -        -
+choices   slow    -        -        long     -
 """
 
 
