@@ -20,7 +20,7 @@ from loraplus_jax.training import console, trainer
 
 from ..messages import assert_mentions
 from .gpt2_world import write_gpt2
-from .language_world import FAMILIES, write_family
+from .language_world import FUSED, PRODUCTS, write_family
 from .runs import MESH, NO_PROMPT, PROMPT, SHORT, SHORT_TALK, column, flags, rows_of, summary_of, tensors_of
 
 DRAW = trainer.draw_loss
@@ -314,7 +314,7 @@ def keys_are_the_bases(run):
 def family(name):
     def make(world):
         write_family(world.model, name)
-        world.change_config("lora", target_modules=FAMILIES[name][1])
+        world.change_config("lora", target_modules=[*FUSED] if name == "phi3" else PRODUCTS)
 
     return make
 
@@ -322,7 +322,7 @@ def family(name):
 def names_its_targets(run):
     options = json.loads((run.export("peft") / "adapter_config.json").read_text())
     names = {name.rpartition(".")[2] for name in options["target_modules"]}
-    assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert names == {*FUSED}
 
 
 def choices(world):

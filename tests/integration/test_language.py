@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 ONE = (*NO_PROMPT, "--train.steps", "3", "--train.log_every", "1")
 CELLS = """
          learns  resumes  devices  exports  restarts
-llama    quick   slow     long     -        -
+llama    quick   -        long     -        -
 chat     slow    -        -        slow     long
 packed   slow    long     -        -        -
 nf4      slow    -        slow     slow     -
@@ -187,7 +187,7 @@ TINY = flags("--data.max_length 64 --optimizer.warmup_steps 2 --train.epochs 1 -
 
 @pytest.mark.slow
 def test_the_commands_of_the_page_on_one_gpu_run(talk, tmp_path, monkeypatch):
-    tiny.write_family(talk.model, "qwen3")
+    tiny.write_family(talk.model, "qwen3", tie_word_embeddings=True)
     monkeypatch.chdir(tmp_path)
     talk.model.rename("Qwen3-0.6B")
     (config,) = blocks("one_gpu", "yaml")[""]
