@@ -393,6 +393,7 @@ KINDS = {
         make=lambda world: world.describe(
             beams=3, max_new_tokens=8, no_repeat_ngram=3, inputs=6, batch_size=4
         ),
+        stop=50,
     ),
     "choices": Kind((*NO_PROMPT, "--train.steps", "80"), make=choices),
 }

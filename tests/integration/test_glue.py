@@ -8,9 +8,11 @@ import scipy.stats
 
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference import predict
+from loraplus_jax.sweep import run as sweeping
 
 from ..messages import assert_mentions
-from .runs import SHORT, column, evaluated, printed, summary_of
+from .runs import SHORT, column, evaluated, flags, lines_of, printed, summary_of
+from .test_sweep import TINY
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -50,7 +52,7 @@ def glue(world, name):
 @pytest.mark.slow
 def test_classification_selects_by_its_own_metric_and_is_submitted(world, capsys):
     write_cola(world)
-    out = world.trained(*glue(world, "cola"), "--train.steps", "20", "--train.eval_every", "10")
+    out = world.trained(*glue(world, "cola"), "--train.steps", "30", "--train.eval_every", "10")
     assert "data: 108 train, 12 validation, 40 test" in capsys.readouterr().out.splitlines()
     summary = summary_of(out)
     assert set(summary["after"]) == {"loss", "accuracy", "matthews"}
@@ -76,6 +78,20 @@ def test_classification_selects_by_its_own_metric_and_is_submitted(world, capsys
     assert {line.split("\t")[1] for line in lines} <= {"0", "1"}
     assert main(["predict", str(out), "--glue", str(submitted)]) == 2
     assert_mentions(capsys.readouterr().err, "--glue", "CoLA.tsv")
+
+
+@pytest.mark.slow
+def test_a_sweep_reports_the_tasks_metric(world, monkeypatch):
+    write_cola(world)
+    monkeypatch.setattr(sweeping, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(sweeping, "write_report", lambda directory, report, page=False: None)
+    few = flags("--sweep.learning_rates [5e-3] --sweep.lr_ratios [4]")
+    args = [*TINY, *few, *glue(world, "cola")]
+    assert main(["sweep", str(world.config), "--output_dir", str(world.out), *args]) == 0
+    rows = lines_of(world.out / "metrics.jsonl")
+    assert rows
+    assert all(-1 <= row["matthews"] <= 1 for row in rows)
+    assert len({row["matthews"] for row in rows}) > 1
 
 
 @pytest.mark.slow

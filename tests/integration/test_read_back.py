@@ -1,6 +1,6 @@
 """What a command reads back is what was written, of the same base and data: else an error, or the same result.
 
-There is no list of files: each file of a run or export has a bit changed, so a new one is covered at once.
+There is no list of files: each file of a run, sweep or export has a bit changed, so a new one is covered at once.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import pytest
 
 from loraplus_jax.cli.commands import main
@@ -19,12 +18,15 @@ from loraplus_jax.sweep.run import Sweep
 
 from ..marks import long
 from . import language_world as language
-from .runs import NO_PROMPT, SHORT_TALK, flags, interrupt_at, printed, rejected, report_of
+from .runs import NO_PROMPT, SHORT_TALK, flags, interrupt_at, interrupted, report_of
 from .test_methods import compare
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 SHORT = (*SHORT_TALK, "--lora.rank", "4")
+PISSA = (*SHORT, "--lora.init", "pissa")
+NF4 = (*SHORT, "--model.quantize", "nf4")
+LOFTQ = (*NF4, "--lora.init", "loftq")
 SWEEP = flags(
     "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [4] --sweep.report_seeds 2 --sweep.rungs [0.5]"
     " --sweep.keep 0.5 --train.steps 8 --train.eval_every 4"
@@ -38,43 +40,13 @@ def describe(talk):
     talk.describe(beams=1, max_new_tokens=4, inputs=2, batch_size=2)
 
 
-def swap_answers(world):
-    """The data with other labels."""
-    if (world.directory / "train.csv").exists():
-        rows = [row | {"ref": row["ref"] + " now"} for row in language.descriptions()[:96]]
-        world.write_rows("train.csv", rows)
-        return
-    rows = world.rows()
-    world.write_rows("chats.jsonl", [row | {"output": "it is red"} for row in rows])
-
-
-def edit_tokenizer(world):
-    path = world.model / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["pre_tokenizer"]["add_prefix_space"] = True
-    path.write_text(json.dumps(content))
-
-
-def edit_a_projection(world):
-    def change(tensors):
-        name = next(name for name in tensors if name.endswith("q_proj.weight"))
-        tensors[name] = tensors[name] + 1
-
-    world.change_tensors(change)
-
-
-BEHIND = {"base.weights": edit_a_projection, "data": swap_answers, "tokenizer": edit_tokenizer}
-
-
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A run at a stage: how to get there, the next command, what that leaves, and what is changed."""
+    """A run at a stage: how to get there, the next command, and what that leaves."""
 
     begin: Callable  # (world, patch): until it is interrupted
     resume: Callable  # (world): the exit code
     result: Callable  # (world): what must not change
-    behind: tuple[str, ...]
-    files: str = "**/*"
 
 
 def adapter(world):
@@ -82,7 +54,7 @@ def adapter(world):
     return [file.read_bytes() for file in files]
 
 
-def train(*flags, stop, behind, files="**/*", prepare=lambda world: None):
+def train(*flags, stop, prepare=lambda world: None):
     """A run that was killed before it logged a step."""
 
     def begin(world, patch):
@@ -90,16 +62,19 @@ def train(*flags, stop, behind, files="**/*", prepare=lambda world: None):
         interrupt_at(patch, stop)
         assert world.train(*flags) == 130
 
-    return Kind(begin, lambda world: world.train(*flags), adapter, behind, files)
+    return Kind(begin, lambda world: world.train(*flags), adapter)
 
 
 def sweep(world):
     return main(["sweep", str(world.config), "--output_dir", str(world.out), *SWEEP, *NO_PROMPT])
 
 
-def runs(world):
+def numbers(world):
     """The report without seconds and digest."""
-    return report_of(world.out)["runs"]
+    report = report_of(world.out)
+    if "runs" in report:
+        return report["runs"]
+    return {name: method["runs"] for name, method in report["methods"].items()}
 
 
 def stopped_sweep(world, patch):
@@ -127,17 +102,45 @@ def resume_methods(world):
 
 
 KINDS = {
-    "pissa, before a checkpoint": train(*SHORT, "--lora.init", "pissa", stop=2, behind=(*BEHIND,)),
-    "texts": train(*SHORT, stop=6, behind=("data",), files="generated*", prepare=describe),
-    "methods": Kind(stopped_methods, resume_methods, runs, ("base.weights",), files="no file"),
-    "sweep": Kind(stopped_sweep, sweep, runs, (*BEHIND,)),
+    "pissa, before a checkpoint": train(*PISSA, stop=2),
+    "pissa, after one": train(*PISSA, stop=6),
+    "loftq, before a checkpoint": train(*LOFTQ, stop=2),
+    "texts": train(*SHORT, stop=6, prepare=describe),
+    "sweep": Kind(stopped_sweep, sweep, numbers),
+    "methods": Kind(stopped_methods, resume_methods, numbers),
+    "lora": train(*SHORT, stop=6),
+    "dora": train(*SHORT, "--lora.variant", "dora", stop=6),
+    "full": train(*SHORT_TALK[:-2], "--method", "full", stop=6),
+    "lora_ga, before a checkpoint": train(*SHORT, "--lora.init", "lora_ga", stop=2),
+    "nf4": train(*NF4, stop=6),
 }
 
 
-def files_of(directory, pattern="**/*"):
+def cases(*quick):
+    return [name if name in quick else long(name) for name in KINDS]
+
+
+@pytest.fixture
+def stopped(talk, request):
+    """A kind's world at its stage, and a function that restores it."""
+    kind = KINDS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        kind.begin(talk, patch)
+    backup = talk.directory.with_name("backup")
+    shutil.copytree(talk.directory, backup)
+
+    def restore():
+        shutil.rmtree(talk.directory)
+        shutil.copytree(backup, talk.directory)
+
+    yield kind, talk, restore
+    shutil.rmtree(backup)
+
+
+def files_of(directory):
     return [
         path.relative_to(directory)
-        for path in sorted(directory.glob(pattern))
+        for path in sorted(directory.rglob("*"))
         if path.is_file() and not NOT_READ & set(path.relative_to(directory).parts) and path.stat().st_size
     ]
 
@@ -151,80 +154,121 @@ def change_a_bit(path: Path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", [long(name) if name == "sweep" else name for name in KINDS])
-def test_what_is_changed_under_a_stopped_run_is_an_error_or_changes_nothing(talk, capsys, name):
-    kind, backup = KINDS[name], talk.directory.with_name("backup")
-    with pytest.MonkeyPatch.context() as patch:
-        kind.begin(talk, patch)
-    shutil.copytree(talk.directory, backup)
-
-    def restore():
-        shutil.rmtree(talk.directory)
-        shutil.copytree(backup, talk.directory)
-
-    for part in kind.behind:
-        BEHIND[part](talk)
+@pytest.mark.parametrize("stopped", cases("pissa, before a checkpoint", "texts"), indirect=True)
+def test_a_changed_bit_of_any_file_is_an_error_or_changes_nothing(stopped, capsys):
+    kind, world, restore = stopped
+    assert kind.resume(world) == 0
+    straight = kind.result(world)
+    restore()
+    silent = []
+    for file in files_of(world.out):
+        change_a_bit(world.out / file)
         capsys.readouterr()
-        assert kind.resume(talk) == 2, part
+        code = kind.resume(world)
+        error = capsys.readouterr().err
+        if not ((code == 2 and str(world.out) in error) or (code == 0 and kind.result(world) == straight)):
+            silent.append((str(file), code, error))
+        restore()
+    assert not silent
+
+
+def swap_answers(world):
+    """The data with other labels."""
+    if (world.directory / "train.csv").exists():
+        rows = [row | {"ref": row["ref"] + " now"} for row in language.descriptions()[:96]]
+        world.write_rows("train.csv", rows)
+        return
+    rows = world.rows()
+    world.write_rows("chats.jsonl", [row | {"output": "it is red"} for row in rows])
+
+
+def edit_tokenizer(world):
+    path = world.model / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    path.write_text(json.dumps(content))
+
+
+def edit_a_projection(world):
+    def change(tensors):
+        name = next(name for name in tensors if name.endswith("q_proj.weight"))
+        tensors[name] = tensors[name] + 1
+
+    world.change_tensors(change)
+
+
+@pytest.mark.parametrize("stopped", cases("pissa, before a checkpoint", "texts", "methods"), indirect=True)
+def test_what_is_behind_a_stopped_run_is_the_same_when_it_resumes(stopped, capsys):
+    kind, world, restore = stopped
+    changes = {"base.weights": edit_a_projection, "data": swap_answers, "tokenizer": edit_tokenizer}
+    for part, change in changes.items():
+        change(world)
+        capsys.readouterr()
+        assert kind.resume(world) == 2, part
         error = capsys.readouterr().err
         assert part in error, (part, error)
         assert f"--allow_different {part}" in error
         restore()
-    if name == "texts":  # which alone has a checkpoint
-        with jax.default_matmul_precision("highest"):
-            assert kind.resume(talk) == 2
-        assert "jax_default_matmul_precision" in capsys.readouterr().err
-    if not (files := files_of(talk.out, kind.files)):
-        return
-    assert kind.resume(talk) == 0
-    straight, silent = kind.result(talk), []
-    for saved in (*backup.glob("out/start/*"), *backup.glob("out/generated*")):  # nothing is made again
-        assert saved.stat().st_mtime_ns == (talk.out / saved.relative_to(backup / "out")).stat().st_mtime_ns
-    for file in files:
-        restore()
-        change_a_bit(talk.out / file)
-        capsys.readouterr()
-        code = kind.resume(talk)
-        error = capsys.readouterr().err
-        if not ((code == 2 and str(talk.out) in error) or (code == 0 and kind.result(talk) == straight)):
-            silent.append((str(file), code, error))
-    assert not silent
 
 
-def evaluate(where, capsys):
+def evaluate(world, where, capsys):
     capsys.readouterr()
     code = main(["eval", str(where)])
-    text = capsys.readouterr()
-    return code, text.out, text.err
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
 
 
-@pytest.mark.parametrize("export", [None, "peft", "merged"])
-def test_a_changed_bit_of_a_result_is_an_error_or_changes_nothing(run_of, capsys, export):
-    where = run_of("chat").export(export) if export else run_of("chat").straight
-    _, straight, _ = evaluate(where, capsys)
+@pytest.mark.parametrize(
+    ("flags", "export"),
+    [
+        (SHORT, None),
+        (SHORT, ()),
+        (SHORT, ("--merged",)),
+        long(NF4, ("--merged",)),
+        long(LOFTQ, None),
+        long((*SHORT_TALK[:-2], "--method", "full"), None),
+        long((*SHORT, "--lora.modules_to_save", "[lm_head]"), ()),
+    ],
+)
+def test_a_changed_bit_of_a_result_is_an_error_or_changes_nothing(talk, tmp_path, capsys, flags, export):
+    where = talk.trained(*flags)
+    if export is not None:
+        where = tmp_path / "exported"
+        assert main(["export", str(talk.out), "--to", str(where), *export]) == 0
+    _, straight, _ = evaluate(talk, where, capsys)
     silent = []
     for file in files_of(where):
         saved = (where / file).read_bytes()
         change_a_bit(where / file)
-        code, out, error = evaluate(where, capsys)
+        code, out, error = evaluate(talk, where, capsys)
         if not ((code == 2 and error) or (code == 0 and out == straight)):
             silent.append((str(file), code, error))
         (where / file).write_bytes(saved)
     assert not silent
 
 
-def test_a_small_change_of_an_unquantized_weight_is_not_merged(run_of, tmp_path, capsys):
-    run = run_of("nf4")
+def test_a_small_change_of_an_unquantized_weight_is_not_merged(talk, tmp_path, capsys):
+    talk.trained(*NF4)
 
     def change(tensors):
         weight = tensors["model.layers.0.self_attn.q_proj.weight"]
-        weight[0, abs(weight[0]).argmin()] += 1e-4  # to the same code
+        block = abs(weight[0]).argmin()
+        weight[0, block] += 1e-4  # to the same code
 
-    saved = (run.finished.model / "model.safetensors").read_bytes()
-    run.finished.change_tensors(change)
-    assert main(["eval", str(run.straight)]) == 0
-    command = ("export", run.straight, "--merged", "--to", tmp_path / "merged")
-    assert "--allow_different base.unquantized" in rejected(capsys, *command)
+    talk.change_tensors(change)
+    assert main(["eval", str(talk.out)]) == 0
+    capsys.readouterr()
+    assert main(["export", str(talk.out), "--merged", "--to", str(tmp_path / "merged")]) == 2
+    assert "--allow_different base.unquantized" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
-    printed(capsys, *command, "--allow_different", "base.unquantized")
-    (run.finished.model / "model.safetensors").write_bytes(saved)
+    accept = ["--allow_different", "base.unquantized"]
+    assert main(["export", str(talk.out), "--merged", "--to", str(tmp_path / "merged"), *accept]) == 0
+
+
+def test_another_precision_on_resumption_is_an_error(talk, capsys, monkeypatch):
+    import jax
+
+    interrupted(talk, 6, *SHORT)
+    with jax.enable_x64(True):
+        assert talk.train(*SHORT) == 2
+    assert "jax_enable_x64" in capsys.readouterr().err

@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.sweep import run as sweeping
 from loraplus_jax.sweep.device_slots import DeviceSlots
 from loraplus_jax.sweep.figures import PICTURES
 from loraplus_jax.sweep.report import format_number, format_steps
@@ -20,7 +19,6 @@ from loraplus_jax.training import console
 
 from ..messages import assert_mentions
 from .runs import flags, lines_of, report_of, summary_of
-from .test_glue import glue, write_cola
 
 pytestmark = pytest.mark.slow
 
@@ -28,22 +26,6 @@ TINY = flags(
     "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [2,4] --sweep.report_seeds 2 --sweep.rungs [0.25]"
     " --sweep.keep 0.5 --train.max_skipped 2 --train.steps 16 --train.eval_every 4"
 )
-
-
-SMALLEST_PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
-)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pictures take as long as all else."""
-
-    def draw(directory, report):
-        for name in PICTURES:
-            (directory / f"{name}.png").write_bytes(SMALLEST_PNG)
-
-    monkeypatch.setattr(sweeping, "draw_figures", draw)
 
 
 @pytest.fixture(scope="module")
@@ -202,21 +184,34 @@ def stopped_at(count, world, *options):
         assert run_sweep(world, *options) == 143
 
 
-def test_stopped_and_killed_it_ends_bitwise_the_same_but_not_under_other_options_of_jax(
-    world, swept, capsys, undrawn
-):
-    # Before the rung, and amid the report after a kill at its first step, which has no checkpoint yet.
-    stopped_at(3, world)
-    printed = capsys.readouterr()
-    assert_mentions(printed.err, "stopped", "same command")
-    assert "for 176 training steps" in printed.out
+def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept, capsys, undrawn):
+    # Before the rung, after it, amid the report; then at steps 3 and 6 of the search.
+    for count, left in ((3, 176), (3, 176 - 3 * 8), (12, 96 + (16 - 6) * 4)):
+        stopped_at(count, world)
+        printed = capsys.readouterr()
+        assert_mentions(printed.err, "stopped", "same command")
+        assert f"for {left} training steps" in printed.out
     with pytest.MonkeyPatch.context() as patch:
-        stopping(patch, 13 + 1, killed)
+        stopping(patch, 3, killed)
         with pytest.raises(Killed):
             run_sweep(world)
-    assert f"for {176 - 3 * 8} training steps" in capsys.readouterr().out
+    assert run_sweep(world) == 0
+    assert "report" in capsys.readouterr().out
+    assert result_of(world.out)[1] == result_of(swept)[1]
+    paths = dict.fromkeys(
+        ("protocol", "command", "digest"), 0
+    )  # hold the paths of a run, or follow from them
+    assert report_of(world.out) | paths == report_of(swept) | paths
+
+
+def test_results_under_other_options_of_jax_are_not_mixed(world, capsys, undrawn):
+    with pytest.MonkeyPatch.context() as patch:
+        stopping(patch, 16 + 1, killed)  # at the first step of the report, which has no checkpoint yet
+        with pytest.raises(Killed):
+            run_sweep(world)
     results = {path: path.read_bytes() for path in world.out.glob("units/*/result.json")}
     assert results
+    capsys.readouterr()
     with jax.default_prng_impl("rbg"):
         assert run_sweep(world) == 2
     error = capsys.readouterr().err
@@ -226,21 +221,15 @@ def test_stopped_and_killed_it_ends_bitwise_the_same_but_not_under_other_options
     leftover = next(iter(results)).with_name(".loraplus-0.partial")
     leftover.mkdir()
     (leftover / "lock").touch()
-    stopped_at(6, world)
     assert run_sweep(world) == 0
-    assert "report" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in results} == results
     assert not list(world.out.glob("units/*/*.partial"))
-    assert result_of(world.out)[1] == result_of(swept)[1]
-    paths = dict.fromkeys(
-        ("protocol", "command", "digest"), 0
-    )  # hold the paths of a run, or follow from them
-    assert report_of(world.out) | paths == report_of(swept) | paths
 
 
 def test_a_report_in_groups_trains_the_same_runs_and_resumes_in_each(world, swept, capsys, undrawn):
     options = ("--sweep.report_seeds", "3", "--sweep.interim_seeds", "[2]")
-    stopped_at(16 + 16 + 1, world, *options)  # in the second group
+    for count in (16 + 3, 13 + 1):  # in the first group, and in the second after the rest of the first
+        stopped_at(count, world, *options)
     assert not report_of(world.out)["complete"]
     assert run_sweep(world, *options) == 0
     report, whole = report_of(world.out), report_of(swept)
@@ -279,8 +268,7 @@ def test_a_wider_search_resumes_and_reports_what_it_tried(world, tmp_path, capsy
         )
 
 
-def test_a_decided_report_of_a_task_of_glue_ends_early(world, capsys, undrawn, monkeypatch):
-    write_cola(world)
+def test_a_decided_report_ends_early(world, capsys, undrawn, monkeypatch):
     step, ready = DeviceSlots.step, []
 
     def recorded(self, batches):
@@ -289,10 +277,7 @@ def test_a_decided_report_of_a_task_of_glue_ends_early(world, capsys, undrawn, m
 
     monkeypatch.setattr(DeviceSlots, "step", recorded)
     rates = ("--sweep.lora_learning_rates", "[1e-9,2e-9]", "--sweep.control", "false")
-    options = (*glue(world, "cola"), "--sweep.report_seeds", "8", "--sweep.interim_seeds", "[4]")
-    assert run_sweep(world, *rates, *options) == 0
-    scores = {row["matthews"] for row in lines_of(world.out / "metrics.jsonl")}
-    assert -1 <= min(scores) < max(scores) <= 1
+    assert run_sweep(world, *rates, "--sweep.report_seeds", "8", "--sweep.interim_seeds", "[4]") == 0
     report = report_of(world.out)
     assert report["ended"] == {"seeds": 4, "reason": "decided"}
     assert [run["seed"] for run in report["runs"]] == [1, 2, 3, 4] * 2

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 CELLS = """
           learns  resumes  devices  exports  restarts
-describe  slow    -        -        -        -
+describe  slow    slow     -        -        -
 choices   slow    -        -        -        -
 """
 
