@@ -1,5 +1,6 @@
 """A tiny world for whole runs: a random BERT directory, texts whose label is one of their words, and a config."""
 
+import base64
 import contextlib
 import csv
 import dataclasses
@@ -16,8 +17,11 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from loraplus_jax.cli.commands import main
+from loraplus_jax.sweep import run as sweeping
+from loraplus_jax.sweep.figures import PICTURES
 from loraplus_jax.training import trainer
 
+from .. import tiny
 from . import language_world as language
 from .kinds import runs_of
 from .runs import ASKED, PROMPT
@@ -191,24 +195,38 @@ def first_talk(tmp_path_factory):
     return world
 
 
+SMALLEST_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
+
+def _draw_nothing(patch):
+    def draw(directory, report, names=PICTURES):
+        for name in names:
+            (directory / f"{name}.png").write_bytes(SMALLEST_PNG)
+
+    patch.setattr(trainer, "draw_loss", lambda *_: None)
+    patch.setattr(sweeping, "draw_figures", draw)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No run draws a picture, and a sweep the smallest: that takes as long as all else."""
+    _draw_nothing(monkeypatch)
+
+
 @pytest.fixture
 def world(first_world, tmp_path, cache, monkeypatch):
-    """A fresh copy, whose runs draw no picture: that takes as long as all else."""
-    monkeypatch.setattr(trainer, "draw_loss", lambda *_: None)
+    """A fresh copy, whose runs are `undrawn`."""
+    _draw_nothing(monkeypatch)
     return first_world.copy(tmp_path)
 
 
 @pytest.fixture
 def talk(first_talk, tmp_path, cache, monkeypatch):
-    """A fresh copy, as `world` is."""
-    monkeypatch.setattr(trainer, "draw_loss", lambda *_: None)
+    """A fresh copy of that of language models, whose runs are `undrawn`."""
+    _draw_nothing(monkeypatch)
     return first_talk.copy(tmp_path)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """No run draws a picture."""
-    monkeypatch.setattr(trainer, "draw_loss", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
@@ -289,42 +307,12 @@ def _write_model(directory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.save(str(directory / "tokenizer.json"))
-    config = {
-        "model_type": "bert",
-        "vocab_size": len(words),
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "intermediate_size": INNER,
-        "max_position_embeddings": POSITIONS,
-        "type_vocab_size": 2,
-        "pad_token_id": 0,
-    }
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "max_position_embeddings": POSITIONS}
+    config = tiny.config("bert", vocab_size=len(words), num_hidden_layers=LAYERS, **sizes)
     (directory / "config.json").write_text(json.dumps(config))
-    save_file(_tensors(len(words)), directory / "model.safetensors")
-
-
-def _tensors(vocabulary):
-    rng = np.random.default_rng(1)
-
-    def norm(name):
-        return {f"{name}.weight": np.ones(HIDDEN, np.float32), f"{name}.bias": np.zeros(HIDDEN, np.float32)}
-
-    def linear(name, inner, outer):
-        weight = rng.normal(size=(outer, inner)) / np.sqrt(inner)
-        return {f"{name}.weight": weight.astype(np.float32), f"{name}.bias": np.zeros(outer, np.float32)}
-
-    rows = {"word": vocabulary, "position": POSITIONS, "token_type": 2}
-    tensors = {
-        f"embeddings.{name}_embeddings.weight": rng.normal(size=(size, HIDDEN)).astype(np.float32)
-        for name, size in rows.items()
+    pooler = np.random.default_rng(1).normal(size=(HIDDEN, HIDDEN)) / np.sqrt(HIDDEN)
+    weights = {
+        "pooler.dense.weight": pooler.astype(np.float32),
+        "pooler.dense.bias": np.zeros(HIDDEN, np.float32),
     }
-    tensors |= norm("embeddings.LayerNorm")
-    for layer in (f"encoder.layer.{i}" for i in range(LAYERS)):
-        for name in ("query", "key", "value"):
-            tensors |= linear(f"{layer}.attention.self.{name}", HIDDEN, HIDDEN)
-        tensors |= linear(f"{layer}.attention.output.dense", HIDDEN, HIDDEN)
-        tensors |= norm(f"{layer}.attention.output.LayerNorm")
-        tensors |= linear(f"{layer}.intermediate.dense", HIDDEN, INNER)
-        tensors |= linear(f"{layer}.output.dense", INNER, HIDDEN) | norm(f"{layer}.output.LayerNorm")
-    return tensors | linear("pooler.dense", HIDDEN, HIDDEN)
+    save_file(tiny.tensors(config, seed=1) | weights, directory / "model.safetensors")

@@ -3,14 +3,11 @@
 import itertools
 import json
 
-import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from loraplus_jax.models.checkpoints.name_table import expand, shape_in_file
-from loraplus_jax.models.families import family_of
-
+from .. import tiny
 from ..models.checkpoints.gguf.files import write as write_gguf
 
 END, TURN, STOP = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -78,77 +75,36 @@ def write_model(directory, **changes):
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {"bos_token": TURN, "eos_token": STOP, "pad_token": END}
     (directory / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": TEMPLATE}))
-    config = {
-        "model_type": "llama",
-        "vocab_size": len(tokens),
+    sizes = {
         "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
+        "head_dim": None,
+    }
+    sizes |= {
         "num_key_value_heads": KEY_HEADS,
         "intermediate_size": INNER,
         "max_position_embeddings": POSITIONS,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        **changes,
     }
+    write_weights(directory, tiny.config(**sizes | {"vocab_size": len(tokens)} | changes))
+
+
+def write_weights(directory, config):
+    """The config and random weights for it."""
     (directory / "config.json").write_text(json.dumps(config))
-    save_file(tensors(config), directory / "model.safetensors")
+    tensors = tiny.tensors(config, seed=2)
+    if "lm_head.weight" in tensors:
+        tensors["lm_head.weight"] *= 2  # large enough for a frozen head to be sure of a token
+    save_file(tensors, directory / "model.safetensors")
 
 
-def tensors(config):
-    """Random weights in Hugging Face's names."""
-    rng = np.random.default_rng(2)
-
-    def linear(outer, inner):
-        return (rng.normal(size=(outer, inner)) / np.sqrt(inner)).astype(np.float32)
-
-    def ones():
-        return np.ones(HIDDEN, np.float32)
-
-    found = {"model.embed_tokens.weight": linear(config["vocab_size"], HIDDEN), "model.norm.weight": ones()}
-    sizes = {"q": HEADS * HEAD, "k": KEY_HEADS * HEAD, "v": KEY_HEADS * HEAD}
-    for layer in (f"model.layers.{i}" for i in range(LAYERS)):
-        found |= {f"{layer}.self_attn.{n}_proj.weight": linear(size, HIDDEN) for n, size in sizes.items()}
-        found[f"{layer}.self_attn.o_proj.weight"] = linear(HIDDEN, HEADS * HEAD)
-        found |= {f"{layer}.mlp.{n}_proj.weight": linear(INNER, HIDDEN) for n in ("gate", "up")}
-        found[f"{layer}.mlp.down_proj.weight"] = linear(HIDDEN, INNER)
-        found |= {f"{layer}.{n}_layernorm.weight": ones() for n in ("input", "post_attention")}
-    if not config["tie_word_embeddings"]:
-        # Large enough for a frozen head to be sure of a token.
-        found["lm_head.weight"] = 2 * linear(config["vocab_size"], HIDDEN)
-    return found
+FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 
-GEMMA = {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12}
-FAMILIES = {
-    "gemma2": (GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 9.0}, PRODUCTS),
-    "gemma3_text": (GEMMA, PRODUCTS),
-    "qwen3": ({"head_dim": 8, "tie_word_embeddings": True}, PRODUCTS),
-    "phi3": ({"partial_rotary_factor": 0.5}, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
-}
-
-
-def write_family(directory, kind):
+def write_family(directory, kind, **changes):
     """The tiny language world's directory with another family's config and random weights."""
-    config = json.loads((directory / "config.json").read_text()) | {"model_type": kind} | FAMILIES[kind][0]
-    (directory / "config.json").write_text(json.dumps(config))
-    family, rng = family_of(kind), np.random.default_rng(2)
-    ours = family.config.from_hf(config)
-    ids = jax.ShapeDtypeStruct((1, 2), np.int32)
-    shapes = jax.eval_shape(family.model(ours).init, jax.random.key(0), ids)["params"]
-    content = {}
-    for rule in family.name_table(ours).rules:
-        leaf = shapes
-        for part in rule.path.split("/"):
-            leaf = leaf[part]
-        shape = shape_in_file(rule, leaf)
-        for name in expand(rule, leaf):
-            values = rng.normal(size=shape) / np.sqrt(shape[-1]) * (1 + rule.path.startswith("lm_head"))
-            name = name if name.startswith("lm_head") else f"model.{name}"
-            content[name] = (
-                values if len(shape) > 1 else 0 * values + (not kind.startswith("gemma"))
-            ).astype(np.float32)
-    save_file(content, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text()) | {"model_type": kind}
+    write_weights(directory, config | tiny.OPTIONS.get(kind, tiny.DECODER) | changes)
 
 
 GGUF_NAMES = {

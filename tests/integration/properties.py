@@ -12,7 +12,7 @@ from loraplus_jax.cli.commands import main
 
 from ..marks import long, slow
 from .kinds import said
-from .runs import column, flags, interrupted, near, report_of, result_of, summary_of, tensors_of
+from .runs import column, interrupted, near, result_of, summary_of, tensors_of
 
 
 def learns(run):
@@ -81,23 +81,7 @@ def restarts(run):
         np.testing.assert_array_equal(end, ends[1][name])
 
 
-def member(run):
-    """A sweep's member ends with the loss of the single run with its settings."""
-    search = flags(
-        "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [4] --sweep.report_seeds 2 --sweep.rungs [0.5]"
-        " --sweep.keep 0.5 --sweep.control false"
-    )
-    world = run.fresh()
-    assert main(["sweep", str(world.config), "--output_dir", str(world.out), *run.kind.flags, *search]) == 0
-    report = report_of(world.out)
-    found = next(found for found in report["runs"] if found["arm"] == "lora_plus")
-    rate = str(report["chosen"]["lora_plus"]["learning_rate"])
-    more = ("--seed", str(found["seed"]), "--optimizer.learning_rate", rate)
-    single = summary_of(run.fresh().trained(*run.kind.flags, *more))
-    assert single["after"]["loss"] == pytest.approx(found["curve"][-1][1], rel=1e-5)
-
-
-PROPERTIES = {prove.__name__: prove for prove in (learns, resumes, devices, exports, restarts, member)}
+PROPERTIES = {prove.__name__: prove for prove in (learns, resumes, devices, exports, restarts)}
 SUITES = {"quick": pytest.param, "slow": slow, "long": long}
 
 

@@ -162,7 +162,6 @@ train.theory_every null often | --train.theory_every often |
 data.max_length 25 "24 tokens" | --data.max_length 25 |
 max_length 2 | --data.max_length 2 |
 "batch_size / accumulate" 12 "mesh.data 8" | --mesh.data 8 --train.batch_size 12 |
-eval_batch_size 12 "mesh.data 8" | --mesh.data 8 --train.eval_batch_size 12 |
 "method full" model.param_dtype float32 | --method full --model.param_dtype bfloat16 |
 train.steps 2147483647 900000000000000 | --train.steps 900000000000000 |
 train.epochs 1e+18 2147483647 | --train.steps null --train.epochs 1e18 |
@@ -176,7 +175,6 @@ model [SEP] 9999 embedding vocab_size | | [SEP] 9999
 good 500 | | word 500
 model pairs 1 type_vocab_size | --data.text_pair rating | one type
 texts.csv | --model.path {dir}/texts.csv |
-movie-reviews data model | --model.path movie-reviews |
 data.root data.path texts.csv | --data.root {dir} |
 data nowhere.csv | --data.path nowhere.csv |
 data "one file" model | --data.path {dir}/model |
@@ -191,25 +189,16 @@ out files | | foreign
 output_dir null | --output_dir a\0b |
 link/below | --output_dir {dir}/link/below | links
 output_dir ~nosuchuser/x | train CONFIG --output_dir ~nosuchuser/x |
-output_dir ~nosuchuser/x | sweep CONFIG --output_dir ~nosuchuser/x |
 nowhere.yaml | inspect nowhere.yaml |
-config ~nosuchuser/x | inspect ~nosuchuser/x |
 data ~nosuchuser/x | --data.path ~nosuchuser/x |
---json ~nosuchuser/x | plan CONFIG --json ~nosuchuser/x |
-model ~nosuchuser/x | generate --prompt hi ~nosuchuser/x |
-mesh.data 8 9 | inspect CONFIG --mesh.data 9 |
 link | plan CONFIG --json {dir}/link | links
-model ~nosuchuser/x | plan CONFIG --model.path ~nosuchuser/x |
 model adapter.json adapter_config.json loraplus.json | eval {dir}/model |
 nowhere "does not exist" | eval nowhere |
 RUN ~nosuchuser/x | predict --text a ~nosuchuser/x |
-minilmm minilm | fetch minilmm |
 """,
     "first_world, slow": """
 "nothing to measure" embeddings | --train.theory_every 3 --lora.target_modules [word] |
 encoder.layer.0.attention.self.query.weight I64 | | integers
-init_adapter ~nosuchuser/x | train CONFIG --init_adapter ~nosuchuser/x |
-link | sweep CONFIG --output_dir {dir}/link | links
 "test split" | SWEEP --data.test_fraction 0 |
 init_adapter nowhere "does not exist" | inspect CONFIG --init_adapter nowhere |
 """,
@@ -230,10 +219,8 @@ old.jsonl | predict {out} --text a --output {dir}/old.jsonl | old
 nowhere/new.jsonl | predict {out} --text a --output {dir}/nowhere/new.jsonl |
 link | predict {out} --text a --output {dir}/link.jsonl | links
 encoder classification predict | generate {out} --prompt a |
-data ~nosuchuser/x | eval {out} --data ~nosuchuser/x |
 --to texts.csv | export {out} --to {dir}/texts.csv/x |
 link | export {out} --to {dir}/link | links
---to ~nosuchuser/x | export {out} --merged --to ~nosuchuser/x |
 """,
     "first_talk": """
 tiny.gguf GGUF | --model.path {dir}/tiny.gguf | half a GGUF

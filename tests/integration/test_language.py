@@ -24,20 +24,16 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 ONE = (*NO_PROMPT, "--train.steps", "3", "--train.log_every", "1")
 CELLS = """
-              learns  resumes  devices  exports  restarts  member
-llama         quick   slow     long     slow     -         -
-chat          slow    -        -        slow     long      -
-llama_theory  long    -        -        -        -         -
-packed        slow    long     -        -        -         -
-nf4           slow    slow     slow     slow     -         long
-dora          long    long     long     long     long      long
-pissa         slow    slow     -        slow     -         long
-lora_ga       slow    -        slow     long     -         -
-olora         long    -        -        long     -         -
-orthogonal    long    -        -        long     -         -
-lora_one      long    -        -        -        -         -
-loftq         long    long     -        long     -         long
-adalora       slow    slow     -        slow     -         -
+         learns  resumes  devices  exports  restarts
+llama    quick   -        long     -        -
+chat     slow    -        -        slow     long
+packed   slow    long     -        -        -
+nf4      slow    -        slow     slow     -
+dora     long    -        -        long     -
+pissa    slow    slow     -        slow     -
+lora_ga  slow    -        slow     -        -
+loftq    long    -        -        -        -
+adalora  slow    slow     -        slow     -
 """
 
 
@@ -97,20 +93,6 @@ def test_generate_a_file_in_batches_of_any_size(finished_talk, tmp_path, capsys)
     assert main(args) == 2
     assert "3.jsonl" in capsys.readouterr().err
     assert [json.loads(line) for line in output.read_text().splitlines()] == found[3]
-
-
-@pytest.mark.long
-def test_generate_draws_by_the_seed_and_heeds_the_system(finished_talk, capsys):
-    prompts = [word for n in range(4) for word in ("--prompt", f"{PROMPT} {n}")]
-    args = (finished_talk.model, *prompts, "--max_tokens", 12, "--temperature", 1.5)
-    first = answers_of(capsys, *args, "--seed", 1)
-    assert answers_of(capsys, *args, "--seed", 1) == first
-    assert answers_of(capsys, *args, "--seed", 2) != first
-    narrow = answers_of(capsys, *args, "--seed", 1, "--top_p", 1e-6)
-    greedy = answers_of(capsys, finished_talk.model, *prompts, "--max_tokens", 12)
-    assert narrow == greedy != first
-    more = ("--max_tokens", 12, "--system", "just say green now")
-    assert answers_of(capsys, finished_talk.model, *prompts, *more) != greedy
 
 
 # how a run is computed, and what it starts from
@@ -174,12 +156,9 @@ FULL = ("--method", "full")
     ("tied", "args", "frozen"),
     [
         slow(True, FULL, False),
-        long(True, ("--lora.target_modules", "[q_proj,embed_tokens]"), False),
         slow(True, ("--lora.modules_to_save", "[lm_head]"), None),
-        long(False, FULL, False),
         long(False, ("--lora.modules_to_save", "[lm_head]"), False),
         long(False, ("--lora.modules_to_save", "[embed_tokens]"), True),
-        long(True, ("--lora.target_modules", "[q_proj]", "--lora.modules_to_save", "[norm]"), True),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )
@@ -208,7 +187,7 @@ TINY = flags("--data.max_length 64 --optimizer.warmup_steps 2 --train.epochs 1 -
 
 @pytest.mark.slow
 def test_the_commands_of_the_page_on_one_gpu_run(talk, tmp_path, monkeypatch):
-    tiny.write_family(talk.model, "qwen3")
+    tiny.write_family(talk.model, "qwen3", tie_word_embeddings=True)
     monkeypatch.chdir(tmp_path)
     talk.model.rename("Qwen3-0.6B")
     (config,) = blocks("one_gpu", "yaml")[""]

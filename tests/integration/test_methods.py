@@ -22,8 +22,9 @@ FLAGS = flags(
     "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [4] --sweep.report_seeds 2 --sweep.rungs [0.5]"
     " --sweep.keep 0.5 --train.steps 8 --train.eval_every 4"
 )
+ONE_RATE = ("--sweep.learning_rates", "[5e-3]")
 SOME = "[lora_plus,pissa,adalora,lora_rite,full]"
-FEW = "[pissa,lora_rite,full]"
+FEW = "[lora_rite,full]"
 
 
 def compare(world, *flags, methods=SOME):
@@ -32,7 +33,6 @@ def compare(world, *flags, methods=SOME):
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_texts_of_each_method_are_those_of_its_single_runs(talk, monkeypatch, capsys):
     talk.describe(beams=2, max_new_tokens=8, inputs=6, batch_size=4)
     flags = ("--mesh.data", "2", "--sweep.curve_points", "1")
@@ -72,8 +72,8 @@ def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk, capsys):
     talk.change_config("data", path=str(talk.directory / "questions.jsonl"))
     texts = ["the snow is white", "grass is green and the sky is blue", "the sun is yellow " * 9]
     file = talk.write_rows("texts.jsonl", [{"text": text} for text in texts])
-    flags = (*NO_PROMPT, "--mesh.data", "2", "--sweep.curve_points", "1", "--sweep.unrelated_text", str(file))
-    methods = "[lora_plus,pissa,full]"
+    flags = (*NO_PROMPT, *ONE_RATE, "--sweep.curve_points", "1", "--sweep.unrelated_text", str(file))
+    methods = "[lora_plus,pissa]"
     assert compare(talk, *flags, methods=methods) == 0
     assert "1 of 3 texts truncated to data.max_length 32" in capsys.readouterr().out
     report = report_of(talk.out)["methods"]
@@ -86,12 +86,16 @@ def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk, capsys):
     tuned = load_tuned(talk.trained(*NO_PROMPT, *map(str, args), out=talk.directory / "single"))
     tokenizer = Tokenizer.from_file(str(talk.model / "tokenizer.json"))
 
+    apply = jax.jit(tuned.parts.model.apply)
+
     def loss(variables):
         parts = []
-        for ids in (np.array([tokenizer.encode(text).ids[:32]]) for text in texts):
-            logits = np.asarray(tuned.parts.model.apply(variables, ids, np.ones_like(ids))[0], np.float64)
-            at_next = logits[np.arange(ids.size), np.roll(ids[0], -1)]
-            parts += (np.log(np.exp(logits).sum(-1)) - at_next)[:-1].tolist()
+        for ids in (tokenizer.encode(text).ids[:32] for text in texts):
+            padded, mask = np.zeros((2, 1, 32), np.int32)
+            padded[0, : len(ids)], mask[0, : len(ids)] = ids, 1
+            logits = np.asarray(apply(variables, padded, mask)[0], np.float64)[: len(ids) - 1]
+            at_next = logits[np.arange(len(ids) - 1), ids[1:]]
+            parts += (np.log(np.exp(logits).sum(-1)) - at_next).tolist()
         return np.mean(parts)
 
     after = loss(tuned.variables)
@@ -126,38 +130,34 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
     begin = comparing.MethodSweep.open
 
     def interrupted(self):
-        if self.run.name == "lora_rite":
+        if self.run.name == "full":
             raise KeyboardInterrupt
         begin(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(comparing.MethodSweep, "open", interrupted)
-        assert compare(world, "--sweep.widen", "1", methods=FEW) == 130
+        assert compare(world, methods=FEW) == 130
     before = {p: p.stat().st_mtime_ns for p in world.out.glob("*/report.json")}
     # As in a directory that holds the methods of another comparison.
     config = world.out / "config.yaml"
     settings = config.read_text()
     config.write_text(settings.replace("  steps: 8\n", "  steps: 12\n"))
     capsys.readouterr()
-    assert compare(world, "--sweep.widen", "1", "--train.steps", "12", methods=FEW) == 2
+    assert compare(world, "--train.steps", "12", methods=FEW) == 2
     assert_mentions(capsys.readouterr().err, "report.json", "settings.train.steps", 8, 12, "--fresh")
     config.write_text(settings)
-    with jax.default_prng_impl("rbg"):
-        assert compare(world, "--sweep.widen", "1", methods=FEW) == 2
-    assert_mentions(capsys.readouterr().err, "report.json", "jax_default_prng_impl", "rbg")
     # The methods left have no checkpoint; the finished ones are compared.
-    assert compare(world, "--sweep.widen", "1", "--allow_different", "data", methods=FEW) == 0
+    assert compare(world, "--allow_different", "data", methods=FEW) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert len(before) == 2
     report = report_of(world.out)
-    assert list(report["methods"]) == ["lora", "pissa", "lora_rite", "full"]
-    # Of two rates the best is at the edge, and one more is tried.
-    assert {m["settings"] for m in report["methods"].values()} == {3}
-    assert "on\n3 settings with seed" in (world.out / "report.html").read_text()
+    assert list(report["methods"]) == ["lora", "lora_rite", "full"]
+    assert {m["settings"] for m in report["methods"].values()} == {2}
+    assert "on\n2 settings with seed" in (world.out / "report.html").read_text()
     full, lora = (report["methods"][name] for name in ("full", "lora"))
     assert full["cost"]["trainable"] > 5 * lora["cost"]["trainable"] > 0
     assert lora["cost"]["step_seconds"] > 0
-    assert report["protocol"]["confidence"] == pytest.approx(1 - 0.05 / 3)
+    assert report["protocol"]["confidence"] == pytest.approx(1 - 0.05 / 2)
     for name, method in report["methods"].items():
         losses = {run["seed"]: run["test"]["loss"] for run in method["runs"]}
         assert method["loss"] == pytest.approx(sum(losses.values()) / 2)
@@ -173,13 +173,12 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
     # The config of a method's chosen setting trains the run that was compared.
     assert f"lora/{WINNER}" in out
     seed = report["protocol"]["report_seeds"][0]
-    for name in ("lora_rite", "full"):
-        args = ("--seed", str(seed), "--train.select", "last")
-        assert main(["train", str(world.out / name / WINNER), *args]) == 0
-        member = next(run for run in report["methods"][name]["runs"] if run["seed"] == seed)
-        loss = summary_of(world.out / name / "winner")["after"]["loss"]
-        assert loss == pytest.approx(member["test"]["loss"], rel=1e-4)
-    assert {*find_runs(world.out)} == {world.out, *(world.out / n / "winner" for n in ("lora_rite", "full"))}
+    args = ("--seed", str(seed), "--train.select", "last")
+    assert main(["train", str(world.out / "lora_rite" / WINNER), *args]) == 0
+    member = next(run for run in report["methods"]["lora_rite"]["runs"] if run["seed"] == seed)
+    loss = summary_of(world.out / "lora_rite/winner")["after"]["loss"]
+    assert loss == pytest.approx(member["test"]["loss"], rel=1e-4)
+    assert {*find_runs(world.out)} == {world.out, world.out / "lora_rite/winner"}
 
 
 @pytest.mark.parametrize(

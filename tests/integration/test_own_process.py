@@ -37,9 +37,9 @@ from .test_disturbances import arrays
 
 pytestmark = pytest.mark.slow
 
-STEPS = 120
+STEPS = 60
 # Every checkpoint is kept, so that a disk fills.
-SETTINGS = (*ODD, *flags(f"--train.steps {STEPS} --train.eval_every 30 --train.keep 999"))
+SETTINGS = (*ODD, *flags(f"--train.steps {STEPS} --train.eval_every 15 --train.keep 999"))
 CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 ROOMY = 16_384
 PLACES = {"HOME": "home", "TMPDIR": "temporary", "PWD": "here"}
@@ -85,49 +85,6 @@ def test_nothing_is_written_outside_the_output_directory_and_the_cache(home, fir
 # signals and kill -9
 
 
-def trained_rows(out):
-    """Whether metrics.jsonl shows steps."""
-    return (out / "metrics.jsonl").exists() and '"loss"' in (out / "metrics.jsonl").read_text()
-
-
-def stopped_step(stderr):
-    """The step of the one line that a stopped run prints."""
-    found = re.fullmatch(rf"loraplus: .*\bstep (\d+) of {STEPS}\b.*\n", stderr)
-    assert found, stderr
-    return int(found[1])
-
-
-def test_a_stopped_run_resumes_and_ends_as_if_never_stopped(home, tmp_path):
-    out = tmp_path / "out"
-    with started(*train(home, out)) as process:
-        wait_until(lambda: trained_rows(out), process)
-        process.terminate()
-        code, _, stderr = ended(process)
-    assert code == 143, stderr
-    step = stopped_step(stderr)
-    assert 0 < step < STEPS
-    assert (out / "checkpoints" / str(step)).is_dir()
-    assert not (out / "summary.json").exists()
-    again, stdout, stderr = finished_process(*train(home, out))
-    assert (again, stderr) == (0, "")
-    assert_mentions(stdout, f"step {step} of {STEPS}")
-    assert result_of(out) == result_of(home.out)
-
-
-@pytest.mark.long
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows what a process has loaded")
-@pytest.mark.parametrize(("number", "code"), CODES)
-def test_a_signal_while_libraries_are_imported_leaves_no_traceback(home, tmp_path, number, code):
-    out = tmp_path / "out"
-    with started(*train(home, out)) as process:
-        wait_until(lambda: "jaxlib" in Path(f"/proc/{process.pid}/maps").read_text(), process)
-        process.send_signal(number)
-        found, _, stderr = ended(process)
-    assert found == code, stderr
-    assert re.fullmatch(r"loraplus: .*(interrupted|SIGTERM).*\n", stderr), stderr
-    assert not out.exists()
-
-
 BUSY = """
 import hashlib
 from loraplus_jax.cli import __main__ as loraplus_command
@@ -170,34 +127,27 @@ setattr(eval(owner), name, trapped)
 sys.exit(commands.main(sys.argv[4:]))
 """
 """The command, which kills itself at the n-th call of a function: before it, after it, or milliseconds into it."""
-KILLS = {
-    "start": ["setup.load_params before 1", "run_directory.open_manager after 1", "trainer.evaluate after 1"],
-    # The arrays of a save are written in the background, so "after" is in the middle of it.
-    "save": [
-        "trainer.RunLog.write before 2",
-        "trainer.save_checkpoint before 1",
-        "trainer.save_checkpoint 20 1",
-        "trainer.save_checkpoint after 2",
-        "run_directory.restore_checkpoint after 1",
-        "trainer.save_checkpoint 60 1",
-        "trainer.shard_batch after 1",
-    ],
-    "end": [
-        "trainer.Trainer.finish before 1",
-        "trainer.save_adapter before 1",
-        "trainer.save_adapter after 1",
-        "trainer.draw_loss after 1",
-        "trainer.Trainer.write_summary before 1",
-    ],
-}
+# The arrays of a save are written in the background, so "after" is in the middle of it.
+KILLS = """
+setup.load_params before 1
+run_directory.open_manager after 1
+trainer.evaluate after 1
+trainer.save_checkpoint before 1
+trainer.save_checkpoint 20 1
+trainer.save_checkpoint after 2
+run_directory.restore_checkpoint after 1
+trainer.save_checkpoint 60 1
+trainer.Trainer.finish before 1
+trainer.save_adapter after 1
+trainer.Trainer.write_summary before 1
+"""
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("part", KILLS)
-def test_a_run_killed_at_any_point_ends_as_if_never_killed(home, tmp_path, part):
+def test_a_run_killed_at_any_point_ends_as_if_never_killed(home, tmp_path):
     out = tmp_path / "out"
     arguments = train(home, out)[3:]
-    for point in KILLS[part]:
+    for point in KILLS.split("\n")[1:-1]:
         code, _, stderr = finished_process(sys.executable, "-c", TRAPPED, *point.split(), *arguments)
         assert code == -signal.SIGKILL, (point, stderr)
     code, _, stderr = finished_process(*train(home, out))
@@ -225,16 +175,9 @@ class Disk:
         enter = ("nsenter", "--target", str(self.holder), *flags("--user --mount --preserve-credentials"))
         return [*enter, *command]
 
-    def mount(self, *arguments):
-        subprocess.run(self.inside("mount", *map(str, arguments)), check=True)
-
     def resize(self, kilobytes):
-        self.mount("-o", f"remount,size={kilobytes}k", self.place)
-
-    def leave_free(self, kilobytes):
-        status = os.statvfs(self.seen)
-        used = (status.f_blocks - status.f_bfree) * status.f_frsize // 1024
-        self.resize(used + kilobytes)
+        options = ("-o", f"remount,size={kilobytes}k")
+        subprocess.run(self.inside("mount", *options, str(self.place)), check=True)
 
 
 @pytest.fixture
@@ -260,18 +203,12 @@ def run(disk, world, out, *more, **environment):
     return finished_process(*disk.inside(*train(world, out, *more)), **environment)
 
 
-def assert_ends_well(disk, world, out, *more, **environment):
-    code, stdout, stderr = run(disk, world, out, *more, **environment)
-    assert code == 0, stderr
-    return stdout + stderr
-
-
 def size_of(directory):
     """Kilobytes on a disk of pages of four."""
     return sum(4 * math.ceil(path.stat().st_size / 4096) for path in directory.rglob("*") if path.is_file())
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_more_room_finishes_it(home, disk):
+def test_a_full_disk_and_a_signal_end_the_run_and_with_more_room_it_is_as_if_never_stopped(home, disk):
     place, out = disk.place / "out", disk.seen / "out"
     disk.resize(size_of(home.out) // 2)
     ending = run(disk, home, place)
@@ -283,30 +220,21 @@ def test_a_disk_that_fills_up_ends_the_run_and_more_room_finishes_it(home, disk)
     assert not (out / "summary.json").exists()
     assert_one_error(ending, "No space left on device", place)
     disk.resize(ROOMY)
-    assert_mentions(assert_ends_well(disk, home, place), f"step {kept[-1]} of {STEPS}")
-    assert result_of(out) == result_of(home.out)
+    log, written = out / "metrics.jsonl", (out / "metrics.jsonl").stat().st_mtime_ns
 
+    def goes_on():
+        last = int(re.findall(r'"step": (\d+)', log.read_text())[-1])
+        return log.stat().st_mtime_ns != written and last > kept[-1]
 
-@pytest.mark.long
-def test_a_disk_that_is_full_from_the_first_file_on_and_again_at_the_very_end(home, disk):
-    """Room for no file, then for the config and first rows, then for a part of the first checkpoint; when all steps
-    are done, none for the log, then for the adapter, then for the picture."""
-    place, out = disk.place / "out", disk.seen / "out"
-    for kilobytes in (4, 8, 24):
-        disk.resize(kilobytes)
-        assert_one_error(run(disk, home, place), "No space left on device", place)
-    disk.resize(ROOMY)
-    assert_ends_well(disk, home, place)
-    shutil.rmtree(out / "adapter")
-    for name in ("summary.json", "loss.png"):
-        (out / name).unlink()
-    for kilobytes in (0, 12, 48):
-        disk.leave_free(kilobytes)
-        assert_one_error(run(disk, home, place), "No space left on device", place)
-        assert not (out / "summary.json").exists()
-        assert saved_steps(out) == saved_steps(home.out)
-    disk.resize(ROOMY)
-    assert_ends_well(disk, home, place)
+    with started(*disk.inside(*train(home, place))) as process:
+        wait_until(goes_on, process)
+        process.terminate()
+        code, stdout, stderr = ended(process)
+    assert code == 143, stderr
+    assert_mentions(stdout, f"step {kept[-1]} of {STEPS}")
+    assert re.fullmatch(rf"loraplus: .*\bstep {saved_steps(out)[-1]} of {STEPS}\b.*\n", stderr), stderr
+    assert not (out / "summary.json").exists()
+    assert run(disk, home, place)[::2] == (0, "")
     assert result_of(out) == result_of(home.out)
 
 
@@ -320,36 +248,6 @@ def test_an_export_that_finds_no_room_names_its_directory_and_leaves_nothing(
     error = rejected(capsys, "export", home.out, "--merged", "--to", tmp_path / "to")
     assert_mentions(error, "No space left on device", tmp_path / "to")
     assert list(tmp_path.iterdir()) == []
-
-
-# the directory cannot be written
-
-
-@pytest.mark.long
-def test_a_directory_that_cannot_be_written_is_rejected_and_left_alone(home, disk):
-    (disk.seen / "mine").mkdir()
-    disk.mount("-o", "remount,ro", disk.place)
-    for name in ("new", "mine"):
-        ending = run(disk, home, disk.place / name)
-        assert_one_error(ending, "Read-only file system", disk.place / name)
-        assert ending[1] == ""
-    assert list(disk.seen.rglob("*")) == [disk.seen / "mine"]
-
-
-# the cache
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("options", "problem"), [("ro", "Read-only file system"), ("size=16k", "No space left")]
-)
-def test_without_a_cache_that_can_be_written_the_run_is_the_same(home, disk, tmp_path, options, problem):
-    disk.mount("-o", f"remount,{options}", disk.place)
-    out = tmp_path / "out"
-    text = assert_ends_well(disk, home, out, LORAPLUS_CACHE=str(disk.place / "cache"))
-    assert result_of(out) == result_of(home.out)
-    assert problem in text
-    assert "Traceback" not in text
 
 
 # what libraries say

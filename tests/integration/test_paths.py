@@ -14,7 +14,7 @@ from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.trainer import train
 
 from ..messages import assert_mentions, mentions
-from .runs import cut_short, flags, stopped, tensor_bytes
+from .runs import stopped, tensor_bytes
 from .test_bad_input import contents
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -109,28 +109,3 @@ def test_a_run_moved_to_an_awkward_name_resumes_evaluates_and_exports(world, cap
     to = world.directory / "[/red]*"
     assert main(["export", str(out), "--to", str(to)]) == 0
     assert (to / "adapter_model.safetensors").exists()
-
-
-MORE = flags("--train.steps 4 --train.eval_every 2")
-SWEEP = flags(
-    "--sweep.lr_ratios [4] --sweep.learning_rates [0.001] --sweep.report_seeds 2 --sweep.rungs [0.75]"
-)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("command", "more"), [("train", ()), ("sweep", SWEEP)])
-def test_a_run_whose_checkpoints_are_all_unreadable_never_starts_over(world, capsys, command, more):
-    args = [command, str(world.config), *MORE, *more]
-    assert main(args) == 0
-    (world.out / "summary.json").unlink()
-    cut_short(world.out / "checkpoints")
-    kept = (world.out / "metrics.jsonl").read_bytes()
-    for _ in range(2):
-        capsys.readouterr()
-        assert main(args) == 2
-        error = capsys.readouterr().err
-        assert_mentions(error, "no other checkpoint", "damaged_checkpoints", "--fresh")
-        assert error.count("\n") == 1
-        assert (world.out / "metrics.jsonl").read_bytes() == kept
-        assert not (world.out / "summary.json").exists()
-    assert main([*args, "--fresh"]) == 0

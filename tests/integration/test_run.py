@@ -32,14 +32,12 @@ from .runs import (
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 CELLS = """
-        learns  resumes  devices  exports  restarts  member
-bert    slow    slow     slow     -        slow      -
-full    slow    -        -        long     -         -
-bf16    slow    -        -        -        -         -
-theory  slow    -        -        -        -         -
-pooler  -       -        -        long     -         -
-cls     -       -        -        long     -         -
-"""  # tests/inference/test_export.py has the exports of texts' runs; test_population.py has the members
+        learns  resumes  devices  exports  restarts
+bert    slow    -        slow     -        slow
+full    slow    -        -        -        -
+bf16    slow    -        -        -        -
+theory  slow    -        -        -        -
+"""  # test_disturbances.py resumes, tests/inference/test_export.py exports, test_population.py has the members
 
 
 @pytest.mark.parametrize(("kind", "prove"), cells(CELLS))

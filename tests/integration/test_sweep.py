@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.sweep import run as sweeping
 from loraplus_jax.sweep.device_slots import DeviceSlots
 from loraplus_jax.sweep.figures import PICTURES
 from loraplus_jax.sweep.report import format_number, format_steps
@@ -27,22 +26,6 @@ TINY = flags(
     "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [2,4] --sweep.report_seeds 2 --sweep.rungs [0.25]"
     " --sweep.keep 0.5 --train.max_skipped 2 --train.steps 16 --train.eval_every 4"
 )
-
-
-SMALLEST_PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
-)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pictures take as long as all else."""
-
-    def draw(directory, report):
-        for name in PICTURES:
-            (directory / f"{name}.png").write_bytes(SMALLEST_PNG)
-
-    monkeypatch.setattr(sweeping, "draw_figures", draw)
 
 
 @pytest.fixture(scope="module")
@@ -305,18 +288,6 @@ def test_a_decided_report_ends_early(world, capsys, undrawn, monkeypatch):
     assert all(ready)  # a signal waits for one step, not for all that were dispatched
 
 
-@pytest.mark.long
-def test_a_sweep_stopped_on_one_device_resumes_on_others(world, swept, undrawn):
-    # 8 members before the rung, and 4 of them after it: 8 devices have 8 places for them.
-    for devices, count in (("1", 3), ("8", 3), ("2", 12)):
-        stopped_at(count, world, "--mesh.data", devices)
-    assert run_sweep(world, "--mesh.data", "8") == 0
-    ours, theirs = report_of(world.out), report_of(swept)
-    assert ours["chosen"] == theirs["chosen"]
-    for one, other in zip(ours["runs"], theirs["runs"], strict=True):
-        assert one["test"]["loss"] == pytest.approx(other["test"]["loss"], abs=1e-4)
-
-
 def test_diverged_runs_and_a_target_never_reached_are_reported(world, undrawn, capsys):
     options = ("--sweep.learning_rates", "[2e-3,1e30]", "--sweep.lora_learning_rates", "[2e-3,5e-3]")
     assert run_sweep(world, *options, "--sweep.target", "1e-6", "--sweep.control", "false") == 0
@@ -339,17 +310,3 @@ def test_when_all_diverge_it_says_so_and_keeps_what_there_is(world, capsys):
     assert [row["loss"] is None for row in report["search"]] == [False, True, True]
     assert (world.out / "heat_map.png").read_bytes().startswith(b"\x89PNG")
     assert len((world.out / "metrics.jsonl").read_text().splitlines()) == 3
-
-
-@pytest.mark.long
-def test_what_diverges_in_the_report_is_no_winner(world, capsys, undrawn):
-    # Chosen after one step, before anything went wrong.
-    rates = ("--sweep.learning_rates", "[1e30]", "--sweep.lora_learning_rates", "[1e30]")
-    more = "--sweep.lr_ratios [2] --sweep.rungs [0.0625] --optimizer.warmup_steps 0"
-    options = (*rates, *flags(more))
-    assert run_sweep(world, *options) == 1
-    assert_mentions(capsys.readouterr().err, "no winner", "diverged", "every seed")
-    report = report_of(world.out)
-    assert (report["winner"], report["command"]) == (None, None)
-    assert "no winner" in (world.out / "report.html").read_text()
-    assert not (world.out / "winner.yaml").exists()

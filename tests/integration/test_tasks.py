@@ -13,14 +13,14 @@ from loraplus_jax.inference.predict import load_tuned
 from ..messages import assert_mentions
 from . import language_world as tiny
 from .properties import cells
-from .runs import MESH, NO_PROMPT, SHORT, evaluated, flags, lines_of, printed, summary_of
+from .runs import NO_PROMPT, evaluated, flags, lines_of, printed, summary_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 
 CELLS = """
-          learns  resumes  devices  exports  restarts  member
-describe  slow    slow     -        -        -         -
-choices   slow    -        -        long     -         -
+          learns  resumes  devices  exports  restarts
+describe  slow    slow     -        -        -
+choices   slow    -        -        -        -
 """
 
 
@@ -69,13 +69,6 @@ def test_texts_are_beside_the_scores_that_other_commands_repeat(run_of, tmp_path
     out = shutil.copytree(e2e.out, tmp_path / "out")
     e2e.trained("--train.steps", "61", out=out)
     assert lines_of(out / "generated_step_60.jsonl") == after
-
-
-@pytest.mark.long
-def test_without_a_test_file_the_validation_split_is_described_also_on_a_mesh(e2e):
-    files = flags("--data.test null --generation.inputs null --data.validation_fraction 0.2")
-    e2e.trained(*SHORT, *files, *MESH)
-    assert summary_of(e2e.out)["held_out"] == {"split": "validation", "examples": 20, "inputs": 10}
 
 
 @pytest.mark.parametrize(
