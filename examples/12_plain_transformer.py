@@ -29,7 +29,9 @@ def make_params(key):
     }
     leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
     keys = jax.random.split(key, len(leaves))
-    draws = [jax.random.normal(key, shape) * shape[-2] ** -0.5 for key, shape in zip(keys, leaves, strict=True)]
+    draws = [
+        jax.random.normal(key, shape) * shape[-2] ** -0.5 for key, shape in zip(keys, leaves, strict=True)
+    ]
     return jax.tree.unflatten(structure, draws)
 
 

@@ -66,8 +66,9 @@ def apply_lora_plus(f: Callable[..., Any], config: Rules) -> Callable[..., Any]:
     Example:
       >>> f = lambda params, x: x @ params["up"]
       >>> params = {"up": jnp.ones((3, 4))}
-      >>> g = apply_lora_plus(f, {"up": "io"})
-      >>> lora, specs = init_lora(jax.random.key(0), params, {"up": "io"})
+      >>> config = LoRAPlusConfig(target_parameters={"up": "io"}, rank=2)
+      >>> g = apply_lora_plus(f, config)
+      >>> lora, specs = init_lora(jax.random.key(0), params, config)
       >>> g(params, lora, jnp.ones((2, 3))).shape
       (2, 4)
     """
