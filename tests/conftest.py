@@ -1,5 +1,6 @@
 """Eight virtual CPU devices in every test run, rank promotion is an error, and compiled programs are kept."""
 
+import gc
 import json
 import os
 import re
@@ -85,6 +86,12 @@ def pytest_ignore_collect(collection_path, config):
     is_quick = "not slow" in config.option.markexpr
     text = collection_path.read_text(encoding="utf-8") if is_quick else ""
     return not collection_path.name.startswith("test_") or bool(ALL_SLOW.search(text)) or None
+
+
+def pytest_collection_finish():
+    """Tracing makes many small objects, and a collection of them walks over all modules: a tenth of the CPU time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items):
