@@ -89,7 +89,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_finish():
-    """Tracing makes many small objects, and a collection of them walks over all modules: a tenth of the CPU time."""
+    """Tracing makes many small objects, and collections that walk over all modules took a tenth of the CPU time."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 
