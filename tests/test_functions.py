@@ -27,6 +27,7 @@ from loraplus_jax.adapter.adapter_stack import apply_rows, select_adapters, stac
 from loraplus_jax.adapter.lora import disabled, scale_variables
 from loraplus_jax.functions import apply_lora_plus, init_lora, quantize_base, whole_weights
 from loraplus_jax.interop import Adapter, load_peft, save_peft
+from loraplus_jax.quantization import is_packed
 
 from .refusals import refusals
 from .zoo.linen_toys import used
@@ -157,11 +158,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own(adapter):
 def test_packed_weights_are_their_values(adapter):
     _, lora, _ = adapter
     packed = quantize_base({"params": PARAMS}, "nf4", {"blocks/./down": "io"})["params"]
-    values = jax.tree.map(
-        lambda x: x.dequantize() if hasattr(x, "dequantize") else x,
-        packed,
-        is_leaf=lambda x: hasattr(x, "dequantize"),
-    )
+    values = jax.tree.map(lambda x: x.dequantize() if is_packed(x) else x, packed, is_leaf=is_packed)
     g = apply_lora_plus(model, CONFIG)
     grads = [jax.grad(lambda lora, p=p: jnp.sum(g(p, lora, X) ** 2))(lora) for p in (packed, values)]
     jax.tree.map(functools.partial(close, tolerance=1e-5), *grads)
@@ -198,3 +195,75 @@ test_refused = refusals(
     (lambda: apply_lora_plus(model, CONFIG)(PARAMS, {}, X), "blocks/0/down/lora_a", "(64, 2)", "None"),
     (lambda: apply_lora_plus(model, {"head/0": "io"})(PARAMS, init_lora(KEY, PARAMS, CONFIG)[0], X), "lora"),
 )
+
+
+EXPERTS = 3
+MIXTURE = {"router": "io", "experts/gate_up": "eio", "experts/down": "eio"}
+
+
+def mixture(dispatch, params, x):
+    """A mixture of experts, each token at its best one: grouped by expert, by masks, or in a loop."""
+    weights = jax.nn.softmax(x @ params["router"])
+    chosen = jnp.argmax(weights, -1)
+    own = params["experts"]
+
+    def halves(y):
+        gate, up = jnp.split(y, 2, -1)
+        return jax.nn.silu(gate) * up
+
+    masks = jax.nn.one_hot(chosen, EXPERTS, dtype=x.dtype)
+    if dispatch == "grouped":
+        order = jnp.argsort(chosen)
+        sizes = jnp.bincount(chosen, length=EXPERTS)
+        y = halves(jax.lax.ragged_dot(x[order], own["gate_up"], sizes))
+        y = jax.lax.ragged_dot(y, own["down"], sizes)[jnp.argsort(order)]
+    elif dispatch == "masks":  # as maxtext's dense products do
+        y = jnp.einsum("eti,eio->eto", jnp.einsum("ti,te->eti", x, masks), own["gate_up"])
+        y = jnp.einsum("eto,te->to", jnp.einsum("eti,eio->eto", halves(y), own["down"]), masks)
+    else:
+        y = sum(
+            masks[:, e : e + 1] * (halves(x @ own["gate_up"][e]) @ own["down"][e]) for e in range(EXPERTS)
+        )
+    return y * jnp.max(weights, -1, keepdims=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["grouped", "masks"])
+def test_a_mixture_of_experts(dispatch):
+    """Starts as the base, has the gradients of a loop over merged experts, lambda, 4 bits, and an adapter a row."""
+    config = LoRAPlusConfig(target_parameters=MIXTURE, rank=2, lr_ratio=8.0)
+    f = functools.partial(mixture, dispatch)
+    g = apply_lora_plus(f, config)
+    draw = lambda *shape: jnp.asarray(DRAW.normal(size=shape) / np.sqrt(shape[-2]))  # noqa: E731
+    with jax.enable_x64(True):
+        params = {
+            "router": draw(64, EXPERTS),
+            "experts": {"gate_up": draw(3, 64, 128), "down": draw(3, 64, 64)},
+        }
+        x = draw(8, 64)
+        start, specs = init_lora(KEY, params, config, check=(f, x))
+        close(g(params, start, x), f(params, x), 1e-12)
+
+        lora = jax.tree.map(lambda a: jnp.asarray(DRAW.normal(size=a.shape)) / 4, start)
+        merged = lambda lora: merge({"params": params}, lora, specs)["params"]  # noqa: E731
+        ours = jax.grad(lambda lora, x: jnp.sum(jnp.sin(g(params, lora, x))), (0, 1))(lora, x)
+        loop = jax.grad(lambda lora, x: jnp.sum(jnp.sin(mixture("loop", merged(lora), x))), (0, 1))(lora, x)
+        jax.tree.map(functools.partial(close, tolerance=1e-9), ours, loop)
+
+        tx = lora_plus_adamw(1e-3, lr_ratio=config.lr_ratio, specs=specs)
+        updates, _ = tx.update(ours[0], tx.init(lora), lora)
+        sizes = [float(jnp.abs(updates["experts"]["down"][f"lora_{side}"]).max()) for side in "ab"]
+        assert sizes[1] == pytest.approx(8 * sizes[0], rel=1e-6)
+
+        packed = quantize_base({"params": params}, "nf4", {"experts/.*": "io"})[
+            "params"
+        ]  # a stack of experts
+        values = jax.tree.map(lambda w: w.dequantize() if is_packed(w) else w, packed, is_leaf=is_packed)
+        close(g(packed, lora, x), g(values, lora, x), 1e-9)
+
+        if dispatch == "masks":  # JAX has no vmap of ragged_dot over these rows
+            stack = stack_adapters([Adapter(tree, specs, config, {}) for tree in (lora, start)])
+            rows, h = select_adapters(stack, jnp.arange(8) % 2), apply_lora_plus(f, stack.config)
+            found = apply_rows(lambda v, x: h(v["params"], v, x), {"params": params}, rows, x)
+            both = [g(params, tree, x) for tree in (lora, start)]
+            close(found, jnp.where((jnp.arange(8) % 2 == 0)[:, None], *both), 1e-9)

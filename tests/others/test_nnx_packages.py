@@ -5,6 +5,7 @@
 
 import functools
 import runpy
+import types
 from pathlib import Path
 
 import jax
@@ -87,6 +88,30 @@ def test_tunix_trains_our_adapters_and_a_peft_directory_comes_out(family, tmp_pa
     assert_ratio(before, lora_tree(model), len(specs))
     assert_close(logits(model), logits(merge_model(model)), 2e-5)
     to_peft_and_back(tmp_path / "peft", lora_tree(model), specs, CONFIG, TUNIX_LLAMA)
+
+
+MIXTURES = {  # grouped by ragged_dot, after moves of axes; a loop over experts
+    "gemma4.moe MoERagged": {"gating_einsum": "eooi", "linear": "eio"},
+    "qwen3.model MoELayer": {"(gate|up|down)_proj": "eio"},
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_tunix_s_experts_have_thin_products_and_the_merged_values(name):
+    place, kind = name.split()
+    sizes = {"embed_dim": 8, "expert_dim": 16, "hidden_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    mesh = types.SimpleNamespace(exp_weight_edf=None, exp_weight_efd=None)
+    config = types.SimpleNamespace(**sizes, param_dtype=jnp.float32, dtype=jnp.float32, shd_config=mesh)
+    model = getattr(pytest.importorskip(f"tunix.models.{place}"), kind)(config, rngs=nnx.Rngs(0))
+    nnx.update(model, drawn(nnx.state(model, nnx.Param)))
+    x = jnp.sin(jnp.arange(96.0)).reshape(2, 6, 8)
+    plain = model(x)
+    rules = LoRAPlusConfig(target_parameters=MIXTURES[name], rank=2)
+    apply_lora_plus(model, rules, rngs=nnx.Rngs(1))
+    assert_close(model(x), plain, 1e-6)
+    assert check_reads(model, x) == {}
+    set_lora(model, drawn(lora_tree(model)))
+    assert_close(model(x), merge_model(model)(x), 1e-5)
 
 
 def test_tunix_accumulates_and_resumes(tmp_path):
