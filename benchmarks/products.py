@@ -5,6 +5,9 @@
 FLOPs and temporary memory of the compiled gradient for inputs and factors, over those of the base's for inputs.
 1 + 3 r (in + out) / (2 in out) is a product's own and two thin ones, here 1.09; the gradient of W takes half a base
 more. Compiled for the CPU, where `ragged_dot` multiplies all rows with every expert; nothing runs.
+
+The second table: blocks of a transformer whose layers Linen's interceptor adapts, against the same weights adapted
+in the whole model by the interpreter. Trace times are medians of a ratio, as the two take turns.
 """
 
 from collections.abc import Callable
@@ -13,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from common import parse_options, report, use_cpu
+from common import interleaved, median_ratio, parse_options, report, table, use_cpu
 from flax import nnx
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, functions, init_lora
@@ -100,6 +103,60 @@ def function(f: Any, names: tuple[str, ...], config: LoRAPlusConfig, x: Any) -> 
     return lora, lambda lora, params, x: g(params, lora, x)
 
 
+class Block(nn.Module):
+    """Attention and an MLP; the body of a scan, or one of several."""
+
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: Any = None) -> Any:
+        h = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4, name="attention")(h)
+        x = x + nn.Dense(SIZE, name="down")(nn.gelu(nn.Dense(4 * SIZE, name="up")(nn.LayerNorm()(x))))
+        return (x, None) if self.scanned else x
+
+
+class Blocks(nn.Module):
+    """Eight of them."""
+
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if not self.scanned:
+            return nn.Sequential([Block(False, name=f"block_{n}") for n in range(8)])(x)
+        lift = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 8}
+        return nn.scan(nn.remat(Block), **lift)(True, name="blocks")(x, None)[0]
+
+
+def against_layers(scanned: bool) -> dict[str, Any]:
+    """A row of the second table: the interpreter's cost over that of the layers."""
+    net, x = Blocks(scanned), jax.ShapeDtypeStruct((4, 64, SIZE), "f")
+    params = jax.eval_shape(net.init, jax.random.key(0), x)["params"]
+    model = apply_lora_plus(net, LoRAPlusConfig(target_modules=["query", "value", "up", "down"], rank=RANK))
+    lora, specs = init_lora(model, jax.random.key(0), x)
+    rules = {spec.leaf.removeprefix("params/"): spec.rule_letters for spec in specs.values()}
+    config = LoRAPlusConfig(target_parameters=rules, rank=RANK)
+    other, _ = functions.init_lora(jax.random.key(0), params, config)
+    g = functions.apply_lora_plus(lambda params, x: net.apply({"params": params}, x), config)
+    layers = lambda lora, params, x: jnp.sum(model.apply({"params": params, "lora": lora}, x))  # noqa: E731
+    whole = lambda lora, params, x: jnp.sum(g(params, lora, x))  # noqa: E731
+    trace = {
+        name: lambda f=f, lora=lora: jax.jit(jax.grad(lambda *args: f(*args))).trace(lora, params, x)
+        for name, f, lora in (("layers", layers, lora), ("whole", whole, other))
+    }
+    seconds = interleaved({name: lambda call=call: call() and () for name, call in trace.items()}, 9)
+    one, two = (trace[name]().lower().compile() for name in ("whole", "layers"))
+    return {
+        "model": "scanned blocks" if scanned else "blocks",
+        "flops": round(one.cost_analysis()["flops"] / two.cost_analysis()["flops"], 4),
+        "temporary": round(
+            one.memory_analysis().temp_size_in_bytes / two.memory_analysis().temp_size_in_bytes, 3
+        ),
+        "trace_time": round(median_ratio(seconds["whole"], seconds["layers"]), 2),
+    }
+
+
 def main() -> None:
     parse_options(__doc__)
     use_cpu()
@@ -120,7 +177,9 @@ def main() -> None:
             sizes = [p.memory_analysis().temp_size_in_bytes for p in (compiled, base)]
             row[f"{kind.__name__}_temporary_mb"] = round((sizes[0] - sizes[1]) / 1e6, 2)
         rows.append(row)
-    report("products", rows, shape=[EXPERTS, ROWS, SIZE], rank=RANK)
+    layers = [against_layers(scanned) for scanned in (False, True)]
+    print(table(layers))
+    report("products", rows, unprinted={"against_layers": layers}, shape=[EXPERTS, ROWS, SIZE], rank=RANK)
 
 
 if __name__ == "__main__":
