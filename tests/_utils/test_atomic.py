@@ -116,7 +116,12 @@ def test_a_process_that_is_ended_leaves_nothing_or_the_next_removes_it(
     monkeypatch.setattr("tempfile.tempdir", None)
     command = [sys.executable, "-c", WRITE, str(tmp_path / "target")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    is_ignored = signal.getsignal(number) == signal.SIG_IGN  # under nohup, and so in what it starts
+    if is_ignored:
+        signal.signal(number, signal.SIG_DFL)
     with subprocess.Popen(command, **pipes) as process:
+        if is_ignored:
+            signal.signal(number, signal.SIG_IGN)
         assert process.stdout.readline() == "writes\n"
         write_text(tmp_path / "other", "x")  # while the first is at work
         assert len(list(tmp_path.iterdir())) == 2
