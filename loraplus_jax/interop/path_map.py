@@ -143,7 +143,8 @@ def modules_of(path_map: PathMap, name: str) -> list[tuple[str, Index]]:
     modules: list[tuple[str, Index]] = []
     for rule in path_map:
         theirs, outputs = _split_name(rule[1])
-        theirs = theirs.rpartition(".")[0] if _kind(rule) == "Parameter" else theirs
+        if _kind(rule) == "Parameter":  # one that is not the module's last is inside its wrappers
+            theirs, name = theirs.rpartition(".")[0], re.sub(r"(\.base_layer)+$", "", name)
         shared, values = _HOLE.findall(rule[0]), _match(theirs, "[^.]+", name)
         if values is None or (modules and outputs is None):
             continue
@@ -187,6 +188,8 @@ class Target(NamedTuple):
         along it.
       outputs: the outputs of the PyTorch modules that the leaf has; None for all.
       others: the PyTorch modules of the leaf's layers that are not adapted.
+      inside: for a `Parameter`, how many later ones of its module are adapted too: PEFT wraps the module once for
+        each, and the first one's factors are innermost.
     """
 
     spec: AdapterSpec
@@ -195,12 +198,13 @@ class Target(NamedTuple):
     letters: str
     outputs: Outputs | None = None
     others: tuple[str, ...] = ()
+    inside: int = 0
 
     def keys(self, index: Index) -> tuple[str, ...]:
         """The names of A and B, and of the magnitudes if there are any, in PEFT's file."""
         name = self.names[index]
         if self.kind == "Parameter":  # the factors belong to its owner
-            name = name.rpartition(".")[0]
+            name = name.rpartition(".")[0] + ".base_layer" * self.inside
         form = "{}.lora_embedding_{}" if self.kind.endswith("Embedding") else "{}.lora_{}.weight"
         pair = form.format(name, "A"), form.format(name, "B")
         return (*pair, f"{name}{MAGNITUDE_END}") if self.spec.magnitude else pair
@@ -223,7 +227,7 @@ def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], 
       and per PyTorch module to which two specs map their factors.
     """
     targets: dict[str, Target] = {}
-    problems = []
+    problems, places = [], {}  # the number of the rule that matches each
     owners: dict[tuple[str, Outputs | None], str] = {}
     for key, spec in specs.items():
         owner, _, leaf = key.rpartition("/")
@@ -232,6 +236,9 @@ def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], 
         if (torch_module := torch_module_of(path_map, module)) is None:
             problems.append(f"no rule of the path map matches {module!r}")
             continue
+        places[key] = next(
+            n for n, rule in enumerate(path_map) if _match(rule[0], "[^/]+", module) is not None
+        )
         try:
             kind = _kind_of(spec, torch_module)
             if kind == "TiedEmbedding" and torch_module.name not in tied_heads(path_map).values():
@@ -250,10 +257,24 @@ def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], 
         except ValueError as error:
             problems.append(str(error))
             continue
+        targets[key] = target
+    # PEFT wraps a module's parameters in their order there, which only the rules tell.
+    rules = {key: places[key] for key, target in targets.items() if target.kind == "Parameter"}
+    for key, rule in rules.items():
+        owned = {name.rpartition(".")[0] for name in targets[key].names.values()}
+        beside = [
+            rules[k] for k in rules if owned & {n.rpartition(".")[0] for n in targets[k].names.values()}
+        ]
+        if beside.count(rule) > 1:
+            problems.append(
+                f"the rule {path_map[rule][:2]} is for several parameters of {min(owned)!r}: give each a rule of "
+                "its own, in the order that they have in the PyTorch module"
+            )
+        targets[key] = targets[key]._replace(inside=sum(other > rule for other in beside))
+    for key, target in targets.items():
         for index in target.names:
             if (owner := owners.setdefault((target.keys(index)[0], target.outputs), key)) != key:
                 problems.append(f"{owner!r} and {key!r} both map their factors to {target.names[index]!r}")
-        targets[key] = target
     return targets, problems
 
 
