@@ -5,7 +5,6 @@ The function runs as a program that keeps each adapted weight as W, A and B; see
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from .adapter.spec import AdapterSpec, check_rank
 from .adapter.target_rules import check_coverage, parameter_rule, parameter_spec
 from .adapter.tree import flatten, leaf_path, leaves_by_path, unflatten, with_collection
 from .inits.random import factor_dtype, factor_inits
-from .interpreter.dataflow import trace_dataflow
+from .interpreter.dataflow import trace_dataflow, warn_of_whole
 from .interpreter.low_rank import call
 from .interpreter.products import product
 from .interpreter.weight import LowRankWeight
@@ -117,11 +116,7 @@ def init_lora(
     if check is not None:
         f, *args = check
         for path, users in whole_weights(f, rules, params, *args).items():
-            warnings.warn(
-                f"{path} {specs[path].shape}: {users} needs the whole weight, so each call adds up W + s A B, and "
-                "its gradient is as large as W; product makes a function of your own cheap",
-                stacklevel=2,
-            )
+            warn_of_whole(path, specs[path].shape, users)
     return lora, specs
 
 

@@ -5,6 +5,7 @@ weights. If one still reaches an output, the model reads it outside its layer, w
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -70,6 +71,15 @@ def trace_dataflow(program: ClosedJaxpr) -> Dataflow:
     outputs = _propagate(program, [frozenset({(n, True)}) for n in range(len(program.jaxpr.invars))], flow)
     flow.read.update(n for tags in outputs for n, _ in tags)
     return flow
+
+
+def warn_of_whole(path: str, shape: Sequence[int], users: str) -> None:
+    """Warns the caller's caller that operations need an adapted weight as one array, and what that costs."""
+    warnings.warn(
+        f"{path} {tuple(shape)}: {users} needs the whole weight, so each call adds up W + s A B, and its gradient "
+        "is as large as W",
+        stacklevel=3,
+    )
 
 
 def _propagate(program: ClosedJaxpr | Jaxpr, inputs: Sequence[Tags], flow: Dataflow) -> list[Tags]:

@@ -65,6 +65,7 @@ class CollectionMap:
                 factor_letters=adapter.factor_letters,
                 scale=adapter.spec.scale if scale is None else scale.reshape(()),
                 stops=True,
+                omit=TRACING.value.low_rank_only,
             ).with_magnitude(*magnitude)
             params[path] = rebox(leaf, weight)
         for path, leaf in params.items():

@@ -28,7 +28,7 @@ from ..adapter.dora import set_magnitudes
 from ..adapter.spec import MAGNITUDE, AdapterSpec
 from ..adapter.target_rules import is_adapted, is_target, matching_rule
 from ..adapter.tree import flatten, leaves_by_path
-from ..interpreter.dataflow import trace_dataflow
+from ..interpreter.dataflow import trace_dataflow, warn_of_whole
 from ..quantization.packed_array import is_packed
 from .collections import COLLECTIONS, CollectionMap, keep_low_rank
 from .discovery import Discovery
@@ -415,6 +415,10 @@ def _check_reads(
     )
     numbers = {leaf: n for n, leaf in enumerate(leaves_by_path(variables))}
     for path, spec in specs.items():
+        # Flax's lifting hands all variables back, unused, as outputs of the program.
+        users = flow.whole.get(numbers[spec.leaf], set()) - {"output"}
+        if spec.kind == "parameter" and users:
+            warn_of_whole(path, spec.shape, ", ".join(sorted(users)))
         if spec.kind == "parameter" or numbers[spec.leaf] not in flow.changed | flow.read:
             continue
         problem = (

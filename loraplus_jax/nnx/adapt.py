@@ -24,6 +24,7 @@ from ..adapter.target_rules import (
     parameter_spec,
 )
 from ..inits.random import factor_dtype, factor_inits
+from ..interpreter.dataflow import warn_of_whole
 from .adapted_module import (
     ADAPTERS,
     DROPOUT,
@@ -117,7 +118,8 @@ def apply_lora_plus(
         set_adapters(module, specs)
     if check is not None:
         try:
-            check_reads(model, *check)
+            for path, users in check_reads(model, *check).items():
+                warn_of_whole(path, adapters_by_path(model)[path].spec.shape, users)
         except BaseException:
             remove_adapters(model)
             raise

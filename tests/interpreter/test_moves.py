@@ -6,13 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from loraplus_jax import LoRAPlusConfig, merge
+from loraplus_jax import apply_lora_plus as apply_to_module
+from loraplus_jax import init_lora as init_module
+from loraplus_jax import nnx as loraplus_nnx
 from loraplus_jax.functions import apply_lora_plus, init_lora, whole_weights
 from loraplus_jax.interpreter.products import product
 
 from ..marks import slow
+from ..zoo.linen_toys import WEIGHTS
 from ..zoo.properties import KEY, close, drawn
 
 EXPERTS, ROWS, IN, OUT = 4, 10, 8, 16
@@ -154,6 +159,24 @@ def test_a_product_of_ones_own_is_cheap_with_a_rule_and_right_without(x64):
         jax.tree.map(functools.partial(close, tolerance=1e-9), found, expected)
         assert whole_weights(f, config, PARAMS, X) == needs
     assert float(jnp.abs(found[1]).max()) > 0
+
+
+class Columns(nnx.Module):
+    """A weight of which some outputs are read."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones((4, 7)))
+
+    def __call__(self, x):
+        return x @ self.w[:, jnp.array([1, 2])]
+
+
+def test_linen_and_nnx_say_which_weight_an_operation_needs_whole():
+    toy, expected = WEIGHTS["columns"], r"w \(4, 7\): gather needs the whole weight"
+    with pytest.warns(UserWarning, match=expected):
+        init_module(apply_to_module(toy.make, toy.config()), KEY, *toy.args)
+    with pytest.warns(UserWarning, match=expected):
+        loraplus_nnx.apply_lora_plus(Columns(), toy.config(), rngs=nnx.Rngs(0), check=(np.ones((2, 4), "f"),))
 
 
 SIZE, RANK, LARGE = 128, 16, {"experts": (EXPERTS, 128, 128), "up": (128, 128), "gate": (128, 128)}

@@ -1,7 +1,9 @@
 """What is true of every adapted model, proved in float64 by one compiled program a model."""
 
+import contextlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -285,8 +287,10 @@ def prove(toy, directory, **fields):
     """All properties of a toy, also that it computes no whole W + s A B where two products with A and B do."""
     subject_of = of_linen if isinstance(toy.make, nn.Module) else of_nnx
     sums, original = [], LowRankWeight.sum
+    quiet = warnings.catch_warnings(action="ignore", category=UserWarning)  # of whole weights
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
-        subject = subject_of(toy, **fields)
+        with quiet if toy.whole else contextlib.nullcontext():
+            subject = subject_of(toy, **fields)
         place = toy.paths.split("/")[0] + "/" if toy.wrap and "/" in toy.paths else ""
         assert_trees(subject, toy.paths, directory, place=place if toy.scales else None)
         patch.setattr(LowRankWeight, "sum", lambda *args: (sums.append(1), original(*args))[1])
