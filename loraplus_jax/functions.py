@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.core.scope import LazyRng
+from jax.tree_util import tree_leaves_with_path
 
 from .adapter.config import LoRAPlusConfig
 from .adapter.dora import set_magnitudes
@@ -19,13 +20,13 @@ from .adapter.lora import SCALE
 from .adapter.quantize_base import quantize_base
 from .adapter.spec import AdapterSpec, check_rank
 from .adapter.target_rules import check_coverage, parameter_rule, parameter_spec
-from .adapter.tree import flatten, leaf_path, leaves_by_path, unflatten, with_collection
+from .adapter.tree import flatten, leaf_path, unflatten, with_collection
 from .inits.random import factor_dtype, factor_inits
 from .interpreter.dataflow import trace_dataflow, warn_of_whole
 from .interpreter.low_rank import call
 from .interpreter.products import product
 from .interpreter.weight import LowRankWeight
-from .quantization.packed_array import dense_shapes, is_packed
+from .quantization.packed_array import is_packed
 
 __all__ = ["apply_lora_plus", "init_lora", "product", "quantize_base", "whole_weights"]
 
@@ -77,6 +78,7 @@ def apply_lora_plus(f: Callable[..., Any], config: Rules) -> Callable[..., Any]:
     def adapted(params: Any, lora: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         return _run(f, rules, params, lora, args, kwargs)
 
+    del adapted.__wrapped__  # whose signature lacks `lora`: jit finds the positions of static arguments by it
     return adapted
 
 
@@ -136,7 +138,8 @@ def whole_weights(
     is_array = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")  # noqa: E731
     leaves, structure = jax.tree.flatten((params, args, kwargs), is_leaf=is_packed)
     arrays = [x for x in leaves if is_array(x)]
-    numbers = {path: n for n, path in enumerate(_arrays(params))}
+    # A packed weight is several inputs of the program.
+    parts = [path for path, x in _arrays(params).items() for _ in jax.tree.leaves(x)]
 
     def run(arrays: list[Any]) -> list[jax.Array]:
         given = iter(arrays)
@@ -149,12 +152,12 @@ def whole_weights(
         y = _run(f, rules, own, unflatten(zeros), args, kwargs, omit=True)
         return [leaf for leaf in jax.tree.leaves(y) if isinstance(leaf, jax.Array)]
 
-    flow = trace_dataflow(jax.make_jaxpr(run)(dense_shapes(arrays)))
-    return {
-        path: ", ".join(sorted(flow.whole[numbers[path]]))
-        for path in _specs(params, rules)
-        if numbers[path] in flow.whole
-    }
+    flow = trace_dataflow(jax.make_jaxpr(run)(arrays))
+    users = {path: set[str]() for path in _specs(params, rules)}
+    for n, path in enumerate(parts):
+        if path in users:
+            users[path] |= flow.whole.get(n, set())
+    return {path: ", ".join(sorted(names)) for path, names in users.items() if names}
 
 
 def _run(
@@ -222,8 +225,14 @@ def _config(config: Rules) -> LoRAPlusConfig:
 
 def _arrays(params: Any) -> dict[str, Any]:
     """The arrays of a tree by path, packed ones too, in the order of its leaves."""
-    leaves = leaves_by_path(params, is_packed)
-    return {path: x for path, x in leaves.items() if hasattr(x, "shape") and hasattr(x, "dtype")}
+    leaves = [(leaf_path(p), x) for p, x in tree_leaves_with_path(params, is_packed)]
+    found = [(path, x) for path, x in leaves if hasattr(x, "shape") and hasattr(x, "dtype")]
+    if len(arrays := dict(found)) < len(found):
+        names = [path for path, _ in found]
+        raise ValueError(
+            f"params: two weights have the path {next(n for n in names if names.count(n) > 1)!r}"
+        )
+    return arrays
 
 
 def _specs(params: Any, config: LoRAPlusConfig) -> dict[str, AdapterSpec]:
@@ -237,7 +246,7 @@ def _specs_of(
 ) -> dict[str, AdapterSpec]:
     check_coverage(config, {}, [path for path, _ in shapes], {})
     return {
-        path: parameter_spec(config, path, rule, shape, f"params/{path}")
+        path: parameter_spec(config, path, rule, shape, f"params/{path}".rstrip("/"))
         for path, shape in shapes
         if (rule := parameter_rule(config, path)) is not None
     }

@@ -45,12 +45,13 @@ def quantize_base(
         axes, embedding, stacked = rule
         if is_packed(weight):
             raise ValueError(f"{path} is packed already, in {weight.kind}")
-        if stacked is None:
-            stacked = len(weight.shape) - len(axes)
-        if stacked < 0:
+        if stacked is None and len(weight.shape) < len(axes):
             raise ValueError(
                 f"{path}: a weight with shape {weight.shape} has fewer axes than letters, {axes!r}"
             )
+        # Leading batch axes are a stack too: of layers, which a scan slices, or of experts, which an index does.
+        axes = axes.lstrip("abcdefghjklmnpqrstuvwxyz")  # all but i and o
+        stacked = len(weight.shape) - len(axes)
         packed = quantize(weight, kind, axes=axes, embedding=embedding, stacked=stacked, dtype=dtype)
         new[path] = rebox(flat[path], packed)
     return replace_leaves(base, new)

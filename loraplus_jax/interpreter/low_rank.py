@@ -18,11 +18,11 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from ..quantization.packed_array import PackedArray, dense_shapes
 from .equations import run_equation, scan_counts
-from .moves import Deferred, move
-from .products import RULES, Use, own_product
+from .moves import base_values, move
+from .products import RULES, Use
 from .weight import LowRankWeight
 
-_TRANSPARENT = ("copy", "copy_p", "sharding_constraint", "reshard", "optimization_barrier")
+_TRANSPARENT = ("copy", "copy_p", "sharding_constraint", "reshard", "optimization_barrier", "pvary", "pcast")
 """Operations that the factors pass unchanged."""
 
 
@@ -88,24 +88,27 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
     run = lambda values: run_equation(eqn, values, jaxpr)  # noqa: E731
     if not weights:
         return run(inputs)
-    if len(weights) == 1 and (use := own_product(eqn, inputs, weights[0])) is not None:
-        return [_use(use, inputs, weights[0], run)]
     if name in ("jit", "pjit", "closed_call", "core_call"):
         return _evaluate(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), inputs)
     if name in _CONTROL and (results := _CONTROL[name](eqn, inputs)) is not None:
         return results
     if len(weights) == 1:
         (weight,) = weights
+        w = weight.w
         if _is_passed(eqn, weight):
-            w = weight.w
             if not isinstance(w, PackedArray):
-                (w,) = run([w if x is weight else x for x in inputs])
+                (w,) = base_values(eqn, [w if x is weight else x for x in inputs], run)
             elif name == "convert_element_type":
                 w = w.astype(eqn.params["new_dtype"])
             return [dataclasses.replace(weight, w=w)]
-        if name == "transpose" and not (isinstance(weight.w, PackedArray) and weight.w.stack):
+        if name == "stop_gradient" and weight.stops and weight.a is not None:
+            (w,) = base_values(eqn, [w], run)
+            factors = {each: getattr(weight, each) for each in ("a", "b", "c", "scale")}
+            return [dataclasses.replace(weight, w=w, **jax.lax.stop_gradient(factors))]
+        if name == "transpose":
             order = eqn.params["permutation"]
-            w = weight.w.transpose(order) if isinstance(weight.w, PackedArray) else run([weight.w])[0]
+            is_packed = isinstance(w, PackedArray) and not w.stack
+            w = w.transpose(order) if is_packed else base_values(eqn, [w], run)[0]
             return [dataclasses.replace(weight, w=w, letters="".join(weight.letters[n] for n in order))]
         if weight.a is None:
             return _base_product(inputs, weight, run)
@@ -134,8 +137,7 @@ def _use(use: Use, inputs: list[Any], weight: LowRankWeight, run: Callable[..., 
 def _is_passed(eqn: Any, weight: LowRankWeight) -> bool:
     name, (output, *rest) = eqn.primitive.name, (x.aval for x in eqn.outvars)
     if name == "convert_element_type":
-        # An integer is not a sum of its parts.
-        return jnp.issubdtype(output.dtype, jnp.inexact) and not isinstance(weight.w, Deferred)
+        return jnp.issubdtype(output.dtype, jnp.inexact)  # an integer is not a sum of its parts
     return not rest and (name in _TRANSPARENT or (name == "stop_gradient" and not weight.stops))
 
 
@@ -190,7 +192,8 @@ def _slices(value: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     parts = [jnp.moveaxis(x, side.index(axis), 0) for x, side in zip(arrays, (*sides, *c_sides), strict=True)]
     left, right = (side.replace(axis, "") for side in sides)
     rest = dataclasses.replace(value, letters=value.letters[1:], factor_letters=(left, right))
-    w = value.w.dequantize() if isinstance(value.w, Deferred) else value.w
+    is_whole = isinstance(value.w, PackedArray) and value.w.stack
+    w = value.w.dequantize() if hasattr(value.w, "dequantize") and not is_whole else value.w
     return lambda w, a, b, c=None: dataclasses.replace(rest, w=w, a=a, b=b, c=c), (w, *parts)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ..adapter.lora import is_explicit
+from ..quantization.packed_array import PackedArray
 from .weight import LowRankWeight
 
 Run = Callable[[Sequence[Any]], Sequence[Any]]
@@ -24,6 +25,7 @@ Moved = list[tuple[str, list[Side]]]
 """For each output the letters of its axes, and its sides."""
 
 
+@jax.tree_util.register_static  # without leaves: nothing may take it for an array
 @dataclasses.dataclass(frozen=True, eq=False)
 class Deferred:
     """The values of a packed weight after moves, made where an operation needs them."""
@@ -58,15 +60,27 @@ def move(eqn: Any, inputs: Sequence[Any], run: Run) -> list[Any] | None:
     rule = _MOVES.get(name)
     if rule is None or inputs[0] is not weights[0] or len(weights) > 1:
         return None
-    moved = rule(eqn, weights[0], inputs[1:])
+    (weight,) = weights
+    # A reversal of other axes than the stacked ones would leave their letters and sizes as they are.
+    packed = [] if name == "rev" else _packed_sides(weight.w, weight.letters)
+    moved = rule(eqn, weight, inputs[1:], [*_sides(weight), *packed])
     if moved is None:
         return None
-    values = _values(eqn, [weights[0].w, *inputs[1:]], run)
-    return [_weight(weights[0], w, letters, sides) for w, (letters, sides) in zip(values, moved, strict=True)]
+    values: list[Any] = [None]
+    if packed:
+        values = [_packed(weight.w, out.aval.shape, *m) for out, m in zip(eqn.outvars, moved, strict=True)]
+    if any(w is None for w in values):
+        values = list(base_values(eqn, [weight.w, *inputs[1:]], run))
+    kept = 2 + (weight.c is not None)
+    return [_weight(weight, w, names, sides[:kept]) for w, (names, sides) in zip(values, moved, strict=True)]
 
 
-def _values(eqn: Any, inputs: Sequence[Any], run: Run) -> Sequence[Any]:
-    """W after the move, deferred if it is packed."""
+def base_values(eqn: Any, inputs: Sequence[Any], run: Run) -> Sequence[Any]:
+    """Computes W after an operation, deferred if it is packed.
+
+    Returns:
+      An array, or a `Deferred`, for each output.
+    """
     if not any(hasattr(x, "dequantize") for x in inputs):
         return run(inputs)
 
@@ -91,6 +105,29 @@ def _sides(weight: LowRankWeight) -> list[Side]:
     return sides
 
 
+def _packed_sides(w: Any, letters: str) -> list[Side]:
+    """The parts of a packed stack: they have W's stacked axes, and all their own in place of the rank's."""
+    if not isinstance(w, PackedArray) or not w.stack:
+        return []
+    ones = [1] * (len(letters) - len(w.stack))
+    return [
+        (letters[: len(w.stack)], w.parts[name].reshape((*w.stack, *ones, -1))) for name in sorted(w.parts)
+    ]
+
+
+def _packed(w: Any, shape: Sequence[int], letters: str, sides: Sequence[Side]) -> PackedArray | None:
+    """The packed stack after a move of stacked axes alone, which unpacks nothing; None after any other."""
+    names = sorted(w.parts)
+    if tuple(shape[len(shape) - len(w.sizes) :]) != w.sizes:
+        return None
+    stack, parts = tuple(shape[: len(shape) - len(w.sizes)]), sides[-len(names) :]
+    if any(own != letters[: len(stack)] for own, _ in parts):
+        return None
+    shapes = [w.parts[name].shape[len(w.stack) :] for name in names]
+    new = {name: x.reshape((*stack, *s)) for name, (_, x), s in zip(names, parts, shapes, strict=True)}
+    return dataclasses.replace(w, parts=new)
+
+
 def _weight(weight: LowRankWeight, w: Any, letters: str, sides: Sequence[Side]) -> LowRankWeight:
     """The weight with other letters, and the sides that belong to them."""
     a, b, *c = (jnp.squeeze(x, [n for n, name in enumerate(letters) if name not in own]) for own, x in sides)
@@ -110,55 +147,72 @@ def _weight(weight: LowRankWeight, w: Any, letters: str, sides: Sequence[Side]) 
     )
 
 
-def _squeeze(eqn: Any, weight: LowRankWeight, _: Any) -> Moved | None:
+def _squeeze(eqn: Any, weight: LowRankWeight, _: Any, sides: list[Side]) -> Moved | None:
     gone = [n % len(weight.letters) for n in eqn.params["dimensions"]]
     left = "".join(c for n, c in enumerate(weight.letters) if n not in gone)
-    sides = [("".join(c for c in own if c in left), jnp.squeeze(x, gone)) for own, x in _sides(weight)]
-    return [(left, sides)]
+    return [(left, [("".join(c for c in own if c in left), jnp.squeeze(x, gone)) for own, x in sides])]
 
 
-def _slice(eqn: Any, weight: LowRankWeight, _: Any) -> Moved | None:
+def _slice(eqn: Any, weight: LowRankWeight, _: Any, sides: list[Side]) -> Moved | None:
     names = ("start_indices", "limit_indices", "strides")
-    return [(weight.letters, _sliced(weight, *(eqn.params[name] for name in names)))]
+    return [(weight.letters, _sliced(weight, sides, *(eqn.params[name] for name in names)))]
 
 
 def _sliced(
-    weight: LowRankWeight, starts: Sequence[int], limits: Sequence[int], strides: Any = None
+    weight: LowRankWeight,
+    sides: list[Side],
+    starts: Sequence[int],
+    limits: Sequence[int],
+    strides: Any = None,
 ) -> list[Side]:
-    sides = []
-    for own, x in _sides(weight):
-        axes = [n for n, c in enumerate(weight.letters) if c in own]
+    result = []
+    for own, x in sides:
         first, last, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
-        for n in axes:
+        for n in (n for n, c in enumerate(weight.letters) if c in own):
             first[n], last[n], step[n] = starts[n], limits[n], strides[n] if strides else 1
-        sides.append((own, jax.lax.slice(x, first, last, step)))
-    return sides
+        result.append((own, jax.lax.slice(x, first, last, step)))
+    return result
 
 
-def _split(eqn: Any, weight: LowRankWeight, _: Any) -> Moved | None:
+def _split(eqn: Any, weight: LowRankWeight, _: Any, sides: list[Side]) -> Moved | None:
     axis, shape = eqn.params["axis"], weight.w.shape
     result, first = [], 0
     for size in map(int, eqn.params["sizes"]):
         starts, limits = [0] * len(shape), list(shape)
         starts[axis], limits[axis] = first, first + size
-        result.append((weight.letters, _sliced(weight, starts, limits)))
+        result.append((weight.letters, _sliced(weight, sides, starts, limits)))
         first += size
     return result
 
 
-def _dynamic_slice(eqn: Any, weight: LowRankWeight, starts: Sequence[Any]) -> Moved:
-    sizes = eqn.params["slice_sizes"]
-    sides = []
-    for own, x in _sides(weight):
+def _reverse(eqn: Any, weight: LowRankWeight, _: Any, sides: list[Side]) -> Moved | None:
+    # An axis of size 1 that a side lacks may be reversed too.
+    return [(weight.letters, [(own, jax.lax.rev(x, eqn.params["dimensions"])) for own, x in sides])]
+
+
+def _all_gather(eqn: Any, weight: LowRankWeight, _: Any, sides: list[Side]) -> Moved | None:
+    """The whole of an axis of the shards of a mesh."""
+    params = eqn.params
+    if not params["tiled"] or params["axis_index_groups"] is not None:
+        return None
+    axis, name = params["all_gather_dimension"], params["axis_name"]
+    letter = weight.letters[axis]
+    gather = lambda x: jax.lax.all_gather(x, name, axis=axis, tiled=True)  # noqa: E731
+    return [(weight.letters, [(own, gather(x) if letter in own else x) for own, x in sides])]
+
+
+def _dynamic_slice(eqn: Any, weight: LowRankWeight, starts: Sequence[Any], sides: list[Side]) -> Moved:
+    sizes, result = eqn.params["slice_sizes"], []
+    for own, x in sides:
         has = [c in own for c in weight.letters]
         own_sizes = [size if h else 1 for size, h in zip(sizes, has, strict=True)]
         first = [start if h else jnp.zeros_like(start) for start, h in zip(starts, has, strict=True)]
         last = jnp.zeros_like(starts[0]) if len(starts) else 0
-        sides.append((own, jax.lax.dynamic_slice(x, (*first, last), (*own_sizes, x.shape[-1]))))
-    return [(weight.letters, sides)]
+        result.append((own, jax.lax.dynamic_slice(x, (*first, last), (*own_sizes, x.shape[-1]))))
+    return [(weight.letters, result)]
 
 
-def _gather(eqn: Any, weight: LowRankWeight, rest: Sequence[Any]) -> Moved | None:
+def _gather(eqn: Any, weight: LowRankWeight, rest: Sequence[Any], sides: list[Side]) -> Moved | None:
     """Slices along batch axes by index, of all else: an expert's matrix for each token or each step."""
     (indices,), numbers, sizes = rest, eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     batch = set.intersection(*map(set, weight.factor_letters)) - {"r"}
@@ -180,33 +234,37 @@ def _gather(eqn: Any, weight: LowRankWeight, rest: Sequence[Any]) -> Moved | Non
     new = iter(c for c in string.ascii_lowercase if c not in weight.letters + "r")
     letters = "".join(next(left if n in offset else new) for n in range(rank))
     options = {name: eqn.params[name] for name in ("mode", "unique_indices", "indices_are_sorted")}
-    sides = []
-    for own, x in _sides(weight):
+    if eqn.params["fill_value"] is not None and weight.c is not None:
+        return None
+    # What fills W beyond the experts has no A B; without a value NaN fills all.
+    fill = None if eqn.params["fill_value"] is None else 0
+    result = []
+    for own, x in sides:
         own_sizes = [min(size, x.shape[n]) for n, size in enumerate((*sizes, x.shape[-1]))]
-        moved = jax.lax.gather(
-            x, indices, own_numbers, own_sizes, fill_value=eqn.params["fill_value"], **options
-        )
-        sides.append(("".join(c for c in letters if c in own or c not in weight.letters), moved))
-    return [(letters, sides)]
+        moved = jax.lax.gather(x, indices, own_numbers, own_sizes, fill_value=fill, **options)
+        result.append(("".join(c for c in letters if c in own or c not in weight.letters), moved))
+    return [(letters, result)]
 
 
-def _reshape(eqn: Any, weight: LowRankWeight, _: Any) -> Moved | None:
+def _reshape(eqn: Any, weight: LowRankWeight, _: Any, sides: list[Side]) -> Moved | None:
     if eqn.params.get("dimensions") is not None:
         return None
-    return _regrouped(weight, eqn.outvars[0].aval.shape)
+    return _regrouped(weight, sides, eqn.outvars[0].aval.shape)
 
 
-def _expand(eqn: Any, weight: LowRankWeight, _: Any) -> Moved | None:
+def _expand(eqn: Any, weight: LowRankWeight, _: Any, sides: list[Side]) -> Moved | None:
     shape, kept = eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
     is_larger = any(shape[n] != size for n, size in zip(kept, weight.w.shape, strict=True))
     if is_larger or any(size > 1 for n, size in enumerate(shape) if n not in kept):
         return None
-    return _regrouped(weight, shape)
+    return _regrouped(weight, sides, shape)
 
 
-def _regrouped(weight: LowRankWeight, shape: Sequence[int]) -> Moved | None:
+def _regrouped(weight: LowRankWeight, sides: list[Side], shape: Sequence[int]) -> Moved | None:
     """Splits and merges neighbouring axes of one side; new axes of size 1 belong to both."""
-    sides, spare = _sides(weight), iter(c for c in string.ascii_lowercase if c not in weight.letters + "r")
+    if 0 in (*weight.w.shape, *shape):
+        return None
+    spare = iter(c for c in string.ascii_lowercase if c not in weight.letters + "r")
     letters, owns, shapes = "", ["" for _ in sides], [[] for _ in sides]
     old, n, m = weight.w.shape, 0, 0
     while n < len(old) or m < len(shape):
@@ -242,14 +300,16 @@ def _join(eqn: Any, inputs: Sequence[Any], run: Run) -> list[LowRankWeight] | No
     where a weight has no part.
     """
     parts = [x for x in inputs if isinstance(x, LowRankWeight)]
-    (w,) = _values(eqn, [x.w if isinstance(x, LowRankWeight) else x for x in inputs], run)
+    (w,) = base_values(eqn, [x.w if isinstance(x, LowRankWeight) else x for x in inputs], run)
     parts = [x if isinstance(x, LowRankWeight) else _plain(x, parts[0]) for x in inputs]
     axis = eqn.params.get("axis", eqn.params.get("dimension"))
+    if 0 in w.shape:
+        return None
     if eqn.primitive.name == "stack":
         shape = list(parts[0].w.shape)
         shape.insert(axis, 1)
-        moved = [(x, _regrouped(x, shape)) for x in parts]
-        parts = [_weight(x, jnp.expand_dims(_dense(x.w), axis), *found[0]) for x, found in moved if found]
+        one = jax.ShapeDtypeStruct(shape, parts[0].w.dtype)  # nothing reads its values
+        parts = [_weight(x, one, *_regrouped(x, _sides(x), shape)[0]) for x in parts]  # pyright: ignore
     first = parts[0]
     roles = {tuple(tuple(c in own for own, _ in _sides(x)) for c in x.letters) for x in parts}
     if len(roles) > 1 or len({(x.stops, x.omit) for x in parts}) > 1 or any(x.key is not None for x in parts):
@@ -257,6 +317,10 @@ def _join(eqn: Any, inputs: Sequence[Any], run: Run) -> list[LowRankWeight] | No
     shares = [first.letters[axis] in own for own, _ in _sides(first)]
     if first.c is not None and not shares[1]:  # the factors of the outputs differ from input to input
         return None
+    adapted = [x for x in inputs if isinstance(x, LowRankWeight)]
+    joint, size = sum(x.a.shape[x.factor_letters[0].index("r")] for x in adapted), w.shape
+    if len(adapted) > 2 and not all(shares[:2]) and 3 * joint * sum(size[-2:]) > math.prod(size[-2:]):
+        return None  # the zeros of the joint factors would cost more than the whole weight
     sides: list[list[jax.Array]] = [[] for _ in shares]
     rank, offset = max(x.a.shape[x.factor_letters[0].index("r")] for x in parts), 0
     for x in parts:
@@ -291,6 +355,8 @@ def _dense(w: Any) -> jax.Array:
 
 
 _MOVES = {
+    "rev": _reverse,
+    "all_gather": _all_gather,
     "squeeze": _squeeze,
     "slice": _slice,
     "split": _split,

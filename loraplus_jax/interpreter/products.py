@@ -1,11 +1,15 @@
 """Products with a weight kept as W + s A B: those whose low-rank term is two thin operations."""
 
+import dataclasses
+import functools
 import string
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from ..adapter.lora import is_explicit, low_rank_output
 from .weight import LowRankWeight, Term
@@ -30,52 +34,79 @@ class Use(NamedTuple):
     scaled: Callable[[jax.Array], jax.Array] | None = None
 
 
-_OWN: dict[str, tuple[int, Callable[..., jax.Array]]] = {}
-"""By the name under which `product` jits a function: the position of its weight, and its low-rank term."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Own:
+    """A product of a user's: `fn`, its low-rank term, the position of its weight and the roles of its axes."""
+
+    fn: Callable[..., jax.Array]
+    term: Callable[..., jax.Array]
+    weight: int
+    axes: str
 
 
-def product(fn: Callable[..., jax.Array], term: Callable[..., jax.Array], *, weight: int = 1) -> Any:
+def product(
+    fn: Callable[..., jax.Array], term: Callable[..., jax.Array], *, weight: int = 1, axes: str = "io"
+) -> Callable[..., jax.Array]:
     """Makes a product of one's own, such as a kernel with a `custom_vjp`, cheap where its weight has an adapter.
 
     Args:
       fn: `fn(x, w, ...)` of arrays, linear in `w`, with one array as its result.
-      term: `term(x, a, b, ...)`: the same product with A B in place of `w`, for factors of the letters of the
-        weight's rule; `lambda x, a, b: fn(fn(x, a), b)` if `fn` takes any sizes.
+      term: `term(x, a, b, ...)`: the same product with A B in place of `w`; A has the batch and input axes and the
+        rank, B the batch axes, the rank and the output axes. `lambda x, a, b: fn(fn(x, a), b)` if `fn` takes any
+        sizes.
       weight: the position of `w` among the arguments.
+      axes: one letter per axis of `w`, as in `target_parameters`. A weight with other axes there is used as a
+        whole, and so is one under a `vmap` or `grad` inside the model, which JAX takes apart.
 
     Returns:
-      A function like `fn`, under `jax.jit`.
+      A function like `fn`.
 
     Example:
       >>> matmul = product(jnp.matmul, lambda x, a, b: (x @ a) @ b)
       >>> matmul(jnp.ones((2, 3)), jnp.ones((3, 4))).shape
       (2, 4)
     """
+    own = _Own(fn, term, weight, axes)
 
-    def own(*args: Any) -> jax.Array:
-        return fn(*args)
+    @functools.wraps(fn)
+    def marked(*args: Any) -> jax.Array:
+        return _PRODUCT.bind(*map(jnp.asarray, args), own=own)
 
-    own.__name__ = f"loraplus_product_{len(_OWN)}"
-    _OWN[own.__name__] = weight, term
-    return jax.jit(own)
+    return marked
 
 
-def own_product(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
-    """The use by a function from `product`; None for any other equation, or where c has to scale the result."""
-    found = _OWN.get(str(eqn.params.get("name")))
-    if found is None or weight.a is None or weight.c is not None or inputs[found[0]] is not weight:
+# An operation of our own, which the interpreter finds in a model's program; to everything else it is the function.
+_PRODUCT: Any = Primitive("loraplus_product")
+_PRODUCT.def_impl(lambda *args, own: own.fn(*args))
+_PRODUCT.def_abstract_eval(lambda *avals, own: jax.make_jaxpr(own.fn)(*avals).out_avals[0])
+batching.primitive_batchers[_PRODUCT] = lambda args, axes, own: (jax.vmap(own.fn, axes)(*args), 0)
+ad.primitive_jvps[_PRODUCT] = lambda primals, tangents, own: jax.jvp(
+    own.fn, primals, tuple(map(ad.instantiate_zeros, tangents))
+)
+mlir.register_lowering(_PRODUCT, mlir.lower_fun(lambda *args, own: own.fn(*args), multiple_results=False))
+
+
+def _own_product(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
+    """The use by a function from `product`, of a weight with its axes; c would have to scale the result."""
+    own, (left, right) = eqn.params["own"], weight.factor_letters
+    roles = ["i" if c not in right else "o" if c not in left else "batch" for c in weight.letters]
+    wanted = [c if c in "io" else "batch" for c in own.axes]
+    if weight.c is not None or inputs[own.weight] is not weight or roles != wanted:
         return None
-    position, own_term = found
-    x = 0 if position else 1  # any other argument: dropout is on the first
+    x = 0 if own.weight else 1  # dropout is on the first other argument
 
     def term(value: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
-        args = [value if n == x else each for n, each in enumerate(inputs) if n != position]
-        args.insert(position, a)
-        args.insert(position + 1, b)
-        y = own_term(*args)
+        args = [value if n == x else each for n, each in enumerate(inputs)]
+        y = own.term(*args[: own.weight], a, b, *args[own.weight + 1 :])
         return y * jnp.asarray(scale, y.dtype)
 
     return Use(term, x, "")
+
+
+def _term_dtype(x: Any, eqn: Any) -> Any:
+    """The dtype of the thin products: integers and 8 bits would round the factors away."""
+    is_wide = jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize > 1
+    return x.dtype if is_wide else eqn.outvars[0].aval.dtype
 
 
 def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
@@ -104,7 +135,7 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | No
         position == 1
         and not shared
         and x_contracted == (x.ndim - 1,)
-        and order[0][0] in used
+        and {*order[0]} - {"r"} == used
         and len(weight.letters) == 2
     ):
         equations = None  # a plain product, which is quicker to trace
@@ -115,8 +146,7 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | No
         axes = dict(zip(letters, of_x.spec, strict=True))
         shardings = of_x.update(spec=jax.P(*(axes.get(c) for c in middle))), eqn.outvars[0].aval.sharding
 
-    # Integer inputs would round the factors to zero.
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else eqn.outvars[0].aval.dtype
+    dtype = _term_dtype(x, eqn)
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         first, second = (a, b) if used == left - right else (b, a)
@@ -144,6 +174,8 @@ def _ragged(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
     contracts_outputs = set(inner) == right - left
     if (
         inputs[1] is not weight
+        or len(groups) != 1
+        or ragged in x_contracted
         or {weight.letters[n] for n in groups} != left & right - {"r"}
         or set(inner) not in (left - right, right - left)
         or any(batch)
@@ -161,16 +193,16 @@ def _ragged(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
         own = jax.lax.RaggedDotDimensionNumbers(dims, (ragged,), (0,))
         return jax.lax.ragged_dot_general(x, factor.astype(x.dtype), sizes, own, **options)
 
+    dtype = _term_dtype(x, eqn)
+
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         of_a, of_b = weight.factor_letters
-        (first, of_first), (second, of_second) = (
-            ((b, of_b), (a, of_a)) if contracts_outputs else ((a, of_a), (b, of_b))
-        )
-        h = run(x, first.transpose([of_first.index(c) for c in (group, *inner, "r")]), x_contracted, ragged)
-        h = h.astype(x.dtype) * jnp.asarray(scale, x.dtype)
-        return run(
-            h, second.transpose([of_second.index(c) for c in (group, "r", *outer)]), (h.ndim - 1,), rows
-        )
+        pairs = [(a, of_a), (b, of_b)]
+        (first, of_first), (second, of_second) = pairs[::-1] if contracts_outputs else pairs
+        first = first.transpose([of_first.index(c) for c in (group, *inner, "r")])
+        second = second.transpose([of_second.index(c) for c in (group, "r", *outer)])
+        h = run(x.astype(dtype), first, x_contracted, ragged).astype(dtype)
+        return run(h * jnp.asarray(scale, dtype), second, (h.ndim - 1,), rows)
 
     def scaled(y: jax.Array) -> jax.Array:
         """Times c of each row's expert, along the outputs of W in the result, or in x."""
@@ -196,11 +228,12 @@ def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
         or (numbers.collapsed_slice_dims, numbers.start_index_map) != ((0,), (0,))
         or eqn.params["slice_sizes"] != (1, weight.w.shape[1])
         or numbers.offset_dims != (eqn.outvars[0].aval.ndim - 1,)
+        or (weight.c is not None and eqn.params["fill_value"] is not None)
     ):
         return None
-    options = {
-        name: eqn.params[name] for name in ("mode", "fill_value", "unique_indices", "indices_are_sorted")
-    }
+    options = {name: eqn.params[name] for name in ("mode", "unique_indices", "indices_are_sorted")}
+    # What fills W beyond the rows has no A B; without a value NaN fills all.
+    options["fill_value"] = None if eqn.params["fill_value"] is None else 0
 
     def term(rows: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         h = jax.lax.gather(a, rows, numbers, slice_sizes=(1, rank), **options)
@@ -225,11 +258,12 @@ def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | No
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
     options = {name: params[name] for name in names}
     order = [weight.factor_letters[0].index("r" if n == to else c) for n, c in enumerate(weight.letters)]
+    dtype = _term_dtype(inputs[0], eqn)
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         # All groups share A; each has its own part of B's outputs.
-        kernel = jnp.concatenate([a.transpose(order)] * groups, to).astype(x.dtype)
-        h = jax.lax.conv_general_dilated(x, kernel, feature_group_count=groups, **options)
+        kernel = jnp.concatenate([a.transpose(order)] * groups, to).astype(dtype)
+        h = jax.lax.conv_general_dilated(x.astype(dtype), kernel, feature_group_count=groups, **options)
         h = jnp.moveaxis(h, features, -1)
         h = h.reshape(*h.shape[:-1], groups, -1) * jnp.asarray(scale, h.dtype)
         b = b.astype(h.dtype).reshape(b.shape[0], groups, -1)
@@ -241,6 +275,7 @@ def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | No
 
 
 RULES = {
+    "loraplus_product": _own_product,
     "dot_general": _contraction,
     "ragged_dot_general": _ragged,
     "gather": _lookup,
