@@ -13,7 +13,6 @@ results/plan_gpus.json, or plan_scaling.json for TPUs, and attention's table to 
 32 heads of 128, bfloat16.
 """
 
-import argparse
 import math
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from common import machine, read_json, report, table, write_json
+from common import machine, make_parser, read_json, report, table, write_json
 
 from loraplus_jax.models.attention import causal_attention
 from loraplus_jax.plan.devices import target_devices
@@ -138,10 +137,8 @@ def attention_row(length: int, implementation: Any, device: Any, chip: Any) -> d
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = make_parser(__doc__, draw=False)
     parser.add_argument("cases", nargs="*", metavar="CASE")
-    parser.add_argument("--draw", action="store_true")
     options, overrides = parser.parse_known_args()
     if options.cases == ["attention"]:
         chip, (device,) = target_devices("v5e:1x1")

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import RESULTS, arguments, machine
+from common import RESULTS, arguments, machine, make_parser
 
 from loraplus_jax._utils.atomic import to_json, write_text
 from loraplus_jax._utils.json_files import MAX_ROWS_BYTES
@@ -302,7 +302,7 @@ def settings_of(study: Study, options: argparse.Namespace, directory: Path) -> S
     values = dict(study.settings)
     for name, file in study.files.items():
         path = file.path if isinstance(file, Sample) else file
-        source = fetch(path) if path in ASSETS else (options.data or Path("data")) / path
+        source = fetch(path) if path in ASSETS else options.data / path
         values[name] = source if isinstance(file, str) else sample(source, file, directory / "data")
     recipe = options.recipe or REPOSITORY / "configs" / study.recipe
     words = [*arguments(values), *options.settings, "--output_dir", str(directory / "runs")]
@@ -350,11 +350,8 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         done = Path(run.output_dir)
         # Parsed, so that a setting that a finished study of an earlier version lacks has its default.
         if read_summary(done) is not None and settings_from_json(read_yaml(done / CONFIG), SweepRun) == run:
-            report = {
-                n: value
-                for n, value in read_record(done / REPORT, limit=MAX_ROWS_BYTES).items()
-                if n != DIGEST
-            }
+            report = read_record(done / REPORT, limit=MAX_ROWS_BYTES)
+            report.pop(DIGEST, None)
             # Where it ran, which need not be where its table is written.
             old = kept.get(title, {})
             ran_on = old["machine"] if old.get("methods") == report["methods"] else machine()
@@ -393,15 +390,10 @@ def compare_lambdas(run: SweepRun) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("name", choices=STUDIES)
-    parser.add_argument("--data", type=Path, metavar="DATA", help="default: data")
+    paths = {"data": Path("data"), "output_dir": Path("runs/tables"), "results": RESULTS / "tables"}
+    parser = make_parser(__doc__, name=list(STUDIES), **paths)
     parser.add_argument("--recipe", type=Path, metavar="CONFIG")
     parser.add_argument("--only", nargs="+", metavar="STUDY")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/tables"))
-    parser.add_argument("--results", type=Path, default=RESULTS / "tables", metavar="DIR")
     options, options.settings = parser.parse_known_args(arguments)
     try:
         for studies in compare(options.name, options):
