@@ -16,7 +16,8 @@ import numpy as np
 
 PACKAGES = ("loraplus_jax", "jax", "jaxlib", "flax", "optax")
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
-SMOLLM2 = Path(__file__).parent / "plan/smollm2_135m"
+PLANS = Path(__file__).parent / "plan"
+"""Configs of models."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Llama's layers that are adapted."""
 

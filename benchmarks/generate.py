@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import ATTENTION, SMOLLM2, median_ratio, parse_options, report, take_turns, use_cpu
+from common import ATTENTION, PLANS, median_ratio, parse_options, report, take_turns, use_cpu
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, save_peft
 from loraplus_jax.models.checkpoints.export import causal_lm_class, path_map
@@ -114,7 +114,9 @@ def main() -> None:
     from transformers import LlamaConfig as Config  # pyright: ignore[reportMissingImports]
     from transformers import LlamaForCausalLM
 
-    content = json.loads((SMOLLM2 / "config.json").read_text()) | {"num_hidden_layers": options.layers}
+    content = json.loads((PLANS / "smollm2_135m/config.json").read_text()) | {
+        "num_hidden_layers": options.layers
+    }
     rows: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

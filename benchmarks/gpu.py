@@ -22,7 +22,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Steps, parse_options, report, timed
+from common import PLANS, Steps, parse_options, report, timed
 
 from loraplus_jax.plan.devices import GPUS
 from loraplus_jax.plan.plan import make_model, make_plan
@@ -30,7 +30,6 @@ from loraplus_jax.plan.programs import memory_sizes, plan_step
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import make_mesh
 
-PLANS = Path(__file__).parent / "plan"
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 256}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 CASES = {

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import Steps, interleaved, median_ratio, parse_options, report
+from common import PLANS, Steps, interleaved, median_ratio, parse_options, report
 
 from loraplus_jax import (
     LoRAPlusConfig,
@@ -33,23 +33,14 @@ from loraplus_jax import (
 from loraplus_jax.adapter.tree import combine, count
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.bert.model import BertForSequence
+from loraplus_jax.models.checkpoints.hf import load_config
 from loraplus_jax.optim import adalora, scale_by_lora_muon, scale_by_lora_rite, scale_by_riemannian
 from loraplus_jax.step import make_theory
 from loraplus_jax.tasks.encoder import EncoderTask
 from loraplus_jax.training.theory_metrics import copy_adapters, first_rows, to_metrics
 
-MINILM = BertConfig(
-    vocab_size=30522,
-    hidden_size=384,
-    num_hidden_layers=6,
-    num_attention_heads=12,
-    intermediate_size=1536,
-    max_position_embeddings=512,
-    type_vocab_size=2,
-    pad_token_id=0,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+MINILM = BertConfig.from_hf(load_config(PLANS / "minilm") | NO_DROPOUT)
 SEEING_PAIRS = {
     "riemannian": {"precondition": scale_by_riemannian},
     "lora_rite": {"direction": scale_by_lora_rite},

@@ -59,6 +59,12 @@ DEVICES = {"one device": 1, TWO: 2}
 """Virtual CPU devices that the members are split over."""
 
 
+def population_step(slots: DeviceSlots, batch: Any) -> Any:
+    """A step of all members on one batch."""
+    slots.step(dict.fromkeys(slots.member_ids, batch))
+    return slots.chunks
+
+
 def timing(rounds: int) -> None:
     """Writes results/sweep_time.json."""
     options = [*SIXTEEN, *UNCACHED, "--mesh.data"]
@@ -76,10 +82,6 @@ def timing(rounds: int) -> None:
         batches = [shard_batch(b, single.mesh) for b in eval_batches(two_batches, rows)]
         return [single.programs.evaluate(step.state.trainable, frozen, b) for b in batches]
 
-    def population_step(slots: DeviceSlots) -> Any:
-        slots.step(dict.fromkeys(range(count), batch))
-        return slots.chunks
-
     # By what is measured and who does it: a call, and how many steps or batches of a member it does.
     calls: dict[tuple[str, str], tuple[Callable[[], Any], int]] = {
         ("step", "single"): (lambda: [step() for _ in range(4)][-1], 4),
@@ -90,7 +92,7 @@ def timing(rounds: int) -> None:
         population = prepare_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun), count)
         slots = members[name] = DeviceSlots(population)
         slots.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
-        calls["step", name] = functools.partial(population_step, slots), count
+        calls["step", name] = functools.partial(population_step, slots, batch), count
         calls["evaluation batch", name] = functools.partial(slots.evaluate, two_batches), 2 * count
     measured = interleaved({what: call for what, (call, _) in calls.items()}, rounds)
     seconds = {what: [value / calls[what][1] for value in values] for what, values in measured.items()}
@@ -167,11 +169,8 @@ def sizes(rounds: int) -> None:
     train, arrange = population.data.splits["train"], population.batches.arrange
     batch = next(train_batches(train, batch_size=run.train.batch_size, seed=0, arrange=arrange))
 
-    def step(slots: DeviceSlots) -> Any:
-        slots.step(dict.fromkeys(slots.member_ids, batch))
-        return slots.chunks
-
-    seconds = interleaved({way: functools.partial(step, slots) for way, slots in ways.items()}, rounds)
+    steps = {way: functools.partial(population_step, slots, batch) for way, slots in ways.items()}
+    seconds = interleaved(steps, rounds)
     rows = []
     for (name, size), slots in ways.items():
         memory = slots.programs.step.largest.memory_analysis()

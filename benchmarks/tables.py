@@ -115,6 +115,16 @@ GLUE = {
 """Whole epochs, at GLUE's own batch size."""
 SST2 = {"data.validation_fraction": 0.01, "data.limit": 10_000, "train.epochs": 1.0}
 """A seventh of its rows: with all, two cores would take about six hours for λ."""
+QNLI = {
+    **GLUE,
+    **BFLOAT16,
+    "data.text": "question",
+    "data.text_pair": "sentence",
+    "data.label": "label",
+    "data.quoting": "none",
+    "data.test_fraction": 0.2,
+}
+"""Its training file is large: a part of dev is held out instead."""
 FIVE = {
     "sweep.learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
     "sweep.method_learning_rates": {},
@@ -154,6 +164,16 @@ LAMBDA = {
     "sweep.curve_points": 10,
 }
 """Every rate to the end, and more where the best is at the edge."""
+LAMBDA_CHAT = {
+    **LAMBDA,
+    **BFLOAT16,
+    **HALF,
+    "train.epochs": 1.0,
+    "train.prompt": None,
+    "sweep.learning_rates": [4e-4, 1e-3, 2.5e-3],
+    "sweep.report_seeds": 3,
+    "sweep.curve_points": 4,
+}
 STARTS = {
     "B zero": {"lora.init": "lora"},
     "A zero": {"lora.init": "lora_b", "sweep.lr_ratios": [*LAMBDA["sweep.lr_ratios"], 64, 128]},
@@ -196,20 +216,7 @@ STUDIES: dict[str, dict[str, Study]] = {
         "STS-B": glue("stsb", task="regression", **BFLOAT16),
         "MRPC": glue("mrpc", **BFLOAT16),
         "RTE": glue("rte", **BFLOAT16),
-        # Its training file is large: a part of dev is held out instead.
-        "QNLI": Study(
-            "quickstart_sweep.yaml",
-            GLUE
-            | BFLOAT16
-            | {
-                "data.text": "question",
-                "data.text_pair": "sentence",
-                "data.label": "label",
-                "data.quoting": "none",
-                "data.test_fraction": 0.2,
-            },
-            {"data.path": "glue/QNLI/dev.tsv"},
-        ),
+        "QNLI": Study("quickstart_sweep.yaml", QNLI, {"data.path": "glue/QNLI/dev.tsv"}),
         "SST-2": glue("sst2", **BFLOAT16 | SST2),
     },
     "chat": {"instructions": Study("smollm2_chat.yaml", SMOLLM2, FORGETTING)},
@@ -263,20 +270,7 @@ STUDIES: dict[str, dict[str, Study]] = {
         f"{data}, {start}": study._replace(settings={**study.settings, **settings})
         for data, study in {
             "CoLA": glue("cola", **LAMBDA),
-            "instructions": Study(
-                "smollm2_chat.yaml",
-                LAMBDA
-                | BFLOAT16
-                | {
-                    **HALF,
-                    "train.epochs": 1.0,
-                    "train.prompt": None,
-                    "sweep.learning_rates": [4e-4, 1e-3, 2.5e-3],
-                    "sweep.report_seeds": 3,
-                    "sweep.curve_points": 4,
-                },
-                FORGETTING,
-            ),
+            "instructions": Study("smollm2_chat.yaml", LAMBDA_CHAT, FORGETTING),
             "SST-2": glue("sst2", **LAMBDA | BFLOAT16 | SST2),
         }.items()
         for start, settings in STARTS.items()
