@@ -161,10 +161,8 @@ def settings_of(case: Case, options: Sequence[str]) -> Settings:
 def examples_of(settings: Settings) -> tuple[dict[str, list[Any]], int]:
     """The splits as a peer reads them, and the number of classes, 0 for a language model."""
     if settings.is_language:
-        kind = causal_lm.READERS[settings.task]
-        splits = split_files(
-            settings.data, lambda file: kind(resolve(file, "data"), settings.data.column_names)
-        )
+        reader, names = causal_lm.READERS[settings.task], settings.data.column_names
+        splits = split_files(settings.data, lambda file: reader(resolve(file, "data"), names))
         splits, _ = limit_splits(splits, settings.data)
         return {name: list(map(as_chat, rows)) for name, rows in splits.items()}, 0
     read = functools.partial(resolve, kind="data")

@@ -9,7 +9,6 @@ which is the prefill, and then all tokens anew, in turns; the decode rate is the
 time after the prefill. The texts are compared token for token.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import ATTENTION, PLANS, median_ratio, parse_options, report, take_turns, use_cpu
+from common import ATTENTION, PLANS, median_ratio, parse_options, report, take_turns, timed, use_cpu
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, save_peft
 from loraplus_jax.models.checkpoints.export import causal_lm_class, path_map
@@ -73,12 +72,10 @@ def timed_texts(generate: Generate, tokens: int) -> Callable[[], dict[str, Any]]
     """Seconds until the first token of each text, seconds of all others, and the texts."""
 
     def run() -> dict[str, Any]:
+        prefill = timed(lambda: generate(1))()
         start = time.perf_counter()
-        generate(1)
-        between = time.perf_counter()
         texts = generate(tokens)
-        prefill = between - start
-        return {"prefill": prefill, "decode": time.perf_counter() - between - prefill, "texts": texts}
+        return {"prefill": prefill, "decode": time.perf_counter() - start - prefill, "texts": texts}
 
     return run
 
@@ -114,9 +111,7 @@ def main() -> None:
     from transformers import LlamaConfig as Config  # pyright: ignore[reportMissingImports]
     from transformers import LlamaForCausalLM
 
-    content = json.loads((PLANS / "smollm2_135m/config.json").read_text()) | {
-        "num_hidden_layers": options.layers
-    }
+    content = load_config(PLANS / "smollm2_135m") | {"num_hidden_layers": options.layers}
     rows: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -102,7 +102,6 @@ def parts_of(made: Made, batch: dict) -> dict[str, Callable[[], Any]]:
     """The parts of a step as calls."""
     # Copies: the step donates its state.
     state = jax.tree.map(jnp.copy, made.steps.state)
-    trainable, opt_state = state.trainable, state.opt_state
 
     def loss(trainable: Any, key: jax.Array) -> jax.Array:
         (total, weight), _ = made.loss_fn(combine(trainable, made.frozen), batch, key)
@@ -114,11 +113,11 @@ def parts_of(made: Made, batch: dict) -> dict[str, Callable[[], Any]]:
 
     forward, gradient, optimizer = jax.jit(loss), jax.jit(jax.grad(loss)), jax.jit(update)
     key = jax.random.key(3)
-    grads = gradient(trainable, key)
+    grads = gradient(state.trainable, key)
     return {
-        "forward": lambda: forward(trainable, key),
-        "gradient": lambda: gradient(trainable, key),
-        "optimizer": lambda: optimizer(grads, opt_state, trainable),
+        "forward": lambda: forward(state.trainable, key),
+        "gradient": lambda: gradient(state.trainable, key),
+        "optimizer": lambda: optimizer(grads, state.opt_state, state.trainable),
     }
 
 

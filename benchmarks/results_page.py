@@ -7,7 +7,6 @@ On the page, what stands between `<!-- NAME -->` and `<!-- end of NAME -->` is r
 The files have more: every run, its curve, scores of texts, the loss on unrelated texts.
 """
 
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, table
+from common import read_json, table
 from scipy import stats
 from tables import STUDIES
 
@@ -40,15 +39,11 @@ LINES = {
 """Methods in the pictures, with their names and colors."""
 THREE = 1 - 0.05 / 3
 """Confidence of each of three intervals that hold together with 95 %."""
-AGAIN = ("repeat", "batch")
-"""Tables of data that another one has."""
 
 
 def read() -> dict[str, dict[str, Report]]:
     """The studies of each table."""
-    return {
-        name: json.loads((RESULTS / "tables" / f"{name}.json").read_text())["studies"] for name in STUDIES
-    }
+    return {name: read_json(f"tables/{name}.json")["studies"] for name in STUDIES}
 
 
 def number(value: float) -> str:
@@ -231,10 +226,11 @@ def half_width(confidence: Any, degrees: Any) -> Any:
 
 def data_sets(tables: Mapping[str, Mapping[str, Report]]) -> dict[str, Report]:
     """LoRA+ against LoRA on each data set, in its first table: in a second one it would count twice."""
+    again = ("repeat", "batch")  # of data that another table has
     found: dict[str, Report] = {}
     for name, studies in tables.items():
         for title, report in studies.items():
-            if name not in AGAIN and "lora_plus" in report["methods"]:
+            if name not in again and "lora_plus" in report["methods"]:
                 found.setdefault(title, report)
     return found
 
@@ -311,10 +307,9 @@ def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
     """The difference in test loss to LoRA with its interval, in percent: data sets and their repetitions."""
     first = data_sets(tables)
     again = {title: report for title, report in tables["repeat"].items() if "A zero" not in title}
-    order = list(first)
-    shown = dict(
-        sorted((first | again).items(), key=lambda item: order.index(item[0].partition(", seeds")[0]))
-    )
+    # A data set's repetitions follow it.
+    pairs = ((title, name) for title in first for name in first | again if name.split(", seeds")[0] == title)
+    shown = {name: (first | again)[name] for _, name in pairs}
     figure, axes = pyplot().subplots(figsize=(8, 1.2 + 0.4 * len(shown)), layout="constrained")
     for name, marker, shift in (("lora_plus", "o", 0.12), ("full", "s", -0.12)):
         label, color = LINES[name]
@@ -365,8 +360,7 @@ def draw_ratios(studies: Mapping[str, Report], path: Path) -> None:
         # Side by side, where the intervals of two starts would cover each other.
         ratios *= 1.04 ** len(panel.containers)
         panel.errorbar(ratios, means, [means - lows, highs - means], fmt="o-", capsize=3, label=start)
-        if start:
-            panel.legend(frameon=False)
+        panel.legend(frameon=False)
     for panel, data in zip(axes.flat, panels, strict=True):
         panel.axhline(0, color="black", linewidth=1, linestyle="--", zorder=0)
         panel.set_xscale("log", base=2)
@@ -388,15 +382,9 @@ def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
     for axes, (title, report) in zip(panels, studies.items(), strict=True):
         points = map_points(report)
         best, scale = min(points, key=lambda point: point[2]), sorted(losses[title.partition(", ")[0]])
-        shown = axes.scatter(
-            *np.transpose(points)[:2],
-            c=np.transpose(points)[2],
-            cmap="viridis_r",
-            vmin=scale[0],
-            vmax=scale[len(scale) // 2],
-            marker="s",
-            s=150,
-        )
+        rates, others, colors = np.transpose(points)
+        limits = {"vmin": scale[0], "vmax": scale[len(scale) // 2]}
+        shown = axes.scatter(rates, others, c=colors, cmap="viridis_r", marker="s", s=150, **limits)
         figure.colorbar(shown, ax=axes, label="validation loss", extend="max")
         axes.plot(
             *best[:2], "s", markersize=16, markerfacecolor="none", markeredgecolor="red", markeredgewidth=2
@@ -413,7 +401,7 @@ def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
 
 def overhead_lines() -> list[str]:
     """What a step of each method costs, from `overhead.py`."""
-    content = json.loads((RESULTS / "tables" / "overhead.json").read_text())
+    content = read_json("tables/overhead.json")
     methods = {row["method"]: row for row in content["rows"]}
     lora, own = methods["lora"], methods["lora_plus"]
     ratios = {n: own[n] / lora[n] for n in ("flops", "peak_bytes", "optimizer_bytes")}

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +65,6 @@ def first_step() -> dict[str, float]:
     return found
 
 
-def rows_of(measured: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
-    """A line for each run, an import with its ratio to that of what it needs."""
-    rows = []
-    for name, seconds in measured.items():
-        low, high = np.quantile(seconds, [0.25, 0.75])
-        row = {"what": name, "seconds": f"{np.median(seconds):.3f}", "quartiles": f"{low:.3f} to {high:.3f}"}
-        if name in ("import loraplus_jax", NAMES):
-            row |= {"over": STACK, "ratio": f"{median_ratio(seconds, measured[STACK]):.2f}"}
-        rows.append(row)
-    return rows
-
-
 def main() -> None:
     options = parse_options(__doc__, rounds=7, step_rounds=3, name="startup")
     use_cpu()
@@ -85,7 +73,14 @@ def main() -> None:
     measured = take_turns(imports, options.rounds)
     steps = take_turns({"": first_step}, options.step_rounds)[""]
     measured |= {name: [step[name] for step in steps] for name in steps[0]}
-    report(options.name, rows_of(measured), unprinted={"seconds": measured})
+    rows = []
+    for name, seconds in measured.items():
+        low, high = np.quantile(seconds, [0.25, 0.75])
+        row = {"what": name, "seconds": f"{np.median(seconds):.3f}", "quartiles": f"{low:.3f} to {high:.3f}"}
+        if name in ("import loraplus_jax", NAMES):
+            row |= {"over": STACK, "ratio": f"{median_ratio(seconds, measured[STACK]):.2f}"}
+        rows.append(row)
+    report(options.name, rows, unprinted={"seconds": measured})
 
 
 if __name__ == "__main__":

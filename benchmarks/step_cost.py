@@ -77,21 +77,6 @@ def make(case: Case) -> tuple[Callable[[], Any], dict[str, str]]:
     return Steps(program, state, base, batch), sizes
 
 
-def measure(varied: str, first: Case, values: tuple[Any, ...], rounds: int) -> list[dict[str, Any]]:
-    """The rows of a group."""
-    made = {value: make(first._replace(**{varied: value})) for value in values}
-    runs = {value: timed(step, time.process_time) for value, (step, _) in made.items()}
-    seconds, rows = take_turns(runs, rounds), []
-    for value, (_, sizes) in made.items():
-        ratio = median_ratio(seconds[value], seconds[values[0]])
-        times = {
-            "CPU time of a step, s": f"{np.median(seconds[value]):.3f}",
-            "CPU time / the first's": f"{ratio:.2f}",
-        }
-        rows.append({"varied": varied, "value": value, **times, **sizes})
-    return rows
-
-
 def main() -> None:
     options = parse_options(__doc__, rounds=7, tiny=False, name="step_cost")
     use_cpu()
@@ -99,7 +84,15 @@ def main() -> None:
     for varied, (first, values) in VARIED.items():
         if options.tiny:
             first = first._replace(layers=2, vocabulary=256, batch=1, tokens=64)
-        rows += measure(varied, first, values, options.rounds)
+        made = {value: make(first._replace(**{varied: value})) for value in values}
+        runs = {value: timed(step, time.process_time) for value, (step, _) in made.items()}
+        seconds = take_turns(runs, options.rounds)
+        for value, (_, sizes) in made.items():
+            times = {
+                "CPU time of a step, s": f"{np.median(seconds[value]):.3f}",
+                "CPU time / the first's": f"{median_ratio(seconds[value], seconds[values[0]]):.2f}",
+            }
+            rows.append({"varied": varied, "value": value, **times, **sizes})
     report(options.name, rows, rounds=options.rounds)
 
 

@@ -87,10 +87,9 @@ def timing(rounds: int) -> None:
         ("step", "single"): (lambda: [step() for _ in range(4)][-1], 4),
         ("evaluation batch", "single"): (single_evaluation, 2),
     }
-    members = {}
     for name, devices in DEVICES.items():
         population = prepare_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun), count)
-        slots = members[name] = DeviceSlots(population)
+        slots = DeviceSlots(population)
         slots.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
         calls["step", name] = functools.partial(population_step, slots, batch), count
         calls["evaluation batch", name] = functools.partial(slots.evaluate, two_batches), 2 * count
@@ -106,7 +105,7 @@ def timing(rounds: int) -> None:
             "ratio (median of rounds)": f"{ratios[what, name]:.3f}",
         }
         for what in ("step", "evaluation batch")
-        for name in members
+        for name in DEVICES
     ]
     kept = {f"{what}, {name}": values for (what, name), values in seconds.items()}
     report("sweep_time", rows, members=count, rounds=rounds, unprinted={"seconds": kept})

@@ -164,6 +164,13 @@ LAMBDA = {
     "sweep.curve_points": 10,
 }
 """Every rate to the end, and more where the best is at the edge."""
+LAMBDA_32 = {
+    **LAMBDA,
+    "lora.init": "lora_b",
+    "sweep.lr_ratios": [32],
+    "sweep.learning_rates": [4.42e-5, 1.26e-4, 3.54e-4],
+    "sweep.method_learning_rates": {"lora": LAMBDA["sweep.learning_rates"]},
+}
 LAMBDA_CHAT = {
     **LAMBDA,
     **BFLOAT16,
@@ -239,17 +246,7 @@ STUDIES: dict[str, dict[str, Study]] = {
     },
     # Does a verdict hold on a search seed and report seeds that it has not seen?
     "repeat": {
-        "CoLA, A zero, seeds 100 to 105": glue(
-            "cola",
-            seed=100,
-            **LAMBDA
-            | {
-                "lora.init": "lora_b",
-                "sweep.lr_ratios": [32],
-                "sweep.learning_rates": [4.42e-5, 1.26e-4, 3.54e-4],
-                "sweep.method_learning_rates": {"lora": LAMBDA["sweep.learning_rates"]},
-            },
-        ),
+        "CoLA, A zero, seeds 100 to 105": glue("cola", seed=100, **LAMBDA_32),
         "CoLA, seeds 100 to 105": glue("cola", seed=100, **FIVE),
         "ARC-Easy, seeds 100 to 103": ARC_EASY._replace(settings={**ARC_EASY.settings, "seed": 100}),
     },
