@@ -16,17 +16,27 @@ import numpy as np
 
 PACKAGES = ("loraplus_jax", "jax", "jaxlib", "flax", "optax")
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
+PLANS = Path(__file__).parent / "plan"
+"""Configs of models."""
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Llama's layers that are adapted."""
 
 
 def parse_options(
     doc: str | None, arguments: Sequence[str] | None = None, **options: Any
 ) -> argparse.Namespace:
-    """The command line: `--NAME VALUE` for each default, of its type.
-
-    A list holds the choices of an argument without dashes.
+    """The command line, by `make_parser`.
 
     >>> parse_options(None, ["size", "--rounds", "3"], what=["time", "size"], rounds=7)
     Namespace(what='size', rounds=3)
+    """
+    return make_parser(doc, **options).parse_args(arguments)
+
+
+def make_parser(doc: str | None, **options: Any) -> argparse.ArgumentParser:
+    """A parser of `--NAME VALUE` for each default, of its type.
+
+    A list holds the choices of an argument without dashes.
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
@@ -37,7 +47,7 @@ def parse_options(
             parser.add_argument(f"--{name}", action="store_true")
         else:
             parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def arguments(settings: Mapping[str, Any]) -> list[str]:
@@ -82,6 +92,17 @@ def timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counte
 def interleaved(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
     """Seconds of each call in each round."""
     return take_turns({name: timed(call) for name, call in calls.items()}, rounds)
+
+
+class Steps:
+    """A call that does the next step: a step donates its state, so the new one is kept here."""
+
+    def __init__(self, step: Callable[..., tuple[Any, Any]], state: Any, *inputs: Any) -> None:
+        self.step, self.state, self.inputs = step, state, inputs
+
+    def __call__(self) -> tuple[Any, Any]:
+        self.state, metrics = self.step(self.state, *self.inputs)
+        return self.state, metrics
 
 
 def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:

@@ -49,9 +49,9 @@ from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import Settings
 from loraplus_jax.step.fingerprints import fingerprint as weights_fingerprint
 from loraplus_jax.step.sharding import make_mesh
-from loraplus_jax.tasks import causal_lm, encoder
+from loraplus_jax.tasks import causal_lm
 from loraplus_jax.tasks.interface import TaskData
-from loraplus_jax.training.setup import build_model, load_model
+from loraplus_jax.training.setup import build_model, load_model, task_module
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets")
@@ -97,13 +97,11 @@ class Case(NamedTuple):
       config: training config in configs/.
       settings: those that differ from it, by dotted name; `{data}` stands for DATA.
       peers: the runs beside ours, by name.
-      packed: whether our batches are packed rows.
     """
 
     config: str
     settings: Mapping[str, Any]
     peers: Mapping[str, Peer]
-    packed: bool = False
 
 
 ENCODERS = {"PEFT": Peer(), "PEFT, by length": Peer(by_length=True)}
@@ -120,7 +118,7 @@ CASES = {
     "cola": Case("quickstart.yaml", GLUE | {"data.path": "glue/cola"}, ENCODERS),
     "sst2": Case("quickstart.yaml", GLUE | SST2, ENCODERS),
     "mrpc": Case("quickstart.yaml", GLUE | {"data.path": "glue/mrpc"}, ENCODERS),
-    "chat": Case("smollm2_chat.yaml", {"train.prompt": None}, TRL, packed=True),
+    "chat": Case("smollm2_chat.yaml", {"train.prompt": None}, TRL),
 }
 
 
@@ -163,23 +161,20 @@ def settings_of(case: Case, options: Sequence[str]) -> Settings:
 def examples_of(settings: Settings) -> tuple[dict[str, list[Any]], int]:
     """The splits as a peer reads them, and the number of classes, 0 for a language model."""
     if settings.is_language:
-        kind = causal_lm.READERS[settings.task]
-        splits = split_files(
-            settings.data, lambda file: kind(resolve(file, "data"), settings.data.column_names)
-        )
+        reader, names = causal_lm.READERS[settings.task], settings.data.column_names
+        splits = split_files(settings.data, lambda file: reader(resolve(file, "data"), names))
         splits, _ = limit_splits(splits, settings.data)
         return {name: list(map(as_chat, rows)) for name, rows in splits.items()}, 0
     read = functools.partial(resolve, kind="data")
     splits = load_glue(settings.data)[0] if settings.data.glue else load_splits(settings.data, read)
     names = label_names(splits)
     splits, _ = limit_splits(splits, settings.data)
-    columns = {
-        name: zip(
-            rows.texts, rows.pairs or [None] * len(rows), class_labels(rows, names).tolist(), strict=True
-        )
-        for name, rows in splits.items()
-    }
-    return {name: list(rows) for name, rows in columns.items()}, len(names)
+
+    def triples(rows: Any) -> list[Any]:
+        labels = class_labels(rows, names).tolist()
+        return list(zip(rows.texts, rows.pairs or [None] * len(rows), labels, strict=True))
+
+    return {name: triples(rows) for name, rows in splits.items()}, len(names)
 
 
 def as_chat(example: Any) -> dict[str, Any]:
@@ -200,9 +195,8 @@ def sequences(columns: Mapping[str, np.ndarray]) -> Iterator[list[int]]:
 
 def count_tokens(settings: Settings, data: TaskData, steps: int) -> list[tuple[int, int]]:
     """Tokens of text, and with padding, of each batch that a run of ours trains on."""
-    module, seed = (causal_lm if settings.is_language else encoder), settings.seed
-    plan = module.plan_batches(settings, data, steps, (seed,), make_mesh(1))
-    columns, size = data.splits["train"], settings.train.batch_size
+    columns, size, seed = data.splits["train"], settings.train.batch_size, settings.seed
+    plan = task_module(settings).plan_batches(settings, data, steps, (seed,), make_mesh(1))
     batches = train_batches(columns, batch_size=size, seed=seed, arrange=plan.arrange)
     name = "segment_ids" if "segment_ids" in columns else "attention_mask"
     return [(int((b[name] > 0).sum()), b[name].size) for b in itertools.islice(batches, steps)]
@@ -210,8 +204,7 @@ def count_tokens(settings: Settings, data: TaskData, steps: int) -> list[tuple[i
 
 def load(settings: Settings) -> TaskData:
     """The data of a run of ours."""
-    module = causal_lm if settings.is_language else encoder
-    return module.load_data(settings, resolve(settings.model.path, "model"))
+    return task_module(settings).load_data(settings, resolve(settings.model.path, "model"))
 
 
 def prepare(case: Case, options: Any, directory: Path) -> Prepared:
@@ -235,7 +228,7 @@ def prepare(case: Case, options: Any, directory: Path) -> Prepared:
     }
     if settings.is_language:
         job["template"] = causal_lm.tokenizer_and_template(settings, model, None)[1].source
-    per_row = len(examples["train"]) / len(columns["input_ids"]) if case.packed else 1.0
+    per_row = len(examples["train"]) / len(columns["input_ids"]) if settings.data.packing else 1.0
     return Prepared(case, directory, settings, given, job, per_row)
 
 
@@ -251,17 +244,12 @@ def as_directory(settings: Settings, to: Path) -> Path:
     return to
 
 
-def steps_of(prepared: Prepared, packing: bool) -> tuple[int, float]:
-    """Steps in which a run trains on as many examples as ours, and these steps for one of ours."""
-    factor = prepared.examples_per_row if prepared.case.packed and not packing else 1.0
-    assert prepared.settings.train.steps is not None
-    return max(1, round(prepared.settings.train.steps * factor)), factor
-
-
 def measure(prepared: Prepared, name: str) -> dict[str, Any]:
     """Does a run in a process of its own and returns what was measured."""
     case, peer, train = prepared.case, prepared.case.peers.get(name), prepared.settings.train
-    steps, factor = steps_of(prepared, case.packed if peer is None else peer.packing)
+    # Unpacked runs take more steps, to train on as many examples as ours.
+    factor = prepared.examples_per_row if peer is not None and not peer.packing else 1.0
+    steps = max(1, round((train.steps or 0) * factor))
     # At a row of the log, from which an evaluation's time counts.
     every = max(1, round(train.eval_every * factor / train.log_every)) * train.log_every
     with tempfile.TemporaryDirectory(dir=prepared.directory) as directory:
@@ -289,7 +277,9 @@ def measure(prepared: Prepared, name: str) -> dict[str, Any]:
             started, seconds = execute(["-c", code, "train", config, *prepared.options, *own])
             tokens = count_tokens(prepared.settings, load(prepared.settings), steps)
             rows, peak = our_rows(read_events(Path(out) / "tensorboard"), tokens), int(result.read_text())
-    return {"command_s": seconds, "peak_bytes": peak, **summarize(rows, started)}
+    found = {"command_s": seconds, "peak_bytes": peak, **summarize(rows, started)}
+    print(f"{name}: {found}", flush=True)
+    return found
 
 
 def execute(command: list[str]) -> tuple[float, float]:
@@ -411,13 +401,8 @@ def main() -> None:
     for title in options.cases.split(","):
         with tempfile.TemporaryDirectory() as directory:
             prepared = prepare(CASES[title], options, Path(directory))
-
-            def one(name: str, prepared: Prepared = prepared) -> dict[str, Any]:
-                found = measure(prepared, name)
-                print(f"{name}: {found}", flush=True)
-                return found
-
-            runs = {name: functools.partial(one, name) for name in ("here", *CASES[title].peers)}
+            names = ("here", *CASES[title].peers)
+            runs = {name: functools.partial(measure, prepared, name) for name in names}
             kept[title] = take_turns(runs, options.rounds, warmup=0)
         ordered = {name: kept[name] for name in CASES if name in kept}
         report(

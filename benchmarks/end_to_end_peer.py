@@ -214,11 +214,8 @@ def language(job: dict[str, Any]) -> tuple[list[dict[str, Any]], Callable[[], Se
     counting, callback = recorder(job["settings"]["train"]["log_every"])
 
     # In float32, and without recomputing activations, as TRL by default does: both would make it slower on a CPU.
-    own = {
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "max_length": job["settings"]["data"]["max_length"],
-    }
+    own = {"bf16": False, "gradient_checkpointing": False}
+    own["max_length"] = job["settings"]["data"]["max_length"]
     trainer = type("Counted", (counting, SFTTrainer), {})(
         model,
         SFTConfig(**arguments(job), **own, packing=job["packing"]),

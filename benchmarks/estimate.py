@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import interleaved, median_ratio, parse_options, report, use_cpu
+from common import Steps, interleaved, median_ratio, parse_options, report, use_cpu
 
 from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.settings.parsing import parse_settings
@@ -34,24 +34,14 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
     frozen = distribute(run.parts.frozen, run.shardings.frozen)
     trainable = distribute(run.parts.trainable, run.shardings.state.trainable)
-    state = [distribute(init_state(trainable, run.tx, key), run.shardings.state)]
+    state = distribute(init_state(trainable, run.tx, key), run.shardings.state)
     split, size = run.data.splits[held_out_split(run.data.splits)], run.batches.eval_rows
     held_out = shard_batch(next(eval_batches(split, size)), run.mesh)
-    batches = train_batches(
-        run.data.splits["train"],
-        batch_size=settings.train.batch_size,
-        seed=settings.seed,
-        arrange=run.batches.arrange,
-    )
-
-    def step() -> Any:
-        state[0], metrics = run.programs.step(state[0], frozen, shard_batch(next(batches), run.mesh))
-        return metrics
-
-    times = interleaved(
-        {"step": step, "evaluation": lambda: run.programs.evaluate(state[0].trainable, frozen, held_out)},
-        rounds,
-    )
+    rows, size, seed = run.data.splits["train"], settings.train.batch_size, settings.seed
+    batches = train_batches(rows, batch_size=size, seed=seed, arrange=run.batches.arrange)
+    step = Steps(lambda state: run.programs.step(state, frozen, shard_batch(next(batches), run.mesh)), state)
+    evaluate = lambda: run.programs.evaluate(step.state.trainable, frozen, held_out)  # noqa: E731
+    times = interleaved({"step": step, "evaluation": evaluate}, rounds)
     estimated = np.multiply(times["evaluation"], run.programs.step_work)
     return {
         "case": name,

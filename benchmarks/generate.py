@@ -9,7 +9,6 @@ which is the prefill, and then all tokens anew, in turns; the decode rate is the
 time after the prefill. The texts are compared token for token.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import median_ratio, parse_options, report, take_turns, use_cpu
+from common import ATTENTION, PLANS, median_ratio, parse_options, report, take_turns, timed, use_cpu
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, save_peft
 from loraplus_jax.models.checkpoints.export import causal_lm_class, path_map
@@ -28,8 +27,6 @@ from loraplus_jax.models.decoding.generate import Sampling, make_generate
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama, name_table
 
-MODEL = Path(__file__).parent / "plan/smollm2_135m"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 Generate = Callable[[int], list[list[int]]]
 """The texts of so many new tokens."""
 
@@ -41,7 +38,7 @@ def ours(directory: Path, ids: np.ndarray, tokens: int, adapters: bool) -> Gener
     expected = jax.eval_shape(model.init, jax.random.key(0), prompts)["params"]
     variables = {"params": load_params(directory, table, expected)}
     if adapters:
-        lora_config = LoRAPlusConfig(target_modules=TARGETS, rank=8, alpha=16)
+        lora_config = LoRAPlusConfig(target_modules=ATTENTION, rank=8, alpha=16)
         model = apply_lora_plus(model, lora_config)
         lora, specs = init_lora(model, jax.random.key(1), prompts, base=variables)
         lora = jax.tree.map(lambda x: 0.04 * jax.random.normal(jax.random.key(x.size), x.shape), lora)
@@ -75,12 +72,10 @@ def timed_texts(generate: Generate, tokens: int) -> Callable[[], dict[str, Any]]
     """Seconds until the first token of each text, seconds of all others, and the texts."""
 
     def run() -> dict[str, Any]:
+        prefill = timed(lambda: generate(1))()
         start = time.perf_counter()
-        generate(1)
-        between = time.perf_counter()
         texts = generate(tokens)
-        prefill = between - start
-        return {"prefill": prefill, "decode": time.perf_counter() - between - prefill, "texts": texts}
+        return {"prefill": prefill, "decode": time.perf_counter() - start - prefill, "texts": texts}
 
     return run
 
@@ -116,7 +111,7 @@ def main() -> None:
     from transformers import LlamaConfig as Config  # pyright: ignore[reportMissingImports]
     from transformers import LlamaForCausalLM
 
-    content = json.loads((MODEL / "config.json").read_text()) | {"num_hidden_layers": options.layers}
+    content = load_config(PLANS / "smollm2_135m") | {"num_hidden_layers": options.layers}
     rows: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -8,7 +8,6 @@ without it, by the compiler with it, and by the allocator and the clock. Weights
 same: neither changes time or memory. Each case is a process of its own, as an allocator reports its peak once.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -23,7 +22,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import report, timed
+from common import PLANS, Steps, parse_options, report, timed
 
 from loraplus_jax.plan.devices import GPUS
 from loraplus_jax.plan.plan import make_model, make_plan
@@ -31,7 +30,6 @@ from loraplus_jax.plan.programs import memory_sizes, plan_step
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import make_mesh
 
-PLANS = Path(__file__).parent / "plan"
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 256}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 CASES = {
@@ -63,16 +61,8 @@ def measure(case: str, tiny: bool) -> dict[str, Any]:
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         return jax.random.key(0) if is_key else jnp.zeros(x.shape, x.dtype)
 
-    state, frozen, batch = jax.tree.map(zeros, (step.state, step.parts.frozen, step.held["batch"][0]))
-    states = [state]
-
-    def run() -> Any:
-        # A step donates its state.
-        states[0], metrics = program(states[0], frozen, batch)
-        return metrics
-
-    seconds = [timed(run)() for _ in range(12)]
-    (device,) = jax.devices()[:1]
+    run = timed(Steps(program, *jax.tree.map(zeros, (step.state, step.parts.frozen, step.held["batch"][0]))))
+    seconds, device = [run() for _ in range(12)], jax.devices()[0]
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     found = {"compiled": memory_sizes(program, None, 0)[1], "peak": peak, "kind": device.device_kind}
     return found | {"seconds": float(np.median(seconds[2:]))}
@@ -117,11 +107,7 @@ def row(case: str, tiny: bool, platform: str) -> dict[str, str]:
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--tiny", action="store_true", help="small models on a CPU, to test the script")
-    parser.add_argument("--call", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse_options(__doc__, tiny=False, call="")
     if options.call:
         function, *values = json.loads(options.call)
         print(json.dumps({"measure": measure, "plan": plan}[function](*values)))
@@ -132,7 +118,7 @@ def main() -> None:
     try:
         jax.devices(platform)
     except RuntimeError as error:
-        parser.error(f"no NVIDIA GPU: {error}; --tiny runs on a CPU")
+        raise SystemExit(f"no NVIDIA GPU: {error}; --tiny runs on a CPU") from error
     report("gpu_tiny" if options.tiny else "gpu", [row(case, options.tiny, platform) for case in CASES])
 
 

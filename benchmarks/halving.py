@@ -41,11 +41,8 @@ def train(run: SweepRun) -> dict[str, dict[str, float]]:
     population = prepare_population(run, len(entries))
     members, losses, data = DeviceSlots(population), {}, population.data.splits
     members.fill({n: population.first(*entry) for n, entry in enumerate(entries)})
-    size = run.train.batch_size
-    arrange = population.batches.arrange
-    batches = {
-        seed: train_batches(data["train"], batch_size=size, seed=seed, arrange=arrange) for seed in run.seeds
-    }
+    how = {"batch_size": run.train.batch_size, "arrange": population.batches.arrange}
+    batches = {seed: train_batches(data["train"], seed=seed, **how) for seed in run.seeds}
     stops = {math.ceil(share * population.steps) for share in EVALUATED}
     for step in range(1, population.steps + 1):
         by_seed = {seed: next(stream) for seed, stream in batches.items()}

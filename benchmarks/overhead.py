@@ -11,7 +11,6 @@ gradient and optimizer step are also compiled apart; backward is the gradient le
 run does for it (the copy of the adapters, the program, and the numbers on the host), over ten steps.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import interleaved, median_ratio, parse_options, report
+from common import PLANS, Steps, interleaved, median_ratio, parse_options, report
 
 from loraplus_jax import (
     LoRAPlusConfig,
-    TrainState,
     apply_lora_plus,
     init_lora,
     init_state,
@@ -35,23 +33,14 @@ from loraplus_jax import (
 from loraplus_jax.adapter.tree import combine, count
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.bert.model import BertForSequence
+from loraplus_jax.models.checkpoints.hf import load_config
 from loraplus_jax.optim import adalora, scale_by_lora_muon, scale_by_lora_rite, scale_by_riemannian
 from loraplus_jax.step import make_theory
 from loraplus_jax.tasks.encoder import EncoderTask
 from loraplus_jax.training.theory_metrics import copy_adapters, first_rows, to_metrics
 
-MINILM = BertConfig(
-    vocab_size=30522,
-    hidden_size=384,
-    num_hidden_layers=6,
-    num_attention_heads=12,
-    intermediate_size=1536,
-    max_position_embeddings=512,
-    type_vocab_size=2,
-    pad_token_id=0,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+MINILM = BertConfig.from_hf(load_config(PLANS / "minilm") | NO_DROPOUT)
 SEEING_PAIRS = {
     "riemannian": {"precondition": scale_by_riemannian},
     "lora_rite": {"direction": scale_by_lora_rite},
@@ -63,10 +52,9 @@ BATCH, TOKENS, RANK = 32, 48, 8
 
 
 class Made(NamedTuple):
-    """A method: the compiled step, its first state, and what it is made of."""
+    """A method: its compiled step, and what it is made of."""
 
-    step: Any
-    state: TrainState
+    steps: Steps
     frozen: dict[str, Any]
     loss_fn: Any
     tx: Any
@@ -89,7 +77,7 @@ def random_batch() -> dict[str, jax.Array]:
 
 
 def make(method: str, batch: dict, rank: int) -> Made:
-    """A method with its first state."""
+    """A method before its first step."""
     model = BertForSequence(MINILM, TASK.num_outputs, unroll=True, head_dropout=0.0)
     tokens = [batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")]
     trainable, frozen, specs = jax.jit(model.init)(jax.random.key(0), *tokens), {}, None
@@ -107,13 +95,13 @@ def make(method: str, batch: dict, rank: int) -> Made:
             tx = adalora(tx, optax.adam(1e-4), target_rank=rank / 2, specs=specs, **steps)
     state, loss_fn = init_state(trainable, tx, jax.random.key(2)), TASK.loss_fn(model)
     compiled = jit_step(loss_fn, tx).lower(state, frozen, batch).compile()
-    return Made(compiled, state, frozen, loss_fn, tx, specs)
+    return Made(Steps(compiled, state, frozen, batch), frozen, loss_fn, tx, specs)
 
 
 def parts_of(made: Made, batch: dict) -> dict[str, Callable[[], Any]]:
     """The parts of a step as calls."""
     # Copies: the step donates its state.
-    trainable, opt_state = jax.tree.map(jnp.copy, (made.state.trainable, made.state.opt_state))
+    state = jax.tree.map(jnp.copy, made.steps.state)
 
     def loss(trainable: Any, key: jax.Array) -> jax.Array:
         (total, weight), _ = made.loss_fn(combine(trainable, made.frozen), batch, key)
@@ -125,23 +113,22 @@ def parts_of(made: Made, batch: dict) -> dict[str, Callable[[], Any]]:
 
     forward, gradient, optimizer = jax.jit(loss), jax.jit(jax.grad(loss)), jax.jit(update)
     key = jax.random.key(3)
-    grads = gradient(trainable, key)
+    grads = gradient(state.trainable, key)
     return {
-        "forward": lambda: forward(trainable, key),
-        "gradient": lambda: gradient(trainable, key),
-        "optimizer": lambda: optimizer(grads, opt_state, trainable),
+        "forward": lambda: forward(state.trainable, key),
+        "gradient": lambda: gradient(state.trainable, key),
+        "optimizer": lambda: optimizer(grads, state.opt_state, state.trainable),
     }
 
 
-def make_measurement(made: Made, batch: dict, states: dict[str, TrainState]) -> tuple[Any, Callable[[], Any]]:
+def make_measurement(made: Made, batch: dict) -> tuple[Any, Callable[[], Any]]:
     """The compiled program of the theory's terms, and a measurement of LoRA+'s current state."""
-    rows = first_rows(batch, make_mesh(1), BATCH)
-    adapters = copy_adapters(made.state.trainable)
+    rows, state = first_rows(batch, make_mesh(1), BATCH), made.steps.state
     theory = jax.jit(make_theory(made.loss_fn, made.specs))
-    program = theory.lower(made.state.trainable, adapters, made.frozen, rows).compile()
+    program = theory.lower(state.trainable, copy_adapters(state.trainable), made.frozen, rows).compile()
 
     def measure() -> dict[str, float]:
-        trainable = states["lora_plus"].trainable
+        trainable = made.steps.state.trainable
         return to_metrics(program(trainable, copy_adapters(trainable), made.frozen, rows), made.specs)
 
     return program, measure
@@ -151,35 +138,28 @@ def main() -> None:
     options, batch = parse_options(__doc__, rounds=31), random_batch()
     made = {name: make(name, batch, RANK) for name in ("lora", "lora_plus", *SEEING_PAIRS, "adalora", "full")}
     calls = {(name, part): call for name in made for part, call in parts_of(made[name], batch).items()}
-    states = {name: one.state for name, one in made.items()}
-
-    def one_step(method: str) -> TrainState:
-        states[method], _ = made[method].step(states[method], made[method].frozen, batch)
-        return states[method]
-
-    calls |= {(name, "step"): functools.partial(one_step, name) for name in made}
-    theory, calls["lora_plus", "theory"] = make_measurement(made["lora_plus"], batch, states)
+    calls |= {(name, "step"): one.steps for name, one in made.items()}
+    theory, calls["lora_plus", "theory"] = make_measurement(made["lora_plus"], batch)
     seconds, rows = interleaved(calls, options.rounds), []
     for name, one in made.items():
-        memory = one.step.memory_analysis()
+        program, state = one.steps.step, one.steps.state
+        memory = program.memory_analysis()
         backward = np.subtract(seconds[name, "gradient"], seconds[name, "forward"])
         rows.append(
             {
                 "method": name,
-                "trainable": count(states[name].trainable),
-                "optimizer_bytes": sum(x.nbytes for x in jax.tree.leaves(states[name].opt_state)),
-                "temporary_bytes": memory.temp_size_in_bytes,
+                "trainable": count(state.trainable),
+                "optimizer_bytes": sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
                 "peak_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
-                "flops": one.step.cost_analysis()["flops"],
+                "flops": program.cost_analysis()["flops"],
                 "forward": float(np.median(seconds[name, "forward"])),
                 "backward": float(np.median(backward)),
                 "optimizer": float(np.median(seconds[name, "optimizer"])),
-                "step": float(np.median(seconds[name, "step"])),
                 "step_over_lora": median_ratio(seconds[name, "step"], seconds["lora", "step"]),
                 "optimizer_over_lora": median_ratio(seconds[name, "optimizer"], seconds["lora", "optimizer"]),
             }
         )
-    plus = made["lora_plus"].step.cost_analysis()["flops"]
+    plus = next(row["flops"] for row in rows if row["method"] == "lora_plus")
     added = {
         "flops": theory.cost_analysis()["flops"] / plus / 10,
         "time": median_ratio(seconds["lora_plus", "theory"], seconds["lora_plus", "step"]) / 10,

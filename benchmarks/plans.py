@@ -13,7 +13,6 @@ results/plan_gpus.json, or plan_scaling.json for TPUs, and attention's table to 
 32 heads of 128, bfloat16.
 """
 
-import argparse
 import math
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from common import machine, read_json, report, table, write_json
+from common import PLANS, machine, make_parser, read_json, report, table, write_json
 
 from loraplus_jax.models.attention import causal_attention
 from loraplus_jax.plan.devices import target_devices
@@ -33,7 +32,6 @@ from loraplus_jax.plan.plan import make_plan
 from loraplus_jax.plan.render import format_plan
 from loraplus_jax.settings.parsing import parse_settings
 
-HERE = Path(__file__).parent
 MODELS = ("minilm", "smollm2_135m", "llama31_8b", "llama31_8b/nf4", "llama2_70b/nf4")
 CASES = tuple(
     f"{model}@{gpu}:{n}" for model in MODELS for gpu in ("l4", "a100-80", "h100", "b200") for n in (1, 8)
@@ -54,8 +52,8 @@ def plan(case: str, overrides: Sequence[str]) -> dict[str, Any]:
     count = rows * math.prod(int(n) for n in topology.partition(":")[2].split("x"))
     words = [f"--train.batch_size={count}", f"--train.eval_batch_size={count}"]
     words += [f"--model.quantize={quantize}"] if quantize else []
-    words += [f"--model.path={HERE / 'plan' / model}", *overrides]
-    settings, start = parse_settings(HERE / "plan" / f"{model}.yaml", words), time.perf_counter()
+    words += [f"--model.path={PLANS / model}", *overrides]
+    settings, start = parse_settings(PLANS / f"{model}.yaml", words), time.perf_counter()
     found = make_plan(settings, topology)
     print(f"{format_plan(found, settings)}\n", flush=True)
     kept = {"model": model, "collectives": merge(found.collectives), "machine": machine()}
@@ -138,10 +136,8 @@ def attention_row(length: int, implementation: Any, device: Any, chip: Any) -> d
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = make_parser(__doc__, draw=False)
     parser.add_argument("cases", nargs="*", metavar="CASE")
-    parser.add_argument("--draw", action="store_true")
     options, overrides = parser.parse_known_args()
     if options.cases == ["attention"]:
         chip, (device,) = target_devices("v5e:1x1")
@@ -156,7 +152,7 @@ def main() -> None:
     plans = plans or read_json("plan_gpus.json")
     print(table([row(case, one) for case, one in plans.items()]))
     if options.draw:
-        draw(plans, HERE.parent / "docs/plan_gpus.png")
+        draw(plans, Path(__file__).parents[1] / "docs/plan_gpus.png")
 
 
 if __name__ == "__main__":

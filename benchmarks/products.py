@@ -10,12 +10,14 @@ The second table: blocks of a transformer whose layers Linen's interceptor adapt
 in the whole model by the interpreter. Trace times are medians of a ratio, as the two take turns.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from common import interleaved, median_ratio, parse_options, report, table, use_cpu
 from flax import nnx
 
@@ -25,10 +27,11 @@ from loraplus_jax import nnx as loraplus_nnx
 EXPERTS, ROWS, SIZE, RANK = 4, 512, 256, 8
 SHAPES = {
     "experts": (EXPERTS, SIZE, SIZE),
+    "window": (3, SIZE, SIZE),
     "up": (SIZE, SIZE),
     "gate": (SIZE, SIZE),
-    "window": (3, SIZE, SIZE),
 }
+PARAMS = {name: jax.ShapeDtypeStruct(shape, "f") for name, shape in SHAPES.items()}
 GROUPS, CHOSEN = jnp.full(EXPERTS, ROWS // EXPERTS), jnp.arange(ROWS) % EXPERTS
 E, U = {"experts": "eio"}, {"up": "io"}
 PRODUCTS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
@@ -60,47 +63,46 @@ class Linen(nn.Module):
     """A product with raw parameters."""
 
     f: Any
-    names: tuple[str, ...]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
-        return self.f({n: self.param(n, nn.initializers.normal(), SHAPES[n]) for n in self.names}, x)
+        return self.f({n: self.param(n, nn.initializers.normal(), shape) for n, shape in SHAPES.items()}, x)
 
 
 class Nnx(nnx.Module):
     """The same in NNX."""
 
-    def __init__(self, f: Any, names: tuple[str, ...]) -> None:
-        self.f, self.names = f, names
-        for name in names:
-            setattr(self, name, nnx.Param(jnp.zeros(SHAPES[name])))
+    def __init__(self, f: Any) -> None:
+        self.f = f
+        for name, shape in SHAPES.items():
+            setattr(self, name, nnx.Param(jnp.zeros(shape)))
 
     def __call__(self, x: jax.Array) -> Any:
-        return self.f({name: getattr(self, name)[...] for name in self.names}, x)
+        return self.f({name: getattr(self, name)[...] for name in SHAPES}, x)
 
 
-def linen(f: Any, names: tuple[str, ...], config: LoRAPlusConfig, x: Any) -> tuple[Any, Any]:
-    """The factors, and the adapted function of factors, weights and inputs."""
-    model = apply_lora_plus(Linen(f, names), config)
-    lora, _ = init_lora(model, jax.random.key(0), x)
-    return lora, lambda lora, params, x: model.apply({"params": params, "lora": lora}, x)
+def adapt(f: Any, config: LoRAPlusConfig, x: Any) -> dict[str, tuple[Any, Any]]:
+    """By kind of model the factors, and the adapted function of variables and inputs."""
+    model, net = apply_lora_plus(Linen(f), config), Nnx(f)
+    loraplus_nnx.apply_lora_plus(net, config, rngs=nnx.Rngs(0))
+    return {
+        "linen": (init_lora(model, jax.random.key(0), x)[0], model.apply),
+        "nnx_model": (loraplus_nnx.lora_tree(net), loraplus_nnx.functional(net)),
+        "function": adapt_function(f, PARAMS, config),
+    }
 
 
-def nnx_model(f: Any, names: tuple[str, ...], config: LoRAPlusConfig, x: Any) -> tuple[Any, Any]:
-    """As `linen`."""
-    model = Nnx(f, names)
-    loraplus_nnx.apply_lora_plus(model, config, rngs=nnx.Rngs(0))
-    apply = loraplus_nnx.functional(model)
-    return loraplus_nnx.lora_tree(model), lambda lora, params, x: apply({"params": params, "lora": lora}, x)
-
-
-def function(f: Any, names: tuple[str, ...], config: LoRAPlusConfig, x: Any) -> tuple[Any, Any]:
-    """As `linen`."""
-    lora, _ = functions.init_lora(
-        jax.random.key(0), {n: jax.ShapeDtypeStruct(SHAPES[n], "f") for n in names}, config
-    )
+def adapt_function(f: Any, params: Any, config: LoRAPlusConfig) -> tuple[Any, Any]:
+    """The same of a function of weights and inputs."""
+    lora, _ = functions.init_lora(jax.random.key(0), params, config)
     g = functions.apply_lora_plus(f, config)
-    return lora, lambda lora, params, x: g(params, lora, x)
+    return lora, lambda variables, x: g(variables["params"], variables["lora"], x)
+
+
+def costs(program: Any) -> tuple[float, int]:
+    """FLOPs and bytes of temporaries of a traced program."""
+    compiled = program.lower().compile()
+    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
 
 class Block(nn.Module):
@@ -137,22 +139,21 @@ def against_layers(scanned: bool) -> dict[str, Any]:
     lora, specs = init_lora(model, jax.random.key(0), x)
     rules = {spec.leaf.removeprefix("params/"): spec.rule_letters for spec in specs.values()}
     config = LoRAPlusConfig(target_parameters=rules, rank=RANK)
-    other, _ = functions.init_lora(jax.random.key(0), params, config)
-    g = functions.apply_lora_plus(lambda params, x: net.apply({"params": params}, x), config)
-    layers = lambda lora, params, x: jnp.sum(model.apply({"params": params, "lora": lora}, x))  # noqa: E731
-    whole = lambda lora, params, x: jnp.sum(g(params, lora, x))  # noqa: E731
-    trace = {
-        name: lambda f=f, lora=lora: jax.jit(jax.grad(lambda *args: f(*args))).trace(lora, params, x)
-        for name, f, lora in (("layers", layers, lora), ("whole", whole, other))
-    }
-    seconds = interleaved({name: lambda call=call: call() and () for name, call in trace.items()}, 9)
-    one, two = (trace[name]().lower().compile() for name in ("whole", "layers"))
+    whole = adapt_function(lambda params, x: net.apply({"params": params}, x), params, config)
+    adapted = {"layers": (lora, model.apply), "whole": whole}
+
+    def trace(name: str) -> Any:
+        # The gradient of a new function: JAX keeps the trace of one that it has seen.
+        factors, apply = adapted[name]
+        loss = lambda lora, params, x: jnp.sum(apply({"params": params, "lora": lora}, x))  # noqa: E731
+        return jax.jit(jax.grad(loss)).trace(factors, params, x)
+
+    seconds = interleaved({name: functools.partial(trace, name) for name in adapted}, 9)
+    flops, temporary = np.divide(*(costs(trace(name)) for name in ("whole", "layers")))
     return {
         "model": "scanned blocks" if scanned else "blocks",
-        "flops": round(one.cost_analysis()["flops"] / two.cost_analysis()["flops"], 4),
-        "temporary": round(
-            one.memory_analysis().temp_size_in_bytes / two.memory_analysis().temp_size_in_bytes, 3
-        ),
+        "flops": round(flops, 4),
+        "temporary": round(temporary, 3),
         "trace_time": round(median_ratio(seconds["whole"], seconds["layers"]), 2),
     }
 
@@ -163,19 +164,13 @@ def main() -> None:
     rows, x = [], jax.ShapeDtypeStruct((ROWS, SIZE), "f")
     total = lambda y: sum(jnp.sum(jnp.sin(part)) for part in jax.tree.leaves(y))  # noqa: E731
     for name, (f, rules) in PRODUCTS.items():
-        names = tuple(n for n in SHAPES if any(n in rule.split("|") for rule in rules))
-        params = {n: jax.ShapeDtypeStruct(SHAPES[n], "f") for n in names}
-        base = jax.jit(jax.grad(lambda x, params, f=f: total(f(params, x)))).lower(x, params).compile()
+        base, size = costs(jax.jit(jax.grad(lambda x, params, f=f: total(f(params, x)))).trace(x, PARAMS))
         row = {"product": name}
-        for kind in (linen, nnx_model, function):
-            lora, g = kind(f, names, LoRAPlusConfig(target_parameters=rules, rank=RANK), x)
-            step = jax.grad(lambda lora, x, params, g=g: total(g(lora, params, x)), (0, 1))
-            compiled = jax.jit(step).lower(lora, x, params).compile()
-            row[f"{kind.__name__}_flops"] = round(
-                compiled.cost_analysis()["flops"] / base.cost_analysis()["flops"], 3
-            )
-            sizes = [p.memory_analysis().temp_size_in_bytes for p in (compiled, base)]
-            row[f"{kind.__name__}_temporary_mb"] = round((sizes[0] - sizes[1]) / 1e6, 2)
+        for kind, (lora, apply) in adapt(f, LoRAPlusConfig(target_parameters=rules, rank=RANK), x).items():
+            loss = lambda v, x, params, apply=apply: total(apply({"params": params, "lora": v}, x))  # noqa: E731
+            flops, temporary = costs(jax.jit(jax.grad(loss, (0, 1))).trace(lora, x, PARAMS))
+            row[f"{kind}_flops"] = round(flops / base, 3)
+            row[f"{kind}_temporary_mb"] = round((temporary - size) / 1e6, 2)
         rows.append(row)
     layers = [against_layers(scanned) for scanned in (False, True)]
     print(table(layers))

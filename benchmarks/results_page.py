@@ -7,7 +7,6 @@ On the page, what stands between `<!-- NAME -->` and `<!-- end of NAME -->` is r
 The files have more: every run, its curve, scores of texts, the loss on unrelated texts.
 """
 
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, table
+from common import read_json, table
 from scipy import stats
 from tables import STUDIES
 
@@ -40,20 +39,16 @@ LINES = {
 """Methods in the pictures, with their names and colors."""
 THREE = 1 - 0.05 / 3
 """Confidence of each of three intervals that hold together with 95 %."""
-AGAIN = ("repeat", "batch")
-"""Tables of data that another one has."""
 
 
 def read() -> dict[str, dict[str, Report]]:
     """The studies of each table."""
-    return {
-        name: json.loads((RESULTS / "tables" / f"{name}.json").read_text())["studies"] for name in STUDIES
-    }
+    return {name: read_json(f"tables/{name}.json")["studies"] for name in STUDIES}
 
 
-def number(value: float | None, form: str = ".4f") -> str:
-    """A number, or a dash."""
-    return "–" if value is None else format(value, form).replace("-", "−")
+def number(value: float) -> str:
+    """A number with four decimals."""
+    return f"{value:.4f}".replace("-", "−")
 
 
 def interval(estimate: Mapping[str, Any] | None, form: str) -> str:
@@ -83,18 +78,17 @@ def method_row(title: str, report: Report, method: Report, named: bool) -> dict[
     chosen, against, metric = method["chosen"], method["against_lora"], report["protocol"]["metric"]
     star = {name: "*" if name in method["at_the_edge"] else "" for name in ("learning_rate", "lr_ratio")}
     score = "score" if named else metric
+    steps = against["steps_ratio"] if against and counts_steps(report) else None
     return {
         "data": title,
         "method": method["label"],
-        "η_A": f"{chosen['learning_rate']:g}{star['learning_rate']}" if chosen else "–",
-        "λ": f"{chosen['lr_ratio']:g}{star['lr_ratio']}" if chosen else "–",
+        "η_A": f"{chosen['learning_rate']:g}{star['learning_rate']}",
+        "λ": f"{chosen['lr_ratio']:g}{star['lr_ratio']}",
         score: f"{metric} " * named + number(method["metric"]),
         f"{score} − LoRA's": significant(against and against["test_metric"], "+.4f"),
         "test loss": number(method["loss"]),
         "loss − LoRA's": significant(against and against["test_loss"], "+.4f"),
-        "speedup in steps": significant(against and against["steps_ratio"], ".2f", 1.0)
-        if counts_steps(report)
-        else "–",
+        "speedup in steps": significant(steps, ".2f", 1.0),
     }
 
 
@@ -140,8 +134,7 @@ def settings_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
 
 def level_cell(values: Mapping[str, float], metric: str) -> str:
     """A score and a loss without training, or a dash."""
-    known = {metric: values.get(metric), "loss": values.get("loss")}
-    return ", ".join(f"{name} {number(x)}" for name, x in known.items() if x is not None) or "–"
+    return ", ".join(f"{name} {number(values[name])}" for name in (metric, "loss") if name in values) or "–"
 
 
 def best_batch_line(studies: Mapping[str, Report]) -> str:
@@ -162,33 +155,27 @@ def best_batch_line(studies: Mapping[str, Report]) -> str:
 
 def beats_constant(report: Report) -> bool | None:
     """Whether a method is significantly better than the constant answer; None where no such answer is known."""
-    estimates = [method.get("over_constant") for method in report["methods"].values()]
-    return None if not any(estimates) else any((e["low"] or 0) > 0 for e in estimates if e)
+    estimates = [method["over_constant"] for method in report["methods"].values()]
+    return any(estimate["low"] > 0 for estimate in estimates) if all(estimates) else None
 
 
 def start_lines(studies: Mapping[str, Report]) -> list[str]:
     """Both starts of a data set: LoRA's test loss with B zero, and with A zero those of three λ."""
     lines = []
-    for title, a_zero in studies.items():
-        data, _, start = title.partition(", ")
-        if start != "A zero" or (b_zero := studies.get(f"{data}, B zero")) is None:
-            continue
-        best = min(a_zero["methods"], key=lambda name: lowest(a_zero["methods"][name]))
+    for data in dict.fromkeys(title.partition(", ")[0] for title in studies):
+        a_zero, b_zero = (studies[f"{data}, {start}"]["methods"] for start in ("A zero", "B zero"))
+        best = min(a_zero, key=lambda name: lowest(a_zero[name]))
         lora, *others = (
-            {run["seed"]: run["test"]["loss"] for run in method["runs"] if run["test"]}
-            for method in (
-                b_zero["methods"]["lora"],
-                *(a_zero["methods"][n] for n in ("lora", RECOMMENDED, best)),
-            )
+            {run["seed"]: run["test"]["loss"] for run in method["runs"]}
+            for method in (b_zero["lora"], a_zero["lora"], a_zero[RECOMMENDED], a_zero[best])
         )
         one, fixed, chosen = (
-            interval(t_interval([other[seed] - lora[seed] for seed in lora if seed in other], THREE), "+.4f")
+            interval(t_interval([other[seed] - lora[seed] for seed in lora], THREE), "+.4f")
             for other in others
         )
         lines.append(
-            f"- {data}: {one} for λ = 1, "
-            f"{fixed} for {a_zero['methods'][RECOMMENDED]['label']}, and {chosen} for "
-            f"{a_zero['methods'][best]['label']}, which has the lowest validation loss ({len(lora)} paired seeds, "
+            f"- {data}: {one} for λ = 1, {fixed} for {a_zero[RECOMMENDED]['label']}, and {chosen} for "
+            f"{a_zero[best]['label']}, which has the lowest validation loss ({len(lora)} paired seeds, "
             f"intervals of {100 * THREE:.1f} % each)."
         )
     return lines
@@ -196,15 +183,15 @@ def start_lines(studies: Mapping[str, Report]) -> list[str]:
 
 def lowest(method: Report) -> float:
     """The lowest validation loss of a method's search."""
-    return min(row["loss"] for row in method["search"] if row["loss"] is not None)
+    return min(row["loss"] for row in method["search"])
 
 
-def relative_loss(report: Report, name: str) -> dict[str, Any] | None:
+def relative_loss(report: Report, name: str) -> dict[str, float]:
     """A method's difference in test loss to LoRA, in percent of LoRA's."""
-    method = report["methods"].get(name)
-    if method is None or method["against_lora"]["test_loss"]["low"] is None:
-        return None
-    scale, loss = 100 / report["methods"]["lora"]["loss"], method["against_lora"]["test_loss"]
+    scale, loss = (
+        100 / report["methods"]["lora"]["loss"],
+        report["methods"][name]["against_lora"]["test_loss"],
+    )
     return {end: loss[end] * scale for end in ("mean", "low", "high")}
 
 
@@ -228,9 +215,8 @@ def overall(
     degrees = variance**2 / (variances**2 / freedom).sum() if variance else 1
     mean = shares @ [to(estimate["mean"]) for estimate in found]
     half = half_width(confidence, degrees) * variance**0.5
-    return {
-        name: float(back(end)) for name, end in (("mean", mean), ("low", mean - half), ("high", mean + half))
-    }
+    ends = {"mean": mean, "low": mean - half, "high": mean + half}
+    return {name: float(back(end)) for name, end in ends.items()}
 
 
 def half_width(confidence: Any, degrees: Any) -> Any:
@@ -240,10 +226,11 @@ def half_width(confidence: Any, degrees: Any) -> Any:
 
 def data_sets(tables: Mapping[str, Mapping[str, Report]]) -> dict[str, Report]:
     """LoRA+ against LoRA on each data set, in its first table: in a second one it would count twice."""
+    again = ("repeat", "batch")  # of data that another table has
     found: dict[str, Report] = {}
     for name, studies in tables.items():
         for title, report in studies.items():
-            if name not in AGAIN and "lora_plus" in report["methods"]:
+            if name not in again and "lora_plus" in report["methods"]:
                 found.setdefault(title, report)
     return found
 
@@ -252,10 +239,10 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
     """One line a data set, LoRA+ against LoRA, and means over those above the constant answer."""
     rows, kept = [], []
     for title, report in data_sets(tables).items():
-        above = beats_constant(report)
-        against = report["methods"]["lora_plus"]["against_lora"]
+        above, against = beats_constant(report), report["methods"]["lora_plus"]["against_lora"]
+        steps = against["steps_ratio"] if counts_steps(report) else None
         if above:
-            again = [r for t, r in tables.get("repeat", {}).items() if t.startswith(f"{title}, seeds")]
+            again = [r for t, r in tables["repeat"].items() if t.startswith(f"{title}, seeds")]
             kept.append([report, *again])
         rows.append(
             {
@@ -265,35 +252,20 @@ def summary_lines(tables: Mapping[str, Mapping[str, Report]]) -> list[str]:
                 "LoRA": number(report["methods"]["lora"]["metric"]),
                 "difference in metric": significant(against["test_metric"], "+.4f"),
                 "difference in loss, %": significant(relative_loss(report, "lora_plus"), "+.2f"),
-                "speedup in steps": significant(against["steps_ratio"], ".2f", 1.0)
-                if counts_steps(report)
-                else "–",
+                "speedup in steps": significant(steps, ".2f", 1.0),
                 "above the constant answer": {True: "yes", False: "no", None: "–"}[above],
             }
         )
-    lines = [table(rows)]
-    if len(kept) > 1:
-        counted = [reports for reports in kept if all(map(counts_steps, reports))]
-        gain, steps = overall(kept, "test_metric"), overall(counted, "steps_ratio") if counted else None
-        twice = [reports[0]["protocol"]["data"] for reports in kept if len(reports) > 1]
-        note = f", with {' and '.join(twice)} [on other seeds](#on-other-seeds) too" if twice else ""
-        first = interval(overall([reports[:1] for reports in kept], "test_metric"), "+.4f")
-        lines.append(
-            f"Mean over the {len(kept)} data sets above the constant answer{note}: gain in the metric "
-            f"{interval(gain, '+.4f')}{f', without these repetitions {first}' if twice else ''}; speedup in steps, "
-            f"on {len(counted)} of them, {interval(steps, '.2f')}. Intervals of {100 * THREE:.1f} % each."
-        )
-    return lines
-
-
-def with_curves(tables: Mapping[str, Mapping[str, Report]]) -> dict[str, Report]:
-    """The data sets on which steps are counted: not at the level of the constant answer, and with points enough."""
-    found = data_sets(tables).items()
-    return {
-        title: report
-        for title, report in found
-        if beats_constant(report) is not False and counts_steps(report)
-    }
+    counted = [reports for reports in kept if all(map(counts_steps, reports))]
+    twice = [reports[0]["protocol"]["data"] for reports in kept if len(reports) > 1]
+    gain, first = (overall(sets, "test_metric") for sets in (kept, [reports[:1] for reports in kept]))
+    return [
+        table(rows),
+        f"Mean over the {len(kept)} data sets above the constant answer, with {' and '.join(twice)} [on other "
+        f"seeds](#on-other-seeds) too: gain in the metric {interval(gain, '+.4f')}, without these repetitions "
+        f"{interval(first, '+.4f')}; speedup in steps, on {len(counted)} of them, "
+        f"{interval(overall(counted, 'steps_ratio'), '.2f')}. Intervals of {100 * THREE:.1f} % each.",
+    ]
 
 
 def panels_for(count: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
@@ -308,16 +280,20 @@ def panels_for(count: int, width: float, height: float) -> tuple[Any, Sequence[A
     return figure, panels.flat[:count]
 
 
-def draw_curves(studies: Mapping[str, Report], path: Path) -> None:
-    """The test loss over the steps, a panel a data set: the mean of the seeds, and their lowest and highest."""
+def draw_curves(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
+    """The test loss over the steps, a panel a data set: the mean of the seeds, and their lowest and highest.
+
+    Only of data sets above the constant answer, whose curves have enough points to count steps.
+    """
+    studies = {
+        t: r for t, r in data_sets(tables).items() if beats_constant(r) is not False and counts_steps(r)
+    }
     figure, panels = panels_for(len(studies), 4.5, 3.5)
     for axes, (title, report) in zip(panels, studies.items(), strict=True):
         for name, (label, color) in LINES.items():
             if name not in report["methods"]:
                 continue
-            curves = np.array(
-                [run["curve"] for run in report["methods"][name]["runs"] if not run["diverged"]]
-            )
+            curves = np.array([run["curve"] for run in report["methods"][name]["runs"]])
             steps, losses = curves[0, 1:, 0], curves[:, 1:, 1]
             axes.plot(steps, losses.mean(0), ".-", color=color, label=label)
             axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.15, linewidth=0)
@@ -331,17 +307,16 @@ def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
     """The difference in test loss to LoRA with its interval, in percent: data sets and their repetitions."""
     first = data_sets(tables)
     again = {title: report for title, report in tables["repeat"].items() if "A zero" not in title}
-    order = list(first)
-    shown = dict(
-        sorted((first | again).items(), key=lambda item: order.index(item[0].partition(", seeds")[0]))
-    )
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(shown)), layout="constrained")
+    # A data set's repetitions follow it.
+    pairs = ((title, name) for title in first for name in first | again if name.split(", seeds")[0] == title)
+    shown = {name: (first | again)[name] for _, name in pairs}
+    figure, axes = pyplot().subplots(figsize=(8, 1.2 + 0.4 * len(shown)), layout="constrained")
     for name, marker, shift in (("lora_plus", "o", 0.12), ("full", "s", -0.12)):
         label, color = LINES[name]
         for row, report in enumerate(shown.values()):
-            if (found := relative_loss(report, name)) is None:
+            if name not in report["methods"]:
                 continue
+            found = relative_loss(report, name)
             axes.hlines(shift - row, found["low"], found["high"], color=color, linewidth=2)
             axes.plot(found["mean"], shift - row, marker, color=color)
         axes.plot([], [], marker, color=color, label=label)
@@ -360,50 +335,32 @@ def draw(tables: Mapping[str, Mapping[str, Report]], path: Path) -> None:
 
 def map_points(report: Report) -> list[tuple[float, float, float]]:
     """(η_A, η_B, mean validation loss over the seeds) of each setting that trained to the end."""
-    losses: dict[tuple[float, float], list[float | None]] = {}
+    losses: dict[tuple[float, float], list[float]] = {}
     for method in report["methods"].values():
         for row in method["search"]:
             if row["step"] == report["protocol"]["steps"]:
                 rate = row["learning_rate"]
                 losses.setdefault((rate, rate * row["lr_ratio"]), []).append(row["loss"])
-    return [(*rates, sum(x) / len(x)) for rates, x in losses.items() if None not in x]  # pyright: ignore
-
-
-def loss_by_ratio(report: Report) -> list[tuple[float, float, float, float]]:
-    """(λ, difference in test loss to λ = 1 in percent of it, low, high) of each λ; at λ = 1 it is 0."""
-    points = [(1.0, 0.0, 0.0, 0.0)]
-    for name, method in report["methods"].items():
-        if name != "lora" and (found := relative_loss(report, name)) is not None:
-            points.append((method["chosen"]["lr_ratio"], found["mean"], found["low"], found["high"]))
-    return sorted(points)
+    return [(*rates, sum(x) / len(x)) for rates, x in losses.items()]
 
 
 def draw_ratios(studies: Mapping[str, Report], path: Path) -> None:
     """The difference in test loss to λ = 1 over λ with its interval, a panel a data set and a line a start."""
-    plt = pyplot()
     panels = list(dict.fromkeys(title.partition(", ")[0] for title in studies))
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         1, len(panels), figsize=(1 + 4.5 * len(panels), 4), squeeze=False, layout="constrained"
     )
     for title, report in studies.items():
         data, _, start = title.partition(", ")
-        panel, points = axes[0, panels.index(data)], loss_by_ratio(report)
+        panel, points = axes[0, panels.index(data)], [(1.0, 0.0, 0.0, 0.0)]
+        for name, method in report["methods"].items():
+            if name != "lora":
+                points.append((method["chosen"]["lr_ratio"], *relative_loss(report, name).values()))
+        ratios, means, lows, highs = np.transpose(sorted(points))
         # Side by side, where the intervals of two starts would cover each other.
-        shift = 1.04 ** len(panel.containers)
-        ratios, means, lows, highs = (list(values) for values in zip(*points, strict=True))
-        panel.errorbar(
-            [ratio * shift for ratio in ratios],
-            means,
-            [
-                [mean - low for mean, low in zip(means, lows, strict=True)],
-                [high - mean for mean, high in zip(means, highs, strict=True)],
-            ],
-            fmt="o-",
-            capsize=3,
-            label=start,
-        )
-        if start:
-            panel.legend(frameon=False)
+        ratios *= 1.04 ** len(panel.containers)
+        panel.errorbar(ratios, means, [means - lows, highs - means], fmt="o-", capsize=3, label=start)
+        panel.legend(frameon=False)
     for panel, data in zip(axes.flat, panels, strict=True):
         panel.axhline(0, color="black", linewidth=1, linestyle="--", zorder=0)
         panel.set_xscale("log", base=2)
@@ -425,24 +382,14 @@ def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
     for axes, (title, report) in zip(panels, studies.items(), strict=True):
         points = map_points(report)
         best, scale = min(points, key=lambda point: point[2]), sorted(losses[title.partition(", ")[0]])
-        shown = axes.scatter(
-            [point[0] for point in points],
-            [point[1] for point in points],
-            c=[point[2] for point in points],
-            cmap="viridis_r",
-            vmin=scale[0],
-            vmax=scale[len(scale) // 2],
-            marker="s",
-            s=150,
-        )
+        rates, others, colors = np.transpose(points)
+        limits = {"vmin": scale[0], "vmax": scale[len(scale) // 2]}
+        shown = axes.scatter(rates, others, c=colors, cmap="viridis_r", marker="s", s=150, **limits)
         figure.colorbar(shown, ax=axes, label="validation loss", extend="max")
         axes.plot(
             *best[:2], "s", markersize=16, markerfacecolor="none", markeredgecolor="red", markeredgewidth=2
         )
-        farthest: dict[str, tuple[float, float]] = {}
-        for rate, other, _ in points:
-            ratio = f"{other / rate:.3g}"
-            farthest[ratio] = max(farthest.get(ratio, (0.0, 0.0)), (rate, other))
+        farthest = {f"{other / rate:.3g}": (rate, other) for rate, other, _ in sorted(points)}
         for ratio, end in farthest.items():
             axes.annotate(f"λ = {ratio}", end, (8, 5), textcoords="offset points", fontsize=8)
         axes.margins(0.2)
@@ -454,7 +401,7 @@ def draw_maps(studies: Mapping[str, Report], path: Path) -> None:
 
 def overhead_lines() -> list[str]:
     """What a step of each method costs, from `overhead.py`."""
-    content = json.loads((RESULTS / "tables" / "overhead.json").read_text())
+    content = read_json("tables/overhead.json")
     methods = {row["method"]: row for row in content["rows"]}
     lora, own = methods["lora"], methods["lora_plus"]
     ratios = {n: own[n] / lora[n] for n in ("flops", "peak_bytes", "optimizer_bytes")}
@@ -512,7 +459,7 @@ def main() -> None:
     path, tables = DOCS / "results.md", read()
     write_text(path, filled(path.read_text(encoding="utf-8"), tables))
     draw(tables, DOCS / "results" / "differences.png")
-    draw_curves(with_curves(tables), DOCS / "results" / "convergence.png")
+    draw_curves(tables, DOCS / "results" / "convergence.png")
     draw_ratios(tables["lambda"], DOCS / "results" / "lambda.png")
     draw_maps(tables["lambda"], DOCS / "results" / "lambda_map.png")
 

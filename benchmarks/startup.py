@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from common import median_ratio, parse_options, report, take_turns, timed, use_c
 from loraplus_jax.data.fetch import cache_dir, fetch
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "configs/quickstart.yaml"
 STACK = "import jax, flax.linen, optax"
 NAMES = "from loraplus_jax import apply_lora_plus, lora_plus_adamw"
 VARIABLES = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
@@ -39,9 +38,9 @@ def python(*arguments: str) -> Callable[[], float]:
     return timed(lambda: subprocess.run(command, env=VARIABLES, check=True, stdout=subprocess.DEVNULL))
 
 
-def first_step(scratch: Path) -> dict[str, float]:
+def first_step() -> dict[str, float]:
     """Seconds until the evaluation before training and the first step of the quickstart, cold and cached."""
-    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+    with tempfile.TemporaryDirectory() as directory:
         cache, found = Path(directory) / "cache", {}
         cache.mkdir()
         for name in ("minilm", "movie-reviews"):
@@ -50,7 +49,7 @@ def first_step(scratch: Path) -> dict[str, float]:
         for kind in ("cold", "cached"):
             out = Path(directory) / kind
             options = ["--output_dir", str(out), "--train.log_every", "1"]
-            command = [sys.executable, "-m", "loraplus_jax.cli", "train", str(QUICKSTART), *options]
+            command = [sys.executable, "-m", "loraplus_jax.cli", "train", "quickstart", *options]
             start = time.perf_counter()
             variables = {**VARIABLES, "LORAPLUS_CACHE": str(cache)}
             run = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL)
@@ -66,8 +65,14 @@ def first_step(scratch: Path) -> dict[str, float]:
     return found
 
 
-def rows_of(measured: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
-    """A line for each run, an import with its ratio to that of what it needs."""
+def main() -> None:
+    options = parse_options(__doc__, rounds=7, step_rounds=3, name="startup")
+    use_cpu()
+    imports: dict[str, Any] = {code: python("-c", code) for code in (STACK, "import loraplus_jax", NAMES)}
+    imports["loraplus --help"] = python("-m", "loraplus_jax.cli", "--help")
+    measured = take_turns(imports, options.rounds)
+    steps = take_turns({"": first_step}, options.step_rounds)[""]
+    measured |= {name: [step[name] for step in steps] for name in steps[0]}
     rows = []
     for name, seconds in measured.items():
         low, high = np.quantile(seconds, [0.25, 0.75])
@@ -75,19 +80,7 @@ def rows_of(measured: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
         if name in ("import loraplus_jax", NAMES):
             row |= {"over": STACK, "ratio": f"{median_ratio(seconds, measured[STACK]):.2f}"}
         rows.append(row)
-    return rows
-
-
-def main() -> None:
-    options = parse_options(__doc__, rounds=7, step_rounds=3, name="startup")
-    use_cpu()
-    imports: dict[str, Any] = {code: python("-c", code) for code in (STACK, "import loraplus_jax", NAMES)}
-    imports["loraplus --help"] = python("-m", "loraplus_jax.cli", "--help")
-    measured = take_turns(imports, options.rounds)
-    with tempfile.TemporaryDirectory() as directory:
-        steps = take_turns({"": lambda: first_step(Path(directory))}, options.step_rounds)[""]
-    measured |= {name: [step[name] for step in steps] for name in steps[0]}
-    report(options.name, rows_of(measured), unprinted={"seconds": measured})
+    report(options.name, rows, unprinted={"seconds": measured})
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ products of the layers are quantized; the tied embedding is not.
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from common import median_ratio, parse_options, report, take_turns, timed, use_cpu
+from common import ATTENTION, PLANS, Steps, median_ratio, parse_options, report, take_turns, timed, use_cpu
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, init_state, jit_step, lora_plus_adamw
 from loraplus_jax.linen import quantize_base
@@ -26,9 +25,6 @@ from loraplus_jax.models.checkpoints.hf import load_config
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama
 from loraplus_jax.tasks.causal_lm import LanguageTask
-
-MODEL = Path(__file__).parent / "plan/smollm2_135m"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Case(NamedTuple):
@@ -58,9 +54,9 @@ VARIED: dict[str, tuple[Case, tuple[Any, ...]]] = {
 def make(case: Case) -> tuple[Callable[[], Any], dict[str, str]]:
     """A call that does a step of a case on random weights and tokens; bytes of the base and of temporaries."""
     sizes = {"num_hidden_layers": case.layers, "vocab_size": case.vocabulary}
-    config: Any = LlamaConfig.from_hf(load_config(MODEL) | sizes)
+    config: Any = LlamaConfig.from_hf(load_config(PLANS / "smollm2_135m") | sizes)
     net = Llama(config, remat="dots", attention=case.attention)  # type: ignore[arg-type]
-    lora_config = LoRAPlusConfig(target_modules=TARGETS, rank=case.rank, alpha=16, variant=case.variant)  # type: ignore[arg-type]
+    lora_config = LoRAPlusConfig(target_modules=ATTENTION, rank=case.rank, alpha=16, variant=case.variant)  # type: ignore[arg-type]
     ids = jax.random.randint(jax.random.key(1), (case.batch, case.tokens), 0, case.vocabulary)
     base = {"params": jax.jit(net.init)(jax.random.key(0), ids)["params"]}
     model = apply_lora_plus(net, lora_config)
@@ -73,31 +69,12 @@ def make(case: Case) -> tuple[Callable[[], Any], dict[str, str]]:
     tx = lora_plus_adamw(5e-4, lr_ratio=4.0, specs=specs)
     # Logits of 128 tokens stay in a core's cache.
     loss = LanguageTask(kind="instruction").loss_fn(model, chunk=128)
-    states = [init_state({"lora": lora}, tx, jax.random.key(3))]
-    program: Any = jit_step(loss, tx).lower(states[0], base, batch).compile()
-
-    def step() -> Any:
-        states[0], metrics = program(states[0], base, batch)
-        return states[0], metrics
-
+    state = init_state({"lora": lora}, tx, jax.random.key(3))
+    program: Any = jit_step(loss, tx).lower(state, base, batch).compile()
     weights, memory = sum(x.nbytes for x in jax.tree.leaves(base)), program.memory_analysis()
     sizes = {"base": weights, "temporaries": memory.temp_size_in_bytes}
-    return step, {f"{name}, MB": f"{size / 1e6:.0f}" for name, size in sizes.items()}
-
-
-def measure(varied: str, first: Case, values: tuple[Any, ...], rounds: int) -> list[dict[str, Any]]:
-    """The rows of a group."""
-    made = {value: make(first._replace(**{varied: value})) for value in values}
-    runs = {value: timed(step, time.process_time) for value, (step, _) in made.items()}
-    seconds, rows = take_turns(runs, rounds), []
-    for value, (_, sizes) in made.items():
-        ratio = median_ratio(seconds[value], seconds[values[0]])
-        times = {
-            "CPU time of a step, s": f"{np.median(seconds[value]):.3f}",
-            "CPU time / the first's": f"{ratio:.2f}",
-        }
-        rows.append({"varied": varied, "value": value, **times, **sizes})
-    return rows
+    sizes = {f"{name}, MB": f"{size / 1e6:.0f}" for name, size in sizes.items()}
+    return Steps(program, state, base, batch), sizes
 
 
 def main() -> None:
@@ -107,7 +84,15 @@ def main() -> None:
     for varied, (first, values) in VARIED.items():
         if options.tiny:
             first = first._replace(layers=2, vocabulary=256, batch=1, tokens=64)
-        rows += measure(varied, first, values, options.rounds)
+        made = {value: make(first._replace(**{varied: value})) for value in values}
+        runs = {value: timed(step, time.process_time) for value, (step, _) in made.items()}
+        seconds = take_turns(runs, options.rounds)
+        for value, (_, sizes) in made.items():
+            times = {
+                "CPU time of a step, s": f"{np.median(seconds[value]):.3f}",
+                "CPU time / the first's": f"{median_ratio(seconds[value], seconds[values[0]]):.2f}",
+            }
+            rows.append({"varied": varied, "value": value, **times, **sizes})
     report(options.name, rows, rounds=options.rounds)
 
 

@@ -15,13 +15,13 @@ devices with one thread each.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from common import interleaved, median_ratio, parse_options, read_json, report, table
+from common import Steps, interleaved, median_ratio, parse_options, read_json, report, table
 
 from loraplus_jax import init_state
 from loraplus_jax.data.batches import eval_batches, train_batches
@@ -54,8 +54,15 @@ OUTPUTS = {
 }
 """Members of the report."""
 SIZES = (1, 2, 4, 8, 16)
-DEVICES = {"one device": 1, "two devices of one thread": 2}
+TWO = "two devices of one thread"
+DEVICES = {"one device": 1, TWO: 2}
 """Virtual CPU devices that the members are split over."""
+
+
+def population_step(slots: DeviceSlots, batch: Any) -> Any:
+    """A step of all members on one batch."""
+    slots.step(dict.fromkeys(slots.member_ids, batch))
+    return slots.chunks
 
 
 def timing(rounds: int) -> None:
@@ -65,36 +72,26 @@ def timing(rounds: int) -> None:
     single = prepare(run.settings_of(run.trials[-1], 0))
     data, frozen, count = single.data, replicate(single.mesh, single.parts.frozen), len(run.trials)
     arrange, rows = single.batches.arrange, single.batches.eval_rows
-    batch = next(
-        train_batches(data.splits["train"], batch_size=run.train.batch_size, seed=0, arrange=arrange)
-    )
+    train, size = data.splits["train"], run.train.batch_size
+    batch = next(train_batches(train, batch_size=size, seed=0, arrange=arrange))
     two_batches = {n: column[: 2 * rows] for n, column in data.splits["validation"].items()}
-    states = [replicate(single.mesh, init_state(single.parts.trainable, single.tx, jax.random.key(0)))]
-
-    def single_steps() -> Any:
-        for _ in range(4):
-            states[0], _ = single.programs.step(states[0], frozen, shard_batch(batch, single.mesh))
-        return states[0]
+    state = replicate(single.mesh, init_state(single.parts.trainable, single.tx, jax.random.key(0)))
+    step = Steps(lambda state: single.programs.step(state, frozen, shard_batch(batch, single.mesh)), state)
 
     def single_evaluation() -> Any:
         batches = [shard_batch(b, single.mesh) for b in eval_batches(two_batches, rows)]
-        return [single.programs.evaluate(states[0].trainable, frozen, b) for b in batches]
-
-    def population_step(slots: DeviceSlots) -> Any:
-        slots.step(dict.fromkeys(range(count), batch))
-        return slots.chunks
+        return [single.programs.evaluate(step.state.trainable, frozen, b) for b in batches]
 
     # By what is measured and who does it: a call, and how many steps or batches of a member it does.
     calls: dict[tuple[str, str], tuple[Callable[[], Any], int]] = {
-        ("step", "single"): (single_steps, 4),
+        ("step", "single"): (lambda: [step() for _ in range(4)][-1], 4),
         ("evaluation batch", "single"): (single_evaluation, 2),
     }
-    members = {}
     for name, devices in DEVICES.items():
         population = prepare_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun), count)
-        slots = members[name] = DeviceSlots(population)
+        slots = DeviceSlots(population)
         slots.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
-        calls["step", name] = functools.partial(population_step, slots), count
+        calls["step", name] = functools.partial(population_step, slots, batch), count
         calls["evaluation batch", name] = functools.partial(slots.evaluate, two_batches), 2 * count
     measured = interleaved({what: call for what, (call, _) in calls.items()}, rounds)
     seconds = {what: [value / calls[what][1] for value in values] for what, values in measured.items()}
@@ -108,79 +105,59 @@ def timing(rounds: int) -> None:
             "ratio (median of rounds)": f"{ratios[what, name]:.3f}",
         }
         for what in ("step", "evaluation batch")
-        for name in members
+        for name in DEVICES
     ]
-    report(
-        "sweep_time",
-        rows,
-        members=count,
-        rounds=rounds,
-        unprinted={"seconds": {f"{what}, {name}": values for (what, name), values in seconds.items()}},
-    )
+    kept = {f"{what}, {name}": values for (what, name), values in seconds.items()}
+    report("sweep_time", rows, members=count, rounds=rounds, unprinted={"seconds": kept})
 
 
-class Count(NamedTuple):
-    """What runs take, however fast the machine."""
-
-    steps: int
-    evaluation_batches: int
-
-    def __mul__(self, runs: int) -> "Count":
-        return Count(self.steps * runs, self.evaluation_batches * runs)
-
-    def seconds(self, step: float, batch: float) -> float:
-        """Seconds, from those of a step and of an evaluation batch."""
-        return self.steps * step + self.evaluation_batches * batch
+def batches_of(run: SweepRun, split: str) -> int:
+    """Evaluation batches of a split of the quickstart."""
+    return -(-EXAMPLES[split] // run.train.eval_batch_size)
 
 
-def single_count(run: SweepRun, steps: int, examples: Mapping[str, int]) -> Count:
-    """A single run of the recipe, which evaluates as it says: the test split before and after training."""
-    validation, test = (-(-examples[name] // run.train.eval_batch_size) for name in ("validation", "test"))
-    return Count(steps, steps // run.train.eval_every * validation + 2 * test)
+def single_count(run: SweepRun, steps: int) -> tuple[int, int]:
+    """Steps and evaluation batches of a single run of the recipe: the test split before and after training."""
+    evaluations = steps // run.train.eval_every
+    return steps, evaluations * batches_of(run, "validation") + 2 * batches_of(run, "test")
 
 
-def sweep_count(run: SweepRun, steps: int, examples: Mapping[str, int], members: int) -> Count:
-    """A whole sweep with this many members in the report."""
-    validation, test = (-(-examples[name] // run.train.eval_batch_size) for name in ("validation", "test"))
+def sweep_count(run: SweepRun, steps: int, members: int) -> tuple[int, int]:
+    """The same of a whole sweep with this many members in the report."""
     stops = comparison_steps(run.sweep, steps)
     searched = planned_members(run.trials, len(run.seeds), stops, run.sweep.keep)
     points = len(curve_steps(steps, run.sweep.curve_points))
-    return Count(
-        member_steps(searched, stops) + members * steps, sum(searched) * validation + members * points * test
-    )
+    batches = sum(searched) * batches_of(run, "validation") + members * points * batches_of(run, "test")
+    return member_steps(searched, stops) + members * steps, batches
 
 
 def costs() -> None:
     """Prints steps, evaluation batches and minutes of the quickstart's sweep, by what its report compares."""
     run = parse_settings(CONFIG, [], SweepRun)
-    steps = run.train.steps or 0
+    steps, single = run.train.steps or 0, f"{len(run.trials)} single runs"
     found = read_json("sweep_time.json")
     seconds = {name: float(np.median(values)) for name, values in found["seconds"].items()}
     members = len(run.arms) * len(run.report_seeds)
     outputs = {**OUTPUTS, f"on {len(run.report_seeds)}, and the control": members}
-    counts = {output: sweep_count(run, steps, EXAMPLES, count) for output, count in outputs.items()}
-    singles = f"{len(run.trials)} single runs"
-    counts = {singles: single_count(run, steps, EXAMPLES) * len(run.trials)} | counts
+    counts = {single: np.multiply(single_count(run, steps), len(run.trials))}
+    counts |= {output: sweep_count(run, steps, count) for output, count in outputs.items()}
     rows = []
-    for output, count in counts.items():
-        row = {"output": output, "training steps": f"{count.steps:,}"}
-        row["evaluation batches"] = f"{count.evaluation_batches:,}"
+    for output, (trained, batches) in counts.items():
+        row = {"output": output, "training steps": f"{trained:,}", "evaluation batches": f"{batches:,}"}
         for name in DEVICES:
-            way = "single" if output == singles else name
-            total = count.seconds(seconds[f"step, {way}"], seconds[f"evaluation batch, {way}"])
+            way = "single" if output == single else name
+            total = trained * seconds[f"step, {way}"] + batches * seconds[f"evaluation batch, {way}"]
             row[f"minutes on {name}"] = f"{total / 60:.0f}"
         rows.append(row)
     print(table(rows))
-    print(
-        f"{found['machine']['cores']} cores of {found['machine']['processor']}; a single run is on one device"
-    )
+    ran_on = found["machine"]
+    print(f"{ran_on['cores']} cores of {ran_on['processor']}; a single run is on one device")
 
 
 def sizes(rounds: int) -> None:
     """Writes results/sweep_size.json."""
     most, ways = max(SIZES), {}
-    two = ("two devices of one thread", 2, 1)
-    for name, devices, in_parallel in (("one after another", 1, 1), ("in parallel", 1, most), two):
+    for name, devices, in_parallel in (("one after another", 1, 1), ("in parallel", 1, most), (TWO, 2, 1)):
         options = [*SIXTEEN, *SMALL, *UNCACHED, "--mesh.data", str(devices)]
         run = parse_settings(CONFIG, options, SweepRun)
         population = prepare_population(run, most, in_parallel)
@@ -191,25 +168,16 @@ def sizes(rounds: int) -> None:
     train, arrange = population.data.splits["train"], population.batches.arrange
     batch = next(train_batches(train, batch_size=run.train.batch_size, seed=0, arrange=arrange))
 
-    def step(slots: DeviceSlots) -> Any:
-        slots.step(dict.fromkeys(slots.member_ids, batch))
-        return slots.chunks
-
-    seconds = interleaved({way: functools.partial(step, slots) for way, slots in ways.items()}, rounds)
+    steps = {way: functools.partial(population_step, slots, batch) for way, slots in ways.items()}
+    seconds = interleaved(steps, rounds)
     rows = []
     for (name, size), slots in ways.items():
-        temporaries = (
-            slots.programs.step.largest.memory_analysis().temp_size_in_bytes * slots.population.mesh.size
-        )
+        memory = slots.programs.step.largest.memory_analysis()
+        temporaries = memory.temp_size_in_bytes * slots.population.mesh.size
         row = {"way": name, "members": size}
         row["step_seconds_per_member"] = round(float(np.median(seconds[name, size])) / size, 4)
         rows.append({**row, "temporaries_mb": round(temporaries / 1e6, 1)})
-    report(
-        "sweep_size",
-        rows,
-        rounds=rounds,
-        batch=[run.train.batch_size, run.data.max_length],
-    )
+    report("sweep_size", rows, rounds=rounds, batch=[run.train.batch_size, run.data.max_length])
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import RESULTS, arguments, machine
+from common import RESULTS, arguments, machine, make_parser
 
 from loraplus_jax._utils.atomic import to_json, write_text
 from loraplus_jax._utils.json_files import MAX_ROWS_BYTES
@@ -115,6 +115,16 @@ GLUE = {
 """Whole epochs, at GLUE's own batch size."""
 SST2 = {"data.validation_fraction": 0.01, "data.limit": 10_000, "train.epochs": 1.0}
 """A seventh of its rows: with all, two cores would take about six hours for λ."""
+QNLI = {
+    **GLUE,
+    **BFLOAT16,
+    "data.text": "question",
+    "data.text_pair": "sentence",
+    "data.label": "label",
+    "data.quoting": "none",
+    "data.test_fraction": 0.2,
+}
+"""Its training file is large: a part of dev is held out instead."""
 FIVE = {
     "sweep.learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3],
     "sweep.method_learning_rates": {},
@@ -154,6 +164,23 @@ LAMBDA = {
     "sweep.curve_points": 10,
 }
 """Every rate to the end, and more where the best is at the edge."""
+LAMBDA_32 = {
+    **LAMBDA,
+    "lora.init": "lora_b",
+    "sweep.lr_ratios": [32],
+    "sweep.learning_rates": [4.42e-5, 1.26e-4, 3.54e-4],
+    "sweep.method_learning_rates": {"lora": LAMBDA["sweep.learning_rates"]},
+}
+LAMBDA_CHAT = {
+    **LAMBDA,
+    **BFLOAT16,
+    **HALF,
+    "train.epochs": 1.0,
+    "train.prompt": None,
+    "sweep.learning_rates": [4e-4, 1e-3, 2.5e-3],
+    "sweep.report_seeds": 3,
+    "sweep.curve_points": 4,
+}
 STARTS = {
     "B zero": {"lora.init": "lora"},
     "A zero": {"lora.init": "lora_b", "sweep.lr_ratios": [*LAMBDA["sweep.lr_ratios"], 64, 128]},
@@ -196,20 +223,7 @@ STUDIES: dict[str, dict[str, Study]] = {
         "STS-B": glue("stsb", task="regression", **BFLOAT16),
         "MRPC": glue("mrpc", **BFLOAT16),
         "RTE": glue("rte", **BFLOAT16),
-        # Its training file is large: a part of dev is held out instead.
-        "QNLI": Study(
-            "quickstart_sweep.yaml",
-            GLUE
-            | BFLOAT16
-            | {
-                "data.text": "question",
-                "data.text_pair": "sentence",
-                "data.label": "label",
-                "data.quoting": "none",
-                "data.test_fraction": 0.2,
-            },
-            {"data.path": "glue/QNLI/dev.tsv"},
-        ),
+        "QNLI": Study("quickstart_sweep.yaml", QNLI, {"data.path": "glue/QNLI/dev.tsv"}),
         "SST-2": glue("sst2", **BFLOAT16 | SST2),
     },
     "chat": {"instructions": Study("smollm2_chat.yaml", SMOLLM2, FORGETTING)},
@@ -232,17 +246,7 @@ STUDIES: dict[str, dict[str, Study]] = {
     },
     # Does a verdict hold on a search seed and report seeds that it has not seen?
     "repeat": {
-        "CoLA, A zero, seeds 100 to 105": glue(
-            "cola",
-            seed=100,
-            **LAMBDA
-            | {
-                "lora.init": "lora_b",
-                "sweep.lr_ratios": [32],
-                "sweep.learning_rates": [4.42e-5, 1.26e-4, 3.54e-4],
-                "sweep.method_learning_rates": {"lora": LAMBDA["sweep.learning_rates"]},
-            },
-        ),
+        "CoLA, A zero, seeds 100 to 105": glue("cola", seed=100, **LAMBDA_32),
         "CoLA, seeds 100 to 105": glue("cola", seed=100, **FIVE),
         "ARC-Easy, seeds 100 to 103": ARC_EASY._replace(settings={**ARC_EASY.settings, "seed": 100}),
     },
@@ -263,20 +267,7 @@ STUDIES: dict[str, dict[str, Study]] = {
         f"{data}, {start}": study._replace(settings={**study.settings, **settings})
         for data, study in {
             "CoLA": glue("cola", **LAMBDA),
-            "instructions": Study(
-                "smollm2_chat.yaml",
-                LAMBDA
-                | BFLOAT16
-                | {
-                    **HALF,
-                    "train.epochs": 1.0,
-                    "train.prompt": None,
-                    "sweep.learning_rates": [4e-4, 1e-3, 2.5e-3],
-                    "sweep.report_seeds": 3,
-                    "sweep.curve_points": 4,
-                },
-                FORGETTING,
-            ),
+            "instructions": Study("smollm2_chat.yaml", LAMBDA_CHAT, FORGETTING),
             "SST-2": glue("sst2", **LAMBDA | BFLOAT16 | SST2),
         }.items()
         for start, settings in STARTS.items()
@@ -302,7 +293,7 @@ def settings_of(study: Study, options: argparse.Namespace, directory: Path) -> S
     values = dict(study.settings)
     for name, file in study.files.items():
         path = file.path if isinstance(file, Sample) else file
-        source = fetch(path) if path in ASSETS else (options.data or Path("data")) / path
+        source = fetch(path) if path in ASSETS else options.data / path
         values[name] = source if isinstance(file, str) else sample(source, file, directory / "data")
     recipe = options.recipe or REPOSITORY / "configs" / study.recipe
     words = [*arguments(values), *options.settings, "--output_dir", str(directory / "runs")]
@@ -350,11 +341,8 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         done = Path(run.output_dir)
         # Parsed, so that a setting that a finished study of an earlier version lacks has its default.
         if read_summary(done) is not None and settings_from_json(read_yaml(done / CONFIG), SweepRun) == run:
-            report = {
-                n: value
-                for n, value in read_record(done / REPORT, limit=MAX_ROWS_BYTES).items()
-                if n != DIGEST
-            }
+            report = read_record(done / REPORT, limit=MAX_ROWS_BYTES)
+            report.pop(DIGEST, None)
             # Where it ran, which need not be where its table is written.
             old = kept.get(title, {})
             ran_on = old["machine"] if old.get("methods") == report["methods"] else machine()
@@ -393,15 +381,10 @@ def compare_lambdas(run: SweepRun) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("name", choices=STUDIES)
-    parser.add_argument("--data", type=Path, metavar="DATA", help="default: data")
+    paths = {"data": Path("data"), "output_dir": Path("runs/tables"), "results": RESULTS / "tables"}
+    parser = make_parser(__doc__, name=list(STUDIES), **paths)
     parser.add_argument("--recipe", type=Path, metavar="CONFIG")
     parser.add_argument("--only", nargs="+", metavar="STUDY")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/tables"))
-    parser.add_argument("--results", type=Path, default=RESULTS / "tables", metavar="DIR")
     options, options.settings = parser.parse_known_args(arguments)
     try:
         for studies in compare(options.name, options):

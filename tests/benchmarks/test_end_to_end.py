@@ -16,7 +16,7 @@ def test_every_case_has_settings_that_the_command_takes(title):
     assert (settings.train.steps, settings.optimizer.warmup_steps) == (40, 4)
     assert settings.model.dtype == "float32"
     assert settings.lora.dropout == 0.0
-    assert settings.data.packing == case.packed
+    assert settings.data.packing == settings.is_language
 
 
 def test_rows_of_a_run_by_hand():
