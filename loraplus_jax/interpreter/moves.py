@@ -234,16 +234,24 @@ def _gather(eqn: Any, weight: LowRankWeight, rest: Sequence[Any], sides: list[Si
     new = iter(c for c in string.ascii_lowercase if c not in weight.letters + "r")
     letters = "".join(next(left if n in offset else new) for n in range(rank))
     options = {name: eqn.params[name] for name in ("mode", "unique_indices", "indices_are_sorted")}
-    if eqn.params["fill_value"] is not None and weight.c is not None:
+    fill = no_factors(eqn.params["fill_value"])
+    if fill == 0 and weight.c is not None:
         return None
-    # What fills W beyond the experts has no A B; without a value NaN fills all.
-    fill = None if eqn.params["fill_value"] is None else 0
     result = []
     for own, x in sides:
         own_sizes = [min(size, x.shape[n]) for n, size in enumerate((*sizes, x.shape[-1]))]
         moved = jax.lax.gather(x, indices, own_numbers, own_sizes, fill_value=fill, **options)
         result.append(("".join(c for c in letters if c in own or c not in weight.letters), moved))
     return [(letters, result)]
+
+
+def no_factors(fill_value: Any) -> Any:
+    """Chooses what fills A and B beyond the last index: nothing is added to what fills W there, if it is not NaN.
+
+    Returns:
+      0, or `fill_value` itself if it is None or NaN.
+    """
+    return fill_value if fill_value is None or math.isnan(fill_value) else 0
 
 
 def _reshape(eqn: Any, weight: LowRankWeight, _: Any, sides: list[Side]) -> Moved | None:

@@ -12,6 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from ..adapter.lora import is_explicit, low_rank_output
+from .moves import no_factors
 from .weight import LowRankWeight, Term
 
 
@@ -228,12 +229,12 @@ def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
         or (numbers.collapsed_slice_dims, numbers.start_index_map) != ((0,), (0,))
         or eqn.params["slice_sizes"] != (1, weight.w.shape[1])
         or numbers.offset_dims != (eqn.outvars[0].aval.ndim - 1,)
-        or (weight.c is not None and eqn.params["fill_value"] is not None)
     ):
         return None
     options = {name: eqn.params[name] for name in ("mode", "unique_indices", "indices_are_sorted")}
-    # What fills W beyond the rows has no A B; without a value NaN fills all.
-    options["fill_value"] = None if eqn.params["fill_value"] is None else 0
+    options["fill_value"] = fill = no_factors(eqn.params["fill_value"])
+    if fill == 0 and weight.c is not None:
+        return None
 
     def term(rows: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         h = jax.lax.gather(a, rows, numbers, slice_sizes=(1, rank), **options)

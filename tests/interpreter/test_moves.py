@@ -13,14 +13,14 @@ from loraplus_jax import LoRAPlusConfig, merge
 from loraplus_jax import apply_lora_plus as apply_to_module
 from loraplus_jax import init_lora as init_module
 from loraplus_jax import nnx as loraplus_nnx
-from loraplus_jax.functions import apply_lora_plus, init_lora, whole_weights
+from loraplus_jax.functions import apply_lora_plus, init_lora, quantize_base, whole_weights
 from loraplus_jax.interpreter.products import product
 
 from ..marks import slow
 from ..zoo.linen_toys import WEIGHTS
 from ..zoo.properties import KEY, close, drawn
 
-EXPERTS, ROWS, IN, OUT = 4, 10, 8, 16
+EXPERTS, ROWS, IN, OUT = 4, 12, 8, 16
 DRAW = np.random.default_rng(0)
 PARAMS = {
     "experts": DRAW.normal(size=(EXPERTS, IN, OUT)),
@@ -28,7 +28,7 @@ PARAMS = {
     "gate": DRAW.normal(size=(IN, OUT)),
 }
 X, Y = DRAW.normal(size=(ROWS, IN)), DRAW.normal(size=(ROWS, OUT))
-GROUPS, CHOSEN = np.array([3, 4, 1, 2], np.int32), np.arange(ROWS, dtype=np.int32) % EXPERTS
+GROUPS, CHOSEN = np.array([3, 4, 3, 2], np.int32), np.arange(ROWS, dtype=np.int32) % EXPERTS
 
 
 def loop(p):
@@ -37,11 +37,15 @@ def loop(p):
     return jax.lax.fori_loop(0, EXPERTS, add, jnp.zeros((ROWS, OUT)))
 
 
-def shards(of_x, of_w, fn, name):
-    """A product on two devices."""
-    mesh = jax.make_mesh((2,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
-    out = P() if of_x else P(None, "m") if name == "up" else P("m")
-    return lambda p: jax.shard_map(fn, mesh=mesh, in_specs=(P(*of_x), P(*of_w)), out_specs=out)(X, p[name])
+def shards(of_x, of_w, fn, name, out=None):
+    """A product on a mesh of two by two devices."""
+    mesh = jax.make_mesh((2, 2), ("m", "d"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {"in_specs": (P(*of_x), P(*of_w)), "out_specs": P(*out)}
+    return lambda p: jax.shard_map(fn, mesh=mesh, **specs)(X, p[name])
+
+
+def gathered(x, w):
+    return x @ jax.lax.all_gather(w, "m", axis=0, tiled=True)
 
 
 E, U, BOTH = {"experts": "eio"}, {"up": "io"}, {"up|gate": "io"}
@@ -81,16 +85,34 @@ USES = {
     ),
     "a new axis and back": (lambda p: X @ p["up"][None][0], U),
     "remat": (lambda p: jax.checkpoint(lambda w: jnp.sin(X @ w[:, :4]))(p["up"]), U),
-    "shards of inputs": (shards((None, "m"), ("m",), lambda x, w: jax.lax.psum(x @ w, "m"), "up"), U),
-    "shards of outputs": (shards((), (None, "m"), jnp.matmul, "up"), U),
-    "shards of experts": (shards((), ("m",), lambda x, w: jnp.einsum("ti,eio->eto", x, w), "experts"), E),
+    "shards of inputs": (shards((None, "m"), ("m",), lambda x, w: jax.lax.psum(x @ w, "m"), "up", ()), U),
+    "shards of outputs": (shards(("d",), (None, "m"), jnp.matmul, "up", ("d", "m")), U),
+    "shards of experts": (
+        shards((), ("m",), lambda x, w: jnp.einsum("ti,eio->eto", x, w), "experts", ("m",)),
+        E,
+    ),
+    "shards of rows": (shards(("d",), (), jnp.matmul, "up", ("d",)), U),
+    "shards gathered": (shards(("m",), ("m",), gathered, "up", ("m",)), U),
+    "experts in reverse": (lambda p: [X @ w for w in p["experts"][::-1]], E),
+    "outputs in reverse": (lambda p: X @ p["up"][:, ::-1], U),
+    "stopped": (lambda p: X @ p["up"] + X @ jax.lax.stop_gradient(p["up"]), U),
+    "to the outputs and back": (lambda p: (X @ p["up"]) @ p["up"].T, U),
+    "grouped whole numbers": (
+        lambda p: jax.lax.ragged_dot((9 * X).astype(np.int32), p["experts"], GROUPS),
+        E,
+    ),
+    "experts beyond the last": (
+        lambda p: jnp.einsum("ti,tio->to", X, p["experts"].at[2 * CHOSEN].get(mode="fill", fill_value=2.0)),
+        E,
+    ),
+    "nothing": (lambda p: X @ p["up"] + p["up"][:, :0].reshape(IN, 0, 4).sum(), U),
     "scaled": (lambda p: X @ (2 * p["up"]), U),
     "mixed by a reshape": (lambda p: jnp.tile(X, 2) @ p["up"].reshape(OUT, IN), U),
     "rows": (lambda p: p["up"][jnp.arange(3)], U),
     "returned": (lambda p: p["up"], U),
 }
-WHOLE = {"scaled": "mul", "mixed by a reshape": "reshape", "returned": "output"}
-WHOLE_DORA = WHOLE | {"inputs in one": "concatenate"}
+WHOLE = {"scaled": "mul", "mixed by a reshape": "reshape", "returned": "output", "nothing": "reshape"}
+WHOLE_DORA = WHOLE | {"inputs in one": "concatenate", "experts beyond the last": "gather"}
 QUICK = ("grouped rows", "one expert", "heads", "gate and up in one")
 
 
@@ -147,18 +169,59 @@ kernel.defvjp(
 )
 
 
-def test_a_product_of_ones_own_is_cheap_with_a_rule_and_right_without(x64):
+RULED = product(kernel, lambda x, a, b: kernel(x, a) @ b)
+OWN = {  # the function, and the operation that needs the whole weight
+    "without a term": (lambda p, x: kernel(x, p["up"]), "custom_vjp_call"),
+    "with one": (lambda p, x: RULED(x, p["up"]), None),
+    "the weight transposed": (lambda p, x: RULED(x @ p["gate"], p["up"].T), "loraplus_product"),
+    "in a vmap over columns": (
+        lambda p, x: jax.vmap(lambda x: RULED(x[None], p["up"]), in_axes=1)(x.T),
+        "custom_vjp_call",
+    ),
+    "in a gradient": (
+        lambda p, x: jax.grad(lambda x: jnp.sum(jnp.sin(RULED(x, p["up"]))))(x),
+        "custom_vjp_call",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_product_of_ones_own_is_cheap_with_its_term_and_right_wherever_it_stands(name, x64):
+    f, needs = OWN[name]
     config, lora, specs = adapted(U)
-    ruled = product(kernel, lambda x, a, b: kernel(x, a) @ b)
-    for fn, needs in ((kernel, {"up": "custom_vjp_call"}), (ruled, {})):
-        f = lambda p, x, fn=fn: fn(x, p["up"])  # noqa: E731
-        g = apply_lora_plus(f, config)
-        ours = lambda lora, x, g=g: jnp.sum(jnp.sin(g(PARAMS, lora, x)))  # noqa: E731
-        merged = lambda lora, x, f=f: jnp.sum(jnp.sin(f(merge({"params": PARAMS}, lora, specs)["params"], x)))  # noqa: E731
-        found, expected = (jax.grad(loss, (0, 1))(lora, X) for loss in (ours, merged))
-        jax.tree.map(functools.partial(close, tolerance=1e-9), found, expected)
-        assert whole_weights(f, config, PARAMS, X) == needs
+    g = apply_lora_plus(f, config)
+    ours = lambda lora, x: jnp.sum(jnp.sin(g(PARAMS, lora, x)))  # noqa: E731
+    merged = lambda lora, x: jnp.sum(jnp.sin(f(merge({"params": PARAMS}, lora, specs)["params"], x)))  # noqa: E731
+    found, expected = (jax.grad(loss, (0, 1))(lora, X) for loss in (ours, merged))
+    jax.tree.map(functools.partial(close, tolerance=1e-9), found, expected)
     assert float(jnp.abs(found[1]).max()) > 0
+    assert whole_weights(f, config, PARAMS, X) == ({"up": needs} if needs else {})
+
+
+PACKED = {
+    "one expert": lambda p, x: x @ p["w"][2],
+    "each": lambda p, x: [x @ w for w in p["w"]],
+    "in a scan": lambda p, x: jax.lax.scan(lambda y, w: (y + x @ w, None), 0 * x @ p["w"][0], p["w"])[0],
+    "of each row": lambda p, x: jnp.einsum("ti,tio->to", x[:3], p["w"][jnp.arange(3)]),
+    "part of the outputs, transposed": lambda p, x: x @ p["w"][1][:8, :64].T,
+}
+
+
+@pytest.mark.parametrize("name", [slow(name) if n else name for n, name in enumerate(PACKED)])
+def test_packed_experts_are_their_values_and_no_other_is_unpacked(name):
+    f, shape = PACKED[name], (4, 64, 128)
+    params = {"w": jnp.asarray(DRAW.normal(size=shape).astype("f"))}
+    config = LoRAPlusConfig(target_parameters={"w": "eio"}, rank=2)
+    lora, specs = init_lora(KEY, params, config)
+    lora = jax.tree.map(lambda a: jnp.asarray(DRAW.normal(size=a.shape).astype("f")), lora)
+    packed = quantize_base({"params": params}, "nf4", specs)["params"]
+    values = {"w": packed["w"].dequantize()}
+    x, g = jnp.asarray(DRAW.normal(size=(4, 64)).astype("f")), apply_lora_plus(f, config)
+    total = lambda lora, p: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(g(p, lora, x)))  # noqa: E731
+    found, expected = (jax.jit(jax.grad(total))(lora, p) for p in (packed, values))
+    jax.tree.map(functools.partial(close, tolerance=1e-3), found, expected)
+    assert not whole_weights(f, config, packed, x)
+    assert not arrays_like(jax.make_jaxpr(jax.grad(total))(lora, packed).jaxpr, shape)
 
 
 class Columns(nnx.Module):
