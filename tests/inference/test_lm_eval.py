@@ -32,7 +32,8 @@ def directory(tmp_path_factory):
     """A tiny Llama whose tokenizer adds BOS, the files of two tasks, and a chat template."""
     directory = tmp_path_factory.mktemp("lm_eval")
     (directory / "model").mkdir()
-    tiny.write_model(directory / "model", max_position_embeddings=CONTEXT)
+    end = tiny.vocabulary()[0].index(tiny.STOP)
+    tiny.write_model(directory / "model", max_position_embeddings=CONTEXT, eos_token_id=end)
     file = str(directory / "model/tokenizer.json")
     tokenizer = Tokenizer.from_file(file)
     bos = (tiny.TURN, tokenizer.token_to_id(tiny.TURN))
