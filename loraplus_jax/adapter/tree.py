@@ -10,7 +10,7 @@ from flax.core import meta
 from jax import tree_util
 
 from .._utils.validation import check_choice, suggest
-from ..quantization.packed_array import is_packed
+from ..quantization.packed_array import is_from_qwix, is_packed
 from .config import Bias, LoRAPlusConfig, matches
 from .spec import Specs
 
@@ -57,11 +57,12 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_leaf(value: Any) -> bool:
-    # Boxes of metadata and packed weights are trees to JAX.
+    # Boxes of metadata and packed weights, ours and qwix's, are trees to JAX.
     return (
         value is None
         or isinstance(value, meta.AxisMetadata)
         or is_packed(value)
+        or is_from_qwix(value)
         or tree_util.all_leaves([value])
     )
 

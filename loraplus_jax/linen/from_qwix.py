@@ -10,7 +10,7 @@ from flax.core import meta
 from ..adapter.config import matches
 from ..adapter.tree import flatten, rebox, replace_leaves
 from ..quantization.formats import Kind, pack_codes
-from ..quantization.packed_array import PackedArray
+from ..quantization.packed_array import PackedArray, is_from_qwix
 
 
 def from_qwix(
@@ -74,15 +74,6 @@ def stack_counts(stacked: Mapping[str, int] | None, paths: Collection[str]) -> d
         path: next((n for pattern, n in (stacked or {}).items() if matches((pattern,), path)), 0)
         for path in paths
     }
-
-
-def is_from_qwix(value: Any) -> bool:
-    """Detects a quantized weight of qwix.
-
-    Returns:
-      Whether `value` is one.
-    """
-    return hasattr(getattr(value, "array", None), "qvalue")
 
 
 def packed(weight: Any, name: str, stacked: int = 0) -> PackedArray:

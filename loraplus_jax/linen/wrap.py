@@ -29,10 +29,9 @@ from ..adapter.spec import MAGNITUDE, AdapterSpec
 from ..adapter.target_rules import is_adapted, is_target, matching_rule
 from ..adapter.tree import flatten, leaves_by_path
 from ..interpreter.dataflow import trace_dataflow, warn_of_whole
-from ..quantization.packed_array import is_packed
+from ..quantization.packed_array import is_from_qwix, is_packed
 from .collections import COLLECTIONS, CollectionMap, keep_low_rank
 from .discovery import Discovery
-from .from_qwix import is_from_qwix
 from .layer_adapter import (
     OURS,
     TRACING,

@@ -8,8 +8,9 @@ from flax import nnx
 from ..adapter.quantize_base import quantize_base as quantize_tree
 from ..adapter.spec import Specs
 from ..adapter.tree import flatten
-from ..linen.from_qwix import check_rules, is_from_qwix, packed, stack_counts
+from ..linen.from_qwix import check_rules, packed, stack_counts
 from ..quantization.formats import QuantizeTo
+from ..quantization.packed_array import is_from_qwix
 from .adapted_module import ADAPTERS, join, set_adapters, set_class
 from .variables import base_variables
 

@@ -103,6 +103,15 @@ def is_packed(value: Any) -> bool:
     return isinstance(value, PackedArray)
 
 
+def is_from_qwix(value: Any) -> bool:
+    """Detects a quantized weight of qwix.
+
+    Returns:
+      Whether `value` is one.
+    """
+    return hasattr(getattr(value, "array", None), "qvalue")
+
+
 def dense_shapes(tree: Any) -> Any:
     """Replaces each packed weight in a tree by the shape of the array that it stands for.
 
