@@ -30,8 +30,8 @@ def quantize_base(
     Raises:
       ValueError: as `quantize_base` of a tree. The model is unchanged then.
     """
-    old = flatten(base_variables(model))
-    new = flatten(quantize_tree(base_variables(model), kind, targets, dtype=dtype))
+    variables = base_variables(model)
+    old, new = map(flatten, (variables, quantize_tree(variables, kind, targets, dtype=dtype)))
     for parts, module in list(nnx.iter_modules(model)):
         packed = {}
         for name, variable in vars(module).items():

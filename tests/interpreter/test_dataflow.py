@@ -31,6 +31,7 @@ def refusal(net, x, leaf):
     return str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*needs the whole weight")
 @pytest.mark.parametrize("name", READ)
 def test_a_weight_used_past_its_layer_is_rejected_and_the_rule_in_the_message_works(name, tmp_path):
     net, x, leaf = READ[name]

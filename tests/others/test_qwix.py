@@ -15,7 +15,7 @@ from loraplus_jax import apply_lora_plus as adapt_linen
 from loraplus_jax.adapter.tree import leaf_path, leaves_by_path
 from loraplus_jax.linen import from_qwix
 from loraplus_jax.nnx import apply_lora_plus, base_variables, functional, lora_tree, specs_of
-from loraplus_jax.nnx import from_qwix as nnx_from_qwix
+from loraplus_jax.nnx.quantize import from_qwix as nnx_from_qwix
 
 from ..messages import mentions
 from .harness import RATIO, Loop, assert_ratio, assert_trains_and_resumes, drawn, to_peft_and_back
