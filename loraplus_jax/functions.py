@@ -114,6 +114,10 @@ def init_lora(
             flat[name] = make(own, shape, factor_dtype(arrays[path]))
         if spec.magnitude:
             flat |= {name: jnp.zeros(shape) for name, shape in names.items() if name not in flat}
+        if spec.magnitude and isinstance(arrays[path], jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"variant dora starts from the norms of the weights, but {path!r} is a shape: pass the weights"
+            )
     lora = set_magnitudes(unflatten(flat), {"params": params}, specs)
     if check is not None:
         f, *args = check

@@ -182,11 +182,18 @@ def test_variant_dora_starts_as_the_base():
     close(apply_lora_plus(model, config)(PARAMS, lora, X), model(PARAMS, X), 1e-5)
 
 
+SHAPES = {"target_parameters": {"w": "io"}, "rank": 2}
 test_refused = refusals(
     (lambda: init_lora(KEY, PARAMS, {"blocks/./upp": "io"}), "target_parameters", "upp", "did you mean"),
     (lambda: init_lora(KEY, PARAMS, {"blocks/./up": "eio"}), "needs 2 letters", "blocks/0/up", "eio"),
     (lambda: init_lora(KEY, PARAMS, LoRAPlusConfig(target_parameters=RULES, rank=9)), "rank", "9"),
     (lambda: apply_lora_plus(model, LoRAPlusConfig(target_modules=["up"])), "target_modules", "up"),
+    (
+        lambda: init_lora(
+            KEY, jax.eval_shape(lambda: {"w": jnp.ones((4, 4))}), LoRAPlusConfig(**SHAPES, variant="dora")
+        ),
+        *("dora", "'w'", "shape"),
+    ),
     (
         lambda: apply_lora_plus(model, dataclasses.replace(CONFIG, modules_to_save=["head"])),
         "modules_to_save",

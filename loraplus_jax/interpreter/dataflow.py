@@ -22,9 +22,9 @@ NOTHING: Tags = frozenset()
 _MARK = "loraplus_weight_of_a_layer"
 _MARK_WHOLE = f"{_MARK}_as_one_array_for_"
 # Operations that return parts of a weight unchanged, except for their order or precision.
-_MOVES = (
+_KEEPS_VALUES = (
     *("transpose", "squeeze", "slice", "dynamic_slice", "broadcast_in_dim", "convert_element_type", "copy"),
-    *("gather", "reshape", "split", "concatenate", "stack"),
+    *("gather", "reshape", "split", "concatenate", "stack", "rev"),
     *("stop_gradient", "sharding_constraint", "pvary", "pcast", "all_gather", "device_put"),
 )
 
@@ -121,7 +121,7 @@ def _propagate_eqn(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
         if (len(jaxpr.invars), len(jaxpr.outvars)) == (len(eqn.invars), len(eqn.outvars)):
             return _propagate(inner[0], inputs, flow)
     tags = NOTHING.union(*inputs)
-    return [tags if name in _MOVES else _as_changed(tags)] * len(eqn.outvars)
+    return [tags if name in _KEEPS_VALUES else _as_changed(tags)] * len(eqn.outvars)
 
 
 def _scan(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:

@@ -61,8 +61,10 @@ def move(eqn: Any, inputs: Sequence[Any], run: Run) -> list[Any] | None:
     if rule is None or inputs[0] is not weights[0] or len(weights) > 1:
         return None
     (weight,) = weights
-    # A reversal of other axes than the stacked ones would leave their letters and sizes as they are.
-    packed = [] if name == "rev" else _packed_sides(weight.w, weight.letters)
+    # A reversal of other axes than the stacked ones would leave their letters and sizes as they are, and a value
+    # that fills W is none of its codes.
+    is_direct = name != "rev" and eqn.params.get("fill_value") is None
+    packed = _packed_sides(weight.w, weight.letters) if is_direct else []
     moved = rule(eqn, weight, inputs[1:], [*_sides(weight), *packed])
     if moved is None:
         return None
