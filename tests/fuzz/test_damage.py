@@ -46,4 +46,4 @@ def test_a_reader_that_needs_too_much_memory_is_found(limit):
     with limit(MIB):
         read(60 * MIB)
     with pytest.raises(AssertionError, match="needs too much memory"):
-        check(2, lambda rng: bytes(MIB), lambda: read(80 * MIB), limit=limit, names="here.json")
+        check(2, lambda rng: bytes(MIB), lambda: read(512 * MIB), limit=limit, names="here.json")
