@@ -188,12 +188,15 @@ def _find_calls(template: ChatTemplate, chat: Chat, rendered: str) -> dict[int, 
     Raises:
       ValueError: the template ignores the tools, or calls or results of tools.
     """
-    message = (
-        f"{chat.place}: the chat template of {template.origin} does not write {{}}; remove them, or set "
-        + ("data.template to a template for tools")
-    )
+
+    def ignores(what: str) -> ValueError:
+        return ValueError(
+            f"{chat.place}: the chat template of {template.origin} does not write {what}; remove them, or set "
+            "data.template to a template for tools"
+        )
+
     if chat.tools and template.render(chat.turns, place=chat.place) == rendered:
-        raise ValueError(message.format("the tools of the column tools"))
+        raise ignores("the tools of the column tools")
     changed: dict[int, Turn] = {}
     for i, turn in enumerate(chat.turns):
         if turn.role == "tool":
@@ -217,7 +220,7 @@ def _find_calls(template: ChatTemplate, chat: Chat, rendered: str) -> dict[int, 
     for (i, turn), variant in zip(changed.items(), variants, strict=True):
         if variant == rendered or (confused and turn.role == "tool"):
             kind = "messages of the role tool" if turn.role == "tool" else "tool calls"
-            raise ValueError(message.format(f"{kind} (turn {i + 1})"))
+            raise ignores(f"{kind} (turn {i + 1})")
         if turn.role == "assistant":
             ends[i] = len(rendered) - _count_equal(reversed(rendered), reversed(variant))
     return ends

@@ -311,8 +311,8 @@ def resolve(
     """Resolves `value` to a local path: an existing path, a name in `ASSETS`, or a hub id, tried in this order.
 
     A model's hub id is `org/name`; only `files` are downloaded. The hub id of data is
-    `org/name/path/in/repository.csv` (or .tsv, .jsonl, .json). Downloads from the hub go to the hub's own cache; no
-    code from the hub is run.
+    `org/name/path/in/repository.csv` (or .tsv, .jsonl, .json). What starts with the name of a directory here is a
+    path. Downloads from the hub go to the hub's own cache; no code from the hub is run.
 
     Raises:
       ValueError: `value` is none of these, names the other kind, cannot be downloaded, or is no regular file.
@@ -333,6 +333,13 @@ def resolve(
             f"{value!r} is {_NOUNS[ASSETS[value].kind]}, expected {_NOUNS[kind]}{_allowed(kind, value)}"
         )
     if match := _HUB_IDS[kind].fullmatch(value):
+        # A mistyped path would be taken for the name of a stranger's repository.
+        if os.path.isdir(first := path.parts[0]):
+            siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+            raise ValueError(
+                f"cannot find the {kind} {value!r}{suggest(path.name, siblings, fallback=False)}; it is not "
+                f"downloaded from the Hub, as there is a directory {first!r} here: run elsewhere for that"
+            )
         return _from_hub(value, kind, *match.groups(), files=files)
     raise ValueError(f"cannot find the {kind} {value!r}{_allowed(kind, value)}")
 

@@ -247,7 +247,7 @@ _ALIASES = {
 def _suggest_option(name: str, fields: Mapping[str, Any]) -> str:
     """`suggest`, also for other libraries' names and for a field without its section."""
     last = name.rpartition(".")[2]
-    exact = [_ALIASES[last]] if last in _ALIASES else [f for f in fields if f.rpartition(".")[2] == last]
+    exact = [f for f in fields if f == _ALIASES.get(last) or f.rpartition(".")[2] == last]
     if exact:
         return f"; did you mean {' or '.join(map(repr, exact))}?"
     return suggest(name, fields, fallback=False)
@@ -308,9 +308,11 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
             return f"{name}.{message}"
         return message if not name or f"{name}." in message else f"{name}: {message}"
     index = "".join(f"[{part}]" for part in problem["loc"] if isinstance(part, int))
-    while name not in fields:  # within a mapping that is one value
+    while name and name not in fields:  # within a mapping that is one value
         name, _, key = name.rpartition(".")
         index = f"[{key}]{index}"
+    if not name:
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {value!r:.80}"
     annotation = fields[name].type
     if cause == "string_unicode":
         return f"{name} must be text in UTF-8, got {value!r:.80}"

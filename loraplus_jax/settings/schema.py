@@ -15,7 +15,7 @@ from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..optim.lora_plus import MIN_EPS
 from ..optim.roles import Policy
 from ..optim.schedules import Schedule
-from .choices import Attention, EarlyStopping, NoRepeatIn, Quantize, Remat
+from .choices import MOST_PENALTY, Attention, EarlyStopping, NoRepeatIn, Quantize, Remat
 from .field_types import (
     SECTION,
     Count,
@@ -213,7 +213,7 @@ class DataSettings:
             raise ValueError(
                 f"data.header must have the columns {', '.join(self.columns)}, got {', '.join(self.header)}"
             )
-        if self.path is not None and self.validation_fraction + self.test_fraction >= 1:
+        if self.path is not None and not self.glue and self.validation_fraction + self.test_fraction >= 1:
             raise ValueError(
                 "validation_fraction + test_fraction must be below 1, to leave texts for training; "
                 f"got {self.validation_fraction} + {self.test_fraction}"
@@ -386,7 +386,7 @@ class GenerationSettings:
     """
 
     beams: Count = 4
-    length_penalty: Number = 1.0
+    length_penalty: Annotated[Number, Field(ge=-MOST_PENALTY, le=MOST_PENALTY)] = 1.0
     no_repeat_ngram: Index = 0
     no_repeat_in: NoRepeatIn = "new"
     early_stopping: EarlyStopping = "heuristic"

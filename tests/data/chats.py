@@ -52,7 +52,7 @@ THINKS = CHATML.replace(
 
 
 def template(source=CHATML, **fields):
-    return ChatTemplate(source, "toy.json", **{"bos_token": BOS, "eos_token": EOS} | fields)
+    return ChatTemplate(source, **{"origin": "toy.json", "bos_token": BOS, "eos_token": EOS} | fields)
 
 
 def chat(*texts, system=None, place="f.jsonl:1"):

@@ -207,8 +207,8 @@ TWO_USERS = (Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c"))
 AT = ("f.jsonl:1", "toy.json")
 
 
-def of_tools(source):
-    return lambda tokenizer, tool_talk: learnt(tool_talk, tokenizer, template(source))
+def of_tools(source, **fields):
+    return lambda tokenizer, tool_talk: learnt(tool_talk, tokenizer, template(source, **fields))
 
 
 def of_texts(source, *texts, **options):
@@ -227,6 +227,7 @@ test_templates_that_ignore_tools_or_hide_where_answers_are = refusals(
     (of_tools(ONLY_USER), *AT, "role tool", "turn 3"),
     (of_tools(TOOLS.replace(PROMPT, "")), *AT, "special tokens", "add_generation_prompt"),
     (of_tools(PLAIN), *AT, "tools"),
+    (of_tools(PLAIN, origin="my{1}.jinja"), "my{1}.jinja", "tools"),
     (of_texts(NUMBERED, *"ab"), *AT, "turn 2", "{% generation %}"),
     (of_texts(CHATML.replace(CONTENT, "m.content | upper"), *"ab"), *AT, "answer", "turn 2"),
     (of_texts(CHATML.replace(PROMPT, ""), *"ab"), *AT, "add_generation_prompt"),

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import threading
+import tomllib
 from pathlib import Path
 
 import huggingface_hub
@@ -262,6 +263,20 @@ test_unknown_models_and_data = refusals(
     (lambda: resolve("a\0b", "model"), "model", r"'a\x00b'"),
     (lambda: resolve(".", "data"), "directory"),
 )
+
+
+def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    with pytest.raises(ValueError, match=mentions("models/tinny", "'tiny'", "Hub", "'models'")):
+        resolve("models/tinny", "model")
+    with pytest.raises(ValueError, match=mentions("models/a/b.csv", "Hub")):
+        resolve("models/a/b.csv", "data")
+
+
+def test_pip_is_installed_with_the_commands():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert any(re.match(r"pip\b", x) for x in project["optional-dependencies"]["train"])
 
 
 def test_the_hubs_errors_become_one_clear_message(monkeypatch):

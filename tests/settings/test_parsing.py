@@ -5,8 +5,14 @@ import json
 
 import pytest
 
-from loraplus_jax.settings.parsing import format_settings, setting_fields, settings_from_json
-from loraplus_jax.settings.schema import QUERIES_AND_VALUES, Settings
+from loraplus_jax.settings.parsing import (
+    _format_problem,
+    format_settings,
+    parse_settings,
+    setting_fields,
+    settings_from_json,
+)
+from loraplus_jax.settings.schema import QUERIES_AND_VALUES, DeviceSettings, Settings
 
 from ..messages import mentions
 from ..refusals import refusals
@@ -113,6 +119,13 @@ test_names_of_other_libraries_are_recognized = refusals(
     (parsing("--loraplus_lr_ratio", "1"), "--loraplus_lr_ratio", "'lora.lr_ratio'"),
     (parsing("--batch_size", "1"), "--batch_size", "'train.batch_size'"),
 )
+
+
+def test_what_a_command_lacks_is_not_suggested_and_any_cause_has_a_message():
+    with pytest.raises(ValueError, match=r"^unknown option --lora\.r$"):
+        parse_settings(None, ["--lora.r", "4"], DeviceSettings)
+    problem = {"type": "odd", "loc": ("new", 1), "msg": "is odd", "input": 3}
+    assert _format_problem({}, "new", problem) == "new.1: is odd, got 3"
 
 
 @pytest.mark.parametrize("target", ["[query, up]", ".*/(query|up)"])

@@ -66,6 +66,7 @@ def test_separate_files_are_split_where_no_validation_file_is_given(tmp_path):
     assert parsed(tmp_path, *flags, "--data.validation_fraction=0.3").data.validation_fraction == 0.3
     # A limit draws by the seed too.
     assert parsed(tmp_path, *flags, "--data.validation=b.csv", "--data.limit=5").data.split_seed == 3
+    assert DataSettings(path="glue/rte", validation_fraction=0.8).test_fraction == 0.2  # which GLUE ignores
 
 
 def test_processes_are_set_together(tmp_path):
@@ -109,6 +110,7 @@ test_ranges = refusals(
             (["optimizer.decay_steps"], [0]),
             ([f"train.{name}" for name in COUNTS], (0, -1, 1.0, True)),
             (["train.epochs"], (0.0, math.inf)),
+            (["generation.length_penalty"], (-5.5, 7.0)),
         ]
         for name in names
         for value in values

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ..._utils.validation import check_choice, check_int, check_number
 from ...interpreter.unstack import Layers, run_unstacked
-from ...settings.choices import EarlyStopping, NoRepeatIn
+from ...settings.choices import MOST_PENALTY, EarlyStopping, NoRepeatIn
 from ...step.sharding import constrain_rows
 from ..decoder import Cache, Config, init_cache, shard_cache
 from .generate import NONFINITE_LOGITS, PAD_AFTER_END, SlotsOfRows, extend_by_row, jit_on_mesh
@@ -25,8 +25,6 @@ BeamSearch = Callable[..., tuple[jax.Array, jax.Array]]
 
 # As in transformers: a score that no sequence reaches, but finite, so that sums and differences stay finite.
 LOWEST = -1e9
-# The largest length penalty, of either sign: a long sequence's score stays within float32.
-MOST_PENALTY = 5
 
 
 # The carry of a while loop: a tree of arrays whose shapes and dtypes stay the same.
