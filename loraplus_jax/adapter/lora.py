@@ -105,9 +105,9 @@ def scale_variables(
     """Makes the optional read-only collection `"lora_scale"`, which overrides each adapter's scale s at apply time.
 
     With a traced `s`, `model.apply({"params": base, "lora": lora, "lora_scale": scale_variables(specs, s)}, x)`
-    runs many scales in one compiled program. `scale` is s (alpha / rank, not alpha), a scalar or broadcastable to
-    the stacked layers, or a mapping from module path to s; by default the scales of `specs`,
-    which a model of another config then computes with.
+    runs many scales in one compiled program. `scale` is s (alpha / rank, not alpha), a scalar or, with one for each
+    stacked layer, an array `(layers,)`; or a mapping from module path to s. By default it is the scales of
+    `specs`, which a model of another config then computes with.
 
     Returns:
       A tree with a leaf `lora_scale` for each adapter, an array with A's axes, all but the stacked ones of size 1.
@@ -115,9 +115,14 @@ def scale_variables(
     flat = {}
     for module, spec in specs.items():
         size = dict(zip(spec.base_letters, spec.shape, strict=True))
-        shape = tuple(size[c] if c.isupper() else 1 for c in spec.factor_letters[0])
+        letters = spec.factor_letters[0]
+        shape = tuple(size[c] if c.isupper() else 1 for c in letters)
+        layers = tuple(size[c] for c in letters if c.isupper())
         value = scale[module] if isinstance(scale, Mapping) else spec.scale if scale is None else scale
-        flat[f"{module}/{SCALE}".removeprefix("/")] = jnp.broadcast_to(jnp.asarray(value), shape)
+        value = jnp.asarray(value)
+        if value.ndim <= len(layers):
+            value = jnp.broadcast_to(value, layers).reshape(shape)
+        flat[f"{module}/{SCALE}".removeprefix("/")] = jnp.broadcast_to(value, shape)
     return unflatten(flat)
 
 

@@ -60,7 +60,7 @@ def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str
         ):
             problems.append(f"{name} must be a copy of {original}, but differs{why}")
     # PEFT's embedding without the head's tensors is one whose head it left alone.
-    pairs = (("weight", "weight", "modules_to_save"), ("lora_embedding_A", "lora_B.weight", "target_modules"))
+    pairs = [("weight", "weight", "modules_to_save"), *((b, a, "target_modules") for a, b in OF_HEAD.items())]
     problems += [
         f"{head}.{end} is missing, but the model's head is tied to {embedding}, which is trained: train in PEFT "
         f"with ensure_weight_tying=True and {head} in {option}; {_UNTIE}"

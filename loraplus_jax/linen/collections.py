@@ -23,6 +23,7 @@ from .layer_adapter import TRACING, FactorBox, LayerAdapter, is_box, new_factors
 COLLECTIONS = ["params", "lora", SCALE]
 Path = tuple[str, ...]
 _NAMES = (*FACTORS, *EMBEDDING_FACTORS, MAGNITUDE, SCALE, TAP, *PREVIOUS_FACTORS)
+_UNUSED = "the variables contain {!r}, which an adapter of the config's variant {} does not use"
 
 
 class CollectionMap:
@@ -68,6 +69,8 @@ class CollectionMap:
                 omit=TRACING.value.low_rank_only,
             ).with_magnitude(*magnitude)
             params[path] = rebox(leaf, weight)
+        if unused := ["/".join(path) for path in lora if path[:-1] in self._targets]:
+            raise ValueError(_UNUSED.format(unused[0], self.config.variant))
         for path, leaf in params.items():
             if is_packed(value := meta.unbox(leaf)):
                 self._targets[path] = leaf
@@ -128,11 +131,13 @@ class CollectionMap:
                     f"the variables contain {name!r} among the adapters; names must be one of "
                     f"{', '.join(_NAMES)}"
                 )
+            is_own = any(f"{module}/".startswith(f"{layer}/") or not layer for layer in own)
+            if path[-1] == MAGNITUDE and self.config.variant != "dora" and module in called and not is_own:
+                raise ValueError(_UNUSED.format(name, self.config.variant))
             has_weight = self._param_paths & {path[:-1], *((*path[:-1], leaf) for leaf in LEAVES)}
             expected = path in self._factors or path[-1] == SCALE
             expected = expected or (self.config.target_modules and is_target(self.config, module))
-            expected = expected or any(f"{module}/".startswith(f"{layer}/") or not layer for layer in own)
-            if not has_weight or (not expected and (complete or module in called)):
+            if not has_weight or (not expected and not is_own and (complete or module in called)):
                 problem = (
                     "which no rule of the config matches" if has_weight else "where the model has no weight"
                 )

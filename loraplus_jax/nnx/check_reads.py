@@ -33,7 +33,7 @@ def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwarg
     is_adapted = lambda path, _: "/".join(map(str, path)) in leaves  # noqa: E731
     graph, weights, rest = nnx.split(model, is_adapted, ...)
 
-    def run(weights: nnx.State, args: Any, kwargs: Any) -> list[jax.Array]:
+    def run(weights: nnx.State, rest: nnx.State, args: Any, kwargs: Any) -> list[jax.Array]:
         module = nnx.merge(graph, weights, rest, copy=True)
         # A zero in place of each weight: one that still reaches an output is read outside its module.
         with OMIT_WEIGHTS(True):
@@ -42,7 +42,8 @@ def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwarg
         return [leaf for leaf in jax.tree.leaves((y, state)) if isinstance(leaf, jax.Array)]
 
     is_array = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")  # noqa: E731
-    inputs, structure = jax.tree.flatten((args, kwargs))
+    # The rest too, since an abstract model has shapes there.
+    inputs, structure = jax.tree.flatten((rest, args, kwargs))
     arrays = [x for x in inputs if is_array(x)]
 
     def run_arrays(weights: nnx.State, arrays: list[Any]) -> list[jax.Array]:

@@ -135,7 +135,9 @@ def _axes(
     if path in letters:
         return letters[path]
     a, b = factors
-    if len(weight.shape) == 2 and a.shape[0] == weight.shape[0]:
+    # A square weight of another name may be (out, in), as PyTorch's `weight`.
+    is_flax = path.rpartition("/")[2] in (*LEAVES, "embeddings", "w")
+    if len(weight.shape) == 2 and a.shape[0] == weight.shape[0] and (is_flax or len(set(weight.shape)) == 2):
         return "io"
     sides = {}
     for axes in map("".join, itertools.product("io", repeat=len(weight.shape))):

@@ -13,7 +13,7 @@ import optax
 from .._utils.validation import check_choice
 from ..adapter.spec import Specs
 from ..adapter.tree import count, leaves_by_path, replace_paths
-from .find_pairs import spec_path
+from .find_pairs import spec_paths
 from .lora_plus import check_floating
 from .roles import LoRAPlusState, LoRAPlusTransform, Role, find_states, labels_of, leaves_by_role
 
@@ -147,12 +147,15 @@ def describe(
         )
     for name in merged or ():
         check_choice("merged", name, sorted(specs or {}))
+    module_of = lambda path: path.removesuffix("/value").rpartition("/")[0]  # noqa: E731
+    is_factor = lambda path: path in groups and groups[path][0] in ("a", "b", "embedding")  # noqa: E731
+    keys = spec_paths({module_of(path) for path in groups if is_factor(path)}, specs)
     rows = []
     for path, leaf in leaves_by_path(trainable).items():
         role, rate, decay, relative = groups.get(path, ("extra", None, None, False))
         rate, decay = (None if x is None else float(np.asarray(x)) for x in (rate, decay))
-        key = spec_path(path.removesuffix("/value").rpartition("/")[0])
-        rank = specs[key].rank if specs and key in specs and role in ("a", "b", "embedding") else None
+        key = keys[module_of(path)] if is_factor(path) else ""
+        rank = specs[key].rank if is_factor(path) and specs and key in specs else None
         whole = None if merged is None or rank is None else merged.get(key, "")
         rows.append(LeafRow(path, tuple(leaf.shape), role, rank, rate, decay, leaf.size, relative, whole))
     trained = count(trainable)

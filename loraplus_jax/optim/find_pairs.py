@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from .._utils.validation import suggest
-from ..adapter.spec import Specs
+from ..adapter.spec import AdapterSpec, Specs
 
 Side = Literal["a", "b"]
 
@@ -69,11 +69,15 @@ def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[
     Returns:
       The `Pair` of each module, by the module's path in the tree, such as `"lora/query"`; empty if there is none.
     """
-    pairs = {}
-    for module, sides in _pairs_by_name(leaves).items():
+    pairs, by_name = {}, _pairs_by_name(leaves)
+    paths = spec_paths(by_name, specs)
+    for module, sides in by_name.items():
         # PyTorch's names; its Linear is (out, in).
         torch = any(re.search(r"lora_(embedding_)?([AB]|down|up)\b|[./]weight$", p) for p in sides.values())
-        _check_pair(module, {side: leaves[path] for side, path in sides.items()}, specs, may_be_torch=torch)
+        spec = (specs or {}).get(paths[module])
+        if specs is not None and spec is None:
+            raise ValueError(f"{module or 'the tree'} is not in the specs{suggest(module, specs)}")
+        _check_pair(module, {side: leaves[path] for side, path in sides.items()}, spec, may_be_torch=torch)
         pairs[module] = Pair(sides["a"], sides["b"])
         if specs is None:
             _check_kernel(module, leaves, pairs[module])
@@ -176,15 +180,14 @@ def _check_names(leaves: Mapping[str, Any], pairs: Mapping[str, Pair], ours: boo
             )
 
 
-def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, *, may_be_torch: bool) -> None:
+def _check_pair(
+    module: str, pair: Mapping[Side, Any], spec: AdapterSpec | None, *, may_be_torch: bool
+) -> None:
     where = module or "the tree"
     sides: tuple[Side, Side] = ("a", "b")
     if missing := [side for side in sides if side not in pair]:
         raise ValueError(f"{where} has only one factor: lora_{missing[0]} is missing")
     a, b = (tuple(pair[side].shape) for side in sides)
-    spec = (specs or {}).get(spec_path(module))
-    if specs is not None and spec is None:
-        raise ValueError(f"{where} is not in the specs{suggest(module, specs)}")
     if spec is not None and (a, b) != spec.factor_shapes[:2]:
         raise ValueError(f"{where}: factors must have shapes {spec.factor_shapes[:2]}, got {a} and {b}")
     if min(len(a), len(b)) < 2 or not (a[-1] in b[:-1] or (may_be_torch and a[0] == b[1])):
@@ -195,10 +198,9 @@ def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, *, m
         )
 
 
-def spec_path(module: str) -> str:
-    """Removes the collection's name from a module's path in a tree, if it starts with it.
-
-    Returns:
-      The module's path in the specs; `""` for the whole tree.
-    """
-    return "" if module == "lora" else module.removeprefix("lora/")
+def spec_paths(modules: Iterable[str], specs: Specs | None) -> dict[str, str]:
+    """The paths in the specs of modules with factors in a tree: without the collection's name, if it has one."""
+    modules = list(modules)
+    # A module may be called "lora" too: without the collection the specs have all paths as they are.
+    is_bare = all(module in (specs or {}) for module in modules)
+    return {path: path if is_bare else f"{path}/".removeprefix("lora/").rstrip("/") for path in modules}

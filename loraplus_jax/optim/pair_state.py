@@ -11,7 +11,7 @@ import optax
 
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path, replace_paths
-from .find_pairs import Pair, factor_pairs, spec_path
+from .find_pairs import Pair, factor_pairs, spec_paths
 from .keep_float32 import widen
 
 
@@ -49,9 +49,10 @@ def pair_layouts(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[
     Raises:
       ValueError: there is no pair, or shapes leave open which axes are a batch.
     """
-    layouts = {}
-    for module, pair in factor_pairs(leaves, specs).items():
-        spec = (specs or {}).get(spec_path(module))
+    layouts, pairs = {}, factor_pairs(leaves, specs)
+    paths = spec_paths(pairs, specs)
+    for module, pair in pairs.items():
+        spec = (specs or {}).get(paths[module])
         a, b = (tuple(leaves[path].shape) for path in pair)
         layouts[pair] = layouts_of(_letters(module, a, b) if spec is None else spec.factor_letters)
     if not layouts:

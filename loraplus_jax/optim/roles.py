@@ -11,7 +11,7 @@ from flax import struct
 from .._utils.validation import check_choice
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path, replace_paths
-from .find_pairs import factor_pairs, is_embedding_factor, is_magnitude, spec_path
+from .find_pairs import factor_pairs, is_embedding_factor, is_magnitude, spec_paths
 
 Role = Literal["a", "b", "embedding", "magnitude", "extra", "vector"]
 ROLES: tuple[Role, ...] = ("a", "b", "embedding", "magnitude", "extra", "vector")
@@ -57,8 +57,10 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
         )
     is_peft = policy == "peft"
     roles: dict[str, Role] = {}
-    for module, pair in factor_pairs(leaves, specs).items():
-        spec = (specs or {}).get(spec_path(module))
+    pairs = factor_pairs(leaves, specs)
+    paths = spec_paths(pairs, specs)
+    for module, pair in pairs.items():
+        spec = (specs or {}).get(paths[module])
         embedded = is_embedding_factor(pair.a) if spec is None else spec.kind == "embed"
         roles |= dict.fromkeys(pair, "embedding") if embedded else {pair.a: "a", pair.b: "b"}
     for path in leaves.keys() - roles.keys():

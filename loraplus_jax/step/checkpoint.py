@@ -86,9 +86,16 @@ def describe_run(
         "specs": specs_to_json(specs),
         "base": base,
         "jax_config": numeric_options(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         **more,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path, or a vendored copy
+        return "unknown"
 
 
 def numeric_options() -> dict[str, Any]:
@@ -145,7 +152,10 @@ def open_manager(
 
 
 def check_directory_name(name: str, directory: Path) -> None:
-    """Raises ValueError for a path that tensorstore cannot write to: not UTF-8, or with a backslash, its slash."""
+    """Raises ValueError for a URL, and for what tensorstore cannot write to: not UTF-8, or with a backslash."""
+    if re.match("[a-z][a-z0-9]+:/", str(directory)):
+        url = str(directory).replace(":/", "://", 1)  # pathlib drops a slash
+        raise ValueError(f"{name} must be a directory of a mounted file system, got {url}")
     if wrong := re.search(r"[\\\ud800-\udfff]", directory.absolute().as_posix()):
         raise ValueError(f"{name} {str(directory.absolute())!r}: checkpoints do not support {wrong[0]!r}")
 

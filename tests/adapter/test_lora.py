@@ -44,11 +44,15 @@ def test_the_gradient_of_b_copies_no_rows():
         (spec((6, 2, 2), stacked=(0,)), 3.0, (6, 1, 1)),
         (spec((2, 6, 2), stacked=(1,)), 3.0, (1, 6, 1)),
         (spec((6, 2, 2), stacked=(0,)), np.arange(6.0).reshape(6, 1, 1), (6, 1, 1)),
+        (spec((6, 2, 2), stacked=(0,)), np.arange(6.0), (6, 1, 1)),
+        (spec((2, 6, 2), stacked=(1,)), np.arange(6.0), (1, 6, 1)),
     ],
 )
 def test_scale_variables(table, value, shape):
     got = scale_variables({"layers/q": table}, value)["layers"]["q"]["lora_scale"]
-    np.testing.assert_array_equal(got, np.broadcast_to(0.5 if value is None else value, shape))
+    expected = 0.5 if value is None else value
+    expected = np.reshape(expected, shape) if np.ndim(expected) else np.broadcast_to(expected, shape)
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_scale_variables_by_module():

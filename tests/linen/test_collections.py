@@ -8,7 +8,9 @@ import pytest
 
 from loraplus_jax import apply_lora_plus, combine, disabled, split_trainable
 from loraplus_jax.adapter.lora import scale_variables
+from loraplus_jax.adapter.tree import unflatten
 
+from ..messages import mentions
 from ..refusals import refusals
 from ..zoo.linen_toys import Listed, Raw, Setup
 from .models import CONFIG, KEY, X, assert_equal, config, drawn, prepared, variables_of
@@ -51,6 +53,15 @@ def test_adapters_of_a_deeper_model_are_rejected_by_every_method():
     ):
         with pytest.raises(ValueError, match=f"'{word}'"):
             model.apply({**base, **variables}, X, method="encode")
+
+
+@pytest.mark.parametrize("where", ["head", "head/kernel"])
+def test_magnitudes_of_a_config_without_them_are_rejected(where):
+    rules = config(target_parameters=[where]) if "/" in where else config(where)
+    model, base, lora, _ = prepared(Deeper(1), rules)
+    path = f"{where}/lora_magnitude"
+    with pytest.raises(ValueError, match=mentions(repr(path), "lora")):
+        model.apply({**base, "lora": combine(lora, unflatten({path: jnp.ones((1, 3))}))}, X)
 
 
 def test_a_call_may_leave_out_an_adapted_layer():

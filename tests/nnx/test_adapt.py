@@ -69,7 +69,8 @@ def test_factors_of_a_bfloat16_base_are_float32_and_its_mesh_axes_are_carried():
 
 def test_an_abstract_model_gets_adapters():
     model = nnx.eval_shape(lambda: One(nnx.Linear(8, 6, rngs=nnx.Rngs(0))))
-    specs = apply_lora_plus(model, LoRAPlusConfig(target_modules=["layer"], rank=2), rngs=nnx.Rngs(1))
+    rules = LoRAPlusConfig(target_modules=["layer"], rank=2)
+    specs = apply_lora_plus(model, rules, rngs=nnx.Rngs(1), check=(jnp.ones((2, 8)),))
     assert specs["layer"].shape == (8, 6)
     assert lora_tree(model)["layer"]["lora_a"].shape == (8, 2)
 

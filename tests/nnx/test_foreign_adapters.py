@@ -186,10 +186,13 @@ def test_axes_of_equal_size_must_be_told():
 PAIR = {"kernel_lora_a": drawn(8, 2), "kernel_lora_b": drawn(2, 5)}
 KERNEL = {"kernel": drawn(8, 6)}
 
+# As a library stores it that has (out, in), or not.
+SQUARE = {"weight": drawn(8, 8), "weight_lora_a": drawn(8, 2), "weight_lora_b": drawn(2, 8)}
 test_trees_that_cannot_be_read_are_named = refusals(
     (lambda: specs_of({"fc": KERNEL}, scale=1.0), "adapters"),
     (lambda: specs_of({"fc": {"lora_a": drawn(8, 2), "lora_b": drawn(2, 6)}}, scale=1.0), "fc", "weight"),
     (lambda: specs_of({"fc": KERNEL | PAIR}, scale=1.0), "fc", "(2, 5)"),
+    (lambda: specs_of({"q": SQUARE}, scale=1.0), "q/weight", "(8, 8)", "io", "oi"),
     error=ValueError,
 )
 

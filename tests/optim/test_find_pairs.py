@@ -108,6 +108,10 @@ test_ambiguous_trees_are_rejected = refusals(
 def test_factors_are_compared_with_the_specs():
     tree = {"lora": {"q": PAIR}}
     label_params(tree, {"q": spec(4, 6)})
+    # Modules that are called like the collection.
+    inner = dict.fromkeys(("lora", "lora/q"), spec(4, 6))
+    for module in ({"lora": PAIR | {"q": PAIR}}, {"lora": {"lora": PAIR | {"q": PAIR}}}):
+        assert set(jax.tree.leaves(label_params(module, inner))) == {"a", "b"}
     for specs, words in (({"q": spec(5, 6)}, ["(4, 2)", "(5, 2)"]), ({"qq": spec(4, 6)}, ["qq"])):
         with pytest.raises(ValueError, match=mentions("lora/q", *words)):
             label_params(tree, specs)

@@ -192,6 +192,9 @@ test_a_missing_checkpoint_is_named = refusals(
     (lambda tmp_path: restored(tmp_path / "mine"), "checkpoint", "mine"),
     error=FileNotFoundError,
 )
+test_a_bucket_is_no_directory = refusals(
+    (lambda: open_manager("gs://a/b"), "directory", "gs://a/b", "mounted")
+)
 
 
 @pytest.mark.slow
@@ -224,6 +227,11 @@ def test_any_name_of_a_directory_that_is_legal_works(tmp_path, name):
             save_checkpoint(manager, state.replace(trainable=leaves), metadata=metadata())
     with open_manager(tmp_path / name / "checkpoints") as manager:
         assert_same(restore_checkpoint(manager, fresh(seed=1), metadata=metadata()).state, state)
+
+
+def test_metadata_of_a_source_tree_has_no_version(monkeypatch):
+    monkeypatch.setattr("loraplus_jax.step.checkpoint.PACKAGES", ("not-installed",))
+    assert describe_run({}, None)["versions"] == {"not-installed": "unknown"}
 
 
 def test_differences_leave_versions_aside_and_reach_the_innermost_field():
