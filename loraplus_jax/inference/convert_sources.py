@@ -444,7 +444,7 @@ def _check_tunix_rope(source: Path, base: NamedBase, allow_different: Sequence[s
     if kind not in _TUNIX_THETA:
         return
     config: Any = family_of(kind).config.from_hf(base.config)
-    theta, scaling = _TUNIX_THETA[kind], dict(config.rope_scaling).get("rope_type")
+    theta, scaling = _TUNIX_THETA[kind], getattr(config.rope_scaling, "rope_type", None)
     problems = {}
     if theta not in (None, config.rope_theta):
         problems["rope_theta"] = (

@@ -1,28 +1,73 @@
-"""What the configs of all families share: reading a `config.json`, and checks that list every problem."""
+"""What the configs of all families share: types of their numbers, and reading a `config.json`."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import AfterValidator, ConfigDict, Field, Strict, ValidationError
 
 from .._utils.validation import check_choice
 from .activations import ACTIVATIONS
 
+MAX_LAYERS, MAX_SIZE = 1_000, 2**24
+_SHOWN = 20
+
+# Files of others may state any number, so each has bounds: a model of these sizes is traced before the weights are
+# compared with it. Strict: otherwise pydantic accepts true as 1 and "2" as 2.
+Size = Annotated[int, Strict(), Field(ge=1, le=MAX_SIZE)]
+HeadSize = Annotated[int, Strict(), Field(ge=1, le=2**14)]
+"""Of a head, whose rotary frequencies are computed while the model is traced."""
+Layers = Annotated[int, Strict(), Field(ge=1, le=MAX_LAYERS)]
+Positions = Annotated[int, Strict(), Field(ge=1, le=2**27)]
+"""The longest sequence of a model without a table of positions."""
+Switch = Annotated[bool, Strict()]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(ge=1e-9, lt=1e9)]
+Epsilon = Annotated[Number, Field(gt=0, lt=1)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Deviation = Annotated[Number, Field(gt=0, lt=1e3)]
+
+
+def _check_activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"must be one of {', '.join(ACTIVATIONS)}")
+    return name
+
+
+Activation = Annotated[str, AfterValidator(_check_activation)]
+CONFIG = ConfigDict(extra="forbid")
+"""The pydantic configuration of every config: another field is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What is the same in all language models of a `model_type`: a row of a family's table `KINDS`.
+
+    Attributes:
+      architecture: transformers' class.
+      fused: whether a layer computes several projections at once, which `split_fused` splits.
+      gguf: the architecture in GGUF files; None if llama.cpp has none that is supported here.
+      gguf_names: Hugging Face's name of each tensor in a GGUF file, of those in a layer without prefix and number.
+      layers: what precedes the number of a layer in Hugging Face's names.
+    """
+
+    architecture: str
+    fused: bool = False
+    gguf: str | None = None
+    gguf_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layers: str = "model.layers"
+
 
 class ModelConfig:
-    """Base class of the configs, which are frozen dataclasses with the field names of Hugging Face's `config.json`.
+    """Base class of the configs, which are pydantic dataclasses with the field names of `config.json`.
 
     Attributes:
       MODEL_TYPES: the family's values of `model_type`.
-      ACTIVATION: the field that names an activation function.
-      BOUNDS: number fields, with the numbers that they are above and below.
-      RATES: number fields from 0 to below 1.
       NAMES: the file's names of fields, where they differ.
     """
 
     MODEL_TYPES: ClassVar[tuple[str, ...]]
-    ACTIVATION: ClassVar[str] = "hidden_act"
-    BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {}
-    RATES: ClassVar[tuple[str, ...]] = ()
     NAMES: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
@@ -30,7 +75,7 @@ class ModelConfig:
         """Reads the fields that it needs from the contents of a `config.json`.
 
         Raises:
-          ValueError: the model type or an option is unsupported, or a size is missing or invalid.
+          ValueError: the model type or an option is unsupported, or a size is missing or invalid; lists everything.
 
         Example:
           >>> from loraplus_jax.models.gpt2.config import GPT2Config
@@ -41,83 +86,48 @@ class ModelConfig:
         """
         try:
             check_choice("model_type", config.get("model_type"), cls.MODEL_TYPES)
-            return cls(**cls.read(config))
-        except (ValueError, TypeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"config.json: {error}") from None
+        values, problems = cls.read(config)
+        names = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+        made = None
+        try:
+            made = cls(**{name: value for name, value in values.items() if name in names})
+        except ValidationError as error:
+            problems = [*problems, *map(cls._describe, error.errors())]
+        if made is None or problems:
+            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+            raise ValueError("config.json: " + "; ".join([*problems[:_SHOWN], *more]))
+        return made
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of the fields in a `config.json` of one of the `MODEL_TYPES`."""
+    def read(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Values by the fields' names, besides others, and one line for each unsupported option."""
         raise NotImplementedError
 
     @classmethod
-    def select(
-        cls,
-        entries: Mapping[str, Any],
-        only: Mapping[str, Sequence[Any]],
-        *,
-        optional: Collection[str] = (),
-        problems: Sequence[str] = (),
-    ) -> dict[str, Any]:
-        """The values of the fields among a file's options.
+    def _describe(cls, error: Any) -> str:
+        """A problem that pydantic found, as one line."""
+        first, *rest = error["loc"] or ("",)
+        name = ".".join(map(str, (cls.NAMES.get(first, first), *rest)))
+        if error["type"] == "missing":
+            return f"{name} is missing"
+        message = error["msg"].removeprefix("Value error, ")
+        # Of several fields, whose names and values the message has.
+        return f"{name}: {message}, got {error['input']!r:.80}" if name else message
 
-        Args:
-          entries: the file's options.
-          only: the supported values of options that change what the model computes, the default first.
-          optional: fields without a default that the file may lack.
-          problems: other problems.
 
-        Raises:
-          ValueError: an option has another value, or a field is missing; lists all problems.
-        """
-        fields: Any = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-        unsupported = [
-            f"{key} is {entries[key]!r}, only {known[0]!r} is supported"
-            for key, known in only.items()
-            if entries.get(key, known[0]) not in known
-        ]
-        missing = [
-            f"{cls.NAMES.get(field.name, field.name)} is missing"
-            for field in fields
-            if field.default is dataclasses.MISSING and field.name not in (*entries, *optional)
-        ]
-        if faults := [*unsupported, *missing, *problems]:
-            raise ValueError("; ".join(faults))
-        return {field.name: entries[field.name] for field in fields if field.name in entries}
+def unsupported(options: Mapping[str, Any], only: Mapping[str, Sequence[Any]]) -> list[str]:
+    """One line for each option with a value that is not supported; `only` has those that are, the default first."""
+    return [
+        f"{name} is {options[name]!r:.80}, only {known[0]!r} is supported"
+        for name, known in only.items()
+        if options.get(name, known[0]) not in known
+    ]
 
-    def __post_init__(self) -> None:
-        if problems := self._field_problems() or self.size_problems():
-            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
 
-    def size_problems(self) -> list[str]:
-        """One line per pair of sizes that do not fit; called once all fields are valid."""
-        heads, width = (getattr(self, name) for name in ("num_attention_heads", "hidden_size"))
-        names = [self.NAMES.get(name, name) for name in ("num_attention_heads", "hidden_size")]
-        return [f"{' must divide '.join(names)}, got {heads} and {width}"] if width % heads else []
-
-    def _field_problems(self) -> list[str]:
-        """One line per invalid field, by its type: an int is a size of at least 1."""
-        choices = {"model_type": self.MODEL_TYPES, self.ACTIVATION: tuple(ACTIVATIONS)}
-        problems = []
-        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            name, value = field.name, getattr(self, field.name)
-            number: Any = value
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            low, high = self.BOUNDS.get(name, (0.0, 1.0))
-            allowed = None
-            if value is None and field.default is None:
-                continue
-            if name in choices and value not in choices[name]:
-                allowed = f"one of {', '.join(choices[name])}"
-            elif name in self.BOUNDS and not (is_number and low < number < high):
-                allowed = f"a number above {low:g} and below {high:g}"
-            elif name in self.RATES and not (is_number and 0 <= number < 1):
-                allowed = "a number in [0, 1)"
-            elif field.type in (int, int | None):
-                least = int(name != "pad_token_id")
-                allowed = None if type(value) is int and value >= least else f"an int of at least {least}"
-            elif field.type is bool and not isinstance(value, bool):
-                allowed = "true or false"
-            if allowed:
-                problems.append(f"{self.NAMES.get(name, name)} must be {allowed}, got {value!r:.80}")
-        return problems
+def check_heads(heads: int, width: int, names: Mapping[str, str]) -> None:
+    """Raises ValueError unless the number of heads divides the hidden size; `names` are those in the file."""
+    if width % heads:
+        first, second = (names.get(name, name) for name in ("num_attention_heads", "hidden_size"))
+        raise ValueError(f"{first} must divide {second}, got {heads} and {width}")

@@ -272,7 +272,7 @@ class CausalLM(Part):
         if not first:
             positions += jnp.sum(cache.segment_ids, axis=1, keepdims=True)
         shared = Shared(segment_ids, None if first else segments > 0, cache.length)
-        # Positions of padding matter only to dynamic rotary scaling, which uses the largest of all.
+        # Padding before a row's first token would have position -1, which is in no table.
         positions, cache = jnp.maximum(positions, 0), cache._replace(segment_ids=segments)
         x, cache = self.run(input_ids, positions, shared, cache)
         return self.logits(x[:, -1:])[:, 0], cache._replace(length=cache.length + input_ids.shape[1])

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 from ..step.sharding import Rules
 from .checkpoints.name_table import NameTable
+from .config import Kind
 from .decoder import CausalLM, Config
 from .gpt2 import model as gpt2
 from .gpt2.config import GPT2Config
 from .llama import model as llama
-from .llama.config import KINDS, LlamaConfig
+from .llama.config import LlamaConfig
 
 
 class Family(NamedTuple):
@@ -21,7 +22,6 @@ class Family(NamedTuple):
       name_table: makes the name table for a config.
       sharding: sharding rules of the parameters.
       tensor_sizes: sizes that the mesh's tensor axis must divide, by name, for a config.
-      architectures: transformers' class for each model type.
       prefix: prefix of all module names there except the head's.
     """
 
@@ -30,7 +30,6 @@ class Family(NamedTuple):
     name_table: Callable[[Any], NameTable]
     sharding: Rules
     tensor_sizes: Callable[[Any], dict[str, int]]
-    architectures: Mapping[str, str]
     prefix: str
 
 
@@ -41,15 +40,6 @@ FAMILIES = (
         llama.name_table,
         llama.SHARDING,
         llama.tensor_sizes,
-        {
-            "llama": "LlamaForCausalLM",
-            "mistral": "MistralForCausalLM",
-            "qwen2": "Qwen2ForCausalLM",
-            "qwen3": "Qwen3ForCausalLM",
-            "gemma2": "Gemma2ForCausalLM",
-            "gemma3_text": "Gemma3ForCausalLM",
-            "phi3": "Phi3ForCausalLM",
-        },
         "model.",
     ),
     Family(
@@ -58,15 +48,16 @@ FAMILIES = (
         gpt2.name_table,
         gpt2.SHARDING,
         gpt2.tensor_sizes,
-        {"gpt2": "GPT2LMHeadModel"},
         "transformer.",
     ),
 )
-MODEL_TYPES = tuple(kind for family in FAMILIES for kind in family.architectures)
-FUSED_TYPES = ("gpt2", *(name for name, kind in KINDS.items() if kind.fused))
+KINDS: Mapping[str, Kind] = {name: kind for family in FAMILIES for name, kind in family.config.KINDS.items()}
+"""What is the same in all models of a type."""
+MODEL_TYPES = tuple(KINDS)
+FUSED_TYPES = tuple(name for name, kind in KINDS.items() if kind.fused)
 """The model types with fused projections, which `split_fused` splits."""
 
 
 def family_of(model_type: str) -> Family:
     """The family of a model type, which must be one of `MODEL_TYPES`."""
-    return next(family for family in FAMILIES if model_type in family.architectures)
+    return next(family for family in FAMILIES if model_type in family.config.KINDS)

@@ -1,4 +1,4 @@
-"""The choices of settings that models check too; without pydantic, which models do not need."""
+"""The choices of settings that models check too; without pydantic, which is slow to import."""
 
 from typing import Literal
 

@@ -21,7 +21,7 @@ from ..adapter.config import BASE_INITS
 from ..adapter.lora import SCALE, scale_variables
 from ..adapter.spec import Specs
 from ..data.fetch import resolve
-from ..models.checkpoints.hf import check_params, load_params
+from ..models.checkpoints.hf import load_params
 from ..optim.lora_plus import LoRAPlusTransform
 from ..settings.schema import split_settings
 from ..step.checkpoint import describe_run, numeric_options
@@ -144,7 +144,6 @@ def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> Abstra
     shapes = build_model(widest, directory, data.task, widest.applied)
     tx = make_optimizer(run.shared_optimizer, widest.lr_ratio, steps, shapes.specs)
     check_rates(run.optimizer, tx, shapes.trainable)
-    check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     return AbstractPopulation(directory, data, steps, widest, shapes)
 
 

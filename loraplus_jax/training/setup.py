@@ -254,16 +254,25 @@ def build_model(
 ) -> AdaptedModel:
     """The model with adapters; all variables except the adapters are shapes."""
     base = task_module(settings).make_base(settings, directory, task)
-    return add_adapters(settings, base, config, init_lora)
+    return add_adapters(settings, base, config, init_lora, directory)
 
 
 def add_adapters(
-    settings: Settings, base: BaseModel, config: LoRAPlusConfig | None, make_adapters: Callable[..., Any]
+    settings: Settings,
+    base: BaseModel,
+    config: LoRAPlusConfig | None,
+    make_adapters: Callable[..., Any],
+    directory: Path | None = None,
 ) -> AdaptedModel:
-    """Adds adapters to a base model; `make_adapters` is `init_lora`, or a function that returns shapes instead."""
+    """Adds adapters to a base model; `make_adapters` is `init_lora`, or a function that returns shapes instead.
+
+    Compares the model with the weights in a directory first, so that no A and B are made of sizes that these lack.
+    """
     new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
     # Only shapes: to initialize weights that the files replace would take their memory twice.
     variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
+    if directory is not None:
+        check_params(directory, base.table, variables["params"], new=base.new)
     if config is None:
         return AdaptedModel(base, base.model, {}, _float32(variables), {})
     if config.init in BASE_INITS:  # whose values come with the weights

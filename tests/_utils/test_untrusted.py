@@ -26,9 +26,11 @@ from loraplus_jax.data.readers import read_rows
 from loraplus_jax.interop.peft_adapter_config import read_options
 from loraplus_jax.interop.peft_files import peft_config
 from loraplus_jax.models import tokenizer as tokenizers
+from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.checkpoints.hf import load_config, load_params
 from loraplus_jax.models.checkpoints.name_table import NameTable
 from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.models.llama.model import Llama, name_table
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.yaml_files import read_yaml
 from loraplus_jax.tasks.causal_lm import LanguageTask, tokenizer_and_template
@@ -40,6 +42,7 @@ from loraplus_jax.training.setup import add_adapters
 from .. import tiny
 from ..integration.language_world import write_model
 from ..marks import slow
+from ..messages import mentions
 from ..models.checkpoints.gguf.files import metadata
 from ..models.checkpoints.gguf.files import write as write_gguf
 
@@ -91,36 +94,23 @@ def ours(section="config", read=load_adapter, **changes):
     return call
 
 
-HELD = {"embeddings.word_embeddings.weight": (30, 4), "embeddings.position_embeddings.weight": (8, 4)}
-HELD |= {f"encoder.layer.{n}.output.dense.weight": (4, 4) for n in range(2)}
-BILLION = {"encoder.layer.999999999.output.dense.weight": (4, 4)}
-WIDE = {"a.0.weight": (4, 4), "b.1.weight": (10**12, 0)}  # a width without values
+def sizes(kind="bert", **changes):
+    """A config of sizes beyond all bounds; the config of two is read."""
 
-
-def sizes(kind="bert", held=HELD, **changes):
-    """A config of other sizes than the tensors of its directory; the config of two is read."""
-
-    def call(directory):
-        if held:
-            save_file(
-                {n: np.ones(shape, np.float32) for n, shape in held.items()}, directory / "model.safetensors"
-            )
-        two = dict.fromkeys(tiny.SIZES, 2) | {"num_hidden_layers": 1 if held is BILLION else 2, "head_dim": 2}
+    def call(_):
+        two = dict.fromkeys(tiny.SIZES, 2) | {"head_dim": 2}
         for content in (tiny.config(kind, **two), tiny.config(kind, **two | changes)):
-            (directory / "config.json").write_text(json.dumps(content))
-            load_config(directory)
+            (BertConfig if kind == "bert" else LlamaConfig).from_hf(content)
 
     return call
-
-
-LLAMA_HELD = {f"model.layers.{n}.mlp.down_proj.weight": (4, 4) for n in range(2)}
 
 
 def gguf(key, value):
     def call(directory):
         shapes = {"token_embd.weight": (8, 32), "blk.0.ffn_up.weight": (96, 32)}
         content = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-        load_config(write_gguf(directory / "m.gguf", content, metadata() | {f"llama.{key}": value}))
+        path = write_gguf(directory / "m.gguf", content, metadata() | {f"llama.{key}": value})
+        LlamaConfig.from_hf(load_config(path))
 
     return call
 
@@ -132,9 +122,8 @@ def rotary(**changes):
 
 YARN = {"type": "yarn", "factor": 1e300}
 TOO_FAR = {"type": "linear", "factor": 10**400}
-DYNAMIC = {"type": "dynamic", "factor": 2.0}
 RULE, PEFT_RULE = ("adapter.json", "rule", "1 s"), "adapter_config.json"
-ENCODER_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads")
+ENCODER_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "type_vocab_size", "pad_token_id")
 ROWS = (
     (peft(rank_pattern={EVIL: 2}), PEFT_RULE, "rank_pattern"),
     (peft(rank_pattern={"(" * 10_000: 2}), PEFT_RULE, "rank_pattern"),
@@ -149,29 +138,23 @@ ROWS = (
         (ours(rank=10**9, rank_pattern={NAME: 2}, alpha=16.0, read=read), "adapter.json", 10**9, 4)
         for read in (load_adapter, saved_config)
     ),
-    (sizes(num_hidden_layers=10**9), "num_hidden_layers", 10**9, 2),
-    (sizes(num_hidden_layers=3), "num_hidden_layers", 3, 2),
-    (sizes(held=BILLION, num_hidden_layers=10**9), "num_hidden_layers", 10**9, 1),
-    (sizes(held=WIDE, vocab_size=10**12), "vocab_size", 10**12, 4),
-    *((sizes(**{field: 31}), field, 31, 30) for field in ENCODER_SIZES),
-    *((sizes(**{f: 10**12}), f, 10**12, 30) for f in ("vocab_size", "type_vocab_size", "pad_token_id")),
-    (sizes(max_position_embeddings=10**9), "max_position_embeddings", 10**9, 30),
-    (sizes("llama", LLAMA_HELD, num_hidden_layers=10**9), "num_hidden_layers", 10**9, 2),
-    (sizes("llama", LLAMA_HELD, hidden_size=10**30), "hidden_size", 10**30),
-    (sizes("llama", LLAMA_HELD, head_dim=10**9), "head_dim", 10**9),
-    (sizes("llama", LLAMA_HELD, max_position_embeddings=10**9), "max_position_embeddings", 10**9, 2**27),
-    (sizes(held={}, num_hidden_layers=10**9), "num_hidden_layers", 10**9, 1000),
-    *((sizes(held={}, **{f: 10**12}), f, 10**12, 2**24) for f in ("vocab_size", "hidden_size")),
+    (sizes(num_hidden_layers=1001), "num_hidden_layers", 1001, 1000),
+    *(
+        (sizes(**{field: 10**12}), field, 10**12, 2**24)
+        for field in (*ENCODER_SIZES, "max_position_embeddings")
+    ),
+    (sizes("llama", hidden_size=10**30), "hidden_size", 10**30),
+    (sizes("llama", head_dim=10**9), "head_dim", 10**9, 2**14),
+    (sizes("llama", max_position_embeddings=10**9), "max_position_embeddings", 10**9, 2**27),
     (
-        sizes(held={}, num_attention_heads=2**13, head_dim=2**13),
+        sizes("llama", num_attention_heads=2**13, head_dim=2**13),
         *("num_attention_heads x head_dim", 2**26, 2**24),
     ),
-    (gguf("block_count", 2**31 - 4), "m.gguf", "num_hidden_layers", 2**31 - 4),
-    (gguf("embedding_length", 2**31 - 4), "m.gguf", "hidden_size", 2**31 - 4),
+    (gguf("block_count", 2**31 - 4), "num_hidden_layers", 2**31 - 4),
+    (gguf("embedding_length", 2**31 - 4), "hidden_size", 2**31 - 4),
     (rotary(rope_scaling=YARN), "config.json", "factor"),
     (rotary(rope_scaling=TOO_FAR), "config.json", "factor"),
     (rotary(rope_theta=1.0), "config.json", "rope_theta"),
-    (rotary(head_dim=2, rope_scaling=DYNAMIC), "config.json", "head_dim"),
 )
 
 
@@ -193,6 +176,16 @@ def test_rules_are_tried_on_the_model_that_they_are_for(reject):
     base = BaseModel(Model(), NameTable(rules=()), (), (jax.ShapeDtypeStruct((1, 2), jnp.float32),), (), {})
     reject(lambda: add_adapters(SimpleNamespace(seed=0), base, config, None), "lora", EVIL, "1 s")
     try_rules("lora", LoRAPlusConfig(target_modules=["b"]).to_json(), [NAME])
+
+
+def test_sizes_that_the_weights_lack_are_rejected_before_factors_are_made(tmp_path):
+    config = LlamaConfig.from_hf(tiny.config(hidden_size=2**20, num_hidden_layers=1000))
+    shape = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    base = BaseModel(Llama(config), name_table(config), (), (shape,), (), {})
+    settings, lora = SimpleNamespace(seed=0), LoRAPlusConfig(target_modules=["q_proj"])
+    directory = tiny.write(tmp_path / "base")
+    with pytest.raises(ValueError, match=mentions("do not match the model", 2**20)):
+        add_adapters(settings, base, lora, None, directory)
 
 
 READERS = {

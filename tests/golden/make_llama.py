@@ -30,7 +30,6 @@ TINY |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 _SHORT = {"original_max_position_embeddings": ORIGINAL}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 2.0, "beta_slow": 0.1, "rope_theta": 100.0}
-_DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
 _LONG = {"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75}
 _LONG |= {"short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 5.0, 9.0]}
 _FULL = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e3}
@@ -44,7 +43,6 @@ CASES = {
     "llama2": ("llama", {"num_key_value_heads": 4, "max_position_embeddings": ORIGINAL}),
     "llama3": ("llama", {"rope": _LLAMA3 | {"rope_theta": 10.0} | _SHORT}),
     "linear": ("llama", {"rope": {"rope_type": "linear", "factor": 2.5, "rope_theta": 100.0}}),
-    "dynamic": ("llama", {"rope": _DYNAMIC, "max_position_embeddings": ORIGINAL}),
     "yarn": ("llama", {"rope": _YARN | _SHORT, "max_position_embeddings": 4 * ORIGINAL}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "smollm2": ("llama", {"tie_word_embeddings": True, "rope": {"rope_theta": 1e5}}),
@@ -59,7 +57,7 @@ CASES = {
     "phi3_long": ("phi3", {"rope": _LONG | _SHORT, "max_position_embeddings": 4 * ORIGINAL} | _SHORT),
 }
 # transformers keeps cached keys as an earlier, shorter context rotated them; within the context all agree.
-SHORT = {"dynamic": ORIGINAL - max(PROMPTS), "phi3_long": ORIGINAL - max(PROMPTS)}
+SHORT = {"phi3_long": ORIGINAL - max(PROMPTS)}
 
 
 def main() -> None:
@@ -145,7 +143,7 @@ def logits(model, ids):
     mask = ids != 0
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    fresh = copy.deepcopy(model)  # dynamic rope remembers the longest input that it saw
+    fresh = copy.deepcopy(model)  # longrope remembers the longest input that it saw
     with torch.no_grad():
         out = fresh(**{key: torch.from_numpy(value).long() for key, value in given.items()}, use_cache=False)
     return np.where(mask[:, :, None], out.logits.numpy(), 0)

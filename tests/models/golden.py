@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import json
 import os
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from loraplus_jax.models.families import family_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMAS = (
-    *("llama2", "llama3", "linear", "dynamic", "yarn", "biases", "smollm2"),
+    *("llama2", "llama3", "linear", "yarn", "biases", "smollm2"),
     *("mistral", "mistral_full", "qwen2", "qwen2_tied", "qwen3"),
     *("gemma2", "gemma3", "phi3", "phi3_long"),
 )
@@ -91,10 +90,3 @@ def generated(model, params, prompts, new_tokens, segments=None):
     generate = make_generate(model, model.config, new_tokens=new_tokens, stop=())
     keys = jax.random.split(jax.random.key(0), len(prompts))
     return generate({"params": params}, prompts, segments, Sampling(), keys)
-
-
-def edit_config(folder, **changes):
-    """Changes a directory's config.json; None takes an option away."""
-    config = json.loads((folder / "config.json").read_text()) | changes
-    kept = {key: value for key, value in config.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(kept))

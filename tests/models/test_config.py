@@ -34,6 +34,6 @@ test_unsupported_configs = refusals(
     (bert(hidden_size="absent", vocab_size=None), "vocab_size", "hidden_size", "missing"),
     (bert(num_attention_heads=5), "num_attention_heads", "hidden_size", 5, 32),
     (bert(num_hidden_layers=0), "num_hidden_layers", 1, 0),
-    (bert(hidden_size="32"), "hidden_size", 1, "'32'"),
-    (bert(hidden_dropout_prob=1.0), "hidden_dropout_prob", 0, 1, 1.0),
+    (bert(hidden_size="32"), "hidden_size", "integer", "'32'"),
+    (bert(hidden_dropout_prob=1.0), "hidden_dropout_prob", "less than 1", 1.0),
 )

@@ -29,7 +29,7 @@ def test_logits_equal_transformers(name, models):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2_scaled", "llama_gemma3", "llama_dynamic"])
+@pytest.mark.parametrize("name", ["gpt2_scaled", "llama_gemma3", "llama_phi3_long"])
 def test_continuations_with_a_cache_equal_transformers(name, models):
     golden, model, params = models(name)
     given = generated(model, params, golden["prompts"], golden["greedy"].shape[1])
@@ -96,7 +96,7 @@ def test_packed_sequences_equal_each_alone(name, attention, models, long_inputs)
 
 @pytest.mark.slow
 def test_values_and_amount_of_padding_change_nothing(models):
-    golden, model, params = models("llama_dynamic")  # which goes by the longest sequence of the call
+    golden, model, params = models("llama_phi3_long")  # whose angles go by the length of a row
     tokens, wanted = golden["right"][:1], golden["float64/right"][:1]
     length = tokens.shape[1]
     for before in (0, 9, WIDTH - length):

@@ -22,29 +22,22 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "original_max_position_embed
 LINEAR = {"rope_type": "linear", "factor": 8.0}
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.5, 3.0, 7.0, 11.0]}
 ORIGINAL = {"original_max_position_embeddings": 64}
-WINDOWS = {"use_sliding_window": True, "sliding_window": 5}
 GEMMA = {"head_dim": 24, "sliding_window": 40, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
 UNTIED = {"final_logit_softcapping": 5.0, "tie_word_embeddings": False, "sliding_window_pattern": 2}
 TIED = {"tie_word_embeddings": True}
 # Each has several options that no golden file has.
 LLAMAS = {
     "as_llama_3.1": ("llama", {"head_dim": 64, "rope": LLAMA31, "max_position_embeddings": 131072}),
-    "mlp_bias_and_yarn_by_mscale": (
+    "mlp_bias_and_yarn": (
         "llama",
         {"mlp_bias": True, "rms_norm_eps": 1e-2, "sliding_window": 4}  # a window that Llama does not know
-        | {"rope": YARN | {"factor": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5}}
+        | {"rope": YARN | {"factor": 8.0}}
         | TIED,
     ),
-    "qwen2_yarn_temperature_and_windows": (
-        "qwen2",
-        {"rope": YARN | {"factor": 4.0, "attention_factor": 0.7}, "max_window_layers": 0} | WINDOWS,
-    ),
-    "qwen3_yarn_not_truncated_and_biases": (
+    "qwen2_yarn_temperature": ("qwen2", {"rope": YARN | {"factor": 4.0, "attention_factor": 0.7}}),
+    "qwen3_yarn_and_biases": (
         "qwen3",
-        {"rope": YARN | {"factor": 8.0, "truncate": False}, "attention_bias": True}
-        | {"max_window_layers": 1, "num_hidden_layers": 3}
-        | WINDOWS
-        | TIED,
+        {"rope": YARN | {"factor": 8.0}, "attention_bias": True, "num_hidden_layers": 3} | TIED,
     ),
     "gemma2_one_key_head": (
         "gemma2",
@@ -75,7 +68,7 @@ CASES = {
     **{name: lambda seed, case=case: llama.make(*case, seed=seed) for name, case in LLAMAS.items()},
     "gpt2_quick_gelu": lambda seed: gpt2.make(GPT2, seed=seed),
 }
-FOR_GRADIENTS = ("mlp_bias_and_yarn_by_mscale", "gemma2_one_key_head", "gpt2_quick_gelu")
+FOR_GRADIENTS = ("mlp_bias_and_yarn", "gemma2_one_key_head", "gpt2_quick_gelu")
 
 
 def both(make, folder, seed=1, **fields):

@@ -112,7 +112,6 @@ def test_full_trains_all_and_freezes_nothing(first_world):
 
 
 def test_inspect_reads_no_weights_and_shows_what_would_be_trained(usual, world, monkeypatch, capsys):
-    (world.model / "model.safetensors").write_bytes(b"never read")
     monkeypatch.setattr(module, "load_params", lambda *_, **__: pytest.fail("weights were read"))
     assert main(["inspect", str(world.config)]) == 0
     lines = capsys.readouterr().out.splitlines()

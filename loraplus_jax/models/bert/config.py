@@ -1,10 +1,12 @@
 """An encoder's sizes and options, read from Hugging Face's `config.json`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ..config import ModelConfig
+from pydantic import Field, Strict
+from pydantic.dataclasses import dataclass
+
+from ..config import CONFIG, Activation, Layers, ModelConfig, Share, Size, check_heads, unsupported
 
 # Options that change what the model computes, each with its only supported value.
 _ONLY = {
@@ -16,7 +18,7 @@ _ONLY = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class BertConfig(ModelConfig):
     """An encoder's sizes and options, named as in Hugging Face's `config.json`.
 
@@ -32,28 +34,31 @@ class BertConfig(ModelConfig):
         name is unknown; lists all problems.
     """
 
-    model_type: str = "bert"
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    type_vocab_size: int
-    pad_token_id: int
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    initializer_range: float = 0.02
+    model_type: Literal["bert", "roberta", "xlm-roberta"] = "bert"
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    intermediate_size: Size
+    max_position_embeddings: Size
+    type_vocab_size: Size
+    pad_token_id: Annotated[int, Strict(), Field(ge=0, lt=2**24)]
+    hidden_act: Activation = "gelu"
+    layer_norm_eps: Share = 1e-12
+    hidden_dropout_prob: Share = 0.1
+    attention_probs_dropout_prob: Share = 0.1
+    initializer_range: Share = 0.02
 
     MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
-    RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "initializer_range")
+
+    def __post_init__(self) -> None:
+        check_heads(self.num_attention_heads, self.hidden_size, {})
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def read(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """See `ModelConfig.read`."""
-        return cls.select({key: value for key, value in config.items() if value is not None}, _ONLY)
+        values = {key: value for key, value in config.items() if value is not None}
+        return values, unsupported(values, _ONLY)
 
     @property
     def max_length(self) -> int:

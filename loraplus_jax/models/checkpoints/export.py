@@ -25,7 +25,7 @@ from .. import tokenizer
 from ..bert.config import BertConfig
 from ..bert.model import Pooling
 from ..decoder import Config
-from ..families import family_of
+from ..families import KINDS, family_of
 from .gguf import load as gguf
 from .hf import INDEX_FILE, SINGLE_FILE, load_config
 from .merge import TYPES, CheckpointMerge, OutputTensor, merged_tensors
@@ -67,7 +67,7 @@ def causal_lm_class(config: Config) -> TransformersClass:
     """The class of a language model."""
     tied = ("embed_tokens",) if config.tie_word_embeddings else ()
     family = family_of(config.model_type)
-    return TransformersClass(family.architectures[config.model_type], family.prefix, (), "CAUSAL_LM", tied)
+    return TransformersClass(KINDS[config.model_type].architecture, family.prefix, (), "CAUSAL_LM", tied)
 
 
 def encoder_class(config: BertConfig, pooling: Pooling) -> TransformersClass:

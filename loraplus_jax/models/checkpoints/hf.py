@@ -3,16 +3,14 @@
 Nothing is guessed: before reading any weight, one error lists every missing, extra or misshapen tensor.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +24,6 @@ from flax import traverse_util
 
 from ..._utils.json_files import MAX_LIST_BYTES, check_file, read_json
 from ...quantization.packed_array import is_packed
-from ..gpt2.config import NAMES as GPT2_NAMES
-from ..llama.config import KINDS
 from .gguf import load as gguf
 from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
 from .quantized import read_packed
@@ -41,65 +37,15 @@ _PIECE = 2**22  # bytes per read, counted as float32
 _ROWS = 128  # of a tensor, copied at a time: transposing more leaves a core's cache
 
 
-MAX_LAYERS, MAX_SIZE = 1_000, 2**24
-"""Limits of a config's sizes where there are no weights to compare them with, as for `plan`."""
-MAX_POSITIONS = 2**27
-"""Limit of `max_position_embeddings` where positions are rotary and have no table."""
-
-
 def load_config(directory: str | Path) -> dict[str, Any]:
     """Reads `config.json` of a Hugging Face directory, or converts a GGUF file's metadata with `gguf.load.config`.
 
-    Checks the sizes, so that nothing is built that the weights cannot fill.
-
     Raises:
-      ValueError: the directory or file is missing, is not a JSON object, or is a GGUF file that cannot be read; or
-        a size is above what the weights hold, or above `MAX_LAYERS` or `MAX_SIZE`.
+      ValueError: the directory or file is missing, is not a JSON object, or is a GGUF file that cannot be read.
     """
     if (path := gguf.find(Path(directory))) is not None:
-        file = gguf.read(path)
-        config, where = gguf.config(file), path
-        shapes = {name: info.shape for name, info in file.tensors.items()}
-    else:
-        where = _check_directory(Path(directory)) / "config.json"
-        config, shapes = read_json(where), {}
-        # Loading the weights will say what is wrong with them.
-        with contextlib.suppress(ValueError):
-            files = [file for _, file, _, _ in weight_files(where.parent)]
-            shapes = {name: file.get_slice(name).get_shape() for file in files for name in file.keys()}  # noqa: SIM118
-    _check_sizes(where, config, shapes)
-    return config
-
-
-def _check_sizes(where: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises ValueError for a size above the largest axis in the files, or for more layers than they number."""
-    numbers = {found[1] for name in shapes if (found := re.search(r"\.([0-9]+)\.", name))}
-    widest = max((axis for shape in shapes.values() if all(shape) for axis in shape), default=MAX_SIZE)
-    in_files = f"the widest tensor in the files has {widest}" if shapes else f"at most {widest} is supported"
-    layers = len(numbers) or MAX_LAYERS
-    layers_in_files = f"the files hold {layers}" if numbers else f"at most {layers} are supported"
-    limits = dict.fromkeys(_SIZES, (widest, in_files))
-    limits |= dict.fromkeys(("num_hidden_layers", GPT2_NAMES["num_hidden_layers"]), (layers, layers_in_files))
-    if not any(
-        re.search(r"position_embeddings|\bwpe\b", name) for name in shapes
-    ):  # rotary positions have no table
-        limits["max_position_embeddings"] = (MAX_POSITIONS, f"at most {MAX_POSITIONS} is supported")
-    values = {name: config.get(name) for name in limits}
-    kind = KINDS.get(str(config.get("model_type")))
-    size = config.get("head_dim", kind and kind.defaults.get("head_dim"))
-    if isinstance(heads := values["num_attention_heads"], int) and isinstance(size, int):
-        values[product := "num_attention_heads x head_dim"] = heads * size
-        limits[product] = widest, in_files
-    for name, (limit, reason) in limits.items():
-        if isinstance(value := values[name], int) and value > limit:
-            raise ValueError(f"{where}: {name} is {value!r:.80}, but {reason}: use the model's own config")
-
-
-_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "max_position_embeddings", "type_vocab_size", "pad_token_id"),
-    *(name for name in GPT2_NAMES.values() if name != GPT2_NAMES["num_hidden_layers"]),
-)
+        return gguf.config(gguf.read(path))
+    return read_json(_check_directory(Path(directory)) / "config.json")
 
 
 def load_params(

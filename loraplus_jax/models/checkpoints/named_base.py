@@ -16,7 +16,7 @@ import numpy as np
 from ..._utils.validation import suggest
 from ...adapter.spec import AdapterSpec
 from ...interop.path_map import PathMap
-from ..families import MODEL_TYPES, family_of
+from ..families import KINDS, MODEL_TYPES, family_of
 from .export import TransformersClass
 from .hf import load_config, weight_files
 from .merge import TYPES
@@ -235,7 +235,7 @@ class NamedBase(NamedTuple):
     def transformers_class(self) -> TransformersClass:
         """The class that loads the checkpoint, by its config."""
         kind = str(self.config.get("model_type"))
-        known = family_of(kind).architectures[kind] if kind in MODEL_TYPES else ""
+        known = KINDS[kind].architecture if kind in KINDS else ""
         name = str((self.config.get("architectures") or [known])[0])
         is_causal = name.endswith(("ForCausalLM", "LMHeadModel"))
         return TransformersClass(name, "", (), "CAUSAL_LM" if is_causal else None)

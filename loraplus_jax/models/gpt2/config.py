@@ -1,10 +1,23 @@
 """Sizes and options of GPT-2, read from a `config.json`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from ..config import ModelConfig
+from pydantic.dataclasses import dataclass
+
+from ..config import (
+    CONFIG,
+    Activation,
+    Deviation,
+    Epsilon,
+    Kind,
+    Layers,
+    ModelConfig,
+    Size,
+    Switch,
+    check_heads,
+    unsupported,
+)
 
 # Options that change what the model computes, each with its only supported value.
 _ONLY = {"add_cross_attention": (False,), "pruned_heads": ({},), "quantization_config": (None,)}
@@ -16,9 +29,29 @@ NAMES = {
     "max_position_embeddings": "n_positions",
     "intermediate_size": "n_inner",
 }
+KINDS = {
+    "gpt2": Kind(
+        architecture="GPT2LMHeadModel",
+        fused=True,
+        gguf="gpt2",
+        gguf_names={
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+            "attn_norm": "ln_1",
+            "attn_qkv": "attn.c_attn",
+            "attn_output": "attn.c_proj",
+            "ffn_norm": "ln_2",
+            "ffn_up": "mlp.c_fc",
+            "ffn_down": "mlp.c_proj",
+        },
+        layers="transformer.h",
+    )
+}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class GPT2Config(ModelConfig):
     """A model's sizes and options.
 
@@ -42,34 +75,35 @@ class GPT2Config(ModelConfig):
     """
 
     model_type: str = "gpt2"
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int
-    intermediate_size: int
-    activation_function: str = "gelu_new"
-    layer_norm_epsilon: float = 1e-5
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
-    tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
-    split_fused: bool = False
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    max_position_embeddings: Size
+    intermediate_size: Size
+    activation_function: Activation = "gelu_new"
+    layer_norm_epsilon: Epsilon = 1e-5
+    scale_attn_weights: Switch = True
+    scale_attn_by_inverse_layer_idx: Switch = False
+    tie_word_embeddings: Switch = True
+    initializer_range: Deviation = 0.02
+    split_fused: Switch = False
 
-    MODEL_TYPES = ("gpt2",)
-    ACTIVATION = "activation_function"
-    BOUNDS = {"layer_norm_epsilon": (0.0, 1.0), "initializer_range": (0.0, 1e3)}  # noqa: RUF012
+    KINDS = KINDS
+    MODEL_TYPES = tuple(KINDS)
     NAMES = NAMES
 
+    def __post_init__(self) -> None:
+        check_heads(self.num_attention_heads, self.hidden_size, NAMES)
+
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def read(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """See `ModelConfig.read`."""
         ours = {theirs: name for name, theirs in NAMES.items()} | {"split_fused": "ignored"}
-        entries = {ours.get(key, key): value for key, value in config.items() if value is not None}
-        width = entries.get("hidden_size")
-        return cls.select(
-            {"intermediate_size": 4 * width if isinstance(width, int) else None, **entries}, _ONLY
-        )
+        values = {ours.get(key, key): value for key, value in config.items() if value is not None}
+        if isinstance(width := values.get("hidden_size"), int):
+            values = {"intermediate_size": 4 * width} | values
+        return values, unsupported(values, _ONLY)
 
     @property
     def fused(self) -> bool:

@@ -3,67 +3,102 @@
 A table, `KINDS`, holds what the model types differ in; the model reads values and asks for no type.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from ..config import ModelConfig
-from ..rope import Rope, Scaling, make_rope, parse_rope_scaling
+from ..config import (
+    CONFIG,
+    MAX_LAYERS,
+    MAX_SIZE,
+    Activation,
+    Deviation,
+    Epsilon,
+    HeadSize,
+    Kind,
+    Layers,
+    ModelConfig,
+    Number,
+    Positions,
+    Positive,
+    Size,
+    Switch,
+    unsupported,
+)
+from ..rope import Angles, Rope, Scaling, make_rope, scaling_options
+
+Theta = Annotated[Number, Field(gt=1, lt=1e15)]
+Norms = tuple[str | None, str | None, str | None, str | None]
+"""Names of a layer's norms: of attention's input and output, and of the MLP's; None where a type has none."""
+
+# The names of these norms and of all other tensors in a GGUF file.
+_GGUF_NORMS = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+_GGUF_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    **{f"attn_{name}": f"self_attn.{name}_proj" for name in "qkv"},
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
 
 
-def _lower_layers(entries: Mapping[str, Any]) -> range:
-    """Qwen's: those below `max_window_layers`, and all unless the window is switched on."""
-    layers = entries["num_hidden_layers"]
-    upper = min(entries.get("max_window_layers", layers), layers)
-    return range(upper if entries.get("use_sliding_window", False) else layers)
-
-
-def _every_nth_layer(entries: Mapping[str, Any]) -> range:
-    """Gemma's: every n-th, n from `sliding_window_pattern`."""
-    step = entries["sliding_window_pattern"]
-    return range(step - 1, entries["num_hidden_layers"], step)
-
-
-class Kind(NamedTuple):
-    """What is the same in all models of a type.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaKind(Kind):
+    """A row of `KINDS`.
 
     Attributes:
-      qkv_bias: whether queries, keys and values have biases; None if `attention_bias` says so.
-      qk_norm: whether queries and keys are normalized per head.
-      fused: whether one matrix, `qkv_proj`, computes queries, keys and values, and another, `gate_up_proj`, both
-        inputs of the MLP's product.
-      post_norms: whether the outputs of attention and MLP are normalized too.
+      norms: see `Norms`.
       norm_offset: what is added to the scales of RMSNorm.
+      qk_norm: whether queries and keys are normalized.
+      qkv_bias: whether queries, keys and values have biases; None if `attention_bias` says so.
       scaled_embedding: whether the embedding is multiplied by the square root of the hidden size.
+      windows: whether layers have the sliding window: those that `layer_types` names, or all but every n-th if the
+        type has a `sliding_window_pattern` n, or all.
       reads: options that transformers reads from the config; it ignores them for other types.
-      full: the layers without the sliding window if `layer_types` does not say, from the options.
       activation: the config's name of the activation function.
       defaults: options that a file may leave out, as transformers' config class has them.
+      gguf_options: the key in a GGUF file of options that only some types have.
+      interleaved: whether a GGUF file interleaves the two halves of each head of queries and keys.
     """
 
-    qkv_bias: bool | None = None
-    qk_norm: bool = False
-    fused: bool = False
-    post_norms: bool = False
+    norms: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
     norm_offset: float = 0.0
+    qk_norm: bool = False
+    qkv_bias: bool | None = None
     scaled_embedding: bool = False
+    windows: bool = False
     reads: tuple[str, ...] = ()
-    full: Callable[[Mapping[str, Any]], Sequence[int]] = lambda entries: ()
     activation: str = "hidden_act"
-    defaults: Mapping[str, Any] = {}
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    gguf_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        norms = {ours: name for ours, name in zip(_GGUF_NORMS, self.norms, strict=True) if name}
+        object.__setattr__(self, "gguf_names", _GGUF_NAMES | norms)
 
 
-_GEMMA = Kind(
-    post_norms=True,
+_GEMMA = LlamaKind(
+    architecture="Gemma2ForCausalLM",
+    gguf="gemma2",
+    norms=(
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
     norm_offset=1.0,
     scaled_embedding=True,
+    windows=True,
     reads=("attention_bias", "layer_types", "query_pre_attn_scalar", "final_logit_softcapping"),
-    full=_every_nth_layer,
     activation="hidden_activation",
     defaults={
         "num_key_value_heads": 4,
@@ -73,21 +108,37 @@ _GEMMA = Kind(
         "sliding_window": 4096,
         "tie_word_embeddings": True,
     },
+    gguf_options={
+        "sliding_window_pattern": "attention.sliding_window_pattern",
+        "rope_theta": "rope.freq_base",
+        "rope_local_base_freq": "rope.freq_base_swa",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
 )
-_QWEN_WINDOW = {"sliding_window": 4096, "max_window_layers": 28}
-KINDS: Mapping[str, Kind] = {
-    "llama": Kind(
-        reads=("attention_bias", "mlp_bias"), full=lambda entries: range(entries["num_hidden_layers"])
+KINDS: Mapping[str, LlamaKind] = {
+    "llama": LlamaKind(
+        architecture="LlamaForCausalLM", gguf="llama", interleaved=True, reads=("attention_bias", "mlp_bias")
     ),
-    "mistral": Kind(qkv_bias=False, defaults={"sliding_window": 4096}),
-    "qwen2": Kind(qkv_bias=True, reads=("layer_types",), full=_lower_layers, defaults=_QWEN_WINDOW),
-    "qwen3": Kind(
+    # In a GGUF file, a Llama with a window.
+    "mistral": LlamaKind(
+        architecture="MistralForCausalLM",
+        gguf="llama",
+        interleaved=True,
+        qkv_bias=False,
+        windows=True,
+        defaults={"sliding_window": 4096},
+    ),
+    "qwen2": LlamaKind(architecture="Qwen2ForCausalLM", gguf="qwen2", qkv_bias=True, reads=("layer_types",)),
+    "qwen3": LlamaKind(
+        architecture="Qwen3ForCausalLM",
+        gguf="qwen3",
         qk_norm=True,
         reads=("attention_bias", "layer_types"),
-        full=_lower_layers,
-        defaults={"head_dim": 128, **_QWEN_WINDOW},
+        defaults={"head_dim": 128},
     ),
-    "gemma2": _GEMMA._replace(
+    "gemma2": dataclasses.replace(
+        _GEMMA,
         reads=(*_GEMMA.reads, "attn_logit_softcapping"),
         defaults={
             **_GEMMA.defaults,
@@ -96,7 +147,10 @@ KINDS: Mapping[str, Kind] = {
             "sliding_window_pattern": 2,
         },
     ),
-    "gemma3_text": _GEMMA._replace(
+    "gemma3_text": dataclasses.replace(
+        _GEMMA,
+        architecture="Gemma3ForCausalLM",
+        gguf="gemma3",
         qk_norm=True,
         reads=(*_GEMMA.reads, "rope_local_theta"),
         defaults={
@@ -106,14 +160,15 @@ KINDS: Mapping[str, Kind] = {
             "sliding_window_pattern": 6,
         },
     ),
-    "phi3": Kind(
+    "phi3": LlamaKind(
+        architecture="Phi3ForCausalLM",
         qkv_bias=False,
         fused=True,
+        windows=True,
         reads=("partial_rotary_factor",),
         defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
     ),
 }
-MODEL_TYPES = tuple(KINDS)
 
 # Options that change what the model computes, each with its supported values.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -125,29 +180,28 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "is_decoder": (True, False),
     "add_cross_attention": (False,),
     "use_bidirectional_attention": (False,),
+    # Qwen's, which no released model sets.
+    "use_sliding_window": (False,),
 }
 _SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-# Fields that only some types read, see `Kind.reads`.
+# Fields that only some types read, see `LlamaKind.reads`, and those that follow from several options.
 _OPTIONAL = ("attention_bias", "mlp_bias", "query_pre_attn_scalar", *_SOFTCAPS, "partial_rotary_factor")
+_DERIVED = ("rope_theta", "rope_scaling", "rope_local_theta", "sliding_window", "full_layers", "split_fused")
 # Options that a null switches off; elsewhere it stands for the default.
 _NULLABLE = ("sliding_window", *_SOFTCAPS)
-_INT_FIELDS = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "intermediate_size", "max_position_embeddings"),
-)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class LlamaConfig(ModelConfig):
     """A model's sizes and options, named as in Hugging Face's `config.json`.
 
     Attributes:
       model_type: one of `MODEL_TYPES`; `"llama"` includes SmolLM2, `"phi3"` Phi-4.
-      num_key_value_heads: number of key heads, each shared by several query heads.
-      head_dim: size of a head, not always `hidden_size / num_attention_heads`.
+      num_key_value_heads: number of key heads, each shared by several query heads; by default that of query heads.
+      head_dim: size of a head, by default `hidden_size / num_attention_heads`.
       max_position_embeddings: the longest sequence, in tokens, that the config states.
       hidden_act: name of the MLP's activation, one of `ACTIVATIONS`.
-      rope_theta, rope_scaling: base of the rotary angles, and their scaling from `rope.parse_rope_scaling`.
+      rope_theta, rope_scaling: base of the rotary angles, and their scaling, one of `rope.Scaling` or its options.
       rope_local_theta: base of the angles in layers with a sliding window, unscaled; None for `rope_theta`.
       partial_rotary_factor: share of a head that is rotated.
       tie_word_embeddings: whether the head shares the embedding's weights.
@@ -166,72 +220,83 @@ class LlamaConfig(ModelConfig):
       ValueError: a size is below 1 or does not divide another, or a name is unknown; lists all problems.
     """
 
-    model_type: str = "llama"
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    hidden_act: str = "silu"
-    rope_theta: float = 10_000.0
-    rope_scaling: Scaling = ()
-    rope_local_theta: float | None = None
-    partial_rotary_factor: float = 1.0
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    sliding_window: int | None = None
+    model_type: Literal[tuple(KINDS)] = "llama"  # pyright: ignore[reportInvalidTypeForm]
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size = 0
+    head_dim: HeadSize = 0
+    intermediate_size: Size
+    max_position_embeddings: Positions
+    rms_norm_eps: Epsilon = 1e-6
+    hidden_act: Activation = "silu"
+    rope_theta: Theta = 10_000.0
+    rope_scaling: Scaling | None = None
+    rope_local_theta: Theta | None = None
+    partial_rotary_factor: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    tie_word_embeddings: Switch = False
+    attention_bias: Switch = False
+    mlp_bias: Switch = False
+    sliding_window: Positions | None = None
     full_layers: tuple[int, ...] = ()
-    query_pre_attn_scalar: float | None = None
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
-    initializer_range: float = 0.02
-    split_fused: bool = False
+    query_pre_attn_scalar: Positive | None = None
+    attn_logit_softcapping: Positive | None = None
+    final_logit_softcapping: Positive | None = None
+    initializer_range: Deviation = 0.02
+    split_fused: Switch = False
 
-    MODEL_TYPES = MODEL_TYPES
-    BOUNDS = {  # noqa: RUF012
-        **dict.fromkeys(("rope_theta", "rope_local_theta"), (1.0, 1e15)),
-        **dict.fromkeys(("query_pre_attn_scalar", *_SOFTCAPS), (0.0, 1e9)),
-        "rms_norm_eps": (0.0, 1.0),
-        "initializer_range": (0.0, 1e3),
-    }
+    KINDS = KINDS
+    MODEL_TYPES = tuple(KINDS)
+
+    def __post_init__(self) -> None:
+        # pydantic checks no defaults: 0 stands for what follows from other fields, which are valid here.
+        heads, size = self.num_attention_heads, self.hidden_size // self.num_attention_heads
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
+        object.__setattr__(self, "head_dim", self.head_dim or size)
+        if problems := self._size_problems():
+            raise ValueError("; ".join(problems))
+
+    def _size_problems(self) -> list[str]:
+        """One line per pair of sizes that do not fit."""
+        problems = []
+        heads, keys, rotary = self.num_attention_heads, self.num_key_value_heads, self.rotary_size
+        if heads % keys:
+            problems.append(f"num_key_value_heads must divide num_attention_heads, got {keys} and {heads}")
+        if heads * self.head_dim > MAX_SIZE:
+            problems.append(
+                f"num_attention_heads x head_dim must be at most {MAX_SIZE}, got {heads * self.head_dim}"
+            )
+        if not rotary or rotary % 2:
+            problems.append(
+                "head_dim and partial_rotary_factor must give an even size, "
+                f"got {self.head_dim} and {self.partial_rotary_factor}"
+            )
+        for name in ("factors", "short_factor", "long_factor"):
+            divisors = getattr(self.rope_scaling, name, None)
+            if divisors is not None and len(divisors) != rotary // 2:
+                problems.append(f"rope_scaling: {name} must be {rotary // 2} numbers, got {len(divisors)}")
+        return problems
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+    def read(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """See `ModelConfig.read`; of transformers 5 or older."""
         kind = KINDS[config["model_type"]]
         given = {key: value for key, value in config.items() if value is not None or key in _NULLABLE}
         entries = {key: value for key, value in {**kind.defaults, **given}.items() if value is not None}
-        least = dict.fromkeys((*_INT_FIELDS, "sliding_window_pattern"), 1) | {"max_window_layers": 0}
-        problems = [
-            f"{name} must be an int of at least {low}, got {entries[name]!r:.80}"
-            for name, low in least.items()
-            if name in entries and (type(entries[name]) is not int or entries[name] < low)
-        ]
-        only = {key: known for key, known in _ONLY.items() if key not in kind.reads}
-        values = cls.select(entries, only, optional=("num_key_value_heads", "head_dim"), problems=problems)
-        # What other types ignore, and what follows from several options.
-        ignored = {name for name in _OPTIONAL if name not in kind.reads}
-        ignored |= {"rope_theta", "rope_scaling", "rope_local_theta"}
-        ignored |= {"sliding_window", "full_layers", "hidden_act", "split_fused"}
-        values = {name: value for name, value in values.items() if name not in ignored}
-        heads = entries["num_attention_heads"]
-        defaults = {
-            "num_key_value_heads": entries.get("num_key_value_heads", heads),
-            "head_dim": entries.get("head_dim", entries["hidden_size"] // heads),
-            "hidden_act": entries.get(kind.activation, "silu"),
-            **{
-                name: bool(entries.get(name)) for name in ("attention_bias", "mlp_bias") if name in kind.reads
-            },
-        }
-        return values | defaults | _rope_fields(entries) | _window_fields(entries)
+        ignored = {*_DERIVED, *(name for name in _OPTIONAL if name not in kind.reads)}
+        values = {name: value for name, value in entries.items() if name not in ignored}
+        values["hidden_act"] = entries.get(kind.activation, "silu")
+        problems = unsupported(entries, {key: only for key, only in _ONLY.items() if key not in kind.reads})
+        for fields in (_rope_fields, _window_fields):
+            try:
+                values |= fields(kind, entries)
+            except ValueError as error:
+                problems.append(str(error))
+        return values, problems
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LlamaKind:
         """What is the same in all models of this type."""
         return KINDS[self.model_type]
 
@@ -255,14 +320,6 @@ class LlamaConfig(ModelConfig):
         return self.attention_bias if self.kind.qkv_bias is None else self.kind.qkv_bias
 
     @property
-    def norms(self) -> tuple[str, str | None, str, str | None]:
-        """Names of a layer's norms: of attention's input and output, and of the MLP's."""
-        if self.kind.post_norms:
-            mlp = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-            return ("input_layernorm", "post_attention_layernorm", *mlp)
-        return "input_layernorm", None, "post_attention_layernorm", None
-
-    @property
     def embedding_scale(self) -> float:
         """Factor of the embedding at the input."""
         return math.sqrt(self.hidden_size) if self.kind.scaled_embedding else 1.0
@@ -283,26 +340,21 @@ class LlamaConfig(ModelConfig):
 
         Llama 3's, Phi-3's and Gemma 3's configs state the extended length.
         """
-        options = dict(self.rope_scaling)
-        if options.get("rope_type") in ("llama3", "longrope") or self.rope_local_theta is not None:
-            return self.max_position_embeddings
-        original = options.get("original_max_position_embeddings", self.max_position_embeddings)
-        return max(self.max_position_embeddings, int(original * options.get("factor", 1)))
+        stated = self.max_position_embeddings
+        if self.rope_scaling is None or self.rope_local_theta is not None:
+            return stated
+        return self.rope_scaling.max_length(stated)
 
     def rope(self, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[Rope, ...]:
         """Rotary embeddings of positions (B or 1, T), and those of the layers with a window if they differ.
 
         `lengths` (B,) are the tokens that the cache will hold of each row, if there is one.
         """
-        options: Any = {
-            "size": self.rotary_size,
-            "max_positions": self.max_position_embeddings,
-            "lengths": lengths,
-        }
-        rope = make_rope(positions, theta=self.rope_theta, scaling=self.rope_scaling, **options)
+        angles = Angles(positions, lengths, self.rotary_size, self.rope_theta, self.max_position_embeddings)
+        rope = make_rope(angles, self.rope_scaling)
         if self.rope_local_theta is None:
             return (rope,)
-        return rope, make_rope(positions, theta=self.rope_local_theta, scaling=(), **options)
+        return rope, make_rope(angles._replace(theta=self.rope_local_theta))
 
     def layer_rope(self, ropes: tuple[Rope, ...], layer: jax.Array) -> Rope:
         """Of the results of `rope`, the one of a layer."""
@@ -322,49 +374,29 @@ class LlamaConfig(ModelConfig):
         is_local = [n not in self.full_layers for n in range(self.num_hidden_layers)]
         return jnp.array(is_local)[layer] & (self.sliding_window is not None)
 
-    def size_problems(self) -> list[str]:
-        """See `ModelConfig.size_problems`."""
-        problems = []
-        heads, keys = self.num_attention_heads, self.num_key_value_heads
-        if heads % keys:
-            problems.append(f"num_key_value_heads must divide num_attention_heads, got {keys} and {heads}")
-        factor = self.partial_rotary_factor
-        size = self.rotary_size if isinstance(factor, int | float) and 0 < factor <= 1 else 0
-        if not size or size % 2:
-            problems.append(
-                "head_dim and partial_rotary_factor, above 0 and at most 1, must give an even size, "
-                f"got {self.head_dim} and {factor!r:.80}"
-            )
-        if size == 2 and dict(self.rope_scaling).get("rope_type") == "dynamic":
-            problems.append("head_dim must be above 2 with dynamic rope_scaling, got 2")
-        for name, value in self.rope_scaling:
-            if isinstance(value, tuple) and len(value) != size // 2:
-                problems.append(f"rope_scaling: {name} must be {size // 2} numbers, got {len(value)}")
-        return problems
 
-
-def _rope_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_fields(kind: LlamaKind, entries: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary fields from `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (older files).
 
     `rope_parameters` of a model with other angles in its layers with a window has both by the layers' type.
     """
-    kind = KINDS[entries["model_type"]]
     parameters = entries.get("rope_parameters", entries.get("rope_scaling", {}))
-    local = {}
+    local, older = {}, entries.get("rope_scaling", {})
     if isinstance(parameters, Mapping) and "full_attention" in parameters:
         parameters, local = parameters["full_attention"], parameters.get("sliding_attention") or {}
-    if not isinstance(parameters, Mapping) or not isinstance(local, Mapping):
-        raise ValueError(f"rope_scaling must be a mapping, got {parameters!r:.80} {local!r:.80}")
-    if parse_rope_scaling(local):
+    if isinstance(older, Mapping) and "full_attention" in older:
+        older = older["full_attention"]
+    for value in (parameters, local, older):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"rope_scaling must be a mapping, got {value!r:.80}")
+    if scaling_options(local) is not None:
         raise ValueError(
             f"rope_parameters: sliding_attention must be of type default, got {dict(local)!r:.80}"
         )
     theta = parameters.get("rope_theta", entries.get("rope_theta", 10_000.0))
     original = {key: entries[key] for key in ("original_max_position_embeddings",) if key in kind.defaults}
-    scaling, older = parse_rope_scaling({**parameters, **original}), entries.get("rope_scaling")
-    if isinstance(older, Mapping) and "full_attention" in older:
-        older = older["full_attention"]
-    if isinstance(older, Mapping) and older and parse_rope_scaling({**older, **original}) != scaling:
+    scaling = scaling_options({**parameters, **original})
+    if older and scaling_options({**older, **original}) != scaling:
         raise ValueError("rope_parameters and rope_scaling differ: keep one of them in config.json")
     fields = {"rope_theta": theta, "rope_scaling": scaling}
     if "rope_local_theta" in kind.reads:
@@ -375,21 +407,38 @@ def _rope_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _window_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
+def _window_fields(kind: LlamaKind, entries: Mapping[str, Any]) -> dict[str, Any]:
     """The window, and the layers without it."""
-    kind, layers = KINDS[entries["model_type"]], entries["num_hidden_layers"]
-    window, full = entries.get("sliding_window"), kind.full(entries)
+    window, layers = entries.get("sliding_window"), _layers(entries)
+    full = _every_nth(kind, entries, "sliding_window_pattern")
     if "layer_types" in kind.reads and "layer_types" in entries:
-        names, known = entries["layer_types"], ("full_attention", "sliding_attention")
+        names = entries["layer_types"]
+        known = ("full_attention", "sliding_attention") if kind.windows else ("full_attention",)
         if not isinstance(names, list) or len(names) != layers or not all(name in known for name in names):
             raise ValueError(
-                f"layer_types must be a list of {layers} names, each {known[0]} or {known[1]}, got {names!r:.80}"
+                f"layer_types must be a list of {layers} names, each {' or '.join(known)}, got {names!r:.80}"
             )
         full = [n for n, name in enumerate(names) if name == known[0]]
-    if len(full) == layers:
+    if not kind.windows or len(full) == layers:
         return {}
     if window is None and "rope_local_theta" in kind.reads:
         raise ValueError(
             "sliding_window must be an int of at least 1 with layers of type sliding_attention, got None"
         )
     return {} if window is None else {"sliding_window": window, "full_layers": tuple(full)}
+
+
+def _layers(entries: Mapping[str, Any]) -> int:
+    """The number of layers; 0 if it is missing or invalid, which pydantic says."""
+    layers = entries.get("num_hidden_layers")
+    return layers if type(layers) is int and 0 < layers <= MAX_LAYERS else 0
+
+
+def _every_nth(kind: LlamaKind, entries: Mapping[str, Any], option: str) -> Sequence[int]:
+    """Every n-th layer, n from an option; none if the type does not have the option."""
+    if option not in kind.defaults:
+        return ()
+    step = entries[option]
+    if type(step) is not int or step < 1:
+        raise ValueError(f"{option} must be an int of at least 1, got {step!r:.80}")
+    return range(step - 1, _layers(entries), step)

@@ -125,7 +125,7 @@ class LlamaLayer(LlamaPart):
         """Hidden states (B, T, D) and cache to the same; None is the scan's empty output."""
         x, cache = constrain_rows(carry[0]), carry[1]
         args = (self.config, self.dtype, self.param_dtype)
-        before, after, before_mlp, after_mlp = map(self.norm, self.config.norms)
+        before, after, before_mlp, after_mlp = map(self.norm, self.config.kind.norms)
         y, cache = LlamaAttention(*args, attention=self.attention, name="self_attn")(
             before(x), shared, cache, layer
         )
@@ -174,7 +174,7 @@ def name_table(config: LlamaConfig) -> NameTable:
         *embedding_rules("embed_tokens", "embed_tokens"),
         *norm_rules("norm", "norm", bias=False),
     ]
-    for name in filter(None, config.norms):
+    for name in filter(None, config.kind.norms):
         rules += norm_rules(f"{layer}.{name}", f"{layers}/{name}", bias=False)
     for name in ("q_norm", "k_norm") if config.kind.qk_norm else ():
         rules += norm_rules(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=False)

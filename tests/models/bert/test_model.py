@@ -211,5 +211,4 @@ test_wrong_inputs_and_options = refusals(
     (starting(IDS, MASK, IDS[:1]), "token_type_ids", "(1, 5)", "(2, 5)"),
     (starting(IDS, MASK, model=BertForSequence(TINY, 2, "max")), "pooling", "mean", "cls", "pooler", "'max'"),
     (lambda: name_table("max"), "pooling", "'max'"),
-    (lambda: dataclasses.replace(TINY, hidden_act=["gelu"]), "hidden_act", "gelu"),
 )

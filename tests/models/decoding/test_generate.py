@@ -81,12 +81,8 @@ def test_a_row_does_not_depend_on_the_others_and_other_values_compile_nothing(va
     assert generate.__wrapped__._cache_size() == 2  # another shape
 
 
-LONGROPE = (
-    ("rope_type", "longrope"),
-    ("short_factor", (1.0, 1.0)),
-    ("long_factor", (3.0, 9.0)),
-    ("original_max_position_embeddings", 10),
-)
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [3.0, 9.0]}
+LONGROPE |= {"original_max_position_embeddings": 10}
 
 
 @pytest.mark.slow

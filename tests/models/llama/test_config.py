@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.models.rope import LongRope
 
 from ... import tiny
 from ...refusals import refusals
@@ -20,15 +21,9 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
-WINDOWS = {"sliding_window": 16, "use_sliding_window": True}
 LOCAL = {"full_attention": {}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+LONGROPE = LongRope(short_factor=(1.0,) * 4, long_factor=(2.0,) * 4, original_max_position_embeddings=4096)
 SU = {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-SU_PAIRS = (
-    ("rope_type", "longrope"),
-    ("long_factor", (2.0,) * 4),
-    ("original_max_position_embeddings", 4096),
-    ("short_factor", (1.0,) * 4),
-)
 
 
 def config(kind="llama", **more):
@@ -53,11 +48,6 @@ def test_old_and_new_ways_to_say_the_same():
         ("mistral", {}, "sliding_window", 4096),
         ("mistral", {"sliding_window": None}, "sliding_window", None),
         ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, "sliding_window", None),
-        ("qwen2", WINDOWS | {"max_window_layers": 0}, "sliding_window", 16),
-        ("qwen2", WINDOWS | {"max_window_layers": 2}, "sliding_window", None),
-        ("qwen2", WINDOWS | {"max_window_layers": 1}, "full_layers", (0,)),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, "sliding_window", 4096),
-        ("qwen3", {"use_sliding_window": True, "num_hidden_layers": 30}, "full_layers", tuple(range(28))),
         ("qwen2", {}, "qkv_bias", True),
         ("mistral", {"attention_bias": True}, "qkv_bias", False),
         ("llama", {"attention_bias": True}, "qkv_bias", True),
@@ -75,7 +65,7 @@ def test_old_and_new_ways_to_say_the_same():
         ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "max_length", 128),
         ("phi3", {"partial_rotary_factor": 0.5}, "rotary_size", 4),
         ("phi3", {"rope_scaling": SU}, "max_length", 128),
-        ("phi3", {"rope_scaling": SU}, "rope_scaling", SU_PAIRS),
+        ("phi3", {"rope_scaling": SU}, "rope_scaling", LONGROPE),
         ("llama", {}, "max_length", 128),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "max_length", 512),
         ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}}, "max_length", 128),
@@ -94,7 +84,7 @@ def file(kind, **more):
 test_unsupported_configs = refusals(
     (file("gpt2"), "model_type", "'gpt2'", "llama", "mistral", "qwen2", "qwen3"),
     (file("llama", num_attention_heads=0), "num_attention_heads", 1, 0),
-    (file("llama", hidden_size="32"), "hidden_size", 1, "'32'"),
+    (file("llama", hidden_size="32"), "hidden_size", "integer", "'32'"),
     (file("llama", vocab_size=None), "vocab_size", "missing"),
     (file("llama", num_key_value_heads=3), "num_key_value_heads", "num_attention_heads", 3, 4),
     (file("llama", head_dim=7), "head_dim", "even", 7),
@@ -103,7 +93,7 @@ test_unsupported_configs = refusals(
     (file("phi3", partial_rotary_factor=0.4), "partial_rotary_factor", 0.4, "even"),
     (file("phi3", partial_rotary_factor="half"), "partial_rotary_factor", "'half'"),
     (file("phi3", rope_scaling=SU | {"short_factor": [1.0]}), "short_factor", 4, 1),
-    (file("phi3", rope_scaling=SU | {"long_factor": 2}), "long_factor", "list", 2),
+    (file("phi3", rope_scaling=SU | {"long_factor": 2}), "long_factor", "tuple", 2),
     (file("gemma3_text", sliding_window=None), "sliding_window", "sliding_attention"),
     (file("gemma3_text", sliding_window_pattern=0), "sliding_window_pattern", 0),
     (file("gemma3_text", use_bidirectional_attention=True), "use_bidirectional_attention"),
@@ -116,11 +106,24 @@ test_unsupported_configs = refusals(
     (file("gemma2", layer_types=["chunked_attention"] * 2), "layer_types", "full_attention"),
     (file("llama", quantization_config={"bits": 4}), "quantization_config", "bits"),
     (file("llama", rope_scaling={"type": ["linear"]}), "['linear']", "linear", "llama3", "yarn"),
+    (file("llama", rope_scaling={"type": "liner", "factor": 2}), "'liner'", "linear"),
+    (file("llama", rope_scaling={"type": "dynamic", "factor": 2}), "'dynamic'", "linear"),
+    (file("llama", rope_scaling={"type": "linear"}), "linear.factor", "missing"),
+    (file("llama", rope_scaling={"type": "linear", "factor": 0}), "factor", 0),
+    (file("llama", rope_scaling={"type": "linear", "factor": "two"}), "factor", "'two'"),
+    (file("llama", rope_scaling=YARN | {"mscale": 1.0}), "yarn.mscale", "Unexpected"),
+    (file("llama", rope_scaling=YARN | {"beta_fast": 1e-308}), "yarn.beta_fast", 1e-308),
+    (file("llama", rope_scaling={"rope_type": "llama3", "factor": 8}), "llama3.low_freq_factor"),
+    (file("qwen2", use_sliding_window=True), "use_sliding_window", True),
+    (
+        file("llama", hidden_size=None, hidden_act=5, use_sliding_window=1, sliding_window_pattern=0),
+        *("use_sliding_window", "hidden_size", "missing", "hidden_act", 5),
+    ),
+    (file("gemma2", vocab_size=0, sliding_window_pattern=0), "sliding_window_pattern", "vocab_size"),
     (
         file("llama", rope_scaling=LLAMA3 | {"high_freq_factor": 1.0}),
         *("high_freq_factor", "low_freq_factor"),
     ),
-    (file("qwen2", max_window_layers="x"), "max_window_layers", "'x'"),
     (file("qwen2", layer_types=5), "layer_types", 5),
 )
 

@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2")
+from ...families import KINDS
+
+ARCHITECTURES = tuple(dict.fromkeys(kind.gguf for kind in KINDS.values() if kind.gguf))
 
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"}
 _SCALARS |= {10: "<u8", 11: "<i8", 12: "<f8"}

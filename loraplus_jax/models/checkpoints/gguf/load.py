@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ...config import Kind
+from ...families import KINDS
 from ...gpt2.config import NAMES as GPT2_NAMES
-from .header import ARCHITECTURES, Gguf, TensorInfo, find, read
+from ...llama.config import KINDS as LLAMA_KINDS
+from .header import Gguf, TensorInfo, find, read
 
 __all__ = [
     "ARCHITECTURE_OF",
@@ -32,45 +35,9 @@ __all__ = [
 
 DTYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
 """Supported tensor types."""
-ARCHITECTURE_OF = {
-    **{name: name for name in ARCHITECTURES if name != "gemma3"},
-    "gemma3_text": "gemma3",
-    "mistral": "llama",
-}
+ARCHITECTURE_OF = {name: kind.gguf for name, kind in KINDS.items() if kind.gguf}
 """The architecture of a GGUF file for each `model_type` of `config.json`."""
 
-# Hugging Face's names, of tensors in a layer without its prefix.
-_LLAMA_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    **{f"attn_{ours}": f"self_attn.{ours}_proj" for ours in "qkv"},
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    **{f"ffn_{ours}": f"mlp.{ours}_proj" for ours in ("gate", "up", "down")},
-}
-_GEMMA_NAMES = {
-    **_LLAMA_NAMES,
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_GPT2_NAMES = {
-    "token_embd": "transformer.wte",
-    "position_embd": "transformer.wpe",
-    "output_norm": "transformer.ln_f",
-    "output": "lm_head",
-    "attn_norm": "ln_1",
-    "attn_qkv": "attn.c_attn",
-    "attn_output": "attn.c_proj",
-    "ffn_norm": "ln_2",
-    "ffn_up": "mlp.c_fc",
-    "ffn_down": "mlp.c_proj",
-}
-_NAMES = {"gpt2": _GPT2_NAMES, "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES}
 # Layers of the 27B models, the only ones whose scores llama.cpp does not divide by the root of a head's size.
 _GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 # Weights that llama.cpp's converter transposes, because Hugging Face has them as (in, out).
@@ -101,8 +68,7 @@ def config(file: Gguf) -> dict[str, Any]:
     """
     if (kind := file.one("general.type", "model")) != "model":
         raise ValueError(f"{file.path} is no model: its general.type is {kind!r:.80}")
-    make = {"gpt2": _gpt2_config, "gemma2": _gemma_config, "gemma3": _gemma_config}
-    values = make.get(file.architecture, _llama_config)(file)
+    values = _gpt2_config(file) if file.architecture == "gpt2" else _llama_config(file)
     values |= {f"{end}_token_id": file.one(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos")}
     return {key: value for key, value in values.items() if value is not None}
 
@@ -133,21 +99,24 @@ def _gpt2_config(file: Gguf) -> dict[str, Any]:
 
 def _llama_config(file: Gguf) -> dict[str, Any]:
     arch, sizes = file.architecture, _sizes(file)
-    head = file.get("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    head = file.get("attention.key_length", hidden // heads)
     scaling, problems = _rope_scaling(file)
     window = file.get("attention.sliding_window")
+    # Types with one architecture differ in having a window.
+    kinds = {name: kind for name, kind in LLAMA_KINDS.items() if kind.gguf == arch}
+    first, *_ = kinds
+    model_type = next((name for name, kind in kinds.items() if kind.windows == bool(window)), first)
+    kind = kinds[model_type]
     only = {"attention.value_length": head, "rope.dimension_count": head, "expert_count": 0}
-    only |= {"attention.causal": True} | (
-        {"attention.sliding_window": 0} if arch in ("qwen2", "qwen3") else {}
-    )
+    only |= {"attention.causal": True} | ({} if kind.windows else {"attention.sliding_window": 0})
     _raise_if_any(file, [*_option_problems(file, _EPSILON, only), *problems])
-    return {
-        # A Mistral is a Llama with a sliding window; its files use the llama architecture.
-        "model_type": "mistral" if arch == "llama" and window else arch,
+    values = {
+        "model_type": model_type,
         "vocab_size": embedding_rows(file),
         **sizes,
         "head_dim": head,
-        "hidden_act": "silu",
+        kind.activation: kind.defaults.get(kind.activation, "silu"),
         "rms_norm_eps": file.get(_EPSILON),
         "rope_theta": file.get("rope.freq_base", 10_000.0),
         "rope_scaling": scaling,
@@ -155,23 +124,11 @@ def _llama_config(file: Gguf) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "sliding_window": window,
+        **{name: file.get(key) for name, key in kind.gguf_options.items()},
     }
-
-
-def _gemma_config(file: Gguf) -> dict[str, Any]:
-    values, layers = _llama_config(file), file.get("block_count")
-    heads, head = values["num_attention_heads"], values["head_dim"]
-    is_27b = layers == _GEMMA_27B[file.architecture]
-    return values | {
-        "model_type": {"gemma3": "gemma3_text"}.get(file.architecture, file.architecture),
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": values["hidden_size"] // heads if is_27b else head,
-        "sliding_window_pattern": file.get("attention.sliding_window_pattern"),
-        "rope_theta": file.get("rope.freq_base"),
-        "rope_local_base_freq": file.get("rope.freq_base_swa"),
-        "attn_logit_softcapping": file.get("attn_logit_softcapping"),
-        "final_logit_softcapping": file.get("final_logit_softcapping"),
-    }
+    if (largest := _GEMMA_27B.get(arch)) is not None:
+        values["query_pre_attn_scalar"] = hidden // heads if sizes["num_hidden_layers"] == largest else head
+    return values
 
 
 def _raise_if_any(file: Gguf, problems: list[str]) -> None:
@@ -344,16 +301,15 @@ class GgufWeights:
 
     def __init__(self, file: Gguf) -> None:
         """Includes all tensors except the rotary factors, which are part of the config."""
-        sizes, is_gpt2 = config(file), file.architecture == "gpt2"
-        is_gemma = file.architecture in ("gemma2", "gemma3")
+        sizes, kind = config(file), _kind(file.architecture)
         self._views: dict[str, View] = {}
         for name, tensor in file.tensors.items():
             if (ours := to_hf_name(name, file.architecture)) in self._views:
                 raise ValueError(f"{file.path} has two tensors for {ours:.80}")
             if name != ROPE:
                 heads = interleaved_heads(name, file.architecture, sizes)
-                transposed = is_gpt2 and _CONV1D.fullmatch(name) is not None
-                offset = float(is_gemma and len(tensor.shape) == 1)
+                transposed = file.architecture == "gpt2" and _CONV1D.fullmatch(name) is not None
+                offset = getattr(kind, "norm_offset", 0.0) if len(tensor.shape) == 1 else 0.0
                 self._views[ours] = View(file, tensor, heads, transposed, offset)
 
     def keys(self) -> list[str]:
@@ -371,8 +327,7 @@ def interleaved_heads(name: str, architecture: str, config: Mapping[str, Any]) -
     `config` has the sizes that `config` returns.
     """
     attention = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
-    # llama.cpp interleaves the halves only for its llama architecture, which Mistral shares.
-    if attention is None or architecture != "llama":
+    if attention is None or not getattr(_kind(architecture), "interleaved", False):
         return 0
     return config["num_attention_heads" if attention[1] == "q" else "num_key_value_heads"]
 
@@ -390,12 +345,12 @@ def rotary_order(rows: int, heads: int) -> np.ndarray:
 
 def to_hf_name(name: str, architecture: str) -> str:
     """Hugging Face's name for a tensor of a GGUF file; an unknown tensor keeps its name."""
-    names, layers = _NAMES.get(architecture, _LLAMA_NAMES), _layers(architecture)
+    kind = _kind(architecture)
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in names:
+    if not match or match[2] not in kind.gguf_names:
         return name
-    layer = "" if match[1] is None else f"{layers}.{match[1]}."
-    return f"{layer}{names[match[2]]}.{match[3]}"
+    layer = "" if match[1] is None else f"{kind.layers}.{match[1]}."
+    return f"{layer}{kind.gguf_names[match[2]]}.{match[3]}"
 
 
 def to_gguf_name(name: str, architecture: str) -> str | None:
@@ -404,13 +359,15 @@ def to_gguf_name(name: str, architecture: str) -> str | None:
     >>> to_gguf_name("model.layers.3.self_attn.q_proj.weight", "llama")
     'blk.3.attn_q.weight'
     """
-    names = {theirs: ours for ours, theirs in _NAMES.get(architecture, _LLAMA_NAMES).items()}
-    match = re.fullmatch(rf"(?:{re.escape(_layers(architecture))}\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    kind = _kind(architecture)
+    names = {theirs: ours for ours, theirs in kind.gguf_names.items()}
+    match = re.fullmatch(rf"(?:{re.escape(kind.layers)}\.(\d+)\.)?(.+)\.(weight|bias)", name)
     if not match or match[2] not in names:
         return None
     layer = "" if match[1] is None else f"blk.{match[1]}."
     return f"{layer}{names[match[2]]}.{match[3]}"
 
 
-def _layers(architecture: str) -> str:
-    return "transformer.h" if architecture == "gpt2" else "model.layers"
+def _kind(architecture: str) -> Kind:
+    """What the types with an architecture share."""
+    return next(kind for kind in KINDS.values() if kind.gguf == architecture)
