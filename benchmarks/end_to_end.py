@@ -172,7 +172,7 @@ def examples_of(settings: Settings) -> tuple[dict[str, list[Any]], int]:
 
     def triples(rows: Any) -> list[Any]:
         labels = class_labels(rows, names).tolist()
-        return list(zip(rows.texts, rows.pairs or [None] * len(rows), labels, strict=True))
+        return [(row.prompt, row.pair, label) for row, label in zip(rows, labels, strict=True)]
 
     return {name: triples(rows) for name, rows in splits.items()}, len(names)
 

@@ -13,7 +13,7 @@ from .._utils.validation import check_int
 from .chat_template import ChatTemplate
 from .conversations import Chat, Turn
 from .packed_rows import Sequences
-from .readers import raise_problems
+from .readers import Problems
 
 AnswerChoice = Literal["all", "last"]
 # Stands for a text whose place in a rendering is searched: a private-use character, which no template writes.
@@ -98,7 +98,7 @@ def tokenize_chats(
     if too_long:
         longest = max(n for _, n in too_long)
         advice = f"max_length {max_length} leaves no answer token: set more than {longest}, or remove the row"
-        raise_problems([(place, f"{n} tokens before the answer; {advice}") for place, n in too_long])
+        Problems((place, f"{n} tokens before the answer; {advice}") for place, n in too_long).report()
     truncated = sum(len(x) > max_length for x in ids)
     return Sequences(tuple(x[:max_length] for x in ids), tuple(x[:max_length] for x in masks), truncated)
 

@@ -5,12 +5,13 @@ import dataclasses
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._utils.validation import suggest
-from .readers import Problems, Record, has_lone_surrogate, location_of, read_records
+from .readers import Problems, Record, as_json, parse_json, read_records, take_text
+from .splits import comparable
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
     "human": "user",
@@ -85,11 +86,21 @@ class Chat:
         """The first user message, or the plain text."""
         return next(turn.text for turn in self.turns if turn.role in ("user", "text"))
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What duplicates have in common: the prompt and all answers."""
+        answers = (turn.text + turn.extra for turn in self.turns if turn.role == "assistant")
+        return tuple(map(comparable, (self.prompt, *answers)))
+
+    @property
+    def label_key(self) -> None:
+        """Equal conversations never have different labels."""
+
 
 def read_chats(
     path: str | Path, columns: Mapping[str, str] | None = None, *, to_train: bool = True
 ) -> list[Chat]:
-    """Reads conversations from a .jsonl, .json (a list of objects), .csv or .tsv file in UTF-8.
+    """Reads conversations from a file of one of `readers.SUFFIXES`.
 
     A row has one of four layouts:
 
@@ -118,27 +129,16 @@ def read_chats(
     Raises:
       ValueError: the file cannot be read, no layout fits, one of `columns` seems to be misspelled, or rows are
         invalid: columns missing or of the wrong type, unknown roles, empty content, images, no assistant turn to
-        train on, or turns out of order (see `Chat`). One message shows the first 20 problems with `file:line`, or
-        `file: item n` in a .json file, both counted from 1.
+        train on, or turns out of order (see `Chat`). One message shows the first 20 problems with their locations.
     """
-    path, problems = Path(path), Problems()
-    records = read_records(path, problems)
+    problems = Problems()
+    records = list(read_records(path, problems))
     columns = choose_columns(path, records, columns, LAYOUTS if to_train else ANY_LAYOUTS, _ALLOWED)
     chats = []
-    for number, values in records:
-        faults: list[str] = []
-        turns = _parse_turns(values, columns, faults, to_train)
-        tools = _parse_tools(values, columns, faults)
-        faults = faults or list(_order_faults(turns, to_train))
-        for fault in faults:
-            problems.add(number, fault)
-        if not faults:
-            answers = (n for n, turn in enumerate(turns) if turn.role in ("assistant", "text"))
-            stop = 1 + max(answers) if to_train else len(turns)
-            kept = tuple(turn for turn in turns[:stop] if turn.role != "system" or turn.text.strip())
-            dropped = tuple(turn for turn in turns[:stop] if turn not in kept) + tuple(turns[stop:])
-            chats.append(Chat(kept, location_of(path, number), tools, dropped))
-    problems.report(path)
+    for location, values in records:
+        with problems.at(location):
+            chats.append(_parse_chat(values, columns, location, to_train))
+    problems.report()
     return chats
 
 
@@ -149,46 +149,21 @@ def describe_dropped(chats: Iterable[Chat]) -> list[str]:
     return [f"left out {texts[kind]} in {counts[kind]:,} conversations" for kind in texts if counts[kind]]
 
 
-def take_text(values: Mapping[str, Any], column: str, faults: list[str], *, optional: bool = False) -> str:
-    """Returns a column's text (numbers and booleans as in JSON); appends any problem to `faults`.
-
-    With `optional`, a missing, null or blank column gives `""`.
-    """
+def take_list(values: Mapping[str, Any], column: str) -> list[Any]:
+    """Returns a column's list, which is JSON in CSV and TSV."""
     value = values.get(column)
-    if optional and (value is None or value == ""):
-        return ""
     if column not in values:
-        faults.append(f"no column {column!r}{suggest(column, values)}")
-    elif value is None or isinstance(value, list | dict):
-        faults.append(f"column {column!r} must be a string or a number, got {json.dumps(value)[:40]}")
-    else:
-        text = value if isinstance(value, str) else json.dumps(value)
-        if optional and not text.strip():
-            return ""
-        faults.extend(_text_faults(f"column {column!r}", text))
-        return text
-    return ""
-
-
-def take_list(values: Mapping[str, Any], column: str, faults: list[str]) -> list[Any]:
-    """Returns a column's list (JSON in CSV and TSV); appends any problem to `faults`."""
-    value = values.get(column)
+        raise ValueError(f"no column {column!r}{suggest(column, values)}")
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = values[column]
-    if column not in values:
-        faults.append(f"no column {column!r}{suggest(column, values)}")
-    elif not isinstance(value, list) or not value:
-        faults.append(f"column {column!r} must be a non-empty list, got {json.dumps(value)[:40]}")
-    else:
-        return value
-    return []
+        with contextlib.suppress(ValueError):
+            value = parse_json(value)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"column {column!r} must be a non-empty list, got {as_json(value):.40}")
+    return value
 
 
 def choose_columns(
-    path: Path,
+    path: str | Path,
     records: Sequence[Record],
     columns: Mapping[str, str] | None,
     layouts: Sequence[tuple[Mapping[str, str], Sequence[str]]],
@@ -227,29 +202,34 @@ def choose_columns(
     return {**required, **{name: name for name in optional if name in counts}}
 
 
-def _parse_turns(
-    values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str], to_train: bool
-) -> list[Turn]:
+def _parse_chat(values: Mapping[str, Any], columns: Mapping[str, str], location: str, to_train: bool) -> Chat:
+    turns = _parse_turns(values, columns, to_train)
+    tools = _parse_tools(values, columns)
+    _check_order(turns, to_train)
+    answers = (n for n, turn in enumerate(turns) if turn.role in ("assistant", "text"))
+    stop = 1 + max(answers) if to_train else len(turns)
+    kept = tuple(turn for turn in turns[:stop] if turn.role != "system" or turn.text.strip())
+    dropped = tuple(turn for turn in turns[:stop] if turn not in kept) + tuple(turns[stop:])
+    return Chat(kept, location, tools, dropped)
+
+
+def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], to_train: bool) -> list[Turn]:
     def text(name: str, *, optional: bool = False) -> str:
-        return take_text(values, columns[name], faults, optional=optional) if name in columns else ""
+        return take_text(values, columns[name], optional=optional) if name in columns else ""
 
     if "text" in columns:
         return [Turn("text", text("text"))]
     system = text("system", optional=True)
     first = [Turn("system", system)] if system else []
     if "messages" in columns:
-        messages = take_list(values, columns["messages"], faults)
-        return first + [_parse_message(number, message, faults) for number, message in enumerate(messages, 1)]
+        return first + _parse_messages(take_list(values, columns["messages"]))
     question, answer = ("instruction", "output") if "instruction" in columns else ("prompt", "completion")
     is_open = not to_train and (answer not in columns or values.get(columns[answer]) in (None, "", []))
     prompt, reply = (_messages(values.get(columns.get(name, ""))) for name in ("prompt", "completion"))
     if prompt and (reply or is_open):
-        return first + [
-            _parse_message(number, message, faults, trained=number > len(prompt))
-            for number, message in enumerate([*prompt, *reply], 1)
-        ]
+        return first + _parse_messages([*prompt, *reply], len(prompt))
     if prompt and not isinstance(values[columns["prompt"]], list):
-        faults.append(f"column {columns['prompt']!r} is a list of messages, but not {columns[answer]!r}")
+        raise ValueError(f"column {columns['prompt']!r} is a list of messages, but not {columns[answer]!r}")
     asked = text(question)
     if context := text("input", optional=True):
         asked = f"{asked}\n\n{context}"
@@ -259,140 +239,130 @@ def _parse_turns(
 def _messages(value: Any) -> list[Any]:
     """A list of messages, which is JSON in CSV and TSV; empty for anything else, such as text that is JSON."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
+        with contextlib.suppress(ValueError):
+            value = parse_json(value)
         is_message = lambda x: isinstance(x, dict) and str(x.get("role", x.get("from"))) in ROLES  # noqa: E731
         if not all(map(is_message, value)):
             return []
     return value if isinstance(value, list) else []
 
 
-def _parse_tools(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str]) -> str:
+def _parse_tools(values: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     if "tools" not in columns or values.get(columns["tools"]) in (None, "", "[]", []):
         return ""
-    tools = take_list(values, columns["tools"], faults)
-    text = json.dumps(tools, ensure_ascii=False)
+    tools = take_list(values, columns["tools"])
     if not all(isinstance(tool, dict) for tool in tools):
-        faults.append(f"column {columns['tools']!r} must be a list of JSON objects, got {text[:60]}")
-    elif has_lone_surrogate(text):
-        faults.append(f"column {columns['tools']!r} contains a lone surrogate, which UTF-8 cannot encode")
-    return text
+        raise ValueError(
+            f"column {columns['tools']!r} must be a list of JSON objects, got {as_json(tools):.60}"
+        )
+    return json.dumps(tools, ensure_ascii=False)
 
 
-def _parse_message(number: int, message: Any, faults: list[str], *, trained: bool = True) -> Turn:
-    """Parses a message; `trained` is for messages that do not say whether they are trained on."""
+def _parse_messages(messages: Sequence[Any], untrained: int = 0) -> list[Turn]:
+    """Parses messages, of which the first do not count as trained on if they do not say so."""
+    turns = []
+    for number, message in enumerate(messages, 1):
+        try:
+            turns.append(_parse_message(message, trained=number > untrained))
+        except ValueError as error:
+            raise ValueError(f"turn {number}{error}") from None
+    return turns
+
+
+def _parse_message(message: Any, *, trained: bool) -> Turn:
     names = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
     calls = message.get("tool_calls") if isinstance(message, dict) else None
     if not isinstance(message, dict) or not {names[0], *(() if calls else names)} <= set(message):
         allowed = '{"role": ..., "content": ...} or {"from": ..., "value": ...}'
-        faults.append(f"turn {number} must be {allowed}, got {json.dumps(message)[:60]}")
-        return Turn("", "")
-    problems: list[str] = []
+        raise ValueError(f" must be {allowed}, got {as_json(message):.60}")
     role, content = message[names[0]], message.get(names[1])
     if not isinstance(role, str) or role not in ROLES:
         hint = suggest(role, ROLES) if isinstance(role, str) else f"; known: {', '.join(sorted(ROLES))}"
-        problems.append(f"unknown role {json.dumps(role)[:40]}{hint}")
-        role = ""
-    role = ROLES.get(role, "")
-    text = "" if content is None and calls else _parse_content(names[1], content, problems)
+        raise ValueError(f": unknown role {as_json(role):.40}{hint}")
+    role = ROLES[role]
+    text = "" if content is None and calls else _parse_content(names[1], content)
     # A tool may return nothing, and an empty system message is left out.
-    problems += _text_faults(
-        names[1], text, may_be_empty=bool(problems or calls) or role in ("tool", "system")
-    )
+    if not text.strip() and not calls and role not in ("tool", "system"):
+        raise ValueError(f": {names[1]} is empty")
     extra: dict[str, Any] = {}
     if role == "tool":
         extra = {name: message[name] for name in ("tool_call_id", "name") if message.get(name) is not None}
     elif calls and role == "assistant":
-        extra = {"tool_calls": _parse_calls(calls, problems)}
+        extra = {"tool_calls": _parse_calls(calls)}
     elif calls:
-        problems.append(f"only the assistant may have tool_calls, got {json.dumps(calls)[:40]}")
-    encoded = json.dumps(extra, ensure_ascii=False) if extra else ""
-    if has_lone_surrogate(encoded):
-        problems.append("a tool call contains a lone surrogate, which UTF-8 cannot encode")
-    problems += [
-        f"{name} is not supported: write it into {names[1]}, as the chat template does (such as <think>...</think>)"
-        for name in REASONING
-        if message.get(name)
-    ]
-    trained = _parse_weight(role, message, trained, problems)
-    faults.extend(f"turn {number}: {problem}" for problem in problems)
-    return Turn(role, text, trained or role != "assistant", encoded)
+        raise ValueError(f": only the assistant may have tool_calls, got {as_json(calls):.40}")
+    if thoughts := next((name for name in REASONING if message.get(name)), None):
+        raise ValueError(
+            f": {thoughts} is not supported: write it into {names[1]}, as the chat template does (such as "
+            "<think>...</think>)"
+        )
+    trained = _parse_weight(role, message, trained)
+    return Turn(
+        role, text, trained or role != "assistant", json.dumps(extra, ensure_ascii=False) if extra else ""
+    )
 
 
-def _parse_content(name: str, content: Any, problems: list[str]) -> str:
+def _parse_content(name: str, content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        problems.append(f"{name} must be a string or a list of text parts, got {json.dumps(content)[:40]}")
-        return ""
-    texts = []
+        raise ValueError(f": {name} must be a string or a list of text parts, got {as_json(content):.40}")
     for number, part in enumerate(content, 1):
-        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        if not is_text:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             allowed = '{"type": "text", "text": ...}; images and other media are not supported'
-            problems.append(f"part {number} of {name} must be {allowed}, got {json.dumps(part)[:60]}")
-        texts.append(part["text"] if is_text else "")
-    return "".join(texts)
+            raise ValueError(f": part {number} of {name} must be {allowed}, got {as_json(part):.60}")
+    return "".join(part["text"] for part in content)
 
 
-def _parse_calls(calls: Any, problems: list[str]) -> list[Any]:
-    # OpenAI's files hold arguments as JSON text, but chat templates expect an object.
+def _parse_calls(calls: Any) -> list[Any]:
+    # OpenAI's files hold arguments as JSON text, but chat templates expect an object. Anything else of a call stays
+    # in its order, in which a template may write it.
     allowed = '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
     if not isinstance(calls, list | dict):
-        problems.append(f"tool_calls must be a list of {allowed}, got {json.dumps(calls)[:60]}")
-        return []
+        raise ValueError(f": tool_calls must be a list of {allowed}, got {as_json(calls):.60}")
     parsed = []
     for number, call in enumerate(calls if isinstance(calls, list) else [calls], 1):
         function = call.get("function") if isinstance(call, dict) else None
         function = function if isinstance(function, dict) else {}
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                arguments = None
-        if isinstance(arguments, dict) and isinstance(function.get("name"), str):
-            parsed.append({**call, "function": {**function, "arguments": arguments}})
-        else:
-            problems.append(f"tool call {number} must be {allowed}, got {json.dumps(call)[:60]}")
+            with contextlib.suppress(ValueError):
+                arguments = parse_json(arguments)
+        if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f": tool call {number} must be {allowed}, got {as_json(call):.60}")
+        parsed.append({**call, "function": {**function, "arguments": arguments}})
     return parsed
 
 
-def _parse_weight(role: str, message: Mapping[str, Any], default: bool, problems: list[str]) -> bool:
+def _parse_weight(role: str, message: Mapping[str, Any], default: bool) -> bool:
     values = {name: message[name] for name in WEIGHTS if message.get(name) is not None}
     for name, value in values.items():
         if value not in (0, 1):
-            problems.append(f"{name} must be {WEIGHTS[name]}, got {json.dumps(value)[:40]}")
-        elif value and role != "assistant":
-            problems.append(
-                f"{name} {json.dumps(value)} is for the assistant; only its messages are trained on"
+            raise ValueError(f": {name} must be {WEIGHTS[name]}, got {as_json(value):.40}")
+        if value and role != "assistant":
+            raise ValueError(
+                f": {name} {as_json(value)} is for the assistant; only its messages are trained on"
             )
-    if len({*map(str, map(bool, values.values()))}) > 1:
-        problems.append(f"{' and '.join(values)} contradict each other")
+    if len({*map(bool, values.values())}) > 1:
+        raise ValueError(f": {' and '.join(values)} contradict each other")
     if message.get("train_detail"):
-        problems.append("train_detail is not supported: use train, for the whole message")
+        raise ValueError(": train_detail is not supported: use train, for the whole message")
     return all(values.values()) if values else default
 
 
-def _text_faults(what: str, text: str, *, may_be_empty: bool = False) -> Iterator[str]:
-    if not text.strip() and not may_be_empty:
-        yield f"{what} is empty"
-    elif has_lone_surrogate(text):
-        yield f"{what} contains a lone surrogate, which UTF-8 cannot encode"
-
-
-def _order_faults(turns: Sequence[Turn], to_train: bool) -> Iterator[str]:
+def _check_order(turns: Sequence[Turn], to_train: bool) -> None:
     roles = [turn.role for turn in turns]
     if roles == ["text"]:
         return
-    for number, role in enumerate(roles[1:], 2):
-        if role == "system":
-            yield f"turn {number} has the role system, allowed only for the first turn"
+    if "system" in roles[1:]:
+        number = roles.index("system", 1) + 1
+        raise ValueError(f"turn {number} has the role system, allowed only for the first turn")
     dialogue = [role for role in roles if role != "system"]
     if not dialogue or (to_train and "assistant" not in dialogue):
-        yield "no assistant turn, so there is nothing to train on" if to_train else "no message to answer"
-        return
+        raise ValueError(
+            "no assistant turn, so there is nothing to train on" if to_train else "no message to answer"
+        )
     if dialogue[0] != "user":
-        yield f"the {dialogue[0]} has the first turn, which must be the user's"
+        raise ValueError(f"the {dialogue[0]} has the first turn, which must be the user's")
     if to_train and not any(turn.trained for turn in turns if turn.role == "assistant"):
-        yield "no assistant turn to train on: each has weight 0 or train false"
+        raise ValueError("no assistant turn to train on: each has weight 0 or train false")

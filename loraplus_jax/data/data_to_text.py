@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .conversations import Chat, Turn
-from .readers import location_of, raise_problems, read_rows
+from .readers import Problems, read_rows
 
 COLUMNS = ("mr", "ref")
 _SLOT = re.compile(r"\s*([^\[\],|]+?)\s*\[([^\[\]]*)\]\s*")
@@ -58,7 +58,7 @@ def linearize(mr: str) -> str:
 
 
 def read_descriptions(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Description]:
-    """Reads a .csv, .tsv, .jsonl or .parquet file in UTF-8 with the columns `mr` and `ref`.
+    """Reads a file with the columns `mr` and `ref`.
 
     A row is one text for a meaning representation; one with several texts has several rows.
 
@@ -70,14 +70,12 @@ def read_descriptions(path: str | Path, columns: Mapping[str, str] | None = None
       ValueError: the file cannot be read or has no rows, a column is missing, or a row has an empty or malformed
         meaning representation or an empty text. One message shows the first 20 problems.
     """
-    path, names = Path(path), _column_names(columns)
+    names = _column_names(columns)
     rows = read_rows(path, names)
-    texts = [tuple(row.values[name] for name in names) for row in rows]
-    places = [location_of(path, row.line) for row in rows]
-    turns = _user_turns([mr for mr, _ in texts], places, names[0])
+    turns = _user_turns(rows, names[0])
     return [
         Description((turn, Turn("assistant", ref)), place, mr=mr)
-        for turn, (mr, ref), place in zip(turns, texts, places, strict=True)
+        for turn, (place, (mr, ref)) in zip(turns, rows, strict=True)
     ]
 
 
@@ -85,10 +83,10 @@ def read_inputs(
     path: str | Path, columns: Mapping[str, str] | None = None, *, distinct: bool = True
 ) -> list[Input]:
     """Reads the inputs of such a file in order, by default each once; it needs no column `ref`."""
-    path, (name, _) = Path(path), _column_names(columns)
+    name, _ = _column_names(columns)
     rows = read_rows(path, (name,))
-    mrs = [row.values[name] for row in rows]
-    turns = _user_turns(mrs, [location_of(path, row.line) for row in rows], name)
+    mrs = [mr for _, (mr,) in rows]
+    turns = _user_turns(rows, name)
     if not distinct:
         return [Input(mr, turn, ()) for mr, turn in zip(mrs, turns, strict=True)]
     # Reversed, so that of equal inputs the first spelling is kept.
@@ -127,12 +125,12 @@ def _column_names(columns: Mapping[str, str] | None) -> tuple[str, ...]:
     return tuple(columns.values())
 
 
-def _user_turns(mrs: list[str], places: list[str], column: str) -> list[Turn]:
-    turns, problems = [], []
-    for mr, place in zip(mrs, places, strict=True):
+def _user_turns(rows: Iterable[tuple[str, tuple[str, ...]]], column: str) -> list[Turn]:
+    turns, problems = [], Problems()
+    for place, (mr, *_) in rows:
         try:
             turns.append(Turn("user", linearize(mr)))
         except ValueError as error:
-            problems.append((place, f"column {column!r} {error}"))
-    raise_problems(problems)
+            problems.add(place, f"column {column!r} {error}")
+    problems.report()
     return turns

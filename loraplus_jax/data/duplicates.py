@@ -2,15 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ..settings.schema import DataSettings
-from .conversations import Chat
-from .labels import class_key
-from .multiple_choice import Question
 from .readers import SHOWN_PROBLEMS
-from .splits import LabelledTexts, comparable, take
 
 
 class _Entry(NamedTuple):
@@ -21,14 +17,16 @@ class _Entry(NamedTuple):
     place: str
 
 
-def handle_duplicates(splits: dict[str, Any], settings: DataSettings) -> tuple[dict[str, Any], list[str]]:
+def handle_duplicates(
+    splits: dict[str, list[Any]], settings: DataSettings
+) -> tuple[dict[str, list[Any]], list[str]]:
     """Counts duplicates and handles them as `data.duplicates` says.
 
     Texts that differ only in case or spacing are equal. Labelled texts are compared by text and second text,
     conversations by the first user message and all answers, and questions by prompt and choices.
 
     Args:
-      splits: labelled texts, or lists of conversations or questions, by split.
+      splits: labelled texts, conversations or questions, by split.
       settings: the files of the splits, and how to handle duplicates.
 
     Returns:
@@ -39,7 +37,11 @@ def handle_duplicates(splits: dict[str, Any], settings: DataSettings) -> tuple[d
     Raises:
       ValueError: there are duplicates and `data.duplicates` is error, or drop leaves a split empty.
     """
-    entries = {name: _entries(splits[name]) for name in ("train", "validation", "test") if name in splits}
+    entries = {
+        name: [_Entry(row.key, row.label_key, row.place) for row in splits[name]]
+        for name in ("train", "validation", "test")
+        if name in splits
+    }
     problems: dict[str, list[tuple[_Entry, _Entry]]] = {}
     for first, second in itertools.combinations(entries, 2):
         # Reversed, so that the first of equal texts is kept.
@@ -77,7 +79,7 @@ def handle_duplicates(splits: dict[str, Any], settings: DataSettings) -> tuple[d
             line += f" and {len(rows) - len(indices) - shared:,} with different labels"
         if not indices:
             raise ValueError(f"{line}: none is left in {name}")
-        kept[name] = take(splits[name], indices)
+        kept[name] = [splits[name][i] for i in indices]
         lines.append(line)
     # What stays: texts with different labels outside train.
     _, remaining = handle_duplicates(kept, dataclasses.replace(settings, duplicates="warn"))
@@ -93,21 +95,3 @@ def _conflicts(entries: Iterable[_Entry]) -> list[tuple[_Entry, _Entry]]:
         if entry.label != earlier.label:
             conflicts.setdefault(entry.texts, (earlier, entry))
     return list(conflicts.values())
-
-
-def _entries(rows: LabelledTexts | Sequence[Chat | Question]) -> list[_Entry]:
-    if isinstance(rows, LabelledTexts):
-        columns = zip(rows.texts, rows.pairs or rows.texts, rows.labels, rows.places, strict=True)
-        return [
-            _Entry((comparable(text), comparable(pair)), class_key(label), place)
-            for text, pair, label, place in columns
-        ]
-    entries = []
-    for row in rows:
-        if isinstance(row, Question):
-            texts, label = (row.prompt, *sorted(row.choices)), comparable(row.choices[row.answer])
-        else:
-            answers = (turn.text + turn.extra for turn in row.turns if turn.role == "assistant")
-            texts, label = (row.prompt, *answers), None
-        entries.append(_Entry(tuple(map(comparable, texts)), label, row.place))
-    return entries

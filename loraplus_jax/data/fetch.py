@@ -311,8 +311,8 @@ def resolve(
     """Resolves `value` to a local path: an existing path, a name in `ASSETS`, or a hub id, tried in this order.
 
     A model's hub id is `org/name`; only `files` are downloaded. The hub id of data is
-    `org/name/path/in/repository.csv` (or .tsv, .jsonl, .json). What starts with the name of a directory here is a
-    path. Downloads from the hub go to the hub's own cache; no code from the hub is run.
+    `org/name/path/in/repository.csv` (or .tsv, .jsonl, .json, .parquet). What starts with the name of a directory
+    here is a path. Downloads from the hub go to the hub's own cache; no code from the hub is run.
 
     Raises:
       ValueError: `value` is none of these, names the other kind, cannot be downloaded, or is no regular file.
@@ -346,7 +346,7 @@ def resolve(
 
 _HUB_IDS = {
     "model": re.compile(r"(\w[\w.-]*/\w[\w.-]*)"),
-    "data": re.compile(r"(\w[\w.-]*/\w[\w.-]*)/((?:\w[\w. -]*/)*\w[\w. -]*\.(?:csv|tsv|jsonl?))"),
+    "data": re.compile(r"(\w[\w.-]*/\w[\w.-]*)/((?:\w[\w. -]*/)*\w[\w. -]*\.(?:csv|tsv|jsonl?|parquet))"),
 }
 _NOUNS = {"model": "a model", "data": "data"}
 _HUB_FORMS = {"model": "org/name", "data": "org/name/path/in/repository.csv"}

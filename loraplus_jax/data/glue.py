@@ -13,8 +13,8 @@ from .._utils.atomic import atomic_write
 from .._utils.validation import expand_path, suggest
 from ..settings.schema import DataSettings
 from .fetch import cache_dir
-from .readers import Problems, StringRow, location_of, raise_problems, read_rows
-from .splits import LabelledTexts, labelled_texts, split_files
+from .readers import Problems, read_rows
+from .splits import LabelledText, labelled_texts, split_files
 
 HUB_ID = "nyu-mll/glue"
 
@@ -112,7 +112,7 @@ def find_task(settings: DataSettings, kind: str | None = None) -> GlueTask | Non
     return GLUE[name]
 
 
-def load_glue(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list[str]]:
+def load_glue(settings: DataSettings) -> tuple[dict[str, list[LabelledText]], list[str]]:
     """Loads the splits of the task that `data.path` names, and lines to print about examples that are left out.
 
     Raises:
@@ -121,7 +121,7 @@ def load_glue(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list[st
     task, lines = find_task(settings), []
     assert task is not None
 
-    def load(split: str) -> LabelledTexts:
+    def load(split: str) -> list[LabelledText]:
         rows, left_out = read_glue(find_file(settings, split), task)
         lines.extend(left_out)
         return rows
@@ -186,7 +186,7 @@ def _download(name: str, split: str) -> Path:
     return path
 
 
-def read_glue(path: Path, task: GlueTask) -> tuple[LabelledTexts, list[str]]:
+def read_glue(path: Path, task: GlueTask) -> tuple[list[LabelledText], list[str]]:
     """Reads labelled texts, and returns lines to print about examples that are left out.
 
     GLUE's own loaders leave out rows with too few fields and keep empty texts; so does this one.
@@ -197,39 +197,36 @@ def read_glue(path: Path, task: GlueTask) -> tuple[LabelledTexts, list[str]]:
     short = Problems()
     own = path.suffix.lower() == ".tsv"
     columns = (*task.texts, task.label) if own else (*task.hub_texts, "label")
-    rows = labelled_texts(path, _read(path, task, columns, short))
+    rows = labelled_texts(_read(path, task, columns, short))
     by_label = {name: name for name in task.names} | {str(i): name for i, name in enumerate(task.names)}
-    kept = [i for i, label in enumerate(rows.labels) if label not in UNLABELLED]
+    kept, problems = [], Problems()
+    for row in rows:
+        if row.label in UNLABELLED:
+            continue
+        if task.names and row.label not in by_label:
+            problems.add(row.place, f"label {row.label!r} is not one of {', '.join(task.names)}")
+        kept.append(dataclasses.replace(row, label=by_label.get(row.label, row.label)))
+    problems.report()
     if not kept:
         raise ValueError(f"{path}: no example has a label")
-    rows, missing = rows.take(kept), len(rows) - len(kept)
-    if task.names:
-        raise_problems(
-            [
-                (where, f"label {label!r} is not one of {', '.join(task.names)}")
-                for label, where in zip(rows.labels, rows.places, strict=True)
-                if label not in by_label
-            ]
-        )
-        rows = dataclasses.replace(rows, labels=tuple(by_label[label] for label in rows.labels))
     lines = []
     if short.count:
-        where = location_of(path, short.first[0][0])
+        where, _ = short.first[0]
         lines.append(f"warning: left out {short.count:,} rows with too few fields, such as {where}")
-    if missing:
+    if missing := len(rows) - len(kept):
         lines.append(f"left out {missing:,} examples without a label in {path}")
-    return rows, lines
+    return kept, lines
 
 
 def read_glue_texts(path: Path, task: GlueTask) -> list[tuple[str, ...]]:
     """Reads the texts of each row; labels are not needed, and no row is left out."""
     texts = task.texts if path.suffix.lower() == ".tsv" else task.hub_texts
-    return [tuple(row.values.values()) for row in _read(path, task, texts)]
+    return [values for _, values in _read(path, task, texts)]
 
 
 def _read(
     path: Path, task: GlueTask, columns: Sequence[str], short_rows: Problems | None = None
-) -> list[StringRow]:
+) -> list[tuple[str, tuple[str, ...]]]:
     texts = {*task.texts, *task.hub_texts}
     options: Any = {"header": task.header, "may_be_empty": texts, "short_rows": short_rows}
     # GLUE's own files do not quote.

@@ -1,6 +1,7 @@
 """Converts labels from text to class indices or numbers."""
 
 import collections
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,18 +11,18 @@ from typing import Any
 import numpy as np
 
 from .._utils.validation import suggest
-from .readers import NUMBER, SHOWN_PROBLEMS, raise_problems
-from .splits import LabelledTexts, comparable
+from .readers import NUMBER, SHOWN_PROBLEMS, Problems
+from .splits import LabelledText, comparable
 
 
-def label_names(splits: Mapping[str, LabelledTexts]) -> list[str]:
+def label_names(splits: Mapping[str, Sequence[LabelledText]]) -> list[str]:
     """Returns the classes: the distinct labels of the train split, sorted (by value if all are integers).
 
     Raises:
       ValueError: there is only one class, two are the same number (1 and 01), or all are numbers and one is no
         integer; or another split has labels that are not in train (with `file:line`).
     """
-    known = set(splits["train"].labels)
+    known = {row.label for row in splits["train"]}
     integers = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in known)
     names = sorted(known, key=lambda label: (int(label) if integers else 0, label))
     if all(NUMBER.fullmatch(name) for name in names):
@@ -31,10 +32,10 @@ def label_names(splits: Mapping[str, LabelledTexts]) -> list[str]:
                 f"classes must be words or integers, but the labels are numbers such as {decimal}: set task "
                 "regression, or data.label to another column"
             )
-    _check_known(splits.values(), names)
+    _check_known(itertools.chain(*splits.values()), names)
     spellings: dict[Any, str] = {}
     for name in names:
-        if (earlier := spellings.setdefault(class_key(name), name)) != name:
+        if (earlier := spellings.setdefault(LabelledText("", name).label_key, name)) != name:
             raise ValueError(f"labels {earlier!r} and {name!r} are the same number: write both the same way")
     if len(names) < 2:
         raise ValueError(
@@ -43,31 +44,24 @@ def label_names(splits: Mapping[str, LabelledTexts]) -> list[str]:
     return names
 
 
-def class_key(label: str) -> Any:
-    """Returns what equal labels have in common: the exact number, or else the text."""
-    # Floats of 17 digits may be equal though the labels are not.
-    return Decimal(label) if NUMBER.fullmatch(label) else label
-
-
-def class_labels(rows: LabelledTexts, names: Sequence[str]) -> np.ndarray:
+def class_labels(rows: Sequence[LabelledText], names: Sequence[str]) -> np.ndarray:
     """Returns each row's index in `names`, int32 `(N,)`; raises a ValueError with `file:line` for other labels."""
-    _check_known([rows], names)
+    _check_known(rows, names)
     index = {name: i for i, name in enumerate(names)}
-    return np.array([index[label] for label in rows.labels], np.int32)
+    return np.array([index[row.label] for row in rows], np.int32)
 
 
-def label_summary(splits: Mapping[str, LabelledTexts], names: Sequence[str]) -> list[str]:
+def label_summary(splits: Mapping[str, Sequence[LabelledText]], names: Sequence[str]) -> list[str]:
     """Describes the classes of the train split, and warns of labels that look like mistakes.
 
-    >>> rows = LabelledTexts(("a", "b", "a"), None, ("bug", "Bug", "Bug"), ("f:1", "f:2", "f:3"))
+    >>> rows = [LabelledText("a", "bug"), LabelledText("b", "Bug"), LabelledText("a", "Bug")]
     >>> for line in label_summary({"train": rows}, ["Bug", "bug"]):
     ...     print(line)
     2 classes: Bug 2, bug 1
     warning: classes that differ only in case, spacing or Unicode spelling: Bug, bug
     warning: classes with one training text: bug
     """
-    train = splits["train"]
-    counts = collections.Counter(train.labels)
+    counts = collections.Counter(row.label for row in splits["train"])
     shown = [f"{name} {counts[name]:,}" for name in names[:MAX_CLASSES_SHOWN]]
     rest = [f"and {len(names) - len(shown)} more"] if len(names) > len(shown) else []
     lines = [f"{len(names)} classes: {', '.join([*shown, *rest])}"]
@@ -85,33 +79,23 @@ def label_summary(splits: Mapping[str, LabelledTexts], names: Sequence[str]) -> 
 MAX_CLASSES_SHOWN = 20
 
 
-def _check_known(splits: Iterable[LabelledTexts], names: Sequence[str]) -> None:
-    known = set(names)
-    unknown = [
-        (location, label)
-        for rows in splits
-        for label, location in zip(rows.labels, rows.places, strict=True)
-        if label not in known
-    ]
-    # A suggestion compares a label with every name, so only the problems shown get one.
-    problems = [
-        (location, f"label {label!r:.80} is not in the train split{suggest(label, names)}")
-        for location, label in unknown[:SHOWN_PROBLEMS]
-    ]
-    raise_problems(problems, len(unknown))
+def _check_known(rows: Iterable[LabelledText], names: Sequence[str]) -> None:
+    known, problems = set(names), Problems()
+    for row in rows:
+        if row.label not in known:
+            # A suggestion compares a label with every name, so only the problems shown get one.
+            hint = suggest(row.label, names) if problems.count < SHOWN_PROBLEMS else ""
+            problems.add(row.place, f"label {row.label!r:.80} is not in the train split{hint}")
+    problems.report()
 
 
-def regression_labels(rows: LabelledTexts) -> np.ndarray:
+def regression_labels(rows: Sequence[LabelledText]) -> np.ndarray:
     """Parses labels as finite numbers, float32 `(N,)`; raises a ValueError with `file:line` for other labels."""
-    values = [float(label) if NUMBER.fullmatch(label) else math.nan for label in rows.labels]
-    raise_problems(
-        [
-            (
-                location,
-                f"regression labels must be finite float32 numbers, such as -1.5 or 2e3, got {label!r}",
-            )
-            for label, location, value in zip(rows.labels, rows.places, values, strict=True)
-            if not abs(value) <= float(np.finfo(np.float32).max)
-        ]
-    )
+    values = [float(row.label) if NUMBER.fullmatch(row.label) else math.nan for row in rows]
+    allowed = "regression labels must be finite float32 numbers, such as -1.5 or 2e3"
+    Problems(
+        (row.place, f"{allowed}, got {row.label!r}")
+        for row, value in zip(rows, values, strict=True)
+        if not abs(value) <= float(np.finfo(np.float32).max)
+    ).report()
     return np.array(values, np.float32)

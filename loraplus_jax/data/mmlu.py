@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .commonsense import describe_root
 from .multiple_choice import Question
-from .readers import location_of, raise_problems, read_rows
+from .readers import Problems, read_rows
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *LETTERS, "answer")
@@ -84,18 +84,15 @@ def read_mmlu(root: Path, shots: int) -> list[Subject]:
 
 
 def _read(path: Path) -> list[Question]:
-    rows = read_rows(path, COLUMNS, header=COLUMNS, may_be_empty=LETTERS)
-    raise_problems(
-        [
-            (location_of(path, row.line), f"the answer must be one of A, B, C and D, got {answer!r:.40}")
-            for row in rows
-            if (answer := row.values["answer"]) not in LETTERS
-        ]
-    )
-    questions = []
-    for row in rows:
-        choices = [f"{letter}. {row.values[letter]}" for letter in LETTERS]
-        prompt = "\n".join([row.values["question"], *choices, "Answer:"])
-        index, place = LETTERS.index(row.values["answer"]), location_of(path, row.line)
-        questions.append(Question(prompt, tuple(f" {letter}" for letter in LETTERS), index, place))
+    problems, questions = Problems(), []
+    for place, (question, *choices, answer) in read_rows(path, COLUMNS, header=COLUMNS, may_be_empty=LETTERS):
+        if answer not in LETTERS:
+            problems.add(place, f"the answer must be one of A, B, C and D, got {answer!r:.40}")
+            continue
+        lines = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
+        prompt = "\n".join([question, *lines, "Answer:"])
+        questions.append(
+            Question(prompt, tuple(f" {letter}" for letter in LETTERS), LETTERS.index(answer), place)
+        )
+    problems.report()
     return questions

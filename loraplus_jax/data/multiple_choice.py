@@ -14,8 +14,9 @@ from .._utils.validation import check_int
 from .batches import Batch
 from .chat_template import ChatTemplate
 from .chat_tokens import Tokens, find_answers, tokenize
-from .conversations import Chat, Turn, choose_columns, take_list, take_text
-from .readers import Problems, has_lone_surrogate, location_of, raise_problems, read_records
+from .conversations import Chat, Turn, choose_columns, take_list
+from .readers import Problems, read_records, take_text
+from .splits import comparable
 
 LAYOUTS: Sequence[tuple[Mapping[str, str], Sequence[str]]] = (
     *(
@@ -44,9 +45,19 @@ class Question:
     answer: int
     place: str = "a question"
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What duplicates have in common: prompt and choices."""
+        return tuple(map(comparable, (self.prompt, *sorted(self.choices))))
+
+    @property
+    def label_key(self) -> str:
+        """What equal answers have in common."""
+        return comparable(self.choices[self.answer])
+
 
 def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Question]:
-    """Reads questions from a .jsonl, .json (a list of objects), .csv or .tsv file in UTF-8.
+    """Reads questions from a file of one of `readers.SUFFIXES`.
 
     A row has `prompt` (or `question` or `instruction`), `choices`, a list of texts (JSON in CSV and TSV), and
     `answer`: the correct choice's text, letter, or index from 0, tried in this order; a JSON number is an index.
@@ -65,19 +76,15 @@ def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -
         choices, equal choices, or an answer that is not among them. One message shows the first 20 problems with
         their locations.
     """
-    path, problems = Path(path), Problems()
-    records = read_records(path, problems)
+    problems = Problems()
+    records = list(read_records(path, problems))
     columns = choose_columns(path, records, columns, LAYOUTS, _ALLOWED)
     parse = _parse_choices if "choices" in columns else _parse_commonsense
     questions = []
-    for number, values in records:
-        faults: list[str] = []
-        question = parse(values, columns, location_of(path, number), faults)
-        for fault in faults:
-            problems.add(number, fault)
-        if not faults:
-            questions.append(question)
-    problems.report(path)
+    for location, values in records:
+        with problems.at(location):
+            questions.append(Question(*parse(values, columns), location))
+    problems.report()
     return questions
 
 
@@ -123,7 +130,7 @@ def encode_choices(
         "n_choices": np.array([len(q.choices) for q in questions], np.int32),
         "byte_lengths": np.ones(shape[:2], np.int32),
     }
-    problems = []
+    problems = Problems()
     for n, rows in enumerate(tokens):
         for c, (ids, first) in enumerate(rows):
             if len(ids) > max_length:
@@ -131,13 +138,13 @@ def encode_choices(
                     f"{len(ids)} tokens up to the end of choice {c + 1}, above max_length {max_length}: "
                     "increase it or remove the row"
                 )
-                problems.append((questions[n].place, problem))
+                problems.add(questions[n].place, problem)
                 continue
             arrays["input_ids"][n, c, : len(ids)] = ids
             arrays["segment_ids"][n, c, : len(ids)] = 1
             arrays["loss_mask"][n, c, first : len(ids)] = 1
             arrays["byte_lengths"][n, c] = len(questions[n].choices[c].encode())
-    raise_problems(problems)
+    problems.report()
     return arrays
 
 
@@ -169,26 +176,18 @@ def tokenize_choices(
     return [list(itertools.islice(remaining, len(question.choices))) for question in questions]
 
 
-def _parse_choices(
-    values: Mapping[str, Any], columns: Mapping[str, str], location: str, faults: list[str]
-) -> Question:
-    prompt = take_text(values, columns["prompt"], faults)
-    choices = take_list(values, columns["choices"], faults)
-    answer = values.get(columns["answer"])
-    if any(not isinstance(c, str) or not c.strip() or has_lone_surrogate(c) for c in choices):
-        faults.append(
-            f"column {columns['choices']!r} must be a list of texts, none empty, got {choices!r:.60}"
-        )
-    elif choices and (len(choices) < 2 or len(set(choices)) < len(choices)):
-        faults.append(
-            f"column {columns['choices']!r} must have at least two choices, all different, got {choices!r:.60}"
-        )
-    index = -1 if faults else _choice_index(answer, choices)
-    if index < 0 and not faults:
+def _parse_choices(values: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, tuple[str, ...], int]:
+    prompt, choices = take_text(values, columns["prompt"]), take_list(values, columns["choices"])
+    answer, column = values.get(columns["answer"]), f"column {columns['choices']!r}"
+    if any(not isinstance(choice, str) or not choice.strip() for choice in choices):
+        raise ValueError(f"{column} must be a list of texts, none empty, got {choices!r:.60}")
+    if len(choices) < 2 or len(set(choices)) < len(choices):
+        raise ValueError(f"{column} must have at least two choices, all different, got {choices!r:.60}")
+    if (index := _choice_index(answer, choices)) < 0:
         letters = f"a letter from A to {chr(64 + min(26, len(choices)))}"
         allowed = f"one of the choices, {letters} or an index from 0 to {len(choices) - 1}"
-        faults.append(f"column {columns['answer']!r} must be {allowed}, got {answer!r:.40}")
-    return Question(prompt, tuple(choices), index, location)
+        raise ValueError(f"column {columns['answer']!r} must be {allowed}, got {answer!r:.40}")
+    return prompt, tuple(choices), index
 
 
 def _choice_index(answer: Any, choices: Sequence[str]) -> int:
@@ -205,22 +204,21 @@ def _choice_index(answer: Any, choices: Sequence[str]) -> int:
 
 
 def _parse_commonsense(
-    values: Mapping[str, Any], columns: Mapping[str, str], location: str, faults: list[str]
-) -> Question:
-    prompt = take_text(values, columns["instruction"], faults)
-    context = take_text(values, columns["input"], faults, optional=True) if "input" in columns else ""
-    output = take_text(values, columns["output"], faults).strip()
+    values: Mapping[str, Any], columns: Mapping[str, str]
+) -> tuple[str, tuple[str, ...], int]:
+    prompt = take_text(values, columns["instruction"])
+    context = take_text(values, columns["input"], optional=True) if "input" in columns else ""
+    output = take_text(values, columns["output"]).strip()
     formats = re.findall(r"Answer format:\s*(\S+)\s*$", prompt)
     words = formats[-1].split("/") if formats else []
-    if not faults and (len(words) < 2 or len(set(words)) < len(words) or not all(words)):
-        faults.append(
+    if len(words) < 2 or len(set(words)) < len(words) or not all(words):
+        raise ValueError(
             f"column {columns['instruction']!r} must end in 'Answer format: ' and choices separated by '/', "
             f"such as true/false, got {prompt[-40:]!r}"
         )
     choices = tuple(ANSWER_PREFIX + word for word in words)
-    if not faults and output not in choices:
-        faults.append(
+    if output not in choices:
+        raise ValueError(
             f"column {columns['output']!r} must be one of {', '.join(map(repr, choices))}, got {output!r:.60}"
         )
-    index = choices.index(output) if output in choices else -1
-    return Question(f"{prompt}\n\n{context}" if context else prompt, choices, index, location)
+    return f"{prompt}\n\n{context}" if context else prompt, choices, choices.index(output)

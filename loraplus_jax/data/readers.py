@@ -1,9 +1,7 @@
-"""Reads rows from CSV, TSV, JSON and Parquet files; reports all problems of a file, with line or item."""
+"""Reads rows from CSV, TSV, JSON and Parquet files, one after the other; collects the problems of a file."""
 
-import bisect
+import contextlib
 import csv
-import dataclasses
-import io
 import itertools
 import json
 import math
@@ -18,204 +16,241 @@ from .._utils.validation import suggest
 # As programs write numbers: float() would also accept 1_0, the digits of other scripts, nan and inf.
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,6})?")
 
-Record = tuple[int, dict[str, Any]]
-Problem = tuple[int, str]
+Record = tuple[str, dict[str, Any]]
+"""A row's location for messages, and its values by column."""
 Quoting = Literal["minimal", "none"]
 
 TABLE_SUFFIXES = (".csv", ".tsv")
-SUFFIXES = (*TABLE_SUFFIXES, ".jsonl", ".parquet")
-RECORD_SUFFIXES = (*TABLE_SUFFIXES, ".jsonl", ".json")
+SUFFIXES = (*TABLE_SUFFIXES, ".jsonl", ".json", ".parquet")
 SHOWN_PROBLEMS = 20
 # In a CSV or TSV field: a stray quote swallows what follows, at up to 8 bytes a character.
 MAX_FIELD_CHARACTERS = 2**22
 
 
-@dataclasses.dataclass(frozen=True)
-class StringRow:
-    """A row of a file: its first line, counted from 1, and its values by column, as strings."""
-
-    line: int
-    values: Mapping[str, str]
-
-
 class Problems:
-    """Collects the problems of a file.
+    """Collects problems with their locations; keeps the first `SHOWN_PROBLEMS`, as all may not fit in memory."""
 
-    Keeps the first `SHOWN_PROBLEMS` by line and counts the rest: all of them may not fit in memory.
-    """
-
-    def __init__(self) -> None:
-        self.first: list[Problem] = []
+    def __init__(self, problems: Iterable[tuple[str, str]] = ()) -> None:
+        self.first: list[tuple[str, str]] = []
         self.count = 0
+        for problem in problems:
+            self.add(*problem)
 
-    def add(self, line: int, what: str) -> None:
+    def add(self, location: str, what: object) -> None:
         """Adds a problem."""
         self.count += 1
-        bisect.insort(self.first, (line, what), key=lambda problem: problem[0])
-        del self.first[SHOWN_PROBLEMS:]
+        if len(self.first) < SHOWN_PROBLEMS:
+            self.first.append((location, str(what)))
 
-    def report(self, path: Path) -> None:
-        """Raises one ValueError for all problems, if any."""
-        raise_problems([(location_of(path, number), what) for number, what in self.first], self.count)
+    @contextlib.contextmanager
+    def at(self, location: str) -> Iterator[None]:
+        """Adds a ValueError of the block instead of raising it."""
+        try:
+            yield
+        except ValueError as error:
+            self.add(location, error)
 
-
-def location_of(path: Path, number: int) -> str:
-    """Returns the location of a row: `file:line`, or `file: item n` in a .json or .parquet file, counted from 1.
-
-    >>> location_of(Path("a.csv"), 17), location_of(Path("a.json"), 17)
-    ('a.csv:17', 'a.json: item 17')
-    """
-    return f"{path}: item {number}" if path.suffix.lower() in (".json", ".parquet") else f"{path}:{number}"
+    def report(self) -> None:
+        """Raises one ValueError for all problems, if any; its first line makes sense alone."""
+        lines = [f"{location}: {what}" for location, what in self.first]
+        if self.count > 1:
+            tail = [f"... and {self.count - len(lines)} more"] if self.count > len(lines) else []
+            lines = [f"{lines[0]} (the first of {self.count} problems)", *lines, *tail]
+        if lines:
+            raise ValueError("\n  ".join(lines))
 
 
 def read_rows(
     path: str | Path,
     columns: Sequence[str],
-    delimiter: str | None = None,
     *,
-    quoting: Quoting = "minimal",
-    header: Sequence[str] = (),
     may_be_empty: Collection[str] = (),
     short_rows: Problems | None = None,
-) -> list[StringRow]:
-    """Reads the rows of a .csv, .tsv, .jsonl or .parquet file.
+    **table: Any,
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Reads the values of some columns as strings, each row with its location.
 
-    Text files are UTF-8, with or without a byte order mark, LF or CRLF. CSV and TSV have a header and may quote
-    fields with `"`, doubled inside. JSON lines hold one object each. Strings, numbers and booleans in JSON and
-    Parquet become strings. Blank lines are skipped.
+    Equal numbers become equal strings, so 1.0 becomes "1".
 
     Args:
       path: the file.
       columns: the columns to return.
-      delimiter: of a .csv or .tsv file; by default a comma or a tab.
-      quoting: of a .csv or .tsv file: minimal, or none, where `"` is a character like any other.
-      header: names of the columns of a .csv or .tsv file that has no header line; a first line that has all
-        `columns` is one.
       may_be_empty: the columns whose values may be empty.
-      short_rows: collects the rows of a .csv or .tsv file with too few fields, which are left out; by default they
-        are problems.
+      short_rows: see `read_records`.
+      **table: how a .csv or .tsv file is written, see `read_records`.
 
     Raises:
       ValueError: the file cannot be read or has no rows, a column is missing, or rows are malformed or empty in
-        one of `columns`. One message counts all problems of the file and shows the first `SHOWN_PROBLEMS` with
-        `file:line`.
+        one of `columns`. One message counts all problems of the file and shows the first `SHOWN_PROBLEMS`.
     """
-    path, problems = Path(path), Problems()
-    found, text = _read(path, SUFFIXES, columns, problems, delimiter, quoting, header, short_rows)
-    records = list(_string_records(found, columns, problems))
-    for line, what in _value_problems(records, columns, may_be_empty):
-        problems.add(line, what)
-    if not records and not problems.count:
-        for line, what in short_rows.first if short_rows and short_rows.count else [(1, _no_rows(text))]:
-            problems.add(line, what)
-    problems.report(path)
-    return [StringRow(line, {c: record[c] for c in columns}) for line, record in records]
+    problems, rows = Problems(), []
+    for location, values in read_records(path, problems, columns, short_rows=short_rows, **table):
+        with problems.at(location):
+            for column, value in values.items():
+                if isinstance(value, float) and abs(value) < 2**53 and value.is_integer():
+                    values[column] = int(value)
+            rows.append(
+                (location, tuple(take_text(values, c, may_be_empty=c in may_be_empty) for c in columns))
+            )
+    problems.report()
+    return rows
 
 
-def read_records(path: Path, problems: Problems) -> list[Record]:
-    """Reads the rows of a .jsonl, .json, .csv or .tsv file with all columns; JSON values keep their types.
-
-    A .json file holds a list of objects. Blank lines are skipped.
-
-    Args:
-      path: the file, in UTF-8.
-      problems: collects the problems of single rows; the caller may add more before it reports them.
-
-    Returns:
-      Each row's number for `location_of`, and its values by column.
-
-    Raises:
-      ValueError: the file cannot be read, is a .json file that is not a UTF-8 JSON list, or has no rows.
-    """
-    found, text = _read(path, RECORD_SUFFIXES, (), problems)
-    records = list(found)
-    if not records and not problems.count:
-        raise ValueError(f"{path}: {_no_rows(text)}")
-    return records
-
-
-def has_lone_surrogate(text: str) -> bool:
-    """Whether a text contains a lone surrogate, which UTF-8 cannot encode."""
-    return re.search(r"[\ud800-\udfff]", text) is not None
-
-
-def _read(
-    path: Path, suffixes: Sequence[str], columns: Sequence[str], problems: Problems, *table: Any
-) -> tuple[Iterator[Record], str]:
-    """The records of a file, and its text; `table` are the last arguments of `_table_records`."""
-    suffix = path.suffix.lower()
-    if suffix not in suffixes:
-        raise ValueError(
-            f"{path}: unsupported file type {path.suffix or '(no suffix)'}: use {', '.join(suffixes)}"
-        )
-    if suffix == ".parquet":
-        return _parquet_records(path, columns, problems), ""
-    text = _decode(path, problems)
-    if suffix == ".json":
-        # A list of JSON has items, not lines, so what is wrong with its lines cannot be listed with them.
-        raise_problems([(f"{path}:{line}", what) for line, what in problems.first], problems.count)
-        return _json_items(path, text, problems), text
-    if suffix == ".jsonl":
-        return _json_lines(text, problems), text
-    return _table_records(path, text, columns, problems, *table), text
-
-
-def _no_rows(text: str) -> str:
-    if not text.strip():
-        return "the file is empty"
-    return "the list is empty" if text.strip()[0] == "[" else "no rows below the header"
-
-
-def raise_problems(problems: Sequence[tuple[str, str]], count: int | None = None) -> None:
-    """Raises one ValueError for all (location, problem) pairs, if any; its first line makes sense alone.
-
-    `count` is the total number, if `problems` holds only the first of them.
-    """
-    if not problems:
-        return
-    count = len(problems) if count is None else count
-    lines = [f"{location}: {problem}" for location, problem in problems[:SHOWN_PROBLEMS]]
-    if count == 1:
-        raise ValueError(lines[0])
-    tail = [f"... and {count - len(lines)} more"] if count > len(lines) else []
-    raise ValueError("\n  ".join([f"{lines[0]} (the first of {count} problems)", *lines, *tail]))
-
-
-def _decode(path: Path, problems: Problems) -> str:
-    check_file(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read the file: {error.strerror}") from None
-    # Line by line, as an error of the whole would name a byte and only the first.
-    for number, line in enumerate(content.split(b"\n"), 1):
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            problems.add(number, f"byte 0x{line[error.start]:02x} is not UTF-8: save the file as UTF-8")
-    return content.decode("utf-8-sig", errors="replace")
-
-
-def _table_records(
-    path: Path,
-    text: str,
-    columns: Sequence[str],
+def read_records(
+    path: str | Path,
     problems: Problems,
+    columns: Sequence[str] = (),
+    *,
     delimiter: str | None = None,
     quoting: Quoting = "minimal",
     header: Sequence[str] = (),
     short_rows: Problems | None = None,
 ) -> Iterator[Record]:
-    delimiter = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    """Yields the rows of a .csv, .tsv, .jsonl, .json or .parquet file; JSON and Parquet values keep their types.
+
+    Text files are UTF-8, with or without a byte order mark, LF or CRLF. CSV and TSV have a header and may quote
+    fields with `"`, doubled inside. JSON lines hold an object each, a .json file a list of them. Blank lines are
+    skipped.
+
+    Args:
+      path: the file.
+      problems: collects the problems of single rows, which are left out; the caller reports them.
+      columns: the columns that a .csv, .tsv or .parquet file must have; of the last no others are read, by default
+        all.
+      delimiter: of a .csv or .tsv file; by default a comma or a tab.
+      quoting: of a .csv or .tsv file: minimal, or none, where `"` is a character like any other.
+      header: names of the columns of a .csv or .tsv file that has no header line; a first line that has all
+        `columns` is one.
+      short_rows: collects the rows of a .csv or .tsv file with too few fields; by default they are problems.
+
+    Yields:
+      Each row's location, `file:line`, or `file: item n` in a .json or .parquet file, counted from 1; and its
+      values by column.
+
+    Raises:
+      ValueError: the file cannot be read, is a .json file that is not a UTF-8 JSON list, or has no rows.
+    """
+    path = Path(path)
+    if (suffix := path.suffix.lower()) not in SUFFIXES:
+        raise ValueError(
+            f"{path}: unsupported file type {path.suffix or '(no suffix)'}: use {', '.join(SUFFIXES)}"
+        )
+    check_file(path)
+    short, empty = problems if short_rows is None else short_rows, f"{path}:1: the file is empty"
+    try:
+        if suffix in TABLE_SUFFIXES:
+            delimiter = delimiter or ("\t" if suffix == ".tsv" else ",")
+            records = _table_records(path, columns, problems, delimiter, quoting, header, short)
+            empty = f"{path}:1: no rows below the header" if path.stat().st_size else empty
+        elif suffix == ".parquet":
+            records = _parquet_records(path, columns, problems)
+        else:
+            records = (_json_lines if suffix == ".jsonl" else _json_items)(path, problems)
+        is_empty = True
+        for record in records:
+            is_empty = False
+            yield record
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the file: {error.strerror or error}") from None
+    if is_empty and not problems.count:
+        short.report()
+        raise ValueError(empty)
+
+
+def take_text(
+    values: Mapping[str, Any], column: str, *, optional: bool = False, may_be_empty: bool = False
+) -> str:
+    """Returns a column's text; numbers and booleans are written as in JSON.
+
+    With `optional`, a missing, null or blank column gives `""`.
+    """
+    value = values.get(column)
+    if optional and (value is None or value == ""):
+        return ""
+    if column not in values:
+        raise ValueError(f"no column {column!r}{suggest(column, values)}")
+    # Parquet has other types than JSON, such as decimals, and numbers that are not finite.
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"column {column!r} must be a string or a number, got {as_json(value):.40}")
+    text = value if isinstance(value, str) else json.dumps(value)
+    if text.strip() or may_be_empty:
+        return text
+    if optional:
+        return ""
+    raise ValueError(f"column {column!r} is empty")
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON for messages, whatever its type."""
+    return json.dumps(value, default=repr)
+
+
+def parse_json(text: str) -> Any:
+    """Parses a JSON value.
+
+    Raises:
+      ValueError: it is invalid or nested too deeply, or has NaN, a number that overflows, an object with a key
+        twice or a lone surrogate.
+    """
+
+    def finite(word: str) -> float:
+        if math.isfinite(value := float(word)):
+            return value
+        tokens = re.finditer(r'"(?:[^"\\]|\\.)*"|[^\s,:\[\]{}"]+', text)
+        position = next(token.start() for token in tokens if token[0] == word)
+        raise json.JSONDecodeError(f"{word} is not a finite number, or text without quotes", text, position)
+
+    numbers: dict[str, Any] = {"parse_constant": finite, "parse_float": finite, "parse_int": parse_int}
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys, **numbers)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    # Only an escape makes one. Nothing that follows can encode it in UTF-8.
+    if re.search(r"\\u[dD][89a-fA-F]", text) and re.search(
+        "[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)
+    ):
+        raise ValueError("a lone surrogate is not a character, and UTF-8 cannot encode it")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"duplicate key {json.dumps(duplicate):.80} in an object")
+    return values
+
+
+def _lines(path: Path, problems: Problems, newline: str) -> Iterator[str]:
+    # Invalid bytes become surrogates, so that each is told with its line.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
+        for number, line in enumerate(file, 1):
+            if not line.isascii() and (byte := re.search("[\udc80-\udcff]", line)):
+                what = f"byte 0x{ord(byte[0]) - 0xDC00:02x} is not UTF-8: save the file as UTF-8"
+                problems.add(f"{path}:{number}", what)
+                line = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            yield line
+
+
+def _table_records(
+    path: Path,
+    columns: Sequence[str],
+    problems: Problems,
+    delimiter: str,
+    quoting: Quoting,
+    header: Sequence[str],
+    short_rows: Problems,
+) -> Iterator[Record]:
     style = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
     # Line ends as they are: a quoted field may hold some.
-    lines = io.StringIO(text, newline="")
-    rows = _table_rows(csv.reader(lines, delimiter=delimiter, strict=True, quoting=style), problems)
+    lines = _lines(path, problems, newline="")
+    rows = _table_rows(path, csv.reader(lines, delimiter=delimiter, strict=True, quoting=style), problems)
     first = next(rows, None)
     if first is None:
         return
     if header and not {*columns} <= {*first[1]}:
-        top, rows = 1, itertools.chain([first], rows)
+        top, rows = f"{path}:1", itertools.chain([first], rows)
     else:
         top, header = first
     faults = [f"column {c!r} appears twice" for c in dict.fromkeys(header) if header.count(c) > 1]
@@ -229,22 +264,22 @@ def _table_records(
     faults += [f"no column {c!r}{hint or suggest(c, header) + bare}" for c in columns if c not in header]
     for fault in faults:
         problems.add(top, fault)
-    for line, fields in rows if not faults else ():
+    for location, fields in rows if not faults else ():
         if len(fields) == len(header):
-            yield line, dict(zip(header, fields, strict=True))
+            yield location, dict(zip(header, fields, strict=True))
         else:
             hint = f"; {QUOTING_HINT}" if any("\n" in field for field in fields) else ""
-            collector = short_rows if short_rows is not None and len(fields) < len(header) else problems
-            collector.add(line, f"{len(fields)} fields, but the header has {len(header)}{hint}")
+            collector = short_rows if len(fields) < len(header) else problems
+            collector.add(location, f"{len(fields)} fields, but the header has {len(header)}{hint}")
 
 
 QUOTING_HINT = "if quotes are part of the text, set data.quoting none"
 _DELIMITERS = {";": "semicolon", "\t": "tab", "|": "pipe", ",": "comma"}
 
 
-def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str]]]:
+def _table_rows(path: Path, reader: Any, problems: Problems) -> Iterator[tuple[str, list[str]]]:
     while True:
-        line, limit = reader.line_num + 1, csv.field_size_limit(MAX_FIELD_CHARACTERS)
+        location, limit = f"{path}:{reader.line_num + 1}", csv.field_size_limit(MAX_FIELD_CHARACTERS)
         try:
             fields = next(reader)
         except StopIteration:
@@ -252,81 +287,56 @@ def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str
         except csv.Error as error:
             too_long = "field larger" in str(error)
             reason = f"a field of more than {MAX_FIELD_CHARACTERS:,} characters" if too_long else error
-            problems.add(line, f"malformed row, perhaps a stray quote: {reason}; {QUOTING_HINT}")
+            problems.add(location, f"malformed row, perhaps a stray quote: {reason}; {QUOTING_HINT}")
             continue
         finally:
             # The limit is global to the process.
             csv.field_size_limit(limit)
         # An empty line; in a table of one column "" is an empty cell.
         if fields and not (len(fields) == 1 and fields[0].isspace()):
-            yield line, fields
+            yield location, fields
 
 
-def _json_lines(text: str, problems: Problems) -> Iterator[Record]:
+def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
     # Not splitlines, which also splits at characters that strings of JSON may hold, such as U+2028.
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(_lines(path, problems, newline="\n"), 1):
+        if not line.strip():
+            continue
         try:
-            record = _parse_json(line) if line.strip() else None
-        except (ValueError, RecursionError) as error:
-            problems.add(number, f"invalid JSON: {error}")
+            record = parse_json(line)
+        except ValueError as error:
+            problems.add(f"{path}:{number}", f"invalid JSON: {error}")
             continue
         if isinstance(record, dict):
-            yield number, record
-        elif line.strip():
-            problems.add(number, f"each line must be a JSON object, got {line.strip()[:40]}")
+            yield f"{path}:{number}", record
+        else:
+            problems.add(f"{path}:{number}", f"each line must be a JSON object, got {line.strip():.40}")
 
 
-def _parse_json(text: str) -> Any:
-    """Parses a JSON value; raises a ValueError for NaN, numbers that overflow, and keys that an object repeats."""
-
-    def finite(word: str) -> float:
-        if math.isfinite(value := float(word)):
-            return value
-        tokens = re.finditer(r'"(?:[^"\\]|\\.)*"|[^\s,:\[\]{}"]+', text)
-        position = next(token.start() for token in tokens if token[0] == word)
-        raise json.JSONDecodeError(f"{word} is not a finite number, or text without quotes", text, position)
-
-    numbers: dict[str, Any] = {"parse_constant": finite, "parse_float": finite, "parse_int": parse_int}
-    return json.loads(text, object_pairs_hook=_unique_keys, **numbers)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        duplicate = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"duplicate key {json.dumps(duplicate):.80} in an object")
-    return values
-
-
-def _to_string(value: Any) -> str:
-    """Converts a JSON value to a string; equal numbers give equal strings, so 1.0 becomes "1".
-
-    >>> _to_string("a"), _to_string(1), _to_string(1.0), _to_string(1.5), _to_string(True)
-    ('a', '1', '1', '1.5', 'true')
-    """
-    if isinstance(value, str):
-        return value
-    integral = isinstance(value, float) and abs(value) < 2**53 and value.is_integer()
-    return json.dumps(int(value) if integral else value)
-
-
-def _json_items(path: Path, text: str, problems: Problems) -> Iterator[Record]:
+def _json_items(path: Path, problems: Problems) -> Iterator[Record]:
+    text = "".join(_lines(path, problems, newline="\n"))
+    # A list of JSON has items, not lines, so what is wrong with its lines cannot be listed with them.
+    problems.report()
+    if not text.strip():
+        return
     try:
-        items = _parse_json(text) if text.strip() else []
-    except (ValueError, RecursionError) as error:
+        items = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: invalid JSON: {error}") from None
     if not isinstance(items, list):
-        raise ValueError(f"{path}: must be a JSON list of objects, got {text.strip()[:40]}")
+        raise ValueError(f"{path}: must be a JSON list of objects, got {text.strip():.40}")
+    if not items:
+        raise ValueError(f"{path}: the list is empty")
     for number, item in enumerate(items, 1):
         if isinstance(item, dict):
-            yield number, item
+            yield f"{path}: item {number}", item
         else:
-            problems.add(number, f"each item must be a JSON object, got {json.dumps(item)[:40]}")
+            problems.add(
+                f"{path}: item {number}", f"each item must be a JSON object, got {as_json(item):.40}"
+            )
 
 
 def _parquet_records(path: Path, columns: Sequence[str], problems: Problems) -> Iterator[Record]:
-    check_file(path)
     try:
         import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
@@ -336,39 +346,20 @@ def _parquet_records(path: Path, columns: Sequence[str], problems: Problems) -> 
         ) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            for fault in [f"no column {c!r}{suggest(c, names)}" for c in columns if c not in names]:
-                problems.add(1, fault)
-            records = [] if problems.count else file.read(list(columns)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+            names, number = file.schema_arrow.names, 0
+            for column in columns:
+                if column not in names:
+                    problems.add(f"{path}: item 1", f"no column {column!r}{suggest(column, names)}")
+            for batch in () if problems.count else file.iter_batches(columns=list(columns) or None):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: item {number}", {c: _without_nulls(v) for c, v in record.items()}
+    except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: cannot read the Parquet file: {error}") from None
-    yield from enumerate(records, 1)
 
 
-def _string_records(
-    records: Iterable[Record], columns: Sequence[str], problems: Problems
-) -> Iterator[Record]:
-    for number, record in records:
-        faults = [f"no column {c!r}{suggest(c, record)}" for c in columns if c not in record]
-        selected = {c: record[c] for c in columns if c in record}
-        # Parquet has other types than JSON, such as decimals, and numbers that are not finite.
-        faults += [
-            f"column {c!r} must be a string or a number, got {json.dumps(v, default=repr)[:40]}"
-            for c, v in selected.items()
-            if not isinstance(v, str | int | float) or (isinstance(v, float) and not math.isfinite(v))
-        ]
-        for fault in faults:
-            problems.add(number, fault)
-        if not faults:
-            yield number, {c: _to_string(v) for c, v in selected.items()}
-
-
-def _value_problems(
-    records: Sequence[Record], columns: Sequence[str], may_be_empty: Collection[str]
-) -> Iterator[Problem]:
-    for line, record in records:
-        for column in columns:
-            if not record[column].strip() and column not in may_be_empty:
-                yield line, f"column {column!r} is empty"
-            elif has_lone_surrogate(record[column]):
-                yield line, f"column {column!r} contains a lone surrogate, which UTF-8 cannot encode"
+def _without_nulls(value: Any) -> Any:
+    # All rows of a Parquet file have the fields that any row has, which JSON would leave out.
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [*map(_without_nulls, value)] if isinstance(value, list) else value

@@ -5,51 +5,49 @@ import functools
 import hashlib
 import operator
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from ..settings.schema import DataSettings
-from .readers import TABLE_SUFFIXES, StringRow, location_of, read_rows
+from .readers import NUMBER, TABLE_SUFFIXES, read_rows
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelledTexts:
-    """N labelled texts as columns of length N.
+@dataclasses.dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text, or a pair of texts, with its label.
 
     Attributes:
-      texts: the texts.
-      pairs: the second texts of text pairs, or None.
-      labels: the labels as written in the file, without surrounding whitespace.
-      places: `file:line` of each row, for error messages.
+      prompt: the text.
+      label: the label as written in the file, without surrounding whitespace.
+      place: its location in the file, for error messages.
+      pair: the second text of a pair.
     """
 
-    texts: tuple[str, ...]
-    pairs: tuple[str, ...] | None
-    labels: tuple[str, ...]
-    places: tuple[str, ...]
+    prompt: str
+    label: str
+    place: str = "a text"
+    pair: str | None = None
 
-    def __len__(self) -> int:
-        return len(self.texts)
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What duplicates have in common: the texts."""
+        return tuple(map(comparable, self.texts))
 
-    def __add__(self, other: "LabelledTexts") -> "LabelledTexts":
-        pairs = None if self.pairs is None or other.pairs is None else self.pairs + other.pairs
-        return LabelledTexts(
-            self.texts + other.texts, pairs, self.labels + other.labels, self.places + other.places
-        )
+    @property
+    def label_key(self) -> Any:
+        """What equal labels have in common: the exact number, or else the text."""
+        # Floats of 17 digits may be equal though the labels are not.
+        return Decimal(self.label) if NUMBER.fullmatch(self.label) else self.label
 
-    def take(self, indices: Iterable[int]) -> "LabelledTexts":
-        """Returns the rows at `indices`, in that order."""
-        indices = list(indices)
-
-        def pick(column: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(column[i] for i in indices)
-
-        pairs = None if self.pairs is None else pick(self.pairs)
-        return LabelledTexts(pick(self.texts), pairs, pick(self.labels), pick(self.places))
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text and, of a pair, the second text."""
+        return (self.prompt,) if self.pair is None else (self.prompt, self.pair)
 
 
-def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[str, LabelledTexts]:
+def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[str, list[LabelledText]]:
     """Loads labelled texts as `split_files` does.
 
     Args:
@@ -67,8 +65,8 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
     return split_files(settings, lambda value: load_rows(resolve(value), settings))
 
 
-def split_files(settings: DataSettings, load: Callable[[str], Any]) -> dict[str, Any]:
-    """Loads the rows of `train`, `validation` and, if there is one, `test`.
+def split_files(settings: DataSettings, load: Callable[[str], list[Any]]) -> dict[str, list[Any]]:
+    """Loads the examples of `train`, `validation` and, if there is one, `test`.
 
     A single file is split by a hash of `split_seed` and the text. The split depends neither on the order of the
     rows nor on the labels, and adding rows moves only texts near a split boundary. Texts that differ only in case
@@ -77,8 +75,7 @@ def split_files(settings: DataSettings, load: Callable[[str], Any]) -> dict[str,
 
     Args:
       settings: the files, and the fractions of the distinct texts to split off.
-      load: reads a file: labelled texts, or a list of conversations or questions, which are split by the first
-        user message.
+      load: reads a file: labelled texts, conversations or questions, which are split by their `prompt`.
 
     Raises:
       ValueError: a file has too few distinct texts to split.
@@ -91,44 +88,35 @@ def split_files(settings: DataSettings, load: Callable[[str], Any]) -> dict[str,
         splits["train"], shares = splits["path"], shares | {"test": settings.test_fraction}
     if shares:
         rows = splits["train"]
-        keys = [normalize(text) for text, _ in _texts(rows)]
+        keys = [normalize(row.prompt) for row in rows]
         # By hashes alone, so that neither the order of the rows nor their labels matter.
         order = sorted(set(keys), key=lambda key: _hash(settings.split_seed, key))
         sizes = {name: max(1, round(share * len(order))) for name, share in shares.items() if share > 0}
         if sum(sizes.values()) >= len(order):
-            _, place = _texts(rows)[0]
             raise ValueError(
-                f"{place.rpartition(':')[0]}: {len(order)} distinct texts are too few to split into "
+                f"{rows[0].place.rpartition(':')[0]}: {len(order)} distinct texts are too few to split into "
                 f"{', '.join(('train', *sizes))}: add rows"
             )
         names = [name for name, size in sizes.items() for _ in range(size)]
         split_of = dict.fromkeys(order, "train") | dict(zip(order, names, strict=False))
         for name in ("train", *sizes):
-            splits[name] = take(rows, [i for i, key in enumerate(keys) if split_of[key] == name])
+            splits[name] = [row for row, key in zip(rows, keys, strict=True) if split_of[key] == name]
     return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
 
 
-def _texts(rows: Any) -> list[tuple[str, str]]:
-    # By this text rows are split; the location is for messages.
-    if isinstance(rows, LabelledTexts):
-        return list(zip(rows.texts, rows.places, strict=True))
-    return [(row.prompt, row.place) for row in rows]
-
-
-def load_rows(path: Path, settings: DataSettings) -> LabelledTexts:
+def load_rows(path: Path, settings: DataSettings) -> list[LabelledText]:
     """Reads the rows of one file, with the columns in the settings; raises as `read_rows` does."""
-    return labelled_texts(path, read_rows(path, settings.columns, **settings.table_options))
+    return labelled_texts(read_rows(path, settings.columns, **settings.table_options))
 
 
-def labelled_texts(path: Path, rows: Sequence[StringRow]) -> LabelledTexts:
+def labelled_texts(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[LabelledText]:
     """Returns the rows of a file, whose columns are text, second text if any, and label."""
-    columns = list(zip(*(row.values.values() for row in rows), strict=True))
-    labels = tuple(label.strip() for label in columns[-1])
-    places = tuple(location_of(path, row.line) for row in rows)
-    return LabelledTexts(columns[0], columns[1] if len(columns) == 3 else None, labels, places)
+    return [LabelledText(text, label.strip(), location, *pair) for location, (text, *pair, label) in rows]
 
 
-def limit_splits(splits: dict[str, Any], settings: DataSettings) -> tuple[dict[str, Any], list[str]]:
+def limit_splits(
+    splits: dict[str, list[Any]], settings: DataSettings
+) -> tuple[dict[str, list[Any]], list[str]]:
     """Returns at most `data.limit` examples of each split, in order, and lines to print about it.
 
     As in `split_files`, a hash of `split_seed` and the text decides, not the order of the rows.
@@ -137,16 +125,11 @@ def limit_splits(splits: dict[str, Any], settings: DataSettings) -> tuple[dict[s
         return splits, []
     limited, kept = {}, []
     for name, rows in splits.items():
-        keys = [_hash(settings.split_seed, normalize(text)) for text, _ in _texts(rows)]
+        keys = [_hash(settings.split_seed, normalize(row.prompt)) for row in rows]
         indices = sorted(sorted(range(len(keys)), key=keys.__getitem__)[: settings.limit])
-        limited[name] = take(rows, indices)
+        limited[name] = [rows[i] for i in indices]
         kept.append(f"{len(indices):,} of {len(rows):,} {name}")
     return limited, [f"data.limit {settings.limit} keeps {', '.join(kept)}"]
-
-
-def take(rows: Any, indices: Iterable[int]) -> Any:
-    """Returns the rows at `indices` of labelled texts, or of a list of conversations or questions."""
-    return rows.take(indices) if isinstance(rows, LabelledTexts) else [rows[i] for i in indices]
 
 
 def normalize(text: str) -> str:

@@ -37,10 +37,8 @@ def _pad_token(tokenizer: Tokenizer, config_path: Path) -> str:
     raise ValueError(f"no pad token found: set pad_token to a token of the vocabulary in {config_path}")
 
 
-def encode_texts(
-    texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Tokenizer
-) -> tuple[Batch, int]:
-    """Tokenizes N texts or text pairs with a tokenizer from `load_tokenizer`.
+def encode_texts(texts: Sequence[tuple[str, ...]], tokenizer: Tokenizer) -> tuple[Batch, int]:
+    """Tokenizes N texts, each alone or all with a second text, with a tokenizer from `load_tokenizer`.
 
     Returns:
       int32 `input_ids`, `attention_mask` and `token_type_ids`, each `(N, T)`, with T the tokenizer's `max_length`;
@@ -52,10 +50,10 @@ def encode_texts(
     if tokenizer.truncation is None:
         raise ValueError("the tokenizer has no max_length: load it with load_tokenizer")
     length = tokenizer.truncation["max_length"]
-    special = tokenizer.num_special_tokens_to_add(pairs is not None)
+    special = tokenizer.num_special_tokens_to_add(any(len(parts) == 2 for parts in texts))
     if length <= special:
         raise ValueError(f"max_length must be above {special}, the number of special tokens, got {length}")
-    inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+    inputs = [parts[0] if len(parts) == 1 else parts for parts in texts]
     columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     arrays = {name: np.zeros((len(inputs), length), np.int32) for name in columns}
     truncated = 0

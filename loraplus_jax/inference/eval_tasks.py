@@ -18,7 +18,7 @@ from ..data.chat_tokens import Tokens, leading_ids, tokenize
 from ..data.commonsense import COMMONSENSE, read_commonsense
 from ..data.mmlu import Subject, read_mmlu
 from ..data.multiple_choice import Question, tokenize_choices
-from ..data.readers import raise_problems
+from ..data.readers import Problems
 from ..interop.peft_files import NOTES_FILE
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Dtype
@@ -175,7 +175,7 @@ def evaluate_tasks(
         if set(tasks) != {MMLU}:  # which needs no chat template, and not every model has one
             _, chat_template = tokenizer_and_template(tuned.settings, tuned.base, tuned.task)
         items = [_encode(part, shots or 0, tokenizer, chat_template, longest) for part in parts]
-        problems = [
+        Problems(
             (
                 question.place,
                 f"{length} tokens with a choice, above the model's context of {longest}: remove it",
@@ -183,8 +183,7 @@ def evaluate_tasks(
             for part, part_items in zip(parts, items, strict=True)
             for question, item in zip(part.questions, part_items, strict=True)
             if (length := max(len(choice.ids) for choice in item.choices)) > longest
-        ]
-        raise_problems(problems)
+        ).report()
     choices = [choice for part_items in items for item in part_items for choice in item.choices]
     check_same_rows([[int(n) for n in ids], first] for ids, first in choices)
     scorer = Scorer(

@@ -34,7 +34,6 @@ from .several_adapters import (
     SeveralAdapters,
     open_adapters,
     read_adapter_column,
-    read_adapter_names,
     slots_of,
     use_of,
 )
@@ -128,8 +127,7 @@ def generate_answers(
             use = use_of(use, several)
             chats, names = [chat for chat in chats for _ in use], [*use] * len(chats)
         elif several is not None:
-            read = read_adapter_column if settings.task == "generation" else read_adapter_names
-            names, locations = read(resolve(str(data), "data"))
+            names, locations = read_adapter_column(resolve(str(data), "data"))
             slots_of(names, several, locations)
         is_generation = settings.task == "generation"
         default = settings.generation.max_new_tokens if is_generation else MAX_TOKENS

@@ -331,25 +331,22 @@ def predict_run(
     with raise_together():
         if tuned.settings.is_language:
             raise ValueError(f"{directory} is a language model; use loraplus generate or loraplus eval")
-        texts, pairs = texts_to_predict(texts, data, tuned.settings)
-    predictions = tuned.task.predictions(compute_outputs(tuned, texts, pairs))
-    return [{"text": text, **prediction} for text, prediction in zip(texts, predictions, strict=True)]
+        rows = texts_to_predict(texts, data, tuned.settings)
+    predictions = tuned.task.predictions(compute_outputs(tuned, rows))
+    return [{"text": text, **prediction} for (text, *_), prediction in zip(rows, predictions, strict=True)]
 
 
-def texts_to_predict(
-    texts: Sequence[str], data: str | None, settings: Settings
-) -> tuple[Sequence[str], tuple[str, ...] | None]:
-    """The texts, and for pairs the second texts, given as `texts` or in the file `data`; checks them."""
-    pairs: tuple[str, ...] | None = None
+def texts_to_predict(texts: Sequence[str], data: str | None, settings: Settings) -> list[tuple[str, ...]]:
+    """The texts given as `texts` or in the file `data`, in which they may be pairs; checks them."""
     if data is not None:
-        texts, pairs = read_texts(resolve(data, "data"), settings.data)
-    elif has_pairs(settings.data):
+        return read_texts(resolve(data, "data"), settings.data)
+    if has_pairs(settings.data):
         raise ValueError("the run was trained on text pairs; pass a file with --data")
     if not texts:
         raise ValueError("no text to predict for; pass --text or --data")
     if any(not text.strip() for text in texts):
         raise ValueError("every text to predict for must have content, got an empty text")
-    return texts, pairs
+    return [(text,) for text in texts]
 
 
 def write_submissions(
@@ -378,7 +375,7 @@ def write_submissions(
         for file in sources if is_lead() else ():
             check_new_file("--glue", file)
     for file in sources:
-        rows = tuned.task.predictions(compute_outputs(tuned, *texts[file]))
+        rows = tuned.task.predictions(compute_outputs(tuned, texts[file]))
         write_once(file, submission(task, [row["prediction"] for row in rows]))
     return list(sources)
 
@@ -398,13 +395,12 @@ def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None
 
 def compute_outputs(
     tuned: TunedModel,
-    texts: Sequence[str],
-    pairs: Sequence[str] | None,
+    texts: Sequence[tuple[str, ...]],
     adapters: tuple[AdapterStack, Sequence[int]] | None = None,
 ) -> np.ndarray:
-    """The head's outputs for each text; with `adapters`, each text has the adapter in its slot of the stack."""
+    """The head's outputs for each text or pair; with `adapters`, each has the adapter in its slot of the stack."""
     with raise_together():
-        arrays, truncated = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
+        arrays, truncated = encode_texts(texts, tokenizer_for(tuned.settings, tuned.base))
         if truncated and is_lead():
             longest = tuned.settings.data.max_length
             message = (

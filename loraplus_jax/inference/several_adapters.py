@@ -13,9 +13,8 @@ from .._utils.multihost import gather_to_host
 from .._utils.validation import expand_path, suggest
 from ..adapter.adapter_stack import AdapterStack, stack_adapters
 from ..adapter.tree import flatten, leaves_by_path, unflatten
-from ..data.conversations import take_text
 from ..data.fetch import resolve
-from ..data.readers import Problems, location_of, raise_problems, read_records, read_rows
+from ..data.readers import Problems, read_rows
 from ..linen.wrap import apply_lora_plus
 from ..models.checkpoints.quantized import pack_shapes
 from ..quantization.packed_array import is_packed
@@ -159,16 +158,16 @@ def predict_several(
     with raise_together():
         if settings.is_language:
             raise ValueError(f"{directory} is a language model; use loraplus generate")
-        texts, pairs = texts_to_predict(texts, data, settings)
+        requests = texts_to_predict(texts, data, settings)
         if data is None:
             use = use_of(use, several)
-            texts, names = [text for text in texts for _ in use], [*use] * len(texts)
+            requests, names = [request for request in requests for _ in use], [*use] * len(requests)
         else:
             names, locations = read_adapter_column(resolve(data, "data"), **settings.data.table_options)
             slots_of(names, several, locations)
-    outputs = compute_outputs(several.tuned, texts, pairs, (several.stack, [several.slots[n] for n in names]))
+    outputs = compute_outputs(several.tuned, requests, (several.stack, [several.slots[n] for n in names]))
     rows = []
-    for text, name, output in zip(texts, names, outputs, strict=True):
+    for (text, *_), name, output in zip(requests, names, outputs, strict=True):
         (prediction,) = several.tasks[name].predictions(output[None])
         rows.append({"text": text, "adapter": name, **prediction})
     return rows
@@ -176,36 +175,19 @@ def predict_several(
 
 def slots_of(names: Sequence[str], several: SeveralAdapters, locations: Sequence[str]) -> list[int]:
     """The slot of each request's adapter; raises one ValueError for all unknown names, with their locations."""
-    unknown = [
-        (
-            where,
-            f"{COLUMN} must be one of {', '.join(several.slots)}, got {name!r}"
-            + suggest(name, several.slots, fallback=False),
-        )
+    allowed = f"{COLUMN} must be one of {', '.join(several.slots)}"
+    Problems(
+        (where, f"{allowed}, got {name!r}{suggest(name, several.slots, fallback=False)}")
         for name, where in zip(names, locations, strict=True)
         if name not in several.slots
-    ]
-    raise_problems(unknown)
+    ).report()
     return [several.slots[name] for name in names]
 
 
-def read_adapter_names(path: Path) -> tuple[list[str], list[str]]:
-    """The column `adapter` of a file of conversations, and the location of each row."""
-    problems, names = Problems(), []
-    records = read_records(path, problems)
-    for number, values in records:
-        faults: list[str] = []
-        names.append(take_text(values, COLUMN, faults))
-        for fault in faults:
-            problems.add(number, fault)
-    problems.report(path)
-    return names, [location_of(path, number) for number, _ in records]
-
-
 def read_adapter_column(path: Path, **table_options: Any) -> tuple[list[str], list[str]]:
-    """The same of a file of texts."""
+    """The column `adapter` of a file, and the location of each row."""
     rows = read_rows(path, (COLUMN,), **table_options)
-    return [row.values[COLUMN] for row in rows], [location_of(path, row.line) for row in rows]
+    return [name for _, (name,) in rows], [location for location, _ in rows]
 
 
 def use_of(use: Sequence[str], several: SeveralAdapters) -> list[str]:

@@ -128,8 +128,8 @@ GLUE_SETS = ("text", "text_pair", "label", "delimiter", "quoting", "header", "te
 class DataSettings:
     """Data files, their columns, and how they are split.
 
-    A file is a path, a name listed by `loraplus fetch`, or a Hub id. Formats are .csv, .tsv, .jsonl and .parquet;
-    the tasks instruction and multiple_choice read .json in place of .parquet.
+    A file is a path, a name listed by `loraplus fetch`, or a Hub id. Formats are .csv, .tsv, .jsonl, .json
+    (a list of objects) and .parquet.
 
     Attributes:
       path: single data file, relative to the working directory, split into train, validation and test by

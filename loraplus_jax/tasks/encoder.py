@@ -21,7 +21,7 @@ from ..data.fetch import resolve
 from ..data.glue import find_task, load_glue, read_glue, read_glue_texts
 from ..data.labels import class_labels, label_names, label_summary, regression_labels
 from ..data.readers import read_rows
-from ..data.splits import LabelledTexts, limit_splits, load_rows, load_splits
+from ..data.splits import LabelledText, limit_splits, load_rows, load_splits
 from ..data.text_rows import TextRows, text_lengths
 from ..data.tokenize import encode_texts, load_tokenizer
 from ..models.bert.config import BertConfig
@@ -88,7 +88,7 @@ class EncoderTask:
 
     @classmethod
     def from_splits(
-        cls, kind: Kind, splits: Mapping[str, LabelledTexts], metrics: tuple[str, ...] = ()
+        cls, kind: Kind, splits: Mapping[str, Sequence[LabelledText]], metrics: tuple[str, ...] = ()
     ) -> "EncoderTask":
         """Creates the task from the labels in the splits.
 
@@ -147,7 +147,7 @@ class EncoderTask:
         """Returns the task as JSON values."""
         return to_plain(dataclasses.asdict(self))
 
-    def labels(self, rows: LabelledTexts) -> np.ndarray:
+    def labels(self, rows: Sequence[LabelledText]) -> np.ndarray:
         """Returns the labels for the loss function: int32 class indices or standardized float32, `(N,)`."""
         if self.kind == "classification":
             return class_labels(rows, self.names)
@@ -222,7 +222,7 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     # Of all rows: a trial on a few must have all classes, or its head would have another shape.
     task = EncoderTask.from_splits(settings.task, rows, glue.metrics if glue else ())  # pyright: ignore[reportArgumentType]
     rows, limited = limit_splits(rows, settings.data)
-    encoded = {name: encode_texts(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
+    encoded = {name: encode_texts([row.texts for row in split], tokenizer) for name, split in rows.items()}
     labels = {name: task.labels(split) for name, split in rows.items()}
     constant = task.constant(labels["train"], labels[held_out_split(rows)])
     splits = {name: arrays | {"label": labels[name]} for name, (arrays, _) in encoded.items()}
@@ -280,8 +280,9 @@ def placeholder_data(settings: Settings) -> TaskData:
     return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0}, {})
 
 
-def _digest(rows: LabelledTexts) -> str:
-    return digest(zip(rows.texts, rows.pairs or rows.texts, rows.labels, strict=True))
+def _digest(rows: Sequence[LabelledText]) -> str:
+    # Without a second text the first twice: a change here would change the identity of existing runs.
+    return digest((row.prompt, row.texts[-1], row.label) for row in rows)
 
 
 def load_split(
@@ -297,13 +298,13 @@ def load_split(
     else:
         glue, path = find_task(settings.data), resolve(data, "data")
         rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
-    arrays, truncated = encode_texts(rows.texts, rows.pairs, tokenizer_for(settings, directory))
+    arrays, truncated = encode_texts([row.texts for row in rows], tokenizer_for(settings, directory))
     columns = arrays | {"label": task.labels(rows)}
     columns, _ = TextRows.fitting(text_lengths(columns)).arrange_all(columns)
     return Split(columns, len(rows), _digest(rows), truncated=truncated)
 
 
-def _load_splits(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list[str]]:
+def _load_splits(settings: DataSettings) -> tuple[dict[str, list[LabelledText]], list[str]]:
     if settings.glue is not None:
         splits, left_out = load_glue(settings)
     else:
@@ -318,15 +319,12 @@ def has_pairs(settings: DataSettings) -> bool:
     return len(glue.texts) == 2 if glue else settings.text_pair is not None
 
 
-def read_texts(path: Path, settings: DataSettings) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-    """Reads the texts and, for pairs, the second texts of a file with the run's columns; labels are not needed."""
+def read_texts(path: Path, settings: DataSettings) -> list[tuple[str, ...]]:
+    """Reads the text, or pair of texts, of each row of a file with the run's columns; labels are not needed."""
     if (glue := find_task(settings)) is not None:
-        texts = read_glue_texts(path, glue)
-    else:
-        names = [name for name in (settings.text, settings.text_pair) if name is not None]
-        texts = [tuple(row.values.values()) for row in read_rows(path, names, **settings.table_options)]
-    first, *second = zip(*texts, strict=True)
-    return first, second[0] if second else None
+        return read_glue_texts(path, glue)
+    names = [name for name in (settings.text, settings.text_pair) if name is not None]
+    return [texts for _, texts in read_rows(path, names, **settings.table_options)]
 
 
 def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:

@@ -57,6 +57,20 @@ def test_tables_hold_instructions_or_lists_as_json(tmp_path, suffix):
         assert read_chats(path)[0].place == f"{path}:2"
 
 
+def test_parquet_files_hold_messages_of_which_some_lack_fields(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    talk = json.loads(json.dumps(TOOL_TALK | {"tools": None}))
+    talk["messages"][2]["content"] = "3"  # values of a column have one type
+    for function in (one["function"] for m in talk["messages"] for one in m.get("tool_calls", ())):
+        function["arguments"] = json.dumps(function["arguments"])
+    talk["messages"][1]["tool_calls"][0]["function"]["arguments"] = '{"a": 1, "b": "two"}'
+    rows = [_said(U, A), talk]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, second = read_chats(tmp_path / "a.parquet")
+    assert (first.turns, first.place) == ((Turn(*U), Turn(*A)), f"{tmp_path / 'a.parquet'}: item 1")
+    assert second.turns == _read(tmp_path, TOOL_TALK)[0].turns
+
+
 def test_what_may_be_missing_and_what_goes_first(tmp_path):
     rows = [
         {"instruction": "a", "output": "b"},
@@ -178,7 +192,7 @@ U, A, S = ("user", "a"), ("assistant", "b"), ("system", "c")
         (_said((3, "a"), A), ["turn 1", 3, "assistant, gpt, human, system, tool, user"]),
         (_said(U, ("assistant", " \n")), ["turn 2", "content", "empty"]),
         (_said(U, ("assistant", None)), ["turn 2", "content", "null"]),
-        (_said(U, ("assistant", "\ud800")), ["turn 2", "content", "surrogate"]),
+        (_said(U, ("assistant", "\ud800")), ["surrogate"]),
         (_said(U), ["assistant"]),
         (_said(A, U, A), ["assistant", "first"]),
         (_said(U, S, A), ["turn 2", "system", "first"]),
@@ -197,7 +211,7 @@ U, A, S = ("user", "a"), ("assistant", "b"), ("system", "c")
         (_weighted(tool_calls=[call("add", "{")]), ["turn 2", "tool call 1", '"arguments"']),
         (_weighted(tool_calls=[call("add", {}), "x"]), ["turn 2", "tool call 2", 'got "x"']),
         (_weighted(tool_calls="x"), ["turn 2", "tool_calls", "list", 'got "x"']),
-        (_weighted(tool_calls=[call("\ud800", {})]), ["turn 2", "tool call", "surrogate"]),
+        (_weighted(tool_calls=[call("add", '{"a": "\\ud800"}')]), ["turn 2", "tool call", "arguments"]),
         (_said(U, A) | {"tools": "add"}, ["'tools'", "list", '"add"']),
         (_said(U, A) | {"tools": [3]}, ["'tools'", "objects", "[3]"]),
         ({"messages": []}, ["'messages'", "list", "[]"]),
@@ -212,18 +226,19 @@ def test_every_problem_is_named_with_its_location(tmp_path, row, named):
     rows = [_said(U, A), row, _said(U, A)]
     with pytest.raises(ValueError, match=mentions("a.jsonl:2", *named)):
         read_chats(write_json(tmp_path / "a.jsonl", rows))
-    with pytest.raises(ValueError, match=mentions("a.json: item 2", *named)):
+    item = "a.json:1" if "surrogate" in named else "a.json: item 2"
+    with pytest.raises(ValueError, match=mentions(item, *named)):
         read_chats(write_json(tmp_path / "a.json", rows))
 
 
 def test_problems_are_reported_together(tmp_path):
     rows = [ALPACA | {"output": ""}, ALPACA, ALPACA | {"instruction": [1]}, *[{"input": "a"}] * 24]
-    with pytest.raises(ValueError, match=mentions("item 1", "'output'", "empty", 50)) as caught:
+    with pytest.raises(ValueError, match=mentions("item 1", "'output'", "empty", 26)) as caught:
         read_chats(write_json(tmp_path / "a.json", rows))
     lines = str(caught.value).splitlines()
     assert_mentions(lines[2], "item 3", "'instruction'", "[1]")
     assert_mentions(lines[3], "item 4", "'instruction'")
-    assert_mentions(lines[-1], 30)
+    assert_mentions(lines[-1], 6)
 
 
 def file_of(content, name="a.json", columns=None):

@@ -8,7 +8,7 @@ import pytest
 from loraplus_jax.data.conversations import read_chats
 from loraplus_jax.data.duplicates import handle_duplicates
 from loraplus_jax.data.multiple_choice import read_questions
-from loraplus_jax.data.splits import LabelledTexts, load_splits
+from loraplus_jax.data.splits import load_splits
 from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
@@ -125,8 +125,7 @@ def test_duplicates_are_dropped_from_train(case):
         return
     rows, lines = handle_duplicates(splits, settings("drop"))
     train = splits["train"]
-    expected = train.take(kept) if isinstance(train, LabelledTexts) else [train[i] for i in kept]
-    assert rows == {**splits, "train": expected}
+    assert rows == {**splits, "train": [train[i] for i in kept]}
     assert len(lines) == bool(shared or conflicts)
     for line in lines:
         assert_mentions(line, f"{len(train) - len(kept)} of {len(train)}", "train")
@@ -149,7 +148,7 @@ def test_validation_and_test_are_compared_too(tmp_path, first, shared):
     rows, (line,) = handle_duplicates(splits, drop)
     assert_mentions(line, "2 of 10", "validation")
     assert (rows["train"], rows["test"]) == (splits["train"], splits["test"])
-    assert rows["validation"].texts == splits["validation"].texts[:8]
+    assert rows["validation"] == splits["validation"][:8]
 
 
 def test_a_split_file_has_no_duplicates_and_its_result_does_not_depend_on_the_setting(tmp_path):

@@ -254,7 +254,7 @@ test_unknown_models_and_data = refusals(
     (lambda: resolve("movie-reviews", "model"), "'movie-reviews'", "data", "model"),
     (lambda: resolve("a.csv", "data"), "data", "'a.csv'", "path"),
     (lambda: resolve("org/name", "data"), "data", "'org/name'"),
-    (lambda: resolve("org/name/a.parquet", "data"), "data", "'org/name/a.parquet'"),
+    (lambda: resolve("org/name/a.txt", "data"), "data", "'org/name/a.txt'"),
     (lambda: resolve("org/name/../a.csv", "data"), "data", "'org/name/../a.csv'"),
     (lambda: resolve("/no/such", "model"), "model", "'/no/such'"),
     (lambda: resolve("./no/such", "model"), "model", "'./no/such'"),

@@ -82,9 +82,9 @@ def test_the_splits_of_every_task(tmp_path, name):
     write(tmp_path, name, GLUE[name].dev, 7)
     splits, lines = load_glue(settings(tmp_path, name))
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 36, "validation": 4, "test": 7}
-    test = splits["test"]
-    assert (test.texts[0], test.pairs and test.pairs[0], test.labels[0]) == FIRST[name]
-    assert test.places[0].endswith("tsv:1" if name == "cola" else "tsv:2")
+    first = splits["test"][0]
+    assert (first.prompt, first.pair, first.label) == FIRST[name]
+    assert first.place.endswith("tsv:1" if name == "cola" else "tsv:2")
     assert lines == []
     again, _ = load_glue(settings(tmp_path, name))
     assert again["validation"] == splits["validation"]
@@ -114,7 +114,7 @@ def test_rows_that_glues_loaders_leave_out_are_counted(tmp_path):
     write(tmp_path, "qqp", "dev", 4)
     splits, lines = load_glue(settings(tmp_path, "qqp"))
     assert len(splits["train"]) + len(splits["validation"]) == 21
-    assert "" in splits["train"].texts + splits["validation"].texts
+    assert "" in [row.prompt for rows in splits.values() for row in rows]
     (line,) = lines
     assert all(word in line for word in ("warning", "2 rows", "train.tsv:22"))
 
@@ -125,7 +125,7 @@ def test_examples_without_a_label_are_left_out(tmp_path):
     lines = [line.format(n=n, label=label) for n, label in enumerate(labels)]
     write(tmp_path, "mnli", "dev_matched", lines)
     rows, (said,) = read_glue(tmp_path / "MNLI/dev_matched.tsv", GLUE["mnli"])
-    assert rows.labels == ("neutral", "entailment", "contradiction")
+    assert [row.label for row in rows] == ["neutral", "entailment", "contradiction"]
     assert "2 examples" in said
     assert "-" in UNLABELLED
 
@@ -141,9 +141,9 @@ def hub_rows(name, count):
 @pytest.mark.parametrize(
     ("name", "labels"),
     [
-        ("mnli", ("entailment", "neutral", "contradiction")),
-        ("mrpc", ("0", "1", "0")),
-        ("stsb", ("0", "0.5", "1")),
+        ("mnli", ["entailment", "neutral", "contradiction"]),
+        ("mrpc", ["0", "1", "0"]),
+        ("stsb", ["0", "0.5", "1"]),
     ],
 )
 def test_parquet_files_of_the_hub(tmp_path, name, labels):
@@ -155,9 +155,9 @@ def test_parquet_files_of_the_hub(tmp_path, name, labels):
         parquet.write_table(table, tmp_path / name / f"{split}-00000-of-00001.parquet")
     splits, _ = load_glue(settings(tmp_path, name))
     test = splits["test"]
-    assert test.labels[:3] == labels
-    assert test.texts[1] == f"{GLUE[name].hub_texts[0]} 1"
-    assert test.places[1].endswith("parquet: item 2")
+    assert [row.label for row in test[:3]] == labels
+    assert test[1].prompt == f"{GLUE[name].hub_texts[0]} 1"
+    assert test[1].place.endswith("parquet: item 2")
     table = pyarrow.Table.from_pylist([{"sentence": "a", "labels": 1}])
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=mentions("a.parquet", "'label'", "'labels'")):
@@ -182,8 +182,8 @@ def hub(monkeypatch, tmp_path):
 def test_the_hub_is_asked_once_for_each_split(hub):
     splits, _ = load_glue(settings(None, "mnli_mismatched"))
     assert hub == [("nyu-mll/glue", "mnli", "train"), ("nyu-mll/glue", "mnli", "validation_mismatched")]
-    assert splits["test"].labels[:3] == ("entailment", "neutral", "contradiction")
-    assert splits["test"].take([3]).pairs == ("hypothesis 3",)
+    assert [row.label for row in splits["test"][:3]] == ["entailment", "neutral", "contradiction"]
+    assert splits["test"][3].pair == "hypothesis 3"
     load_glue(settings(None, "mnli_mismatched"))
     assert len(hub) == 2
 
@@ -249,7 +249,7 @@ test_tasks_and_rows_that_do_not_fit = refusals(
 def test_csv_files_quote(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('sentence,label\n"A great, ""long"" film.",1\n')
-    assert read_glue(path, GLUE["sst2"])[0].texts == ('A great, "long" film.',)
+    assert read_glue(path, GLUE["sst2"])[0][0].prompt == 'A great, "long" film.'
     assert read_glue_texts(path, GLUE["sst2"]) == [('A great, "long" film.',)]
 
 

@@ -9,7 +9,7 @@ import pytest
 from loraplus_jax._utils.validation import suggest
 from loraplus_jax.data import labels
 from loraplus_jax.data.labels import class_labels, label_names, regression_labels
-from loraplus_jax.data.splits import LabelledTexts, load_rows
+from loraplus_jax.data.splits import LabelledText, load_rows
 from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
@@ -25,15 +25,13 @@ def test_white_space_around_a_label_makes_no_class_of_its_own(tmp_path, suffix):
     path = tmp_path / f"labels.{suffix}"
     path.write_text("\n".join(lines if suffix == "jsonl" else ["text,label", *lines]))
     rows = load_rows(path, DataSettings(path=str(path)))
-    assert rows.labels == ("yes", "yes", "yes", "no", "no")
+    assert [row.label for row in rows] == ["yes", "yes", "yes", "no", "no"]
     assert label_names({"train": rows}) == ["no", "yes"]
 
 
-def _rows(texts, labels=None) -> LabelledTexts:
-    labels = labels or ["a"] * len(texts)
-    return LabelledTexts(
-        tuple(texts), None, tuple(labels), tuple(f"f.csv:{i + 2}" for i in range(len(texts)))
-    )
+def _rows(texts, labels) -> list[LabelledText]:
+    pairs = zip(texts, labels, strict=True)
+    return [LabelledText(text, label, f"f.csv:{n}") for n, (text, label) in enumerate(pairs, 2)]
 
 
 def test_label_names_are_sorted_and_whole_numbers_by_value():

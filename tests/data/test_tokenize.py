@@ -30,7 +30,7 @@ def _tokenizer(directory: Path, *, pad: str = "[PAD]", baked: bool = True) -> Pa
 
 def test_texts_become_arrays_of_exactly_max_length(tmp_path):
     tokenizer = load_tokenizer(_tokenizer(tmp_path), 6)
-    arrays, truncated = encode_texts(["w0 w1", "w0 w1 w2 w3 w4 w5"], None, tokenizer)
+    arrays, truncated = encode_texts([("w0 w1",), ("w0 w1 w2 w3 w4 w5",)], tokenizer)
     assert arrays["input_ids"].tolist() == [[7, 9, 10, 8, 5, 5], [7, 9, 10, 11, 12, 8]]
     assert arrays["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
     assert arrays["token_type_ids"].tolist() == [[0] * 6] * 2
@@ -40,7 +40,7 @@ def test_texts_become_arrays_of_exactly_max_length(tmp_path):
 
 def test_pairs_keep_their_special_tokens_and_types(tmp_path):
     tokenizer = load_tokenizer(_tokenizer(tmp_path), 7)
-    arrays, truncated = encode_texts(["w0", "w0 w1 w2 w3"], ["w1", "w4 w5"], tokenizer)
+    arrays, truncated = encode_texts([("w0", "w1"), ("w0 w1 w2 w3", "w4 w5")], tokenizer)
     assert arrays["input_ids"].tolist() == [[7, 9, 8, 10, 8, 5, 5], [7, 9, 10, 8, 13, 14, 8]]
     assert arrays["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1]]
     assert truncated == 1
@@ -48,10 +48,10 @@ def test_pairs_keep_their_special_tokens_and_types(tmp_path):
 
 def test_long_lists_are_encoded_in_order(tmp_path):
     tokenizer = load_tokenizer(_tokenizer(tmp_path), 4)
-    arrays, truncated = encode_texts([f"w{i % 20}" for i in range(2500)], None, tokenizer)
+    arrays, truncated = encode_texts([(f"w{i % 20}",) for i in range(2500)], tokenizer)
     assert arrays["input_ids"][:, 1].tolist() == [9 + i % 20 for i in range(2500)]
     assert truncated == 0
-    assert encode_texts([], None, tokenizer)[0]["input_ids"].shape == (0, 4)
+    assert encode_texts([], tokenizer)[0]["input_ids"].shape == (0, 4)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_long_lists_are_encoded_in_order(tmp_path):
 def test_the_pad_token_is_found_where_padding_is_not_baked_in(tmp_path, pad, config, found):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(_tokenizer(tmp_path, pad=pad, baked=False), 6)
-    ids = encode_texts(["w0"], None, tokenizer)[0]["input_ids"]
+    ids = encode_texts([("w0",)], tokenizer)[0]["input_ids"]
     assert ids[0, -1] == tokenizer.token_to_id(found)
 
 
@@ -75,13 +75,13 @@ def test_tokenizers_that_are_rejected(tmp_path):
     with pytest.raises(ValueError, match=mentions("pad", tmp_path)):
         load_tokenizer(_tokenizer(tmp_path, pad="w19", baked=False), 8)
     tokenizer = load_tokenizer(_tokenizer(tmp_path), 3)
-    encode_texts(["w0"], None, tokenizer)
+    encode_texts([("w0",)], tokenizer)
     with pytest.raises(ValueError, match=mentions("max_length", 3)):
-        encode_texts(["w0"], ["w1"], tokenizer)
+        encode_texts([("w0", "w1")], tokenizer)
     bare = load_tokenizer(_tokenizer(tmp_path), 6)
     bare.post_processor = None
     with pytest.raises(ValueError, match=r"texts without tokens: 1.*' '"):
-        encode_texts(["w0", " "], None, bare)
+        encode_texts([("w0",), (" ",)], bare)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json"):
         load_tokenizer(tmp_path, 8)

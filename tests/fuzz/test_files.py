@@ -439,8 +439,7 @@ def data_file(suffix, delimiter=""):
 
         def read():
             rows = read_rows(path, ("text", "label"))
-            assert all(row.values.keys() == {"text", "label"} for row in rows)
-            assert all(value.strip() and value.encode() for row in rows for value in row.values.values())
+            assert all(len(row) == 2 and all(x.strip() and x.encode() for x in row) for _, row in rows)
 
         return Target(path, data, odd_table if delimiter else odd_line, read)
 

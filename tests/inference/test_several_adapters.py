@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.inference.several_adapters import SeveralAdapters, read_adapter_names, slots_of, use_of
+from loraplus_jax.inference.several_adapters import SeveralAdapters, read_adapter_column, slots_of, use_of
 
 from ..integration import language_world as language
 from ..integration.runs import flags, lines_of
@@ -118,7 +118,7 @@ def unnamed(tmp_path):
 test_names_that_no_adapter_has = refusals(
     (lambda: use_of(["basis"], SEVERAL), "--use", "'basis'", "a, b, base"),
     (lambda: slots_of(["a", "c"], SEVERAL, ["f:1", "f:2"]), "f:2", "'c'", "a, b, base"),
-    (lambda unnamed: read_adapter_names(unnamed), "unnamed.jsonl:3", "adapter"),
+    (lambda unnamed: read_adapter_column(unnamed), "unnamed.jsonl:3", "adapter"),
     lines=9,
 )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax.data.batches import train_batches
-from loraplus_jax.data.splits import LabelledTexts
+from loraplus_jax.data.splits import LabelledText
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.tasks.encoder import (
@@ -41,8 +41,7 @@ class Echo(nn.Module):
 
 
 def rows(labels):
-    count = len(labels)
-    return LabelledTexts(("t",) * count, None, tuple(labels), tuple(f"f.csv:{i + 2}" for i in range(count)))
+    return [LabelledText("t", label, f"f.csv:{n}") for n, label in enumerate(labels, 2)]
 
 
 def batch(ids, label, weight):
