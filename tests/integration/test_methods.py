@@ -73,7 +73,7 @@ def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk, capsys):
     texts = ["the snow is white", "grass is green and the sky is blue", "the sun is yellow " * 9]
     file = talk.write_rows("texts.jsonl", [{"text": text} for text in texts])
     flags = (*NO_PROMPT, *ONE_RATE, "--sweep.curve_points", "1", "--sweep.unrelated_text", str(file))
-    methods = "[lora_plus,pissa]"
+    methods = "[pissa]"
     assert compare(talk, *flags, methods=methods) == 0
     assert "1 of 3 texts truncated to data.max_length 32" in capsys.readouterr().out
     report = report_of(talk.out)["methods"]

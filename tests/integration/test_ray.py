@@ -16,8 +16,8 @@ pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
 TINY = flags(
-    "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [2] --sweep.report_seeds 2 --sweep.rungs [0.25]"
-    " --sweep.keep 1e-3 --sweep.control false --sweep.curve_points 1 --train.steps 60 --train.eval_every 5"
+    "--sweep.learning_rates [2e-3] --sweep.lr_ratios [2] --sweep.report_seeds 2 --sweep.rungs [0.25]"
+    " --sweep.keep 1e-3 --sweep.control false --sweep.curve_points 1 --train.steps 40 --train.eval_every 5"
 )
 RAY = ("--sweep.ray", "local")
 
