@@ -30,8 +30,8 @@ from loraplus_jax.settings.yaml_files import read_yaml
 from loraplus_jax.sweep.method_comparison import MethodRun, compare_methods, compare_runs, method_run
 from loraplus_jax.sweep.report import REPORT
 from loraplus_jax.sweep.settings import SweepRun
-from loraplus_jax.sweep.unit import RESULT, unit_directory
-from loraplus_jax.training.run_files import CONFIG, read_summary
+from loraplus_jax.sweep.unit import unit_directory
+from loraplus_jax.training.run_files import CONFIG, RESULT, read_summary
 from loraplus_jax.training.signals import Stopped
 
 REPOSITORY = Path(__file__).parents[1]

@@ -36,6 +36,7 @@ class Fit(NamedTuple):
       limit: bytes that JAX can reserve of each.
       available: bytes that JAX reserves of each by default, or by the environment.
       exact: whether the step was compiled for this GPU.
+      problem: the compiler's message if it ran out of memory.
     """
 
     gpu: str
@@ -45,11 +46,12 @@ class Fit(NamedTuple):
     limit: int
     available: int
     exact: bool
+    problem: str | None
 
     @property
     def fits(self) -> bool:
-        """Whether what the step needs can be reserved."""
-        return self.needed <= self.limit
+        """Whether the step compiles and what it needs can be reserved."""
+        return self.problem is None and self.needed <= self.limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,26 +110,32 @@ def _variants(settings: Settings) -> Iterator[Settings]:
 
 def _fits_on(settings: Settings, count: int, say: Callable[[str], None]) -> Iterator[Fit]:
     """The answers for one number of GPUs and kind of weights."""
-    typical = _bytes_needed(settings, GPUS[COMPILED_FOR], count, say)
+    typical, failure = _bytes_needed(settings, GPUS[COMPILED_FOR], count, say)
     for gpu in GPUS.values():
         limit = max(gpu.available, int(MAX_FRACTION * gpu.memory))
-        is_close = any(abs(typical - size) < CLOSE * gpu.memory for size in (limit, gpu.available))
+        is_close = failure is not None or any(
+            abs(typical - size) < CLOSE * gpu.memory for size in (limit, gpu.available)
+        )
         exact = is_close or gpu.name == COMPILED_FOR
         again = is_close and gpu.name != COMPILED_FOR
-        needed = _bytes_needed(settings, gpu, count, say) if again else typical
-        yield Fit(gpu.name, count, settings.model.quantize, needed, limit, gpu.available, exact)
+        needed, problem = _bytes_needed(settings, gpu, count, say) if again else (typical, failure)
+        yield Fit(gpu.name, count, settings.model.quantize, needed, limit, gpu.available, exact, problem)
 
 
-def _bytes_needed(settings: Settings, gpu: Gpu, count: int, say: Callable[[str], None]) -> int:
+def _bytes_needed(
+    settings: Settings, gpu: Gpu, count: int, say: Callable[[str], None]
+) -> tuple[int, str | None]:
+    """What a GPU needs, as far as the compiler says, and the compiler's message if it ran out of memory."""
     _, devices = target_devices(f"{gpu.name}:{count}")
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
     base, data = make_model(settings)
     check_layout(settings, base, mesh)
     say(f"compiling for {gpu.name}:{count}, model.quantize {settings.model.quantize}")
     compiled = compile_step(settings, base, data, mesh, gpu)
-    train, needed = settings.train, [compiled.needed]
+    train, needed, problems = settings.train, [compiled.needed], [compiled.problem]
     # An evaluation of no more rows keeps less: nothing for a backward pass.
     if train.eval_batch_size > train.batch_size // train.accumulate or train.theory_every is not None:
         between = bytes_between_steps(settings, data, compiled.step, mesh, matmul_workspace(gpu))
         needed += [size or 0 for size, _ in between.values()]
-    return max(needed)
+        problems += [problem for _, problem in between.values()]
+    return max(needed), next(filter(None, problems), None)

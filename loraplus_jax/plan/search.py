@@ -21,6 +21,7 @@ from ..settings.choices import Remat
 from ..settings.schema import Settings
 from ..step.sharding import make_mesh, make_shardings
 from ..training.estimate import count_flops
+from ..training.signals import StopSignal
 from .devices import Chip
 from .plan import Plan, Work, check_layout, check_length, count_work, layers_of, make_model, plan_for
 from .programs import LoweredStep, local_bytes, plan_step
@@ -158,29 +159,34 @@ class Search:
         return min(fitting, key=lambda trial: trial.seconds, default=None)
 
     def run(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Compiles the settings' own layout and then searches; an interrupt ends it with what is known by then.
+        """Compiles the settings' own layout and then searches; Ctrl-C ends it after the program in work.
 
         Args:
           report: called with a line on each layout that was counted or compiled.
         """
-        try:
-            if self.start is not None and self.start.problem is None:
-                self._compile(self.start)
-                report(f"compiled {describe(self.start)}")
-            while batch := [trial for trial in self.trials if self._may_win(trial)][:COUNTED]:
-                before = self.best
-                for trial in batch:
-                    self._count(trial)
-                    report(f"counted {describe(trial)}")
-                for trial in sorted(batch, key=lambda trial: (trial.seconds, trial.needed)):
-                    if self._may_win(trial):
-                        self._compile(trial)
-                        report(f"compiled {describe(trial)}")
-                if self.best is not before:
-                    break
-            self.complete = True
-        except KeyboardInterrupt:
-            report("interrupted")
+        with StopSignal() as stop:
+            for line in self._try_layouts():
+                report(line)
+                if stop.received:
+                    report("interrupted")
+                    return
+        self.complete = True
+
+    def _try_layouts(self) -> Iterator[str]:
+        if self.start is not None and self.start.problem is None:
+            self._compile(self.start)
+            yield f"compiled {describe(self.start)}"
+        while batch := [trial for trial in self.trials if self._may_win(trial)][:COUNTED]:
+            before = self.best
+            for trial in batch:
+                self._count(trial)
+                yield f"counted {describe(trial)}"
+            for trial in sorted(batch, key=lambda trial: (trial.seconds, trial.needed)):
+                if self._may_win(trial):
+                    self._compile(trial)
+                    yield f"compiled {describe(trial)}"
+            if self.best is not before:
+                break
 
     def _may_win(self, trial: Trial) -> bool:
         is_open = trial.plan is None and trial.problem is None

@@ -6,6 +6,7 @@ report does not depend on it.
 
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -40,6 +41,10 @@ class Stages(Protocol):
     run: SweepRun
     directory: Path
     allow_different: Sequence[str]
+
+    def named(self) -> AbstractContextManager[None]:
+        """Says in an error of whose unit it is, where there are several sweeps."""
+        ...
 
     def stages(self) -> Generator[Sequence[Unit], list[dict[str, Any]], dict[str, Any]]:
         """Yields the units of one stage after another, gets their results, and returns the report."""
@@ -113,14 +118,15 @@ class InProcess:
         """Runs the first unit of the queue."""
         assert self.population is not None
         sweep, unit = self.queue.popleft()
-        result = run_unit(
-            self.population,
-            unit,
-            sweep.directory,
-            console=self.console,
-            allow_different=sweep.allow_different,
-            tell=lambda progress: sweep.follow(unit, progress),
-        )
+        with sweep.named():
+            result = run_unit(
+                self.population,
+                unit,
+                sweep.directory,
+                console=self.console,
+                allow_different=sweep.allow_different,
+                tell=lambda progress: sweep.follow(unit, progress),
+            )
         return sweep, unit, result
 
 

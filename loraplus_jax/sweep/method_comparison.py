@@ -30,7 +30,7 @@ from ..training.console import LineConsole, ignored_lines, lines_only
 from ..training.metrics_log import SUMMARY
 from ..training.provenance import check_identity, read_result
 from ..training.run_directory import OutputDirectory, open_output_directory
-from ..training.run_files import read_summary, saved_steps
+from ..training.run_files import has_progress, read_summary
 from .executor import Executor, run_sweeps
 from .method_comparison_report import PICTURES, compare, draw
 from .population import abstract_population, load_weights, origin_of
@@ -164,8 +164,8 @@ def compare_runs(
         sweeps = {}
         for name, one in runs.items():
             if name not in finished:
-                # An accepted difference without effect is an error, and only a checkpoint can differ.
-                allow = allow_different if saved_steps(_place(one)) else ()
+                # An accepted difference without effect is an error, and only what was saved can differ.
+                allow = allow_different if has_progress(_place(one)) else ()
                 with _named(name):
                     part = stack.enter_context(open_output_directory(one, console, allow_different=allow))
                 sweeps[name] = MethodSweep(one, part, executor, labels[name])
@@ -292,9 +292,13 @@ class MethodSweep(Sweep):
         self.label, self.labels = label, dict.fromkeys(map(str, run.arms), label)
         self.title = f"{label}: " if executor.is_concurrent else ""
 
+    def named(self) -> contextlib.AbstractContextManager[None]:
+        """Errors name the method."""
+        return _named(self.run.name)
+
     def stages(self) -> Generator[Sequence[Unit], list[dict[str, Any]], dict[str, Any]]:
         """As for a sweep; a method of which every setting diverges is reported as such."""
-        with _named(self.run.name):
+        with self.named():
             try:
                 return (yield from super().stages())
             except TrainingFailed:

@@ -202,7 +202,9 @@ class RayTasks:
         while True:
             reference = self.wait_for(list(self.pending))
             sweep, unit = self.pending.pop(reference)
-            if (result := self.read(reference)) is not None:
+            with sweep.named():
+                result = self.read(reference)
+            if result is not None:
                 return sweep, unit, result
             self.submit(sweep, unit)  # its host shuts down
 

@@ -27,7 +27,7 @@ from ..training.estimate import Estimate, batches_of
 from ..training.metrics_log import METRICS, SUMMARY
 from ..training.provenance import read_result
 from ..training.run_directory import OutputDirectory, open_output_directory
-from ..training.run_files import CHECKPOINTS
+from ..training.run_files import CHECKPOINTS, RESULT
 from .edges import beyond
 from .executor import Executor, InProcess, run_sweeps
 from .figures import draw_figures
@@ -43,7 +43,7 @@ from .halving import (
 from .interim_report import seed_groups
 from .report import PAGE, RATE_OPTIONS, REPORT, WINNER, make_report, write_report
 from .settings import ARM_LABELS, SweepRun, Trial
-from .unit import RESULT, MemberSpec, Progress, Source, Unit, is_result_of, unit_directory
+from .unit import MemberSpec, Progress, Source, Unit, is_result_of, unit_directory
 
 MEMBERS_FILE = "members_at_once.json"
 """File with the numbers of members that a device computes in parallel and that a unit has, as rounding depends on
@@ -145,6 +145,10 @@ class Sweep:
     def steps(self) -> int:
         """Optimizer steps of a full run."""
         return self.abstract.steps
+
+    def named(self) -> contextlib.AbstractContextManager[None]:
+        """There is one sweep alone."""
+        return contextlib.nullcontext()
 
     def stages(self) -> Generator[Sequence[Unit], list[dict[str, Any]], dict[str, Any]]:
         """Yields the units of one stage after another, gets their results, and returns the report."""

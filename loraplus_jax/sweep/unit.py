@@ -30,14 +30,13 @@ from ..training.evaluation import finish_metrics
 from ..training.memory import expected_peak
 from ..training.provenance import ORIGIN, checked_metadata, read_result
 from ..training.run_directory import OutputDirectory, lock_directory
-from ..training.run_files import CHECKPOINTS, UNITS
+from ..training.run_files import CHECKPOINTS, RESULT, UNITS
 from ..training.signals import Stopped, StopSignal
 from .device_slots import DeviceSlots, stored_members
 from .population import Members, Population, add_scales
 from .settings import Trial
 from .unrelated_text import make_unrelated_loss
 
-RESULT = "result.json"
 TIMED_STEP = 3
 """Which step since the start or the resumption is timed for a second estimate; the first ones are slower."""
 COST_STEPS = 5

@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import shlex
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._utils.atomic import to_json
-from .._utils.validation import escape_controls, expand_path
+from .._utils.validation import escape_controls
 from .metrics_log import METRICS, SUMMARY
 from .run_files import (
     CHECKPOINTS,
@@ -19,6 +18,7 @@ from .run_files import (
     owner_pid,
     read_lines,
     read_summary,
+    resume_command,
     saved_settings,
     saved_steps,
 )
@@ -134,7 +134,7 @@ def _read_run(directory: Path) -> dict[str, Any]:
         "problem": problem,
         "best": best,
         "verdict": None if summary is None else summary.get("verdict"),
-        "resume": _resume(directory, config) if state in ("stopped", "failed") else None,
+        "resume": resume_command(directory, config) if state in ("stopped", "failed") else None,
     }
 
 
@@ -146,14 +146,6 @@ def _state(directory: Path) -> tuple[str, str | None, str | None]:
         return "unknown", None, None
     problem = None if pid else next(read_lines(directory / FAILURE), None)
     return "running" if pid else "failed" if problem else "stopped", pid, problem
-
-
-def _resume(directory: Path, config: Mapping[str, Any]) -> str:
-    """The command that resumes a run; it names the directory if that was moved."""
-    words = ["loraplus", "sweep" if "sweep" in config else "train", str(directory / CONFIG)]
-    if expand_path("output_dir", config["output_dir"]).absolute() != directory.absolute():
-        words += ["--output_dir", str(directory)]
-    return shlex.join(words)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -44,7 +44,9 @@ from .run_files import (
     OWNER,
     UNITS,
     TrainingFailed,
+    has_progress,
     read_summary,
+    resume_command,
     saved_settings,
     saved_steps,
 )
@@ -130,6 +132,10 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
     if not (directory / CONFIG).is_file():
         raise ValueError(f"output_dir {directory} contains files that do not belong to a run; choose another")
     if fresh:
+        if Path.cwd().is_relative_to(directory.resolve()):
+            raise ValueError(
+                f"output_dir {directory}: --fresh renames it, and this command runs in it; run it from elsewhere"
+            )
         return []
     remedy = "choose another --output_dir, or start over with --fresh (the old run is renamed, not deleted)"
     old = saved_settings(directory, remedy)
@@ -176,9 +182,11 @@ def describe_unfinished(directory: Path) -> str | None:
     if not (directory / CONFIG).is_file() or read_summary(directory) is not None:
         return None
     done = max(saved_steps(directory), default=0)
-    steps = saved_settings(directory, "restore it").get("train", {}).get("steps")  # or they count epochs
+    saved = saved_settings(directory, "restore it")
+    steps = saved.get("train", {}).get("steps")  # or they count epochs
     progress = f"{done} of {steps} steps" if steps else f"step {done}"
-    return f"the run in {directory} has not finished ({progress}); rerun the train command to resume"
+    command = resume_command(directory, saved)
+    return f"the run in {directory} has not finished ({progress}); resume it: {command}"
 
 
 def write_config(directory: Path, settings: Settings) -> None:
@@ -346,7 +354,7 @@ def open_output_directory(
         if is_lead():
             changed = check_directory(path, settings, fresh=fresh)
             is_compared = not fresh and (
-                any(saved_steps(p) or (p / START).exists() for p in (path, *parts))
+                any(has_progress(p) or (p / START).exists() for p in (path, *parts))
                 or any(read_summary(p) is not None for p in parts)
             )
             if allow_different and settings.init_adapter is None and not is_compared:

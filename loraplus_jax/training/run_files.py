@@ -2,7 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import filelock
 
 from .._utils.json_files import MAX_JSON_BYTES, check_file
 from .._utils.records import read_record
+from .._utils.validation import expand_path
 from ..settings.yaml_files import read_yaml
 from .metrics_log import SUMMARY
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, FAILURE = "checkpoints", "failure.txt"
 UNITS = "units"
-"""The directories of a sweep's units of work, each with checkpoints of its own."""
+"""The directories of a sweep's units of work, each with checkpoints and a result of its own."""
+RESULT = "result.json"
 
 
 class TrainingFailed(Exception):
@@ -37,12 +40,25 @@ def saved_steps(directory: Path) -> list[int]:
     return [int(path.name) for path in itertools.chain(*paths) if path.name.isdigit()]
 
 
+def has_progress(directory: Path) -> bool:
+    """Whether a run or sweep has saved something that a resumed one continues from."""
+    return bool(saved_steps(directory)) or any(directory.glob(f"{UNITS}/*/{RESULT}"))
+
+
 def saved_settings(directory: Path, remedy: str) -> dict[str, Any]:
     """The settings in a run's directory, unchecked; the remedy ends the message if there are none."""
     values = read_yaml(directory / CONFIG)
     if not isinstance(values, dict) or not isinstance(values.get("train", {}), dict):
         raise ValueError(f"{directory / CONFIG} contains no settings of a run; {remedy}")
     return values
+
+
+def resume_command(directory: Path, config: Mapping[str, Any]) -> str:
+    """The command that resumes a run; it names the directory if that was moved."""
+    words = ["loraplus", "sweep" if "sweep" in config else "train", str(directory / CONFIG)]
+    if expand_path("output_dir", config["output_dir"]).absolute() != directory.absolute():
+        words += ["--output_dir", str(directory)]
+    return shlex.join(words)
 
 
 def read_lines(path: Path) -> Iterator[str]:

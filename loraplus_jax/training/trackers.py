@@ -113,7 +113,7 @@ class Mlflow:
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
         self._id = self._client.create_run(experiment_id, run_name=directory.name).info.run_id
         params = [Param(key, str(value)) for key, value in flatten_config(config)]
-        for first in range(0, len(params), 100):  # the most that a server takes at once
+        for first in range(0, len(params), 100):  # the REST API's limit
             self._client.log_batch(self._id, params=params[first : first + 100])
         return self._id
 

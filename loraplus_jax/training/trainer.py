@@ -122,12 +122,12 @@ class Trainer:
         self.answers: dict[str, str] = {}
         self.ranks: dict[str, Any] = {}
         self.pending: list[Any] = []  # metrics of steps that are not logged yet
+        self.started = time.perf_counter()  # less the seconds of earlier starts, once the run has resumed
         self.timed_steps = 0  # steps since `clock` that this process has trained
         self.clock = time.perf_counter()
 
     def run_to_end(self) -> dict[str, Any]:
         """Resumes if possible, trains, evaluates and writes the results; returns the summary."""
-        started = time.perf_counter()
         rows, digest = self.resume()
         self.step = step = int(self.state.step)
         if changed := self.output.changed:  # only now is it known that the run can resume
@@ -158,7 +158,7 @@ class Trainer:
                 before = self.evaluate_before()
                 self.loop(step)
                 after = self.finish()
-                summary = self.write_summary(before, after, time.perf_counter() - started)
+                summary = self.write_summary(before, after)
                 finished = True
                 return summary
         finally:
@@ -187,6 +187,7 @@ class Trainer:
         self.pending = position["pending"]
         self.history = SpikeHistory(tuple(position["losses"]), position["skipped"])
         self.evaluation_pending = position["due"]
+        self.started -= position.get("seconds", 0.0)  # earlier versions did not save it
         # Texts from before training cannot be generated again.
         check_digests(self.directory, position["files"], "start over with --fresh")
         return position["rows"], position["digest"]
@@ -301,7 +302,8 @@ class Trainer:
             if self.evaluation_pending:
                 self.evaluate_and_save(step)
             self.clock, lines = time.perf_counter(), ProgressLines(self.console, "step", self.run.steps, step)
-            while step < self.run.steps and not self.should_stop():
+            ends = self.should_stop()
+            while step < self.run.steps and not ends:
                 batch, every = next(self.batches), self.settings.theory_every
                 is_measured = every is not None and (step + 1) % every == 0
                 before = copy_adapters(self.state.trainable) if is_measured else None
@@ -325,6 +327,7 @@ class Trainer:
                 if step % self.settings.eval_every == 0 or step == self.run.steps:
                     self.evaluate_and_save(step)
                     lines.restart(step)
+                    ends = self.should_stop()
                 elif stopping:
                     self.save(None)
                 if stopping:
@@ -412,6 +415,7 @@ class Trainer:
             **self.history._asdict(),
             "due": evaluation_pending,
             "files": file_digests(self.directory, texts),
+            "seconds": time.perf_counter() - self.started,
         }
         save_checkpoint(
             self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics
@@ -419,11 +423,12 @@ class Trainer:
 
     def should_stop(self) -> bool:
         """Whether the last `train.early_stopping` evaluations after a step were all worse than the best of them."""
-        patience = self.settings.early_stopping
+        if (patience := self.settings.early_stopping) is None:
+            return False
         sign = 1 if self.task.mode == "max" else -1
         # Earlier versions logged the evaluation before training as validation too, if there was no test split.
         values = [sign * value for step, value in self.log.values(f"validation/{self.task.metric}") if step]
-        if patience is None or len(values) <= patience:
+        if len(values) <= patience:
             return False
         values = [-math.inf if math.isnan(value) else value for value in values]
         # Among ties the latest counts, as in the checkpoint manager that keeps the best.
@@ -456,7 +461,7 @@ class Trainer:
             draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
         return after
 
-    def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
+    def write_summary(self, before: Mapping, after: Mapping) -> dict[str, Any]:
         """Writes `summary.json`, which marks the run as finished, and prints the results."""
         trained, texts, settings = count(self.run.parts.trainable), self.run.held_out_texts, self.run.settings
         theory = read_metrics(self.log.rows, settings.applied, settings.init_adapter is not None)
@@ -475,7 +480,7 @@ class Trainer:
             "selected_step": int(self.state.step),
             "trainable": trained,
             "total": trained + count(self.run.parts.frozen),
-            "seconds": round(seconds, 1),
+            "seconds": round(time.perf_counter() - self.started, 1),
             "devices": f"{self.run.mesh.size} x {jax.devices()[0].device_kind}",
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }

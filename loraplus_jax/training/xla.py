@@ -60,19 +60,20 @@ class ProgramByShape:
 
 @contextmanager
 def use_compilation_cache(directory: Path, console: Console) -> Iterator[None]:
-    """Caches compiled programs in a directory; prints a line if that fails, and removes damaged entries."""
+    """Caches compiled programs in a directory; prints warnings when they come, and removes damaged entries."""
     jax.config.update("jax_compilation_cache_dir", str(directory))
     # By default only programs that take a second; a start compiles dozens of small ones, together as slow.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with warnings.catch_warnings(record=True) as caught:
+
+    def show(message: Warning | str, *_: Any) -> None:
+        entry = re.search(r"persistent compilation cache entry for '(.*?)'", str(message))
+        console.print(f"{directory}: {message}" if entry else f"{message}")
+        # JAX warns at every start about an entry that a full disk truncated, and never replaces it.
+        for path in directory.glob(f"{entry[1]}-*-cache") if entry else ():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    with warnings.catch_warnings():
         warnings.simplefilter("default")
-        try:
-            yield
-        finally:
-            for text in (str(warning.message) for warning in caught):
-                entry = re.search(r"persistent compilation cache entry for '(.*?)'", text)
-                console.print(f"{directory}: {text}" if entry else text)
-                # JAX warns at every start about an entry that a full disk truncated, and never replaces it.
-                for path in directory.glob(f"{entry[1]}-*-cache") if entry else ():
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+        warnings.showwarning = show
+        yield

@@ -26,7 +26,7 @@ def answers(tmp_path, monkeypatch):
         say(f"compiling for {gpu.name}")
         # For any other GPU than the first, a little less.
         size = ALL // count // (4 if settings.model.quantize == "nf4" else 1)
-        return size if gpu.name == module.COMPILED_FOR else size - 1
+        return size if gpu.name == module.COMPILED_FOR else size - 1, None
 
     monkeypatch.setattr(module, "_bytes_needed", needed)
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
@@ -69,6 +69,18 @@ def test_only_close_answers_are_compiled_for_their_gpu(answers):
         distance = min(abs(size - fit.limit), abs(size - fit.available)) / GPUS[fit.gpu].memory
         assert (asked in others) == (distance < module.CLOSE and fit.gpu != module.COMPILED_FOR)
         assert fit.needed == size - (asked in others)
+
+
+def test_a_program_that_the_compiler_refuses_does_not_fit(tmp_path, monkeypatch):
+    """However little it says that it needs; every other GPU is asked too."""
+    monkeypatch.setattr(
+        module,
+        "_bytes_needed",
+        lambda settings, gpu, *_: (1, "no shared memory" if gpu.name != "l4" else None),
+    )
+    fits = find_fits(llama(tmp_path), print).fits
+    assert {fit.gpu for fit in fits if fit.fits} == {"l4"}
+    assert all(fit.exact for fit in fits)
 
 
 def test_batches_are_split_over_the_gpus(tmp_path):

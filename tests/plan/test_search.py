@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+import signal
 from types import SimpleNamespace
 
 import jax
@@ -187,11 +188,15 @@ def test_what_does_not_fit_rules_out_larger_estimates_of_the_same_remat(fake_sea
 def test_an_interrupt_keeps_the_best_so_far(fake_search, all_layouts, monkeypatch):
     search, compiled = fake_search(0)
 
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
+    count = module.count_work
 
-    monkeypatch.setattr(module, "count_work", interrupt)
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return count(*arguments)
+
+    monkeypatch.setattr(module, "count_work", interrupted)
     search.run()
     assert not search.complete
     assert [trial.layout for trial in search.trials if trial.plan] == compiled == [search.current]
+    assert sum(trial.work is not None for trial in search.trials) == 2  # the one in work was counted
     assert_mentions(format_search(search, all_layouts[0], []), "not compiled")

@@ -1,12 +1,18 @@
 """The protocol between sweeps and what runs their units, on units that train nothing; times by hand."""
 
 import itertools
+import types
 
 import pytest
 
-from loraplus_jax.sweep.executor import run_sweeps
+from loraplus_jax.sweep import executor as module
+from loraplus_jax.sweep.executor import InProcess, run_sweeps
 from loraplus_jax.sweep.makespan import schedule
+from loraplus_jax.sweep.method_comparison import MethodSweep
 from loraplus_jax.sweep.unit import Unit
+from loraplus_jax.training.console import LineConsole
+
+from ..messages import mentions
 
 
 def unit(name):
@@ -63,6 +69,21 @@ def test_a_stored_result_is_not_computed_again():
     assert run_sweeps([sweep], executor) == [["a1", "a2", "a3", "a4"]]  # pyright: ignore
     assert executor.ran == ["a3"]
     assert ("a1", 8, ["stored"]) in sweep.followed
+
+
+def test_an_error_of_a_unit_names_its_method(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("its base differs")
+
+    monkeypatch.setattr(module, "run_unit", fail)
+    run = types.SimpleNamespace(name="pissa")
+    sweep = types.SimpleNamespace(run=run, directory=tmp_path, allow_different=())
+    sweep.named = lambda: MethodSweep.named(sweep)  # pyright: ignore
+    executor = InProcess(LineConsole(quiet=True))
+    executor.population = object()  # pyright: ignore
+    executor.submit(sweep, unit("a1"))  # pyright: ignore
+    with pytest.raises(ValueError, match=mentions("sweep.methods pissa", "its base differs")):
+        executor.wait()
 
 
 OPTIONS = (

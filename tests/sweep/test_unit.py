@@ -8,9 +8,10 @@ import pytest
 from loraplus_jax._utils.records import read_record, write_record
 from loraplus_jax.sweep import unit as units
 from loraplus_jax.sweep.settings import Trial
-from loraplus_jax.sweep.unit import RESULT, MemberSpec, Unit, is_result_of, run_unit, unit_directory
+from loraplus_jax.sweep.unit import MemberSpec, Unit, is_result_of, run_unit, unit_directory
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.run_directory import lock_directory
+from loraplus_jax.training.run_files import RESULT
 
 from ..messages import mentions
 

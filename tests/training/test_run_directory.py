@@ -68,7 +68,7 @@ def check(directory, settings=SETTINGS, *, fresh=False):
 
 
 def with_file(directory, name, text="mine"):
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / name).write_text(text)
     return directory
 
@@ -90,6 +90,13 @@ test_directories_that_are_rejected = refusals(
     (lambda tmp_path: check(with_file(tmp_path, "file") / "file", fresh=True), "file", "a file"),
     (lambda tmp_path: check(with_file(tmp_path / "mine", "thesis.txt")), "mine", "files"),
     (lambda tmp_path: check(with_file(tmp_path / "mine", "thesis.txt"), fresh=True), "mine", "files"),
+    (
+        lambda tmp_path, monkeypatch: (
+            monkeypatch.chdir(run_of(tmp_path / "mine")),
+            check(Path(), fresh=True),
+        ),
+        *("output_dir .", "--fresh", "from elsewhere"),
+    ),
     (lambda tmp_path: check(run_of(tmp_path / "mine", finished=True)), "mine", "summary.json", "--fresh"),
     (lambda tmp_path: check(run_of(tmp_path / "mine", of_cls(seed=4))), "mine", *FIELDS_OF_TWO),
     (
@@ -212,7 +219,7 @@ def test_a_summary_that_is_empty_or_damaged_does_not_mark_a_run_as_finished(tmp_
     directory = run_of(tmp_path / "run")
     (directory / "summary.json").write_bytes(content)
     assert check(directory) == []
-    assert_mentions(describe_unfinished(directory), directory, "resume")
+    assert_mentions(describe_unfinished(directory), directory, f"loraplus train {directory}/config.yaml")
     archive_results(directory)
     with opened(directory) as output:
         output.claim()
@@ -281,6 +288,18 @@ def test_a_sweep_may_change_less_and_a_finished_one_stays_finished(tmp_path):
     with pytest.raises(ValueError, match=mentions("finished")) as caught:
         changes(keep=5)
     assert "train.steps" not in str(caught.value)
+
+
+def test_results_of_units_may_be_of_another_origin_too(tmp_path):
+    directory = run_of(tmp_path / "out")
+    with (
+        pytest.raises(ValueError, match=mentions("no effect")),
+        opened(directory, allow_different=["tokenizer"]),
+    ):
+        pass
+    with_file(directory / "units/search-8-0", "result.json", "{}")
+    with opened(directory, allow_different=["tokenizer"]):
+        pass
 
 
 def test_nothing_is_written_before_the_claim_and_the_lock_ends_with_the_context(tmp_path):

@@ -74,6 +74,26 @@ def test_early_stopping_counts_evaluations_without_a_better_one(values, patience
         assert Trainer.should_stop(trainer(values, patience, before=[value])) is stops  # pyright: ignore
 
 
+def test_without_early_stopping_no_row_is_looked_at():
+    one = trainer([0.5], None)
+    one.log.values = None
+    assert Trainer.should_stop(one) is False  # pyright: ignore
+
+
+def test_seconds_of_earlier_starts_count(tmp_path):
+    position = {"batches": 0, "pending": [], "losses": [], "skipped": 0, "due": False, "files": {}}
+    position |= {"rows": 3, "digest": "d", "seconds": 40.0}
+    restored = types.SimpleNamespace(state="saved", input_position=position)
+    output = types.SimpleNamespace(restore=lambda *_: restored)
+    batches = types.SimpleNamespace(set_state=lambda state: None)
+    run = types.SimpleNamespace(metadata={})
+    one = types.SimpleNamespace(
+        output=output, run=run, batches=batches, state=None, directory=tmp_path, started=100.0
+    )
+    assert Trainer.resume(one) == (3, "d")  # pyright: ignore
+    assert (one.state, one.started) == ("saved", 60.0)
+
+
 def numbered(trainable, frozen, batch):
     """A mean, and the rows of a batch."""
     values, weight = batch["x"] * trainable, batch["weight"]
