@@ -56,7 +56,8 @@ def saved_settings(directory: Path, remedy: str) -> dict[str, Any]:
 def resume_command(directory: Path, config: Mapping[str, Any]) -> str:
     """The command that resumes a run; it names the directory if that was moved."""
     words = ["loraplus", "sweep" if "sweep" in config else "train", str(directory / CONFIG)]
-    if expand_path("output_dir", config["output_dir"]).absolute() != directory.absolute():
+    output_dir = config.get("output_dir", directory)
+    if expand_path("output_dir", output_dir).absolute() != directory.absolute():
         words += ["--output_dir", str(directory)]
     return shlex.join(words)
 
