@@ -340,7 +340,10 @@ def resolve(
                 f"cannot find the {kind} {value!r}{suggest(path.name, siblings, fallback=False)}; it is not "
                 f"downloaded from the Hub, as there is a directory {first!r} here: run elsewhere for that"
             )
-        return _from_hub(value, kind, *match.groups(), files=files)
+        try:
+            return from_hub(kind, *match.groups(), files=files)
+        except ValueError as error:
+            raise ValueError(f"{value!r} is not a local path, and {error}{_allowed(kind, value)}") from error
     raise ValueError(f"cannot find the {kind} {value!r}{_allowed(kind, value)}")
 
 
@@ -364,7 +367,12 @@ def _allowed(kind: Kind, value: str) -> str:
     return usage + suggest(value, names, fallback=False)
 
 
-def _from_hub(value: str, kind: Kind, repository: str, file: str = "", *, files: Sequence[str]) -> Path:
+def from_hub(kind: Kind, repository: str, file: str = "", files: Sequence[str] = HUB_MODEL_FILES) -> Path:
+    """Downloads the `files` of a model from the Hugging Face Hub, or a file of a data set.
+
+    Raises:
+      ValueError: the download fails.
+    """
     import huggingface_hub
 
     try:
@@ -377,7 +385,5 @@ def _from_hub(value: str, kind: Kind, repository: str, file: str = "", *, files:
     # The hub client passes on exceptions of its HTTP library, which share no base class.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{value!r} is not a local path, and the hub download failed ({reason}){_allowed(kind, value)}"
-        ) from error
+        raise ValueError(f"the download of {repository} from the Hub failed ({reason})") from error
     return Path(downloaded)

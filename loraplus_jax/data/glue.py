@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .._utils.atomic import atomic_write
 from .._utils.validation import expand_path, suggest
 from ..settings.schema import DataSettings
-from .fetch import cache_dir
+from .fetch import from_hub
 from .readers import Problems, read_rows
 from .splits import LabelledText, labelled_texts, split_files
 
@@ -141,7 +140,12 @@ def find_file(settings: DataSettings, split: str) -> Path:
     # Only `dev` differs from mnli, which the Hub's mnli holds as well.
     name, hub_split = name.removesuffix("_mismatched"), split.replace("dev", "validation")
     if settings.root is None:
-        return _download(name, hub_split)
+        try:
+            return from_hub("data", HUB_ID, f"{name}/{hub_split}-00000-of-00001.parquet")
+        except ValueError as error:
+            raise ValueError(
+                f"data.path {settings.path}: {error}; set data.root to a directory with GLUE's files"
+            ) from error
     root = expand_path("data.root", settings.root)
     if not root.is_dir():
         raise ValueError(f"data.root {root} is not a directory: set it to one that has GLUE's {task.folder}/")
@@ -157,33 +161,6 @@ def find_file(settings: DataSettings, split: str) -> Path:
     if found := next((file for file in files if file.is_file()), None):
         return found
     raise ValueError(f"{directory} has no {split}.tsv or {hub_split}.parquet: {settings.path} needs it")
-
-
-def _download(name: str, split: str) -> Path:
-    path = cache_dir() / "glue" / name / f"{split}.jsonl"
-    if path.is_file():
-        return path
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise ValueError(
-            f"data.path glue/{name}: set data.root to a directory with GLUE's files, or download them with the "
-            "package datasets: run pip install 'loraplus_jax[hub]'"
-        ) from None
-    try:
-        loaded: Any = datasets.load_dataset(HUB_ID, name, split=split)
-    # Those of the HTTP library share no base class.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"data.path glue/{name}: the download of {HUB_ID} failed ({reason}); set data.root to a directory with "
-            "GLUE's files"
-        ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not in place: after an interruption a part of the file would pass for all of it.
-    with atomic_write(path) as partial:
-        loaded.to_json(str(partial))
-    return path
 
 
 def read_glue(path: Path, task: GlueTask) -> tuple[list[LabelledText], list[str]]:

@@ -135,7 +135,7 @@ class DataSettings:
       path: single data file, relative to the working directory, split into train, validation and test by
         split_seed; or a GLUE task such as glue/sst2, with its own splits and columns; set this or train.
       root: directory with the files of GLUE, for a path such as glue/sst2; null downloads the task from the Hugging
-        Face Hub (requires the package datasets).
+        Face Hub.
       train: training file, or a list of files, if each split has its own files.
       validation: validation file, or a list; null splits off validation_fraction of train.
       test: test file, or a list (optional); only with train.

@@ -1,10 +1,6 @@
 """GLUE's tasks in files of GLUE's layout, quirks included: no header, a byte order mark, quotes, index columns."""
 
-import json
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-
+import huggingface_hub
 import pytest
 
 from loraplus_jax.data.glue import (
@@ -164,44 +160,28 @@ def test_parquet_files_of_the_hub(tmp_path, name, labels):
         read_glue(tmp_path / "a.parquet", GLUE["sst2"])
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A stub of the package datasets, and what it was asked for."""
-    asked = []
+def test_the_hub_is_asked_for_the_files_of_a_task(tmp_path, monkeypatch):
+    pyarrow, parquet, asked = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet"), []
 
-    def load_dataset(path, name, *, split):
-        asked.append((path, name, split))
-        text = "".join(json.dumps(row) + "\n" for row in hub_rows(name, 20))
-        return SimpleNamespace(to_json=lambda path: Path(path).write_text(text))
+    def download(repository, file, **options):
+        asked.append((repository, file, options))
+        parquet.write_table(pyarrow.Table.from_pylist(hub_rows("mnli", 20)), tmp_path / "a.parquet")
+        return tmp_path / "a.parquet"
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setenv("LORAPLUS_CACHE", str(tmp_path))
-    return asked
-
-
-def test_the_hub_is_asked_once_for_each_split(hub):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     splits, _ = load_glue(settings(None, "mnli_mismatched"))
-    assert hub == [("nyu-mll/glue", "mnli", "train"), ("nyu-mll/glue", "mnli", "validation_mismatched")]
+    files = [f"mnli/{split}-00000-of-00001.parquet" for split in ("train", "validation_mismatched")]
+    assert asked == [("nyu-mll/glue", file, {"repo_type": "dataset"}) for file in files]
     assert [row.label for row in splits["test"][:3]] == ["entailment", "neutral", "contradiction"]
     assert splits["test"][3].pair == "hypothesis 3"
-    load_glue(settings(None, "mnli_mismatched"))
-    assert len(hub) == 2
 
 
-def no_network(*_, **__):
-    raise OSError("no\nnetwork")
+def test_without_files_the_error_says_why_and_how_to_get_them(monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no\nnetwork")
 
-
-@pytest.mark.parametrize(
-    ("package", "words"),
-    [
-        (None, ["pip install 'loraplus_jax[hub]'"]),
-        (SimpleNamespace(load_dataset=no_network), ["nyu-mll/glue", "no network"]),
-    ],
-)
-def test_without_files_the_error_says_why_and_how_to_get_them(package, words, hub, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", package)
-    with pytest.raises(ValueError, match=mentions("glue/rte", "data.root", *words)):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    with pytest.raises(ValueError, match=mentions("glue/rte", "data.root", "nyu-mll/glue", "no network")):
         load_glue(settings(None, "rte"))
 
 
