@@ -53,6 +53,7 @@ CASES = {
     "qwen3": ("qwen3", {"head_dim": 12, "rope": {"rope_theta": 1e6}}),
     "gemma2": ("gemma2", _GEMMA | _GEMMA2),
     "gemma3": ("gemma3_text", _GEMMA | _GEMMA3),
+    "olmo2": ("olmo2", {"rope": {"rope_theta": 5e5}}),
     "phi3": ("phi3", {"sliding_window": 7}),
     "phi3_long": ("phi3", {"rope": _LONG | _SHORT, "max_position_embeddings": 4 * ORIGINAL} | _SHORT),
 }

@@ -59,7 +59,7 @@ class LlamaKind(Kind):
     Attributes:
       norms: see `Norms`.
       norm_offset: what is added to the scales of RMSNorm.
-      qk_norm: whether queries and keys are normalized.
+      qk_norm: what RMSNorm takes of queries and keys: each `"head"` or `"all"` heads at once; None without it.
       qkv_bias: whether queries, keys and values have biases; None if `attention_bias` says so.
       scaled_embedding: whether the embedding is multiplied by the square root of the hidden size.
       windows: whether layers have the sliding window: those that `layer_types` names, or all but every n-th if the
@@ -73,7 +73,7 @@ class LlamaKind(Kind):
 
     norms: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
     norm_offset: float = 0.0
-    qk_norm: bool = False
+    qk_norm: Literal["head", "all"] | None = None
     qkv_bias: bool | None = None
     scaled_embedding: bool = False
     windows: bool = False
@@ -116,6 +116,14 @@ _GEMMA = LlamaKind(
         "final_logit_softcapping": "final_logit_softcapping",
     },
 )
+_OLMO = LlamaKind(
+    architecture="Olmo2ForCausalLM",
+    gguf="olmo2",
+    norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    qk_norm="all",
+    reads=("attention_bias",),
+    defaults={"rms_norm_eps": 1e-5},
+)
 KINDS: Mapping[str, LlamaKind] = {
     "llama": LlamaKind(
         architecture="LlamaForCausalLM", gguf="llama", interleaved=True, reads=("attention_bias", "mlp_bias")
@@ -133,7 +141,7 @@ KINDS: Mapping[str, LlamaKind] = {
     "qwen3": LlamaKind(
         architecture="Qwen3ForCausalLM",
         gguf="qwen3",
-        qk_norm=True,
+        qk_norm="head",
         reads=("attention_bias", "layer_types"),
         defaults={"head_dim": 128},
     ),
@@ -151,7 +159,7 @@ KINDS: Mapping[str, LlamaKind] = {
         _GEMMA,
         architecture="Gemma3ForCausalLM",
         gguf="gemma3",
-        qk_norm=True,
+        qk_norm="head",
         reads=(*_GEMMA.reads, "rope_local_theta"),
         defaults={
             **_GEMMA.defaults,
@@ -160,6 +168,7 @@ KINDS: Mapping[str, LlamaKind] = {
             "sliding_window_pattern": 6,
         },
     ),
+    "olmo2": _OLMO,
     "phi3": LlamaKind(
         architecture="Phi3ForCausalLM",
         qkv_bias=False,

@@ -1,4 +1,4 @@
-"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3, Gemma 2 and 3, Phi-3; without LoRA code.
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3, Gemma 2 and 3, OLMo 2, Phi-3; no LoRA code.
 
 The config selects the model; what it varies by layer is an array or a value for each layer, not code.
 
@@ -77,10 +77,11 @@ class LlamaAttention(LlamaPart):
         """(B, T, D) from (B, T, D), and the cache updated with this layer's keys and values."""
         c = self.config
         dense = functools.partial(self.dense, bias=c.qkv_bias)
-        query, key, value = (
-            part.reshape(*x.shape[:2], -1, c.head_dim) for part in project(x, c, "qkv_proj", dense)
-        )
-        if c.kind.qk_norm:
+        query, key, value = project(x, c, "qkv_proj", dense)
+        if c.kind.qk_norm == "all":
+            query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
+        query, key, value = (part.reshape(*x.shape[:2], -1, c.head_dim) for part in (query, key, value))
+        if c.kind.qk_norm == "head":
             query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
         rope = c.layer_rope(shared.rope, layer)
         # The policy `dots` of `CausalLM` saves what has a name.
@@ -136,7 +137,7 @@ class LlamaLayer(LlamaPart):
 
 class Llama(CausalLM):
     """A causal language model (arXiv 2302.13971, 2407.21783; 2310.06825; 2407.10671, 2505.09388; 2408.00118,
-    2503.19786; 2404.14219).
+    2503.19786; 2404.14219; 2501.00656).
 
     Attributes:
       config: sizes and options; the other fields are those of `CausalLM`.
