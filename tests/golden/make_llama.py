@@ -39,6 +39,10 @@ _GEMMA = {"head_dim": 12, "sliding_window": 5, "tie_word_embeddings": True, "que
 _GEMMA2 = {"num_hidden_layers": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
 _GEMMA3 = {"num_hidden_layers": 4, "sliding_window_pattern": 3}
 _GEMMA3 |= {"rope": {"full_attention": _FULL, "sliding_attention": _SLIDING}}
+_OLMO3 = {
+    "full_attention": _YARN | _SHORT,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
 CASES = {
     "llama2": ("llama", {"num_key_value_heads": 4, "max_position_embeddings": ORIGINAL}),
     "llama3": ("llama", {"rope": _LLAMA3 | {"rope_theta": 10.0} | _SHORT}),
@@ -54,6 +58,11 @@ CASES = {
     "gemma2": ("gemma2", _GEMMA | _GEMMA2),
     "gemma3": ("gemma3_text", _GEMMA | _GEMMA3),
     "olmo2": ("olmo2", {"rope": {"rope_theta": 5e5}}),
+    "olmo3": ("olmo3", {"num_hidden_layers": 4, "sliding_window": 5, "rope": _OLMO3}),
+    "smollm3": (
+        "smollm3",
+        {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "rope": {"rope_theta": 1e3}},
+    ),
     "phi3": ("phi3", {"sliding_window": 7}),
     "phi3_long": ("phi3", {"rope": _LONG | _SHORT, "max_position_embeddings": 4 * ORIGINAL} | _SHORT),
 }

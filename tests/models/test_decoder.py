@@ -29,7 +29,9 @@ def test_logits_equal_transformers(name, models):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2_scaled", "llama_gemma3", "llama_phi3_long"])
+@pytest.mark.parametrize(
+    "name", ["gpt2_scaled", "llama_gemma3", "llama_phi3_long", "llama_olmo3", "llama_smollm3"]
+)
 def test_continuations_with_a_cache_equal_transformers(name, models):
     golden, model, params = models(name)
     given = generated(model, params, golden["prompts"], golden["greedy"].shape[1])

@@ -51,6 +51,9 @@ LLAMAS = {
         "gemma3_text",
         GEMMA | UNTIED | {"rope": {"full_attention": {"rope_theta": 1e6} | LINEAR}},
     ),
+    "olmo2_one_key_head": ("olmo2", {"num_key_value_heads": 1, "attention_bias": True} | TIED),
+    "olmo3_window": ("olmo3", {"num_hidden_layers": 5, "sliding_window": 40}),
+    "smollm3_every_fourth": ("smollm3", {"num_hidden_layers": 5, "mlp_bias": True, "rope": LLAMA31}),
     "phi3_partial": (
         "phi3",
         {"rope": {"partial_rotary_factor": 0.5}, "num_key_value_heads": 1, "sliding_window": 70},
@@ -69,6 +72,7 @@ CASES = {
     "gpt2_quick_gelu": lambda seed: gpt2.make(GPT2, seed=seed),
 }
 FOR_GRADIENTS = ("mlp_bias_and_yarn", "gemma2_one_key_head", "gpt2_quick_gelu")
+FOR_GRADIENTS += ("olmo2_one_key_head", "olmo3_window", "smollm3_every_fourth")
 
 
 def both(make, folder, seed=1, **fields):

@@ -169,6 +169,32 @@ KINDS: Mapping[str, LlamaKind] = {
         },
     ),
     "olmo2": _OLMO,
+    # Not in GGUF files, where llama.cpp takes YaRN's temperature twice.
+    "olmo3": dataclasses.replace(
+        _OLMO,
+        architecture="Olmo3ForCausalLM",
+        gguf=None,
+        windows=True,
+        reads=("attention_bias", "layer_types", "rope_local_theta"),
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+    ),
+    "smollm3": LlamaKind(
+        architecture="SmolLM3ForCausalLM",
+        gguf="smollm3",
+        interleaved=True,
+        reads=("attention_bias", "mlp_bias", "layer_types", "no_rope_layers"),
+        defaults={
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "no_rope_layer_interval": 4,
+        },
+    ),
     "phi3": LlamaKind(
         architecture="Phi3ForCausalLM",
         qkv_bias=False,
@@ -195,7 +221,15 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 _SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # Fields that only some types read, see `LlamaKind.reads`, and those that follow from several options.
 _OPTIONAL = ("attention_bias", "mlp_bias", "query_pre_attn_scalar", *_SOFTCAPS, "partial_rotary_factor")
-_DERIVED = ("rope_theta", "rope_scaling", "rope_local_theta", "sliding_window", "full_layers", "split_fused")
+_DERIVED = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_local_theta",
+    "sliding_window",
+    "full_layers",
+    "unrotated_layers",
+    "split_fused",
+)
 # Options that a null switches off; elsewhere it stands for the default.
 _NULLABLE = ("sliding_window", *_SOFTCAPS)
 
@@ -218,6 +252,7 @@ class LlamaConfig(ModelConfig):
       mlp_bias: biases in the MLP.
       sliding_window: attention window in tokens, including the token itself; None attends to all.
       full_layers: indices of layers without the sliding window, if there is one.
+      unrotated_layers: indices of layers without rotary positions.
       query_pre_attn_scalar: attention scores are divided by its square root; None for `head_dim`.
       attn_logit_softcapping, final_logit_softcapping: bounds c of attention scores and of logits,
         `c * tanh(x / c)` (arXiv 2408.00118, section 2).
@@ -249,6 +284,7 @@ class LlamaConfig(ModelConfig):
     mlp_bias: Switch = False
     sliding_window: Positions | None = None
     full_layers: tuple[int, ...] = ()
+    unrotated_layers: tuple[int, ...] = ()
     query_pre_attn_scalar: Positive | None = None
     attn_logit_softcapping: Positive | None = None
     final_logit_softcapping: Positive | None = None
@@ -297,7 +333,7 @@ class LlamaConfig(ModelConfig):
         values = {name: value for name, value in entries.items() if name not in ignored}
         values["hidden_act"] = entries.get(kind.activation, "silu")
         problems = unsupported(entries, {key: only for key, only in _ONLY.items() if key not in kind.reads})
-        for fields in (_rope_fields, _window_fields):
+        for fields in (_rope_fields, _window_fields, _unrotated_fields):
             try:
                 values |= fields(kind, entries)
             except ValueError as error:
@@ -367,10 +403,13 @@ class LlamaConfig(ModelConfig):
 
     def layer_rope(self, ropes: tuple[Rope, ...], layer: jax.Array) -> Rope:
         """Of the results of `rope`, the one of a layer."""
-        if len(ropes) == 1:
-            return ropes[0]
-        rope, local = ropes
-        return jax.tree.map(lambda x, y: jnp.where(self._is_local(layer), y, x), rope, local)
+        rope, *local = ropes
+        if local:
+            rope = jax.tree.map(lambda x, y: jnp.where(self._is_local(layer), y, x), rope, local[0])
+        if self.unrotated_layers:
+            is_rotated = ~self._is_among(self.unrotated_layers, layer)
+            rope = Rope(jnp.where(is_rotated, rope.cos, 1.0), jnp.where(is_rotated, rope.sin, 0.0))
+        return rope
 
     def layer_window(self, layer: jax.Array) -> int | jax.Array | None:
         """A layer's sliding window; an array if not all layers have the same."""
@@ -379,9 +418,11 @@ class LlamaConfig(ModelConfig):
         return jnp.where(self._is_local(layer), self.sliding_window, np.iinfo(np.int32).max)
 
     def _is_local(self, layer: jax.Array) -> jax.Array:
+        return ~self._is_among(self.full_layers, layer) & (self.sliding_window is not None)
+
+    def _is_among(self, layers: tuple[int, ...], layer: jax.Array) -> jax.Array:
         # By a table: within the loop over layers, `layer` is traced.
-        is_local = [n not in self.full_layers for n in range(self.num_hidden_layers)]
-        return jnp.array(is_local)[layer] & (self.sliding_window is not None)
+        return jnp.array([n in layers for n in range(self.num_hidden_layers)])[layer]
 
 
 def _rope_fields(kind: LlamaKind, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,7 +450,7 @@ def _rope_fields(kind: LlamaKind, entries: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("rope_parameters and rope_scaling differ: keep one of them in config.json")
     fields = {"rope_theta": theta, "rope_scaling": scaling}
     if "rope_local_theta" in kind.reads:
-        fields["rope_local_theta"] = local.get("rope_theta", entries["rope_local_base_freq"])
+        fields["rope_local_theta"] = local.get("rope_theta", entries.get("rope_local_base_freq", theta))
     if "partial_rotary_factor" in kind.reads:
         factor = entries.get("partial_rotary_factor", 1.0)
         fields["partial_rotary_factor"] = parameters.get("partial_rotary_factor", factor)
@@ -435,6 +476,18 @@ def _window_fields(kind: LlamaKind, entries: Mapping[str, Any]) -> dict[str, Any
             "sliding_window must be an int of at least 1 with layers of type sliding_attention, got None"
         )
     return {} if window is None else {"sliding_window": window, "full_layers": tuple(full)}
+
+
+def _unrotated_fields(kind: LlamaKind, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers without rotary positions: those with a 0 in `no_rope_layers`."""
+    if "no_rope_layers" not in kind.reads:
+        return {}
+    layers, flags = _layers(entries), entries.get("no_rope_layers")
+    if flags is None:
+        return {"unrotated_layers": tuple(_every_nth(kind, entries, "no_rope_layer_interval"))}
+    if not isinstance(flags, list) or len(flags) != layers or not all(flag in (0, 1) for flag in flags):
+        raise ValueError(f"no_rope_layers must be a list of {layers} numbers, each 0 or 1, got {flags!r:.80}")
+    return {"unrotated_layers": tuple(n for n, flag in enumerate(flags) if not flag)}
 
 
 def _layers(entries: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3, Gemma 2 and 3, OLMo 2, Phi-3; no LoRA code.
+"""The Llama family: the models of `config.KINDS`, from Llama to OLMo; without LoRA code.
 
 The config selects the model; what it varies by layer is an array or a value for each layer, not code.
 

@@ -63,6 +63,12 @@ def test_old_and_new_ways_to_say_the_same():
         ("gemma3_text", {"rope_local_base_freq": 500.0}, "rope_local_theta", 500.0),
         ("gemma3_text", {}, "rope_theta", 1e6),
         ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "max_length", 128),
+        ("olmo3", {"num_hidden_layers": 9}, "full_layers", (3, 7)),
+        ("olmo3", {"rope_theta": 5e4}, "rope_local_theta", 5e4),
+        ("olmo2", {"sliding_window": 16}, "sliding_window", None),
+        ("smollm3", {"num_hidden_layers": 9}, "unrotated_layers", (3, 7)),
+        ("smollm3", {"no_rope_layers": [0, 1]}, "unrotated_layers", (0,)),
+        ("llama", {"no_rope_layers": [0, 1]}, "unrotated_layers", ()),
         ("phi3", {"partial_rotary_factor": 0.5}, "rotary_size", 4),
         ("phi3", {"rope_scaling": SU}, "max_length", 128),
         ("phi3", {"rope_scaling": SU}, "rope_scaling", LONGROPE),
@@ -124,6 +130,8 @@ test_unsupported_configs = refusals(
         file("llama", rope_scaling=LLAMA3 | {"high_freq_factor": 1.0}),
         *("high_freq_factor", "low_freq_factor"),
     ),
+    (file("smollm3", no_rope_layers=[1]), "no_rope_layers", 2, [1]),
+    (file("smollm3", no_rope_layer_interval=0), "no_rope_layer_interval", 0),
     (file("qwen2", layer_types=5), "layer_types", 5),
 )
 
