@@ -20,7 +20,7 @@ from .adapter.lora import SCALE
 from .adapter.quantize_base import quantize_base
 from .adapter.spec import AdapterSpec, check_rank
 from .adapter.target_rules import check_coverage, parameter_rule, parameter_spec
-from .adapter.tree import flatten, leaf_path, unflatten, with_collection
+from .adapter.tree import factors_by_module, flatten, leaf_path, unflatten, with_collection
 from .inits.random import factor_dtype, factor_inits
 from .interpreter.dataflow import trace_dataflow, warn_of_whole
 from .interpreter.low_rank import call
@@ -107,13 +107,12 @@ def init_lora(
     for path, spec in specs.items():
         check_rank(spec, repr(path))
         inits: Any = factor_inits(rules.init, spec.rank, spec.axes)
-        names = dict(zip(spec.factor_paths(path), spec.factor_shapes, strict=True))
-        for (name, shape), make in zip(names.items(), inits, strict=False):
+        a, b, *magnitude = spec.factors_of(path)
+        for factor, make in zip((a, b), inits, strict=True):
             # By the path, so that another rule leaves this weight's start as it is.
-            own = LazyRng.create(key, *name.split("/")).as_jax_rng()
-            flat[name] = make(own, shape, factor_dtype(arrays[path]))
-        if spec.magnitude:
-            flat |= {name: jnp.zeros(shape) for name, shape in names.items() if name not in flat}
+            own = LazyRng.create(key, *factor.path.split("/")).as_jax_rng()
+            flat[factor.path] = make(own, factor.shape, factor_dtype(arrays[path]))
+        flat |= {factor.path: jnp.zeros(factor.shape) for factor in magnitude}
         if spec.magnitude and isinstance(arrays[path], jax.ShapeDtypeStruct):
             raise ValueError(
                 f"variant dora starts from the norms of the weights, but {path!r} is a shape: pass the weights"
@@ -149,9 +148,9 @@ def whole_weights(
         given = iter(arrays)
         own, args, kwargs = structure.unflatten([next(given) if is_array(x) else x for x in leaves])
         zeros = {
-            name: jnp.zeros(shape)
+            factor.path: jnp.zeros(factor.shape)
             for path, spec in _specs(own, rules).items()
-            for name, shape in zip(spec.factor_paths(path), spec.factor_shapes, strict=True)
+            for factor in spec.factors_of(path)
         }
         y = _run(f, rules, own, unflatten(zeros), args, kwargs, omit=True)
         return [leaf for leaf in jax.tree.leaves(y) if isinstance(leaf, jax.Array)]
@@ -177,25 +176,14 @@ def _run(
     """Calls `f` with its weights kept apart; `omit` leaves W out and marks it, for `whole_weights`."""
     specs = _specs(params, config)
     variables = with_collection(lora, specs)
-    factors, scales = flatten(variables.get("lora", {})), flatten(variables.get(SCALE, {}))
-    shapes = {
-        name: shape
-        for path, spec in specs.items()
-        for name, shape in zip(spec.factor_paths(path), spec.factor_shapes, strict=True)
-    }
-    for name in sorted(shapes.keys() | factors.keys()):
-        if (shape := getattr(factors.get(name), "shape", None)) != shapes.get(name):
-            raise ValueError(
-                f"lora: {name} must have shape {shapes[name]}, got {shape}"
-                if name in shapes
-                else f"lora: {name} belongs to no weight that the config adapts"
-            )
+    factors = factors_by_module("lora", {"lora": variables.get("lora", {})}, specs)
+    scales = flatten(variables.get(SCALE, {}))
 
     def part(path: Any, value: Any) -> Any:
         spec = specs.get(name := leaf_path(path))
         if spec is None:
             return LowRankWeight(value, letters=LETTERS[: value.ndim]) if is_packed(value) else value
-        a, b, *magnitude = (factors[factor] for factor in spec.factor_paths(name))
+        a, b, *magnitude = factors[name]
         scale = scales.get(f"{name}/{SCALE}")
         return LowRankWeight(
             w=value,

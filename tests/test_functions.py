@@ -199,7 +199,7 @@ test_refused = refusals(
         "modules_to_save",
         "head",
     ),
-    (lambda: apply_lora_plus(model, CONFIG)(PARAMS, {}, X), "blocks/0/down/lora_a", "(64, 2)", "None"),
+    (lambda: apply_lora_plus(model, CONFIG)(PARAMS, {}, X), "blocks/0/down/lora_a", "(64, 2)", "absent"),
     (lambda: apply_lora_plus(model, {"head/0": "io"})(PARAMS, init_lora(KEY, PARAMS, CONFIG)[0], X), "lora"),
 )
 

@@ -22,7 +22,7 @@ from .config import LoRAPlusConfig
 from .lora import SCALE
 from .spec import AdapterSpec, Specs
 from .target_rules import config_of
-from .tree import combine, flat_factors, flatten, replace_leaves, unflatten
+from .tree import combine, factors_by_module, flatten, replace_leaves, unflatten
 
 ROW_AXES: Any = jax.make_user_context(())
 """The mesh axes that split the rows of `apply_rows`, inside of which a row must not be split over them again."""
@@ -374,10 +374,9 @@ def _row_axes(room: Room) -> dict[str, int]:
     """
     axes = {}
     for module, spec in room:
-        left, right = (len(side) - len(side.lstrip(string.ascii_uppercase)) for side in spec.factor_letters)
-        for name, axis in zip(spec.factor_paths(module), (left, right, right), strict=False):
-            axes[f"lora/{name}"] = axis
-        axes[_scale_path(module)] = left
+        for factor in reversed(spec.factors_of(module)):  # a scale has A's axes, the first factor's
+            axis = len(factor.letters) - len(factor.letters.lstrip(string.ascii_uppercase))
+            axes[f"lora/{factor.path}"] = axes[_scale_path(module)] = axis
     return axes
 
 
@@ -394,10 +393,8 @@ def _shapes(room: Room) -> dict[str, tuple[int, ...]]:
     """The shapes of the factors and scales of one slot by path."""
     shapes = {}
     for module, spec in room:
-        for path, shape in zip(spec.factor_paths(module), spec.factor_shapes, strict=True):
-            shapes[f"lora/{path}"] = shape
-        size = dict(zip(spec.base_letters, spec.shape, strict=True))
-        shapes[_scale_path(module)] = tuple(size[c] if c.isupper() else 1 for c in spec.factor_letters[0])
+        shapes |= {f"lora/{factor.path}": factor.shape for factor in spec.factors_of(module)}
+        shapes[_scale_path(module)] = spec.scale_shape
     return shapes
 
 
@@ -412,7 +409,7 @@ def _slot_values(
     if adapter is None:
         return dict(rest)
     specs, has_room, values = dict(adapter.specs), dict(room), {}
-    factors = flat_factors({"lora": adapter.lora}, specs) if specs else {}
+    factors = factors_by_module(name, {"lora": adapter.lora}, specs)
     for module, spec in specs.items():
         where = f"{name}: {module or 'the model'}"
         if (full := has_room.get(module)) is None:
@@ -422,13 +419,9 @@ def _slot_values(
             raise ValueError(f"{where}: rank must be at most {full.rank}, the stack's, got {spec.rank}")
         if spec.magnitude and not full.magnitude:
             raise ValueError(f"{where}: variant must be lora in this stack, got dora; name it in room")
-        for path, shape in zip(spec.factor_paths(module), spec.factor_shapes, strict=True):
-            value = jnp.asarray(factors[path]) if path in factors else None
-            if value is None or value.shape != shape:
-                got = "no array" if value is None else value.shape
-                raise ValueError(f"{name}: {path} must have shape {shape}, got {got}")
-            pad = [(0, size - old) for old, size in zip(shape, shapes[f"lora/{path}"], strict=True)]
-            values[f"lora/{path}"] = jnp.pad(value, pad)
+        for path, value in zip(spec.factor_paths(module), factors[module], strict=True):
+            pad = [(0, size - old) for old, size in zip(value.shape, shapes[f"lora/{path}"], strict=True)]
+            values[f"lora/{path}"] = jnp.pad(jnp.asarray(value), pad)
         values[_scale_path(module)] = jnp.full(shapes[_scale_path(module)], spec.scale, jnp.float32)
     extras = flatten(adapter.extras)
     for path in sorted({*extras, *(path for path in shapes if path.startswith("params/"))}):

@@ -9,13 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 from jax.core import Tracer
 
 from .._utils.multihost import gather_to_host
 from ..quantization.packed_array import is_packed
 from .spec import Specs
-from .tree import flatten, replace_leaves, with_collection
+from .tree import flatten, replace_leaves, weight_of, with_collection
 
 
 def output_norms(weight: Any, letters: str, factor_letters: tuple[str, str]) -> jax.Array:
@@ -104,10 +103,7 @@ def set_magnitudes(lora: Mapping[str, Any], base: Mapping[str, Any], specs: Spec
     for module, spec in specs.items():
         if not spec.magnitude:
             continue
-        weight = meta.unbox(flat.get(spec.leaf))
-        if (shape := getattr(weight, "shape", None)) != spec.shape:
-            raise ValueError(f"{spec.leaf} in the base must have shape {spec.shape}, got {shape}")
-        norms = _jit_norms(weight, spec.base_letters, spec.factor_letters)
+        norms = _jit_norms(weight_of("the base", flat, spec), spec.base_letters, spec.factor_letters)
         # On the host they are the same on every process, as all that is trained is at first.
         is_traced = isinstance(norms, Tracer)
         new[spec.factor_paths(module)[2]] = norms if is_traced else jnp.asarray(gather_to_host(norms))

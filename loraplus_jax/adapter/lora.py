@@ -114,10 +114,8 @@ def scale_variables(
     """
     flat = {}
     for module, spec in specs.items():
-        size = dict(zip(spec.base_letters, spec.shape, strict=True))
-        letters = spec.factor_letters[0]
-        shape = tuple(size[c] if c.isupper() else 1 for c in letters)
-        layers = tuple(size[c] for c in letters if c.isupper())
+        shape, sizes = spec.scale_shape, spec.sizes
+        layers = tuple(sizes[c] for c in spec.factor_letters[0] if c.isupper())
         value = scale[module] if isinstance(scale, Mapping) else spec.scale if scale is None else scale
         value = jnp.asarray(value)
         if value.ndim <= len(layers):

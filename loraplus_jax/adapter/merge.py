@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax.core import meta
 
 from ..quantization.packed_array import is_packed
 from .lora import adapted_weight
 from .spec import Specs
-from .tree import flat_factors, flatten, rebox, replace_leaves
+from .tree import factors_by_module, flatten, rebox, replace_leaves, weight_of
 
 
 def merge(
@@ -38,19 +37,12 @@ def merge(
     """
     if "params" not in base:
         raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
-    flat, factors = flatten(base), flat_factors(lora, specs)
-    known = {path for module, spec in specs.items() for path in spec.factor_paths(module)}
-    if differing := sorted(known ^ factors.keys()):
-        raise ValueError(f"the adapters and the specs differ at {', '.join(differing)}")
+    flat, factors = flatten(base), factors_by_module("lora", lora, specs)
     for module, spec in specs.items():
-        leaf, own = meta.unbox(flat.get(spec.leaf)), [factors[path] for path in spec.factor_paths(module)]
-        if (shape := getattr(leaf, "shape", None)) != spec.shape:
-            raise ValueError(f"{spec.leaf} in the base must have shape {spec.shape}, got {shape}")
-        if (shapes := tuple(tuple(x.shape) for x in own)) != spec.factor_shapes:
-            raise ValueError(f"{module}: factors must have shapes {spec.factor_shapes}, got {shapes}")
+        leaf = weight_of("the base", flat, spec)
         if is_packed(leaf):
             leaf = check_dequantize(leaf, spec.leaf, allowed=dequantize)
-        merged = adapted_weight(leaf, own, spec)
+        merged = adapted_weight(leaf, factors[module], spec)
         flat[spec.leaf] = rebox(flat[spec.leaf], merged.astype(leaf.dtype if dtype is None else dtype))
     return replace_leaves(base, flat)
 
@@ -88,8 +80,6 @@ def unmerge(merged: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) ->
     # Not by subtracting s A B, which would leave rounding errors.
     flat, kept = flatten(merged), flatten(base)
     for spec in specs.values():
-        for name, tree in (("merged", flat), ("base", kept)):
-            shape = tuple(meta.unbox(tree[spec.leaf]).shape) if spec.leaf in tree else None
-            if shape != spec.shape:
-                raise ValueError(f"{spec.leaf} in {name} must have shape {spec.shape}, got {shape}")
+        weight_of("merged", flat, spec)
+        weight_of("base", kept, spec)
     return replace_leaves(merged, {spec.leaf: kept[spec.leaf] for spec in specs.values()})

@@ -8,7 +8,9 @@ import dataclasses
 import math
 import string
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+
+import numpy as np
 
 from .._utils.validation import check_choice, check_int, check_number, suggest, to_plain
 from .einsum_letters import LETTERS, factor_letters, layer_axis, with_stacked
@@ -24,6 +26,42 @@ EMBEDDING_FACTORS = ("lora_embedding_a", "lora_embedding_b")
 only names and shapes."""
 MAGNITUDE = "lora_magnitude"
 """The name of the magnitudes of DoRA, beside the factors."""
+
+
+class Factor(NamedTuple):
+    """A factor of an adapter: A, B or the magnitudes.
+
+    Attributes:
+      path: path in the tree of factors.
+      shape: shape, with stacked and batch axes.
+      letters: an einsum letter for each axis: `r` for the rank, otherwise that of the weight's axis.
+      batch: the letters that A and B share.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    letters: str
+    batch: str
+
+    def along(self, by_letter: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The values of the axes, such as mesh axes, by letter; None for a letter without one."""
+        return tuple(by_letter.get(c) for c in self.letters)
+
+    def rows(self, x: Any) -> Any:
+        """The factor, or its gradient, as rows `(batch..., r, rest)`, one for each rank component."""
+        x = x.transpose(self._order)
+        return x.reshape(*x.shape[: len(self.batch) + 1], -1)
+
+    def restore(self, rows: Any) -> Any:
+        """The inverse of `rows`, which may have another rank."""
+        sizes = [self.shape[axis] for axis in self._order]
+        sizes[len(self.batch)] = rows.shape[-2]
+        return rows.reshape(sizes).transpose(np.argsort(self._order))
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        first = (*self.batch, "r")
+        return tuple(map(self.letters.index, (*first, *(c for c in self.letters if c not in first))))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,12 +144,15 @@ class AdapterSpec:
         return "".join(next(spare) if c.isupper() else c for c in with_stacked(self.axes, self.stacked))
 
     @property
-    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The full shapes of A and B, and of the magnitudes if there are any: B's, with 1 for the rank."""
-        size = dict(zip(self.base_letters, self.shape, strict=True)) | {"r": self.rank}
-        a, b = (tuple(size[c] for c in side) for side in self.factor_letters)
-        magnitude = tuple(1 if c == "r" else size[c] for c in self.factor_letters[1])
-        return (a, b, magnitude) if self.magnitude else (a, b)
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the base leaf's axes by letter, and the rank as that of `r`."""
+        return dict(zip(self.base_letters, self.shape, strict=True)) | {"r": self.rank}
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """The shape of a scale for each stacked layer: A's, with 1 for the other axes."""
+        sizes = self.sizes
+        return tuple(sizes[c] if c.isupper() else 1 for c in self.factor_letters[0])
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -119,16 +160,30 @@ class AdapterSpec:
         pair = EMBEDDING_FACTORS if self.kind == "embed" else FACTORS
         return (*pair, MAGNITUDE) if self.magnitude else pair
 
+    def factors_of(self, module: str) -> tuple[Factor, ...]:
+        """A, B and, if there are any, the magnitudes of a module at the path `module`."""
+        sizes, (a, b) = self.sizes, self.factor_letters
+        batch = "".join(c for c in a if c in b and c != "r")
+        sides = ((a, sizes), (b, sizes), (b, sizes | {"r": 1}))
+        return tuple(
+            Factor(f"{module}/{name}".lstrip("/"), tuple(size[c] for c in letters), letters, batch)
+            for name, (letters, size) in zip(self.factors, sides, strict=False)
+        )
+
     def factor_paths(self, module: str) -> tuple[str, ...]:
-        """The paths of `factors` in the tree of adapters, for a module at the path `module`."""
-        return tuple(f"{module}/{name}" if module else name for name in self.factors)
+        """The paths of `factors_of` a module."""
+        return tuple(factor.path for factor in self.factors_of(module))
+
+    @property
+    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The full shapes of A and B, and of the magnitudes if there are any: B's, with 1 for the rank."""
+        return tuple(factor.shape for factor in self.factors_of(""))
 
     @property
     def sides(self) -> tuple[int, int]:
         """The input size and output size of the weight, per index of the batch and stacked axes."""
-        size = dict(zip(self.base_letters, self.shape, strict=True))
-        roles = list(zip(LETTERS, self.axes, strict=False))
-        a, b = (math.prod(size[c] for c, role in roles if role == side) for side in "io")
+        sizes, roles = self.sizes, list(zip(LETTERS, self.axes, strict=False))
+        a, b = (math.prod(sizes[c] for c, role in roles if role == side) for side in "io")
         return a, b
 
     def to_json(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from jax import tree_util
 from .._utils.validation import check_choice, suggest
 from ..quantization.packed_array import is_from_qwix, is_packed
 from .config import Bias, LoRAPlusConfig, matches
-from .spec import Specs
+from .spec import AdapterSpec, Specs
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:
@@ -179,23 +179,42 @@ def with_collection(lora: Mapping[str, Any], specs: Specs) -> Mapping[str, Any]:
     return {"lora": lora} if is_bare or (specs and "lora" not in lora) else lora
 
 
-def flat_factors(lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
-    """Flattens the tree of factors, or `{"lora": factors}`.
-
-    Returns:
-      A dict from path, such as `layers_0/query/lora_a`, to factor.
+def factors_by_module(where: str, lora: Mapping[str, Any], specs: Specs) -> dict[str, tuple[Any, ...]]:
+    """A, B and, if there are any, the magnitudes of every module, from a tree of factors or `{"lora": factors}`.
 
     Raises:
-      ValueError: the tree also contains fully trained parameters, which the caller would lose.
+      ValueError: factors and specs differ in paths or shapes, or the tree also contains fully trained parameters,
+        which the caller would lose. The message begins with `where`.
     """
     variables = with_collection(lora, specs)
-    if others := variables.keys() - {"lora"}:
-        if not specs:
-            return flatten(lora)
+    if specs and (others := variables.keys() - {"lora"}):
         raise ValueError(
-            f"pass only the adapters, got also fully trained parameters in the collections {sorted(others)}"
+            f"{where}: pass only the adapters, got also fully trained parameters in {sorted(others)[:5]}"
         )
-    return flatten(variables["lora"])
+    flat = flatten(variables.get("lora", lora))
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    expected = {f.path: f.shape for module, spec in specs.items() for f in spec.factors_of(module)}
+    paths = sorted(shapes.keys() | expected.keys())
+    if differing := [path for path in paths if shapes.get(path) != expected.get(path)]:
+        first = differing[0]
+        raise ValueError(
+            f"{where}: factors and specs differ at {', '.join(differing[:5])}; the shape of {first} is "
+            f"{shapes.get(first, 'absent')} in the factors and {expected.get(first, 'absent')} in the specs"
+        )
+    return {module: tuple(map(flat.get, spec.factor_paths(module))) for module, spec in specs.items()}
+
+
+def weight_of(where: str, flat: Mapping[str, Any], spec: AdapterSpec) -> Any:
+    """The weight of a spec among flattened variables, without its box; `where` names them in messages.
+
+    Raises:
+      ValueError: the weight is missing or has another shape.
+    """
+    weight = meta.unbox(flat.get(spec.leaf))
+    if (shape := getattr(weight, "shape", None)) != spec.shape:
+        problem = "but is missing" if shape is None else f"got {shape}"
+        raise ValueError(f"{spec.leaf} in {where} must have shape {spec.shape}, {problem}")
+    return weight
 
 
 def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:

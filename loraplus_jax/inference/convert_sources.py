@@ -21,7 +21,7 @@ from .._utils.json_files import read_json
 from .._utils.records import check_files
 from ..adapter.lora import weight_delta
 from ..adapter.target_rules import config_of
-from ..adapter.tree import flat_factors, unflatten
+from ..adapter.tree import factors_by_module, unflatten
 from ..inits.from_weights import as_difference
 from ..interop.adapter_directory import Adapter, host_array, read_tensors, tensor_bytes
 from ..interop.factor_trees import read_tree
@@ -341,10 +341,10 @@ class OwnSource:
     def weights(self, base: NamedBase) -> Iterator[tuple[str, np.ndarray]]:
         """Adds s A B to each weight, in the axes of our leaf, before any factor is converted."""
         adapter, totals = self.adapter, dict[str, np.ndarray]()
-        factors = flat_factors(adapter.lora, adapter.specs)
+        factors = factors_by_module(str(self.place), adapter.lora, adapter.specs)
         for path, target in self.targets.items():
             spec = target.spec
-            a, b, *magnitudes = (jnp.asarray(factors[name]) for name in spec.factor_paths(path))
+            a, b, *magnitudes = map(jnp.asarray, factors[path])
             product = np.asarray(weight_delta(a, b, spec))
             for index, name in target.names.items():
                 module = base.locate([name])[name]

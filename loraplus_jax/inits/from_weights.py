@@ -19,7 +19,7 @@ from .._utils.validation import check_choice, check_int, check_number
 from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.lora import weight_delta
 from ..adapter.spec import AdapterSpec, Specs, reject_magnitude
-from ..adapter.tree import flat_factors, flatten, rebox, replace_leaves, unflatten
+from ..adapter.tree import factors_by_module, flatten, rebox, replace_leaves, unflatten
 from ..quantization.packed_array import is_packed
 
 GAMMA = 16.0
@@ -132,8 +132,10 @@ def make_factors(
             raise ValueError(
                 f"{BASE_INITS[init].source}: {spec.leaf} must be finite and have shape {spec.shape}, got {what}"
             )
-        pair = to_factors(*_pair(init, to_matrix(array, spec), spec, iterations, gamma, seed), spec)
-        lora |= dict(zip(spec.factor_paths(module), map(np.asarray, pair), strict=True))
+        of_a, of_b = spec.factors_of(module)
+        a, b = _pair(init, to_matrix(array, spec), spec, iterations, gamma, seed)
+        lora[of_a.path] = np.asarray(of_a.restore(a.swapaxes(-1, -2)), np.float32)
+        lora[of_b.path] = np.asarray(of_b.restore(b), np.float32)
     return unflatten(lora)
 
 
@@ -170,7 +172,7 @@ def subtract_start(
     Returns:
       Variables like `base`; only the adapted leaves are new, W - s A B in their dtype and sharding.
     """
-    flat, factors, rest = flatten(base), flatten(start), {}
+    flat, factors, rest = flatten(base), factors_by_module("start", start, specs), {}
 
     def subtract(weight: jax.Array, a: jax.Array, b: jax.Array, spec: AdapterSpec) -> jax.Array:
         return (weight.astype(jnp.float32) - weight_delta(a, b, spec)).astype(weight.dtype)
@@ -179,7 +181,7 @@ def subtract_start(
         weight = jnp.asarray(meta.unbox(flat[spec.leaf]))
         # The training step is compiled for exactly this sharding; JAX could infer another.
         compiled = jax.jit(subtract, static_argnames="spec", out_shardings=weight.sharding)
-        left = compiled(weight, *(factors[path] for path in spec.factor_paths(module)), spec=spec)
+        left = compiled(weight, *factors[module], spec=spec)
         rest[spec.leaf] = rebox(flat[spec.leaf], left)
     return replace_leaves(base, rest)
 
@@ -199,11 +201,13 @@ def as_difference(
     Returns:
       The tree of factors in the dtypes of `lora`, their table and config, with twice the rank and `init="lora"`.
     """
-    now, then, new = flat_factors(lora, specs), flat_factors(start, specs), {}
+    now, then = (factors_by_module(*each, specs) for each in (("lora", lora), ("start", start)))
+    new = {}
     for module, spec in specs.items():
-        for path, letters, sign in zip(spec.factor_paths(module), spec.factor_letters, (1, -1), strict=True):
-            axis = letters.index("r")
-            new[path] = jnp.concatenate([now[path], sign * jnp.asarray(then[path], now[path].dtype)], axis)
+        factors = zip(spec.factors_of(module), now[module], then[module], (1, -1), strict=True)
+        for factor, x, first, sign in factors:
+            both = [x, sign * jnp.asarray(first, x.dtype)]
+            new[factor.path] = jnp.concatenate(both, factor.letters.index("r"))
     grown = math.sqrt(2) if config.use_rslora else 2  # of alpha, so that the scale s stays
     config = dataclasses.replace(
         config,
@@ -222,36 +226,11 @@ def as_difference(
 
 
 def to_matrix(weight: Any, spec: AdapterSpec) -> np.ndarray:
-    """Arranges a weight as matrices.
-
-    Returns:
-      float32 `(batch..., inputs, outputs)`, with stacked axes among the batch axes.
-    """
-    batch, inputs, outputs = _sides(spec)
-    array = np.einsum(f"{spec.base_letters}->{batch}{inputs}{outputs}", np.asarray(weight, np.float32))
-    return array.reshape(*array.shape[: len(batch)], *spec.sides)
-
-
-def to_factors(a: np.ndarray, b: np.ndarray, spec: AdapterSpec) -> tuple[jax.Array, jax.Array]:
-    """Arranges matrices (batch..., inputs, r) and (batch..., r, outputs) as the factors of a spec.
-
-    Returns:
-      A and B, float32, in the shapes of the spec.
-    """
-    batch, inputs, outputs = _sides(spec)
-    sizes = dict(zip(spec.base_letters, spec.shape, strict=True)) | {"r": spec.rank}
-    made = []
-    for value, own, letters in ((a, f"{batch}{inputs}r", 0), (b, f"{batch}r{outputs}", 1)):
-        value = value.reshape([sizes[c] for c in own])
-        made.append(jnp.asarray(np.einsum(f"{own}->{spec.factor_letters[letters]}", value), jnp.float32))
-    return made[0], made[1]
-
-
-def _sides(spec: AdapterSpec) -> tuple[str, str, str]:
-    # The letters of a weight's batch axes, inputs and outputs.
-    batch = "".join(c for c in spec.base_letters if all(c in side for side in spec.factor_letters))
-    inputs, outputs = ("".join(c for c in side if c not in (*batch, "r")) for side in spec.factor_letters)
-    return batch, inputs, outputs
+    """A weight as float32 matrices `(batch..., inputs, outputs)`, with stacked axes among the batch axes."""
+    a, b = spec.factors_of("")
+    inputs, outputs = ("".join(c for c in f.letters if c not in (*f.batch, "r")) for f in (a, b))
+    array = np.einsum(f"{spec.base_letters}->{a.batch}{inputs}{outputs}", np.asarray(weight, np.float32))
+    return array.reshape(*array.shape[: len(a.batch)], *spec.sides)
 
 
 def _start(

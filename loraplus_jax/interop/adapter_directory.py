@@ -21,7 +21,7 @@ from .._utils.records import check_files, read_record, record_text
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.spec import AdapterSpec, Specs, specs_from_json
 from ..adapter.target_rules import try_rules
-from ..adapter.tree import flatten, unflatten, with_collection
+from ..adapter.tree import factors_by_module, flatten, unflatten, with_collection
 from ..optim.roles import lr_ratio_of
 from ..step.checkpoint import FORMAT, describe_run
 
@@ -78,9 +78,9 @@ def save_adapter(
     if config is not None and (ratio := lr_ratio_of(opt_state)) is not None:
         config = dataclasses.replace(config, lr_ratio=ratio)
     trainable = with_collection(lora, specs)
-    check_factors(f"{directory}", trainable.get("lora", {}), specs)
+    factors_by_module(f"{directory}", {"lora": trainable.get("lora", {})}, specs)
     if start is not None:
-        check_factors(f"{directory}: start", start, specs)
+        factors_by_module(f"{directory}: start", start, specs)
         trainable = {**trainable, "start": start}
     if directory.is_dir():
         others = sorted(
@@ -124,8 +124,9 @@ def load_adapter(directory: str | Path) -> Adapter:
         check_ranks(f"{directory / DESCRIPTION_FILE}", config, tensors)
     variables = unflatten(tensors)
     lora, start = variables.pop("lora", {}), variables.pop("start", {})
+    where = f"{directory}: {TENSORS_FILE} does not match {DESCRIPTION_FILE}"
     for factors in (lora, start) if start else (lora,):
-        check_factors(f"{directory}: {TENSORS_FILE} does not match {DESCRIPTION_FILE}", factors, specs)
+        factors_by_module(where, {"lora": factors}, specs)
     check_files(directory / DESCRIPTION_FILE, notes)  # last, since the other messages say more
     return Adapter(lora, specs, config, variables, start)
 
@@ -219,25 +220,6 @@ def check_finite(where: Any, lora: Mapping[str, Any]) -> None:
     for path, factor in flatten(lora).items():
         if not np.isfinite(np.asarray(factor, np.float32)).all():
             raise ValueError(f"{where}: {path} has values that are not finite")
-
-
-def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:
-    """Raises ValueError unless the factors have the paths and shapes in the specs."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(lora).items()}
-    expected = {
-        name: shape
-        for module, spec in specs.items()
-        for name, shape in zip(spec.factor_paths(module), spec.factor_shapes, strict=True)
-    }
-    differing = [
-        path for path in sorted(shapes.keys() | expected.keys()) if shapes.get(path) != expected.get(path)
-    ]
-    if differing:
-        first = differing[0]
-        raise ValueError(
-            f"{where}: factors and specs differ at {', '.join(differing[:5])}; the shape of {first} is "
-            f"{shapes.get(first, 'absent')} in the factors and {expected.get(first, 'absent')} in the specs"
-        )
 
 
 def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:

@@ -12,8 +12,7 @@ from ..adapter.config import LoRAPlusConfig
 from ..adapter.einsum_letters import layer_axis
 from ..adapter.spec import AdapterSpec
 from ..adapter.target_rules import config_of
-from ..adapter.tree import flat_factors, flatten, unflatten
-from ..optim.pair_state import layouts_of
+from ..adapter.tree import factors_by_module, flatten, unflatten
 from .adapter_directory import Adapter, check_finite
 from .peft_adapter_config import raise_problems
 
@@ -98,9 +97,9 @@ def combine_adapters(
             min(sum(s.rank for s in own.values()), *s.sides) for own in table.values() for s in own.values()
         )
         check_int("svd_rank", svd_rank, at_least=1, at_most=most)
-    factors = {name: flat_factors(adapter.lora, adapter.specs) for name, adapter in adapters.items()}
-    for name, values in factors.items():
-        check_finite(name, values)
+    factors = {n: factors_by_module(n, adapter.lora, adapter.specs) for n, adapter in adapters.items()}
+    for name, adapter in adapters.items():
+        check_finite(name, adapter.lora)
     number_of = {name: n for n, name in enumerate(adapters)}
     ranks = [max(spec.rank for spec in adapter.specs.values()) for adapter in adapters.values()]
     widest = {"cat": sum(ranks), "svd": svd_rank or max(ranks)}.get(how, 0)
@@ -116,10 +115,10 @@ def combine_adapters(
     combined, specs = {}, {}
     for module, own in table.items():
         first = next(iter(own.values()))
-        paths, layouts = first.factor_paths(module), layouts_of(first.factor_letters)
+        pair = first.factors_of(module)
         sides = [
-            [kept(layout.rows(np.asarray(factors[n][path], np.float32)), n, path) for n in own]
-            for path, layout in zip(paths, layouts, strict=True)
+            [kept(f.rows(np.asarray(factors[n][module][side], np.float32)), n, f.path) for n in own]
+            for side, f in enumerate(pair)
         ]
         scales = np.array([weights[number_of[name]] * spec.scale for name, spec in own.items()])
         if how == "cat":
@@ -138,11 +137,11 @@ def combine_adapters(
         if layers is not None and first.layers is not None:  # stacks may differ in size
             size = first.shape[layer_axis(first.base_letters, first.stacked)]
             in_stack = tuple(number for number in layers if number < size)
-        spec = specs[module] = dataclasses.replace(first, rank=rank, scale=1.0, layers=in_stack)
-        for path, x, layout, shape in zip(paths, (a, b), layouts, spec.factor_shapes, strict=True):
+        specs[module] = dataclasses.replace(first, rank=rank, scale=1.0, layers=in_stack)
+        for side, (factor, x) in enumerate(zip(pair, (a, b), strict=True)):
             padding = [(0, 0)] * (x.ndim - 2) + [(0, rank - x.shape[-2]), (0, 0)]
-            dtype = jnp.result_type(*(factors[name][path] for name in own))
-            combined[path] = jnp.asarray(layout.restore(np.pad(x, padding), shape), dtype)
+            dtype = jnp.result_type(*(factors[name][module][side] for name in own))
+            combined[factor.path] = jnp.asarray(factor.restore(np.pad(x, padding)), dtype)
     first = next(iter(adapters.values()))
     config = _config([a.config for a in adapters.values() if a.config is not None], specs, layers)
     return Adapter(unflatten(combined), specs, config, first.extras)

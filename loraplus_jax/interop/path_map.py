@@ -247,8 +247,7 @@ def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], 
                     "path map"
                 )
             letters = _index_letters(spec, torch_module, kind)
-            size = dict(zip(spec.base_letters, spec.shape, strict=True))
-            indices = itertools.product(*(range(size[c]) for c in letters))
+            indices = itertools.product(*(range(spec.sizes[c]) for c in letters))
             all_names = {index: torch_module.at(index) for index in indices}
             # `layers` selects indices of the outermost stacked axis, which comes first.
             names = {i: name for i, name in all_names.items() if spec.layers is None or i[0] in spec.layers}
@@ -319,7 +318,7 @@ def _index_letters(spec: AdapterSpec, torch_module: TorchModule, kind: str) -> s
     batch = "".join(c for c, axis in zip(unstacked, spec.axes, strict=True) if axis not in "io")
     letters = stacked if kind == "Parameter" else stacked + batch
     if torch_module.parts:
-        size = next(n for c, n in zip(spec.base_letters, spec.shape, strict=True) if c.islower())
+        size = spec.sizes[unstacked[0]]
         # Of a single output axis each part would have one feature, and the parts of an input axis are added.
         selects = spec.axes[0] not in "io" or (spec.axes[0] == "o" and spec.axes.count("o") > 1)
         is_first = ["|" in hole for hole in torch_module.holes].index(True) == len(spec.stacked)
@@ -420,10 +419,9 @@ def factor_shapes(target: Target, rank: int | None = None) -> tuple[tuple[int, .
       (r, in, window...), (out, r, 1...), (1, out, 1...); for a `Parameter` (r · experts, in), (out, r · experts).
     """
     spec, kind, r = target.spec, target.kind, rank or target.spec.rank
-    size = dict(zip(spec.base_letters, spec.shape, strict=True))
     unstacked = [c for c in spec.base_letters if c.islower()]
     roles = zip(unstacked, spec.axes, strict=True)
-    sizes = [(size[c], axis) for c, axis in roles if c not in target.letters]
+    sizes = [(spec.sizes[c], axis) for c, axis in roles if c not in target.letters]
     inner, outer = (math.prod(n for n, axis in sizes if axis == side) for side in "io")
     if kind == "Conv":  # PEFT keeps A's window and channels as separate axes
         *window, channels = (n for n, axis in sizes if axis == "i")

@@ -21,7 +21,7 @@ from .._utils.records import check_files, record_text
 from .._utils.validation import check_choice
 from ..adapter.config import LoRAPlusConfig, pattern_of
 from ..adapter.spec import Specs
-from ..adapter.tree import flat_factors, flatten, unflatten
+from ..adapter.tree import factors_by_module, flatten, unflatten
 from ..optim.trained_ranks import alpha_for
 from ..step.checkpoint import describe_run
 from .adapter_directory import (
@@ -120,7 +120,8 @@ def save_peft(
     targets, problems = adapted_leaves(specs, path_map)
     slots, more_problems = slice_leaves(flatten(extras or {}), path_map)
     raise_problems(f"{directory}: cannot convert the adapter to PEFT", problems + more_problems)
-    tensors, ranks, alphas = _factor_tensors(flat_factors(lora, specs), targets, config, prune=prune)
+    factors = factors_by_module("lora", lora, specs)
+    tensors, ranks, alphas = _factor_tensors(factors, targets, config, prune=prune)
     # Under the head's name too: versions of PEFT without ensure_weight_tying for adapters then compute the same.
     for head, name in tied_heads(path_map).items():
         if name in ranks:
@@ -556,21 +557,18 @@ def _check_shared(factors: Mapping[str, Any], target: Target) -> list[str]:
 
 
 def _factor_tensors(
-    lora: Mapping[str, Any], targets: Mapping[str, Target], config: LoRAPlusConfig, *, prune: bool
+    lora: Mapping[str, Sequence[Any]],
+    targets: Mapping[str, Target],
+    config: LoRAPlusConfig,
+    *,
+    prune: bool,
 ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, float]]:
     """The tensors of PEFT's file, and ranks and alphas by name in PyTorch."""
     modules: dict[str, list[tuple[str, Index, Factors]]] = {}  # several if they are parts of a module
     for key, target in targets.items():
-        names = target.spec.factor_paths(key)
-        shapes = tuple(np.shape(lora[name]) if name in lora else None for name in names)
-        if shapes != target.spec.factor_shapes:
-            raise ValueError(f"{key}: factors must have shapes {target.spec.factor_shapes}, got {shapes}")
-        values = [host_array(lora[name]) for name in names]
+        values = [host_array(factor) for factor in lora[key]]
         for index, factors in factors_to_peft(values, target, prune=prune):
             modules.setdefault(target.names[index], []).append((key, index, factors))
-    known = {path for key, target in targets.items() for path in target.spec.factor_paths(key)}
-    if unknown := sorted(lora.keys() - known):
-        raise ValueError(f"factors are not in the specs: {', '.join(unknown[:5])}")
     tensors, ranks, alphas = {}, {}, {}
     for name, leaves in modules.items():
         key, index, factors = leaves[0]

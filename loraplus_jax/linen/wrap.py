@@ -27,7 +27,7 @@ from ..adapter.config import ALL_LINEAR, LoRAPlusConfig
 from ..adapter.dora import set_magnitudes
 from ..adapter.spec import MAGNITUDE, AdapterSpec
 from ..adapter.target_rules import is_adapted, is_target, matching_rule
-from ..adapter.tree import flatten, leaves_by_path
+from ..adapter.tree import flatten, leaves_by_path, weight_of
 from ..interpreter.dataflow import trace_dataflow, warn_of_whole
 from ..quantization.packed_array import is_from_qwix, is_packed
 from .collections import COLLECTIONS, CollectionMap, keep_low_rank
@@ -384,14 +384,9 @@ def _check_base(base: Mapping[str, Any], specs: Mapping[str, AdapterSpec]) -> No
         raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
     flat = flatten(base)
     for spec in specs.values():
-        if is_from_qwix(weight := flat.get(spec.leaf)):
+        if is_from_qwix(flat.get(spec.leaf)):
             raise ValueError(f"base: {spec.leaf} was quantized by qwix; pass what from_qwix makes of base")
-        shape = getattr(meta.unbox(weight), "shape", None)
-        if shape != spec.shape:
-            raise ValueError(
-                f"base does not match the model: {spec.leaf} must have shape {spec.shape}, "
-                + ("but is missing" if shape is None else f"got {shape}")
-            )
+        weight_of("base", flat, spec)
 
 
 def _check_reads(

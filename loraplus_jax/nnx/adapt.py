@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -291,14 +291,14 @@ def _make_factors(
     inits: Any = factor_inits(config.init, spec.rank, spec.axes)
     dtype = factor_dtype(weight.get_value()) if dtype is None else dtype
     values = []
-    for side in range(2):
-        letters, shape = spec.factor_letters[side], spec.factor_shapes[side]
+    for of, init in zip(spec.factors_of(""), inits, strict=False):  # the magnitudes need no draw
+        letters, shape = of.letters, of.shape
         stack = [n for n, letter in enumerate(letters) if letter.isupper()]
         sizes = [shape[n] for n in stack]
         one = tuple(size for n, size in enumerate(shape) if n not in stack)
         keys = jax.random.split(rngs.params(), math.prod(sizes))
         # One draw for each layer: an init takes the shape of one, and an orthogonal A must be so in each.
-        drawn = jax.vmap(lambda key, make=inits[side], one=one: make(key, one, dtype))(keys)
+        drawn = jax.vmap(lambda key, make=init, one=one: make(key, one, dtype))(keys)
         value = jnp.moveaxis(drawn.reshape(*sizes, *one), range(len(stack)), stack)
         if spec.layers is not None:
             axis = layer_axis(letters, spec.stacked)
@@ -313,13 +313,13 @@ def _make_factors(
             )
         values.append(output_norms(weight.get_value(), spec.base_letters, spec.factor_letters))
     factors = {}
-    for side, (name, value) in enumerate(zip(factor_attributes(spec), values, strict=True)):
-        side = min(side, 1)  # the magnitudes lie as B does
-        metadata = _sharding_of_factor(weight, spec, side)
+    for of, name, value in zip(spec.factors_of(""), factor_attributes(spec), values, strict=True):
+        along = lambda names, of=of: of.along(dict(zip(spec.base_letters, names, strict=False)))  # noqa: E731
+        metadata = _sharding_of_factor(weight, along)
         # On a mesh, as the weight is; of a tracer's sharding the mesh is abstract, and device_put rejects it.
         on = getattr(weight.get_value(), "sharding", None)
         if isinstance(on, jax.sharding.NamedSharding) and isinstance(on.mesh, jax.sharding.Mesh):
-            value = jax.device_put(value, on.update(spec=jax.P(*_names_of_factor(on.spec, spec, side))))
+            value = jax.device_put(value, on.update(spec=jax.P(*along(on.spec))))
         # Without a mesh the constructor raises an error for metadata that names mesh axes.
         if jax.sharding.get_abstract_mesh().empty:
             factor = nnx.LoRAParam(value)
@@ -331,31 +331,26 @@ def _make_factors(
     return factors
 
 
-def _sharding_of_factor(weight: nnx.Variable, spec: AdapterSpec, side: int) -> dict[str, Any]:
+def _sharding_of_factor(weight: nnx.Variable, along: Callable[[Any], Any]) -> dict[str, Any]:
     """The mesh axes of a factor as metadata, from those of its weight; the rank has none."""
     metadata = weight.get_metadata()
     found = {key: metadata[key] for key in ("mesh", "sharding_rules") if metadata.get(key) is not None}
     for key in _SHARDING:
         names, spec_type = metadata.get(key), jax.sharding.PartitionSpec
         if isinstance(names, jax.sharding.NamedSharding):
-            found[key] = names.update(spec=spec_type(*_names_of_factor(names.spec, spec, side)))
+            found[key] = names.update(spec=spec_type(*along(names.spec)))
         elif isinstance(names, spec_type):
-            found[key] = spec_type(*_names_of_factor(names, spec, side))
+            found[key] = spec_type(*along(names))
         elif isinstance(names, tuple | list):
-            found[key] = type(names)(_names_of_factor(names, spec, side))
+            found[key] = type(names)(along(names))
     return found
-
-
-def _names_of_factor(names: Iterable[Any], spec: AdapterSpec, side: int) -> list[Any]:
-    by_letter = dict(zip(spec.base_letters, names, strict=False))  # JAX lets a spec leave out its last axes
-    return [by_letter.get(letter) for letter in spec.factor_letters[side]]
 
 
 def _make_dropout(rate: float, rngs: nnx.Rngs, spec: AdapterSpec) -> nnx.Dropout:
     make: Callable[[nnx.Rngs], nnx.Dropout] = lambda rngs: nnx.Dropout(rate, rngs=rngs)  # noqa: E731
     # nnx.scan slices the state of every module, so the key of a stack must be one for each layer.
     # The innermost axis is A; see `AdapterSpec.base_letters`.
-    sizes = dict(zip(spec.base_letters, spec.shape, strict=True))
+    sizes = spec.sizes
     for size in (sizes[letter] for letter in sorted(sizes) if letter.isupper()):
         make = nnx.split_rngs(splits=size)(nnx.vmap(make, in_axes=(0,), out_axes=0))
     return make(rngs)

@@ -87,10 +87,9 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
             scale=scale,
             stacked=(0,) * (len(weight.shape) - len(found)),
         )
-        lead = len(spec.stacked) + sum(role not in "io" for role in found)
-        for factor, value, shape in zip(spec.factor_paths(path), (a, b), spec.factor_shapes, strict=True):
+        for (factor, shape, _, batch), value in zip(spec.factors_of(path), (a, b), strict=True):
             # qwix makes one axis of all input axes, and one of all output axes.
-            head, rest = shape[:lead], shape[lead:]
+            head, rest = shape[: len(batch)], shape[len(batch) :]
             flat = (math.prod(rest[:-1]), rest[-1]) if value is a else (rest[0], math.prod(rest[1:]))
             if tuple(value.shape) not in (shape, (*head, *flat)):
                 raise ValueError(

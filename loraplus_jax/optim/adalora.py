@@ -6,7 +6,7 @@ the rank.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,10 @@ import numpy as np
 import optax
 
 from .._utils.validation import check_int, check_number
-from ..adapter.spec import Specs
+from ..adapter.spec import Factor, Specs
 from ..adapter.tree import leaves_by_path, replace_paths
 from .keep_float32 import widen
-from .pair_state import Layout, pair_layouts
+from .pair_state import pair_factors
 from .roles import LoRAPlusTransform
 
 _Q_STD = 0.02
@@ -129,12 +129,12 @@ def adalora(
 
     def init(params: Any) -> AdaLoRAState:
         leaves = leaves_by_path(params)
-        layouts = pair_layouts(leaves, specs)
-        triplets = _split(leaves, layouts, jax.random.key(seed))
+        pairs = pair_factors(leaves, specs)
+        triplets = _split(leaves, pairs, jax.random.key(seed))
         modules = sum(math.prod(x.shape[:-1]) for x in triplets.values.values())
         if target_rank > (mean := sum(x.size for x in triplets.values.values()) / modules):
             raise ValueError(f"target_rank must be at most {mean:g}, the mean rank, got {target_rank:g}")
-        can_learn = [jnp.any(layout.rows(triplets.q[pair.b]), -1) for pair, (_, layout) in layouts.items()]
+        can_learn = [jnp.any(b.rows(triplets.q[b.path]), -1) for _, b in pairs]
         total = sum(jnp.sum(x) for x in can_learn)
         target = jnp.round(target_rank * sum(jnp.sum(jnp.any(x, -1)) for x in can_learn))
         return AdaLoRAState(
@@ -152,8 +152,8 @@ def adalora(
         if params is None:
             raise ValueError("adalora needs the factors: pass params to update")
         leaves, old = leaves_by_path(params), state.triplets
-        layouts = pair_layouts(leaves, specs)
-        grads = _gradients(old, leaves_by_path(updates), layouts, orthogonality)
+        pairs = pair_factors(leaves, specs)
+        grads = _gradients(old, leaves_by_path(updates), pairs, orthogonality)
         step: Any = optax.safe_increment(state.step)
 
         # Importances are final when the choice is: then it is the same at every step.
@@ -180,10 +180,10 @@ def adalora(
         new = jax.tree.map(jnp.add, old, Triplets(steps_p, dict(shifts), steps_q))
         scores = jax.tree.map(jnp.multiply, sensitivity, uncertainty)
         importance = {
-            pair.b: scores.values[pair.b]
-            + layout_a.rows(scores.p[pair.a]).mean(-1)
-            + layout_b.rows(scores.q[pair.b]).mean(-1)
-            for pair, (layout_a, layout_b) in layouts.items()
+            b.path: scores.values[b.path]
+            + a.rows(scores.p[a.path]).mean(-1)
+            + b.rows(scores.q[b.path]).mean(-1)
+            for a, b in pairs
         }
         left = jnp.clip((last - step) / (last - initial_steps), 0, 1)
         budget = budget_at(left, state.initial_budget, state.target_budget)
@@ -193,8 +193,7 @@ def adalora(
             values={path: jnp.where(kept[path] | ~chooses, x, 0) for path, x in new.values.items()}
         )
         factors = new.p | {
-            b: layout.restore(new.values[b][..., None] * layout.rows(new.q[b]), new.q[b].shape)
-            for (_, b), (_, layout) in layouts.items()
+            b.path: b.restore(new.values[b.path][..., None] * b.rows(new.q[b.path])) for _, b in pairs
         }
         # In float32, since optax adds an update in its dtype before it rounds the sum to the factor's.
         moved = replace_paths(moved, {path: x - widen(leaves[path]) for path, x in factors.items()})
@@ -244,14 +243,14 @@ def most_important(importance: Mapping[str, jax.Array], budget: Any) -> dict[str
     return {path: part.reshape(x.shape) for (path, x), part in zip(importance.items(), parts, strict=True)}
 
 
-Layouts = Mapping[Any, tuple[Layout, Layout]]
+Pairs = Sequence[tuple[Factor, Factor]]
 
 
-def _split(leaves: Mapping[str, Any], layouts: Layouts, key: jax.Array) -> Triplets:
+def _split(leaves: Mapping[str, Any], pairs: Pairs, key: jax.Array) -> Triplets:
     """P, Λ and Q with P = A and Λ Q = B; where a row of B is 0, Λ is 0 and the row of Q random."""
     triplets = Triplets({}, {}, {})
-    for number, (pair, (layout_a, layout_b)) in enumerate(layouts.items()):
-        a, b = layout_a.wide_rows(leaves[pair.a]), layout_b.wide_rows(leaves[pair.b])
+    for number, pair in enumerate(pairs):
+        a, b = (factor.rows(widen(leaves[factor.path])) for factor in pair)
         values = jnp.linalg.norm(b, axis=-1)
         is_zero = values == 0
         # Each rank's rows by themselves, so that they do not depend on the number of ranks.
@@ -263,26 +262,25 @@ def _split(leaves: Mapping[str, Any], layouts: Layouts, key: jax.Array) -> Tripl
         drawn = jnp.where(jnp.any(a, -1, keepdims=True), drawn, 0)
         q = jnp.where(is_zero[..., None], drawn, b / jnp.where(is_zero, 1, values)[..., None])
         # A copy, since a step that donates parameters and state must not donate a buffer twice.
-        triplets.p[pair.a] = jnp.array(widen(leaves[pair.a]))
-        triplets.values[pair.b] = values
-        triplets.q[pair.b] = layout_b.restore(q, leaves[pair.b].shape)
+        path_a, path_b = (factor.path for factor in pair)
+        triplets.p[path_a] = jnp.array(widen(leaves[path_a]))
+        triplets.values[path_b] = values
+        triplets.q[path_b] = pair[1].restore(q)
     return triplets
 
 
-def _gradients(
-    triplets: Triplets, grads: Mapping[str, Any], layouts: Layouts, orthogonality: float
-) -> Triplets:
+def _gradients(triplets: Triplets, grads: Mapping[str, Any], pairs: Pairs, orthogonality: float) -> Triplets:
     """The gradients of P, Λ and Q from those of A and B, with the regularizer's."""
     # By hand: autodiff does not know that the Gram matrix is symmetric, and would compute its product twice.
     result = Triplets({}, {}, {})
-    for pair, (layout_a, layout_b) in layouts.items():
-        p, q = layout_a.rows(triplets.p[pair.a]), layout_b.rows(triplets.q[pair.b])
-        g_a, g_b = layout_a.wide_rows(grads[pair.a]), layout_b.wide_rows(grads[pair.b])
+    for a, b in pairs:
+        p, q = a.rows(triplets.p[a.path]), b.rows(triplets.q[b.path])
+        g_a, g_b = (factor.rows(widen(grads[factor.path])) for factor in (a, b))
         g_p = g_a + orthogonality * _orthogonality_gradient(p)
-        g_q = triplets.values[pair.b][..., None] * g_b + orthogonality * _orthogonality_gradient(q)
-        result.p[pair.a] = layout_a.restore(g_p, triplets.p[pair.a].shape)
-        result.values[pair.b] = jnp.sum(g_b * q, -1)
-        result.q[pair.b] = layout_b.restore(g_q, triplets.q[pair.b].shape)
+        g_q = triplets.values[b.path][..., None] * g_b + orthogonality * _orthogonality_gradient(q)
+        result.p[a.path] = a.restore(g_p)
+        result.values[b.path] = jnp.sum(g_b * q, -1)
+        result.q[b.path] = b.restore(g_q)
     return result
 
 

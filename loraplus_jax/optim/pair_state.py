@@ -1,4 +1,4 @@
-"""What optimizers of pairs share: the layout of A and B as matrices, and states by pair."""
+"""What optimizers of pairs share: A and B of a tree, and states by pair."""
 
 import string
 from collections.abc import Callable, Mapping
@@ -6,78 +6,34 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from ..adapter.spec import Specs
+from ..adapter.spec import Factor, Specs
 from ..adapter.tree import leaves_by_path, replace_paths
-from .find_pairs import Pair, factor_pairs, spec_paths
+from .find_pairs import factor_pairs, spec_paths
 from .keep_float32 import widen
 
 
-class Layout(NamedTuple):
-    """How a factor becomes rows, (batch..., r, all other axes as one).
-
-    Attributes:
-      order: the factor's axes in that order, tuple of int.
-      batch: number of batch axes, int.
-    """
-
-    order: tuple[int, ...]
-    batch: int
-
-    def rows(self, x: Any) -> Any:
-        """A factor (or its gradient) as rows, one for each rank component."""
-        x = x.transpose(self.order)
-        return x.reshape(*x.shape[: self.batch + 1], -1)
-
-    def wide_rows(self, x: Any) -> Any:
-        """The same in float32 or wider."""
-        return self.rows(widen(x))
-
-    def restore(self, rows: Any, shape: tuple[int, ...]) -> Any:
-        """The inverse of `rows`, for a factor of a shape."""
-        return rows.reshape([shape[axis] for axis in self.order]).transpose(np.argsort(self.order))
-
-
-def pair_layouts(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[Pair, tuple[Layout, Layout]]:
-    """Finds the pairs of a tree, passed as path to leaf, and the roles of their axes.
-
-    Returns:
-      By `Pair`, the layouts of A and B.
+def pair_factors(leaves: Mapping[str, Any], specs: Specs | None = None) -> list[tuple[Factor, Factor]]:
+    """A and B of every pair in a tree, passed as path to leaf.
 
     Raises:
       ValueError: there is no pair, or shapes leave open which axes are a batch.
     """
-    layouts, pairs = {}, factor_pairs(leaves, specs)
+    found, pairs = [], factor_pairs(leaves, specs)
     paths = spec_paths(pairs, specs)
     for module, pair in pairs.items():
         spec = (specs or {}).get(paths[module])
         a, b = (tuple(leaves[path].shape) for path in pair)
-        layouts[pair] = layouts_of(_letters(module, a, b) if spec is None else spec.factor_letters)
-    if not layouts:
+        letters = _letters(module, a, b) if spec is None else spec.factor_letters
+        batch = "".join(c for c in letters[0] if c in letters[1] and c != "r")
+        found.append(tuple(Factor(*each, batch) for each in zip(pair, (a, b), letters, strict=True)))
+    if not found:
         raise ValueError(
             f"found no pair of factors among {', '.join(list(leaves)[:3]) or 'no leaves'}; this transform needs A "
             "and B in one tree: put it outside optax.multi_transform and optax.masked"
         )
-    return layouts
-
-
-def layouts_of(letters: tuple[str, str]) -> tuple[Layout, Layout]:
-    """Makes layouts from the einsum letters of A and B, such as those of a spec.
-
-    Returns:
-      The layouts of A and B.
-
-    >>> layouts_of(("lir", "lro"))
-    (Layout(order=(0, 2, 1), batch=1), Layout(order=(0, 1, 2), batch=1))
-    """
-    batch = [c for c in letters[0] if c in letters[1] and c != "r"]
-    orders = ((*batch, "r", *(c for c in side if c not in (*batch, "r"))) for side in letters)
-    a, b = (
-        Layout(tuple(map(side.index, order)), len(batch)) for side, order in zip(letters, orders, strict=True)
-    )
-    return a, b
+    return found
 
 
 def _letters(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[str, str]:
@@ -140,14 +96,14 @@ def transform_pairs(
       dtypes of the factors' gradients.
     """
 
-    def factors_of(leaves: Any) -> tuple[dict[str, tuple[str, Layout]], dict[str, jax.Array]]:
-        """By a factor's path: the other factor's path and its own layout; and its rows."""
+    def factors_of(leaves: Any) -> tuple[dict[str, tuple[Factor, str]], dict[str, jax.Array]]:
+        """By a factor's path: itself and the other factor's path; and its rows."""
         factors = {
-            path: (other, layout)
-            for pair, layouts in pair_layouts(leaves, specs).items()
-            for path, other, layout in zip(pair, pair[::-1], layouts, strict=True)
+            factor.path: (factor, other.path)
+            for a, b in pair_factors(leaves, specs)
+            for factor, other in ((a, b), (b, a))
         }
-        return factors, {path: layout.wide_rows(leaves[path]) for path, (_, layout) in factors.items()}
+        return factors, {path: factor.rows(widen(leaves[path])) for path, (factor, _) in factors.items()}
 
     def rest(leaves: Any, factors: Any) -> dict[str, Any]:
         return {path: leaf for path, leaf in leaves.items() if path not in factors}
@@ -155,7 +111,7 @@ def transform_pairs(
     def init(params: Any) -> PairState:
         leaves = leaves_by_path(params)
         factors, rows = factors_of(leaves)
-        states = {path: init_factor(rows[path], rows[other]) for path, (other, _) in factors.items()}
+        states = {path: init_factor(rows[path], rows[other]) for path, (_, other) in factors.items()}
         return PairState(jnp.zeros((), jnp.int32), states, others.init(rest(leaves, factors)))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -165,10 +121,10 @@ def transform_pairs(
         factors, rows = factors_of(leaves)
         count: Any = optax.safe_increment(state.step)
         new, states = {}, {}
-        for path, (other, layout) in factors.items():
-            grad = layout.wide_rows(grads[path])
+        for path, (factor, other) in factors.items():
+            grad = factor.rows(widen(grads[path]))
             step, states[path] = update_factor(grad, rows[other], state.factors[path], count)
-            new[path] = layout.restore(step, grads[path].shape).astype(grads[path].dtype)
+            new[path] = factor.restore(step).astype(grads[path].dtype)
         moved: Any
         moved, kept = others.update(rest(grads, factors), state.others, rest(leaves, factors))
         return replace_paths(updates, new | moved), PairState(count, states, kept)

@@ -8,7 +8,8 @@ import optax
 from .._utils.validation import check_number
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path, replace_paths
-from .pair_state import pair_layouts
+from .keep_float32 import widen
+from .pair_state import pair_factors
 
 
 def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> optax.GradientTransformation:
@@ -32,7 +33,7 @@ def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> opt
     check_number("reg", reg, above=0)
 
     def init(params: Any) -> optax.EmptyState:
-        pair_layouts(leaves_by_path(params), specs)  # for its errors
+        pair_factors(leaves_by_path(params), specs)  # for its errors
         return optax.EmptyState()
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -40,15 +41,15 @@ def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> opt
             raise ValueError("scale_by_riemannian needs the factors: pass params to update")
         leaves, grads = leaves_by_path(params), leaves_by_path(updates)
         new = {}
-        for pair, layouts in pair_layouts(leaves, specs).items():
-            rows = [layout.wide_rows(leaves[path]) for layout, path in zip(layouts, pair, strict=True)]
-            for layout, path, other in zip(layouts, pair, rows[::-1], strict=True):
+        for pair in pair_factors(leaves, specs):
+            rows = [factor.rows(widen(leaves[factor.path])) for factor in pair]
+            for factor, other in zip(pair, rows[::-1], strict=True):
                 gram = other @ other.mT
                 gram += jnp.broadcast_to(reg * jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-                grad = layout.rows(grads[path].astype(gram.dtype))
+                grad = grads[factor.path]
                 # Solved for the identity: a solve with all columns of the gradient is one thread of LAPACK.
-                solved = jnp.linalg.inv(gram) @ grad
-                new[path] = layout.restore(solved, grads[path].shape).astype(grads[path].dtype)
+                solved = jnp.linalg.inv(gram) @ factor.rows(grad.astype(gram.dtype))
+                new[factor.path] = factor.restore(solved).astype(grad.dtype)
         return replace_paths(updates, new), state
 
     return optax.GradientTransformation(init, update)

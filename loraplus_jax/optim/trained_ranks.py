@@ -3,16 +3,15 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from ..adapter.config import LoRAPlusConfig
-from ..adapter.spec import AdapterSpec, Specs
-from ..adapter.tree import flat_factors, unflatten
-from .pair_state import layouts_of
+from ..adapter.spec import MAGNITUDE, AdapterSpec, Specs
+from ..adapter.tree import factors_by_module, unflatten
 
 
 def final_ranks(lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
@@ -23,8 +22,8 @@ def final_ranks(lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
     Returns:
       By module path an int, or for stacked layers and batch axes a list of int, nested by axis.
     """
-    flat = flat_factors(lora, specs)
-    return {module: _in_use(flat, module, spec).sum(-1).tolist() for module, spec in specs.items()}
+    factors = factors_by_module("lora", lora, specs)
+    return {module: _in_use(spec, factors[module]).sum(-1).tolist() for module, spec in specs.items()}
 
 
 def prune(
@@ -41,20 +40,17 @@ def prune(
     Returns:
       Factors, table and config. The config's `rank_pattern` and `alpha_pattern` name every module.
     """
-    flat, ranks = flat_factors(lora, specs), {}
-    factors = {path: flat[path] for module, spec in specs.items() for path in spec.factor_paths(module)}
+    factors, pruned, ranks = factors_by_module("lora", lora, specs), {}, {}
     for module, spec in specs.items():
-        in_use = _in_use(factors, module, spec)
+        in_use = _in_use(spec, factors[module])
         rank = ranks[module] = max(1, int(in_use.sum(-1).max()))
         # Stable, so that the components that are left keep their order.
         kept = np.argsort(~in_use, axis=-1, kind="stable")[..., :rank, None]
-        shapes = dataclasses.replace(spec, rank=rank).factor_shapes
-        # Without the magnitudes, which have no rank axis to drop from.
-        for path, layout, shape in zip(
-            spec.factor_paths(module), layouts_of(spec.factor_letters), shapes, strict=False
-        ):
-            rows = np.take_along_axis(layout.rows(jax.device_get(factors[path])), kept, axis=-2)
-            factors[path] = jax.numpy.asarray(layout.restore(rows, shape))
+        for factor, value in zip(spec.factors_of(module), factors[module], strict=True):
+            pruned[factor.path] = value
+            if not factor.path.endswith(MAGNITUDE):  # which has no component to drop
+                rows = np.take_along_axis(factor.rows(jax.device_get(value)), kept, axis=-2)
+                pruned[factor.path] = jax.numpy.asarray(factor.restore(rows))
     # A pattern also matches the end of a longer path, so longer paths come first.
     patterns = {module: re.escape(module) or ".*" for module in sorted(specs, key=len, reverse=True)}
     alphas = {p: alpha_for(specs[module].scale, ranks[module], config) for module, p in patterns.items()}
@@ -67,7 +63,7 @@ def prune(
         module: dataclasses.replace(spec, rank=ranks[module], scale=config.scale_of(module))
         for module, spec in specs.items()
     }
-    return unflatten(factors), table, config
+    return unflatten(pruned), table, config
 
 
 def alpha_for(scale: float, rank: int, config: LoRAPlusConfig) -> float:
@@ -82,7 +78,6 @@ def alpha_for(scale: float, rank: int, config: LoRAPlusConfig) -> float:
     return scale * (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def _in_use(flat: Mapping[str, Any], module: str, spec: AdapterSpec) -> np.ndarray:
+def _in_use(spec: AdapterSpec, factors: Sequence[Any]) -> np.ndarray:
     """Whether each component's row of B is not 0, (batch..., r)."""
-    _, layout = layouts_of(spec.factor_letters)
-    return (layout.rows(jax.device_get(flat[spec.factor_paths(module)[1]])) != 0).any(-1)
+    return (spec.factors_of("")[1].rows(jax.device_get(factors[1])) != 0).any(-1)

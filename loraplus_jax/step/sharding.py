@@ -335,10 +335,9 @@ def adapter_shardings(specs: Specs, base: Mapping[str, NamedSharding]) -> dict[s
     for module, spec in specs.items():
         sharding = base[spec.leaf]
         axes = dict(zip(spec.base_letters, sharding.spec, strict=False))  # a spec may leave out the last axes
-        a, b = spec.factor_letters
-        for path, letters in zip(spec.factor_paths(module), (a, b, b), strict=False):
-            factor = PartitionSpec(*(axes.get(letter) for letter in letters))
-            shardings[f"lora/{path}"] = NamedSharding(sharding.mesh, factor)
+        for factor in spec.factors_of(module):
+            spec_of_factor = PartitionSpec(*factor.along(axes))
+            shardings[f"lora/{factor.path}"] = NamedSharding(sharding.mesh, spec_of_factor)
     return shardings
 
 

@@ -171,8 +171,9 @@ def balance(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: st
 def _zero_tap(spec: AdapterSpec) -> jax.Array:
     # As many axes as A, since nn.scan and nn.vmap split a tap along the axes on which they stack A; the terms stand
     # along the rank's axis.
-    size = dict(zip(spec.base_letters, spec.shape, strict=True)) | {"r": len(TERMS) + 1}
-    return jnp.zeros([size[c] if c.isupper() or c == "r" else 1 for c in spec.factor_letters[0]], jnp.float32)
+    shape = [*spec.scale_shape]
+    shape[spec.factor_letters[0].index("r")] = len(TERMS) + 1
+    return jnp.zeros(shape, jnp.float32)
 
 
 def _rms_by_term(gradient: jax.Array, spec: AdapterSpec) -> dict[str, jax.Array]:

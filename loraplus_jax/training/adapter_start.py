@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from .._utils.multihost import gather_to_host
 from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.spec import Specs
-from ..adapter.tree import combine, flatten, replace_leaves
+from ..adapter.tree import combine, factors_by_module, flatten, replace_leaves
 from ..data.batches import train_batches
 from ..inits.from_weights import as_difference, make_factors, subtract_start
-from ..interop.adapter_directory import check_factors, load_adapter, read_adapter_json, save_adapter
+from ..interop.adapter_directory import load_adapter, read_adapter_json, save_adapter
 from ..models.checkpoints.hf import check_params, read_leaf
 from ..quantization.packed_array import PackedArray, is_packed
 from ..settings.schema import Settings
@@ -41,7 +41,7 @@ def read_start(
         return None
     start = load_adapter(path).lora
     check_origin(path, read_adapter_json(path), metadata, allow=allow)
-    check_factors(str(path), start, specs)
+    factors_by_module(str(path), start, specs)
     return start
 
 

@@ -61,10 +61,14 @@ test_merge_rejects_what_does_not_fit = refusals(
     (lambda: merge(BASE, LORA, {"k": spec()}), "k/lora_a", "k/lora_b", "q/lora_a", "q/lora_b"),
     (lambda: merge(BASE, {}, {"q": spec()}), "q/lora_a"),
     (lambda: merge(BASE, LORA, {}), "q/lora_a"),
-    (lambda: merge({"params": {}}, LORA, {"q": spec()}), "params/q/kernel", "(2, 2)", "None"),
-    (lambda: merge(BASE, LORA, {"q": spec((2, 3))}), "params/q/kernel", "(2, 3)", "(2, 2)"),
+    (lambda: merge({"params": {}}, LORA, {"q": spec()}), "params/q/kernel", "(2, 2)", "missing"),
+    (
+        lambda: merge({"params": {"q": {"kernel": KERNEL[:1]}}}, LORA, {"q": spec()}),
+        "params/q/kernel",
+        "(1, 2)",
+    ),
     (lambda: merge(BASE, LORA, {"q": spec(rank=2)}), "q", "(2, 1)", "(2, 2)"),
     (lambda: merge({"q": KERNEL}, LORA, {"q": spec()}), "params", "q"),
     (lambda: merge(PACKED, LORA, {"q": spec()}), "params/q/kernel", "int8", "dequantize=True"),
-    (lambda: unmerge(BASE, {}, {"q": spec()}), "params/q/kernel", "base", "(2, 2)", "None"),
+    (lambda: unmerge(BASE, {}, {"q": spec()}), "params/q/kernel", "base", "(2, 2)", "missing"),
 )

@@ -17,7 +17,6 @@ from loraplus_jax.inits.from_weights import (
     olora,
     pissa,
     subtract_start,
-    to_factors,
     to_matrix,
 )
 from loraplus_jax.linen import quantize_base
@@ -141,14 +140,13 @@ def test_the_rest_of_the_base_keeps_its_dtype_and_sharding(parts):
     assert norms[0] < 0.9 * norms[1]
 
 
-def test_matrices_and_factors(parts):
+def test_matrices(parts):
     _, _, specs, _ = parts
     conv, fc = specs["conv"], specs["layers/fc"]
     assert (conv.axes, fc.stacked) == ("iio", (0,))
     weight = np.arange(np.prod(conv.shape), dtype=np.float32).reshape(conv.shape)
     np.testing.assert_array_equal(to_matrix(weight, conv), weight.reshape(-1, conv.shape[-1]))
     assert to_matrix(np.zeros(fc.shape), fc).shape == (3, 16, 16)
-    assert [x.shape for x in to_factors(np.zeros((48, 4)), np.zeros((4, 16)), conv)] == [*conv.factor_shapes]
 
 
 def test_bad_input(parts):

@@ -10,7 +10,7 @@ from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.optim.adalora import adalora
 from loraplus_jax.optim.lora_muon import lora_muon
 from loraplus_jax.optim.lora_rite import lora_rite
-from loraplus_jax.optim.pair_state import inverse_root, pair_layouts
+from loraplus_jax.optim.pair_state import inverse_root, pair_factors
 from loraplus_jax.optim.riemannian import scale_by_riemannian
 
 from ..messages import mentions
@@ -58,19 +58,19 @@ def test_trees_without_clear_pairs_are_rejected(name):
 )
 def test_rows_are_rank_components(a, b, rows):
     leaves = {"q/lora_A": np.arange(np.prod(a)).reshape(a), "q/lora_B": np.arange(np.prod(b)).reshape(b)}
-    ((pair, layouts),) = pair_layouts(leaves).items()
-    for path, layout, shape in zip(pair, layouts, rows, strict=True):
-        found = layout.rows(leaves[path])
+    (pair,) = pair_factors(leaves)
+    for factor, shape in zip(pair, rows, strict=True):
+        found = factor.rows(leaves[factor.path])
         assert found.shape == shape
-        np.testing.assert_array_equal(layout.restore(found, leaves[path].shape), leaves[path])
+        np.testing.assert_array_equal(factor.restore(found), leaves[factor.path])
 
 
 def test_of_a_square_weight_the_rank_is_the_smaller_axis():
     a, b = np.arange(12).reshape(6, 2), np.arange(12, 24).reshape(2, 6)
     for leaves in ({"lora_A": a, "lora_B": b}, {"lora_A": a.T, "lora_B": b.T}):
-        ((pair, layouts),) = pair_layouts(leaves).items()
-        for path, layout, rows in zip(pair, layouts, (a.T, b), strict=True):
-            np.testing.assert_array_equal(layout.rows(leaves[path]), rows)
+        (pair,) = pair_factors(leaves)
+        for factor, rows in zip(pair, (a.T, b), strict=True):
+            np.testing.assert_array_equal(factor.rows(leaves[factor.path]), rows)
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ from loraplus_jax.interop.path_map import adapted_leaves, factors_to_peft
 from loraplus_jax.interop.peft_files import WEIGHTS, peft_options
 from loraplus_jax.nnx import apply_lora_plus as adapt_nnx
 from loraplus_jax.nnx import lora_tree
-from loraplus_jax.optim.pair_state import layouts_of
 
 from .families import Pair, random
 
@@ -94,12 +93,12 @@ def our_masks(pair, adapters, density, seed):
             leaf = adapter.lora
             for part in module.split("/"):
                 leaf = leaf[part]
-            paths, spec = target.spec.factor_paths(module), target.spec
-            factors = [np.asarray(leaf[path.rpartition("/")[2]]) for path in paths]
+            own = target.spec.factors_of(module)
+            factors = [np.asarray(leaf[factor.path.rpartition("/")[2]]) for factor in own]
             drawn = []
-            for path, factor, layout in zip(paths, factors, layouts_of(spec.factor_letters), strict=True):
-                mask = random_mask(layout.rows(factor).shape, density, seed, number, path)
-                drawn.append(layout.restore(mask, factor.shape).astype(np.float32))
+            for factor, value in zip(own, factors, strict=True):
+                mask = random_mask(factor.rows(value).shape, density, seed, number, factor.path)
+                drawn.append(factor.restore(mask).astype(np.float32))
             both = zip(factors_to_peft(factors, target), factors_to_peft(drawn, target), strict=True)
             for (_, values), (_, kept) in both:
                 for value, mask in zip(values, kept, strict=True):
