@@ -70,6 +70,20 @@ class ModelConfig:
     MODEL_TYPES: ClassVar[tuple[str, ...]]
     NAMES: ClassVar[Mapping[str, str]] = {}
 
+    def __post_init__(self) -> None:
+        # Called once all fields are valid.
+        names = ("num_attention_heads", "hidden_size")
+        heads, width = (getattr(self, name) for name in names)
+        if width % heads:
+            first, second = (self.NAMES.get(name, name) for name in names)
+            raise ValueError(f"{first} must divide {second}, got {heads} and {width}")
+
+    @property
+    def tensor_sizes(self) -> dict[str, int]:
+        """Sizes that the mesh's tensor axis must divide. The vocabulary is not one: it may stay replicated."""
+        names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+        return {name: size for name, size in vars(self).items() if name in names}
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """Reads the fields that it needs from the contents of a `config.json`.
@@ -124,10 +138,3 @@ def unsupported(options: Mapping[str, Any], only: Mapping[str, Sequence[Any]]) -
         for name, known in only.items()
         if options.get(name, known[0]) not in known
     ]
-
-
-def check_heads(heads: int, width: int, names: Mapping[str, str]) -> None:
-    """Raises ValueError unless the number of heads divides the hidden size; `names` are those in the file."""
-    if width % heads:
-        first, second = (names.get(name, name) for name in ("num_attention_heads", "hidden_size"))
-        raise ValueError(f"{first} must divide {second}, got {heads} and {width}")

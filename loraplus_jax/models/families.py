@@ -21,7 +21,6 @@ class Family(NamedTuple):
       model: class of its models.
       name_table: makes the name table for a config.
       sharding: sharding rules of the parameters.
-      tensor_sizes: sizes that the mesh's tensor axis must divide, by name, for a config.
       prefix: prefix of all module names there except the head's.
     """
 
@@ -29,27 +28,12 @@ class Family(NamedTuple):
     model: type[CausalLM]
     name_table: Callable[[Any], NameTable]
     sharding: Rules
-    tensor_sizes: Callable[[Any], dict[str, int]]
     prefix: str
 
 
 FAMILIES = (
-    Family(
-        LlamaConfig,
-        llama.Llama,
-        llama.name_table,
-        llama.SHARDING,
-        llama.tensor_sizes,
-        "model.",
-    ),
-    Family(
-        GPT2Config,
-        gpt2.GPT2,
-        gpt2.name_table,
-        gpt2.SHARDING,
-        gpt2.tensor_sizes,
-        "transformer.",
-    ),
+    Family(LlamaConfig, llama.Llama, llama.name_table, llama.SHARDING, "model."),
+    Family(GPT2Config, gpt2.GPT2, gpt2.name_table, gpt2.SHARDING, "transformer."),
 )
 KINDS: Mapping[str, Kind] = {name: kind for family in FAMILIES for name, kind in family.config.KINDS.items()}
 """What is the same in all models of a type."""

@@ -426,11 +426,11 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     family = family_of(config.model_type)
     model = family.model(
         config,
-        jnp.dtype(model_settings.dtype),
-        jnp.dtype(model_settings.param_dtype),
-        bool(model_settings.unroll),
-        model_settings.remat,
-        model_settings.attention,
+        dtype=jnp.dtype(model_settings.dtype),
+        param_dtype=jnp.dtype(model_settings.param_dtype),
+        unroll=bool(model_settings.unroll),
+        remat=model_settings.remat,
+        attention=model_settings.attention,
     )
     inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
     table = family.name_table(config)
@@ -441,7 +441,7 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
         hints.append(f"model.split_fused loads {names}; it is {str(config.split_fused).lower()}")
     if config.tie_word_embeddings:
         hints.append(f"the model's head is tied to {HEADS[True]}, there is no {HEADS[False]}")
-    sizes, hint = family.tensor_sizes(config), "; ".join(hints)
+    sizes, hint = config.tensor_sizes, "; ".join(hints)
     return BaseModel(model, table, (), inputs, family.sharding, sizes, formats, hint)
 
 

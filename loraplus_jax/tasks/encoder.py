@@ -25,7 +25,7 @@ from ..data.splits import LabelledText, limit_splits, load_rows, load_splits
 from ..data.text_rows import TextRows, text_lengths
 from ..data.tokenize import encode_texts, load_tokenizer
 from ..models.bert.config import BertConfig
-from ..models.bert.model import SHARDING, BertForSequence, name_table, tensor_sizes
+from ..models.bert.model import SHARDING, BertForSequence, name_table
 from ..models.checkpoints.hf import load_config
 from ..models.checkpoints.quantized import choose_formats
 from ..models.tokenizer import check_ids
@@ -370,15 +370,15 @@ def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseMod
         config,
         task.num_outputs,
         model_settings.pooling,
-        jnp.dtype(model_settings.dtype),
-        jnp.dtype(model_settings.param_dtype),
-        unroll,
-        model_settings.head_dropout,
+        dtype=jnp.dtype(model_settings.dtype),
+        param_dtype=jnp.dtype(model_settings.param_dtype),
+        unroll=unroll,
+        head_dropout=model_settings.head_dropout,
     )
     inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
     table = name_table(model_settings.pooling)
     formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, directory)
-    return BaseModel(model, table, ("head",), inputs, SHARDING, tensor_sizes(config), formats)
+    return BaseModel(model, table, ("head",), inputs, SHARDING, config.tensor_sizes, formats)
 
 
 def make_losses(

@@ -1,12 +1,12 @@
 """An encoder's sizes and options, read from Hugging Face's `config.json`."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 
-from ..config import CONFIG, Activation, Layers, ModelConfig, Share, Size, check_heads, unsupported
+from ..config import CONFIG, Activation, Layers, ModelConfig, Share, Size, unsupported
 
 # Options that change what the model computes, each with its only supported value.
 _ONLY = {
@@ -34,7 +34,7 @@ class BertConfig(ModelConfig):
         name is unknown; lists all problems.
     """
 
-    model_type: Literal["bert", "roberta", "xlm-roberta"] = "bert"
+    model_type: str = "bert"
     vocab_size: Size
     hidden_size: Size
     num_hidden_layers: Layers
@@ -50,9 +50,6 @@ class BertConfig(ModelConfig):
     initializer_range: Share = 0.02
 
     MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
-
-    def __post_init__(self) -> None:
-        check_heads(self.num_attention_heads, self.hidden_size, {})
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

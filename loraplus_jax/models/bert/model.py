@@ -318,8 +318,3 @@ SHARDING: Rules = (
     (r".*", ()),
 )
 """Shards heads, MLP width and vocabulary over `"tensor"`, and hidden size over `"fsdp"`."""
-
-
-def tensor_sizes(config: BertConfig) -> dict[str, int]:
-    """Sizes that the mesh's tensor axis must divide. The vocabulary is not one: it may stay replicated."""
-    return {name: getattr(config, name) for name in ("num_attention_heads", "intermediate_size")}

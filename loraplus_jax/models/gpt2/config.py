@@ -15,7 +15,6 @@ from ..config import (
     ModelConfig,
     Size,
     Switch,
-    check_heads,
     unsupported,
 )
 
@@ -92,9 +91,6 @@ class GPT2Config(ModelConfig):
     KINDS = KINDS
     MODEL_TYPES = tuple(KINDS)
     NAMES = NAMES
-
-    def __post_init__(self) -> None:
-        check_heads(self.num_attention_heads, self.hidden_size, NAMES)
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -212,9 +212,3 @@ SHARDING: Rules = (
     (r".*", ()),  # replicated: norms, and biases added to unsharded features
 )
 """Shards heads, MLP width and vocabulary over `"tensor"`, and hidden size over `"fsdp"`."""
-
-
-def tensor_sizes(config: LlamaConfig) -> dict[str, int]:
-    """Sizes that the mesh's tensor axis must divide. The vocabulary is not one: it may stay replicated."""
-    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    return {name: getattr(config, name) for name in names}
