@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,15 +17,12 @@ from safetensors.numpy import save_file
 
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference.eval_tasks import Accuracy, TaskResults
-from loraplus_jax.plan import fits, sweep_plan
+from loraplus_jax.plan import fits
 from loraplus_jax.plan.devices import GPUS
 from loraplus_jax.plan.hlo import Collective
 from loraplus_jax.plan.plan import Work, roofline
 from loraplus_jax.plan.render import format_fits, format_plan
-from loraplus_jax.plan.sweep_plan import SHARED, SweepPlan, format_sweep, runs_held
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.settings.recipes import find_config
-from loraplus_jax.sweep.makespan import schedule
 from loraplus_jax.sweep.settings import SweepRun
 
 from .pages import DOCS, assert_printed, blocks
@@ -155,16 +151,6 @@ def test_a_plan_reads_as_the_page_shows(tmp_path, monkeypatch):
     assert_printed(
         shown_by_plan("NVIDIA H100"), format_plan(plan, llama(tmp_path, model={"param_dtype": "bfloat16"}))
     )
-
-
-def test_the_plan_of_a_sweep_has_the_units_that_the_page_shows():
-    """With the memory and the seconds of the page, which a compiler gave."""
-    run = parse_settings(find_config("smollm2_chat"), ["--sweep.report_seeds", "5"], SweepRun)
-    one = SimpleNamespace(model=run.model.path, device="TPU v5 lite", memory={SHARED: 538_000_000}, room=16e9)
-    one.most, seconds, batches = 538_000_000 + 1_469_000_000, (0.0210, 0.0105), {"validation": 11, "test": 10}
-    units = schedule([run], 60, 1, 16, sweep_plan._times([seconds], batches, 1))
-    plan = SweepPlan({"": one}, {"": runs_held(one)}, 1, 1, 60, batches, {"": seconds}, units)
-    assert_printed(shown_by_plan("a sweep on workers"), format_sweep(plan, run))
 
 
 def test_accuracies_read_as_the_page_shows():

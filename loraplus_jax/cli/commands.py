@@ -11,7 +11,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TextIO
 
-from .._utils.atomic import to_json, write_text
+from .._utils.atomic import to_json
 from .._utils.validation import check_new_file, escape_controls
 from .parser import TRACEBACK, Command, flag, load, parse, path, value
 
@@ -180,7 +180,6 @@ def _plan(
     topology: str | None = None,
     search: bool = False,
     fits: bool = False,
-    workers: int | None = None,
     json: Path | None = None,
 ) -> int:
     from ..plan.plan import make_plan
@@ -188,8 +187,6 @@ def _plan(
 
     if json is not None:
         check_new_file("--json", json)
-    if workers is not None:
-        return _plan_sweep(settings, workers, topology, search or fits, json)
     if fits:
         return _fits(settings, words, topology is not None, search, json)
     if search:
@@ -198,18 +195,6 @@ def _plan(
     _print(format_plan(plan, settings))
     if json is not None:
         write_json(json, plan, settings)
-    return 0
-
-
-def _plan_sweep(settings: Any, workers: int, topology: str | None, has_other: bool, json: Path | None) -> int:
-    from ..plan.sweep_plan import format_sweep, plan_sweep
-
-    if has_other:
-        raise ValueError("plan --workers plans a sweep; remove --search and --fits")
-    plan = plan_sweep(settings, workers, topology)
-    _print(format_sweep(plan, settings))
-    if json is not None:
-        write_text(json, to_json(plan.to_json(), indent=1) + "\n", new=True)
     return 0
 
 
@@ -393,11 +378,6 @@ PLAN = SETTINGS | {
     "--fits": flag(
         "instead of one plan, say on which GPUs the step fits: all known ones, 1, 2, 4 or 8 of them, with weights "
         "as they are and as nf4"
-    ),
-    "--workers": value(
-        "plan a sweep on so many workers: how many runs a device holds, and how long the sweep takes; reads the "
-        "data; --topology then names the devices of one worker",
-        int,
     ),
     "--json": value("also write the plan to FILE as JSON; FILE must not exist", path, metavar="FILE"),
 }
@@ -594,7 +574,6 @@ COMMANDS = {
         _plan,
         PLAN,
         _SETTINGS,
-        settings_with={"workers": _SWEEP},
     ),
     "eval": Command("evaluate a finished run or adapter", _eval, EVAL, _DEVICES),
     "predict": Command("predict classes or numbers for texts", _predict, PREDICT, _DEVICES),

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from .._utils.validation import expand_path
@@ -29,7 +28,6 @@ class Command(NamedTuple):
         `arguments` has a `config`, it also gets `words`, what they were read from: the config file and the settings
         on the command line.
       uses_jax: whether the command computes; it then imports JAX, which takes a second.
-      settings_with: another class of settings for an argument that was passed, by its name.
       opens: what runs instead if the config is a directory or a file of tensors, with its path.
     """
 
@@ -38,7 +36,6 @@ class Command(NamedTuple):
     arguments: Mapping[str, Mapping[str, Any]]
     settings: str = ""
     uses_jax: bool = True
-    settings_with: Mapping[str, str] = MappingProxyType({})
     opens: Callable[..., str | None] | None = None
 
 
@@ -97,9 +94,8 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
                     f"{name} {place} shows an adapter, without settings; remove {' '.join(overrides)}"
                 )
             return command._replace(run=command.opens), {"place": place}
-        kinds = [kind for name, kind in command.settings_with.items() if name in keywords]
         try:
-            keywords["settings"] = parse_settings(config, overrides, load((*kinds, command.settings)[0]))
+            keywords["settings"] = parse_settings(config, overrides, load(command.settings))
         except ValueError as error:
             # The settings of a command without a config are few.
             raise error if config is not None else ValueError(f"{name}: {error}") from None

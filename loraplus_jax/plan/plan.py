@@ -21,9 +21,8 @@ from ..data.fetch import resolve
 from ..models.decoder import head_kernel
 from ..settings.schema import Settings
 from ..step.sharding import batch_parts, check_tensor, make_mesh
-from ..step.train_step import make_eval
 from ..tasks.causal_lm import head_is_frozen
-from ..tasks.interface import AdaptedModel, BaseModel, BatchPlan, TaskData
+from ..tasks.interface import AdaptedModel, BaseModel, TaskData
 from ..training.memory import free_bytes
 from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
@@ -305,30 +304,6 @@ def count_work(
         return None
     size = work.bytes + head_bytes(settings, steps[0].parts, mesh)
     return work._replace(flops=parts * work.flops, bytes=parts * size)
-
-
-def count_evaluation(
-    settings: Settings,
-    base: BaseModel,
-    data: TaskData,
-    batches: BatchPlan,
-    mesh: Mesh,
-    counted: dict[str, Work | None] | None = None,
-) -> Work | None:
-    """FLOPs and bytes of an evaluation batch, as `count_work` counts those of a step.
-
-    `data` has training columns of the model's full length, as `make_model` makes them; `batches` are those of the
-    real data. The head counts as read once, though each chunk of the loss reads it: a lower bound.
-    """
-    small = _one_loss_chunk(settings, batches.eval_rows)
-
-    def lower(base: BaseModel) -> jax.stages.Lowered:
-        step = plan_step(small, base, data, mesh)
-        losses = task_module(small).make_losses(small, data.task, step.parts, mesh, batches.scored)
-        evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
-        return evaluate.lower(step.held["trained"][0], step.parts.frozen, batches.evaluate)
-
-    return _count_layers(base, mesh, lower, {} if counted is None else counted)
 
 
 def _one_loss_chunk(settings: Settings, rows: int) -> Settings:
