@@ -14,8 +14,14 @@ from typing import Any
 import numpy as np
 from common import parse_options, report
 
-from loraplus_jax.sweep.interim_report import interval_confidence
-from loraplus_jax.sweep.statistics import CONFIDENCE, compare_arms, decisive, lower_loss_arm, report_runs
+from loraplus_jax.sweep.statistics import (
+    CONFIDENCE,
+    REPORT_CONFIDENCE,
+    compare_arms,
+    decisive,
+    lower_loss_arm,
+    report_runs,
+)
 
 STEPS, POINTS = 400, 20
 NOISE: dict[str, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
@@ -48,7 +54,7 @@ def two_arms(seeds: int, noise: str, rng: np.random.Generator) -> tuple[bool, bo
     """Whether a sweep of LoRA+ and LoRA prefers one by its test loss, by anything, and with 95 % an interval."""
     rows = [row | {"arm": ("lora", "lora_plus")[row["arm"]]} for row in rows_of(2, seeds, noise, rng)]
     runs, pair = report_runs(rows, STEPS, None), ("lora_plus", "lora", "accuracy")
-    found = compare_arms(runs, *pair, interval_confidence(1))
+    found = compare_arms(runs, *pair, REPORT_CONFIDENCE)
     uncorrected = decisive(compare_arms(runs, *pair, CONFIDENCE)) is not None
     return lower_loss_arm(found) is not None, decisive(found) is not None, uncorrected
 

@@ -127,9 +127,10 @@ def test_the_gpus_of_the_page_follow_from_the_memory_that_it_shows(monkeypatch):
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.chdir(DOCS.parent)
     gigabytes = {"none": (21.135, 13.756, 7.826, 5.176), "nf4": (10.466, 6.166, 4.036, 3.276)}
-    needed = lambda settings, gpu, count, say: int(  # noqa: E731
-        1e9 * gigabytes[settings.model.quantize][fits.COUNTS.index(count)]
-    )
+
+    def needed(settings, gpu, count, say):
+        return int(1e9 * gigabytes[settings.model.quantize][fits.COUNTS.index(count)]), None
+
     monkeypatch.setattr(fits, "_bytes_needed", needed)
     settings = parse_settings("benchmarks/plan/llama31_8b.yaml")
     printed = format_fits(fits.find_fits(settings, print), settings)

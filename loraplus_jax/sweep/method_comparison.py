@@ -322,10 +322,6 @@ class MethodSweep(Sweep):
         self.write_end()
         raise TrainingFailed(f"every setting diverged by step {step}")
 
-    def report_continues(self) -> bool:
-        """Whether the report is still to be trained: all methods share its seeds."""
-        return self.group < 0
-
     def finish(self) -> dict[str, Any]:
         """Writes the rows, the costs, the config of the chosen setting and, last, the summary."""
         scores = [score for result in self.results for score in result["text_scores"]]

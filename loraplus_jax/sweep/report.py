@@ -16,9 +16,17 @@ from .._utils.validation import expand_path
 from .edges import edges
 from .figures import PICTURES
 from .halving import comparison_steps, mean_losses, member_steps
-from .interim_report import interval_confidence, reason_to_end, seed_groups
 from .settings import ARM_LABELS, METHODS, SweepRun, Trial
-from .statistics import compare_arms, decision, lora_label, recommended_arm, report_runs, untrained, verdict
+from .statistics import (
+    REPORT_CONFIDENCE,
+    compare_arms,
+    decision,
+    lora_label,
+    recommended_arm,
+    report_runs,
+    untrained,
+    verdict,
+)
 
 REPORT, PAGE, WINNER = "report.json", "report.html", "winner.yaml"
 RATE_OPTIONS = {
@@ -63,7 +71,6 @@ def make_report(
         "at_the_edge": values_at_edge(tried, chosen),
         "runs": runs,
         "comparisons": [],
-        "ended": None,
     }
     if not runs or any(run["test"] is None for run in runs):
         return report
@@ -71,15 +78,12 @@ def make_report(
     confidence = report["protocol"]["confidence"]
     comparisons = [compare_arms(runs, "lora_plus", other, metric, confidence) for other in others]
     report["comparisons"] = comparisons
-    if (reason := reason_to_end(run, comparisons[0])) is None:
-        return report
     best, _ = recommended_arm(comparisons[0])
     lora = lora_label(report["protocol"]["settings"], report["at_the_edge"])
     path = expand_path("output_dir", run.output_dir) / WINNER
     return {
         **report,
         "complete": True,
-        "ended": {"seeds": comparisons[0]["pairs"], "reason": reason},
         "decision": decision(comparisons[0], chosen),
         "verdict": verdict(comparisons[0], chosen, run.sweep.target, lora),
         "winner": None if best is None else {"arm": best, **chosen[best]._asdict()},
@@ -172,8 +176,7 @@ def _protocol(run: SweepRun, tried: Sequence[Trial], steps: int, metric: str) ->
         "equal_budgets": settings["lora"] == settings["lora_plus"],
         "seeds": list(run.seeds),
         "report_seeds": list(run.report_seeds),
-        "interim_seeds": list(run.sweep.interim_seeds),
-        "confidence": interval_confidence(len(seed_groups(run))),
+        "confidence": REPORT_CONFIDENCE,
         "target": run.sweep.target,
         "metric": metric,
     }

@@ -40,7 +40,6 @@ from .halving import (
     planned_members,
     split_at_rung,
 )
-from .interim_report import seed_groups
 from .report import PAGE, RATE_OPTIONS, REPORT, WINNER, make_report, write_report
 from .settings import ARM_LABELS, SweepRun, Trial
 from .unit import MemberSpec, Progress, Source, Unit, is_result_of, unit_directory
@@ -129,8 +128,6 @@ class Sweep:
         self.rows: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []
         """Of the last stage."""
-        self.group = -1
-        """Index of the group of report seeds in training; -1 in the search."""
         self.is_timed = False
         """Whether a unit measures times for the estimate: the first one that runs."""
         self.done = Counter[str]()
@@ -155,8 +152,7 @@ class Sweep:
         self.open()
         self.print_head()
         yield from self.search()
-        while self.report_continues():
-            yield from self.report_stage()
+        yield from self.report_stage()
         report = self.finish()
         self.remove_checkpoints(self.units)
         return report
@@ -169,8 +165,7 @@ class Sweep:
         # A measurement may choose another program on resuming, which rounds otherwise.
         if not self.output.fresh and members_file.exists():
             recorded = read_record(members_file)
-        largest_group = max(map(len, seed_groups(run)))
-        most = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
+        most = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
         opened = self.executor.open(run, most, recorded["members_at_once"], recorded["group_size"])
         self.abstract, self.origin, at_once, self.group_size = opened
         # Nothing is written before everything has been checked, compiled and loaded.
@@ -221,24 +216,16 @@ class Sweep:
                 self.print_scores(last, scores, best)
                 write_report(self.directory, self.report())
 
-    def report_continues(self) -> bool:
-        """Whether another group of report seeds follows; the analysis so far is in the report."""
-        remaining = len(seed_groups(self.run)) - (self.group + 1)
-        return remaining > 0 and (self.group < 0 or not self.report()["complete"])
-
     def report_stage(self) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
-        """Trains the selected settings and the control to the end, on the next group of report seeds."""
-        self.group += 1
-        if self.group:
-            count = self.run.sweep.interim_seeds[self.group - 1]
-            self.console.print(f"not decided on {count} report seeds; training more")
+        """Trains the selected settings and the control to the end, on the report's seeds."""
         trials = dict(self.chosen)
         if "control" in self.run.arms:
             trials["control"] = self.chosen["lora_plus"].control
-        seeds = seed_groups(self.run)[self.group]
-        members = [MemberSpec(arm, trials[arm], seed) for arm in self.run.arms for seed in seeds]
+        members = [
+            MemberSpec(arm, trials[arm], seed) for arm in self.run.arms for seed in self.run.report_seeds
+        ]
         stops = tuple(curve_steps(self.steps, self.run.sweep.curve_points))
-        yield from self.run_stage(self.make_units("report", f"report-{self.group}", members, 0, stops, {}))
+        yield from self.run_stage(self.make_units("report", "report", members, 0, stops, {}))
 
     def make_units(
         self,
@@ -385,14 +372,12 @@ class Sweep:
         total = member_steps(members, stops) + self.added["steps"] + reported * steps - done["steps"]
         evaluations -= sum(done[split] * count for split, count in batches.items())
         # Each unit that has not begun will be prepared, about as long as the one that was timed.
-        stages = [*members, *(len(run.arms) * len(seeds) for seeds in seed_groups(run))]
+        stages = [*members, reported]
         units = sum(-(-count // self.group_size) for count in stages) + self.added["units"] - done["units"]
         seconds = total * step_seconds + evaluations * progress.batch_seconds
         seconds += max(0, units) * progress.preparation
         counts = {"training steps": total, "evaluation batches": evaluations}
-        may_widen = run.sweep.widen > 0 and self.group < 0
-        bounds = ["at most"] * bool(run.sweep.interim_seeds) + ["at least"] * may_widen
-        bound = bounds[0] if len(bounds) == 1 else "about"
+        bound = "at least" if run.sweep.widen and self.stage == "search" else "about"
         workers = self.executor.workers
         also = f"waiting for the slowest of {workers} workers" if workers > 1 else ""
         also += " and for other methods" if self.title else ""
@@ -449,19 +434,13 @@ class Sweep:
             raise TrainingFailed(f"{report['decision']} The results are in {PAGE} and {REPORT}")
         self.write_winner(self.chosen[report["winner"]["arm"]])
         summary = {
-            name: report[name]
-            for name in ("decision", "verdict", "winner", "command", "member_steps", "ended")
+            name: report[name] for name in ("decision", "verdict", "winner", "command", "member_steps")
         }
         summary["seconds"] = round(self.seconds, 1)
         summary["devices"] = ", ".join(sorted(self.devices))
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         # The last file, as it marks the sweep as finished.
         write_record(self.directory / SUMMARY, summary)
-        if self.run.sweep.interim_seeds:
-            ended = "decided" if report["ended"]["reason"] == "decided" else "not decided earlier"
-            self.console.print(
-                f"used {report['ended']['seeds']} of {len(self.run.report_seeds)} report seeds: {ended}"
-            )
         for edge in report["at_the_edge"]:
             self.console.print(f"best value at the edge of the search range: {edge}")
         settings = report["protocol"]["settings"]

@@ -33,10 +33,8 @@ MethodName = Literal[
 ]
 RATE_MULTIPLES = (0.25, 0.5, 1.0, 2.0)
 """Default learning rates of LoRA+, as multiples of optimizer.learning_rate."""
-MAX_SAMPLES, MOST_REPORT_SEEDS, MOST_MEMBERS = 1000, 1000, 10_000
+MOST_REPORT_SEEDS, MOST_MEMBERS = 1000, 10_000
 """Upper limits: all members of a stage are in memory at the same time."""
-MAX_DRAWS_PER_SAMPLE = 100
-"""Limit of random draws per requested sample, as repeated settings are drawn again."""
 
 
 def _round_digits(value: float) -> float:
@@ -62,16 +60,11 @@ class SweepSettings:
         log-spaced from the smallest to the largest rate of LoRA+ (eta_A or eta_B).
       alphas: alphas to try with both methods; null uses lora.alpha.
       ranks: ranks to try with both methods; null uses lora.rank.
-      samples: number of random settings per method, instead of every combination; rates and ratios are log-uniform
-        between the smallest and largest listed, alphas and ranks come from their lists.
       widen: most further learning rates that a method tries, one after another, while its best rate is the smallest
         or largest tried; each is away by the mean factor between the rates listed, at least 2.
       seeds: random seeds of the search; null uses the run's seed.
       report_seeds: number of new seeds for the final comparison, counting up from the largest search seed + 1; use
         8 for a publishable result.
-      interim_seeds: numbers of report seeds, in increasing order, after which the report may end early: if the
-        interval of the difference in test loss excludes zero; with K analyses, the last one included, all intervals
-        have confidence 1 - 0.05 / 2K instead of 97.5 %.
       curve_points: test evaluations of each report run after the one before its first step: one at a quarter of the
         steps, the others spread over the second half; steps to the target are interpolated linearly between them.
       control: also compare a control: plain LoRA with alpha x lambda at the selected LoRA+ learning rate.
@@ -103,11 +96,9 @@ class SweepSettings:
     lora_learning_rates: Rates | None = None
     alphas: Rates | None = None
     ranks: Annotated[tuple[Count, ...], Field(min_length=1), Distinct] | None = None
-    samples: Annotated[Count, Field(le=MAX_SAMPLES)] | None = None
     widen: Annotated[Int, Field(ge=0, le=10)] = 0
     seeds: Annotated[tuple[Index, ...], Field(min_length=1), Distinct] | None = None
     report_seeds: Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)] = 3
-    interim_seeds: Annotated[tuple[Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)], ...], Distinct] = ()
     curve_points: Count = 7
     control: Switch = True
     rungs: Annotated[tuple[Fraction, ...], Field(min_length=1), Distinct] = (0.125,)
@@ -140,22 +131,12 @@ class SweepSettings:
             raise ValueError(
                 f"unrelated_text must be null without methods, got {self.unrelated_text}; set sweep.methods"
             )
-        for name in ("alphas", "ranks", "samples", "lora_learning_rates") if self.methods else ():
+        for name in ("alphas", "ranks", "lora_learning_rates") if self.methods else ():
             if getattr(self, name) is not None:
                 where = "; use method_learning_rates" if name == "lora_learning_rates" else ""
                 raise ValueError(f"{name} must be null with methods, got {getattr(self, name)}{where}")
-        for name in ("rungs", "interim_seeds"):
-            if list(values := getattr(self, name)) != sorted(values):
-                raise ValueError(f"{name} must be in increasing order, got {list(values)}")
-        if self.interim_seeds and self.interim_seeds[-1] >= self.report_seeds:
-            raise ValueError(
-                f"interim_seeds must be below report_seeds {self.report_seeds}, got {self.interim_seeds[-1]}"
-            )
-        if self.interim_seeds and self.methods:
-            raise ValueError(
-                f"interim_seeds must be empty with methods, got {list(self.interim_seeds)}; all methods share "
-                "the report seeds"
-            )
+        if list(self.rungs) != sorted(self.rungs):
+            raise ValueError(f"rungs must be in increasing order, got {list(self.rungs)}")
 
 
 class Trial(NamedTuple):
@@ -245,12 +226,11 @@ class SweepRun(Settings):
         sweep, seeds = self.sweep, len(self.seeds)
         pairs = len(_rates(self)) * len(sweep.lr_ratios)
         lora_rates = len(sweep.lora_learning_rates or ()) or pairs
-        grid = (pairs + lora_rates) * len(sweep.alphas or (self.lora.alpha,)) * len(self.ranks)
-        count = grid if sweep.samples is None else 2 * sweep.samples
+        count = (pairs + lora_rates) * len(sweep.alphas or (self.lora.alpha,)) * len(self.ranks)
         if (members := count * seeds) > MOST_MEMBERS:
             raise ValueError(
                 f"a sweep trains at most {MOST_MEMBERS:,} runs, got {members:,} ({count:,} settings x {seeds:,} of "
-                "sweep.seeds); shorten the lists or set a smaller sweep.samples"
+                "sweep.seeds); shorten the lists"
             )
 
     def _check_widen(self) -> None:
@@ -316,7 +296,11 @@ class SweepRun(Settings):
     @property
     def trials(self) -> tuple[Trial, ...]:
         """Every setting of the search, plain LoRA first."""
-        return _sample_trials(self) if self.sweep.samples is not None else _grid_trials(self)
+        pairs, lora_rates = grid_rates(self)
+        shared = list(itertools.product(self.sweep.alphas or (self.lora.alpha,), self.ranks))
+        return tuple(
+            Trial(*pair, *rest) for pair in [*((r, 1.0) for r in lora_rates), *pairs] for rest in shared
+        )
 
     @property
     def shared_optimizer(self) -> OptimizerSettings:
@@ -368,40 +352,3 @@ def _lora_rates(run: SweepRun) -> tuple[float, ...]:
 def grid_rates(run: SweepRun) -> tuple[list[tuple[float, float]], tuple[float, ...]]:
     """The pairs of rate and ratio that LoRA+ tries, and as many log-spaced rates for a method without a ratio."""
     return list(itertools.product(_rates(run), run.sweep.lr_ratios)), _lora_rates(run)
-
-
-def _grid_trials(run: SweepRun) -> tuple[Trial, ...]:
-    pairs, lora_rates = grid_rates(run)
-    shared = list(itertools.product(run.sweep.alphas or (run.lora.alpha,), run.ranks))
-    return tuple(Trial(*pair, *rest) for pair in [*((r, 1.0) for r in lora_rates), *pairs] for rest in shared)
-
-
-def _sample_trials(run: SweepRun) -> tuple[Trial, ...]:
-    """Draws `sweep.samples` distinct settings per arm, with the run's seed."""
-    rng, count = np.random.default_rng(run.seed), run.sweep.samples or 0
-    alphas = run.sweep.alphas or (run.lora.alpha,)
-
-    def draw(values: tuple[float, ...]) -> float:
-        """Log-uniform, rounded to three digits but kept within the range."""
-        low, high = min(values), max(values)
-        return min(max(_round_digits(np.exp(rng.uniform(np.log(low), np.log(high)))), low), high)
-
-    def draw_distinct(arm: Arm, rates: tuple[float, ...], ratios: tuple[float, ...]) -> list[Trial]:
-        trials: dict[Trial, None] = {}
-        for _ in range(MAX_DRAWS_PER_SAMPLE * count):
-            alpha_and_rank = alphas[rng.integers(len(alphas))], run.ranks[rng.integers(len(run.ranks))]
-            trial = Trial(draw(rates), draw(ratios), *alpha_and_rank)
-            if trial.arm == arm:  # a lambda that rounds to 1 would be plain LoRA
-                trials[trial] = None
-            if len(trials) == count:
-                return list(trials)
-        raise ValueError(
-            f"sweep.samples is {count}, but {MAX_DRAWS_PER_SAMPLE * count:,} draws gave only {len(trials)} "
-            f"distinct settings of {ARM_LABELS[arm]} (to three digits); lower it or widen the range of the "
-            "lists"
-        )
-
-    return (
-        *draw_distinct("lora", _lora_rates(run), (1.0,)),
-        *draw_distinct("lora_plus", _rates(run), run.sweep.lr_ratios),
-    )

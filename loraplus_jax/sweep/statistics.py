@@ -14,6 +14,10 @@ from scipy import stats
 from .settings import ARM_LABELS, Trial
 
 CONFIDENCE = 0.95
+REPORT_CONFIDENCE = 1 - (1 - CONFIDENCE) / 2
+"""Of each interval of a report: the test loss and the steps to the target may both decide it, and by Bonferroni's
+inequality both intervals hold together with `CONFIDENCE`. They are exact if the differences are normal; light tails
+make them too narrow for few seeds (`benchmarks/false_verdicts.py`)."""
 Curve = Sequence[tuple[int, float | None]]
 """Pairs of step and test loss; None if the loss was not finite."""
 RunRow = dict[str, Any]

@@ -94,7 +94,7 @@ class Told(GivenLosses):
 def test_the_report_does_not_depend_on_groups_on_which_ends_first_nor_on_lost_attempts(ended):
     whole = GivenLosses()
     sweep, report = ended(whole, "--sweep.keep=0.5")
-    assert [unit.name for unit in whole.units] == ["search-1-0", "search-8-0", "report-0-0"]
+    assert [unit.name for unit in whole.units] == ["search-1-0", "search-8-0", "report-0"]
     for split, size in ((GivenLosses(1), 1), (Told(3), 3)):
         again, same = ended(split, "--sweep.keep=0.5")
         assert (again.rows, same) == (sweep.rows, report)
@@ -127,7 +127,7 @@ def test_members_continue_from_the_checkpoint_of_the_unit_that_trained_them(ende
             assert len(units[source.unit].members) == source.size
             assert units[source.unit].stops[-1] == unit.start
     # Of the stage before the report, and of the report's own; at the end none.
-    assert executor.there == {"search-8", "report-0"}
+    assert executor.there == {"search-8", "report"}
     assert not list(sweep.directory.glob(f"units/*/{CHECKPOINTS}"))
 
 

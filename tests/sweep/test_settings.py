@@ -6,7 +6,6 @@ import pytest
 
 from loraplus_jax.cli.commands import main
 from loraplus_jax.sweep.halving import comparison_steps, curve_steps, survivors
-from loraplus_jax.sweep.interim_report import seed_groups
 from loraplus_jax.sweep.method_comparison import method_run
 from loraplus_jax.sweep.run import ignored_fields
 from loraplus_jax.sweep.settings import SweepSettings, Trial
@@ -51,10 +50,8 @@ EFFECTS = [  # field, another value, what shows it, and what else must be set
     ("lora_learning_rates", "[1e-3]", trials, ()),
     ("alphas", "[8,16]", trials, ()),
     ("ranks", "[4,8]", trials, ()),
-    ("samples", "3", trials, ()),
     ("seeds", "[3,4]", lambda run: run.seeds, ()),
     ("report_seeds", "4", lambda run: run.report_seeds, ()),
-    ("interim_seeds", "[2]", seed_groups, ()),
     ("curve_points", "10", lambda run: curve_steps(300, run.sweep.curve_points), ()),
     ("control", "false", lambda run: run.arms, ()),
     ("rungs", "[0.5]", stops, ()),
@@ -87,27 +84,6 @@ def test_lora_is_tried_as_often_as_lora_plus_over_the_rates_of_both_factors(pars
     pairs = {(trial.learning_rate, trial.lr_ratio) for trial in plus}
     assert pairs == {(1e-4, 2.0), (1e-4, 10.0), (1e-3, 2.0), (1e-3, 10.0)}
     assert {trial.rank for trial in run.trials} == {4, 8}
-
-
-def test_samples_lie_between_the_ends_and_come_from_the_seed(parsed):
-    options = ("--sweep.samples", "40", "--sweep.learning_rates", "[1e-4,1e-2]", "--sweep.lr_ratios", "[2,8]")
-    run = parsed(*options)
-    plus = [trial for trial in run.trials if trial.arm == "lora_plus"]
-    assert len(plus) == len(run.trials) - len(plus) == 40
-    assert all(1e-4 <= trial.learning_rate <= 1e-2 and 2 <= trial.lr_ratio <= 8 for trial in plus)
-    assert 0.3 < sum(trial.learning_rate < 1e-3 for trial in plus) / 40 < 0.7  # evenly on a log scale
-    assert run.trials == parsed(*options).trials != parsed(*options, "--seed", "8").trials
-
-
-def test_samples_are_redrawn_until_each_arm_has_as_many_different_ones(parsed):
-    narrow = ("--sweep.learning_rates", "[1e-3,1.05e-3]", "--sweep.lr_ratios", "[0.98,1.03]")
-    narrow += ("--sweep.lora_learning_rates", "[1e-3,1.1e-3]", "--sweep.samples", "11")
-    for seed in range(5):
-        run = parsed(*narrow, "--seed", str(seed))
-        assert len(set(run.trials)) == 22
-        assert [trial.arm for trial in run.trials] == 11 * ["lora"] + 11 * ["lora_plus"]
-        assert all(1e-3 <= trial.learning_rate <= 1.1e-3 for trial in run.trials)
-        assert all(trial.lr_ratio == float(f"{trial.lr_ratio:.3g}") for trial in run.trials)
 
 
 def test_the_report_has_other_seeds_than_the_search(parsed):
@@ -156,18 +132,11 @@ BAD = {
     "--sweep.lora_learning_rates=[-1]": ["sweep.lora_learning_rates[0]", 0, -1],
     "--sweep.lr_ratios=[1,2]": ["sweep.lr_ratios", 1, "LoRA"],
     "--sweep.lr_ratios=[2,2]": ["sweep.lr_ratios", "distinct", "[2, 2]"],
-    "--sweep.lora_learning_rates=[1e-3,1.02e-3] --sweep.samples=9": ["sweep.samples", 9, 900, 3],
     "--sweep.ranks=[0]": ["sweep.ranks[0]", 1, 0],
-    "--sweep.samples=0": ["sweep.samples", 1, 0],
-    "--sweep.samples=1001": ["sweep.samples", 1, 1000, 1001],
     "--sweep.report_seeds=1": ["sweep.report_seeds", 2, 1],
     "--sweep.report_seeds=1000000000": ["sweep.report_seeds", 2, 1000, 1000000000],
     "--sweep.widen=11": ["sweep.widen", 0, 10, 11],
     "--sweep.widen=1 --sweep.learning_rates=[1e-3]": ["sweep.widen", "0.001", "LoRA+", "more rates"],
-    "--sweep.interim_seeds=[1]": ["sweep.interim_seeds[0]", 2, 1],
-    "--sweep.interim_seeds=[3]": ["interim_seeds", "below", "report_seeds 3", 3],
-    "--sweep.interim_seeds=[4,2] --sweep.report_seeds=8": ["interim_seeds", "increasing", "[4, 2]"],
-    "--sweep.interim_seeds=[2] --sweep.methods=[pissa]": ["interim_seeds", "empty", "[2]"],
     "--sweep.unrelated_text=text.jsonl": ["unrelated_text", "text.jsonl", "null", "sweep.methods"],
     "--sweep.unrelated_text=text.jsonl --sweep.methods=[full]": [
         "unrelated_text",
@@ -177,7 +146,6 @@ BAD = {
     "--sweep.group_size=0": ["sweep.group_size", 1, 0],
     '--sweep.worker={"GPU":1}': ["worker", "GPU", "sweep.ray"],
     "--sweep.members_at_once=10001": ["sweep.members_at_once", 1, 10000, 10001],
-    "--sweep.seeds=[1,2,3,4,5,6] --sweep.samples=1000": ["10,000", "2,000", 6, "sweep.seeds", "12,000"],
     f"--sweep.learning_rates={MANY} --sweep.lora_learning_rates=[1e-3] --sweep.ranks={list(range(1, 26))}".replace(
         ", ", ","
     ): ["10,000", "10,125", 1, "sweep.seeds"],
