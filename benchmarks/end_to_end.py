@@ -186,8 +186,8 @@ def as_chat(example: Any) -> dict[str, Any]:
 
 
 def sequences(columns: Mapping[str, np.ndarray]) -> Iterator[list[int]]:
-    """The texts' tokens in arrays of padded or packed rows."""
-    segments = columns["segment_ids"] if "segment_ids" in columns else columns["attention_mask"]
+    """The texts' tokens, of an encoder's ragged columns or in padded or packed rows."""
+    segments = columns.get("segment_ids", [np.ones(len(ids), int) for ids in columns["input_ids"]])
     for ids, row in zip(columns["input_ids"], segments, strict=True):
         for segment in range(1, row.max() + 1):
             yield ids[row == segment].tolist()

@@ -12,7 +12,7 @@ from tokenizers import Encoding, Tokenizer
 from .._utils.validation import check_int
 from .chat_template import ChatTemplate
 from .conversations import Chat, Turn
-from .packed_rows import Sequences
+from .packed_rows import ragged
 from .readers import Problems
 
 AnswerChoice = Literal["all", "last"]
@@ -46,7 +46,7 @@ def tokenize_chats(
     max_length: int,
     *,
     answers: AnswerChoice = "all",
-) -> Sequences:
+) -> tuple[dict[str, np.ndarray], int]:
     """Tokenizes conversations and marks the answer tokens, on which the loss is computed.
 
     An answer is everything after the generation prompt, up to and including the first special token after the
@@ -62,8 +62,12 @@ def tokenize_chats(
       chats: N conversations.
       tokenizer: the model's tokenizer; its padding and truncation are ignored and left unchanged.
       template: the chat template.
-      max_length: maximum tokens per conversation; longer ones are truncated and counted in `truncated`.
+      max_length: maximum tokens per conversation; longer ones are truncated.
       answers: whether all turns of the assistant count as answers, or only the last.
+
+    Returns:
+      Ragged columns of int32 `input_ids` and float32 `loss_mask`: 1 for tokens to predict, 0 for others and the
+      first token. Then the number of truncated conversations.
 
     Raises:
       ValueError: the template fails, does not write the answers verbatim, ignores tools, or does not show where
@@ -100,7 +104,8 @@ def tokenize_chats(
         advice = f"max_length {max_length} leaves no answer token: set more than {longest}, or remove the row"
         Problems((place, f"{n} tokens before the answer; {advice}") for place, n in too_long).report()
     truncated = sum(len(x) > max_length for x in ids)
-    return Sequences(tuple(x[:max_length] for x in ids), tuple(x[:max_length] for x in masks), truncated)
+    columns = {"input_ids": ids, "loss_mask": masks}
+    return {name: ragged(x[:max_length] for x in values) for name, values in columns.items()}, truncated
 
 
 def find_answers(

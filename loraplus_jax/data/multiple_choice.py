@@ -11,10 +11,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .._utils.validation import check_int
-from .batches import Batch
+from .batches import Batch, round_up
 from .chat_template import ChatTemplate
 from .chat_tokens import Tokens, find_answers, tokenize
 from .conversations import Chat, Turn, choose_columns, take_list
+from .packed_rows import fill, ragged
 from .readers import Problems, read_records, take_text
 from .splits import comparable
 
@@ -105,10 +106,10 @@ def encode_choices(
       max_length: most tokens of a choice with its prompt.
 
     Returns:
-      int32 `input_ids` and `segment_ids` and float32 `loss_mask`, each `(N, C, T)`, as from `pad`, with segment 0
-      throughout padded choices; T is the most tokens in a row, rounded up to 32, 64, 96 or a multiple of 128, but
-      at most `max_length`. int32 `answer` and `n_choices`, each `(N,)`; and int32 `byte_lengths` `(N, C)`, the
-      UTF-8 bytes of each choice, 1 for padded choices.
+      int32 `input_ids` and `segment_ids` and float32 `loss_mask`, each `(N, C, T)`: a choice is a row from `fill`,
+      and a padded choice an empty one; T is the most tokens in a row, rounded up to 32, 64, 96 or a multiple of
+      128, but at most `max_length`. int32 `answer` and `n_choices`, each `(N,)`; and int32 `byte_lengths` `(N, C)`,
+      the UTF-8 bytes of each choice, 1 for padded choices.
 
     Raises:
       ValueError: the template fails or does not write a choice verbatim, or a question with a choice has more than
@@ -116,36 +117,34 @@ def encode_choices(
     """
     check_int("max_length", max_length, at_least=2)
     width = max((len(q.choices) for q in questions), default=0)
-    tokens = tokenize_choices(questions, tokenizer, template)
-    longest = max((len(ids) for rows in tokens for ids, _ in rows), default=0)
-    # Rows of `max_length`, which may be that of packed training, would be mostly padding. From 128 tokens on,
-    # attention kernels want multiples of 128.
-    multiple = 32 if longest <= 128 else 128
-    shape = (len(questions), width, min(-(-longest // multiple) * multiple, max_length))
-    arrays = {
-        "input_ids": np.zeros(shape, np.int32),
-        "segment_ids": np.zeros(shape, np.int32),
-        "loss_mask": np.zeros(shape, np.float32),
-        "answer": np.array([q.answer for q in questions], np.int32),
-        "n_choices": np.array([len(q.choices) for q in questions], np.int32),
-        "byte_lengths": np.ones(shape[:2], np.int32),
-    }
-    problems = Problems()
-    for n, rows in enumerate(tokens):
-        for c, (ids, first) in enumerate(rows):
-            if len(ids) > max_length:
+    problems, ids, masks, rows = Problems(), [], [], []
+    for question, choices in zip(questions, tokenize_choices(questions, tokenizer, template), strict=True):
+        for number, (tokens, first) in enumerate(choices, 1):
+            if len(tokens) > max_length:
                 problem = (
-                    f"{len(ids)} tokens up to the end of choice {c + 1}, above max_length {max_length}: "
+                    f"{len(tokens)} tokens up to the end of choice {number}, above max_length {max_length}: "
                     "increase it or remove the row"
                 )
-                problems.add(questions[n].place, problem)
-                continue
-            arrays["input_ids"][n, c, : len(ids)] = ids
-            arrays["segment_ids"][n, c, : len(ids)] = 1
-            arrays["loss_mask"][n, c, first : len(ids)] = 1
-            arrays["byte_lengths"][n, c] = len(questions[n].choices[c].encode())
+                problems.add(question.place, problem)
+            rows.append([len(ids)])
+            ids.append(tokens)
+            masks.append((np.arange(len(tokens)) >= first).astype(np.float32))
+        rows += [[]] * (width - len(choices))
     problems.report()
-    return arrays
+    longest = max(map(len, ids), default=0)
+    # Rows of `max_length`, which may be that of packed training, would be mostly padding. From 128 tokens on,
+    # attention kernels want multiples of 128.
+    length = min(round_up(longest, 32 if longest <= 128 else 128), max_length)
+    batch, _ = fill({"input_ids": ragged(ids), "loss_mask": ragged(masks)}, rows, len(rows), length)
+    sizes = [
+        len(choice.encode()) for q in questions for choice in (*q.choices, *["-"] * (width - len(q.choices)))
+    ]
+    return {
+        **{name: column.reshape(len(questions), width, length) for name, column in batch.items()},
+        "answer": np.array([q.answer for q in questions], np.int32),
+        "n_choices": np.array([len(q.choices) for q in questions], np.int32),
+        "byte_lengths": np.array(sizes, np.int32).reshape(len(questions), width),
+    }
 
 
 def tokenize_choices(

@@ -1,70 +1,37 @@
-"""Arranges token sequences in rows of one length: one padded sequence per row, or several packed into one."""
+"""Arranges token sequences in rows of one length: one in each row, or several packed into one."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .._utils.validation import check_int
 from .batches import Batch
 
 
-@dataclasses.dataclass(frozen=True)
-class Sequences:
-    """N token sequences.
-
-    Attributes:
-      ids: tokens of each sequence, int32 `(t,)`, t at least 1.
-      masks: loss mask of each sequence, float32 `(t,)`: 1 for tokens to predict, 0 for others and the first token.
-      truncated: number of truncated sequences.
-    """
-
-    ids: tuple[np.ndarray, ...]
-    masks: tuple[np.ndarray, ...]
-    truncated: int = 0
-
-    @property
-    def lengths(self) -> list[int]:
-        """Number of tokens in each sequence."""
-        return [len(ids) for ids in self.ids]
+def ragged(sequences: Iterable[np.ndarray]) -> np.ndarray:
+    """A column of N arrays (t,) of different lengths, as an array of objects (N,)."""
+    sequences = list(sequences)
+    column = np.empty(len(sequences), object)
+    # One by one: numpy would take sequences of one length for a matrix.
+    for index, sequence in enumerate(sequences):
+        column[index] = sequence
+    return column
 
 
-def pad(sequences: Sequences, length: int) -> Batch:
-    """Pads each sequence on the right to one row.
-
-    Returns:
-      int32 `input_ids` `(N, length)`; int32 `segment_ids` `(N, length)`: 1 for tokens, 0 for padding (token 0);
-      float32 `loss_mask` `(N, length)`: 1 where `input_ids[:, t]` is to be predicted from the tokens before t.
-
-    Raises:
-      ValueError: a sequence is empty or longer than `length`.
-    """
-    check_lengths(sequences.lengths, length)
-    return _fill(sequences, [[i] for i in range(len(sequences.ids))], length)
+def lengths_of(column: np.ndarray) -> np.ndarray:
+    """The length of each sequence of a column, int (N,)."""
+    return np.fromiter(map(len, column), np.int64, len(column))
 
 
-def pack(sequences: Sequences, length: int) -> Batch:
-    """Packs several sequences into each row by best-fit decreasing, truncating none.
+def plan_packing(lengths: Sequence[int] | np.ndarray, length: int) -> list[list[int]]:
+    """Packs sequences of 1 to `length` tokens into rows by best-fit decreasing; returns the indices in each row.
 
     The layout depends only on the lengths: the longest sequences go first, each into the fullest row with enough
     room. Rows are ordered by their first sequence, and sequences in a row keep their order.
 
-    Returns:
-      Arrays as from `pad`, with M rows; `segment_ids` number the sequences of a row from 1.
-
-    Raises:
-      ValueError: a sequence is empty or longer than `length`.
-    """
-    return _fill(sequences, plan_packing(sequences.lengths, length), length)
-
-
-def plan_packing(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Returns the indices of the sequences in each row when `pack` packs these lengths; raises as `pack` does.
-
     >>> plan_packing([3, 5, 2, 4, 1], 6)
     [[0], [1, 4], [2, 3]]
     """
-    check_lengths(lengths, length)
+    lengths = np.asarray(lengths).tolist()
     rows: list[list[int]] = []
     rooms: list[list[int]] = [[] for _ in range(length + 1)]  # rows by number of free tokens
     # Bit r is set if a row has r free tokens: the best fit is the lowest set bit, found without a search.
@@ -86,30 +53,36 @@ def plan_packing(lengths: Sequence[int], length: int) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
-def check_lengths(lengths: Sequence[int], length: int) -> None:
-    """Raises a ValueError unless every sequence has 1 to `length` tokens."""
-    check_int("length", length, at_least=1)
-    invalid = [i for i, n in enumerate(lengths) if not 1 <= n <= length]
-    if invalid:
-        i = invalid[0]
-        raise ValueError(
-            f"sequences must have 1 to {length} tokens, got {lengths[i]} in sequence {i} ({len(invalid)} invalid)"
-        )
+def fill(
+    columns: Mapping[str, np.ndarray], rows: Sequence[Sequence[int]], count: int, length: int
+) -> tuple[Batch, np.ndarray]:
+    """Fills rows with sequences, one after the other from the start of a row.
 
+    Args:
+      columns: ragged columns of N sequences.
+      rows: the indices of the sequences in each row.
+      count: R, the number of rows; the last ones are empty if `rows` are fewer.
+      length: T, tokens in a row.
 
-def _fill(sequences: Sequences, rows: Sequence[Sequence[int]], length: int) -> Batch:
-    shape = (len(rows), length)
-    arrays = {
-        "input_ids": np.zeros(shape, np.int32),
-        "segment_ids": np.zeros(shape, np.int32),
-        "loss_mask": np.zeros(shape, np.float32),
-    }
-    for r, row in enumerate(rows):
-        start = 0
-        for segment, i in enumerate(row, 1):
-            index = (r, slice(start, start + len(sequences.ids[i])))
-            arrays["input_ids"][index] = sequences.ids[i]
-            arrays["segment_ids"][index] = segment
-            arrays["loss_mask"][index] = sequences.masks[i]
-            start = index[1].stop
-    return arrays
+    Returns:
+      Each column `(R, T)`; and `segment_ids`, int32 `(R, T)`, the number of each token's sequence in its row, from
+      1. All else is zero. Then the row and slot of each sequence, in the order of `rows`, int `(n, 2)`.
+    """
+    order = [index for row in rows for index in row]
+    row = np.repeat(np.arange(len(rows)), np.array([*map(len, rows)], np.int64))
+    slot = np.array([slot for members in rows for slot in range(len(members))], np.int64)
+    sequences = {name: column[order] for name, column in columns.items()}
+    lengths = lengths_of(next(iter(sequences.values())))
+    before = np.cumsum(lengths) - lengths
+    # Of the sequences before, those in the same row.
+    start = before - before[np.searchsorted(row, row)]
+    index = np.repeat(row * length + start - before, lengths) + np.arange(lengths.sum())
+
+    def filled(values: Sequence[np.ndarray]) -> np.ndarray:
+        array = np.zeros(count * length, values[0].dtype if len(values) else np.int32)
+        array[index] = np.concatenate([array[:0], *values])
+        return array.reshape(count, length)
+
+    batch = {name: filled(list(column)) for name, column in sequences.items()}
+    batch["segment_ids"] = filled([np.repeat(slot + 1, lengths).astype(np.int32)])
+    return batch, np.stack([row, slot], axis=1)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from .batches import Batch, round_up
-from .packed_rows import plan_packing
+from .packed_rows import fill, lengths_of, plan_packing
 
-TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+TOKENS = ("input_ids", "token_type_ids")
 """The columns with a value for each token; all others have one for each text."""
 MOST_SHAPES = 4
 """The most numbers of rows that are chosen beforehand."""
@@ -45,7 +45,7 @@ class TextRows:
         """The same rows, in numbers chosen for batches of these indices of texts; see `choose_counts`."""
         tokens, needed = 0, Counter()
         for indices in batches:
-            rows = plan_packing(lengths[indices].tolist(), self.length)
+            rows = plan_packing(lengths[indices], self.length)
             needed[round_up(len(rows), multiple)] += 1
             tokens += lengths[indices].sum()
         counts = choose_counts(needed, least_saving)
@@ -56,23 +56,22 @@ class TextRows:
     def arrange(self, columns: Mapping[str, np.ndarray], indices: np.ndarray) -> Batch:
         """Packs the texts with these indices into R rows of T tokens and up to S texts each; see `fill_rows`."""
         batch = {name: column[indices] for name, column in columns.items()}
-        rows = plan_packing(text_lengths(batch).tolist(), self.length)
+        rows = plan_packing(text_lengths(batch), self.length)
         count = next((n for n in self.counts if n >= len(rows)), round_up(len(rows), self.multiple))
-        return fill_rows(batch, rows, count, self.length, self.texts)
+        return fill_rows(batch, rows, count, self.length, self.texts)[0]
 
     def arrange_all(self, columns: Mapping[str, np.ndarray]) -> tuple[Batch, np.ndarray]:
         """Packs all texts into as few rows as they fill; also returns the row and slot of each, int (N, 2)."""
-        rows = plan_packing(text_lengths(columns).tolist(), self.length)
-        batch = fill_rows(columns, rows, len(rows), self.length, self.texts)
-        slots = np.zeros((sum(map(len, rows)), 2), np.int64)
-        for r, row in enumerate(rows):
-            slots[row] = [(r, slot) for slot in range(len(row))]
+        rows = plan_packing(text_lengths(columns), self.length)
+        batch, places = fill_rows(columns, rows, len(rows), self.length, self.texts)
+        slots = np.zeros_like(places)
+        slots[[index for row in rows for index in row]] = places
         return batch, slots
 
 
 def text_lengths(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """The number of tokens of each text, `(N,)`."""
-    return np.count_nonzero(columns["attention_mask"], axis=1)
+    return lengths_of(columns["input_ids"])
 
 
 def choose_counts(needed: Mapping[int, int], least_saving: float) -> tuple[int, ...]:
@@ -102,40 +101,26 @@ def choose_counts(needed: Mapping[int, int], least_saving: float) -> tuple[int, 
 
 def fill_rows(
     columns: Mapping[str, np.ndarray], rows: Sequence[Sequence[int]], count: int, length: int, texts: int
-) -> Batch:
-    """Fills rows with texts, one after the other from the start of a row.
+) -> tuple[Batch, np.ndarray]:
+    """Fills rows with texts; see `fill`.
 
     Args:
-      columns: of N texts, those in `TOKENS` `(N, t)` with 1 in `attention_mask` at tokens and 0 at padding, and
-        others `(N,)`.
+      columns: of N texts, those in `TOKENS` ragged, the others `(N,)`.
       rows: the indices of the texts in each row.
-      count: R, the number of rows; the last ones are empty if `rows` are fewer.
+      count: R, the number of rows.
       length: T, tokens in a row.
       texts: S, the most texts in a row.
 
     Returns:
       The columns in `TOKENS` `(R, T)`, with the number of the text in its row, from 1, as `attention_mask` of each
       token; the others `(R, S)`; and float32 `weight` `(R, S)`, 1 for a text and 0 where there is none. All else is
-      zero.
+      zero. Then the row and slot of each text, in the order of `rows`.
     """
-    order = np.concatenate([np.asarray(row, np.int64) for row in rows])
-    row = np.repeat(np.arange(len(rows)), [len(members) for members in rows])
-    slot = np.concatenate([np.arange(len(members)) for members in rows])
-    kept = columns["attention_mask"][order] != 0
-    lengths = np.count_nonzero(kept, axis=1)
-    before = np.cumsum(lengths) - lengths
-    # Of the texts before, those in the same row.
-    start = before - before[np.searchsorted(row, row)]
-    index = np.repeat(row * length + start - before, lengths) + np.arange(lengths.sum())
-    batch = {}
-    for name, column in columns.items():
-        if name in TOKENS:
-            filled = np.zeros(count * length, column.dtype)
-            filled[index] = np.repeat(slot + 1, lengths) if name == "attention_mask" else column[order][kept]
-            batch[name] = filled.reshape(count, length)
-        else:
-            batch[name] = np.zeros((count, texts), column.dtype)
-            batch[name][row, slot] = column[order]
-    batch["weight"] = np.zeros((count, texts), np.float32)
-    batch["weight"][row, slot] = 1
-    return batch
+    batch, places = fill({name: columns[name] for name in TOKENS}, rows, count, length)
+    batch["attention_mask"] = batch.pop("segment_ids")
+    order = [index for row in rows for index in row]
+    values = {name: column[order] for name, column in columns.items() if name not in TOKENS}
+    for name, column in (values | {"weight": np.ones(len(order), np.float32)}).items():
+        batch[name] = np.zeros((count, texts), column.dtype)
+        batch[name][tuple(places.T)] = column
+    return batch, places

@@ -400,9 +400,9 @@ def compute_outputs(
 ) -> np.ndarray:
     """The head's outputs for each text or pair; with `adapters`, each has the adapter in its slot of the stack."""
     with raise_together():
-        arrays, truncated = encode_texts(texts, tokenizer_for(tuned.settings, tuned.base))
+        longest = tuned.settings.data.max_length
+        arrays, truncated = encode_texts(texts, tokenizer_for(tuned.settings, tuned.base), longest)
         if truncated and is_lead():
-            longest = tuned.settings.data.max_length
             message = (
                 f"truncated {truncated:,} of {len(texts):,} texts to data.max_length {longest} of the run"
             )
@@ -418,7 +418,7 @@ def compute_outputs(
             count += row_count(group)
             groups.append({**group, "slot": np.full(row_count(group), slot, np.int32)})
         rows = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
-    check_same_rows(array.tolist() for array in (*arrays.values(), slots))
+    check_same_rows(array.tolist() for array in (*rows.values(), slots))
     mesh, variables = tuned.mesh, tuned.variables
     model = functools.partial(apply_model, tuned.parts.model)
 

@@ -24,7 +24,7 @@ from ..data.data_to_text import group_references, read_descriptions, select_inpu
 from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.multiple_choice import Question, encode_choices, read_questions
-from ..data.packed_rows import pack, pad
+from ..data.packed_rows import fill, lengths_of, plan_packing
 from ..data.splits import limit_splits, split_files
 from ..models.checkpoints.hf import load_config
 from ..models.checkpoints.quantized import choose_formats
@@ -374,8 +374,9 @@ def load_text(settings: Settings, directory: Path, value: str) -> tuple[Split, i
       The rows, and the number of truncated texts.
     """
     chats, length = read_chats(resolve(value, "data")), settings.data.max_length
-    sequences = tokenize_chats(chats, *tokenizer_and_template(settings, directory, None), length)
-    return Split(pack(sequences, length), len(chats), _digest(chats)), sequences.truncated
+    columns, truncated = tokenize_chats(chats, *tokenizer_and_template(settings, directory, None), length)
+    rows = plan_packing(lengths_of(columns["input_ids"]), length)
+    return Split(fill(columns, rows, len(rows), length)[0], len(chats), _digest(chats)), truncated
 
 
 def tokenizer_and_template(
@@ -496,5 +497,10 @@ def _encode(
         else:
             chats.append(example)
     length = settings.data.max_length
-    sequences = tokenize_chats(chats, *tools, length, answers=settings.data.answers)
-    return (pack if settings.data.packing else pad)(sequences, length), sequences.truncated
+    columns, truncated = tokenize_chats(chats, *tools, length, answers=settings.data.answers)
+    rows = (
+        plan_packing(lengths_of(columns["input_ids"]), length)
+        if settings.data.packing
+        else [[index] for index in range(len(chats))]
+    )
+    return fill(columns, rows, len(rows), length)[0], truncated

@@ -222,7 +222,10 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     # Of all rows: a trial on a few must have all classes, or its head would have another shape.
     task = EncoderTask.from_splits(settings.task, rows, glue.metrics if glue else ())  # pyright: ignore[reportArgumentType]
     rows, limited = limit_splits(rows, settings.data)
-    encoded = {name: encode_texts([row.texts for row in split], tokenizer) for name, split in rows.items()}
+    encoded = {
+        name: encode_texts([row.texts for row in split], tokenizer, settings.data.max_length)
+        for name, split in rows.items()
+    }
     labels = {name: task.labels(split) for name, split in rows.items()}
     constant = task.constant(labels["train"], labels[held_out_split(rows)])
     splits = {name: arrays | {"label": labels[name]} for name, (arrays, _) in encoded.items()}
@@ -298,7 +301,9 @@ def load_split(
     else:
         glue, path = find_task(settings.data), resolve(data, "data")
         rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
-    arrays, truncated = encode_texts([row.texts for row in rows], tokenizer_for(settings, directory))
+    arrays, truncated = encode_texts(
+        [row.texts for row in rows], tokenizer_for(settings, directory), settings.data.max_length
+    )
     columns = arrays | {"label": task.labels(rows)}
     columns, _ = TextRows.fitting(text_lengths(columns)).arrange_all(columns)
     return Split(columns, len(rows), _digest(rows), truncated=truncated)

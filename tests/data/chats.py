@@ -84,8 +84,8 @@ def specials():
 
 def learnt(chats, tokenizer, which, **options):
     """What the loss is on, as text; of one conversation."""
-    sequences = tokenize_chats([chats], tokenizer, which, 4096, **options)
-    ids = sequences.ids[0][sequences.masks[0] == 1]
+    columns, _ = tokenize_chats([chats], tokenizer, which, 4096, **options)
+    ids = columns["input_ids"][0][columns["loss_mask"][0] == 1]
     return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 

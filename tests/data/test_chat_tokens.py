@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
 from loraplus_jax.data.chat_tokens import find_answers, tokenize_chats
 from loraplus_jax.data.conversations import Chat, Turn, read_chats
-from loraplus_jax.data.packed_rows import pad
 
 from ..messages import mentions
 from ..refusals import refusals
@@ -72,24 +71,24 @@ def test_tokens_and_answers_of_any_text(tokenizer, pairs, source):
     which = template(source.replace("'\\n' + m['content']", "'<|start|>' + m['content']"))
     which = template(re.sub(r"assistant(\n|\\n)", "assistant<|start|>", which.source))
     one = chat(*(text for pair in pairs for text in pair))
-    sequences = tokenize_chats([one], tokenizer, which, 4096)
+    columns, _ = tokenize_chats([one], tokenizer, which, 4096)
     whole = which.render(one.turns)
-    assert tokenizer.decode(sequences.ids[0].tolist(), skip_special_tokens=False) == whole
+    assert tokenizer.decode(columns["input_ids"][0].tolist(), skip_special_tokens=False) == whole
     assert learnt(one, tokenizer, which) == "".join(answer + EOS for _, answer in pairs)
 
 
 def test_a_token_that_reaches_into_an_answer_is_the_answers(tokenizer):
     which = template(CHATML.replace("assistant\\n", "assistant ").replace("'\\n' + m", "' ' + m"))
     one = chat("a", "  b")
-    whole = tokenize_chats([one], tokenizer, which, 64)
-    assert tokenizer.token_to_id("\u0120\u0120") in whole.ids[0]
+    whole, _ = tokenize_chats([one], tokenizer, which, 64)
+    assert tokenizer.token_to_id("\u0120\u0120") in whole["input_ids"][0]
     assert learnt(one, tokenizer, which) == f"   b{EOS}"
 
 
 def test_the_first_token_is_never_to_be_predicted(tokenizer):
     bare = template("{% for m in messages if m.role == 'assistant' %}{{ m.content + eos_token }}{% endfor %}")
-    sequences = tokenize_chats([chat("a", "no no")], tokenizer, bare, 64)
-    assert sequences.masks[0].tolist() == [0, 1, 1]
+    columns, _ = tokenize_chats([chat("a", "no no")], tokenizer, bare, 64)
+    assert columns["loss_mask"][0].tolist() == [0, 1, 1]
 
 
 def test_sentencepiece_like_tokenizers(tokenizer):
@@ -109,29 +108,23 @@ def test_sentencepiece_like_tokenizers(tokenizer):
     assert learnt(many, result, template(INST)) == f" {answer} {EOS} yes {EOS}"
 
 
-def test_arrays_are_padded_cut_and_counted(tokenizer):
+def test_tokens_are_cut_and_counted(tokenizer):
     chats = [chat("a", "b"), chat("a", "b" * 40)]
-    short = len(tokenize_chats(chats[:1], tokenizer, template(), 99).ids[0])
-    sequences = tokenize_chats(chats, tokenizer, template(), short + 3)
-    arrays = pad(sequences, short + 3)
-    assert sequences.truncated == 1
-    assert {k: (v.shape, v.dtype.name) for k, v in arrays.items()} == {
-        "input_ids": ((2, short + 3), "int32"),
-        "segment_ids": ((2, short + 3), "int32"),
-        "loss_mask": ((2, short + 3), "float32"),
-    }
-    assert arrays["segment_ids"].tolist() == [[1] * short + [0] * 3, [1] * (short + 3)]
-    assert arrays["loss_mask"][0].tolist() == [0] * (short - 3) + [1, 1] + [0] * 4
-    assert arrays["loss_mask"][1].tolist() == [0] * (short - 3) + [1] * 6
-    assert arrays["input_ids"][0, short:].tolist() == [0] * 3
+    short = len(tokenize_chats(chats[:1], tokenizer, template(), 99)[0]["input_ids"][0])
+    columns, truncated = tokenize_chats(chats, tokenizer, template(), short + 3)
+    assert truncated == 1
+    assert [*map(len, columns["input_ids"])] == [short, short + 3]
+    assert {column[0].dtype.name for column in columns.values()} == {"int32", "float32"}
+    masks = [mask.tolist() for mask in columns["loss_mask"]]
+    assert masks == [[0] * (short - 3) + [1, 1, 0], [0] * (short - 3) + [1] * 6]
     assert (tokenizer.truncation["max_length"], tokenizer.padding["length"]) == (5, 5)  # as they were
-    assert pad(tokenize_chats([], tokenizer, template(), 8), 8)["input_ids"].shape == (0, 8)
+    assert tokenize_chats([], tokenizer, template(), 8)[0]["input_ids"].shape == (0,)
 
 
 def test_a_conversation_without_an_answer_token_is_rejected(tokenizer):
     chats = [chat("a", "b", place=f"f:{i}") for i in range(3)] + [chat("a" * 50, "b", place="f:9")]
-    length = int(tokenize_chats(chats[3:], tokenizer, template(), 999).masks[0].argmax())
-    assert tokenize_chats(chats, tokenizer, template(), length + 1).truncated == 1
+    length = int(tokenize_chats(chats[3:], tokenizer, template(), 999)[0]["loss_mask"][0].argmax())
+    assert tokenize_chats(chats, tokenizer, template(), length + 1)[1] == 1
     with pytest.raises(ValueError, match=mentions("f:9", f"{length} tokens", f"max_length {length}")):
         tokenize_chats(chats, tokenizer, template(), length)
 
@@ -314,14 +307,15 @@ def test_texts_start_with_what_the_tokenizer_puts_before_them(tokenizer):
     with_bos = Tokenizer.from_str(tokenizer.to_str())
     bos = tokenizer.token_to_id(BOS)
     with_bos.post_processor = processors.TemplateProcessing(f"{BOS} $A {EOS}", None, [(BOS, bos), (EOS, 0)])
-    without, expected = (tokenize_chats(chats, t, template(), 64) for t in (tokenizer, with_bos))
-    assert expected.ids[0].tolist() == [bos, *without.ids[0]]
-    assert expected.masks[0].tolist() == [0, *[1] * len(without.ids[0])]
-    assert without.masks[0].tolist() == [0, *[1] * (len(without.ids[0]) - 1)]
-    rendered = tokenize_chats([Chat((Turn("text", f"{BOS}one two three"),))], with_bos, template(), 64)
-    assert rendered.ids[0].tolist() == expected.ids[0].tolist()
-    assert expected.ids[1].tolist() == without.ids[1].tolist()
-    assert expected.masks[1].tolist() == without.masks[1].tolist()
+    without, expected = (tokenize_chats(chats, t, template(), 64)[0] for t in (tokenizer, with_bos))
+    ids = without["input_ids"][0].tolist()
+    assert expected["input_ids"][0].tolist() == [bos, *ids]
+    assert expected["loss_mask"][0].tolist() == [0, *[1] * len(ids)]
+    assert without["loss_mask"][0].tolist() == [0, *[1] * (len(ids) - 1)]
+    rendered, _ = tokenize_chats([Chat((Turn("text", f"{BOS}one two three"),))], with_bos, template(), 64)
+    assert rendered["input_ids"][0].tolist() == [bos, *ids]
+    for name in ("input_ids", "loss_mask"):
+        assert expected[name][1].tolist() == without[name][1].tolist()
 
 
 def test_an_answer_that_occurs_in_the_template_too_is_found_where_it_was_rendered():

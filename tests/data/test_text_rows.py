@@ -2,17 +2,15 @@ import numpy as np
 import pytest
 
 from loraplus_jax.data.batches import add_rows, even_batch_size, first_batches, train_batches
+from loraplus_jax.data.packed_rows import ragged
 from loraplus_jax.data.text_rows import TextRows, choose_counts, fill_rows, text_lengths
 
 
-def columns(lengths, width=None):
+def columns(lengths):
     """Texts whose n-th has the tokens 10 n + 1, 10 n + 2, ..., and the label n."""
-    width = width or max(lengths)
-    mask = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int32)
-    ids = (10 * np.arange(len(lengths))[:, None] + np.arange(1, width + 1)) * mask
-    labels = np.arange(len(lengths), dtype=np.float32)
-    types = (mask * (np.arange(width) > 0)).astype(np.int32)
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "label": labels}
+    ids = ragged(10 * n + np.arange(1, length + 1) for n, length in enumerate(lengths))
+    types = ragged((np.arange(length) > 0).astype(np.int32) for length in lengths)
+    return {"input_ids": ids, "token_type_ids": types, "label": np.arange(len(lengths), dtype=np.float32)}
 
 
 def texts_of(batch):
@@ -30,7 +28,8 @@ def texts_of(batch):
 
 
 def test_rows_by_hand():
-    batch = fill_rows(columns([2, 3, 1]), [[0, 2], [1]], count=3, length=4, texts=2)
+    batch, places = fill_rows(columns([2, 3, 1]), [[0, 2], [1]], count=3, length=4, texts=2)
+    assert places.tolist() == [[0, 0], [0, 1], [1, 0]]
     assert batch["input_ids"].tolist() == [[1, 2, 21, 0], [11, 12, 13, 0], [0] * 4]
     assert batch["attention_mask"].tolist() == [[1, 1, 2, 0], [1, 1, 1, 0], [0] * 4]
     assert batch["token_type_ids"].tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0] * 4]
@@ -43,12 +42,12 @@ def test_rows_by_hand():
 def test_every_text_of_a_batch_stands_in_it_once(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 20, 60)
-    data = columns(lengths, 24)
+    data = columns(lengths)
     rows = TextRows.fitting(text_lengths(data))
     assert (rows.length, rows.texts) == (lengths.max(), lengths.max() // lengths.min())
     batches = first_batches(60, batch_size=8, seeds=[seed], count=7)
     rows = rows.for_batches(lengths, batches, multiple=2, least_saving=0.01)
-    alone = {n: (data["input_ids"][n, :t].tolist(), [0] + [1] * (t - 1)) for n, t in enumerate(lengths)}
+    alone = {n: (data["input_ids"][n].tolist(), [0] + [1] * (t - 1)) for n, t in enumerate(lengths)}
     for batch, indices in zip(
         train_batches(data, batch_size=8, seed=seed, arrange=rows.arrange), batches, strict=False
     ):
@@ -83,11 +82,6 @@ def test_the_share_of_text_is_that_of_the_batches():
     lengths = np.array([3, 1, 4, 2])
     rows = TextRows.fitting(lengths).for_batches(lengths, [np.array([0, 1]), np.array([2, 3])], 1, 0.0)
     assert (rows.counts, rows.full) == ((1, 2), 10 / 12)
-
-
-def test_texts_without_tokens_are_rejected():
-    with pytest.raises(ValueError, match="1 to 3 tokens"):
-        TextRows(length=3, texts=3).arrange_all(columns([3, 0]))
 
 
 def test_rows_are_added_and_batches_even():

@@ -1,6 +1,5 @@
-"""Texts and pairs of texts as arrays of token ids."""
+"""Texts and pairs of texts as token ids."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,9 @@ from loraplus_jax.data.tokenize import encode_texts, load_tokenizer
 from ..messages import mentions
 
 
-def _tokenizer(directory: Path, *, pad: str = "[PAD]", baked: bool = True) -> Path:
-    vocabulary = [pad, "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(20))]
+def _tokenizer(directory: Path, *, baked: bool = True) -> Path:
+    """Without a pad token, which encoders do not need, unless it is baked in."""
+    vocabulary = ["[PAD]" if baked else "w19", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(20))]
     tokenizer = Tokenizer(models.WordLevel({w: i + 5 for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -23,65 +23,55 @@ def _tokenizer(directory: Path, *, pad: str = "[PAD]", baked: bool = True) -> Pa
     )
     if baked:
         tokenizer.enable_truncation(3)
-        tokenizer.enable_padding(pad_id=5, pad_token=pad, length=16, direction="left")
+        tokenizer.enable_padding(pad_id=5, pad_token="[PAD]", length=16, direction="left")
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
 
 
-def test_texts_become_arrays_of_exactly_max_length(tmp_path):
-    tokenizer = load_tokenizer(_tokenizer(tmp_path), 6)
-    arrays, truncated = encode_texts([("w0 w1",), ("w0 w1 w2 w3 w4 w5",)], tokenizer)
-    assert arrays["input_ids"].tolist() == [[7, 9, 10, 8, 5, 5], [7, 9, 10, 11, 12, 8]]
-    assert arrays["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
-    assert arrays["token_type_ids"].tolist() == [[0] * 6] * 2
-    assert {a.dtype for a in arrays.values()} == {np.dtype(np.int32)}
-    assert truncated == 1
+def _lists(columns):
+    return {name: [tokens.tolist() for tokens in column] for name, column in columns.items()}
+
+
+def test_texts_become_tokens_of_at_most_max_length(tmp_path):
+    """Whatever padding and truncation the file has."""
+    for baked in (True, False):
+        tokenizer = load_tokenizer(_tokenizer(tmp_path, baked=baked), 6)
+        columns, truncated = encode_texts([("w0 w1",), ("w0 w1 w2 w3 w4 w5",)], tokenizer, 6)
+        ids = [[7, 9, 10, 8], [7, 9, 10, 11, 12, 8]]
+        assert _lists(columns) == {"input_ids": ids, "token_type_ids": [[0] * 4, [0] * 6]}
+        assert {tokens.dtype for column in columns.values() for tokens in column} == {np.dtype(np.int32)}
+        assert truncated == 1
 
 
 def test_pairs_keep_their_special_tokens_and_types(tmp_path):
     tokenizer = load_tokenizer(_tokenizer(tmp_path), 7)
-    arrays, truncated = encode_texts([("w0", "w1"), ("w0 w1 w2 w3", "w4 w5")], tokenizer)
-    assert arrays["input_ids"].tolist() == [[7, 9, 8, 10, 8, 5, 5], [7, 9, 10, 8, 13, 14, 8]]
-    assert arrays["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1]]
+    columns, truncated = encode_texts([("w0", "w1"), ("w0 w1 w2 w3", "w4 w5")], tokenizer, 7)
+    assert _lists(columns) == {
+        "input_ids": [[7, 9, 8, 10, 8], [7, 9, 10, 8, 13, 14, 8]],
+        "token_type_ids": [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1]],
+    }
     assert truncated == 1
 
 
 def test_long_lists_are_encoded_in_order(tmp_path):
     tokenizer = load_tokenizer(_tokenizer(tmp_path), 4)
-    arrays, truncated = encode_texts([(f"w{i % 20}",) for i in range(2500)], tokenizer)
-    assert arrays["input_ids"][:, 1].tolist() == [9 + i % 20 for i in range(2500)]
+    columns, truncated = encode_texts([(f"w{i % 20}",) for i in range(2500)], tokenizer, 4)
+    assert [tokens[1] for tokens in columns["input_ids"]] == [9 + i % 20 for i in range(2500)]
     assert truncated == 0
-    assert encode_texts([], tokenizer)[0]["input_ids"].shape == (0, 4)
-
-
-@pytest.mark.parametrize(
-    ("pad", "config", "found"),
-    [
-        ("<pad>", {}, "<pad>"),
-        ("w19", {"pad_token": {"content": "w3"}}, "w3"),
-        ("w19", {"pad_token": None, "eos_token": "[SEP]"}, "[SEP]"),
-    ],
-)
-def test_the_pad_token_is_found_where_padding_is_not_baked_in(tmp_path, pad, config, found):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = load_tokenizer(_tokenizer(tmp_path, pad=pad, baked=False), 6)
-    ids = encode_texts([("w0",)], tokenizer)[0]["input_ids"]
-    assert ids[0, -1] == tokenizer.token_to_id(found)
+    assert encode_texts([], tokenizer, 4)[0]["input_ids"].shape == (0,)
 
 
 def test_tokenizers_that_are_rejected(tmp_path):
     with pytest.raises(ValueError, match=mentions(tmp_path, "tokenizer.json")):
         load_tokenizer(tmp_path, 8)
-    with pytest.raises(ValueError, match=mentions("pad", tmp_path)):
-        load_tokenizer(_tokenizer(tmp_path, pad="w19", baked=False), 8)
     tokenizer = load_tokenizer(_tokenizer(tmp_path), 3)
-    encode_texts([("w0",)], tokenizer)
+    encode_texts([("w0",)], tokenizer, 3)
     with pytest.raises(ValueError, match=mentions("max_length", 3)):
-        encode_texts([("w0", "w1")], tokenizer)
+        encode_texts([("w0", "w1")], tokenizer, 3)
     bare = load_tokenizer(_tokenizer(tmp_path), 6)
     bare.post_processor = None
     with pytest.raises(ValueError, match=r"texts without tokens: 1.*' '"):
-        encode_texts([("w0",), (" ",)], bare)
+        encode_texts([("w0",), (" ",)], bare, 6)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json"):
         load_tokenizer(tmp_path, 8)

@@ -47,6 +47,6 @@ def test_text_and_answers_are_those_of_transformers(tmp_path, tokenizer, source)
     found = theirs.apply_chat_template(
         row["messages"], return_dict=True, return_assistant_tokens_mask=True, **options
     )
-    sequences = tokenize_chats([chat], tokenizer, template(source), 999)
-    np.testing.assert_array_equal(sequences.ids[0], found["input_ids"])
-    np.testing.assert_array_equal(sequences.masks[0], found["assistant_masks"])
+    columns, _ = tokenize_chats([chat], tokenizer, template(source), 999)
+    np.testing.assert_array_equal(columns["input_ids"][0], found["input_ids"])
+    np.testing.assert_array_equal(columns["loss_mask"][0], found["assistant_masks"])

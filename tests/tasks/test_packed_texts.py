@@ -8,7 +8,8 @@ import pytest
 
 from loraplus_jax.adapter.config import LoRAPlusConfig
 from loraplus_jax.adapter.tree import combine, split_trainable
-from loraplus_jax.data.batches import eval_batches, first_batches, take_rows, train_batches
+from loraplus_jax.data.batches import eval_batches, first_batches, train_batches
+from loraplus_jax.data.packed_rows import ragged
 from loraplus_jax.data.text_rows import TextRows, text_lengths
 from loraplus_jax.linen.wrap import apply_lora_plus, init_lora
 from loraplus_jax.models.bert.config import BertConfig
@@ -26,15 +27,26 @@ MAX_LENGTH, PAD = 16, 1
 
 
 def texts(count, seed=0, longest=MAX_LENGTH):
-    """Pairs of texts, padded to MAX_LENGTH: one of a single token, one of the full length."""
+    """Pairs of texts, the first of a single token, the second of the most."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest + 1, count)
     lengths[:2] = 1, longest
-    mask = (np.arange(MAX_LENGTH) < lengths[:, None]).astype(np.int32)
-    ids = np.where(mask, rng.integers(2, 40, mask.shape), PAD).astype(np.int32)
-    types = (mask * (np.arange(MAX_LENGTH) >= lengths[:, None] // 2)).astype(np.int32)
-    labels = rng.integers(0, 3, count).astype(np.int32)
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "label": labels}
+    return {
+        "input_ids": ragged(rng.integers(2, 40, length, np.int32) for length in lengths),
+        "token_type_ids": ragged((np.arange(t) >= t // 2).astype(np.int32) for t in lengths),
+        "label": rng.integers(0, 3, count).astype(np.int32),
+    }
+
+
+def padded(data):
+    """Each text in a row of its own, of MAX_LENGTH tokens."""
+    shape = (len(data["label"]), MAX_LENGTH)
+    rows = {"input_ids": np.full(shape, PAD, np.int32), "attention_mask": np.zeros(shape, np.int32)}
+    rows |= {"token_type_ids": np.zeros(shape, np.int32), "label": data["label"]}
+    for n, ids in enumerate(data["input_ids"]):
+        rows["input_ids"][n, : len(ids)], rows["attention_mask"][n, : len(ids)] = ids, 1
+        rows["token_type_ids"][n, : len(ids)] = data["token_type_ids"][n]
+    return rows
 
 
 class Subject:
@@ -46,7 +58,8 @@ class Subject:
         config = BertConfig.from_hf(tiny.config(kind, **sizes, **off))
         model = BertForSequence(config, 3, pooling, unroll=unroll, head_dropout=0.0)
         self.data = texts(count)
-        inputs = [jnp.asarray(self.data[name][:1]) for name in list(self.data)[:3]]
+        self.padded = padded(self.data)
+        inputs = [jnp.asarray(self.padded[name][:1]) for name in list(self.padded)[:3]]
         shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes)
@@ -62,8 +75,8 @@ class Subject:
         batches = first_batches(count, batch_size=8, seeds=[0], count=count // 8)
         self.rows = TextRows.fitting(lengths).for_batches(lengths, batches, 1, 1.0)
 
-    def batches(self, arrange):
-        return train_batches(self.data, batch_size=8, seed=0, arrange=arrange)
+    def batches(self, data, **arrange):
+        return train_batches(data, batch_size=8, seed=0, **arrange)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +97,10 @@ def test_loss_and_gradients_are_those_of_padded_texts(subject):
         return total, (weight, metrics)
 
     run = jax.jit(jax.value_and_grad(value_and_gradient, has_aux=True))
-    packed, padded = (
-        run(subject.trainable, next(subject.batches(way))) for way in (subject.rows.arrange, take_rows)
-    )
-    assert len(next(subject.batches(subject.rows.arrange))["weight"]) < 8
-    close(packed, padded)
+    packed = next(subject.batches(subject.data, arrange=subject.rows.arrange))
+    alone = next(subject.batches(subject.padded))
+    assert len(packed["weight"]) < 8
+    close(run(subject.trainable, packed), run(subject.trainable, alone))
 
 
 def test_predictions_and_metrics_are_those_of_padded_texts(subject):
@@ -96,12 +108,12 @@ def test_predictions_and_metrics_are_those_of_padded_texts(subject):
     variables = combine(subject.trainable, subject.frozen)
     run = jax.jit(lambda batch: apply_model(subject.model, variables, batch))
     # Their last batch is short.
-    outputs = [np.concatenate([run(batch) for batch in eval_batches(x, 8)]) for x in (rows, subject.data)]
+    outputs = [np.concatenate([run(batch) for batch in eval_batches(x, 8)]) for x in (rows, subject.padded)]
     close(outputs[0][places[:, 0], places[:, 1]], outputs[1][: len(places)])
     fn = make_eval(subject.task.loss_fn(subject.model, keep_rows=True))
     found = [
         finish_metrics(subject.task, evaluate(fn, subject.trainable, subject.frozen, x, 8, make_mesh(1)))
-        for x in (rows, subject.data)
+        for x in (rows, subject.padded)
     ]
     close(*found)
     assert found[0]["accuracy"] > 0
