@@ -19,7 +19,6 @@ from ..adapter.spec import Factor, Specs
 from ..adapter.tree import leaves_by_path, replace_paths
 from .keep_float32 import widen
 from .pair_state import pair_factors
-from .roles import LoRAPlusTransform
 
 _Q_STD = 0.02
 """PEFT's standard deviation of new rows of Q."""
@@ -100,7 +99,7 @@ def adalora(
       specs: the table from `init_lora`, as for `scale_by_riemannian`.
 
     Returns:
-      A transform with the roles and rates of `tx`, if that has them.
+      A transform whose state holds the roles and rates of `tx`, if that has them.
 
     Raises:
       ValueError, TypeError: a number is out of range, `initial_steps` and `final_steps` leave no step between them,
@@ -206,8 +205,6 @@ def adalora(
             singular_state=singular_state,
         )
 
-    if isinstance(tx, LoRAPlusTransform):
-        return LoRAPlusTransform(init, update, tx.labels, tx.rates, tx.relative, tx.undecayed)
     return optax.GradientTransformationExtraArgs(init, update)
 
 

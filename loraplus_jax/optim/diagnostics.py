@@ -15,7 +15,7 @@ from ..adapter.spec import Specs
 from ..adapter.tree import count, leaves_by_path, replace_paths
 from .find_pairs import spec_paths
 from .lora_plus import check_floating
-from .roles import LoRAPlusState, LoRAPlusTransform, Role, find_states, labels_of, leaves_by_role
+from .roles import LoRAPlusState, Role, find_states, labels_of, leaves_by_role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,30 +116,22 @@ def describe(
       TypeError: the optimizer contains no LoRA+ transform, or a leaf is not trainable (packed integers).
     """
     check_floating(trainable)
-    if isinstance(optimizer, LoRAPlusTransform):
-        rates, relative = optimizer.rates(step), optimizer.relative
-        undecayed = optimizer.undecayed(trainable)
-        groups: dict[str, Any] = {
-            path: (role, rates[role][0], 0.0 if path in undecayed else rates[role][1], relative)
-            for path, role in leaves_by_path(optimizer.labels(trainable)).items()
-        }
+    if isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
+        states = _states_at(optimizer, trainable, step)
+    elif step:
+        raise ValueError(f"step must be 0 with a state, which has its last rates, got {step}")
     else:
-        if isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
-            states = _states_at(optimizer, trainable, step)
-        elif step:
-            raise ValueError(f"step must be 0 with a state, which has its last rates, got {step}")
-        else:
-            states = find_states(optimizer)
-        groups = {
-            path: (
-                role,
-                state.rates[role],
-                0.0 if path in state.undecayed else state.decays.get(role),
-                state.relative,
-            )
-            for state in states
-            for path, role in state.roles
-        }
+        states = find_states(optimizer)
+    groups: dict[str, Any] = {
+        path: (
+            role,
+            state.rates[role],
+            0.0 if path in state.undecayed else state.decays.get(role),
+            state.relative,
+        )
+        for state in states
+        for path, role in state.roles
+    }
     if not groups.keys() & leaves_by_path(trainable).keys():
         raise TypeError(
             "optimizer must contain lora_plus or lora_plus_adamw for these trainable variables, got "

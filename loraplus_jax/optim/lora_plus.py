@@ -21,7 +21,7 @@ from ..adapter.tree import leaves_by_path, replace_paths
 from .adalora import AdaLoRAState
 from .keep_float32 import KeepFloat32State
 from .pair_state import PairState
-from .roles import ROLES, LoRAPlusState, LoRAPlusTransform, Policy, Role, find_states, is_kernel, label_params
+from .roles import ROLES, LoRAPlusState, Policy, Role, find_states, is_kernel, label_params
 from .schedules import Rate
 
 FAST: tuple[Role, ...] = ("b", "vector")
@@ -56,7 +56,7 @@ def _with_record(
     ratio: Any,
     relative: bool,
     undecayed: Callable[[Any], frozenset[str]] = lambda _: frozenset(),
-) -> LoRAPlusTransform:
+) -> optax.GradientTransformationExtraArgs:
     """Wraps `tx` to store its roles and rates in its state."""
     # So that `update` may always pass them on, such as the loss that optax's reduce_on_plateau needs.
     inner = optax.with_extra_args_support(tx)
@@ -88,7 +88,7 @@ def _with_record(
         count = optax.safe_increment(state.count)
         return updates, record(inner_state, count, state.count, state.roles, state.undecayed)
 
-    return LoRAPlusTransform(init, update, labels, rates, relative, undecayed)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def lora_plus_adamw(
@@ -109,7 +109,7 @@ def lora_plus_adamw(
     direction: optax.GradientTransformation | None = None,
     specs: Specs | None = None,
     policy: Policy = "lora_plus",
-) -> LoRAPlusTransform:
+) -> optax.GradientTransformationExtraArgs:
     """AdamW with a learning rate for B that is `lr_ratio` times A's at every step of the schedule.
 
     `optax.multi_transform` gives every role of `label_params` a separate `optax.adamw`; with `lr_ratio=1` the steps
@@ -141,8 +141,7 @@ def lora_plus_adamw(
         next to a `bias`) have no weight decay.
 
     Returns:
-      A `LoRAPlusTransform` with the state `LoRAPlusState`; its rates are absolute, of A, of B and of the other
-      roles.
+      A transform with the state `LoRAPlusState`, whose rates are absolute.
 
     Raises:
       TypeError: a value is not a number; on `init`, a leaf is not floating point.
@@ -151,8 +150,9 @@ def lora_plus_adamw(
 
     Example:
       >>> tx = lora_plus_adamw(1e-3, lr_ratio=4.0)
-      >>> tx.rates(0)["b"]
-      (0.004, 0.0)
+      >>> state = tx.init({"lora_a": jnp.ones((3, 2)), "lora_b": jnp.zeros((2, 3))})
+      >>> {role: round(rate.item(), 4) for role, rate in state.rates.items()}
+      {'a': 0.001, 'b': 0.004}
     """
     labels = _checked_labels(lr_ratio, specs, policy)
     check_choice("decay", decay, ("coupled", "equal"))
@@ -193,36 +193,25 @@ def lora_plus_adamw(
         rate = learning_rate if own_rates[role] is None else own_rates[role]
         groups[role] = rate, own_decays.get(role, weight_decay)
     undecayed = functools.partial(_undecayed, decay_mask)
-    keys = {(role, True): group for role, group in groups.items()}
-    if decay_mask is not None:
-        keys |= {(role, False): (rate, 0.0) for role, (rate, _) in groups.items()}
     # Roles with equal settings share one AdamW, so that with lr_ratio 1 there is one, as in plain LoRA. A traced
     # number or a schedule equals only itself: the state's structure must not depend on values that jit hides.
-    first: dict[Any, str] = {}
+    first: dict[Any, Role] = {}
     chain_of = {
-        (role, decays): first.setdefault(
-            tuple(x if isinstance(x, int | float) else id(x) for x in group),
-            role if decays else f"{role}, no decay",
-        )
-        for (role, decays), group in keys.items()
+        role: first.setdefault(tuple(x if isinstance(x, int | float) else id(x) for x in group), role)
+        for role, group in groups.items()
     }
-    chains: dict[Any, Any] = {}
-    for key, name in chain_of.items():
-        rate, w = keys[key]
-        if name in chains:
-            continue
-        chains[name] = (
-            optax.adamw(rate, b1, b2, eps, weight_decay=w)
-            if direction is None
-            else optax.chain(optax.add_decayed_weights(w), optax.scale_by_learning_rate(rate))
-        )
 
-    def names(tree: Any) -> Any:
-        without = undecayed(tree)
-        roles = leaves_by_path(labels(tree))
-        return replace_paths(tree, {p: chain_of[role, p not in without] for p, role in roles.items()})
+    def decays(tree: Any) -> Any:
+        return replace_paths(jax.tree.map(lambda _: True, tree), dict.fromkeys(undecayed(tree), False))
 
-    tx = optax.multi_transform(chains, names)
+    def make_chain(rate: Any, w: Any) -> Any:
+        mask = None if decay_mask is None else decays
+        if direction is None:
+            return optax.adamw(rate, b1, b2, eps, weight_decay=w, mask=mask)
+        return optax.chain(optax.add_decayed_weights(w, mask), optax.scale_by_learning_rate(rate))
+
+    chains: dict[Any, Any] = {name: make_chain(*groups[name]) for name in first.values()}
+    tx = optax.multi_transform(chains, lambda tree: jax.tree.map(chain_of.get, labels(tree)))
     before = [transform for transform in (precondition, direction) if transform is not None]
     if max_grad_norm is not None:
         check_number("max_grad_norm", max_grad_norm, above=0.0, allow_arrays=True)
@@ -245,7 +234,7 @@ def lora_plus(
     *,
     specs: Specs | None = None,
     policy: Policy = "lora_plus",
-) -> LoRAPlusTransform:
+) -> optax.GradientTransformationExtraArgs:
     """Turns any optax optimizer into a LoRA+ one, by multiplying its final updates of B by `lr_ratio`.
 
     The wrapped optimizer keeps its schedule, decay and clipping; for AdamW the steps equal those of
@@ -266,8 +255,8 @@ def lora_plus(
         embeddings.
 
     Returns:
-      A `LoRAPlusTransform` with the state `LoRAPlusState`; its rates are multiples of the rate of `tx`, `lr_ratio`
-      for B and the role `"vector"`, and 1 for all others.
+      A transform with the state `LoRAPlusState`, whose rates are multiples of the rate of `tx`: `lr_ratio` for B
+      and the role `"vector"`, and 1 for all others.
 
     Raises:
       ValueError, TypeError: lambda is not a number above 0; on `init`, the wrapped optimizer is a LoRA+ one, or one

@@ -1,7 +1,7 @@
 """Labels trainable leaves by role (A, B, embedding factor, ...), and reads the roles from optimizer states."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -95,38 +95,6 @@ class LoRAPlusState(struct.PyTreeNode):
     # As a chain's state does: tunix looks among these parts for an injected learning rate, to log it.
     def __iter__(self) -> Iterator[Any]:
         return iter(self.inner_state)
-
-
-class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
-    """An optax transform that exposes its roles and rates; inside a chain, its `LoRAPlusState` does.
-
-    Attributes:
-      labels: function from a tree to a tree of roles.
-      rates: function from a step to `(learning rate, weight decay)` by role; the decay is None with `lora_plus`.
-      relative: whether the rates are multiples of a wrapped optimizer's.
-      undecayed: function from a tree to the paths of its leaves without weight decay.
-    """
-
-    labels: Callable[[Any], Any]
-    rates: Callable[[Any], dict[Role, tuple[Any, Any]]]
-    relative: bool
-    undecayed: Callable[[Any], frozenset[str]]
-
-    # Defaults, since copy.copy of a NamedTuple, as optax's transforms are, passes only the fields `init` and
-    # `update` here and sets the attributes afterwards.
-    def __new__(
-        cls,
-        init: Any,
-        update: Any,
-        labels: Any = None,
-        rates: Any = None,
-        relative: bool = False,
-        undecayed: Any = None,
-    ) -> "LoRAPlusTransform":
-        """Makes a transform from its functions."""
-        self = super().__new__(cls, init, update)
-        self.labels, self.rates, self.relative, self.undecayed = labels, rates, relative, undecayed
-        return self
 
 
 def find_states(opt_state: Any, *kinds: type) -> list[Any]:

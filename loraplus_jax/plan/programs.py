@@ -57,7 +57,7 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
     train = dataclasses.replace(settings.train, steps=settings.train.steps or ASSUMED_STEPS, epochs=None)
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
     tx = make_optimizer(settings.optimizer, settings.lr_ratio, steps, parts.specs)
-    check_rates(settings.optimizer, tx, parts.trainable)
+    check_rates(settings.optimizer, parts.trainable)
     shardings = state_shardings(parts, tx, mesh)
     state = state_shapes(parts, tx)
     batches = full_batches(data.splits["train"], train.batch_size, train.eval_batch_size)

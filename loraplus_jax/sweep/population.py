@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import struct
 from jax.sharding import Mesh
 
@@ -22,7 +23,6 @@ from ..adapter.lora import SCALE, scale_variables
 from ..adapter.spec import Specs
 from ..data.fetch import resolve
 from ..models.checkpoints.hf import load_params
-from ..optim.lora_plus import LoRAPlusTransform
 from ..settings.schema import split_settings
 from ..step.checkpoint import describe_run, numeric_options
 from ..step.fingerprints import fingerprint
@@ -142,8 +142,8 @@ def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> Abstra
     data, steps = load_sweep_data(run, directory, loaded)
     widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
     shapes = build_model(widest, directory, data.task, widest.applied)
-    tx = make_optimizer(run.shared_optimizer, widest.lr_ratio, steps, shapes.specs)
-    check_rates(run.optimizer, tx, shapes.trainable)
+    make_optimizer(run.shared_optimizer, widest.lr_ratio, steps, shapes.specs)  # for its errors
+    check_rates(run.optimizer, shapes.trainable)
     return AbstractPopulation(directory, data, steps, widest, shapes)
 
 
@@ -305,7 +305,7 @@ def fastest_batch_size(seconds: Callable[[int], float], most: int) -> int:
 
 def _optimizer(
     run: SweepRun, specs: Specs, steps: int, learning_rate: jax.Array, lr_ratio: jax.Array, seed: int = 0
-) -> LoRAPlusTransform:
+) -> optax.GradientTransformationExtraArgs:
     # Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
     return make_optimizer(
         run.shared_optimizer, lr_ratio, steps, specs, learning_rate=learning_rate, seed=seed

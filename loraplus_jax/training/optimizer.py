@@ -9,9 +9,10 @@ import optax
 from ..adapter.spec import Specs
 from ..optim.adalora import adalora
 from ..optim.lora_muon import scale_by_lora_muon
-from ..optim.lora_plus import PEFT_EMBEDDING_RATE, LoRAPlusTransform, lora_plus_adamw
+from ..optim.lora_plus import PEFT_EMBEDDING_RATE, lora_plus_adamw
 from ..optim.lora_rite import scale_by_lora_rite
 from ..optim.riemannian import scale_by_riemannian
+from ..optim.roles import label_params
 from ..optim.schedules import make_schedule
 from ..settings.schema import OptimizerSettings
 
@@ -31,7 +32,7 @@ def make_optimizer(
     *,
     learning_rate: jax.Array | None = None,
     seed: int = 0,
-) -> LoRAPlusTransform:
+) -> optax.GradientTransformationExtraArgs:
     """Makes the optimizer with a rate schedule per parameter group.
 
     `learning_rate` replaces that of the settings; it and `lr_ratio` may be traced arrays. `seed`
@@ -67,7 +68,7 @@ def make_optimizer(
     )
     if settings.target_rank is None:
         return tx
-    transform = adalora(
+    return adalora(
         tx,
         optax.adam(rate, settings.b1, settings.b2, settings.eps),
         steps=steps,
@@ -78,9 +79,6 @@ def make_optimizer(
         seed=seed,
         specs=specs,
     )
-    # adalora accepts any optax transform; around this kind it returns one that knows labels and rates.
-    assert isinstance(transform, LoRAPlusTransform)
-    return transform
 
 
 def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Array) -> optax.Schedule:
@@ -95,9 +93,9 @@ def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Arra
     )
 
 
-def check_rates(settings: OptimizerSettings, tx: LoRAPlusTransform, trainable: Any) -> None:
+def check_rates(settings: OptimizerSettings, trainable: Any) -> None:
     """Raises ValueError if a learning rate is set for a parameter group that is empty."""
-    roles = set(jax.tree.leaves(tx.labels(trainable)))
+    roles = set(jax.tree.leaves(label_params(trainable, policy=settings.policy)))
     for name, (role, group) in GROUP_RATES.items():
         if (rate := getattr(settings, name)) is not None and role not in roles:
             raise ValueError(f"optimizer.{name} is {rate:g}, but the model trains no {group}; remove it")

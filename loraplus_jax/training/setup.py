@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from .._utils.allocator import keep_memory
@@ -23,7 +24,6 @@ from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.attention import KERNEL_PLATFORMS
 from ..models.checkpoints.hf import check_params, load_params, rows_digest, values_digest
 from ..models.checkpoints.quantized import pack_shapes
-from ..optim.lora_plus import LoRAPlusTransform
 from ..settings.schema import MAX_STEPS, Settings, split_settings
 from ..step.checkpoint import describe_run, leaf_dtypes_and_shapes
 from ..step.fingerprints import fingerprint
@@ -106,7 +106,7 @@ class Run(NamedTuple):
     parts: AdaptedModel
     steps: int
     batches: BatchPlan
-    tx: LoRAPlusTransform
+    tx: optax.GradientTransformationExtraArgs
     mesh: Mesh
     shardings: Shardings
     programs: Programs
@@ -206,13 +206,13 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
 
 def abstract_run(
     settings: Settings, directory: Path, data: TaskData, mesh: Mesh
-) -> tuple[int, BatchPlan, AdaptedModel, LoRAPlusTransform]:
+) -> tuple[int, BatchPlan, AdaptedModel, optax.GradientTransformationExtraArgs]:
     """Number of steps, shapes of batches, model of shapes, and optimizer, which must fit together."""
     steps = count_steps(settings, row_count(data.splits["train"]))
     shapes = build_model(settings, directory, data.task, settings.applied)
     check_tensor(mesh, shapes.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, settings.lr_ratio, steps, shapes.specs, seed=settings.seed)
-    check_rates(settings.optimizer, tx, shapes.trainable)
+    check_rates(settings.optimizer, shapes.trainable)
     if settings.optimizer.target_rank is not None:
         try:
             # AdaLoRA checks ranks and steps when it makes its state; of shapes that costs nothing.
@@ -345,7 +345,7 @@ def start_magnitudes(parts: AdaptedModel) -> AdaptedModel:
     return parts._replace(trainable={**parts.trainable, "lora": lora})
 
 
-def state_shardings(parts: AdaptedModel, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:
+def state_shardings(parts: AdaptedModel, tx: optax.GradientTransformationExtraArgs, mesh: Mesh) -> Shardings:
     """The shardings of the state and the frozen variables on a mesh."""
     return make_shardings(
         mesh, state_shapes(parts, tx), parts.frozen, specs=parts.specs, rules=parts.base.rules
@@ -357,7 +357,7 @@ def compile_programs(
     data: TaskData,
     batches: BatchPlan,
     parts: AdaptedModel,
-    tx: LoRAPlusTransform,
+    tx: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     shardings: Shardings,
 ) -> Programs:
@@ -391,7 +391,7 @@ def trace_step(
     data: TaskData,
     batches: BatchPlan,
     parts: AdaptedModel,
-    tx: LoRAPlusTransform,
+    tx: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     shardings: Shardings,
     batch: Shapes | None = None,
@@ -416,7 +416,7 @@ def theory_rows(batches: BatchPlan, mesh: Mesh) -> Shapes:
     return {name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in batch.items()}
 
 
-def state_shapes(parts: AdaptedModel, tx: LoRAPlusTransform) -> TrainState:
+def state_shapes(parts: AdaptedModel, tx: optax.GradientTransformationExtraArgs) -> TrainState:
     """The shapes of the training state."""
 
     def init() -> TrainState:

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax import make_mesh, save_adapter
-from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax import describe, make_mesh, save_adapter
 from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.data.fetch import resolve
 from loraplus_jax.plan.programs import _adapter_shapes
@@ -40,7 +39,6 @@ pytestmark = pytest.mark.slow
 
 QUIET = LineConsole(quiet=True)
 ONES = jnp.ones((1, 3))
-SPEC = AdapterSpec(leaf="params/query/kernel", kind="dense", axes="io", shape=(3, 3), rank=2, scale=8.0)
 
 
 class Found(Exception):
@@ -121,16 +119,17 @@ def length(settings):
 
 def updates(settings):
     """What the optimizer makes of given gradients at the first steps, and its rates at the last."""
-    tx = setup.make_optimizer(settings.optimizer, settings.lr_ratio, length(settings), {"query": SPEC})
+    tx = setup.make_optimizer(settings.optimizer, settings.lr_ratio, length(settings), None)
     params = {
         "lora": {"query": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3)), "lora_magnitude": ONES}},
+        "table": {"lora_embedding_a": jnp.ones((3, 2)), "lora_embedding_b": jnp.ones((2, 3))},
         "params": {"head": {"bias": jnp.ones(2)}},
     }
     state, found = tx.init(params), []
     for size in (1e-3, 2.0, 0.5):
         update, state = tx.update(jax.tree.map(lambda x: jnp.full_like(x, size), params), state, params)  # noqa: B023
         found.append(hashed(update))
-    return found, {role: float(rate) for role, (rate, _) in tx.rates(length(settings) - 1).items()}
+    return found, {row.role: row.rate for row in describe(params, tx, step=length(settings) - 1).rows}
 
 
 PREPARED = {}

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from loraplus_jax import describe
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.optim.lora_muon import lora_muon
 from loraplus_jax.optim.lora_plus import lora_plus_adamw
@@ -76,7 +77,8 @@ def test_an_optimizer_is_clipping_and_then_what_its_settings_name(fields, lr_rat
         expected, wanted_state = theirs(grads, wanted_state, params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), update, expected)
         params = optax.apply_updates(params, update)
-    assert tx.rates(0)["a"] == (pytest.approx(1e-2), 0.1)
+    row, *_ = describe(PARAMS, tx).rows
+    assert (row.role, row.rate, row.decay) == ("a", pytest.approx(1e-2), pytest.approx(0.1))
     warm = make_optimizer(OptimizerSettings(**fields, warmup_steps=2), lr_ratio, 10, SPECS)
     update = jax.jit(lambda grads: warm.update(grads, warm.init(PARAMS), PARAMS)[0])(grads)
     assert not any(np.any(x) for x in jax.tree.leaves(update))
@@ -108,6 +110,7 @@ def test_every_seed_draws_other_values_for_adalora():
 
 def test_the_embedding_rate_of_peft_follows_the_schedule():
     fields = {"policy": "peft", "schedule": "linear", "warmup_steps": 2}
-    tx = make_optimizer(OptimizerSettings(**fields), 4.0, 12, SPECS)
-    found = [float(tx.rates(step)["embedding"][0]) for step in (0, 1, 2, 7)]
+    tx = make_optimizer(OptimizerSettings(**fields), 4.0, 12, None)
+    params = {"lora": {"t": {"lora_embedding_a": jnp.ones((3, 2)), "lora_embedding_b": jnp.ones((2, 3))}}}
+    found = [describe(params, tx, step=step).rows[0].rate for step in (0, 1, 2, 7)]
     assert found == pytest.approx([0, 5e-7, 1e-6, 5e-7], rel=1e-5)
