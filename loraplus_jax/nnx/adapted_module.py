@@ -154,14 +154,9 @@ def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
     """
     methods = {name: _adapted_method(base, method) for name, method in _public_methods(base)}
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        # pickle looks a class up by its name, which finds the base.
-        _, _, *rest = nnx.Module.__reduce_ex__(self, protocol)
-        return (_new, (base,), *rest)
-
-    # The name by which users know the class, and by which pickle looks it up.
+    # The name by which users know the class.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), names | methods | {"__reduce_ex__": reduce})
+    return type(base.__name__, (base,), names | methods)
 
 
 def _public_methods(base: type[nnx.Module]) -> Iterator[tuple[str, Any]]:
@@ -177,10 +172,6 @@ def _public_methods(base: type[nnx.Module]) -> Iterator[tuple[str, Any]]:
 def set_class(module: nnx.Module, new: type[nnx.Module]) -> None:
     """Changes a module's class."""
     object.__setattr__(module, "__class__", new)  # Flax would record it among the module's attributes
-
-
-def _new(base: type[nnx.Module]) -> nnx.Module:
-    return object.__new__(adapted_class(base))
 
 
 def _adapted_method(base: type[nnx.Module], method: Callable[..., Any]) -> Callable[..., Any]:

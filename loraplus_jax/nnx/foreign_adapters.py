@@ -35,7 +35,7 @@ class ForeignAdapters(NamedTuple):
 
 
 def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None) -> ForeignAdapters:
-    """Reads the adapters of qwix (so of tunix), `nnx.LoRA`, `nnx.LoRALinear`, gemma, keras or lorax.
+    """Reads the adapters of qwix (so of tunix), `nnx.LoRA`, `nnx.LoRALinear`, gemma or keras.
 
     With the result `save_peft` writes a PEFT directory from their runs, `merge` merges them, and `describe` shows
     them. Factors that the library flattens, such as (in, heads · size), get the axes of their weight.

@@ -11,7 +11,6 @@ from .lora_rite import lora_rite, scale_by_lora_rite
 from .riemannian import scale_by_riemannian
 from .roles import label_params
 from .schedules import make_schedule
-from .starting_rate import suggest_learning_rate
 from .trained_ranks import final_ranks, prune
 
 __all__ = [
@@ -31,5 +30,4 @@ __all__ = [
     "scale_by_lora_muon",
     "scale_by_lora_rite",
     "scale_by_riemannian",
-    "suggest_learning_rate",
 ]

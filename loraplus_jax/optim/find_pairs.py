@@ -24,8 +24,7 @@ factor, may follow."""
 
 _SIDES: Mapping[str, Side] = {"a": "a", "A": "a", "down": "a", "b": "b", "B": "b", "up": "b"}
 _KNOWN_NAMES = (
-    "lora_a and lora_b, kernel_lora_a, lora_kernel_a, lora/a, lora_A and lora_B (PEFT), lora_down and "
-    "lora_up, or a and b next to their weight w"
+    "lora_a and lora_b, kernel_lora_a, lora_kernel_a, lora/a, lora_A and lora_B (PEFT), lora_down and lora_up"
 )
 _LOOKS_LIKE_LORA = re.compile(r"(?<![A-Za-z])(?i:lora)(?![a-z])|(?<=[a-z])Lo[rR][aA](?![a-z])")
 _NOT_FACTOR = re.compile(r"(?:^|/)lora_scale(?:/|$)|magnitude")
@@ -64,7 +63,7 @@ def is_magnitude(path: str) -> bool:
 def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[str, Pair]:
     """Finds the pairs of factors in a tree, passed as path to leaf.
 
-    A name or else the weight `w` next to the factors determines the side. Raises ValueError as `label_params`.
+    The name of a factor determines its side. Raises ValueError as `label_params`.
 
     Returns:
       The `Pair` of each module, by the module's path in the tree, such as `"lora/query"`; empty if there is none.
@@ -84,9 +83,7 @@ def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[
     ours = any(pair.a.startswith("lora/") for pair in pairs.values())
     # Outside our own collection there are fully trained weights, which may have any name.
     leaves = {path: leaf for path, leaf in leaves.items() if not ours or path.startswith("lora/")}
-    pairs |= _pairs_by_weight(
-        {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[0] not in pairs}
-    )
+    _check_unnamed({path: leaf for path, leaf in leaves.items() if path.rpartition("/")[0] not in pairs})
     _check_names(leaves, pairs, ours)
     return pairs
 
@@ -108,40 +105,19 @@ def _pairs_by_name(leaves: Iterable[str]) -> dict[str, dict[Side, str]]:
     return pairs
 
 
-def _pairs_by_weight(leaves: Mapping[str, Any]) -> dict[str, Pair]:
-    """Pairs of leaves `a` and `b` (or `A` and `B`), for which the weight `w` next to them determines the sides.
-
-    Without it they may be any two arrays; an error only if they share a rank below both sizes.
-    """
-    pairs = {}
+def _check_unnamed(leaves: Mapping[str, Any]) -> None:
+    """Rejects factors called `a` and `b`, or `A` and `B`, as lorax's, whose names say no side."""
     for path in leaves:
         module, _, name = path.rpartition("/")
-        other, weight = (f"{module}/{leaf}".removeprefix("/") for leaf in ("b" if name == "a" else "B", "w"))
-        if name not in ("a", "A") or other not in leaves:
-            continue
-        shapes: list[tuple[int, ...]] = [getattr(leaves.get(p), "shape", ()) for p in (path, other, weight)]
-        a, b, w = map(tuple, shapes)
-        fitting = [
-            pair
-            for first, second, pair in ((a, b, Pair(path, other)), (b, a, Pair(other, path)))
-            if min(len(first), len(second)) >= 2 and first[-1] == second[-2]
-            if (first[-2], second[-1]) == w[-2:]
-            or (weight not in leaves and first[-1] < min(first[-2], second[-1]))
-        ]
-        if weight not in leaves and fitting:
-            raise ValueError(
-                f"{module or 'the tree'}: a {a} and b {b} may be LoRA factors, but without their weight w the "
-                f"input side is ambiguous; supported names: {_KNOWN_NAMES}"
-            )
-        if weight in leaves and len(fitting) != 1:
-            raise ValueError(
-                f"{module}: the input side of a {a} and b {b} with w {w} is ambiguous, "
-                f"{'both orders fit' if fitting else 'neither order fits'}; use names such as lora_a (input side) "
-                "and lora_b"
-            )
-        if fitting:
-            pairs[module] = fitting[0]
-    return pairs
+        other = f"{module}/{chr(ord(name) + 1)}".lstrip("/") if name in ("a", "A") else ""
+        shapes = [tuple(getattr(leaves.get(p), "shape", ())) for p in (path, other)]
+        for first, second in (shapes, shapes[::-1]):
+            # With a rank below both sizes; otherwise they may be any two arrays.
+            if min(map(len, shapes)) > 1 and second[-2] == first[-1] < min(first[-2], second[-1]):
+                raise ValueError(
+                    f"{module or 'the tree'}: {path} {shapes[0]} and {other} {shapes[1]} may be LoRA factors, "
+                    f"but their names do not say which is the input side; supported names: {_KNOWN_NAMES}"
+                )
 
 
 def _check_kernel(module: str, leaves: Mapping[str, Any], pair: Pair) -> None:

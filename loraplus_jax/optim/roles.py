@@ -26,8 +26,7 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
     depend on paths and shapes, never on values, so it also labels trees of updates.
 
     It also labels adapter trees of other libraries by side: `flax.nnx.LoRA` (`lora_a`), qwix (`kernel_lora_a`),
-    gemma (`lora/a`), keras (`lora_kernel_a`), PEFT (`lora_A`, in any layout), kohya (`lora_down`), and lorax, where
-    `b` is the factor on the input side.
+    gemma (`lora/a`), keras (`lora_kernel_a`), PEFT (`lora_A`, in any layout) and kohya (`lora_down`).
 
     Args:
       tree: trainable variables, `{"lora": ..., "params": ...}`, or only the tree of adapters.

@@ -1,7 +1,6 @@
 """Calls of an adapted module: state, caches, gradients, jit and copies, as in the plain module."""
 
 import copy
-import pickle
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,6 @@ def test_copies_and_instances_share_a_trace():
     copies = (
         nnx.clone(model),
         copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
         nnx.merge(*nnx.split(model)),
     )
     y = run(model, X)

@@ -124,7 +124,6 @@ FORMS = {
     "qwix": {"kernel": W, "kernel_lora_a": A, "kernel_lora_b": B},
     "gemma": {"kernel": W, "lora": {"a": A, "b": B}},
     "keras": {"kernel": W, "lora_kernel_a": A, "lora_kernel_b": B},
-    "lorax": {"w": W, "b": A, "a": B},
 }
 
 
@@ -132,7 +131,7 @@ FORMS = {
 def test_roles_go_by_side(form):
     lora, specs, _ = specs_of({"net": {"fc": FORMS[form]}}, scale=1.0)
     (path,) = specs
-    assert path == ("net/fc/w" if form == "lorax" else "net/fc")
+    assert path == "net/fc"
     leaves = jax.tree.leaves(lora)
     np.testing.assert_array_equal(leaves[0], A)
     np.testing.assert_array_equal(leaves[1], B)
