@@ -258,24 +258,15 @@ def _eval(directory: Path, tasks: str | None = None, **options: Any) -> str:
 
 
 @_on_devices
-def _predict(
-    directory: Path, glue: Path | None = None, output: Path | None = None, **options: Any
-) -> str | None:
-    from ..inference.predict import predict_run, write_submissions
+def _predict(directory: Path, output: Path | None = None, **options: Any) -> str | None:
+    from ..inference.predict import predict_run
 
-    if sum(map(bool, (options.get("texts"), options.get("data"), glue))) != 1:
-        raise ValueError("predict requires exactly one of --text, --data or --glue")
+    if ("texts" in options) == ("data" in options):
+        raise ValueError("predict requires exactly one of --text and --data")
     if "use" in options and "adapters" not in options:
         raise ValueError("predict --use requires --adapter NAME=DIR")
-    if glue is None:
-        format_row = partial(to_json, ensure_ascii=False)
-        predict = load("inference.several_adapters:predict_several") if "adapters" in options else predict_run
-        return _write(lambda: predict(directory, **options), output, format_row)
-    if "adapters" in options:
-        raise ValueError("predict --glue does not combine with --adapter")
-    if output is not None:
-        raise ValueError("predict --glue DIR names its files itself; remove --output")
-    return "\n".join(map(str, write_submissions(directory, glue, **options)))
+    predict = load("inference.several_adapters:predict_several") if "adapters" in options else predict_run
+    return _write(lambda: predict(directory, **options), output, partial(to_json, ensure_ascii=False))
 
 
 @_on_devices
@@ -402,11 +393,6 @@ PREDICT = {
     "directory": RUN,
     "--text": value("text to predict for; repeatable", action="append", dest="texts"),
     "--data": value("file of texts, instead of --text", metavar="FILE"),
-    "--glue": value(
-        "write the predictions for the test split of the run's GLUE task to DIR, as GLUE's server takes them",
-        path,
-        metavar="DIR",
-    ),
     **SEVERAL,
     **OUTPUT,
     **ADAPTER,

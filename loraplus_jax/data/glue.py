@@ -1,4 +1,4 @@
-"""GLUE by name: the files, columns, labels and metrics of its tasks, and its submission files.
+"""GLUE by name: the files, columns, labels and metrics of its tasks.
 
 Source: Wang et al., GLUE, arXiv 1804.07461. The test splits of GLUE have no labels, so the dev split serves as the
 test split, and a part of train as the validation split.
@@ -49,19 +49,11 @@ class GlueTask:
     header: tuple[str, ...] = ()
     dev: str = "dev"
     unmatched: bool = False
-    span: tuple[float, float] = (0.0, 5.0)
 
     @property
     def kind(self) -> Literal["classification", "regression"]:
         """The task's name in the settings."""
         return "classification" if self.names else "regression"
-
-    @property
-    def submissions(self) -> dict[str, str]:
-        """The files to submit, with the test split that each has predictions for."""
-        if self.unmatched:
-            return {f"{self.folder}-m.tsv": "test_matched", f"{self.folder}-mm.tsv": "test_mismatched"}
-        return {f"{self.folder}.tsv": "test"}
 
 
 ONE, QUESTIONS, QUESTION = ("sentence",), ("question1", "question2"), ("question", "sentence")
@@ -209,14 +201,3 @@ def _read(
     # GLUE's own files do not quote.
     quoting = "none" if path.suffix.lower() == ".tsv" else "minimal"
     return read_rows(path, columns, quoting=quoting, **options)
-
-
-def submission(task: GlueTask, predictions: list[Any]) -> str:
-    """Returns a file for GLUE's server: `index`, `prediction`, tab-separated, in the order of the test split.
-
-    >>> submission(GLUE["stsb"], [5.25, 1 / 3]).splitlines()
-    ['index\\tprediction', '0\\t5.000', '1\\t0.333']
-    """
-    low, high = task.span
-    shown = predictions if task.names else [f"{min(max(x, low), high):.3f}" for x in predictions]
-    return "".join(f"{a}\t{b}\n" for a, b in [("index", "prediction"), *enumerate(shown)])

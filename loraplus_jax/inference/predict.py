@@ -19,7 +19,6 @@ from ..adapter.adapter_stack import AdapterStack, apply_rows, select_adapters
 from ..adapter.tree import combine, flatten, unflatten
 from ..data.batches import eval_batches, even_batch_size, round_up
 from ..data.fetch import resolve
-from ..data.glue import find_file, find_task, submission
 from ..data.text_rows import TextRows, text_lengths
 from ..data.tokenize import encode_texts
 from ..interop.adapter_directory import read_tensors
@@ -347,37 +346,6 @@ def texts_to_predict(texts: Sequence[str], data: str | None, settings: Settings)
     if any(not text.strip() for text in texts):
         raise ValueError("every text to predict for must have content, got an empty text")
     return [(text,) for text in texts]
-
-
-def write_submissions(
-    directory: Path,
-    to: Path,
-    *,
-    config: str | None = None,
-    allow_different: Sequence[str] = (),
-    mesh: MeshSizes = None,
-) -> list[Path]:
-    """Writes the predictions of a run for the test split of its GLUE task, as GLUE's server takes them.
-
-    Returns the new files in `to`, such as CoLA.tsv; MNLI has two.
-    """
-    tuned = load_tuned(directory, config, allow_different, mesh)
-    data = tuned.settings.data
-    with raise_together():
-        if (task := find_task(data)) is None:
-            raise ValueError(
-                f"--glue requires a run with data.path glue/TASK, such as glue/sst2; {directory} has "
-                f"{', '.join(data.sources)}"
-            )
-        sources = {to / name: find_file(data, split) for name, split in task.submissions.items()}
-        texts = {file: read_texts(source, data) for file, source in sources.items()}
-        to.mkdir(parents=True, exist_ok=True)
-        for file in sources if is_lead() else ():
-            check_new_file("--glue", file)
-    for file in sources:
-        rows = tuned.task.predictions(compute_outputs(tuned, texts[file]))
-        write_once(file, submission(task, [row["prediction"] for row in rows]))
-    return list(sources)
 
 
 def check_output(path: Path) -> None:

@@ -11,7 +11,7 @@ from loraplus_jax.inference.convert import LIBRARIES, convert
 from loraplus_jax.inference.eval_tasks import evaluate_tasks
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.inference.generate import generate_answers
-from loraplus_jax.inference.predict import evaluate_run, predict_run, write_submissions
+from loraplus_jax.inference.predict import evaluate_run, predict_run
 from loraplus_jax.inference.several_adapters import predict_several
 from loraplus_jax.interop import combine_adapters
 from loraplus_jax.settings.recipes import RECIPES
@@ -25,7 +25,7 @@ TARGETS = {
     "sweep": [sweep_or_compare],
     "plan": [],
     "eval": [evaluate_run, evaluate_tasks],
-    "predict": [predict_run, predict_several, write_submissions],
+    "predict": [predict_run, predict_several],
     "generate": [generate_answers],
     "export": [export_run],
     "combine": [combine_runs, combine_adapters],

@@ -10,7 +10,6 @@ from loraplus_jax.data.glue import (
     load_glue,
     read_glue,
     read_glue_texts,
-    submission,
 )
 from loraplus_jax.settings.schema import DataSettings
 
@@ -231,15 +230,3 @@ def test_csv_files_quote(tmp_path):
     path.write_text('sentence,label\n"A great, ""long"" film.",1\n')
     assert read_glue(path, GLUE["sst2"])[0][0].prompt == 'A great, "long" film.'
     assert read_glue_texts(path, GLUE["sst2"]) == [('A great, "long" film.',)]
-
-
-def test_submission_files():
-    assert submission(GLUE["rte"], ["entailment", "not_entailment"]) == (
-        "index\tprediction\n0\tentailment\n1\tnot_entailment\n"
-    )
-    assert submission(GLUE["stsb"], [-0.2, 2.5, 7.0]) == "index\tprediction\n0\t0.000\n1\t2.500\n2\t5.000\n"
-    files = [name for task in GLUE.values() for name in task.submissions]
-    assert sorted(set(files)) == sorted(
-        f"{name}.tsv"
-        for name in ("CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI-m", "MNLI-mm", "QNLI", "RTE", "WNLI")
-    )

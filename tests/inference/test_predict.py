@@ -15,7 +15,6 @@ from loraplus_jax.inference.predict import (
     predict_run,
     settings_and_task,
     write_predictions,
-    write_submissions,
 )
 
 from ..messages import mentions
@@ -75,7 +74,6 @@ test_invalid_arguments_and_notes = pytest.mark.slow(
         (lambda untrained: evaluate_run(untrained.out, output=Path("a.jsonl")), "--output", "generation"),
         (lambda untrained: predict_run(untrained.out), "--text", "--data"),
         (lambda untrained: predict_run(untrained.out, texts=["a", " "]), "empty"),
-        (lambda untrained: write_submissions(untrained.out, to=Path("glue")), "--glue", "glue/TASK"),
         (damaged(task={"kind": "classification"}), DAMAGED, "names"),
         (damaged(task={"kind": "classification", "names": [1, 2]}), DAMAGED, "task.names", "[1, 2]"),
         (damaged(task={"kind": "instruction", "nosuch": 1}), DAMAGED, "nosuch"),

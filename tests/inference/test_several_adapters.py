@@ -168,7 +168,6 @@ def test_what_is_wrong_with_names_and_bases_is_one_message(talks, worlds, tmp_pa
         (("generate", model, *a, *ask, "--dtype", "bfloat16"), ("--dtype",)),
         (("generate", model, *a, *ask, "--config", talks["two"].config), ("--config", "--adapter")),
         (("predict", model, "--text", "x", "--use", "a"), ("--use", "--adapter")),
-        (("predict", out, *named(worlds), "--glue", tmp_path / "glue"), ("--glue", "--adapter")),
         (("predict", bert, *named(worlds), "--data", wrong, "--use", "a"), ("--use", "--text")),
         (("generate", model, *a, "--data", wrong), (f"{wrong}:1", "'to'", "two, third, base")),
         (("generate", model, *a, "--adapter", f"bert={worlds['a'].out}", *ask), ("classification",)),

@@ -211,8 +211,7 @@ other.csv:2 maybe | eval {out} --data {dir}/other.csv | maybe
 data texts.csv | eval {out} | no data
 adapter "loraplus train" | eval {out} | no settings
 adapter adapter.json | eval {out} | no notes
---glue --text | predict {out} --glue {dir}/x --text a |
-"--text, --data or --glue" | predict {out} |
+"--text and --data" | predict {out} |
 texts.tsv:1 text | predict {out} --data {dir}/texts.tsv | no texts
 old.jsonl | predict {out} --text a --output {dir}/old.jsonl | old
 .jsonl new.csv | predict {out} --text a --output {dir}/new.csv |
