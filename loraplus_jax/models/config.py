@@ -50,6 +50,9 @@ class Kind:
       gguf: the architecture in GGUF files; None if llama.cpp has none that is supported here.
       gguf_names: Hugging Face's name of each tensor in a GGUF file, of those in a layer without prefix and number.
       layers: what precedes the number of a layer in Hugging Face's names.
+      interleaved: whether a GGUF file interleaves the two halves of each head of queries and keys.
+      transposed: tensors of a layer whose matrices a GGUF file has transposed.
+      norm_offset: what is added to the scales of norms, which a GGUF file contains.
     """
 
     architecture: str
@@ -57,6 +60,9 @@ class Kind:
     gguf: str | None = None
     gguf_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layers: str = "model.layers"
+    interleaved: bool = False
+    transposed: tuple[str, ...] = ()
+    norm_offset: float = 0.0
 
 
 class ModelConfig:

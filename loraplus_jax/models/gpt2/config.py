@@ -46,6 +46,8 @@ KINDS = {
             "ffn_down": "mlp.c_proj",
         },
         layers="transformer.h",
+        # The weights of Conv1D, which Hugging Face has as (in, out).
+        transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
     )
 }
 

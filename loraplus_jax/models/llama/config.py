@@ -58,7 +58,6 @@ class LlamaKind(Kind):
 
     Attributes:
       norms: see `Norms`.
-      norm_offset: what is added to the scales of RMSNorm.
       qk_norm: what RMSNorm takes of queries and keys: each `"head"` or `"all"` heads at once; None without it.
       qkv_bias: whether queries, keys and values have biases; None if `attention_bias` says so.
       scaled_embedding: whether the embedding is multiplied by the square root of the hidden size.
@@ -68,11 +67,9 @@ class LlamaKind(Kind):
       activation: the config's name of the activation function.
       defaults: options that a file may leave out, as transformers' config class has them.
       gguf_options: the key in a GGUF file of options that only some types have.
-      interleaved: whether a GGUF file interleaves the two halves of each head of queries and keys.
     """
 
     norms: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
-    norm_offset: float = 0.0
     qk_norm: Literal["head", "all"] | None = None
     qkv_bias: bool | None = None
     scaled_embedding: bool = False
@@ -81,7 +78,6 @@ class LlamaKind(Kind):
     activation: str = "hidden_act"
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gguf_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    interleaved: bool = False
 
     def __post_init__(self) -> None:
         norms = {ours: name for ours, name in zip(_GGUF_NORMS, self.norms, strict=True) if name}

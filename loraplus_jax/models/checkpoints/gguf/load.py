@@ -40,8 +40,6 @@ ARCHITECTURE_OF = {name: kind.gguf for name, kind in KINDS.items() if kind.gguf}
 
 # Layers of the 27B models, the only ones whose scores llama.cpp does not divide by the root of a head's size.
 _GEMMA_27B = {"gemma2": 46, "gemma3": 62}
-# Weights that llama.cpp's converter transposes, because Hugging Face has them as (in, out).
-_CONV1D = re.compile(r"blk\.\d+\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight")
 _EMBEDDING, _HEAD, ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
 # Hugging Face's name of each size, and its GGUF key without the architecture's prefix.
 _SIZES = {
@@ -308,8 +306,8 @@ class GgufWeights:
                 raise ValueError(f"{file.path} has two tensors for {ours:.80}")
             if name != ROPE:
                 heads = interleaved_heads(name, file.architecture, sizes)
-                transposed = file.architecture == "gpt2" and _CONV1D.fullmatch(name) is not None
-                offset = getattr(kind, "norm_offset", 0.0) if len(tensor.shape) == 1 else 0.0
+                transposed = name.removesuffix(".weight").rpartition(".")[2] in kind.transposed
+                offset = kind.norm_offset if len(tensor.shape) == 1 else 0.0
                 self._views[ours] = View(file, tensor, heads, transposed, offset)
 
     def keys(self) -> list[str]:
@@ -327,7 +325,7 @@ def interleaved_heads(name: str, architecture: str, config: Mapping[str, Any]) -
     `config` has the sizes that `config` returns.
     """
     attention = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
-    if attention is None or not getattr(_kind(architecture), "interleaved", False):
+    if attention is None or not _kind(architecture).interleaved:
         return 0
     return config["num_attention_heads" if attention[1] == "q" else "num_key_value_heads"]
 
