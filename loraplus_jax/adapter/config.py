@@ -205,10 +205,7 @@ class LoRAPlusConfig:
 
 
 def pattern_of(patterns: Mapping[str, Any], path: str) -> str | None:
-    """Finds the first pattern that matches the end of a path, whole segments only, as in PEFT.
-
-    Returns:
-      The key of `patterns`, or None if no pattern matches.
+    """The first pattern that matches the end of a path, whole segments only, as in PEFT; None if none does.
 
     >>> pattern_of({"query": 4, "layers_1/.*": 2}, "layers_1/query"), pattern_of({"query": 4}, "my_query")
     ('query', None)
@@ -217,11 +214,7 @@ def pattern_of(patterns: Mapping[str, Any], path: str) -> str | None:
 
 
 def matches(rule: str | Sequence[str], path: str) -> bool:
-    """Matches a rule of `LoRAPlusConfig` with a module path, with segments joined by "/".
-
-    Returns:
-      Whether the whole path matches a string as a regular expression, or ends in one of the names, whole segments
-      only.
+    """Whether a rule matches a module path: a regular expression all of it, one of several names its end.
 
     >>> matches(("query",), "layers/attention/query"), matches(("query",), "layers/my_query")
     (True, False)

@@ -18,12 +18,9 @@ from .tree import flatten, replace_leaves, weight_of, with_collection
 
 
 def output_norms(weight: Any, letters: str, factor_letters: tuple[str, str]) -> jax.Array:
-    """Computes the norms of the weights of the outputs, over the input axes.
+    """The norms of the outputs' weights, over the input axes: float32 or wider, in B's axes with 1 for the rank.
 
     `weight` is an array or `PackedArray`; the letters are those of its `AdapterSpec`.
-
-    Returns:
-      float32 or wider, in B's axes with 1 for the rank.
     """
     return jnp.sqrt(_output_squares(_wide(weight), letters, factor_letters[1]))
 

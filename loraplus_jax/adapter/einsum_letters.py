@@ -6,11 +6,7 @@ LETTERS = "abcdefghijklmnopqstuvwxyz"  # without r, which stands for the rank
 
 
 def factor_letters(axes: str, stacked: tuple[int, ...] = ()) -> tuple[str, str]:
-    """Chooses the einsum letters of A and B from the roles of the weight's axes, as in `AdapterSpec`.
-
-    Returns:
-      The letters of A (batch and input axes) and of B (batch and output axes), with `r` for the rank and capitals
-      for stacked axes.
+    """The einsum letters of A and B for a weight's `axes` and `stacked` in `AdapterSpec`; `r` is the rank.
 
     >>> factor_letters("io"), factor_letters("eio"), factor_letters("io", stacked=(1,))
     (('ar', 'rb'), ('abr', 'arc'), ('aAr', 'rAb'))
@@ -61,20 +57,12 @@ def split_equation(equation: str) -> tuple[str, tuple[str, str]]:
 
 
 def layer_axis(letters: str, stacked: tuple[int, ...]) -> int:
-    """Finds the outermost stacked axis among einsum letters.
-
-    Returns:
-      Its index in `letters`.
-    """
+    """The index of the outermost stacked axis among einsum letters."""
     return letters.index(chr(ord("A") + len(stacked) - 1))
 
 
 def with_stacked(letters: str, stacked: tuple[int, ...]) -> str:
-    """Inserts a capital for each axis stacked by `nn.scan` or `nn.vmap`, innermost first.
-
-    Returns:
-      The letters with `A`, `B`, ... at the axes in `stacked`.
-    """
+    """The letters with a capital inserted for each axis that `nn.scan` or `nn.vmap` stacked, innermost first."""
     result = list(letters)
     for n, axis in enumerate(stacked):
         result.insert(axis if axis >= 0 else len(result) + 1 + axis, chr(ord("A") + n))

@@ -49,11 +49,7 @@ def low_rank_output(
 
 
 def is_explicit(*arrays: Any) -> bool:
-    """Detects arrays that are sharded over a mesh with explicit axis types, where a product must tell its sharding.
-
-    Returns:
-      Whether one of the arrays, or of the leaves of trees, has an axis split over such a mesh.
-    """
+    """Whether an array, or a leaf of a tree, has an axis split over a mesh with explicit axis types."""
     return any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(arrays))
 
 

@@ -48,11 +48,7 @@ def merge(
 
 
 def check_dequantize(weight: Any, path: str, *, allowed: bool) -> jax.Array:
-    """Dequantizes a packed weight for a merge; raises ValueError unless that is `allowed`.
-
-    Returns:
-      The weight's values, an array of its shape and dtype.
-    """
+    """The values of a packed weight, for a merge; raises ValueError unless that is `allowed`."""
     if not allowed:
         raise ValueError(
             f"{path} is packed in {weight.kind}: merge into the original weights, or into the quantized ones with "

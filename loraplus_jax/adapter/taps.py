@@ -61,11 +61,7 @@ def update_squares(
 # over layers, shared weights, rematerialization. Flax's sow needs a mutable collection in all of them.
 @jax.custom_vjp
 def inject_gradient(y: jax.Array, tap: jax.Array, value: jax.Array) -> jax.Array:
-    """Makes `value`, which has the shape of `tap`, the gradient of `tap` in the backward pass of `y`.
-
-    Returns:
-      `y`, unchanged.
-    """
+    """`y`, with `value` as the gradient of `tap`, which has its shape, in the backward pass."""
     return y
 
 

@@ -14,11 +14,7 @@ from .spec import LAYER_KINDS, LEAVES, LINEAR_KINDS, AdapterSpec
 
 
 def config_of(specs: Mapping[str, AdapterSpec]) -> LoRAPlusConfig:
-    """Makes a config that gives these specs.
-
-    Returns:
-      A `LoRAPlusConfig` with the specs' paths, ranks, scales and variant; the most frequent ones are its defaults.
-    """
+    """A config that gives these specs; the most frequent rank, scale and variant are its defaults."""
 
     def rules(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         default, _ = Counter(values.values()).most_common(1)[0]
@@ -68,22 +64,14 @@ class TracedModule:
 # Every call of a layer in every trace asks, and the answer is the same each time.
 @functools.lru_cache(maxsize=4096)
 def is_target(config: LoRAPlusConfig, path: str) -> bool:
-    """Matches `target_modules` with a path; `"all-linear"` matches all paths outside `modules_to_save`.
-
-    Returns:
-      Whether a rule matches.
-    """
+    """Whether `target_modules` matches a path; `"all-linear"` matches all outside `modules_to_save`."""
     if config.target_modules == ALL_LINEAR:
         return saved_module_of(config, path) is None
     return matches(config.target_modules, path)
 
 
 def is_adapted(config: LoRAPlusConfig, path: str, kind: str) -> bool:
-    """Checks a layer that `target_modules` matches against `exclude_modules` and the kinds of `"all-linear"`.
-
-    Returns:
-      Whether to adapt the layer, regardless of `layers_to_transform`.
-    """
+    """Whether `exclude_modules` and the kinds of `"all-linear"` leave in a layer that `target_modules` matches."""
     if config.target_modules == ALL_LINEAR and kind not in LINEAR_KINDS:
         return False
     return not (config.exclude_modules and matches(config.exclude_modules, path))
@@ -113,22 +101,14 @@ def layer_index(path: str) -> int | None:
 
 
 def matching_rule(config: LoRAPlusConfig, path: str) -> str:
-    """Finds the rule of `target_modules` that matches a path, for messages.
-
-    Returns:
-      The first of the names that matches, or `target_modules` itself if it is a string.
-    """
+    """The rule of `target_modules` that matches a path, for messages."""
     if isinstance(config.target_modules, str):
         return config.target_modules
     return next(rule for rule in config.target_modules if matches((rule,), path))
 
 
 def parameter_rule(config: LoRAPlusConfig, path: str) -> str | None:
-    """Finds the rule of `target_parameters` that matches a parameter's path; raises ValueError if two match.
-
-    Returns:
-      The rule, a regular expression, or None if none matches.
-    """
+    """The rule of `target_parameters` that matches a parameter's path, or None; raises ValueError if two match."""
     rules: Any = config.target_parameters
     matching = [rule for rule in rules if re.fullmatch(rule, path)]
     if len(matching) > 1:
@@ -159,11 +139,7 @@ def parameter_spec(
 
 
 def saved_module_of(config: LoRAPlusConfig, path: str) -> str | None:
-    """Finds the name in `modules_to_save` that matches a module's path or a parent's.
-
-    Returns:
-      The name, or None if none matches.
-    """
+    """The name in `modules_to_save` that matches a module's path or a parent's, or None."""
     segments = path.split("/")
     above = ["/".join(segments[:n]) for n in range(1, len(segments) + 1)]
     return next((name for name in config.modules_to_save if any(matches((name,), p) for p in above)), None)

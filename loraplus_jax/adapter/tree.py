@@ -16,19 +16,12 @@ from .spec import AdapterSpec, Specs
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:
-    """Formats a key path of `jax.tree_util`.
-
-    Returns:
-      The segments of the path, joined by "/".
-    """
+    """The segments of a key path of `jax.tree_util`, joined by "/"."""
     return tree_util.keystr(path, simple=True, separator="/")
 
 
 def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """Lists the leaves of any tree by their paths; `is_leaf` as in `jax.tree.leaves`.
-
-    Returns:
-      A dict from "/"-joined path to leaf, in the tree's order.
+    """The leaves of any tree by their paths, in the tree's order; `is_leaf` as in `jax.tree.leaves`.
 
     >>> leaves_by_path({"params": {"head": {"bias": 1.0}}})
     {'params/head/bias': 1.0}
@@ -68,19 +61,12 @@ def _is_leaf(value: Any) -> bool:
 
 
 def join_path(path: tuple[Any, ...]) -> str:
-    """Joins the keys of nested dicts, which may be integers, with "/".
-
-    Returns:
-      The path as one string.
-    """
+    """The keys of nested dicts, which may be integers, joined by "/"."""
     return "/".join(map(str, path))
 
 
 def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies nested dicts, and any trees in them, replacing the leaves at some "/"-joined paths.
-
-    Returns:
-      Trees of the same types; paths in `leaves` that `tree` lacks are ignored.
+    """A copy of nested dicts, and any trees in them, with other leaves at some paths; those it lacks are ignored.
 
     >>> replace_leaves({"a": {"b": 1, "c/d": 2}}, {"a/c/d": 3})
     {'a': {'b': 1, 'c/d': 3}}
@@ -97,10 +83,7 @@ def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[s
 
 
 def replace_paths(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """Replaces the leaves at some paths of any tree, such as a module's state.
-
-    Returns:
-      A tree like `tree`; paths in `leaves` that it lacks are ignored.
+    """A tree like `tree`, such as a module's state, with other leaves at some paths; those it lacks are ignored.
 
     >>> replace_paths({"a": (1, 2)}, {"a/1": 3})
     {'a': (1, 3)}
@@ -168,11 +151,7 @@ def split_trainable(
 
 
 def with_collection(lora: Mapping[str, Any], specs: Specs) -> Mapping[str, Any]:
-    """Puts a bare tree of factors into the collection `"lora"`; variables with that collection pass unchanged.
-
-    Returns:
-      Variables with the factors in the collection `"lora"`; without specs, `lora` itself.
-    """
+    """Variables with a bare tree of factors in the collection `"lora"`, or `lora` itself if it has one."""
     # A module may be called "lora", so the key alone does not tell.
     flat = flatten(lora)
     is_bare = any(path in flat for module, spec in specs.items() for path in spec.factor_paths(module))
@@ -249,9 +228,5 @@ def _modules_above(path: str) -> list[str]:
 
 
 def rebox(box: Any, value: Any) -> Any:
-    """Puts a value into the metadata box of the old value, if it has one.
-
-    Returns:
-      A copy of `box` with `value`, or `value` itself if `box` is not a box.
-    """
+    """`value` in a copy of the metadata box of the old value, if it has one."""
     return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value

@@ -165,12 +165,9 @@ def _pair(
 def subtract_start(
     init: str, base: Mapping[str, Any], start: Mapping[str, Any], specs: Specs
 ) -> dict[str, Any]:
-    """Subtracts s A B from the adapted weights of a base, if the init does so.
+    """Variables with W - s A B for the adapted weights, in their dtype and sharding, if the init subtracts it.
 
     `start` and `specs` are the tree of factors and their table.
-
-    Returns:
-      Variables like `base`; only the adapted leaves are new, W - s A B in their dtype and sharding.
     """
     flat, factors, rest = flatten(base), factors_by_module("start", start, specs), {}
 

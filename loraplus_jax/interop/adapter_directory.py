@@ -223,21 +223,13 @@ def check_finite(where: Any, lora: Mapping[str, Any]) -> None:
 
 
 def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:
-    """Serializes named arrays in the format of safetensors.
-
-    Returns:
-      The content of a file, for `read_tensors`.
-    """
+    """The content of a safetensors file with these arrays, for `read_tensors`."""
     # Not save_file, which writes files that only their owner can read.
     return _safetensors("numpy").save({name: host_array(leaf) for name, leaf in tensors.items()})
 
 
 def host_array(leaf: Any) -> Any:
-    """Converts a leaf to a contiguous numpy array.
-
-    Returns:
-      An array of the leaf's dtype and shape.
-    """
+    """A leaf as a contiguous numpy array."""
     # safetensors writes the buffer as it is stored, so a transposed array would come back with its values mixed up.
     # ascontiguousarray would give a scalar an axis.
     return np.asarray(jax.device_get(leaf), order="C")

@@ -148,10 +148,7 @@ def combine_adapters(
 
 
 def largest_mask(rows: np.ndarray, density: float) -> np.ndarray:
-    """Marks the share `density` of entries that is largest, in each matrix (batch..., r, size).
-
-    Returns:
-      bool, in the shape of `rows`.
+    """Which entries are the share `density` that is largest in each matrix (batch..., r, size), bool.
 
     >>> largest_mask(np.array([[1.0, -3.0], [2.0, 0.0]]), 0.5).tolist()
     [[False, True], [True, False]]
@@ -164,11 +161,7 @@ def largest_mask(rows: np.ndarray, density: float) -> np.ndarray:
 
 
 def random_mask(shape: tuple[int, ...], density: float, seed: int, adapter: int, path: str) -> np.ndarray:
-    """Draws the entries that DARE keeps of the factor at a path of an adapter, by its number among the adapters.
-
-    Returns:
-      bool of a shape, true with the probability `density`.
-    """
+    """Which entries DARE keeps of the factor at a path of an adapter, by its number among the adapters, bool."""
     random = np.random.default_rng([seed, adapter, *path.encode()])
     return random.random(shape) < density
 

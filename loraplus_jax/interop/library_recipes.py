@@ -253,10 +253,7 @@ NAMES = tuple(recipe.name for recipe in RECIPES)
 
 
 def clean_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes the levels that containers add to paths: `params/` in front, `/value` at the end.
-
-    Returns:
-      The leaves by their new paths.
+    """The leaves without the levels that containers add to paths: `params/` in front, `/value` at the end.
 
     >>> clean_paths({"params/layer/lora_a/value": 1})
     {'layer/lora_a': 1}
@@ -352,11 +349,7 @@ def dense_changes(
     path_map: PathMap = (),
     config: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Computes what a library adds to each weight, by one product of its factors as they are; see `read_factors`.
-
-    Yields:
-      The PyTorch module's name and s A B, float32 (out, in).
-    """
+    """Yields what a library adds to each weight, float32 (out, in), as one product; see `read_factors`."""
     for owner, row, module, a, b, s in _adapted(tree, recipe, scale, alpha, path_map, config or {}):
         letters = (_letters(owner, row.a, a), _letters(owner, row.b, b))
         for name, layer, part in _slices(owner, row, module, a, b):

@@ -108,10 +108,7 @@ def check_path_map(path_map: PathMap) -> None:
 
 
 def torch_module_of(path_map: PathMap, module: str) -> TorchModule | None:
-    """Finds the PyTorch module for a module of ours, by the first rule that matches.
-
-    Returns:
-      A `TorchModule`, or None if no rule matches.
+    """The PyTorch module for a module of ours, by the first rule that matches, or None.
 
     Example:
       >>> torch_module_of([("layers/{name}", "model.layers.{layer}.{name}")], "layers/up")
@@ -127,12 +124,9 @@ def torch_module_of(path_map: PathMap, module: str) -> TorchModule | None:
 
 
 def modules_of(path_map: PathMap, name: str) -> list[tuple[str, Index]]:
-    """Finds our module for a PyTorch module, or all of ours that have some of its outputs.
+    """Path and index (`()` if whole) of our modules that have outputs of a PyTorch module.
 
     A `Parameter` is looked up by the module that owns it, since PEFT stores its factors under that name.
-
-    Returns:
-      A list of each path and the index of its slice, `()` for a whole module; empty if no rule matches.
 
     Example:
       >>> modules_of([("layers/{name}", "model.layers.{layer}.{name}")], "model.layers.3.up")
@@ -164,10 +158,7 @@ def modules_of(path_map: PathMap, name: str) -> list[tuple[str, Index]]:
 
 
 def tied_heads(path_map: PathMap) -> dict[str, str]:
-    """Finds the heads that share their weight with an embedding.
-
-    Returns:
-      A dict from the PyTorch name of each head to that of its embedding.
+    """The PyTorch names of embeddings by those of the heads that share their weight.
 
     Example:
       >>> tied_heads([("embed", "model.embed_tokens", "TiedEmbedding"), ("embed", "lm_head", "TiedHead")])
@@ -354,11 +345,7 @@ def factors_to_peft(
 
 
 def rank_of_slice(a: np.ndarray, target: Target) -> int:
-    """Computes the rank of a slice from its A in PEFT's layout.
-
-    Returns:
-      The rank; below the spec's if the slice is pruned.
-    """
+    """The rank of a slice from its A in PEFT's layout; below the spec's if it is pruned."""
     return a.shape[0] * target.spec.rank // factor_shapes(target)[0][0]
 
 
@@ -453,11 +440,7 @@ def leaf_to_torch(name: str, array: np.ndarray, kind: str | None) -> tuple[str, 
 
 
 def leaf_from_torch(name: str, array: np.ndarray, shape: tuple[int, ...], kind: str | None) -> np.ndarray:
-    """Converts an array in PyTorch's layout to a leaf with this shape; the inverse of `leaf_to_torch`.
-
-    Returns:
-      An array of shape `shape` and the dtype of `array`.
-    """
+    """An array in PyTorch's layout as a leaf with this shape; the inverse of `leaf_to_torch`."""
     if name == "bias":
         return array.reshape(shape)
     if name != "kernel" or kind == "Conv1D":
@@ -477,11 +460,7 @@ def _kernel_axes(ndim: int, kind: str | None) -> tuple[int, ...]:
 
 
 def output_axis(suffix: str, kind: str | None) -> int:
-    """Finds the axis of outputs in PyTorch's layout, of a weight or bias.
-
-    Returns:
-      1 for the weight of a `Conv1D`, otherwise 0.
-    """
+    """The axis of outputs in PyTorch's layout, of a weight or bias."""
     return int(suffix == "weight" and kind == "Conv1D")
 
 

@@ -38,10 +38,7 @@ SERVERS: Mapping[Server, Sequence[Rule]] = {
 
 
 def find_problems(server: Server, options: Mapping[str, Any]) -> list[str]:
-    """Finds what a server would not do as PEFT does, for the content of an `adapter_config.json`.
-
-    Returns:
-      A list of problems, one line per option; empty if there are none.
+    """One line per option of an `adapter_config.json` that a server does not treat as PEFT does.
 
     Example:
       >>> options = {"r": 8, "rank_pattern": {}, "alpha_pattern": {"q_proj": 4}, "bias": "none",

@@ -55,11 +55,7 @@ def call(fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def is_low_rank(value: Any) -> bool:
-    """Detects a weight that is kept in parts; an `is_leaf` for `jax.tree.map`.
-
-    Returns:
-      Whether `value` is a `LowRankWeight`.
-    """
+    """Whether a value is a `LowRankWeight`; an `is_leaf` for `jax.tree.map`."""
     return isinstance(value, LowRankWeight)
 
 

@@ -78,11 +78,7 @@ def move(eqn: Any, inputs: Sequence[Any], run: Run) -> list[Any] | None:
 
 
 def base_values(eqn: Any, inputs: Sequence[Any], run: Run) -> Sequence[Any]:
-    """Computes W after an operation, deferred if it is packed.
-
-    Returns:
-      An array, or a `Deferred`, for each output.
-    """
+    """W after an operation, for each output; a `Deferred` if it is packed."""
     if not any(hasattr(x, "dequantize") for x in inputs):
         return run(inputs)
 
@@ -248,11 +244,7 @@ def _gather(eqn: Any, weight: LowRankWeight, rest: Sequence[Any], sides: list[Si
 
 
 def no_factors(fill_value: Any) -> Any:
-    """Chooses what fills A and B beyond the last index: nothing is added to what fills W there, if it is not NaN.
-
-    Returns:
-      0, or `fill_value` itself if it is None or NaN.
-    """
+    """What fills A and B beyond the last index: 0, or NaN if that fills W."""
     return fill_value if fill_value is None or math.isnan(fill_value) else 0
 
 

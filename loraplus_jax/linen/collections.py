@@ -175,11 +175,7 @@ def _flatten(tree: Any) -> dict[Path, Any]:
 
 
 def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A lifted transform, like that of `nn.jit`: runs `fn` as a program that keeps `LowRankWeight` variables apart.
-
-    Returns:
-      A function of a scope and the arguments of `fn`, with the result of `fn`.
-    """
+    """A lifted transform, as that of `nn.jit`: runs `fn` with its `LowRankWeight` variables kept apart."""
 
     def run(scope_fn: Any, repack: Any, variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         def inner(variables: Any) -> Any:

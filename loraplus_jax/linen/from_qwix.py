@@ -60,11 +60,7 @@ def check_rules(rules: Sequence[Any]) -> None:
 
 
 def stack_counts(stacked: Mapping[str, int] | None, paths: Collection[str]) -> dict[str, int]:
-    """Counts the stacked axes of each weight; raises ValueError if there is no weight or an entry matches none.
-
-    Returns:
-      The number by path; 0 where no entry matches.
-    """
+    """The number of stacked axes of each weight; raises ValueError if there is none or an entry matches none."""
     if not paths:
         raise ValueError("found no weight that qwix quantized")
     for pattern in stacked or {}:
@@ -77,11 +73,7 @@ def stack_counts(stacked: Mapping[str, int] | None, paths: Collection[str]) -> d
 
 
 def packed(weight: Any, name: str, stacked: int = 0) -> PackedArray:
-    """Packs a quantized weight of qwix, code by code; `name` is for errors.
-
-    Returns:
-      A `PackedArray` of the same values in `nf4`, `q4_0` (2 to 4 bits) or `int8`, with the dtype of the scales.
-    """
+    """A `PackedArray` of the same values as a quantized weight of qwix; `name` is for errors."""
     array = weight.array
     codes, scale = (np.asarray(meta.unbox(x)) for x in (array.qvalue, array.scale))
     kinds: dict[str, Kind] = {"nf4": "nf4"}

@@ -80,11 +80,7 @@ class FactorBox(struct.PyTreeNode, meta.AxisMetadata):  # pyright: ignore[report
 
 
 def is_box(_: Any, value: Any) -> bool:
-    """Detects a box of a new factor; an `is_leaf` for `flax.traverse_util.flatten_dict`.
-
-    Returns:
-      Whether `value` is a `FactorBox`.
-    """
+    """Whether a value is a `FactorBox`; an `is_leaf` for `flax.traverse_util.flatten_dict`."""
     return isinstance(value, FactorBox)
 
 

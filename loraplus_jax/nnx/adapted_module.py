@@ -65,49 +65,29 @@ def adapters_by_path(model: nnx.Module) -> dict[str, Adapted]:
 
 
 def adapted_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, tuple[AdapterSpec, ...]]]:
-    """Finds the modules of a model with adapters, or with quantized weights only.
-
-    Yields:
-      The module's path, joined by "/"; the module; and its specs, an empty tuple if its weights are only quantized.
-    """
+    """Yields path, module and specs of each module with adapters, or, with no specs, with packed weights only."""
     for parts, module in nnx.iter_modules(model):
         if (specs := vars(module).get(ADAPTERS)) is not None:
             yield "/".join(map(str, parts)), module, specs
 
 
 def join(module: str, name: str) -> str:
-    """Joins a module's path and the name of an attribute of it.
-
-    Returns:
-      `"module/name"`, or the name alone for the model itself, whose path is empty.
-    """
+    """The path of a module's attribute; its name alone for the model itself, whose path is empty."""
     return f"{module}/{name}" if module else name
 
 
 def path_of(own: AdapterSpec, module: str) -> str:
-    """Finds the path of an adapter in the table of specs, for a module at the path `module`.
-
-    Returns:
-      `module`, or for an adapter of kind `"parameter"` the path of the parameter.
-    """
+    """The path of an adapter in the table of specs, for a module at the path `module`."""
     return join(module, own.leaf) if own.kind == "parameter" else module
 
 
 def attribute_of(own: AdapterSpec, name: str) -> str:
-    """Names the attribute of a factor, scale or tap on the module, which may have several adapted parameters.
-
-    Returns:
-      `name`, or for an adapter of kind `"parameter"` the parameter's attribute and `name`, joined by "_".
-    """
+    """The attribute of a factor, scale or tap on the module, which may have several adapted parameters."""
     return f"{own.leaf}_{name}" if own.kind == "parameter" else name
 
 
 def factor_attributes(own: AdapterSpec) -> tuple[str, ...]:
-    """Names the attributes of an adapter's factors on its module.
-
-    Returns:
-      Those of A and B, and of the magnitudes if there are any.
-    """
+    """The attributes of an adapter's factors on its module."""
     return tuple(attribute_of(own, name) for name in own.factors)
 
 
@@ -134,23 +114,16 @@ def set_adapters(module: nnx.Module, specs: tuple[AdapterSpec, ...]) -> None:
 
 
 def packed_leaves(module: nnx.Module) -> list[str]:
-    """Finds the packed weights of a module.
-
-    Returns:
-      The names of their attributes; an empty list if there are none.
-    """
+    """The names of the packed weights of a module."""
     variables = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
     return [name for name, variable in variables.items() if is_packed(variable.get_value())]
 
 
 @functools.cache
 def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
-    """Makes the subclass whose methods use the factors.
+    """The subclass of a class whose methods use the factors, with its name and docstring.
 
     There is one for each class, so that graph definitions compare equal.
-
-    Returns:
-      A class with the name and docstring of `base`.
     """
     methods = {name: _adapted_method(base, method) for name, method in _public_methods(base)}
 
@@ -326,9 +299,5 @@ def _write_back(inputs: Any, path: tuple[Any, ...], variable: nnx.Variable) -> N
 
 
 def part_of(owner: Any, name: Any) -> Any:
-    """Looks up an attribute of a module, or an item of a container.
-
-    Returns:
-      Its value; None if a module lacks the attribute.
-    """
+    """An attribute of a module, or an item of a container; None if a module lacks it."""
     return owner[name] if isinstance(owner, tuple | list | Mapping | nnx.List) else vars(owner).get(name)

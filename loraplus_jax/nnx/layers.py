@@ -63,11 +63,7 @@ def layer_weight(module: nnx.Module) -> LayerWeight | None:
 
 
 def matrices(module: nnx.Module) -> list[str]:
-    """Finds the parameters of a module with two or more axes, also those that qwix quantized.
-
-    Returns:
-      The names of their attributes; an empty list if there are none.
-    """
+    """The names of a module's parameters with two or more axes, also of those that qwix quantized."""
     return [
         name
         for name, value in vars(module).items()

@@ -209,10 +209,7 @@ def adalora(
 
 
 def budget_at(left: Any, initial: Any, target: Any) -> jax.Array:
-    """Computes the budget at which a share `left` of the steps that lower it is left.
-
-    Returns:
-      Number of triplets to keep, an int32 scalar.
+    """The number of triplets to keep, int32, when a share `left` of the steps that lower it is left.
 
     >>> [int(budget_at(left, 16, 8)) for left in (1.0, 0.5, 0.0)]
     [16, 9, 8]
@@ -223,10 +220,7 @@ def budget_at(left: Any, initial: Any, target: Any) -> jax.Array:
 
 
 def most_important(importance: Mapping[str, jax.Array], budget: Any) -> dict[str, jax.Array]:
-    """Chooses the `budget` most important triplets of all; of equal ones the first.
-
-    Returns:
-      Boolean arrays with the keys and shapes of `importance`, true for the triplets to keep.
+    """Which triplets, bool in the shapes of `importance`, are the `budget` most important; of equal ones the first.
 
     >>> kept = most_important({"q": jnp.array([3.0, 1.0]), "v": jnp.array([2.0, 0.5])}, 2)
     >>> kept["q"].tolist(), kept["v"].tolist()

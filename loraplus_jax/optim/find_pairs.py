@@ -43,20 +43,12 @@ class Pair(NamedTuple):
 
 
 def is_embedding_factor(path: str) -> bool:
-    """Recognizes the factors of embeddings by name: ours, PEFT's and keras's.
-
-    Returns:
-      Whether `path` is that of such a factor.
-    """
+    """Whether a path is that of an embedding's factor by its name: ours, PEFT's or keras's."""
     return re.search(r"(?:^|[./])lora_embeddings?_[abAB]\b", path) is not None
 
 
 def is_magnitude(path: str) -> bool:
-    """Recognizes DoRA's magnitudes by name: ours and PEFT's.
-
-    Returns:
-      Whether `path` is that of magnitudes.
-    """
+    """Whether a path is that of DoRA's magnitudes by its name: ours or PEFT's."""
     return re.search(r"(?:^|[/._])lora_magnitude(?:_vector)?(?:[/.]|$)", path) is not None
 
 
@@ -110,7 +102,7 @@ def _check_unnamed(leaves: Mapping[str, Any]) -> None:
     for path in leaves:
         module, _, name = path.rpartition("/")
         other = f"{module}/{chr(ord(name) + 1)}".lstrip("/") if name in ("a", "A") else ""
-        shapes = [tuple(getattr(leaves.get(p), "shape", ())) for p in (path, other)]
+        shapes: list[tuple[int, ...]] = [getattr(leaves.get(p), "shape", ()) for p in (path, other)]
         for first, second in (shapes, shapes[::-1]):
             # With a rank below both sizes; otherwise they may be any two arrays.
             if min(map(len, shapes)) > 1 and second[-2] == first[-1] < min(first[-2], second[-1]):

@@ -47,9 +47,5 @@ def keep_float32(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def widen(x: Any) -> Any:
-    """Casts an array to float32, unless it is wider.
-
-    Returns:
-      The array in the dtype to which its own and float32 promote.
-    """
+    """The array in float32, or in its own dtype if that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

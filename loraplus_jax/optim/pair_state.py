@@ -70,11 +70,7 @@ class PairState(NamedTuple):
 
 
 def inverse_root(matrix: jax.Array) -> jax.Array:
-    """Computes S^(-1/2) of symmetric matrices S, zero in the directions in which S is zero up to rounding.
-
-    Returns:
-      (..., r, r), with the shape and dtype of `matrix`.
-    """
+    """S^(-1/2) of symmetric matrices (..., r, r), zero in the directions in which S is zero up to rounding."""
     values, vectors = jnp.linalg.eigh(matrix)
     share = max(_TINY, matrix.shape[-1] * float(jnp.finfo(values.dtype).eps))
     floor = jnp.maximum(share * values[..., -1:], jnp.finfo(values.dtype).tiny)
@@ -133,10 +129,6 @@ def transform_pairs(
 
 
 def corrected_average(old: jax.Array, new: jax.Array, decay: float, count: jax.Array) -> jax.Array:
-    """Updates a moving average with Adam's correction for its start at zero: over the first `count` values alone.
-
-    Returns:
-      The new average, in the dtype of `old`.
-    """
+    """A moving average with Adam's correction for its start at zero: over the first `count` values alone."""
     corrected = decay * (1 - decay ** (count - 1.0)) / (1 - decay**count)
     return (corrected * old + (1 - corrected) * new).astype(old.dtype)

@@ -119,11 +119,7 @@ def find_states(opt_state: Any, *kinds: type) -> list[Any]:
 
 
 def lr_ratio_of(opt_state: Any) -> float | None:
-    """Reads the ratio of the last update, or initially of the first, from an optimizer state.
-
-    Returns:
-      Lambda, to six significant digits; None if no LoRA+ transform updates both factors, or if both rates are 0.
-    """
+    """Lambda of the last update, at first of the first, to six digits; None without one or if both rates are 0."""
     ratios = {
         float(state.rates["b"] / state.rates["a"])
         for state in find_states(opt_state)
@@ -138,11 +134,7 @@ def lr_ratio_of(opt_state: Any) -> float | None:
 
 
 def labels_of(opt_state: Any, tree: Any) -> Any:
-    """Reads the roles of leaves from an optimizer state; for an optimizer without LoRA+, as by `label_params`.
-
-    Returns:
-      A tree like `tree`, with a `Role`, str, in place of each leaf; `"extra"` for those that LoRA+ does not update.
-    """
+    """A tree with the role of each leaf by an optimizer state; without LoRA+ in it, as by `label_params`."""
     states = find_states(opt_state)
     if not states:
         return label_params(tree)
@@ -162,21 +154,14 @@ def _peft_role(path: str, leaves: Mapping[str, Any]) -> Role:
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
-    """Distinguishes factors and kernels from biases, scales of norms and magnitudes, by name and axes.
-
-    Returns:
-      Whether the leaf is a factor or a kernel.
-    """
+    """Whether a leaf is a factor or a kernel, not a bias, the scale of a norm or a magnitude, by name and axes."""
     # Only names show it of stacked layers, whose biases have two axes.
     name = path.removesuffix("/value").rpartition("/")[2]
     return len(leaf.shape) > 1 and name not in ("bias", "scale") and not is_magnitude(path)
 
 
 def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
-    """Computes the global norm of the leaves of each role; `labels` is a tree of roles from `label_params`.
-
-    Returns:
-      Scalars by role, in the dtype of the leaves, for the roles that occur.
+    """The global norm of the leaves of each role that occurs; `labels` is a tree from `label_params`.
 
     >>> import jax.numpy as jnp
     >>> role_norms({"x": jnp.array([3.0, 4.0])}, {"x": "extra"})["extra"].item()
@@ -186,11 +171,7 @@ def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
 
 
 def leaves_by_role(tree: Any, labels: Any) -> dict[str, list[Any]]:
-    """Groups leaves by role; `labels` is a tree of roles from `label_params`.
-
-    Returns:
-      Lists of leaves by role, in the order of `ROLES`, without roles that do not occur.
-    """
+    """The leaves of each role that occurs, in the order of `ROLES`; `labels` is a tree from `label_params`."""
     roles, leaves = jax.tree.leaves(labels), jax.tree.leaves(tree)
     groups = {role: [leaf for leaf, r in zip(leaves, roles, strict=True) if r == role] for role in ROLES}
     return {role: group for role, group in groups.items() if group}

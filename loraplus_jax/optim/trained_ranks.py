@@ -67,10 +67,7 @@ def prune(
 
 
 def alpha_for(scale: float, rank: int, config: LoRAPlusConfig) -> float:
-    """Computes the alpha that gives a scale at a rank.
-
-    Returns:
-      `scale * rank`, or with rsLoRA `scale * rank^(1/2)`.
+    """The alpha that gives a scale at a rank: `scale * rank`, or with rsLoRA `scale * rank^(1/2)`.
 
     >>> alpha_for(2.0, 3, LoRAPlusConfig(target_modules=["query"]))
     6.0

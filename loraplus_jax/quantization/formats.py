@@ -40,12 +40,9 @@ class Format(NamedTuple):
 
 
 def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Packs one matrix: floating values (rows, columns), or for a format of GGUF uint8 (rows, bytes).
+    """The parts by name, `codes` and the scales, of floating values (rows, columns) or GGUF bytes (rows, bytes).
 
     Bytes are only sorted into parts, and keep their bits.
-
-    Returns:
-      A dict with `codes`, (rows, columns or bytes), and the scales of the format by name, as in `PackedArray`.
     """
     if size := BLOCK_BYTES.get(kind):
         matrix = matrix.reshape(len(matrix), -1, size)
@@ -53,11 +50,7 @@ def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def part_shapes(kind: Kind, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Computes the shapes of the parts of a matrix (rows, columns).
-
-    Returns:
-      A dict from the names of the parts, as from `pack_matrix`, to shape and dtype.
-    """
+    """Shape and dtype of the parts of a matrix (rows, columns), by the names of `pack_matrix`."""
     # A short row shows the shapes of any: a config.json may name sizes for which a whole row would not fit.
     sample = min(columns, 1024)
     size = sample // FORMATS[kind].block * BLOCK_BYTES.get(kind, 1)
@@ -76,11 +69,7 @@ def part_shapes(kind: Kind, rows: int, columns: int) -> dict[str, jax.ShapeDtype
 
 
 def packed_values(kind: Kind, matrix: np.ndarray) -> np.ndarray:
-    """Computes the values that a matrix has once it is packed.
-
-    Returns:
-      float32 `(rows, columns)`; for a format of GGUF `matrix` itself.
-    """
+    """The values that a matrix has once it is packed, float32; for a format of GGUF `matrix` itself."""
     if kind in BLOCK_BYTES:  # values from a GGUF file, where they were packed
         return matrix
     return np.array(FORMATS[kind].values(pack_matrix(kind, matrix), matrix.shape[1]))

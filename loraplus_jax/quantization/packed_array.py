@@ -104,11 +104,7 @@ def is_packed(value: Any) -> bool:
 
 
 def is_from_qwix(value: Any) -> bool:
-    """Detects a quantized weight of qwix.
-
-    Returns:
-      Whether `value` is one.
-    """
+    """Whether a value is a quantized weight of qwix."""
     return hasattr(getattr(value, "array", None), "qvalue")
 
 
@@ -190,10 +186,7 @@ def packed_shape(
 
 
 def storage_order(axes: str, *, embedding: bool = False) -> tuple[tuple[int, ...], int]:
-    """Orders the axes of a weight as they are stored, those that make up a row last.
-
-    Returns:
-      The axes in this order, and how many of them make up a row, as `order` and `inner` of `PackedArray`.
+    """The axes of a weight as they are stored, and how many of the last ones make up a row.
 
     >>> storage_order("ioo"), storage_order("io", embedding=True)
     (((1, 2, 0), 1), ((0, 1), 1))

@@ -99,11 +99,7 @@ def _version(package: str) -> str:
 
 
 def numeric_options() -> dict[str, Any]:
-    """The options of JAX that change the bits of a step.
-
-    Returns:
-      The value of each option in `NUMERICS`, by name.
-    """
+    """The values of the options of JAX that change the bits of a step, by name."""
     return {name: getattr(jax.config, name) for name in NUMERICS}
 
 
@@ -230,11 +226,7 @@ def save_checkpoint(
 
 
 def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """Reads the metadata of a checkpoint; raises DamagedCheckpoint if it cannot be read.
-
-    Returns:
-      The dict from `describe_run`, as saved.
-    """
+    """The metadata of a checkpoint, from `describe_run`; raises DamagedCheckpoint if it cannot be read."""
     return _read_json_items(manager, step)["metadata"]
 
 
@@ -323,11 +315,7 @@ def field_differences(
 
 
 def join_first(problems: Sequence[str]) -> str:
-    """Joins the first five problems, and says how many more there are.
-
-    Returns:
-      The problems with `"; "` between them; `""` if there is none.
-    """
+    """The first five problems, joined by "; ", and how many more there are."""
     rest = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
     return "; ".join([*problems[:5], *rest])
 
@@ -409,10 +397,6 @@ def _digest(items: Any) -> str:
 
 
 def leaf_dtypes_and_shapes(tree: Any) -> dict[str, str]:
-    """Describes the leaves of a tree of arrays or shapes.
-
-    Returns:
-      By path, the leaf's dtype and shape as text, such as `"float32 (2, 3)"`.
-    """
+    """Dtype and shape of each leaf as text, such as `"float32 (2, 3)"`, by path."""
     leaves = leaves_by_path(tree)
     return {path: f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in leaves.items()}

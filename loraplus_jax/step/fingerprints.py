@@ -25,20 +25,12 @@ def fingerprint(tree: Any) -> str:
 
 
 def fingerprint_line(path: str, leaf: jax.Array) -> str:
-    """Makes the line of one leaf in the `fingerprint` of its tree, to compute the fingerprint leaf by leaf.
-
-    Returns:
-      Path, shape, dtype and two checksums of the leaf, as text.
-    """
+    """Path, shape, dtype and checksums of a leaf, to compute the `fingerprint` of its tree leaf by leaf."""
     return f"{path} {leaf.shape} {leaf.dtype} {jax.device_get(_checksum(leaf)).tolist()}"
 
 
 def digest_of_lines(lines: Mapping[str, str]) -> str:
-    """Computes the `fingerprint` of a tree from the `fingerprint_line` of each path, in any order.
-
-    Returns:
-      16 hexadecimal digits.
-    """
+    """The `fingerprint` of a tree from the `fingerprint_line` of each path, in any order."""
     return hashlib.sha256("\n".join(lines[path] for path in sorted(lines)).encode()).hexdigest()[:16]
 
 

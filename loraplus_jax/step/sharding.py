@@ -144,11 +144,7 @@ def distribute(tree: Any, shardings: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Makes the sharding of a batch, whose rows are split over the axes `"data"` and `"fsdp"` that the mesh has.
-
-    Returns:
-      A `NamedSharding` for arrays with the rows as first axis; it splits no other axis.
-    """
+    """The sharding of a batch, whose rows are split over the axes `"data"` and `"fsdp"` that the mesh has."""
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)))
 
 
@@ -176,11 +172,7 @@ def local_rows(mesh: Mesh, size: int) -> np.ndarray:
 
 
 def with_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Wraps a function so that `constrain_rows` and `gather_over_fsdp` see the mesh while it is traced.
-
-    Returns:
-      A function with the same result, which takes only positional arguments.
-    """
+    """The function, for positional arguments, traced with the mesh that `constrain_rows` and others see."""
 
     @functools.wraps(function)
     def inside(*args: Any) -> Any:
@@ -202,22 +194,14 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def constrain(x: jax.Array, axes: Sequence[Sequence[str]]) -> jax.Array:
-    """Shards each axis over the mesh axes in `axes`, and the other axes not at all; has no effect without a mesh.
-
-    Returns:
-      An array equal to `x`.
-    """
+    """`x` with its axes split over the mesh axes in `axes`, the others not at all; without a mesh as it is."""
     free = automatic_axes()
     automatic = [tuple(axis for axis in names if axis in free) for names in axes]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*automatic)) if any(automatic) else x
 
 
 def automatic_axes() -> list[str]:
-    """Finds the axes of the ambient mesh over which a model may still split its arrays.
-
-    Returns:
-      The names of those that GSPMD splits and that do not split the rows of an enclosing `apply_rows`.
-    """
+    """The axes of the ambient mesh that GSPMD splits, without those of the rows of an enclosing `apply_rows`."""
     mesh = jax.sharding.get_abstract_mesh()
     # Under pmap and inside shard_map, axes are Manual: rows are split already.
     return [
@@ -228,21 +212,13 @@ def automatic_axes() -> list[str]:
 
 
 def mesh_axes_of_rows() -> tuple[str, ...]:
-    """Finds the axes of the ambient mesh that split the rows of a batch, as `mesh_axes` of `apply_rows`.
-
-    Returns:
-      Those of `"data"` and `"fsdp"` that the mesh has; none without a mesh.
-    """
+    """Those of `"data"` and `"fsdp"` that the ambient mesh has, as `mesh_axes` of `apply_rows`."""
     free = automatic_axes()
     return tuple(axis for axis in BATCH_AXES if axis in free)
 
 
 def gather_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:
-    """All-gathers over `"fsdp"` an array that a rule splits over it; has no effect without a mesh.
-
-    Returns:
-      An array equal to `x`, which may still be split over `"tensor"`.
-    """
+    """`x`, which a rule splits over `"fsdp"`, gathered over it; without a mesh as it is."""
     # For weights that a loop uses: otherwise GSPMD gathers them in every iteration.
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -256,11 +232,7 @@ def gather_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """Counts the parts that a batch is split into.
-
-    Returns:
-      The product of the sizes of `"data"` and `"fsdp"`; 1 for an axis that the mesh lacks.
-    """
+    """The number of parts that a batch is split into: the sizes of `"data"` and `"fsdp"`, multiplied."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names)
 
 
@@ -323,13 +295,10 @@ def base_shardings(
 
 
 def adapter_shardings(specs: Specs, base: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
-    """Makes shardings for the factors of every adapter, from those of the base by path.
+    """The shardings of the factors by path, such as `"lora/query/lora_a"`, from those of the base by path.
 
     A is split like the input side of its base weight, B and magnitudes like the output side, the rank not at all:
     the product A B has the base's sharding, and no factor has to move.
-
-    Returns:
-      A `NamedSharding` by the path of each factor, such as `"lora/query/lora_a"`.
     """
     shardings = {}
     for module, spec in specs.items():

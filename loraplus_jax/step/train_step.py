@@ -253,10 +253,7 @@ def make_eval(
 
 
 def weighted_means(totals: Mapping[str, SumAndWeight]) -> dict[str, jax.Array]:
-    """Divides every sum by its weight; 0 where the weight is 0.
-
-    Returns:
-      The means by name, float32.
+    """Every sum divided by its weight, float32; 0 where the weight is 0.
 
     >>> weighted_means({"loss": (jnp.array(6.0), jnp.array(4.0))})["loss"].item()
     1.5
