@@ -53,6 +53,7 @@ class Index:
             if name in COLLECTED
             for x in values
         ]
+        roots += [(x, "ValueError") for call in self.calls["Problems"] for x in call.args]
         for root, error in roots:
             for text, calls in self._texts(root, sources):
                 found[self.places[text][0], text.lineno, _format(text)].add((calls, error))

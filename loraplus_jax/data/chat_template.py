@@ -46,6 +46,11 @@ GPT-2 (arXiv 2106.09685)."""
 
 BUILT_IN = {"plain": PLAIN, "completion": COMPLETION}
 
+Rendering = tuple[str, list[tuple[int, int]]]
+"""A text, and the character range (start, end) of each `{% generation %}` block in it."""
+ChatCalls = tuple[Sequence[tuple[Sequence[Turn], bool]], str, str]
+CHATS_PER_REQUEST = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
@@ -100,34 +105,48 @@ class ChatTemplate:
         Raises:
           ValueError: the template fails; the message names its origin and `place`.
         """
-        return self.render_marked([(turns, add_generation_prompt)], tools=tools, place=place)[0][0]
+        (((text, _),),) = self.render_chats([([(turns, add_generation_prompt)], tools, place)])
+        return text
 
-    def render_marked(
-        self, calls: Sequence[tuple[Sequence[Turn], bool]], *, tools: str = "", place: str = "a conversation"
-    ) -> list[tuple[str, list[tuple[int, int]]]]:
-        """Like `render`, for several pairs of its first two arguments in one request to the child process.
+    def render_chats(self, chats: Sequence[ChatCalls]) -> list[list[Rendering]]:
+        """Like `render`, for conversations, each several times.
 
-        Also returns the character range (start, end) of each `{% generation %}` block.
+        Args:
+          chats: of each conversation, pairs of the first two arguments of `render`, and the other two.
         """
-        # All in one request, as each takes a round trip to the child process.
-        what = f"{place}: the chat template of {self.origin} fails"
-        texts = [tools, *(text for turns, _ in calls for turn in turns for text in (turn.text, turn.extra))]
-        if any(mark in text for text in texts for mark in MARKS):
-            raise ValueError(f"{what}: the text has U+FDD0 or U+FDD1, which are not characters: remove them")
-        shared = {"bos_token": self.bos_token, "eos_token": self.eos_token, "documents": None}
-        shared |= {"tools": json.loads(tools) if tools else None}
-        variables = [
-            {
-                "messages": [turn.message for turn in turns],
-                "add_generation_prompt": add_generation_prompt,
-                **shared,
-            }
-            for turns, add_generation_prompt in calls
-        ]
-        return [*map(_split_marks, run_job(what, "render", source=self.source, calls=variables))]
+        renderings: list[list[Rendering]] = []
+        # Many in one request, as each takes a round trip to the child process, with the template's text.
+        for start in range(0, len(chats), CHATS_PER_REQUEST):
+            batch = chats[start : start + CHATS_PER_REQUEST]
+            try:
+                renderings += self._request(batch)
+            except ValueError:
+                # One that fails is named, and several that exceed a limit together need not do so alone.
+                renderings += [rendering for chat in batch for rendering in self._request([chat])]
+        return renderings
+
+    def _request(self, chats: Sequence[ChatCalls]) -> list[list[Rendering]]:
+        variables, what = [], ""
+        for calls, tools, place in chats:
+            what = f"{place}: the chat template of {self.origin} fails"
+            texts = [
+                tools,
+                *(text for turns, _ in calls for turn in turns for text in (turn.text, turn.extra)),
+            ]
+            if any(mark in text for text in texts for mark in MARKS):
+                raise ValueError(
+                    f"{what}: the text has U+FDD0 or U+FDD1, which are not characters: remove them"
+                )
+            shared = {"bos_token": self.bos_token, "eos_token": self.eos_token, "documents": None}
+            shared |= {"tools": json.loads(tools) if tools else None}
+            for turns, add_generation_prompt in calls:
+                messages = {"messages": [turn.message for turn in turns]}
+                variables.append(messages | shared | {"add_generation_prompt": add_generation_prompt})
+        texts = map(_split_marks, run_job(what, "render", source=self.source, calls=variables))
+        return [[next(texts) for _ in calls] for calls, _, _ in chats]
 
 
-def _split_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
+def _split_marks(text: str) -> Rendering:
     pieces, size, spans, start = [], 0, [], 0
     for piece in re.split(f"([{''.join(MARKS)}])", text):
         if piece == MARKS[0]:

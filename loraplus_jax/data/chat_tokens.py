@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from .._utils.validation import check_int
-from .chat_template import ChatTemplate
+from .chat_template import ChatTemplate, Rendering
 from .conversations import Chat, Turn
 from .packed_rows import ragged
 from .readers import Problems
@@ -82,7 +82,7 @@ def tokenize_chats(
     bos = tokenizer.token_to_id(bos_token or "\0")
     start = leading_ids(tokenizer)
     ids, masks, prompts = [], [], []
-    rendered = [find_answers(template, chat, answers) for chat in chats]
+    rendered = find_answers(template, chats, answers)
     encodings = tokenize([text for text, _ in rendered], tokenizer)
     for chat, (_, spans), encoding in zip(chats, rendered, encodings, strict=True):
         tokens = Tokens(encoding)
@@ -109,9 +109,9 @@ def tokenize_chats(
 
 
 def find_answers(
-    template: ChatTemplate, chat: Chat, answers: AnswerChoice = "all"
-) -> tuple[str, list[AnswerSpan]]:
-    """Renders a conversation and locates the assistant's answers; a plain text is a single answer.
+    template: ChatTemplate, chats: Sequence[Chat], answers: AnswerChoice = "all"
+) -> list[tuple[str, list[AnswerSpan]]]:
+    """Renders conversations and locates the assistant's answers; a plain text is a single answer.
 
     An answer starts where the rendering of the turns before it, with the generation prompt, ends.
 
@@ -119,48 +119,39 @@ def find_answers(
       ValueError: that rendering is not a prefix of the full one, or is not followed by the answer's text; or the
         template ignores tools, or calls or results of tools.
     """
+    calls = [(_calls(template, chat, answers), chat.tools, chat.place) for chat in chats]
+    renderings = template.render_chats(calls)
+    return [_locate(template, *found, answers) for found in zip(chats, renderings, strict=True)]
+
+
+def _calls(template: ChatTemplate, chat: Chat, answers: AnswerChoice) -> list[tuple[Sequence[Turn], bool]]:
+    """What to render of a conversation: the whole, what precedes each answer, and what ends with it."""
+    if chat.turns[0].role == "text":
+        return []
+    if template.marks_answers:
+        return [(chat.turns, False)]
+    turns, last = _answers(chat, answers), len(chat.turns) - 1
+    # An answer that ends the whole needs no rendering of its own.
+    ends = [(chat.turns[: turn + 1], False) for turn in turns if turn < last]
+    return [(chat.turns, False), *((chat.turns[:turn], True) for turn in turns), *ends]
+
+
+def _answers(chat: Chat, answers: AnswerChoice) -> list[int]:
+    turns = [i for i, turn in enumerate(chat.turns) if turn.role == "assistant" and turn.trained]
+    return turns[-1:] if answers == "last" else turns
+
+
+def _locate(
+    template: ChatTemplate, chat: Chat, renderings: Sequence[Rendering], answers: AnswerChoice
+) -> tuple[str, list[AnswerSpan]]:
     if chat.turns[0].role == "text":
         text = chat.turns[0].text
         return text, [AnswerSpan(0, 0, len(text), len(text), marked=True)]
-    answered = [i for i, turn in enumerate(chat.turns) if turn.role == "assistant"]
-    turns = [i for i in answered if chat.turns[i].trained]
-    if template.marks_answers:
-        ((rendered, blocks),) = template.render_marked(
-            [(chat.turns, False)], tools=chat.tools, place=chat.place
-        )
-        _find_calls(template, chat, rendered)
-        if len(turns) < len(answered):
-            if len(blocks) != len(answered):
-                raise ValueError(
-                    f"{chat.place}: weights require one {{% generation %}} block for each assistant turn, but the "
-                    f"chat template of {template.origin} has {len(blocks)} for {len(answered)}"
-                )
-            blocks = [block for i, block in zip(answered, blocks, strict=True) if i in turns]
-        spans = []
-        for start, end in blocks:
-            if end > start:
-                text = chat.turns[turns[-1]].text.strip()
-                # Only `encode_choices` uses the bounds of the text, and its conversations have a single answer.
-                offset = rendered.find(text, start, end)
-                bounds = (offset, offset + len(text)) if offset >= 0 else (start, end)
-                spans.append(AnswerSpan(start, *bounds, end, marked=True))
-        if not spans:
-            raise ValueError(
-                f"{chat.place}: the {{% generation %}} blocks of the chat template of {template.origin} are empty: "
-                "put the assistant's text and the token that ends it inside them"
-            )
-        return rendered, spans[-1:] if answers == "last" else spans
-    turns = turns[-1:] if answers == "last" else turns
-    # The whole, what precedes each answer, and what ends with it, except for an answer that ends the whole.
-    last = len(chat.turns) - 1
-    prompts = [(chat.turns[:turn], True) for turn in turns]
-    calls = [
-        (chat.turns, False),
-        *prompts,
-        *((chat.turns[: turn + 1], False) for turn in turns if turn < last),
-    ]
-    rendered, *parts = (text for text, _ in template.render_marked(calls, tools=chat.tools, place=chat.place))
+    rendered, blocks = renderings[0]
     call_ends = _find_calls(template, chat, rendered)
+    if template.marks_answers:
+        return rendered, _find_blocks(template, chat, rendered, blocks, answers)
+    turns, parts = _answers(chat, answers), [text for text, _ in renderings[1:]]
     for turn, prompt in zip(turns, parts, strict=False):
         if not rendered.startswith(prompt):
             raise ValueError(
@@ -185,6 +176,32 @@ def find_answers(
             span = _find_text(template, chat, turn, rendered, start, end)
             spans.append(dataclasses.replace(span, text_end=call_ends.get(turn, span.text_end)))
     return rendered, spans
+
+
+def _find_blocks(
+    template: ChatTemplate, chat: Chat, rendered: str, blocks: list[tuple[int, int]], answers: AnswerChoice
+) -> list[AnswerSpan]:
+    answered = [turn for turn in chat.turns if turn.role == "assistant"]
+    if not all(turn.trained for turn in answered):
+        if len(blocks) != len(answered):
+            raise ValueError(
+                f"{chat.place}: weights require one {{% generation %}} block for each assistant turn, but the "
+                f"chat template of {template.origin} has {len(blocks)} for {len(answered)}"
+            )
+        blocks = [block for turn, block in zip(answered, blocks, strict=True) if turn.trained]
+    text, spans = [turn for turn in answered if turn.trained][-1].text.strip(), []
+    for start, end in blocks:
+        if end > start:
+            # Only `encode_choices` uses the bounds of the text, and its conversations have a single answer.
+            offset = rendered.find(text, start, end)
+            bounds = (offset, offset + len(text)) if offset >= 0 else (start, end)
+            spans.append(AnswerSpan(start, *bounds, end, marked=True))
+    if not spans:
+        raise ValueError(
+            f"{chat.place}: the {{% generation %}} blocks of the chat template of {template.origin} are empty: "
+            "put the assistant's text and the token that ends it inside them"
+        )
+    return spans[-1:] if answers == "last" else spans
 
 
 def _find_calls(template: ChatTemplate, chat: Chat, rendered: str) -> dict[int, int]:
@@ -213,7 +230,7 @@ def _find_calls(template: ChatTemplate, chat: Chat, rendered: str) -> dict[int, 
     if not changed:
         return {}
     calls = [((*chat.turns[:i], turn, *chat.turns[i + 1 :]), False) for i, turn in changed.items()]
-    variants = [text for text, _ in template.render_marked(calls, tools=chat.tools, place=chat.place)]
+    (variants,) = template.render_chats([(calls, chat.tools, chat.place)])
     results = {i: Turn("assistant", turn.text) for i, turn in enumerate(chat.turns) if turn.role == "tool"}
     # A template may know only the user, and take all others for the assistant.
     try:
@@ -222,7 +239,7 @@ def _find_calls(template: ChatTemplate, chat: Chat, rendered: str) -> dict[int, 
     except ValueError:
         confused = False
     ends = {}
-    for (i, turn), variant in zip(changed.items(), variants, strict=True):
+    for (i, turn), (variant, _) in zip(changed.items(), variants, strict=True):
         if variant == rendered or (confused and turn.role == "tool"):
             kind = "messages of the role tool" if turn.role == "tool" else "tool calls"
             raise ignores(f"{kind} (turn {i + 1})")
@@ -311,7 +328,7 @@ def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, bool
     """
     chat = Chat((Turn("user", "Is it?"), Turn("assistant", "Yes.")))
     try:
-        text, spans = find_answers(template, chat)
+        ((text, spans),) = find_answers(template, [chat])
     except ValueError:
         return None
     (encoding,) = tokenize([text], tokenizer)

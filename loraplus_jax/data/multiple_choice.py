@@ -158,15 +158,14 @@ def tokenize_choices(
     Raises:
       ValueError: the template fails or does not write a choice verbatim.
     """
-    texts, spans = [], []
-    for question in questions:
-        for choice in question.choices:
-            turns = (Turn("user", question.prompt), Turn("assistant", choice))
-            text, (span, *_) = find_answers(template, Chat(turns, question.place))
-            texts.append(text)
-            spans.append(span)
-    rows = []
-    for span, encoding in zip(spans, tokenize(texts, tokenizer), strict=True):
+    chats = [
+        Chat((Turn("user", question.prompt), Turn("assistant", choice)), question.place)
+        for question in questions
+        for choice in question.choices
+    ]
+    answers, rows = find_answers(template, chats), []
+    encodings = tokenize([text for text, _ in answers], tokenizer)
+    for (_, (span, *_)), encoding in zip(answers, encodings, strict=True):
         tokens = Tokens(encoding)
         # The first token has no context to be predicted from.
         first, stop = max(1, tokens.first_after(span.text)), tokens.first_from(span.text_end)

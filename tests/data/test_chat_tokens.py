@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
+from loraplus_jax.data import chat_template
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
 from loraplus_jax.data.chat_tokens import find_answers, tokenize_chats
 from loraplus_jax.data.conversations import Chat, Turn, read_chats
@@ -53,7 +54,7 @@ def test_of_several_answers_all_or_the_last(tokenizer, source):
 
 def test_a_text_that_repeats_the_prompt_is_found_in_its_own_turn(tokenizer):
     one = chat("yes", "yes", "yes", "yes")
-    _, spans = find_answers(template(), one)
+    ((_, spans),) = find_answers(template(), [one])
     whole = template().render(one.turns)
     assert [whole[s.start : s.text_end] for s in spans] == ["yes", "yes"]
     assert [s.start for s in spans] == [m.end() for m in re.finditer("assistant\n", whole)]
@@ -298,7 +299,7 @@ def test_texts_are_learned_whole_and_as_they_stand(tmp_path):
     chats = read_chats(path)
     assert [chat.turns for chat in chats] == [(Turn("text", "one two three"),), (Turn("text", "four"),)]
     template = ChatTemplate("{{ raise_exception('not used') }}", "none")
-    whole, [span] = find_answers(template, chats[0])
+    (whole, [span]), _ = find_answers(template, chats)
     assert (whole, span.start, span.end) == ("one two three", 0, 13)
 
 
@@ -318,10 +319,28 @@ def test_texts_start_with_what_the_tokenizer_puts_before_them(tokenizer):
         assert expected[name][1].tolist() == without[name][1].tolist()
 
 
+def test_many_conversations_are_rendered_together_and_the_failing_one_is_named(tokenizer, monkeypatch):
+    asked, run_job = [], chat_template.run_job
+    monkeypatch.setattr(
+        chat_template, "run_job", lambda *a, **k: asked.append(k.get("calls", ())) or run_job(*a, **k)
+    )
+    chats = [chat(f"say {n}", f"it is {n}", place=f"f:{n}") for n in range(100)]
+    together, _ = tokenize_chats(chats, tokenizer, which := template(), 64)
+    assert [*map(len, asked)] == [0, 128, 72]  # the first compiles the template
+    alone = [tokenize_chats([one], tokenizer, which, 64)[0] for one in chats]
+    for name, column in together.items():
+        assert all((found == columns[name][0]).all() for found, columns in zip(column, alone, strict=True))
+    fails = template(
+        CHATML.replace("m['content']", "(m.content if m.content != 'say 70' else raise_exception('no'))")
+    )
+    with pytest.raises(ValueError, match=mentions("f:70", "toy.json", "no")):
+        tokenize_chats(chats, tokenizer, fails, 64)
+
+
 def test_an_answer_that_occurs_in_the_template_too_is_found_where_it_was_rendered():
     said = "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}|"
     source = "{% for m in messages %}{{ m.role }}: " + said + "{% endfor %}"
     source += "{% if add_generation_prompt %}assistant: {% endif %}"
     chat = Chat((Turn("user", "What do you do?"), Turn("assistant", "think")))
-    whole, [span] = find_answers(ChatTemplate(source, "t"), chat)
+    ((whole, [span]),) = find_answers(ChatTemplate(source, "t"), [chat])
     assert (span.text, span.text_end) == (len(whole) - 6, len(whole) - 1)

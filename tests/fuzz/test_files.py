@@ -238,7 +238,7 @@ def template(source):
 
         def read():
             text = path.read_bytes().decode(errors="surrogateescape")
-            find_answers(ChatTemplate(text, path.name, "<s>", "</s>"), conversation)
+            find_answers(ChatTemplate(text, path.name, "<s>", "</s>"), [conversation])
 
         return Target(path, source.encode(), odd, read, peak_limit)
 
