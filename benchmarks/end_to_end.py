@@ -45,6 +45,7 @@ from loraplus_jax.data.glue import load_glue
 from loraplus_jax.data.labels import class_labels, label_names
 from loraplus_jax.data.splits import limit_splits, load_splits, split_files
 from loraplus_jax.inference.export import export_run
+from loraplus_jax.models.files import open_files
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import Settings
 from loraplus_jax.step.fingerprints import fingerprint as weights_fingerprint
@@ -204,7 +205,7 @@ def count_tokens(settings: Settings, data: TaskData, steps: int) -> list[tuple[i
 
 def load(settings: Settings) -> TaskData:
     """The data of a run of ours."""
-    return task_module(settings).load_data(settings, resolve(settings.model.path, "model"))
+    return task_module(settings).load_data(settings, open_files(resolve(settings.model.path, "model")))
 
 
 def prepare(case: Case, options: Any, directory: Path) -> Prepared:
@@ -227,16 +228,16 @@ def prepare(case: Case, options: Any, directory: Path) -> Prepared:
         "train": fingerprint(sequences(columns)),
     }
     if settings.is_language:
-        job["template"] = causal_lm.tokenizer_and_template(settings, model, None)[1].source
+        job["template"] = causal_lm.tokenizer_and_template(settings, open_files(model), None)[1].source
     per_row = len(examples["train"]) / len(columns["input_ids"]) if settings.data.packing else 1.0
     return Prepared(case, directory, settings, given, job, per_row)
 
 
 def as_directory(settings: Settings, to: Path) -> Path:
     """Exports a language model to a directory that transformers loads: its weights with an adapter that is zero."""
-    source = resolve(settings.model.path, "model")
+    files = open_files(resolve(settings.model.path, "model"))
     task = causal_lm.LanguageTask(kind="instruction")
-    parts = load_model(settings, source, build_model(settings, source, task, settings.applied))
+    parts = load_model(settings, files, build_model(settings, files, task, settings.applied))
     parts = parts._replace(trainable=jax.tree.map(np.zeros_like, parts.trainable))
     notes = {"settings": settings.to_json(), "task": task.notes(), "base": weights_fingerprint(parts.frozen)}
     save_adapter(to.parent / "zero/adapter", parts.trainable, parts.specs, settings.applied, **notes)

@@ -22,8 +22,9 @@ from common import ATTENTION, PLANS, median_ratio, parse_options, report, take_t
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, save_peft
 from loraplus_jax.models.checkpoints.export import causal_lm_class, path_map
-from loraplus_jax.models.checkpoints.hf import load_config, load_params
+from loraplus_jax.models.checkpoints.params import load_params
 from loraplus_jax.models.decoding.generate import Sampling, make_generate
+from loraplus_jax.models.files import open_files
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama, name_table
 
@@ -33,10 +34,10 @@ Generate = Callable[[int], list[list[int]]]
 
 def ours(directory: Path, ids: np.ndarray, tokens: int, adapters: bool) -> Generate:
     """This package's `make_generate`; random adapters go to `directory/adapter`, in PEFT's format."""
-    config: Any = LlamaConfig.from_hf(load_config(directory))
+    config: Any = LlamaConfig.from_hf(open_files(directory).config)
     model, table, prompts = Llama(config), name_table(config), jnp.asarray(ids)
     expected = jax.eval_shape(model.init, jax.random.key(0), prompts)["params"]
-    variables = {"params": load_params(directory, table, expected)}
+    variables = {"params": load_params(open_files(directory), table, expected)}
     if adapters:
         lora_config = LoRAPlusConfig(target_modules=ATTENTION, rank=8, alpha=16)
         model = apply_lora_plus(model, lora_config)
@@ -111,7 +112,7 @@ def main() -> None:
     from transformers import LlamaConfig as Config  # pyright: ignore[reportMissingImports]
     from transformers import LlamaForCausalLM
 
-    content = load_config(PLANS / "smollm2_135m") | {"num_hidden_layers": options.layers}
+    content = open_files(PLANS / "smollm2_135m").config | {"num_hidden_layers": options.layers}
     rows: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -33,14 +33,14 @@ from loraplus_jax import (
 from loraplus_jax.adapter.tree import combine, count
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.bert.model import BertForSequence
-from loraplus_jax.models.checkpoints.hf import load_config
+from loraplus_jax.models.files import open_files
 from loraplus_jax.optim import adalora, scale_by_lora_muon, scale_by_lora_rite, scale_by_riemannian
 from loraplus_jax.step import make_theory
 from loraplus_jax.tasks.encoder import EncoderTask
 from loraplus_jax.training.theory_metrics import copy_adapters, first_rows, to_metrics
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-MINILM = BertConfig.from_hf(load_config(PLANS / "minilm") | NO_DROPOUT)
+MINILM = BertConfig.from_hf(open_files(PLANS / "minilm").config | NO_DROPOUT)
 SEEING_PAIRS = {
     "riemannian": {"precondition": scale_by_riemannian},
     "lora_rite": {"direction": scale_by_lora_rite},

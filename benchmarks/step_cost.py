@@ -21,7 +21,7 @@ from common import ATTENTION, PLANS, Steps, median_ratio, parse_options, report,
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, init_state, jit_step, lora_plus_adamw
 from loraplus_jax.linen import quantize_base
-from loraplus_jax.models.checkpoints.hf import load_config
+from loraplus_jax.models.files import open_files
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama
 from loraplus_jax.tasks.causal_lm import LanguageTask
@@ -54,7 +54,7 @@ VARIED: dict[str, tuple[Case, tuple[Any, ...]]] = {
 def make(case: Case) -> tuple[Callable[[], Any], dict[str, str]]:
     """A call that does a step of a case on random weights and tokens; bytes of the base and of temporaries."""
     sizes = {"num_hidden_layers": case.layers, "vocab_size": case.vocabulary}
-    config: Any = LlamaConfig.from_hf(load_config(PLANS / "smollm2_135m") | sizes)
+    config: Any = LlamaConfig.from_hf(open_files(PLANS / "smollm2_135m").config | sizes)
     net = Llama(config, remat="dots", attention=case.attention)  # type: ignore[arg-type]
     lora_config = LoRAPlusConfig(target_modules=ATTENTION, rank=case.rank, alpha=16, variant=case.variant)  # type: ignore[arg-type]
     ids = jax.random.randint(jax.random.key(1), (case.batch, case.tokens), 0, case.vocabulary)

@@ -10,7 +10,7 @@ from .._utils.json_files import read_text
 from .._utils.untrusted import run_job
 from .._utils.untrusted_child import MARKS
 from .._utils.validation import expand_path
-from ..models.tokenizer import read_chat_template, special_tokens
+from ..models.checkpoints.model_files import ModelFiles
 from .conversations import Turn
 
 PLAIN = """\
@@ -159,26 +159,26 @@ def _split_marks(text: str) -> Rendering:
     return "".join(pieces), spans
 
 
-def load_template(choice: str, model: str | Path, source: str | None = None) -> ChatTemplate:
+def load_template(choice: str, files: ModelFiles, source: str | None = None) -> ChatTemplate:
     """Loads a chat template: `"model"`, `"plain"`, `"completion"`, or the path of a template file.
 
     Args:
       choice: `"model"` for the model's own template, a name in `BUILT_IN`, or a path.
-      model: a Hugging Face directory or a GGUF file; every template uses its `bos_token` and `eos_token`.
+      files: the model's files; every template uses its `bos_token` and `eos_token`.
       source: text of the template file `choice`, if it is known; the file is then not opened.
 
     Raises:
       ValueError: the model has no template; a built-in one has no `eos_token` to end answers with; the file cannot
         be read; or the template is invalid.
     """
-    tokens = special_tokens(model)
+    tokens = files.special_tokens
     bos, eos = tokens.get("bos_token", ""), tokens.get("eos_token", "")
     if source is not None:
         return ChatTemplate(source, choice, bos, eos)
     if choice in BUILT_IN:
         if not eos:
             raise ValueError(
-                f"template {choice} needs an eos_token, but {model} has none: use model or a template file"
+                f"template {choice} needs an eos_token, but {files} has none: use model or a template file"
             )
         return ChatTemplate(BUILT_IN[choice], choice, bos, eos)
     if choice != "model":
@@ -190,10 +190,10 @@ def load_template(choice: str, model: str | Path, source: str | None = None) -> 
                 f"cannot read the chat template {str(Path(choice))!r} ({allowed}): {error}"
             ) from None
         return ChatTemplate(source, choice, bos, eos)
-    source = read_chat_template(model)
+    source = files.chat_template
     if source is None or not source.strip():
         raise ValueError(
-            f"{model} has no chat template: set data.template (for generate: --template) to plain "
+            f"{files} has no chat template: set data.template (for generate: --template) to plain "
             "(### Instruction, ### Response), completion (input and answer) or to the path of a template"
         )
-    return ChatTemplate(source, str(model), bos, eos)
+    return ChatTemplate(source, str(files), bos, eos)

@@ -46,6 +46,7 @@ def tokenize_chats(
     max_length: int,
     *,
     answers: AnswerChoice = "all",
+    start: np.ndarray = np.zeros(0, np.int32),  # noqa: B008
 ) -> tuple[dict[str, np.ndarray], int]:
     """Tokenizes conversations and marks the answer tokens, on which the loss is computed.
 
@@ -54,16 +55,15 @@ def tokenize_chats(
     answers are the contents of the blocks. A token that spans the end of a prompt and the start of an answer
     belongs to the answer. Turns that are not `trained` are no answers.
 
-    Each conversation is tokenized as one string. Text that looks like a special token becomes one. The special
-    tokens that the tokenizer puts before a text, such as BOS, precede plain texts that do not start with them: a
-    template writes its own.
+    Each conversation is tokenized as one string. Text that looks like a special token becomes one.
 
     Args:
       chats: N conversations.
-      tokenizer: the model's tokenizer; its padding and truncation are ignored and left unchanged.
+      tokenizer: the model's `ModelFiles.plain_tokenizer`.
       template: the chat template.
       max_length: maximum tokens per conversation; longer ones are truncated.
       answers: whether all turns of the assistant count as answers, or only the last.
+      start: what precedes plain texts that do not start with it, from `leading_ids`; a template writes its own.
 
     Returns:
       Ragged columns of int32 `input_ids` and float32 `loss_mask`: 1 for tokens to predict, 0 for others and the
@@ -80,7 +80,6 @@ def tokenize_chats(
     # GPT-2 has one token for both, which ends an answer.
     bos_token = "" if template.bos_token == template.eos_token else template.bos_token
     bos = tokenizer.token_to_id(bos_token or "\0")
-    start = leading_ids(tokenizer)
     ids, masks, prompts = [], [], []
     rendered = find_answers(template, chats, answers)
     encodings = tokenize([text for text, _ in rendered], tokenizer)
@@ -297,26 +296,15 @@ class Tokens:
 
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
-    """Yields each text's encoding with exact offsets: no padding, truncation, added tokens or trimmed spaces."""
-    plain = _unpadded(tokenizer)
-    # Byte-level post-processors trim spaces from offsets.
-    plain.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    """Yields each text's encoding by `ModelFiles.plain_tokenizer`, without added tokens."""
     # In pieces: an Encoding takes far more memory than its tokens.
     for start in range(0, len(texts), 1024):
-        yield from plain.encode_batch(list(texts[start : start + 1024]), add_special_tokens=False)
-
-
-def _unpadded(tokenizer: Tokenizer) -> Tokenizer:
-    # A copy, as padding and truncation are the tokenizer's own state.
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    return copy
+        yield from tokenizer.encode_batch(list(texts[start : start + 1024]), add_special_tokens=False)
 
 
 def leading_ids(tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of the special tokens that the tokenizer itself puts before a text, such as BOS: int32 `(n,)`."""
-    encoding = _unpadded(tokenizer).encode("a")
+    """Ids of the special tokens that `ModelFiles.tokenizer` puts before a text, such as BOS: int32 `(n,)`."""
+    encoding = tokenizer.encode("a")
     is_special = [*encoding.special_tokens_mask, 0]
     return np.array(encoding.ids[: is_special.index(0)], np.int32)
 

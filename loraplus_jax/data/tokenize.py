@@ -1,31 +1,25 @@
 """Tokenizes texts for encoders."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..models.tokenizer import read_tokenizer_json
+from ..models.checkpoints.model_files import ModelFiles
 from .packed_rows import ragged
 
 
-def load_tokenizer(directory: Path, max_length: int) -> Tokenizer:
-    """Loads `tokenizer.json`, set to truncate to `max_length` tokens; its padding and truncation are replaced.
-
-    Raises:
-      ValueError: the file is missing or invalid.
-    """
-    tokenizer = read_tokenizer_json(directory)
+def truncating_tokenizer(files: ModelFiles, max_length: int) -> Tokenizer:
+    """A copy of a model's tokenizer that truncates to `max_length` tokens."""
+    tokenizer = Tokenizer.from_str(files.tokenizer.to_str())
     tokenizer.enable_truncation(max_length)
-    tokenizer.no_padding()
     return tokenizer
 
 
 def encode_texts(
     texts: Sequence[tuple[str, ...]], tokenizer: Tokenizer, max_length: int
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Tokenizes N texts, each alone or all with a second text, with a tokenizer from `load_tokenizer`.
+    """Tokenizes N texts, each alone or all with a second text, with a tokenizer from `truncating_tokenizer`.
 
     Returns:
       Ragged columns of int32 `input_ids` and `token_type_ids`; and the number of truncated texts. Special tokens

@@ -153,7 +153,7 @@ def _read(name: str, weight: float, config: str | None, allow: Sequence[str]) ->
         tuned = as_instruction_model(describe_peft(directory))
     if "settings" not in notes:
         notes = {**notes, **tuned.origin}
-    theirs = None if notes.get("base") is not None else tuned.base.resolve()
+    theirs = None if notes.get("base") is not None else tuned.base.path.resolve()
     return Source(name, directory, weight, read_adapter(directory, tuned.parts), notes, theirs)
 
 

@@ -20,12 +20,13 @@ from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map, torch_module_of
 from ..interop.peft_files import NOTES_FILE, OPTIONS, peft_options, save_peft
 from ..models.checkpoints import export
-from ..models.checkpoints.gguf import load as gguf
 from ..models.checkpoints.gguf.adapter import save_gguf_adapter
-from ..models.checkpoints.hf import weight_files
+from ..models.checkpoints.gguf.file import GgufFile
 from ..models.checkpoints.merge import CheckpointMerge, dtype_of
-from ..models.checkpoints.named_base import NamedBase, read_named_base
+from ..models.checkpoints.model_files import ModelFiles
+from ..models.checkpoints.named_base import NamedBase, named_base
 from ..models.families import family_of
+from ..models.files import open_files
 from ..step.checkpoint import describe_run
 from ..step.fingerprints import fingerprint
 from ..tasks.causal_lm import model_config
@@ -139,7 +140,7 @@ def convert(
             base = base or peft_options(source).base_model
         if base is None:
             raise ValueError(f"{source} does not name its base model: pass --base")
-        named = read_named_base(resolve(base, "model"))
+        named = named_base(open_files(resolve(base, "model")))
         read: Source
         if kind == "own":
             read = _own_source(require_adapter(source), rules, path_map, named)
@@ -156,7 +157,9 @@ def convert(
                 leave_out=leave_out,
                 allow_different=allow_different,
             )
-        lines = _convert_named(read, to, partial, named, lasting_name(base, named.source), dtype, no_verify)
+        lines = _convert_named(
+            read, to, partial, named, lasting_name(base, named.files.path), dtype, no_verify
+        )
         return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
 
 
@@ -224,21 +227,21 @@ def _convert_run(
         lines = ["adapter directory"]
     if no_verify:
         return [*lines, "not verified (--no_verify)"]
-    is_checkpoint = described.settings.is_language and gguf.find(described.base) is None
+    is_checkpoint = described.settings.is_language and not isinstance(described.base, GgufFile)
     if to != "loraplus" and is_checkpoint and adapter.config is not None:
         # In float32, on the original weights, and rounded as in the files: a run may compute with others.
         parts = described.parts
         source = OwnSource(
             directory, adapter, export.path_map(parts.base.table, transformers_class_of(parts))
         )
-        return [*lines, _format(_verify(source, read_named_base(described.base), to, partial, dtype))]
+        return [*lines, _format(_verify(source, named_base(described.base), to, partial, dtype))]
     tuned = load_tuned(directory, allow_different=allow, base=base)
     if tuned.settings.model.quantize in ("nf4", "int8") and to in ("merged", "gguf"):
         return [*lines, "not verified: the run has a quantized base, and this is for the original weights"]
     trainable = {name: disabled(x) if name == "lora" else x for name, x in tuned.parts.trainable.items()}
     plain = verify_by.tuned_outputs(tuned._replace(parts=tuned.parts._replace(trainable=trainable)))
     if to == "gguf":
-        named = read_named_base(tuned.base)
+        named = named_base(tuned.base)
         outputs = verify_by.our_logits(named, _gguf_weights(partial, named))
     else:
         outputs = verify_by.tuned_outputs(load_tuned(partial, allow_different=allow))
@@ -256,7 +259,7 @@ def _own_source(directory: Path, rules: PathMap, file: Path | None, base: NamedB
             raise ValueError(
                 f"{directory} has the module names of your model: pass --path_map with those of transformers"
             )
-        config = model_config(base.source)
+        config = model_config(base.files)
         table = family_of(config.model_type).name_table(config)
         rules = export.path_map(table, export.causal_lm_class(config))
     modules = {*adapter.specs, *(path.rpartition("/")[0] for path in adapter.specs)}
@@ -310,16 +313,16 @@ def _convert_named(
         if base.is_untied:
             config = {"tie_word_embeddings": False}
             lines.append("its head, tied to the embedding in the base, has a weight of its own now")
-            if not any("lm_head.weight" in file.keys() for _, file, _, _ in weight_files(base.source)):  # noqa: SIM118
+            if "lm_head.weight" not in base.files.tensors:
                 head = base.tensors["lm_head.weight"]
                 value = merge.value("lm_head.weight", lambda: head[:]).astype(dtype_of(head.get_dtype()))
                 new = {"params": {"lm_head": {"kernel": value.T}}}
-        export.write_hf(partial, base.source, merge, form, new=new, config=config, dtype=weights_dtype)
+        export.write_hf(partial, base.files, merge, form, new=new, config=config, dtype=weights_dtype)
     else:
         peft = partial.with_name("peft")
         write_peft(peft)
         if to == "gguf":
-            written = _write_gguf(partial, peft, base.source, dtype)
+            written = _write_gguf(partial, peft, base.files, dtype)
             lines = [f"{written[0]}, from {source.about}", *written[1:]]
         elif not verify_by.is_known(base):
             raise ValueError(
@@ -346,7 +349,7 @@ def _write_ours(partial: Path, peft: Path) -> None:
     save_adapter(partial, parts.trainable, parts.specs, config, base=fingerprint(parts.frozen), **notes)
 
 
-def _write_gguf(partial: Path, peft: Path, base: Path, dtype: str | None) -> list[str]:
+def _write_gguf(partial: Path, peft: Path, base: ModelFiles, dtype: str | None) -> list[str]:
     """Writes llama.cpp's adapter file; returns lines for the summary, such as on scales that are in B."""
     partial.mkdir()
     saved = save_gguf_adapter(partial / GGUF_FILE, peft, base, dtype=dtype or "float16")
@@ -372,7 +375,7 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
     weights = dict(source.weights(base))
     is_low = False
     if to == "merged":  # compared with the same rounding to the dtypes of the files
-        stored = {name: view.get_dtype() for name, view in read_named_base(partial).tensors.items()}
+        stored = {name: view.get_dtype() for name, view in named_base(open_files(partial)).tensors.items()}
         for name, view in base.tensors.items():
             if name in weights or (name in stored and stored[name] != view.get_dtype()):
                 value = weights[name] if name in weights else np.asarray(view[:], np.float32)
@@ -381,7 +384,7 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
     tolerance, of_effect = LOW_PRECISION if is_low else TOLERANCE, _effect_tolerance(to, dtype)
     if not verify_by.is_known(base) or (base.is_untied and to == "peft" and not verify_by.has_peft()):
         if to == "merged":
-            written = read_named_base(partial)
+            written = named_base(open_files(partial))
             found = {name: np.asarray(written.tensors[name][:], np.float32) for name in weights}
         else:
             found = dict(PeftSource(partial).weights(base)) if to == "peft" else _gguf_weights(partial, base)
@@ -393,12 +396,12 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
             "outputs of the adapted layers", "loraplus", plain, at_source, at_target, tolerance, of_effect
         )
     # transformers reads no GGUF file by its path.
-    if to in ("peft", "merged") and verify_by.has_peft() and gguf.find(base.source) is None:
+    if to in ("peft", "merged") and verify_by.has_peft() and not isinstance(base.files, GgufFile):
         plain, at_source = (verify_by.torch_logits(base, changed=each) for each in ({}, weights))
         if to == "peft":
             at_target = verify_by.torch_logits(base, adapter=partial)
         else:
-            at_target = verify_by.torch_logits(read_named_base(partial))
+            at_target = verify_by.torch_logits(named_base(open_files(partial)))
         return compare(
             "logits", "PEFT" if to == "peft" else "transformers", plain, at_source, at_target, tolerance
         )
@@ -407,7 +410,7 @@ def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str 
     if to == "gguf":
         by, at_target = "gguf and loraplus", verify_by.our_logits(base, _gguf_weights(partial, base))
     elif to == "merged":
-        at_target = verify_by.our_logits(read_named_base(partial))
+        at_target = verify_by.our_logits(named_base(open_files(partial)))
     else:
         at_target = verify_by.opened_logits(partial)
     return compare("logits", by, plain, at_source, at_target, tolerance, of_effect)

@@ -171,7 +171,7 @@ class TreeSource:
         (spec,) = base.specs(base.locate([name]), {name: (1, 1.0)}).values()
         if (inputs, outputs) != spec.sides:
             raise ValueError(
-                f"the adapter of {name} has {inputs} inputs and {outputs} outputs, its weight in {base.source} has "
+                f"the adapter of {name} has {inputs} inputs and {outputs} outputs, its weight in {base.files} has "
                 f"{spec.sides[0]} and {spec.sides[1]}"
             )
 
@@ -249,7 +249,7 @@ class PeftSource:
             view = base.tensors[f"{base.locate([plain])[plain]}.weight"]
             if not np.array_equal(np.asarray(view[:]).astype(tensor.dtype), tensor):
                 raise ValueError(
-                    f"{self.place}: {name} differs from the weight in {base.source}; pass the base that the "
+                    f"{self.place}: {name} differs from the weight in {base.files}; pass the base that the "
                     "adapter was trained on, with this weight, or merge the adapter in PEFT (merge_and_unload)"
                 )
         check_files(self.place / NOTES_FILE, peft_notes(self.place) or {})
@@ -273,7 +273,7 @@ class PeftSource:
             if (saved := kept.get(f"{name}.base_layer.weight")) is not None:
                 if saved.shape != old.shape:
                     raise ValueError(
-                        f"{self.place}: {name} has a weight of shape {saved.shape}, that of {base.source} has "
+                        f"{self.place}: {name} has a weight of shape {saved.shape}, that of {base.files} has "
                         f"{old.shape}: is it the adapter's base?"
                     )
                 old = saved
@@ -333,7 +333,7 @@ class OwnSource:
             modules = base.locate(target.names.values()).values()
             if target.kind == "Conv1D" and not all(map(base.is_conv1d, modules)):
                 raise ValueError(
-                    f"{self.place}: the path map has {path} as Conv1D, which {base.source} is not"
+                    f"{self.place}: the path map has {path} as Conv1D, which {base.files} is not"
                 )
         with self._as_peft() as source:
             return source.read(base)
@@ -422,7 +422,7 @@ def check_base_tensors(source: Path, others: Mapping[str, np.ndarray], base: Nam
         slices = [slices[:1], slices[1:], [part for each in slices[1:] if each.ndim > 1 for part in each]]
         if not any(s and all(_sorted_bytes(x, dtype) in digests[dtype] for x in s) for s in slices):
             raise ValueError(
-                f"{source}: {path} {leaf.shape} is neither a factor nor a tensor of {base.source}: it was trained, "
+                f"{source}: {path} {leaf.shape} is neither a factor nor a tensor of {base.files}: it was trained, "
                 "or the base is another one; to convert the factors without it, pass --leave_out with its path"
                 f"{_optimizer_hint(others)}"
             )
@@ -460,7 +460,7 @@ def _check_tunix_rope(source: Path, base: NamedBase, allow_different: Sequence[s
     if not problems:
         return
     raise ValueError(
-        f"{source} has tunix's names, and tunix 0.1.7 computes another function than {base.source}, a {kind} with "
+        f"{source} has tunix's names, and tunix 0.1.7 computes another function than {base.files}, a {kind} with "
         f"{' and '.join(problems.values())}: convert them for a copy of the base whose config.json "
         "says what tunix computes with, and use that copy; or, if your tunix computes as the base does, pass "
         f"{' '.join(f'--allow_different {part}' for part in problems)}"

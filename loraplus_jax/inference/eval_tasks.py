@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from .._utils.atomic import to_json
 from .._utils.multihost import is_lead
@@ -20,7 +19,7 @@ from ..data.mmlu import Subject, read_mmlu
 from ..data.multiple_choice import Question, tokenize_choices
 from ..data.readers import Problems
 from ..interop.peft_files import NOTES_FILE
-from ..models.tokenizer import tokenizer as load_tokenizer
+from ..models.checkpoints.model_files import ModelFiles
 from ..settings.schema import Dtype
 from ..tasks.causal_lm import model_config, tokenizer_and_template
 from ..training.distributed import raise_together
@@ -171,10 +170,10 @@ def evaluate_tasks(
     tuned = open_model(place, template, dtype, config, allow_different, mesh)
     with raise_together():
         longest = model_config(tuned.base).max_length
-        tokenizer, chat_template = load_tokenizer(tuned.base), None
+        chat_template = None
         if set(tasks) != {MMLU}:  # which needs no chat template, and not every model has one
             _, chat_template = tokenizer_and_template(tuned.settings, tuned.base, tuned.task)
-        items = [_encode(part, shots or 0, tokenizer, chat_template, longest) for part in parts]
+        items = [_encode(part, shots or 0, tuned.base, chat_template, longest) for part in parts]
         Problems(
             (
                 question.place,
@@ -242,20 +241,20 @@ def _read_parts(tasks: Sequence[str], root: Path, shots: int, limit: int | None)
 
 
 def _encode(
-    part: _Part, shots: int, tokenizer: Tokenizer, template: ChatTemplate | None, longest: int
+    part: _Part, shots: int, files: ModelFiles, template: ChatTemplate | None, longest: int
 ) -> list[_Item]:
     """Encodes questions; those of MMLU each with as many solved examples as fit the model's context."""
     subject, questions = part.subject, part.questions
     if subject is None:
         assert template is not None
-        rows = tokenize_choices(questions, tokenizer, template)
+        rows = tokenize_choices(questions, files.plain_tokenizer, template)
         return [_Item([Continuation(*choice) for choice in choices]) for choices in rows]
-    start = leading_ids(tokenizer)
+    start = leading_ids(files.tokenizer)
     items: dict[int, _Item] = {}
     for k in range(shots, -1, -1):
         prompts = {n: subject.prompt(x, k) for n, x in enumerate(questions) if n not in items}
         texts = [prompt + choice for n, prompt in prompts.items() for choice in questions[n].choices]
-        encodings = tokenize(texts, tokenizer)
+        encodings = tokenize(texts, files.plain_tokenizer)
         for n, prompt in prompts.items():
             tokens = [Tokens(x) for x in itertools.islice(encodings, len(questions[n].choices))]
             choices = [

@@ -20,11 +20,12 @@ from ..interop.adapter_directory import Adapter, tensor_bytes
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, save_peft
 from ..models.checkpoints import export
 from ..models.checkpoints.gguf import export as gguf_export
-from ..models.checkpoints.gguf import load as gguf
 from ..models.checkpoints.gguf.adapter import save_gguf_adapter
-from ..models.checkpoints.hf import check_params, load_params, values_digest
+from ..models.checkpoints.gguf.file import GgufFile
 from ..models.checkpoints.merge import CheckpointMerge
-from ..models.checkpoints.named_base import read_named_base
+from ..models.checkpoints.named_base import named_base
+from ..models.checkpoints.params import check_params, load_params, values_digest
+from ..models.files import open_files
 from ..step.checkpoint import describe_run
 from ..step.fingerprints import digest_of_lines, fingerprint_line
 from ..tasks.interface import params_of
@@ -120,12 +121,12 @@ def export_run(
         raise ValueError(
             "--dequantized requires a run with model.quantize nf4, int8 or file; this one has none"
         )
-    if merged and format == "gguf" and gguf.find(tuned.base) is None:
+    if merged and format == "gguf" and not isinstance(tuned.base, GgufFile):
         raise ValueError(
             f"--merged --format gguf requires a GGUF base model, got {tuned.base}; use --format hf and convert "
             "the result with llama.cpp's convert_hf_to_gguf.py, or leave out --merged for an adapter"
         )
-    named = base_model or lasting_name(tuned.settings.model.path, tuned.base)
+    named = base_model or lasting_name(tuned.settings.model.path, tuned.base.path)
     summary = (read_summary(directory.parent) or {}) if directory.name == ADAPTER else {}
     card = functools.partial(
         model_card.model_card, tuned=tuned, adapter=adapter, summary=summary, base=named, repository=push
@@ -182,7 +183,7 @@ def _write_peft(
         export.path_map(tuned.parts.base.table, form),
         extras=unflatten(head_leaves | flatten(extras)),
         own=own,
-        modules=read_named_base(tuned.base).modules,
+        modules=named_base(tuned.base).modules,
         base_model=base,
         task_type=form.task_type,
         readme=card(model_card.ADAPTER, form=form),
@@ -237,14 +238,14 @@ def _write_merged(
     _base_leaves(tuned, [], allow)
     if tuned.settings.model.quantize in ("nf4", "int8") and not dequantized:
         unquantized = {"base": {"unquantized": values_digest(tensors)}}
-        check_identity(tuned.directory or tuned.base, tuned.notes, unquantized, allow=allow)
+        check_identity(tuned.directory or tuned.base.path, tuned.notes, unquantized, allow=allow)
     extras, own = _split_extras(tuned, adapter, form)
     merge = CheckpointMerge(
         parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras, dequantize=dequantized
     )
     with atomic_write(to.resolve(), new=True) as partial:
         partial.mkdir()
-        if format == "gguf":
+        if isinstance(tuned.base, GgufFile) and format == "gguf":
             gguf_export.write_gguf(partial / "model.gguf", tuned.base, merge, dtype or "float16")
         else:
             new = {path: x for path, x in flatten(extras).items() if path.split("/")[1] in parts.base.new}
@@ -258,7 +259,7 @@ def _write_merged(
         if own:
             (partial / OWN_TENSORS_FILE).write_bytes(tensor_bytes(flatten(own)))
         # The merged model is a base model of its own.
-        identity = {**_identity(tuned), **model_identity(tuned.settings, partial, tuned.task)}
+        identity = {**_identity(tuned), **model_identity(tuned.settings, open_files(partial), tuned.task)}
         notes = describe_run(
             adapter.specs,
             adapter.config,
@@ -325,7 +326,7 @@ def _base_leaves(tuned: TunedModel, modules: list[str], allow: Sequence[str]) ->
     if frozen:
         load_params(tuned.base, parts.base.table, params_of(parts), new=parts.base.new, place=visit)
         check_identity(
-            tuned.directory or tuned.base, tuned.notes, {}, weights=digest_of_lines(lines), allow=allow
+            tuned.directory or tuned.base.path, tuned.notes, {}, weights=digest_of_lines(lines), allow=allow
         )
     return leaves
 

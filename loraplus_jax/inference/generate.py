@@ -12,6 +12,7 @@ from ..data.data_to_text import linearize, read_inputs
 from ..data.fetch import resolve
 from ..interop.peft_files import NOTES_FILE, peft_notes, peft_options
 from ..models.decoding.generate import Sampling, check_sampling
+from ..models.files import open_files
 from ..settings.schema import DataSettings, Dtype, GenerationSettings, ModelSettings, Settings
 from ..tasks.causal_lm import LanguageTask
 from ..tasks.chat_generation import ChatModel
@@ -259,8 +260,8 @@ def _open_untuned(
         raise ValueError(f"{directory} has no training settings; use a run or adapter from loraplus train")
     else:
         return load_weights(directory, describe_peft(directory, template, dtype), mesh)
-    base, settings = resolve(source, "model"), _plain_settings(source, template, dtype)
-    check_files(base / NOTES_FILE, peft_notes(base) or {})
+    base, settings = open_files(resolve(source, "model")), _plain_settings(source, template, dtype)
+    check_files(base.path / NOTES_FILE, peft_notes(base.path) or {})
     parts = base_parts(settings, base, None)
     return load_whole(TunedModel(settings, None, parts, base), mesh)
 
@@ -277,7 +278,7 @@ def describe_peft(directory: Path, template: str | None = None, dtype: Dtype | N
             f"{directory} does not name its base model; pass --config with a training config that sets "
             "model.path"
         )
-    base, settings = resolve(name, "model"), _plain_settings(name, template, dtype)
+    base, settings = open_files(resolve(name, "model")), _plain_settings(name, template, dtype)
     settings = settings_with_adapter(directory, settings, base, None)
     return TunedModel(settings, None, build_model(settings, base, None, settings.applied), base)
 

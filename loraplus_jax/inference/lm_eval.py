@@ -36,8 +36,6 @@ from ..models.decoding.generate import (
     make_generate,
     pad_left,
 )
-from ..models.tokenizer import special_tokens, stop_ids
-from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Dtype
 from ..step.sharding import batch_parts
 from ..tasks.causal_lm import model_config, tokenizer_and_template
@@ -81,8 +79,8 @@ class LoRAPlusLM(TemplateLM):
         self.max_length = self._config.max_length
         self.batch_size = round_up(batch_size, batch_parts(self._mesh))
         self.max_gen_toks = max_gen_toks
-        self._tokenizer, self._place = load_tokenizer(self._base), str(place)
-        self._special = special_tokens(self._base)
+        self._tokenizer, self._place = self._base.tokenizer, str(place)
+        self._special = self._base.special_tokens
         # A program for each number of new tokens and set of stop tokens, which are constants in it.
         self._program = functools.cache(self._make_program)
         self._score = Scorer(
@@ -96,7 +94,7 @@ class LoRAPlusLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """Id of the token that ends a text."""
-        if ids := stop_ids(self._base):
+        if ids := self._base.stop_ids:
             return ids[0]
         raise ValueError(f"{self._base} has no eos_token_id: set it in config.json")
 
@@ -207,10 +205,11 @@ class LoRAPlusLM(TemplateLM):
         encoded = [ids[-longest:] for ids in encoded]
         # A stop string of one token ends the generation at once; others are searched in the text below.
         ends = [ids for text in until if len(ids := self.tok_encode(text, add_special_tokens=False)) == 1]
-        stop = {*stop_ids(self._base), *(ids[0] for ids in ends)}
+        stop = {*self._base.stop_ids, *(ids[0] for ids in ends)}
         # Once lm-eval has rendered the prompts by the chat template, answers end as in `loraplus generate`.
-        if "_template" in vars(self) and (end := end_of_turn(self._tokenizer, self._template)) is not None:
-            stop.add(end[0])
+        if "_template" in vars(self):
+            end = end_of_turn(self._base.plain_tokenizer, self._template)
+            stop |= set() if end is None else {end[0]}
         generate = self._program(new_tokens, tuple(sorted(stop)))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(len(prompts)))
         # The longest first: if memory runs out, then at the start.

@@ -11,7 +11,7 @@ from ..data.fetch import is_public
 from ..interop.adapter_directory import Adapter
 from ..interop.peft_files import OWN_TENSORS_FILE
 from ..models.checkpoints.export import TransformersClass
-from ..models.checkpoints.gguf import load as gguf
+from ..models.checkpoints.gguf.file import GgufFile
 from ..settings.schema import DataSettings
 from .predict import TunedModel
 
@@ -182,8 +182,9 @@ def _usage(
     kind: ExportKind, tuned: TunedModel, form: TransformersClass, base: str, repository: str | None
 ) -> str:
     task, names = tuned.task, getattr(tuned.task, "names", ())
-    file, loads_base = gguf.find(tuned.base), repr(base)
-    if file is not None and repository is None and os.path.exists(base):
+    loads_base = repr(base)
+    if isinstance(tuned.base, GgufFile) and repository is None and os.path.exists(base):
+        file = tuned.base.header.path
         loads_base = f"{str(file.parent)!r}, gguf_file={file.name!r}"
     labels = f", num_labels={len(names) or 1}" if form.heads else ""
     where = repository or "this directory"

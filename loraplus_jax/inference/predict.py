@@ -23,6 +23,8 @@ from ..data.text_rows import TextRows, text_lengths
 from ..data.tokenize import encode_texts
 from ..interop.adapter_directory import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
+from ..models.checkpoints.model_files import ModelFiles
+from ..models.files import open_files
 from ..settings.parsing import parse_settings, settings_from_json
 from ..settings.schema import INVARIANT, LANGUAGE_TASKS, Settings
 from ..step.checkpoint import leaf_dtypes_and_shapes
@@ -62,7 +64,7 @@ class TunedModel(NamedTuple):
       settings: settings of the run.
       task: task that it was trained for; None if that is unknown.
       parts: model and variables.
-      base: directory or file of the base model.
+      base: files of the base model.
       notes: metadata of the adapter or the merged model.
       identity: identity of the base model.
       mesh: device mesh of the variables; None if these are shapes.
@@ -72,7 +74,7 @@ class TunedModel(NamedTuple):
     settings: Settings
     task: Any
     parts: AdaptedModel
-    base: Path
+    base: ModelFiles
     notes: Mapping[str, Any] = {}
     identity: Mapping[str, Any] = {}
     mesh: Any = None
@@ -137,10 +139,10 @@ def describe_adapter(
             moved = {**notes["settings"], "model": {**notes["settings"]["model"], "path": base_path}}
             notes = {**notes, "settings": moved}
         lora_config = saved_config(directory)
-        base = resolve(settings.model.path, "model")
+        base = open_files(resolve(settings.model.path, "model"))
     elif is_peft(directory) and config is not None:
         settings = parse_settings(config)
-        base = resolve(settings.model.path, "model")
+        base = open_files(resolve(settings.model.path, "model"))
         task = task_module(settings).load_data(settings, base).task
         settings = settings_with_adapter(directory, settings, base, task)
         lora_config = settings.applied
@@ -203,7 +205,7 @@ def settings_and_task(
         raise ValueError(f"{notes_path(directory)} is damaged: {error}") from None
 
 
-def settings_with_adapter(directory: Path, settings: Settings, base: Path, task: Any) -> Settings:
+def settings_with_adapter(directory: Path, settings: Settings, base: ModelFiles, task: Any) -> Settings:
     """Settings with the lora section of a PEFT adapter."""
     parts = base_parts(settings, base, task)
     lora, optimizer, train = adapter_config(directory, parts), settings.optimizer, settings.train
@@ -232,13 +234,14 @@ def _load_merged(
     model = dataclasses.replace(settings.model, path=str(directory), quantize="none", quantize_exclude=None)
     lora = dataclasses.replace(settings.lora, init="lora", init_iterations=None)
     settings = dataclasses.replace(settings, model=model, lora=lora)
-    check_identity(directory, notes, model_identity(settings, directory, task), allow=allow_different)
-    parts = base_parts(settings, directory, task)
+    files = open_files(directory)
+    check_identity(directory, notes, model_identity(settings, files, task), allow=allow_different)
+    parts = base_parts(settings, files, task)
     check_files(directory / NOTES_FILE, notes)
     own_file = directory / OWN_TENSORS_FILE
     own_tensors = flatten(read_tensors(own_file)) if own_file.is_file() else {}
     base = parts.base if own_tensors else parts.base._replace(table=merged_table(parts), new=())
-    tuned = TunedModel(settings, task, parts._replace(base=base), directory, notes)
+    tuned = TunedModel(settings, task, parts._replace(base=base), files, notes)
     return load_whole(tuned, mesh, unflatten(own_tensors))
 
 

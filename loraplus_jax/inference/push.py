@@ -10,7 +10,7 @@ from typing import Any
 from .._utils.records import PATHS
 from ..data.fetch import is_public
 from ..interop.peft_files import NOTES_FILE, OPTIONS, OWN_TENSORS_FILE, WEIGHTS
-from ..models.checkpoints.export import TOKENIZER_FILES
+from ..models.checkpoints.hub_directory import TOKENIZER_FILES
 from .model_card import shown_name
 
 EXPORTED = (

@@ -16,7 +16,9 @@ from ..adapter.tree import flatten, leaves_by_path, unflatten
 from ..data.fetch import resolve
 from ..data.readers import Problems, read_rows
 from ..linen.wrap import apply_lora_plus
+from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.quantized import pack_shapes
+from ..models.files import open_files
 from ..quantization.packed_array import is_packed
 from ..settings.schema import Settings
 from ..step.fingerprints import digest_of_lines, fingerprint, fingerprint_line
@@ -84,7 +86,7 @@ def open_adapters(
         directories = _parse(adapters)
         own = find_adapter(expand_path("model", source))
         settings, task = _settings(source, own, directories, plain_settings)
-        base = resolve(settings.model.path, "model")
+        base = open_files(resolve(settings.model.path, "model"))
         described, tasks = {}, {}
         for name, directory in directories.items():
             described[name], tasks[name] = _describe(directory, settings, base, task, allow_different)
@@ -231,7 +233,7 @@ def _settings(
 
 
 def _describe(
-    directory: Path, settings: Settings, base: Path, task: Any, allow: Sequence[str]
+    directory: Path, settings: Settings, base: ModelFiles, task: Any, allow: Sequence[str]
 ) -> tuple[AdaptedModel, Any]:
     """The base with one adapter, with shapes as variables, after a check of the base's identity; and its task."""
     notes, own_task = read_notes(directory), task

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..models.checkpoints.hf import load_params
 from ..models.checkpoints.name_table import expand, is_stacked
 from ..models.checkpoints.named_base import PREFIXES, NamedBase
+from ..models.checkpoints.params import load_params
 from ..models.families import MODEL_TYPES, family_of
 from ..tasks.causal_lm import model_config
 from ..tasks.interface import AdaptedModel
@@ -101,7 +101,7 @@ def has_peft() -> bool:
 
 def our_logits(base: NamedBase, changed: Weights = {}) -> np.ndarray:  # noqa: B006
     """Logits of a language model in float32 with some tensors of its file replaced."""
-    source, config = base.source, model_config(base.source)
+    config = model_config(base.files)
     family = family_of(config.model_type)
     model, table = family.model(config), family.name_table(config)
     ids = jnp.asarray(token_ids(config.vocab_size))
@@ -121,9 +121,11 @@ def our_logits(base: NamedBase, changed: Weights = {}) -> np.ndarray:  # noqa: B
                 leaf[n if is_stacked(rule) else ...] = value
         return jnp.asarray(leaf)
 
-    params = load_params(source, table, shapes, param_dtype=np.float32, place=replace)
+    params = load_params(base.files, table, shapes, param_dtype=np.float32, place=replace)
     if unused := unused - {name for name, _ in table.copies}:
-        raise ValueError(f"{source}: the model does not use {names[min(unused)]}, which the adapter changes")
+        raise ValueError(
+            f"{base.files}: the model does not use {names[min(unused)]}, which the adapter changes"
+        )
     if base.is_untied:
         head = base.tensors["lm_head.weight"][:] if head is None else head
         params = {**params, "lm_head": {"kernel": jnp.asarray(np.asarray(head, np.float32).T)}}
@@ -156,7 +158,7 @@ def torch_logits(base: NamedBase, *, changed: Weights = {}, adapter: Path | None
         import torch  # pyright: ignore[reportMissingImports]
         import transformers  # pyright: ignore[reportMissingImports]
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(base.source, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(base.files.path, dtype=torch.float32).eval()
         if base.is_untied and adapter is None:
             head: Any = model.get_output_embeddings()
             head.weight = torch.nn.Parameter(head.weight.detach().clone())
@@ -165,7 +167,7 @@ def torch_logits(base: NamedBase, *, changed: Weights = {}, adapter: Path | None
             spelled = [n for prefix in PREFIXES if (n := prefix + name) in parameters]
             if not spelled:
                 raise ValueError(
-                    f"{base.source}: transformers' {type(model).__name__} has no parameter {name}"
+                    f"{base.files}: transformers' {type(model).__name__} has no parameter {name}"
                 )
             parameters[spelled[0]].data = torch.tensor(np.ascontiguousarray(value))
         if adapter is not None:

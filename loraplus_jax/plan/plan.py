@@ -19,6 +19,7 @@ from .._utils.validation import check_all
 from ..adapter.tree import count
 from ..data.fetch import resolve
 from ..models.decoder import head_kernel
+from ..models.files import open_files
 from ..settings.schema import Settings
 from ..step.sharding import batch_parts, check_tensor, make_mesh
 from ..tasks.causal_lm import head_is_frozen
@@ -249,9 +250,9 @@ def make_model(settings: Settings) -> tuple[BaseModel, TaskData]:
     Raises:
       ValueError, OSError: the model cannot be found or made.
     """
-    directory = resolve(settings.model.path, "model", files=("config.json",))
+    files = open_files(resolve(settings.model.path, "model", files=("config.json",)))
     data = task_module(settings).placeholder_data(settings)
-    return task_module(settings).make_base(settings, directory, data.task), data
+    return task_module(settings).make_base(settings, files, data.task), data
 
 
 def check_layout(settings: Settings, base: BaseModel, mesh: Mesh) -> None:

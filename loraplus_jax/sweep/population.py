@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,9 @@ from ..adapter.config import BASE_INITS
 from ..adapter.lora import SCALE, scale_variables
 from ..adapter.spec import Specs
 from ..data.fetch import resolve
-from ..models.checkpoints.hf import load_params
+from ..models.checkpoints.model_files import ModelFiles
+from ..models.checkpoints.params import load_params
+from ..models.files import open_files
 from ..settings.schema import split_settings
 from ..step.checkpoint import describe_run, numeric_options
 from ..step.fingerprints import fingerprint
@@ -117,14 +118,14 @@ class AbstractPopulation(NamedTuple):
     """A population before weights are read.
 
     Attributes:
-      directory: where the model is.
+      files: the model's files.
       data: data of the sweep.
       steps: optimizer steps of a full run.
       widest: settings of the sweep with the largest rank.
       shapes: the model of that rank, with shapes as variables.
     """
 
-    directory: Path
+    files: ModelFiles
     data: TaskData
     steps: int
     widest: SweepRun
@@ -138,27 +139,27 @@ def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> Abstra
       run: settings of the sweep.
       loaded: its data, if already loaded.
     """
-    directory = resolve(run.model.path, "model")
-    data, steps = load_sweep_data(run, directory, loaded)
+    files = open_files(resolve(run.model.path, "model"))
+    data, steps = load_sweep_data(run, files, loaded)
     widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
-    shapes = build_model(widest, directory, data.task, widest.applied)
+    shapes = build_model(widest, files, data.task, widest.applied)
     make_optimizer(run.shared_optimizer, widest.lr_ratio, steps, shapes.specs)  # for its errors
     check_rates(run.optimizer, shapes.trainable)
-    return AbstractPopulation(directory, data, steps, widest, shapes)
+    return AbstractPopulation(files, data, steps, widest, shapes)
 
 
-def load_sweep_data(run: SweepRun, directory: Path, loaded: TaskData | None = None) -> tuple[TaskData, int]:
-    """The data of a sweep, by the tokenizer in a directory, and the optimizer steps of a full run.
+def load_sweep_data(run: SweepRun, files: ModelFiles, loaded: TaskData | None = None) -> tuple[TaskData, int]:
+    """The data of a sweep, by the model's tokenizer, and the optimizer steps of a full run.
 
     Raises:
       ValueError, OSError: the data cannot be read, has no test split, or does not fit the steps and rungs.
     """
     data = loaded
     if data is None:
-        data = task_module(run).load_data(run, directory)
+        data = task_module(run).load_data(run, files)
         if (path := run.sweep.unrelated_text) is not None:
             try:
-                unrelated, truncated = load_text(run, directory, path)
+                unrelated, truncated = load_text(run, files, path)
             except (ValueError, OSError) as error:
                 raise ValueError(f"sweep.unrelated_text: {error}") from None
             data = data._replace(
@@ -179,7 +180,7 @@ def load_sweep_data(run: SweepRun, directory: Path, loaded: TaskData | None = No
 def load_weights(abstract: AbstractPopulation) -> Any:
     """Reads the base's weights."""
     shapes = abstract.shapes
-    return load_params(abstract.directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    return load_params(abstract.files, shapes.base.table, params_of(shapes), new=shapes.base.new)
 
 
 def origin_of(run: SweepRun, abstract: AbstractPopulation, base: str) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def origin_of(run: SweepRun, abstract: AbstractPopulation, base: str) -> dict[st
     data = abstract.data
     return {
         "base": base,
-        "identity": model_identity(abstract.widest, abstract.directory, data.task) | {"data": data.digests},
+        "identity": model_identity(abstract.widest, abstract.files, data.task) | {"data": data.digests},
         "settings": split_settings(run.to_json(), "", run.resumable_fields)[0],
         "jax_config": numeric_options(),
     }
@@ -206,7 +207,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     """
     mesh = Mesh(make_mesh(run.mesh.data).devices.reshape(-1), (MEMBER_AXIS,))
     abstract = abstract_population(run)
-    directory, data, steps, widest, shapes = abstract
+    files, data, steps, widest, shapes = abstract
     config = widest.applied
     # From shapes, before weights are read: what is too large is known in seconds.
     seeds = (*run.seeds, *run.report_seeds)
@@ -219,7 +220,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     parts = parts._replace(frozen=replicate(mesh, parts.frozen))
     start = None
     if config is not None and config.init in BASE_INITS:
-        start = make_start(widest, parts, directory, {})
+        start = make_start(widest, parts, files, {})
         parts = begin_from(parts, start, config)
 
     # Members of one rank and seed begin alike, and there are as many of them as settings.
@@ -228,7 +229,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
         """Initial values of a single run of this rank, zero-padded to the largest."""
         # Of rate, lambda and alpha the initial values do not depend.
         settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
-        own = build_model(settings, directory, data.task, settings.applied)
+        own = build_model(settings, files, data.task, settings.applied)
         values = start_magnitudes(set_weights(settings, own, weights)).trainable
         # The padding stays bitwise zero: the gradient of either factor is a product with the other factor.
         return jax.tree.map(_pad_to, values if start is None else values | {"lora": start}, parts.trainable)

@@ -21,6 +21,7 @@ from .._utils.records import read_record, write_record
 from ..adapter.tree import combine, count
 from ..data.batches import train_batches
 from ..data.fetch import resolve
+from ..models.files import open_files
 from ..step.checkpoint import DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
 from ..step.sharding import make_mesh, replicate
 from ..tasks.causal_lm import LanguageTask
@@ -347,9 +348,9 @@ class _UnitRun:
         run, parts, data = self.population.run, self.population.parts, self.population.data
         if not isinstance(data.task, LanguageTask) or data.task.kind != "generation":
             return []
-        directory = resolve(run.model.path, "model")
+        files = open_files(resolve(run.model.path, "model"))
         mesh = make_mesh(run.mesh.data)  # one member after another, each on all devices
-        texts = HeldOutTexts.from_settings(run, directory, data.task, parts.model, data.inputs, mesh)
+        texts = HeldOutTexts.from_settings(run, files, data.task, parts.model, data.inputs, mesh)
         rows = []
         for spec, member in self.alive_members():
             self.output.console.print(

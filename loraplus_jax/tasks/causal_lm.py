@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 from ..adapter.tree import leaves_by_path
 from ..data.batches import Batch, digest, first_batches, round_up
 from ..data.chat_template import BUILT_IN, ChatTemplate, load_template
-from ..data.chat_tokens import end_of_turn, tokenize_chats
+from ..data.chat_tokens import end_of_turn, leading_ids, tokenize_chats
 from ..data.conversations import Chat, Turn, describe_dropped, read_chats
 from ..data.data_to_text import group_references, read_descriptions, select_inputs
 from ..data.duplicates import handle_duplicates
@@ -26,11 +25,10 @@ from ..data.fetch import resolve
 from ..data.multiple_choice import Question, encode_choices, read_questions
 from ..data.packed_rows import fill, lengths_of, plan_packing
 from ..data.splits import limit_splits, split_files
-from ..models.checkpoints.hf import load_config
+from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.quantized import choose_formats
 from ..models.decoder import Config, head_kernel
 from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
-from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
 from ..step.losses import chunked_cross_entropy
 from ..step.sharding import batch_parts, constrain_rows, gather_over_fsdp
@@ -228,9 +226,9 @@ def _head_losses(
     return chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, **options)
 
 
-def load_data(settings: Settings, directory: Path) -> TaskData:
+def load_data(settings: Settings, files: ModelFiles) -> TaskData:
     """Reads, checks and tokenizes the splits with the tokenizer and chat template of a model."""
-    tools = tokenizer_and_template(settings, directory, None)
+    tools = tokenizer_and_template(settings, files, None)
     custom_template = None if settings.data.template in TEMPLATES else tools[1].source
     task = LanguageTask(kind=settings.task, template=custom_template)  # pyright: ignore[reportArgumentType]
     rows, duplicates = _load_splits(settings)
@@ -239,7 +237,7 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
         if task.kind == "multiple_choice" and name != "train":
             splits[name], truncated[name] = encode_choices(examples, *tools, settings.data.max_length), 0
         else:
-            splits[name], truncated[name] = _encode(settings, tools, examples)
+            splits[name], truncated[name] = _encode(settings, files, tools, examples)
     # The same shape of all questions, so that one compiled program evaluates every split.
     questions = [columns for columns in splits.values() if "answer" in columns]
     widest = np.max([columns["input_ids"].shape[1:] for columns in questions], axis=0, initial=0)
@@ -350,7 +348,7 @@ def _plain(value: Any) -> Any:
 
 
 def load_split(
-    settings: Settings, directory: Path, task: LanguageTask, split: str | None, data: str | None
+    settings: Settings, files: ModelFiles, task: LanguageTask, split: str | None, data: str | None
 ) -> Split:
     """Loads a split of the run's data, or another file of the same kind, for evaluation.
 
@@ -358,37 +356,38 @@ def load_split(
       KeyError: there is no such split.
     """
     examples = _load_splits(settings)[0][split or "test"] if data is None else _read(settings, data)
-    tools = tokenizer_and_template(settings, directory, task)
+    tools = tokenizer_and_template(settings, files, task)
     if task.kind == "multiple_choice":
         columns, truncated = encode_choices(examples, *tools, settings.data.max_length), 0
     else:
-        columns, truncated = _encode(settings, tools, examples)
+        columns, truncated = _encode(settings, files, tools, examples)
     inputs = group_references(examples) if task.kind == "generation" else ()
     return Split(columns, len(examples), _digest(examples), tuple(inputs), truncated)
 
 
-def load_text(settings: Settings, directory: Path, value: str) -> tuple[Split, int]:
+def load_text(settings: Settings, files: ModelFiles, value: str) -> tuple[Split, int]:
     """Loads a file of texts or conversations, whatever the task, as packed rows of `data.max_length` tokens.
 
     Returns:
       The rows, and the number of truncated texts.
     """
     chats, length = read_chats(resolve(value, "data")), settings.data.max_length
-    columns, truncated = tokenize_chats(chats, *tokenizer_and_template(settings, directory, None), length)
+    tools = tokenizer_and_template(settings, files, None)
+    columns, truncated = tokenize_chats(chats, *tools, length, start=leading_ids(files.tokenizer))
     rows = plan_packing(lengths_of(columns["input_ids"]), length)
     return Split(fill(columns, rows, len(rows), length)[0], len(chats), _digest(chats)), truncated
 
 
 def tokenizer_and_template(
-    settings: Settings, directory: Path, task: LanguageTask | None
+    settings: Settings, files: ModelFiles, task: LanguageTask | None
 ) -> tuple[Tokenizer, ChatTemplate]:
-    """Loads the model's tokenizer, and the chat template saved in the task, if any, or set in the settings."""
-    config, longest = model_config(directory), settings.data.max_length
+    """The model's plain tokenizer, and the chat template saved in the task, if any, or set in the settings."""
+    config, longest = model_config(files), settings.data.max_length
     if longest > config.max_length:
         raise ValueError(
             f"data.max_length must be at most {config.max_length} tokens for this model, got {longest}"
         )
-    tokenizer, choice = load_tokenizer(directory), settings.data.template
+    choice = settings.data.template
     if task is not None and task.template is None and choice not in TEMPLATES:
         # The settings come with an adapter, and with it the text of a template that its training read from a file.
         raise ValueError(
@@ -396,19 +395,19 @@ def tokenizer_and_template(
             "task.template of the adapter's JSON: put it there, or set data.template there to one of "
             f"{', '.join(TEMPLATES)}"
         )
-    return tokenizer, load_template(choice, directory, None if task is None else task.template)
+    return files.plain_tokenizer, load_template(choice, files, None if task is None else task.template)
 
 
-def model_config(directory: Path, *, split_fused: bool = False) -> Config:
-    """Loads the config of a model directory or GGUF file.
+def model_config(files: ModelFiles, *, split_fused: bool = False) -> Config:
+    """The config of a language model.
 
     Raises:
       ValueError: it is not a language model, or with `split_fused` it has no fused projections.
     """
-    config = load_config(directory)
+    config = files.config
     if (kind := config.get("model_type")) not in MODEL_TYPES:
         raise ValueError(
-            f"{directory} is of model_type {kind!r:.80}, not a language model ({', '.join(MODEL_TYPES)}); "
+            f"{files} is of model_type {kind!r:.80}, not a language model ({', '.join(MODEL_TYPES)}); "
             "an encoder takes task classification or regression, and loraplus predict"
         )
     if split_fused and kind not in FUSED_TYPES:
@@ -420,10 +419,10 @@ def model_config(directory: Path, *, split_fused: bool = False) -> Config:
     return dataclasses.replace(config, split_fused=True) if split_fused else config
 
 
-def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
+def make_base(settings: Settings, files: ModelFiles, task: Any) -> BaseModel:
     """Creates the language model; its inputs are `input_ids` and `segment_ids`."""
     model_settings = settings.model
-    config = model_config(directory, split_fused=model_settings.split_fused)
+    config = model_config(files, split_fused=model_settings.split_fused)
     family = family_of(config.model_type)
     model = family.model(
         config,
@@ -435,7 +434,7 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     )
     inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
     table = family.name_table(config)
-    formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, directory)
+    formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, files)
     hints = []  # what decides the names of layers
     if config.fused or config.split_fused:
         names = " and ".join(f"{fused} as {', '.join(parts)}" for fused, parts in config.projections.items())
@@ -486,7 +485,10 @@ def _read(settings: Settings, value: str) -> list[Any]:
 
 
 def _encode(
-    settings: Settings, tools: tuple[Tokenizer, ChatTemplate], examples: Sequence[Chat | Question]
+    settings: Settings,
+    files: ModelFiles,
+    tools: tuple[Tokenizer, ChatTemplate],
+    examples: Sequence[Chat | Question],
 ) -> tuple[Batch, int]:
     """Encodes examples in rows of `max_length` tokens; also returns how many were truncated."""
     chats = []
@@ -497,7 +499,8 @@ def _encode(
         else:
             chats.append(example)
     length = settings.data.max_length
-    columns, truncated = tokenize_chats(chats, *tools, length, answers=settings.data.answers)
+    start = leading_ids(files.tokenizer)
+    columns, truncated = tokenize_chats(chats, *tools, length, answers=settings.data.answers, start=start)
     rows = (
         plan_packing(lengths_of(columns["input_ids"]), length)
         if settings.data.packing

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.chat_tokens import end_of_turn, tokenize
 from ..data.conversations import Chat, Turn
 from ..data.data_to_text import linearize
+from ..models.checkpoints.model_files import ModelFiles
 from ..models.decoding.beam_search import make_beam_search
 from ..models.decoding.generate import (
     NONFINITE_LOGITS,
@@ -28,7 +28,6 @@ from ..models.decoding.generate import (
     make_generate,
     pad_left,
 )
-from ..models.tokenizer import stop_ids
 from ..settings.schema import GenerationSettings, Settings
 from ..step.sharding import batch_parts
 from .causal_lm import LanguageTask, model_config, tokenizer_and_template
@@ -59,30 +58,30 @@ class ChatModel:
     def from_settings(
         cls,
         settings: Settings,
-        directory: Path,
+        files: ModelFiles,
         task: LanguageTask | None,
         model: nn.Module,
         new_tokens: int,
         search: GenerationSettings | None = None,
         mesh: Mesh | None = None,
     ) -> "ChatModel":
-        """Creates a chat model from `model` and the files of its directory; with `search` it has beams.
+        """Creates a chat model from `model` and its files; with `search` it has beams.
 
         `mesh` is that of the variables, by default a single device.
         """
-        config = model_config(directory)
-        tokenizer, template = tokenizer_and_template(settings, directory, task)
+        config = model_config(files)
+        tokenizer, template = tokenizer_and_template(settings, files, task)
         if new_tokens >= config.max_length:
             raise ValueError(
                 f"answers of {new_tokens} tokens leave no room for a prompt: the model's limit for both is "
                 f"{config.max_length}; lower {LIMITS}"
             )
-        stop = set(stop_ids(directory))
+        stop = set(files.stop_ids)
         if (end := end_of_turn(tokenizer, template)) is not None:
             stop.add(end[0])
         if not stop:
             raise ValueError(
-                f"{directory} has no eos_token_id, and the chat template does not show how answers end: "
+                f"{files} has no eos_token_id, and the chat template does not show how answers end: "
                 "set eos_token_id or use another template"
             )
         options: Any = {

@@ -23,12 +23,11 @@ from ..data.labels import class_labels, label_names, label_summary, regression_l
 from ..data.readers import read_rows
 from ..data.splits import LabelledText, limit_splits, load_rows, load_splits
 from ..data.text_rows import TextRows, text_lengths
-from ..data.tokenize import encode_texts, load_tokenizer
+from ..data.tokenize import encode_texts, truncating_tokenizer
 from ..models.bert.config import BertConfig
 from ..models.bert.model import SHARDING, BertForSequence, name_table
-from ..models.checkpoints.hf import load_config
+from ..models.checkpoints.model_files import ModelFiles, check_ids
 from ..models.checkpoints.quantized import choose_formats
-from ..models.tokenizer import check_ids
 from ..settings.schema import DataSettings, ModelSettings, Settings
 from ..step.sharding import batch_parts
 from ..step.train_step import LossFn, Rows
@@ -214,9 +213,9 @@ def apply_model(model: nn.Module, variables: Any, batch: Mapping[str, Any], rng:
     return model.apply(variables, *inputs, texts, rngs=rngs)
 
 
-def load_data(settings: Settings, directory: Path) -> TaskData:
-    """Reads, checks and tokenizes the splits with the tokenizer of a model directory."""
-    tokenizer = tokenizer_for(settings, directory)
+def load_data(settings: Settings, files: ModelFiles) -> TaskData:
+    """Reads, checks and tokenizes the splits with the tokenizer of a model."""
+    tokenizer = tokenizer_for(settings, files)
     glue = find_task(settings.data, settings.task)
     rows, duplicates = _load_splits(settings.data)
     # Of all rows: a trial on a few must have all classes, or its head would have another shape.
@@ -289,7 +288,7 @@ def _digest(rows: Sequence[LabelledText]) -> str:
 
 
 def load_split(
-    settings: Settings, directory: Path, task: EncoderTask, split: str | None, data: str | None
+    settings: Settings, files: ModelFiles, task: EncoderTask, split: str | None, data: str | None
 ) -> Split:
     """Loads a split of the run's data, or another labelled file, for evaluation.
 
@@ -302,7 +301,7 @@ def load_split(
         glue, path = find_task(settings.data), resolve(data, "data")
         rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
     arrays, truncated = encode_texts(
-        [row.texts for row in rows], tokenizer_for(settings, directory), settings.data.max_length
+        [row.texts for row in rows], tokenizer_for(settings, files), settings.data.max_length
     )
     columns = arrays | {"label": task.labels(rows)}
     columns, _ = TextRows.fitting(text_lengths(columns)).arrange_all(columns)
@@ -332,18 +331,18 @@ def read_texts(path: Path, settings: DataSettings) -> list[tuple[str, ...]]:
     return [texts for _, texts in read_rows(path, names, **settings.table_options)]
 
 
-def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
-    """Loads the directory's tokenizer for `data.max_length`; raises a ValueError if they do not fit the model."""
-    config = model_config(settings.model, directory)
+def tokenizer_for(settings: Settings, files: ModelFiles) -> Tokenizer:
+    """The model's tokenizer for `data.max_length`; raises a ValueError if they do not fit the model."""
+    config = model_config(settings.model, files)
     if settings.data.max_length > config.max_length:
         raise ValueError(
             f"data.max_length must be at most {config.max_length} tokens for this model, "
             f"got {settings.data.max_length}"
         )
-    tokenizer = load_tokenizer(directory, settings.data.max_length)
+    tokenizer = truncating_tokenizer(files, settings.data.max_length)
     check_ids(
         tokenizer,
-        directory,
+        files.path,
         config.vocab_size,
         types=config.type_vocab_size,
         pairs=has_pairs(settings.data),
@@ -351,9 +350,9 @@ def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
+def model_config(settings: ModelSettings, files: ModelFiles) -> BertConfig:
     """Loads the encoder's config; `dropout`, if set, replaces its dropout rates."""
-    config = BertConfig.from_hf(load_config(directory))
+    config = BertConfig.from_hf(files.config)
     if settings.dropout is None:
         return config
     return dataclasses.replace(
@@ -361,10 +360,10 @@ def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
     )
 
 
-def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseModel:
+def make_base(settings: Settings, files: ModelFiles, task: EncoderTask) -> BaseModel:
     """Creates the encoder with a new head; its inputs are `input_ids`, `attention_mask` and `token_type_ids`."""
     model_settings = settings.model
-    config = model_config(model_settings, directory)
+    config = model_config(model_settings, files)
     # Unpacked weights of all layers at once, as XLA on CPU keeps them in an unrolled program, are not small.
     unroll = (
         False
@@ -382,7 +381,7 @@ def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseMod
     )
     inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
     table = name_table(model_settings.pooling)
-    formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, directory)
+    formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, files)
     return BaseModel(model, table, ("head",), inputs, SHARDING, config.tensor_sizes, formats)
 
 

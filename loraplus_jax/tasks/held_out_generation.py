@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 
 from ..data.conversations import Chat
 from ..data.data_to_text import Input
+from ..models.checkpoints.model_files import ModelFiles
 from ..settings.schema import Settings
 from .causal_lm import LanguageTask
 from .chat_generation import ChatModel
@@ -28,7 +28,7 @@ class HeldOutTexts:
     def from_settings(
         cls,
         settings: Settings,
-        directory: Path,
+        files: ModelFiles,
         task: LanguageTask,
         model: nn.Module,
         inputs: Sequence[Input],
@@ -38,7 +38,7 @@ class HeldOutTexts:
         search = settings.generation
         load_scorers()
         chat_model = ChatModel.from_settings(
-            settings, directory, task, model, search.max_new_tokens, search, mesh
+            settings, files, task, model, search.max_new_tokens, search, mesh
         )
         chat_model.encode([Chat((x.turn,)) for x in inputs])
         return cls(tuple(inputs), chat_model, search.batch_size)

@@ -18,7 +18,8 @@ from ..adapter.tree import combine, factors_by_module, flatten, replace_leaves
 from ..data.batches import train_batches
 from ..inits.from_weights import as_difference, make_factors, subtract_start
 from ..interop.adapter_directory import load_adapter, read_adapter_json, save_adapter
-from ..models.checkpoints.hf import check_params, read_leaf
+from ..models.checkpoints.model_files import ModelFiles
+from ..models.checkpoints.params import check_params, read_leaf
 from ..quantization.packed_array import PackedArray, is_packed
 from ..settings.schema import Settings
 from ..step.sharding import Shardings, local_rows, shard_batch
@@ -73,13 +74,13 @@ def saved_form(
 
 
 def make_start(
-    settings: Settings, parts: AdaptedModel, directory: Path, gradients: Mapping[str, Any]
+    settings: Settings, parts: AdaptedModel, files: ModelFiles, gradients: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Makes the tree of factors, float32, that `lora.init` of `BASE_INITS` starts from; see `make_factors`.
 
     Args:
       settings, parts: the settings and the model, with its weights.
-      directory: the base's files, which have the values before packing.
+      files: the base's files, which have the values before packing.
       gradients: the loss's gradient by each adapted weight, by the weight's path; for lora_ga and lora_one.
     """
     config = settings.applied
@@ -103,14 +104,14 @@ def make_start(
     arrays = gradients if init.source == "gradients" else flat
     read = lambda leaf: meta.unbox(arrays[leaf])  # noqa: E731
     if init.source == "quantization errors":
-        read = _read_errors(parts, directory)
+        read = _read_errors(parts, files)
     return make_factors(config.init, parts.specs, read, iterations=config.init_iterations)
 
 
-def _read_errors(parts: AdaptedModel, directory: Path) -> Callable[[str], np.ndarray]:
+def _read_errors(parts: AdaptedModel, files: ModelFiles) -> Callable[[str], np.ndarray]:
     """Returns a function that reads a weight of the files, less the packed values, by its path."""
     base, params = parts.base, combine(parts.trainable, parts.frozen)["params"]
-    _, tensors = check_params(directory, base.table, params, new=base.new)
+    _, tensors = check_params(files, base.table, params, new=base.new)
     rules = {f"params/{rule.path}": rule for rule in base.table.rules}
     flat, dequantize = flatten(parts.frozen), jax.jit(PackedArray.dequantize)
 

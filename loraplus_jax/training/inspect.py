@@ -3,6 +3,7 @@
 import dataclasses
 
 from ..data.fetch import resolve
+from ..models.files import open_files
 from ..optim.diagnostics import describe
 from ..settings.schema import Settings
 from ..step.sharding import make_mesh
@@ -23,9 +24,9 @@ def inspect(settings: Settings) -> str:
         )
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     check_mesh(settings, mesh)
-    directory = resolve(settings.model.path, "model")
-    data = task_module(settings).load_data(settings, directory)
-    steps, batches, parts, tx = abstract_run(settings, directory, data, mesh)
+    files = open_files(resolve(settings.model.path, "model"))
+    data = task_module(settings).load_data(settings, files)
+    steps, batches, parts, tx = abstract_run(settings, files, data, mesh)
     if settings.init_adapter is not None:
         check_init_adapter(settings, parts, data.task)
     peak = settings.optimizer.warmup_steps

@@ -17,9 +17,8 @@ from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import read_record
 from .._utils.validation import check_choice, to_plain
 from ..models.bert.config import BertConfig
-from ..models.checkpoints.hf import load_config
+from ..models.checkpoints.model_files import ModelFiles
 from ..models.families import FAMILIES
-from ..models.tokenizer import stop_ids
 from ..settings.schema import Settings
 from ..step.checkpoint import field_differences, join_first, read_metadata
 from ..tasks import causal_lm, encoder
@@ -42,17 +41,18 @@ PARTS = (
 """The parts that `--allow_different` accepts, as well as their fields, such as base.config.rope_theta."""
 
 
-def model_identity(settings: Settings, directory: Path, task: Any) -> Identity:
-    """The identity of a base model's directory or GGUF file; the task may hold the user's own chat template."""
+def model_identity(settings: Settings, files: ModelFiles, task: Any) -> Identity:
+    """The identity of a base model; the task may hold the user's own chat template."""
     more: Identity = {}
     if settings.is_language:
-        config = causal_lm.model_config(directory, split_fused=settings.model.split_fused)
-        tokenizer, template = causal_lm.tokenizer_and_template(settings, directory, task)
-        names = {"bos": template.bos_token, "eos": template.eos_token, "stop": list(stop_ids(directory))}
+        config = causal_lm.model_config(files, split_fused=settings.model.split_fused)
+        _, template = causal_lm.tokenizer_and_template(settings, files, task)
+        tokenizer = files.tokenizer
+        names = {"bos": template.bos_token, "eos": template.eos_token, "stop": list(files.stop_ids)}
         more = {"special_tokens": names, "chat_template": _digest(template.source)}
     else:
-        config = BertConfig.from_hf(load_config(directory))
-        tokenizer = encoder.tokenizer_for(settings, directory)
+        config = BertConfig.from_hf(files.config)
+        tokenizer = encoder.tokenizer_for(settings, files)
     config = to_plain(dataclasses.asdict(config))
     return {"base": {"config": config}, "tokenizer": _digest(tokenizer.to_str()), **more}
 

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +21,10 @@ from ..adapter.tree import combine, flatten, split_trainable, unflatten
 from ..data.fetch import resolve
 from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.attention import KERNEL_PLATFORMS
-from ..models.checkpoints.hf import check_params, load_params, rows_digest, values_digest
+from ..models.checkpoints.model_files import ModelFiles
+from ..models.checkpoints.params import check_params, load_params, rows_digest, values_digest
 from ..models.checkpoints.quantized import pack_shapes
+from ..models.files import open_files
 from ..settings.schema import MAX_STEPS, Settings, split_settings
 from ..step.checkpoint import describe_run, leaf_dtypes_and_shapes
 from ..step.fingerprints import fingerprint
@@ -130,13 +131,13 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             mesh.devices.flat[0].platform == "cpu"
         ):  # where others compute, the host should not keep the weights
             keep_memory()
-        directory = resolve(settings.model.path, "model")
-        data = task_module(settings).load_data(settings, directory)
-        steps, batches, shapes, tx = abstract_run(settings, directory, data, mesh)
-        identity = model_identity(settings, directory, data.task) | {"data": data.digests}
+        files = open_files(resolve(settings.model.path, "model"))
+        data = task_module(settings).load_data(settings, files)
+        steps, batches, shapes, tx = abstract_run(settings, files, data, mesh)
+        identity = model_identity(settings, files, data.task) | {"data": data.digests}
         if settings.init_adapter is not None:
             check_init_identity(settings, identity, None, allow_different)
-        _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+        _, tensors = check_params(files, shapes.base.table, params_of(shapes), new=shapes.base.new)
         if settings.model.quantize in ("nf4", "int8"):
             # What an exported model is merged into. The quantized weights do not show a small change of these.
             identity["base"]["unquantized"] = values_digest(tensors)
@@ -146,19 +147,19 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         if isinstance(data.task, LanguageTask) and settings.train.prompt is not None:
             new_tokens = settings.train.prompt_tokens
             chat_model = ChatModel.from_settings(
-                settings, directory, data.task, shapes.model, new_tokens, mesh=mesh
+                settings, files, data.task, shapes.model, new_tokens, mesh=mesh
             )
             chat_model.encode([prompt_chat(settings.train.prompt, settings.task)])  # raises if it is too long
         if isinstance(data.task, LanguageTask) and data.task.kind == "generation":
             held_out_texts = HeldOutTexts.from_settings(
-                settings, directory, data.task, shapes.model, data.inputs, mesh
+                settings, files, data.task, shapes.model, data.inputs, mesh
             )
         # Compiled from shapes: a program that does not fit is an error before the weights are read, which takes
         # minutes.
         shardings = state_shardings(shapes, tx, mesh)
         programs = compile_programs(settings, data, batches, shapes, tx, mesh, shardings)
         check_memory(programs.compiled, mesh.local_devices[0], len(mesh.local_devices))
-        parts = load_model(settings, directory, shapes, mesh)
+        parts = load_model(settings, files, shapes, mesh)
         inputs = {
             **identity,
             "task": data.task.notes(),
@@ -194,7 +195,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             # Its rows are no micro-batch of a step, so they may have more positions with a loss.
             losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
             gradients = first_gradients(settings, data, batches, parts, losses.train, mesh, shardings)
-            start = make_start(settings, parts, directory, gradients)
+            start = make_start(settings, parts, files, gradients)
         parts = begin_from(parts, start, settings.applied)
         metadata["start"] = fingerprint(start)
     if is_distributed:
@@ -205,11 +206,11 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
 
 
 def abstract_run(
-    settings: Settings, directory: Path, data: TaskData, mesh: Mesh
+    settings: Settings, files: ModelFiles, data: TaskData, mesh: Mesh
 ) -> tuple[int, BatchPlan, AdaptedModel, optax.GradientTransformationExtraArgs]:
     """Number of steps, shapes of batches, model of shapes, and optimizer, which must fit together."""
     steps = count_steps(settings, row_count(data.splits["train"]))
-    shapes = build_model(settings, directory, data.task, settings.applied)
+    shapes = build_model(settings, files, data.task, settings.applied)
     check_tensor(mesh, shapes.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, settings.lr_ratio, steps, shapes.specs, seed=settings.seed)
     check_rates(settings.optimizer, shapes.trainable)
@@ -250,11 +251,11 @@ def count_steps(settings: Settings, examples: int) -> int:
 
 
 def build_model(
-    settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig | None
+    settings: Settings, files: ModelFiles, task: Any, config: LoRAPlusConfig | None
 ) -> AdaptedModel:
     """The model with adapters; all variables except the adapters are shapes."""
-    base = task_module(settings).make_base(settings, directory, task)
-    return add_adapters(settings, base, config, init_lora, directory)
+    base = task_module(settings).make_base(settings, files, task)
+    return add_adapters(settings, base, config, init_lora, files)
 
 
 def add_adapters(
@@ -262,17 +263,17 @@ def add_adapters(
     base: BaseModel,
     config: LoRAPlusConfig | None,
     make_adapters: Callable[..., Any],
-    directory: Path | None = None,
+    files: ModelFiles | None = None,
 ) -> AdaptedModel:
     """Adds adapters to a base model; `make_adapters` is `init_lora`, or a function that returns shapes instead.
 
-    Compares the model with the weights in a directory first, so that no A and B are made of sizes that these lack.
+    Compares the model with the weights in its files first, so that no A and B are made of sizes that these lack.
     """
     new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
     # Only shapes: to initialize weights that the files replace would take their memory twice.
     variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
-    if directory is not None:
-        check_params(directory, base.table, variables["params"], new=base.new)
+    if files is not None:
+        check_params(files, base.table, variables["params"], new=base.new)
     if config is None:
         return AdaptedModel(base, base.model, {}, _float32(variables), {})
     if config.init in BASE_INITS:  # whose values come with the weights
@@ -296,28 +297,28 @@ def add_adapters(
     return AdaptedModel(base, model, specs, _float32(trainable), frozen)
 
 
-def base_parts(settings: Settings, directory: Path, task: Any) -> AdaptedModel:
+def base_parts(settings: Settings, files: ModelFiles, task: Any) -> AdaptedModel:
     """The model without adapters or variables."""
-    base: BaseModel = task_module(settings).make_base(settings, directory, task)
+    base: BaseModel = task_module(settings).make_base(settings, files, task)
     return AdaptedModel(base, base.model, {}, {}, {})
 
 
 def load_model(
-    settings: Settings, directory: Path, parts: AdaptedModel, mesh: Mesh | None = None
+    settings: Settings, files: ModelFiles, parts: AdaptedModel, mesh: Mesh | None = None
 ) -> AdaptedModel:
-    """Loads the weights from a directory, with a mesh into their shardings, and initializes what it lacks."""
-    params = read_params(directory, parts.base, params_of(parts), mesh)
+    """Loads the weights, with a mesh into their shardings, and initializes what it lacks."""
+    params = read_params(files, parts.base, params_of(parts), mesh)
     return set_weights(settings, parts, params)
 
 
 def read_params(
-    directory: Path, base: BaseModel, shapes: Mapping[str, Any], mesh: Mesh | None
+    files: ModelFiles, base: BaseModel, shapes: Mapping[str, Any], mesh: Mesh | None
 ) -> dict[str, Any]:
     """Reads the parameters of a base model that its files have, with a mesh into their shardings."""
     # Each process reads only the shards of its own devices: no host has room for all weights of a large model.
     by_path = {} if mesh is None else base_shardings(mesh, {"params": shapes}, base.rules)
     shardings = {path.removeprefix("params/"): sharding for path, sharding in by_path.items()}
-    return load_params(directory, base.table, shapes, new=base.new, shardings=shardings)
+    return load_params(files, base.table, shapes, new=base.new, shardings=shardings)
 
 
 def set_weights(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any]) -> AdaptedModel:

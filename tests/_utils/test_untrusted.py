@@ -25,10 +25,10 @@ from loraplus_jax.data.fetch import resolve
 from loraplus_jax.data.readers import read_rows
 from loraplus_jax.interop.peft_adapter_config import read_options
 from loraplus_jax.interop.peft_files import peft_config
-from loraplus_jax.models import tokenizer as tokenizers
 from loraplus_jax.models.bert.config import BertConfig
-from loraplus_jax.models.checkpoints.hf import load_config, load_params
 from loraplus_jax.models.checkpoints.name_table import NameTable
+from loraplus_jax.models.checkpoints.params import load_params
+from loraplus_jax.models.files import open_files
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama, name_table
 from loraplus_jax.settings.parsing import parse_settings
@@ -110,7 +110,7 @@ def gguf(key, value):
         shapes = {"token_embd.weight": (8, 32), "blk.0.ffn_up.weight": (96, 32)}
         content = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
         path = write_gguf(directory / "m.gguf", content, metadata() | {f"llama.{key}": value})
-        LlamaConfig.from_hf(load_config(path))
+        LlamaConfig.from_hf(open_files(path).config)
 
     return call
 
@@ -185,7 +185,7 @@ def test_sizes_that_the_weights_lack_are_rejected_before_factors_are_made(tmp_pa
     settings, lora = SimpleNamespace(seed=0), LoRAPlusConfig(target_modules=["q_proj"])
     directory = tiny.write(tmp_path / "base")
     with pytest.raises(ValueError, match=mentions("do not match the model", 2**20)):
-        add_adapters(settings, base, lora, None, directory)
+        add_adapters(settings, base, lora, None, open_files(directory))
 
 
 READERS = {
@@ -196,13 +196,13 @@ READERS = {
     "data.parquet": lambda p: read_rows(p, ["text"]),
     "data.tsv": lambda p: resolve(str(p), "data"),
     "data.jsonl": lambda p: read_chats(p),
-    "own.jinja": lambda p: load_template(str(p), p.parent),
-    "chat_template.jinja": lambda p: tokenizers.read_chat_template(p.parent),
-    "tokenizer.json": lambda p: tokenizers.read_tokenizer_json(p.parent),
-    "tokenizer_config.json": lambda p: tokenizers.special_tokens(p.parent),
-    "generation_config.json": lambda p: tokenizers.stop_ids(p.parent),
-    "model.safetensors": lambda p: load_params(p.parent, NameTable(rules=()), {}),
-    "m.gguf": lambda p: load_config(p),
+    "own.jinja": lambda p: load_template(str(p), open_files(p.parent)),
+    "chat_template.jinja": lambda p: open_files(p.parent).chat_template,
+    "tokenizer.json": lambda p: open_files(p.parent).tokenizer,
+    "tokenizer_config.json": lambda p: open_files(p.parent).special_tokens,
+    "generation_config.json": lambda p: open_files(p.parent).stop_ids,
+    "model.safetensors": lambda p: load_params(open_files(p.parent), NameTable(rules=()), {}),
+    "m.gguf": lambda p: open_files(p).config,
     "metrics.jsonl": lambda p: RunLog(p.parent, keep=1, writes=False),
 }
 
@@ -228,7 +228,7 @@ def test_a_template_path_of_an_adapter_is_not_opened(reject, tmp_path):
     secret.write_text("secret")
     settings = SimpleNamespace(data=SimpleNamespace(max_length=8, template=str(secret)))
     saved = LanguageTask(kind="instruction", template="{{ bos_token }}!")
-    assert tokenizer_and_template(settings, tmp_path, saved)[1].source == saved.template
+    assert tokenizer_and_template(settings, open_files(tmp_path), saved)[1].source == saved.template
     without = LanguageTask(kind="instruction")
     words = ("data.template", "task.template", "plain")
-    reject(lambda: tokenizer_and_template(settings, tmp_path, without), *words)
+    reject(lambda: tokenizer_and_template(settings, open_files(tmp_path), without), *words)

@@ -11,7 +11,7 @@ import pytest
 from loraplus_jax._utils import untrusted
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
 from loraplus_jax.data.conversations import Turn
-from loraplus_jax.models import tokenizer as tokenizers
+from loraplus_jax.models.files import open_files
 
 from ..fuzz.damage import MIB
 from ..marks import slow
@@ -94,14 +94,14 @@ def test_a_tokenizer_that_fails_is_stopped(reject, tmp_path, changes, word):
     model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     content = {"version": "1.0", "added_tokens": [], "model": model | changes.pop("model", {})} | changes
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    reject(lambda: tokenizers.tokenizer(tmp_path), tmp_path / "tokenizer.json", word)
+    reject(lambda: open_files(tmp_path).tokenizer, tmp_path / "tokenizer.json", word)
 
 
 def test_a_piece_of_a_gguf_file_that_is_too_long_to_split_is_rejected(reject, tmp_path):
     pieces = {"tokenizer.ggml.tokens": ["<s>", "a" * 10**6], "tokenizer.ggml.scores": [0.0, 0.0]}
     content = metadata() | {"tokenizer.ggml.model": "llama"} | pieces
     path = write_gguf(tmp_path / "m.gguf", {"token_embd.weight": np.ones((2, 32), np.float32)}, content)
-    reject(lambda: tokenizers.tokenizer(path), path, 10**6)
+    reject(lambda: open_files(path).tokenizer, path, 10**6)
 
 
 def test_memory_of_a_large_conversation_is_enough():

@@ -1,12 +1,12 @@
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .chats import specials
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A byte-level BPE, whose offsets are trimmed as in GPT-2's, which also pads, truncates and adds a token."""
+    """A byte-level BPE, which also adds tokens."""
     result = Tokenizer(models.BPE())
     result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     result.decoder = decoders.ByteLevel()
@@ -15,7 +15,4 @@ def tokenizer():
     trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
     result.train_from_iterator(texts, trainer)
     result.add_special_tokens(specials())
-    result.post_processor = processors.ByteLevel(trim_offsets=True)
-    result.enable_truncation(5)
-    result.enable_padding(length=5)
     return result

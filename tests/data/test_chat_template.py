@@ -9,6 +9,7 @@ from loraplus_jax._utils.untrusted_child import DATE
 from loraplus_jax.data.chat_template import load_template
 from loraplus_jax.data.chat_tokens import tokenize_chats
 from loraplus_jax.data.conversations import Turn
+from loraplus_jax.models.files import open_files
 
 from ..messages import mentions
 from ..refusals import refusals
@@ -55,16 +56,16 @@ test_templates_that_fail = refusals(
 def test_a_template_is_chosen_by_name(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": EOS}}))
     with pytest.raises(ValueError, match=mentions(tmp_path, "plain", "data.template")):
-        load_template("model", tmp_path)
-    plain = load_template("plain", tmp_path)
+        load_template("model", open_files(tmp_path))
+    plain = load_template("plain", open_files(tmp_path))
     text = plain.render(chat("Add.", "3", "And?", "4", system="Be kind.").turns)
     blocks = ["Be kind.", "### Instruction:\nAdd.", f"### Response:\n3{EOS}", "### Instruction:\nAnd?"]
     assert text == "\n\n".join([*blocks, f"### Response:\n4{EOS}"])
     (tmp_path / "own.jinja").write_text("\ufeff{{ eos_token }}!", "utf-8")
-    assert load_template(str(tmp_path / "own.jinja"), tmp_path).render([]) == f"{EOS}!"
+    assert load_template(str(tmp_path / "own.jinja"), open_files(tmp_path)).render([]) == f"{EOS}!"
     with pytest.raises(ValueError, match=mentions("'pain'", "model", "plain")):
-        load_template("pain", tmp_path)
+        load_template("pain", open_files(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}"}')
-    assert load_template("model", tmp_path).render([Turn("user", "hi")]) == "hi"
+    assert load_template("model", open_files(tmp_path)).render([Turn("user", "hi")]) == "hi"
     with pytest.raises(ValueError, match=mentions("plain", "eos_token")):
-        load_template("plain", tmp_path)
+        load_template("plain", open_files(tmp_path))

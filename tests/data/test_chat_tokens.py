@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
 from loraplus_jax.data import chat_template
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
-from loraplus_jax.data.chat_tokens import find_answers, tokenize_chats
+from loraplus_jax.data.chat_tokens import find_answers, leading_ids, tokenize_chats
 from loraplus_jax.data.conversations import Chat, Turn, read_chats
 
 from ..messages import mentions
@@ -118,7 +118,6 @@ def test_tokens_are_cut_and_counted(tokenizer):
     assert {column[0].dtype.name for column in columns.values()} == {"int32", "float32"}
     masks = [mask.tolist() for mask in columns["loss_mask"]]
     assert masks == [[0] * (short - 3) + [1, 1, 0], [0] * (short - 3) + [1] * 6]
-    assert (tokenizer.truncation["max_length"], tokenizer.padding["length"]) == (5, 5)  # as they were
     assert tokenize_chats([], tokenizer, template(), 8)[0]["input_ids"].shape == (0,)
 
 
@@ -308,12 +307,16 @@ def test_texts_start_with_what_the_tokenizer_puts_before_them(tokenizer):
     with_bos = Tokenizer.from_str(tokenizer.to_str())
     bos = tokenizer.token_to_id(BOS)
     with_bos.post_processor = processors.TemplateProcessing(f"{BOS} $A {EOS}", None, [(BOS, bos), (EOS, 0)])
-    without, expected = (tokenize_chats(chats, t, template(), 64)[0] for t in (tokenizer, with_bos))
+    without, expected = (
+        tokenize_chats(chats, tokenizer, template(), 64, start=leading_ids(t))[0]
+        for t in (tokenizer, with_bos)
+    )
     ids = without["input_ids"][0].tolist()
     assert expected["input_ids"][0].tolist() == [bos, *ids]
     assert expected["loss_mask"][0].tolist() == [0, *[1] * len(ids)]
     assert without["loss_mask"][0].tolist() == [0, *[1] * (len(ids) - 1)]
-    rendered, _ = tokenize_chats([Chat((Turn("text", f"{BOS}one two three"),))], with_bos, template(), 64)
+    chats = [Chat((Turn("text", f"{BOS}one two three"),))]
+    rendered, _ = tokenize_chats(chats, tokenizer, template(), 64, start=leading_ids(with_bos))
     assert rendered["input_ids"][0].tolist() == [bos, *ids]
     for name in ("input_ids", "loss_mask"):
         assert expected[name][1].tolist() == without[name][1].tolist()

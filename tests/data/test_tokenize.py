@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from loraplus_jax.data.tokenize import encode_texts, load_tokenizer
+from loraplus_jax.data.tokenize import encode_texts, truncating_tokenizer
+from loraplus_jax.models.files import open_files
 
 from ..messages import mentions
 
@@ -35,7 +36,7 @@ def _lists(columns):
 def test_texts_become_tokens_of_at_most_max_length(tmp_path):
     """Whatever padding and truncation the file has."""
     for baked in (True, False):
-        tokenizer = load_tokenizer(_tokenizer(tmp_path, baked=baked), 6)
+        tokenizer = truncating_tokenizer(open_files(_tokenizer(tmp_path, baked=baked)), 6)
         columns, truncated = encode_texts([("w0 w1",), ("w0 w1 w2 w3 w4 w5",)], tokenizer, 6)
         ids = [[7, 9, 10, 8], [7, 9, 10, 11, 12, 8]]
         assert _lists(columns) == {"input_ids": ids, "token_type_ids": [[0] * 4, [0] * 6]}
@@ -44,7 +45,7 @@ def test_texts_become_tokens_of_at_most_max_length(tmp_path):
 
 
 def test_pairs_keep_their_special_tokens_and_types(tmp_path):
-    tokenizer = load_tokenizer(_tokenizer(tmp_path), 7)
+    tokenizer = truncating_tokenizer(open_files(_tokenizer(tmp_path)), 7)
     columns, truncated = encode_texts([("w0", "w1"), ("w0 w1 w2 w3", "w4 w5")], tokenizer, 7)
     assert _lists(columns) == {
         "input_ids": [[7, 9, 8, 10, 8], [7, 9, 10, 8, 13, 14, 8]],
@@ -54,7 +55,7 @@ def test_pairs_keep_their_special_tokens_and_types(tmp_path):
 
 
 def test_long_lists_are_encoded_in_order(tmp_path):
-    tokenizer = load_tokenizer(_tokenizer(tmp_path), 4)
+    tokenizer = truncating_tokenizer(open_files(_tokenizer(tmp_path)), 4)
     columns, truncated = encode_texts([(f"w{i % 20}",) for i in range(2500)], tokenizer, 4)
     assert [tokens[1] for tokens in columns["input_ids"]] == [9 + i % 20 for i in range(2500)]
     assert truncated == 0
@@ -63,15 +64,15 @@ def test_long_lists_are_encoded_in_order(tmp_path):
 
 def test_tokenizers_that_are_rejected(tmp_path):
     with pytest.raises(ValueError, match=mentions(tmp_path, "tokenizer.json")):
-        load_tokenizer(tmp_path, 8)
-    tokenizer = load_tokenizer(_tokenizer(tmp_path), 3)
+        truncating_tokenizer(open_files(tmp_path), 8)
+    tokenizer = truncating_tokenizer(open_files(_tokenizer(tmp_path)), 3)
     encode_texts([("w0",)], tokenizer, 3)
     with pytest.raises(ValueError, match=mentions("max_length", 3)):
         encode_texts([("w0", "w1")], tokenizer, 3)
-    bare = load_tokenizer(_tokenizer(tmp_path), 6)
+    bare = truncating_tokenizer(open_files(_tokenizer(tmp_path)), 6)
     bare.post_processor = None
     with pytest.raises(ValueError, match=r"texts without tokens: 1.*' '"):
         encode_texts([("w0",), (" ",)], bare, 6)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json"):
-        load_tokenizer(tmp_path, 8)
+        truncating_tokenizer(open_files(tmp_path), 8)

@@ -27,11 +27,12 @@ from loraplus_jax.inference.predict import settings_and_task
 from loraplus_jax.interop.peft_files import peft_config
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.checkpoints.gguf import load as gguf
-from loraplus_jax.models.checkpoints.hf import SINGLE_FILE, load_config, load_params
+from loraplus_jax.models.checkpoints.hub_directory import SINGLE_FILE
 from loraplus_jax.models.checkpoints.name_table import NameTable, Rule, embedding_rules, linear_rules
+from loraplus_jax.models.checkpoints.params import load_params
+from loraplus_jax.models.files import open_files
 from loraplus_jax.models.gpt2.config import GPT2Config
 from loraplus_jax.models.llama.config import LlamaConfig
-from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, stop_ids, tokenizer
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.tasks.causal_lm import LanguageTask
@@ -109,7 +110,7 @@ SECOND = {f"h.{layer}.fc.weight": np.ones((4, 3), np.float32) for layer in range
 
 
 def load(directory):
-    return load_params(directory, TABLE, EXPECTED, place=lambda path, array: array)
+    return load_params(open_files(directory), TABLE, EXPECTED, place=lambda path, array: array)
 
 
 def weights(folder):
@@ -145,7 +146,7 @@ def model_config(kind):
         content |= {"rope_scaling": None} if kind == "gemma3_text" else {}
 
         def read():
-            config = family.from_hf(load_config(folder))
+            config = family.from_hf(open_files(folder).config)
             assert config.num_hidden_layers <= 1000
             assert config.vocab_size <= 2**24
             assert config.max_length <= 2**60
@@ -183,7 +184,7 @@ def tokenizer_file(folder):
     values, tree = (*JSON_VALUES, *HUGE, *PARTS * 2), json.loads(own.to_str())
 
     def read():
-        tokenizer(folder).encode("ab Ab 12 é")
+        open_files(folder).tokenizer.encode("ab Ab 12 é")
 
     return of_json(folder / "tokenizer.json", tree, read, values, limit=peak_limit, names="tokenizer")
 
@@ -198,9 +199,8 @@ def tokenizer_config(folder):
     }
 
     def read():
-        special_tokens(folder)
-        read_chat_template(folder)
-        stop_ids(folder)
+        files = open_files(folder)
+        assert [files.special_tokens, files.chat_template, files.stop_ids]
 
     return of_json(folder / "tokenizer_config.json", tree, read)
 
@@ -331,11 +331,11 @@ def gguf_header(tokens):
             return data[:at] + struct.pack(form, number) + data[at + struct.calcsize(form) :]
 
         def read():
-            load_config(path)
-            load_params(path, table, expected, place=lambda path, array: array)
-            tokenizer(path)
-            special_tokens(path)
-            read_chat_template(path)
+            assert open_files(path).config
+            load_params(open_files(path), table, expected, place=lambda path, array: array)
+            files = open_files(path)
+            assert files.tokenizer
+            assert [files.special_tokens, files.chat_template]
 
         return Target(path, data, odd, read, end=end)
 

@@ -4,8 +4,10 @@ import pytest
 
 from loraplus_jax._utils.json_files import MAX_JSON_BYTES, read_json
 from loraplus_jax.data.readers import read_rows
-from loraplus_jax.models.checkpoints.hf import SINGLE_FILE, load_params
+from loraplus_jax.models.checkpoints.hub_directory import SINGLE_FILE
 from loraplus_jax.models.checkpoints.name_table import NameTable
+from loraplus_jax.models.checkpoints.params import load_params
+from loraplus_jax.models.files import open_files
 from loraplus_jax.settings.yaml_files import LARGEST_YAML, read_yaml
 
 from ..messages import assert_mentions
@@ -70,7 +72,7 @@ def test_a_header_of_very_many_tensors(tmp_path):
     header = ("{" + ",".join(entry.format(n) for n in range(60_000)) + "}").encode()
     path = tmp_path / SINGLE_FILE
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    found = outcome(lambda path: load_params(path.parent, NameTable(rules=()), {}), path)
+    found = outcome(lambda path: load_params(open_files(path.parent), NameTable(rules=()), {}), path)
     assert_mentions(found, tmp_path, "60000 extra")
     assert len(found) < 5000
 

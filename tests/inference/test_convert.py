@@ -16,9 +16,10 @@ from loraplus_jax.adapter.tree import flatten, unflatten
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference import verify_conversion
 from loraplus_jax.interop.adapter_directory import save_adapter
-from loraplus_jax.models.checkpoints.hf import load_params
-from loraplus_jax.models.checkpoints.named_base import read_named_base
+from loraplus_jax.models.checkpoints.named_base import named_base
+from loraplus_jax.models.checkpoints.params import load_params
 from loraplus_jax.models.families import family_of
+from loraplus_jax.models.files import open_files
 from loraplus_jax.tasks.causal_lm import model_config
 
 from ..integration import language_world
@@ -504,12 +505,12 @@ def test_a_run_on_a_gguf_base_is_held_to_what_its_adapter_changes(first_talk, tm
 def test_an_adapter_of_a_loop_of_ones_own(to, options, tmp_path, capsys, by_us):
     """An adapter for this package's model of a base, written by `save_adapter` alone."""
     base = write_base_with_biases(tmp_path / "base")
-    config = model_config(base)
+    config = model_config(open_files(base))
     lora_config = LoRAPlusConfig(target_modules=["q_proj", "down_proj"], rank=2, alpha=3, **options)
     model = apply_lora_plus(family_of(config.model_type).model(config), lora_config)
     ids = verify_conversion.token_ids(config.vocab_size)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), ids)["params"])
-    params = load_params(base, family_of(config.model_type).name_table(config), shapes)
+    params = load_params(open_files(base), family_of(config.model_type).name_table(config), shapes)
     lora, specs = init_lora(model, jax.random.key(1), ids, base={"params": params})
     rng = np.random.default_rng(3)
     lora = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), lora)
@@ -521,7 +522,7 @@ def test_an_adapter_of_a_loop_of_ones_own(to, options, tmp_path, capsys, by_us):
     if to == "merged":
         variables = {"params": unflatten(flatten(params) | biases), "lora": lora}
         expected = jax.jit(model.apply)(variables, ids)
-        found = verify_conversion.our_logits(read_named_base(tmp_path / "out"))
+        found = verify_conversion.our_logits(named_base(open_files(tmp_path / "out")))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 

@@ -13,7 +13,8 @@ from loraplus_jax.inference.convert_sources import (
     check_base_tensors,
 )
 from loraplus_jax.models.checkpoints.merge import CheckpointMerge
-from loraplus_jax.models.checkpoints.named_base import read_named_base
+from loraplus_jax.models.checkpoints.named_base import named_base
+from loraplus_jax.models.files import open_files
 
 from ..fuzz.damage import peak_limit
 from ..interop.library_trees import LIBRARIES
@@ -31,7 +32,7 @@ from .conversions import (
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return read_named_base(write_base(tmp_path_factory.mktemp("base") / "llama"))
+    return named_base(open_files(write_base(tmp_path_factory.mktemp("base") / "llama")))
 
 
 def merged(source, base):
@@ -59,11 +60,11 @@ def check(source, base):
 def test_a_tree(name, base, tmp_path):
     """By its names or by `--from`, of each library: the changes are those that its own equations make."""
     if name == "openpi":
-        base = read_named_base(write_openpi_base(tmp_path / "base"))
+        base = named_base(open_files(write_openpi_base(tmp_path / "base")))
     file, library = tmp_path / "tree.safetensors", name.removeprefix("old ")
     changes, options = write_library(name, file)
     source = TreeSource(file, **options)
-    found, expected = check(source, base), expected_weights(base.source, changes)
+    found, expected = check(source, base), expected_weights(base.files.path, changes)
     for key, value in found.items():
         np.testing.assert_allclose(value, expected[key], rtol=0, atol=1e-5)
     assert library in source.about
@@ -75,12 +76,12 @@ def test_a_tree(name, base, tmp_path):
     "options", [{}, {"dora": True}, {"use_rslora": True}, {"rank_pattern": {"up_proj": 5}}]
 )
 def test_peft(options, base, tmp_path):
-    modules = modules_of(base.source, "v_proj", "up_proj")
-    directory = write_peft(tmp_path / "peft", modules, base.source, **options)
+    modules = modules_of(base.files.path, "v_proj", "up_proj")
+    directory = write_peft(tmp_path / "peft", modules, base.files.path, **options)
     source = PeftSource(directory)
     assert len(check(source, base)) == 4
     assert ("DoRA" in source.about, "null" in source.about) == ("dora" in options, False)
-    open_targets = write_peft(tmp_path / "null", modules, base.source, target_modules=None, **options)
+    open_targets = write_peft(tmp_path / "null", modules, base.files.path, target_modules=None, **options)
     assert "null" in PeftSource(open_targets).about
 
 
@@ -88,7 +89,7 @@ def test_peft(options, base, tmp_path):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("has_copy", [False, True], ids=["factors alone", "with the base's weight"])
 def test_an_embedding_of_peft(has_copy, dora, base, tmp_path):
-    directory = write_peft(tmp_path / "peft", {"model.embed_tokens": (4, 4)}, base.source, dora=dora)
+    directory = write_peft(tmp_path / "peft", {"model.embed_tokens": (4, 4)}, base.files.path, dora=dora)
     rng, name = np.random.default_rng(3), "base_model.model.model.embed_tokens.lora_embedding_{}"
     vocabulary, size = base.shape("model.embed_tokens.weight")
     tensors = {
@@ -108,7 +109,7 @@ def test_an_embedding_of_peft(has_copy, dora, base, tmp_path):
 @pytest.mark.parametrize(("name", "is_levanter"), [("model.layers.0.mlp", True), ("h.0.mlp", False)])
 def test_only_levanter_puts_its_prefix_before_a_model_s(name, is_levanter, base, tmp_path):
     """Falcon, GPT-J, BLOOM and others have modules transformer.h."""
-    source = PeftSource(write_peft(tmp_path / "a", {name: (4, 4)}, base.source, prefix="transformer."))
+    source = PeftSource(write_peft(tmp_path / "a", {name: (4, 4)}, base.files.path, prefix="transformer."))
     assert source.is_levanter(base) == is_levanter
 
 
@@ -117,7 +118,7 @@ def reading(*ends, **options):
 
     def call(base, tmp_path):
         PeftSource(
-            write_peft(tmp_path / "peft", modules_of(base.source, *ends), base.source, **options)
+            write_peft(tmp_path / "peft", modules_of(base.files.path, *ends), base.files.path, **options)
         ).read(base)
 
     return call
@@ -143,27 +144,29 @@ test_what_the_options_select_must_be_in_the_file = refusals(
 )
 def test_a_copy_of_the_base_must_be_the_base_s(adapted, changed, tmp_path):
     """PEFT loads it, into an embedding that is also the head if they are tied."""
-    base = read_named_base(write_base(tmp_path / "base", tie_word_embeddings=True))
+    base = named_base(open_files(write_base(tmp_path / "base", tie_word_embeddings=True)))
     weight = base.tensors[f"{'model.embed_tokens' if 'layers' not in adapted else adapted}.weight"][:]
-    directory = write_peft(tmp_path / "peft", {adapted: weight.shape}, base.source, target_modules=[adapted])
+    directory = write_peft(
+        tmp_path / "peft", {adapted: weight.shape}, base.files.path, target_modules=[adapted]
+    )
     file, source = directory / "adapter_model.safetensors", PeftSource(directory)
     tensors = load_file(file)
     save_file(tensors | {f"base_model.model.{changed}": weight}, file)
     check(source, source.base_for(base))
     save_file(tensors | {f"base_model.model.{changed}": weight + 1}, file)
-    with pytest.raises(ValueError, match=mentions(changed, base.source)):
+    with pytest.raises(ValueError, match=mentions(changed, base.files.path)):
         source.read(source.base_for(base))
 
 
 def test_own_variables_have_no_place_in_pytorch(base, tmp_path):
-    directory = write_peft(tmp_path / "peft", modules_of(base.source, "q_proj"), base.source)
+    directory = write_peft(tmp_path / "peft", modules_of(base.files.path, "q_proj"), base.files.path)
     (directory / "loraplus.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=mentions("loraplus.safetensors", "run")):
         PeftSource(directory)
 
 
 def test_tensors_must_be_the_base_s(base):
-    tensors = load_file(base.source / "model.safetensors")
+    tensors = load_file(base.files.path / "model.safetensors")
     q = [tensors[f"model.layers.{n}.self_attn.q_proj.weight"] for n in range(2)]
     k, v = (tensors[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "kv")
     good = {
@@ -184,8 +187,8 @@ def test_tensors_must_be_the_base_s(base):
 
 
 def test_openpi_s_weights_are_those_of_its_pytorch_form(tmp_path):
-    base = read_named_base(write_openpi_base(tmp_path / "base"))
-    tensors = load_file(base.source / "model.safetensors")
+    base = named_base(open_files(write_openpi_base(tmp_path / "base")))
+    tensors = load_file(base.files.path / "model.safetensors")
     model = "paligemma_with_expert.gemma_expert.model.layers"
     read = lambda name: np.stack([tensors[f"{model}.{n}.{name}_proj.weight"] for n in range(2)])  # noqa: E731
     q, k, v, out = (read(f"self_attn.{x}") for x in "qkvo")
@@ -279,7 +282,7 @@ LLAMA3 = {
 )
 def test_tunix_computes_with_angles_of_its_own(config, fields, tmp_path):
     """Its Llama 3 and Qwen3 ignore rope_theta, and none of its models but Gemma 3 has a scaling."""
-    base = read_named_base(write_base(tmp_path / "base"))
+    base = named_base(open_files(write_base(tmp_path / "base")))
     base = base._replace(config=base.config | config)
     _, options = write_library("qwix", tmp_path / "qwix.safetensors")
     source = TreeSource(tmp_path / "qwix.safetensors", **options)
@@ -288,7 +291,7 @@ def test_tunix_computes_with_angles_of_its_own(config, fields, tmp_path):
         return
     flags = [f"base.config.{name}" for name in fields]
     values = [value for values in fields.values() for value in values]
-    with pytest.raises(ValueError, match=mentions("tunix", base.source, *values, *flags)):
+    with pytest.raises(ValueError, match=mentions("tunix", base.files.path, *values, *flags)):
         source.read(base)
     for allowed in (flags, ["base.config"]):
         source = TreeSource(tmp_path / "qwix.safetensors", **options, allow_different=allowed)

@@ -14,7 +14,8 @@ from loraplus_jax.inference.verify_conversion import (
     token_ids,
     torch_logits,
 )
-from loraplus_jax.models.checkpoints.named_base import read_named_base
+from loraplus_jax.models.checkpoints.named_base import named_base
+from loraplus_jax.models.files import open_files
 
 from ..integration.gpt2_world import write_gpt2
 from ..messages import mentions
@@ -57,12 +58,12 @@ def test_ids_are_always_the_same():
 
 @pytest.mark.slow
 def test_a_replaced_tensor_is_used(base):
-    plain, name = our_logits(read_named_base(base)), "model.layers.1.mlp.down_proj.weight"
+    plain, name = our_logits(named_base(open_files(base))), "model.layers.1.mlp.down_proj.weight"
     changed = {name: load_file(base / "model.safetensors")[name] + 0.1}
-    assert np.abs(our_logits(read_named_base(base), changed) - plain).max() > 0.01
+    assert np.abs(our_logits(named_base(open_files(base)), changed) - plain).max() > 0.01
     np.testing.assert_array_equal(opened_logits(base), plain)
     with pytest.raises(ValueError, match=mentions("model.other.weight")):
-        our_logits(read_named_base(base), {"model.other.weight": np.ones(2)})
+        our_logits(named_base(open_files(base)), {"model.other.weight": np.ones(2)})
 
 
 @pytest.mark.slow
@@ -73,14 +74,15 @@ def test_gpt2_splits_its_tensors(tmp_path):
     changed[:, 64:] *= 1.5  # values alone
     assert (
         np.abs(
-            our_logits(read_named_base(tmp_path), {name: changed}) - our_logits(read_named_base(tmp_path))
+            our_logits(named_base(open_files(tmp_path)), {name: changed})
+            - our_logits(named_base(open_files(tmp_path)))
         ).max()
         > 0.01
     )
 
 
 def test_single_layers(base):
-    named = read_named_base(base)
+    named = named_base(open_files(base))
     name = "model.layers.0.mlp.up_proj.weight"
     plain = layer_outputs(named, [name], {})
     twice = layer_outputs(named, [name], {name: 2 * named.tensors[name][:]})
@@ -96,11 +98,11 @@ def test_transformers_and_peft_compute_the_same(base, tmp_path):
     changed = {name: load_file(base / "model.safetensors")[name] + 0.1}
     for tensors in ({}, changed):
         np.testing.assert_allclose(
-            torch_logits(read_named_base(base), changed=tensors),
-            our_logits(read_named_base(base), tensors),
+            torch_logits(named_base(open_files(base)), changed=tensors),
+            our_logits(named_base(open_files(base)), tensors),
             atol=2e-5,
         )
     adapter = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base)
     np.testing.assert_allclose(
-        torch_logits(read_named_base(base), adapter=adapter), opened_logits(adapter), atol=2e-5
+        torch_logits(named_base(open_files(base)), adapter=adapter), opened_logits(adapter), atol=2e-5
     )

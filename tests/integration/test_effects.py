@@ -21,6 +21,7 @@ import pytest
 from loraplus_jax import describe, make_mesh, save_adapter
 from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.data.fetch import resolve
+from loraplus_jax.models.files import open_files
 from loraplus_jax.plan.programs import _adapter_shapes
 from loraplus_jax.settings.parsing import parse_settings, setting_fields
 from loraplus_jax.settings.schema import Settings
@@ -66,9 +67,9 @@ def hashed(tree):
 
 
 def loaded(settings):
-    """The model's directory, and the data."""
-    directory = resolve(settings.model.path, "model")
-    return directory, setup.task_module(settings).load_data(settings, directory)
+    """The model's files, and the data."""
+    files = open_files(resolve(settings.model.path, "model"))
+    return files, setup.task_module(settings).load_data(settings, files)
 
 
 def arrays(settings):
@@ -80,10 +81,10 @@ def arrays(settings):
 def described(settings):
     """Mesh, data, model and optimizer of a run before any weights are read, with shapes as adapters."""
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
-    directory, data = loaded(settings)
+    files, data = loaded(settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "init_lora", _adapter_shapes)
-        return mesh, data, *setup.abstract_run(settings, directory, data, mesh)[1:]
+        return mesh, data, *setup.abstract_run(settings, files, data, mesh)[1:]
 
 
 def shapes(settings):
@@ -173,11 +174,11 @@ def cache_in_use(settings):
 
 def searched(settings):
     """How the run searches for texts, and for how many inputs, a batch and in all."""
-    directory, data = loaded(settings)
-    model = setup.base_parts(settings, directory, data.task).model
+    files, data = loaded(settings)
+    model = setup.base_parts(settings, files, data.task).model
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_generation, "make_beam_search", lambda *_, **options: lambda *_: [options])
-        texts = HeldOutTexts.from_settings(settings, directory, data.task, model, data.inputs)
+        texts = HeldOutTexts.from_settings(settings, files, data.task, model, data.inputs)
     return texts.model.generate(*[None] * 5), texts.batch_size, len(texts.inputs)
 
 

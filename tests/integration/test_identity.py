@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from loraplus_jax.models.bert.config import BertConfig
+from loraplus_jax.models.files import open_files
 from loraplus_jax.models.gpt2.config import GPT2Config
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.settings.parsing import parse_settings
@@ -36,7 +37,7 @@ def test_identity_holds_and_compares_every_field_of_the_models_config(
     if rewrite:
         rewrite(world.model)
         world.change_config("data", template="plain")
-    identity = model_identity(parse_settings(world.config), world.model, None)
+    identity = model_identity(parse_settings(world.config), open_files(world.model), None)
     fields = identity["base"]["config"]
     assert fields.keys() == {field.name for field in dataclasses.fields(config)}
     for name, value in fields.items():

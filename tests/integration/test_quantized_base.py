@@ -6,6 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from loraplus_jax.data.fetch import resolve
+from loraplus_jax.models.files import open_files
 from loraplus_jax.quantization.packed_array import is_packed
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.training.setup import build_model, load_model
@@ -22,8 +23,8 @@ NF4 = ("--model.quantize", "nf4")
 def parts_of(world, *overrides):
     """The loaded model of the world's settings."""
     settings = parse_settings(world.config, [*overrides])
-    directory = resolve(settings.model.path, "model")
-    return load_model(settings, directory, build_model(settings, directory, None, settings.applied))
+    files = open_files(resolve(settings.model.path, "model"))
+    return load_model(settings, files, build_model(settings, files, None, settings.applied))
 
 
 def packed_paths(parts):

@@ -12,9 +12,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from loraplus_jax.data.fetch import cache_dir
-from loraplus_jax.models.checkpoints.hf import load_config, load_params
+from loraplus_jax.models.checkpoints.params import load_params
 from loraplus_jax.models.decoding.generate import Sampling, make_generate
 from loraplus_jax.models.families import family_of
+from loraplus_jax.models.files import open_files
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMAS = (
@@ -43,11 +44,11 @@ def write_golden(name, folder):
 
 def load(path, **fields):
     """A causal language model and its parameters, from a directory or a GGUF file."""
-    config = load_config(path)
+    config = open_files(path).config
     family = family_of(config["model_type"])
     model = family.model(family.config.from_hf(config), **fields)
     shapes = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
-    return model, load_params(path, family.name_table(model.config), shapes)
+    return model, load_params(open_files(path), family.name_table(model.config), shapes)
 
 
 def maker(name):

@@ -6,6 +6,7 @@ import json
 import jax
 
 from loraplus_jax import LoRAPlusConfig, make_mesh, pmap_step
+from loraplus_jax.models.files import open_files
 from loraplus_jax.plan.hlo import Collective
 from loraplus_jax.plan.plan import Plan, Work
 from loraplus_jax.plan.programs import plan_step
@@ -46,7 +47,7 @@ def llama(directory, **kwargs):
 def parts_of(settings, directory):
     family = task_module(settings)
     data = family.placeholder_data(settings)
-    return family.make_base(settings, directory, data.task), data
+    return family.make_base(settings, open_files(directory), data.task), data
 
 
 def config(directory, **changes):

@@ -13,8 +13,9 @@ import transformers as tf
 
 from loraplus_jax.models.bert import model as bert
 from loraplus_jax.models.checkpoints import export
-from loraplus_jax.models.checkpoints.hf import load_config, load_params
+from loraplus_jax.models.checkpoints.params import load_params
 from loraplus_jax.models.families import family_of
+from loraplus_jax.models.files import open_files
 
 
 def golden_maker(name):
@@ -84,19 +85,19 @@ class Pair:
         )
         reference.save_pretrained(folder)
         if self.is_causal:
-            entries = load_config(folder)
+            entries = open_files(folder).config
             family = family_of(entries["model_type"])
             config = dataclasses.replace(family.config.from_hf(entries), split_fused=split_fused)
             self.model, self.table = family.model(config), family.name_table(config)
             self.form, new = export.causal_lm_class(config), ()
         else:
-            config = bert.BertConfig.from_hf(load_config(folder))
+            config = bert.BertConfig.from_hf(open_files(folder).config)
             self.model = bert.BertForSequence(config, 3, pooling)
             self.table, self.form = bert.name_table(pooling), export.encoder_class(config, pooling)
             new = ("head",)
         self.inputs = inputs(self.is_causal)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), *self.inputs)["params"]
-        self.params = load_params(folder, self.table, shapes, new=new)
+        self.params = load_params(open_files(folder), self.table, shapes, new=new)
         for part in new:
             self.params[part] = random(shapes[part], 7)
         self.path_map = export.path_map(self.table, self.form)

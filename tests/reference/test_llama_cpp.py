@@ -13,6 +13,7 @@ from loraplus_jax.interop.peft_files import save_peft
 from loraplus_jax.models.checkpoints import export
 from loraplus_jax.models.checkpoints.gguf.adapter import save_gguf_adapter
 from loraplus_jax.models.families import family_of
+from loraplus_jax.models.files import open_files
 
 from ..integration import language_world
 from ..integration.gpt2_world import PRODUCTS, write_gpt2
@@ -75,7 +76,7 @@ def test_an_adapter_has_our_logits_in_llama_cpp(name, fields, limit, tmp_path):
     table = family_of(model.config.model_type).name_table(model.config)
     path_map = export.path_map(table, export.causal_lm_class(model.config))
     save_peft(tmp_path / "peft", lora, specs, config, path_map)
-    save_gguf_adapter(tmp_path / "adapter.gguf", tmp_path / "peft", folder, dtype="float32")
+    save_gguf_adapter(tmp_path / "adapter.gguf", tmp_path / "peft", open_files(folder), dtype="float32")
     without = run(model, {"params": params}, TOKENS)[0]
     ours = run(adapted, {"params": params, "lora": lora}, TOKENS)[0]
     largest = np.abs(ours).max()

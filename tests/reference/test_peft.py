@@ -11,8 +11,9 @@ from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, me
 from loraplus_jax.adapter.tree import flatten, replace_leaves
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
 from loraplus_jax.models.checkpoints import export
-from loraplus_jax.models.checkpoints.hf import check_params
 from loraplus_jax.models.checkpoints.merge import CheckpointMerge
+from loraplus_jax.models.checkpoints.params import check_params
+from loraplus_jax.models.files import open_files
 
 from .families import Pair, off, random
 
@@ -65,14 +66,14 @@ def tuned(pair, seed=5, **fields):
 def write_merged(pair, folder, specs, trainable, *, headless=False, **how):
     """The directory of the pair's model with the adapter merged into its weights."""
     new = () if pair.is_causal else ("head",)
-    leaves, _ = check_params(pair.folder, pair.table, pair.params, new=new)
+    leaves, _ = check_params(open_files(pair.folder), pair.table, pair.params, new=new)
     extras = {name: x for name, x in trainable.items() if name != "lora"}
     has_head = not (headless or pair.is_causal)
     head = {"params": {"head": extras["params"]["head"]}} if has_head else {}
     folder.mkdir()
     made = CheckpointMerge(pair.table, leaves, specs, trainable["lora"], extras)
     labels = {"num_labels": 3} if has_head else {}
-    export.write_hf(folder, pair.folder, made, pair.form, new=head, config=labels, **how)
+    export.write_hf(folder, open_files(pair.folder), made, pair.form, new=head, config=labels, **how)
 
 
 # A cell for each name table and each option.

@@ -10,6 +10,7 @@ import transformers as tf
 from loraplus_jax import LoRAPlusConfig, combine, save_adapter
 from loraplus_jax.data.fetch import ASSETS, cache_dir
 from loraplus_jax.inference.export import export_run
+from loraplus_jax.models.files import open_files
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.step.fingerprints import fingerprint
 from loraplus_jax.tasks.causal_lm import LanguageTask
@@ -48,7 +49,8 @@ def run_of(name, folder, targets, **model):
         if is_causal
         else EncoderTask(kind="classification", names=("no", "yes"))
     )
-    parts = load_model(settings, PLACES[name], build_model(settings, PLACES[name], task, settings.applied))
+    files = open_files(PLACES[name])
+    parts = load_model(settings, files, build_model(settings, files, task, settings.applied))
     parts = parts._replace(trainable=random(parts.trainable, 0, 0.05))
     notes = {"settings": settings.to_json(), "task": task.notes(), "base": fingerprint(parts.frozen)}
     save_adapter(folder / "adapter", parts.trainable, parts.specs, settings.applied, **notes)

@@ -15,6 +15,7 @@ from loraplus_jax.data.batches import digest
 from loraplus_jax.data.conversations import Chat, Turn
 from loraplus_jax.data.data_to_text import Description
 from loraplus_jax.data.multiple_choice import Question
+from loraplus_jax.models.files import open_files
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama
 from loraplus_jax.settings.parsing import parse_settings
@@ -266,7 +267,9 @@ def test_a_template_file_for_a_model_that_names_no_end_token(first_talk, tmp_pat
     settings = parse_settings(
         first_talk.config, ["--data.template", str(template), "--model.path", str(model)]
     )
-    data = load_data(settings, model)
-    again = load_split(settings, model, data.task, "test", None)  # with the template that the task keeps
+    data = load_data(settings, open_files(model))
+    again = load_split(
+        settings, open_files(model), data.task, "test", None
+    )  # with the template that the task keeps
     np.testing.assert_array_equal(again.columns["loss_mask"], data.splits["test"]["loss_mask"])
     assert sum("does not teach the model to stop" in line for line in data.summary) == lines

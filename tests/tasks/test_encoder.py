@@ -11,6 +11,7 @@ import pytest
 
 from loraplus_jax.data.batches import train_batches
 from loraplus_jax.data.splits import LabelledText
+from loraplus_jax.models.files import open_files
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.tasks.encoder import (
@@ -171,14 +172,14 @@ def test_predictions_are_names_with_probabilities_or_numbers():
 
 def test_dropout_rates_replace_the_models_own(world):
     settings = parse_settings(world.config, ["--model.dropout", "0.3"]).model
-    config = model_config(settings, world.model)
+    config = model_config(settings, open_files(world.model))
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.3, 0.3)
-    own = model_config(dataclasses.replace(settings, dropout=None), world.model)
+    own = model_config(dataclasses.replace(settings, dropout=None), open_files(world.model))
     assert (own.hidden_dropout_prob, own.attention_probs_dropout_prob) == (0.1, 0.1)
 
 
 def test_long_texts_are_counted(world):
-    data = load_data(parse_settings(world.config, ["--data.max_length", "5"]), world.model)
+    data = load_data(parse_settings(world.config, ["--data.max_length", "5"]), open_files(world.model))
     assert data.truncated["train"] > 0
     assert max(map(len, data.splits["train"]["input_ids"])) == 5
     assert {name: arrays["input_ids"].shape for name, arrays in data.splits.items()} == {
@@ -191,7 +192,7 @@ def test_long_texts_are_counted(world):
 @pytest.mark.slow
 def test_every_batch_of_all_epochs_and_the_largest_split_have_a_shape(world):
     settings = parse_settings(world.config, ["--train.batch_size", "16", "--train.eval_batch_size", "32"])
-    data, rng = load_data(settings, world.model), np.random.default_rng(0)
+    data, rng = load_data(settings, open_files(world.model)), np.random.default_rng(0)
     columns = data.splits["train"]
     lengths = rng.integers(1, 1 + columns["input_ids"].shape[1], (len(columns["label"]), 1))
     columns["attention_mask"] = (np.arange(columns["input_ids"].shape[1]) < lengths).astype(np.int32)
@@ -207,12 +208,12 @@ def test_every_batch_of_all_epochs_and_the_largest_split_have_a_shape(world):
 
 def test_a_trial_on_few_texts_has_all_classes(world):
     settings = parse_settings(world.config, ["--data.limit", "1"])
-    data = load_data(settings, world.model)
+    data = load_data(settings, open_files(world.model))
     assert data.task.names == ("no", "yes")
     assert data.examples == {"train": 1, "validation": 1, "test": 1}
-    split = load_split(settings, world.model, data.task, "test", None)
+    split = load_split(settings, open_files(world.model), data.task, "test", None)
     assert (split.examples, split.digest) == (1, data.digests["test"])
-    assert load_split(settings, world.model, data.task, None, str(world.data)).examples == 160
+    assert load_split(settings, open_files(world.model), data.task, None, str(world.data)).examples == 160
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "instruction", "multiple_choice"])
@@ -223,4 +224,4 @@ def test_every_task_tells_duplicates_before_training(first_world, first_talk, ta
     args += ["--data.duplicates", "error", *(["--data.label", "rating"] if task == "regression" else [])]
     settings = parse_settings(source.config, args)
     with pytest.raises(ValueError, match=mentions("train", "test")):
-        task_module(settings).load_data(settings, source.model)
+        task_module(settings).load_data(settings, open_files(source.model))

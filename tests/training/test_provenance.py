@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from loraplus_jax.models.files import open_files
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.training.provenance import check_origin, model_identity
 
@@ -24,11 +25,11 @@ def test_a_changed_file_of_a_language_model_changes_its_part_alone(tmp_path, par
     tiny.write_model(tmp_path)
     parts = {"model": ModelSettings(path=str(tmp_path)), "data": DataSettings(path="d", max_length=32)}
     settings = Settings(task="instruction", output_dir="o", **parts)
-    before = model_identity(settings, tmp_path, None)
+    before = model_identity(settings, open_files(tmp_path), None)
     name, change = edit
     path = tmp_path / name
     path.write_text(json.dumps(change(json.loads(path.read_text()) if path.exists() else {})))
-    after = model_identity(settings, tmp_path, None)
+    after = model_identity(settings, open_files(tmp_path), None)
     assert before.keys() == after.keys() == FILES.keys()
     assert [part for part in FILES if before[part] != after[part]] == [part]
 

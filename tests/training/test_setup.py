@@ -1,6 +1,7 @@
 """From settings to parts, optimizer and number of steps, nothing trained; what `loraplus inspect` shows."""
 
 import types
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -13,6 +14,9 @@ from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.cli.commands import main
+from loraplus_jax.models.checkpoints import hub_directory
+from loraplus_jax.models.checkpoints.gguf import file, header
+from loraplus_jax.models.files import open_files
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import (
     DataSettings,
@@ -27,6 +31,7 @@ from loraplus_jax.training.adapter_start import make_start, read_start, saved_fo
 from loraplus_jax.training.inspect import inspect
 from loraplus_jax.training.setup import count_steps, prepare
 
+from ..integration.language_world import write_gguf_of
 from ..marks import slow
 from ..messages import assert_mentions, mentions
 from ..refusals import refusals
@@ -60,6 +65,32 @@ def prepared(world, *overrides):
 def usual(first_world):
     """Prepared by the world's own settings."""
     return prepared(first_world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["directory", "GGUF file"])
+def test_the_files_of_a_model_are_read_once(talk, monkeypatch, kind):
+    path = talk.model if kind == "directory" else write_gguf_of(talk.model, talk.directory / "tiny.gguf")
+    counts = Counter()
+
+    def count(owner, name, label):
+        call = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *args, **kw: counts.update([label(*args)]) or call(*args, **kw)
+        )
+
+    count(hub_directory, "read_json", lambda path: path.name)
+    count(hub_directory, "read_text", lambda path: path.name)
+    count(hub_directory, "_open", lambda path: path.name)
+    count(header, "_read_metadata", lambda cursor: "header")
+    count(file, "make_tokenizer", lambda header: "vocabulary")
+    prepared(
+        talk, "--model.path", str(path), "--train.prompt", "what colour is snow", "--train.prompt_tokens", "4"
+    )
+    wanted = {"header", "vocabulary"}
+    if kind == "directory":
+        wanted = {"config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors"}
+    assert counts == dict.fromkeys(wanted, 1)
 
 
 def dtypes(tree):
@@ -181,7 +212,7 @@ def starting(init, **fields):
     )
     parts = AdaptedModel(None, None, {"q": spec}, {}, {"q": np.ones((8, 8), np.float32)})
     config = LoRAPlusConfig(target_modules=["q"], init=init)
-    return lambda tmp_path: make_start(types.SimpleNamespace(applied=config), parts, tmp_path, {})
+    return lambda tmp_path: make_start(types.SimpleNamespace(applied=config), parts, open_files(tmp_path), {})
 
 
 test_adapters_that_cannot_start_from_the_base = refusals(

@@ -7,7 +7,6 @@ names are defined in one place.
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,32 +14,21 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ..._utils.atomic import to_json
-from ..._utils.json_files import MAX_LIST_BYTES, read_json
 from ...adapter.tree import flatten
 from ...interop.path_map import PathMap, torch_module_of
 from ...interop.peft_adapter_config import raise_problems
 from ...interop.peft_modules_to_save import name_leaves, slice_leaves
-from .. import tokenizer
 from ..bert.config import BertConfig
 from ..bert.model import Pooling
 from ..decoder import Config
 from ..families import KINDS, family_of
-from .gguf import load as gguf
-from .hf import INDEX_FILE, SINGLE_FILE, load_config
+from .hub_directory import INDEX_FILE, SINGLE_FILE, without_places, write_json
 from .merge import TYPES, CheckpointMerge, OutputTensor, merged_tensors
+from .model_files import ModelFiles
 from .name_table import NameTable
 
 SHARD_BYTES = 5 * 10**9
 """Maximum size of a shard (the default of transformers 4)."""
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
-"""The files of a tokenizer and of generation's defaults that are copied."""
-_PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
-"""Fields that say where the files were on someone's machine; nothing reads them."""
 _HEADS = ("lm_head", "classifier")
 _ENCODERS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 
@@ -116,7 +104,7 @@ def path_map(table: NameTable, form: TransformersClass, *, prefix: str | None = 
 
 def write_hf(
     target: Path,
-    source: Path,
+    source: ModelFiles,
     merge: CheckpointMerge,
     form: TransformersClass,
     *,
@@ -129,7 +117,7 @@ def write_hf(
 
     Args:
       target: the directory.
-      source: the base, a Hugging Face directory or a GGUF file.
+      source: the base.
       merge: merged values of its tensors.
       form: the class that loads the result.
       new: parameters that the base lacks and the class has, such as `{"params": {"head": ...}}`.
@@ -150,8 +138,8 @@ def write_hf(
         content["architectures"] = [form.architecture]
     content.pop("torch_dtype", None)
     content["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
-    _write_json(target / "config.json", _without_places(content))
-    copy_tokenizer(source, target)
+    write_json(target / "config.json", without_places(content))
+    source.copy_tokenizer(target)
     shards = _shards(tensors, shard_bytes)
     count = len(shards)
     names = (
@@ -165,42 +153,22 @@ def write_hf(
     if len(shards) > 1:
         weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
         total = sum(map(_size, tensors))
-        _write_json(target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def hf_config(source: Path) -> dict[str, Any]:
+def hf_config(source: ModelFiles) -> dict[str, Any]:
     """The base's `config.json`, or its equivalent from a GGUF file's metadata.
 
     Raises:
       ValueError: the GGUF file has rotary factors, which transformers cannot read.
     """
-    config = dict(load_config(source))
+    config = dict(source.config)
     if (config.get("rope_scaling") or {}).get("rope_type") == "factors":
         raise ValueError(
             f"{source} stores rotary frequency factors, which transformers' config.json cannot express; "
             "use --format gguf"
         )
     return config
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files without local paths, or writes them from a GGUF file's metadata."""
-    if (file := gguf.find(source)) is None:
-        for name in TOKENIZER_FILES:
-            if name in ("tokenizer_config.json", "generation_config.json") and (source / name).is_file():
-                _write_json(target / name, _without_places(read_json(source / name, limit=MAX_LIST_BYTES)))
-            elif (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
-        return
-    converted = tokenizer.tokenizer(file)
-    (target / "tokenizer.json").write_text(converted.to_str(pretty=True), encoding="utf-8")
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings |= tokenizer.special_tokens(file)
-    if (template := tokenizer.read_chat_template(file)) is not None:
-        settings["chat_template"] = template
-    _write_json(target / "tokenizer_config.json", settings)
-    if stop_ids := tokenizer.stop_ids(file):
-        _write_json(target / "generation_config.json", {"eos_token_id": list(stop_ids)})
 
 
 def write_safetensors(path: Path, tensors: Iterable[OutputTensor]) -> None:
@@ -230,7 +198,7 @@ def write_safetensors(path: Path, tensors: Iterable[OutputTensor]) -> None:
 
 
 def _named_tensors(
-    source: Path, merge: CheckpointMerge, form: TransformersClass, new: Mapping[str, Any]
+    source: ModelFiles, merge: CheckpointMerge, form: TransformersClass, new: Mapping[str, Any]
 ) -> Iterator[OutputTensor]:
     """Yields all tensors under the names of the transformers class.
 
@@ -273,13 +241,3 @@ def _shards(tensors: Iterable[OutputTensor], max_bytes: int) -> list[list[Output
         shards[-1].append(tensor)
         size += _size(tensor)
     return shards
-
-
-def _without_places(content: Any) -> Any:
-    if not isinstance(content, Mapping):
-        return content
-    return {name: _without_places(value) for name, value in content.items() if name not in _PLACES}
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(to_json(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

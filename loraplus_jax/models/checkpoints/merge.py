@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -18,8 +17,9 @@ from ...adapter.spec import Specs
 from ...adapter.tree import flatten
 from ...quantization.formats import packed_values
 from ...quantization.packed_array import PackedArray, is_packed
-from .hf import read_pieces, weight_files
+from .model_files import ModelFiles
 from .name_table import NameTable, Rule, expand
+from .params import read_pieces
 from .quantized import in_rows
 
 
@@ -122,22 +122,19 @@ class CheckpointMerge:
         return rounded
 
 
-def merged_tensors(source: Path, merge: CheckpointMerge) -> Iterator[tuple[OutputTensor, str]]:
+def merged_tensors(source: ModelFiles, merge: CheckpointMerge) -> Iterator[tuple[OutputTensor, str]]:
     """Yields every tensor of a checkpoint, merged if adapted, and its canonical name.
 
     Tensors keep the file's names; those of a GGUF file get Hugging Face's.
     """
-    for _, file, _, _ in weight_files(source):
-        # In the order of names, as the order of a file's keys is the library's.
-        for name in sorted(file.keys()):
-            canonical, view = merge.table.canonical(name), file.get_slice(name)
-            shape = tuple(view.get_shape())
-            # Called later: bound to this tensor by arguments, since the loop's variables change.
-            if merge.changes(canonical):
-                rows = functools.partial(_merged_rows, merge, canonical, view)
-            else:
-                rows = functools.partial(read_pieces, view)
-            yield OutputTensor(name, shape, dtype_of(view.get_dtype()), rows), canonical
+    for name, view in source.tensors.items():
+        canonical, shape = merge.table.canonical(name), tuple(view.get_shape())
+        # Called later: bound to this tensor by arguments, since the loop's variables change.
+        if merge.changes(canonical):
+            rows = functools.partial(_merged_rows, merge, canonical, view)
+        else:
+            rows = functools.partial(read_pieces, view)
+        yield OutputTensor(name, shape, dtype_of(view.get_dtype()), rows), canonical
 
 
 def _merged_rows(merge: CheckpointMerge, canonical: str, view: Any) -> Iterator[np.ndarray]:

@@ -7,7 +7,6 @@ that are not implemented here.
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +17,8 @@ from ...adapter.spec import AdapterSpec
 from ...interop.path_map import PathMap
 from ..families import KINDS, MODEL_TYPES, family_of
 from .export import TransformersClass
-from .hf import load_config, weight_files
 from .merge import TYPES
+from .model_files import ModelFiles, View
 from .name_table import NameTable, Rule
 
 PREFIXES = ("", "model.", "transformer.", "bert.", "roberta.")
@@ -34,15 +33,15 @@ class NamedBase(NamedTuple):
     """The tensors of a checkpoint.
 
     Attributes:
-      source: its directory or file.
+      files: its files.
       config: its `config.json`.
       tensors: lazy views by name.
       is_untied: whether its head is a copy of the embedding, made by `untied`.
     """
 
-    source: Path
+    files: ModelFiles
     config: dict[str, Any]
-    tensors: dict[str, Any]
+    tensors: Mapping[str, View]
     is_untied: bool = False
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -71,7 +70,7 @@ class NamedBase(NamedTuple):
 
     def untied(self) -> "NamedBase":
         """The same with a head of its own that equals the embedding, for adapters of only one of the two."""
-        tensors = self.tensors | {"lm_head.weight": self.tensors[f"{self.tied_embedding}.weight"]}
+        tensors = {**self.tensors, "lm_head.weight": self.tensors[f"{self.tied_embedding}.weight"]}
         return self._replace(
             tensors=tensors, config=self.config | {"tie_word_embeddings": False}, is_untied=True
         )
@@ -113,7 +112,7 @@ class NamedBase(NamedTuple):
             spellings += [name.removeprefix(prefix) for prefix in PREFIXES]
             if (module := next((each for each in spellings if each in modules), None)) is None:
                 close = suggest(name, modules, fallback=False)
-                raise ValueError(f"{self.source} is not the adapter's base: it has no module {name}{close}")
+                raise ValueError(f"{self.files} is not the adapter's base: it has no module {name}{close}")
             found[name] = module
         return found
 
@@ -166,19 +165,19 @@ class NamedBase(NamedTuple):
             module = locations[name]
             if module == "lm_head" and (embedding := self.tied_embedding) is not None:
                 raise ValueError(
-                    f"{name}: the head of {self.source} is tied to its embedding, {embedding}, and an adapter of "
+                    f"{name}: the head of {self.files} is tied to its embedding, {embedding}, and an adapter of "
                     "the head alone would change the embedding too"
                 )
             shape = self.shape(f"{module}.weight") if f"{module}.weight" in self.tensors else ()
             if len(shape) != 2:
                 raise ValueError(
-                    f"{name}: the weight in {self.source} has shape {shape}; only linear layers and embeddings can "
+                    f"{name}: the weight in {self.files} has shape {shape}; only linear layers and embeddings can "
                     "be converted"
                 )
             dtype = self.tensors[f"{module}.weight"].get_dtype()
             if re.match(r"[IU]\d|F8", dtype):  # of GGUF's quantized types, views give floats
                 raise ValueError(
-                    f"{name}: the weight in {self.source} is {dtype}, of a quantized model; use the model that it "
+                    f"{name}: the weight in {self.files} is {dtype}, of a quantized model; use the model that it "
                     "was made from"
                 )
             is_embedding = self.is_embedding(module)
@@ -246,16 +245,8 @@ def _numbered(path: str) -> str:
     return "".join(f"{{n{next(count)}}}" if part.isdigit() else part for part in parts)
 
 
-def read_named_base(source: Path) -> NamedBase:
-    """Opens a checkpoint: its config, and lazy views of its tensors.
-
-    Raises:
-      ValueError: it cannot be read.
-    """
-    config, tensors = load_config(source), {}
-    for _, file, _, _ in weight_files(source):
-        for name in file.keys():  # noqa: SIM118
-            tensors[name] = file.get_slice(name)
-    if not all(math.prod(view.get_shape()) for view in tensors.values()):
-        raise ValueError(f"{source} has an empty tensor")
-    return NamedBase(source, config, tensors)
+def named_base(files: ModelFiles) -> NamedBase:
+    """The tensors of a checkpoint; raises ValueError if they cannot be read."""
+    if not all(math.prod(view.get_shape()) for view in files.tensors.values()):
+        raise ValueError(f"{files} has an empty tensor")
+    return NamedBase(files, files.config, files.tensors)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from ...adapter.config import matches
 from ...quantization.formats import BLOCK_BYTES, Kind, pack_matrix
 from ...quantization.packed_array import PackedArray, packed_shape
 from ...settings.choices import Quantize
-from .gguf import load as gguf_load
+from .model_files import ModelFiles
 from .name_table import NameTable, Rule, is_stacked
 
 HEADS = ("lm_head", "pooler", "head")
@@ -20,7 +19,7 @@ HEADS = ("lm_head", "pooler", "head")
 
 
 def choose_formats(
-    table: NameTable, quantize: Quantize, exclude: Sequence[str] | None, source: Path
+    table: NameTable, quantize: Quantize, exclude: Sequence[str] | None, files: ModelFiles
 ) -> dict[str, Kind]:
     """The format of each weight to pack, by path.
 
@@ -28,11 +27,11 @@ def choose_formats(
       table: the model's name table.
       quantize: `"nf4"` or `"int8"`; or `"file"`, for the blocks of a GGUF file as they are.
       exclude: names of modules whose weights stay as they are; None for embeddings and `HEADS`.
-      source: the model's directory or GGUF file.
+      files: the model's files.
 
     Raises:
-      ValueError: a name matches no weight, or with `"file"` the source is no GGUF file, or stores the layers of a
-        weight in several formats, or no weight in blocks.
+      ValueError: a name matches no weight, or with `"file"` the files store no weight in blocks, as only GGUF files
+        do, or the layers of a weight in several formats.
     """
     if quantize == "none":
         return {}
@@ -49,32 +48,29 @@ def choose_formats(
         weights = [r for r in weights if not matches(tuple(exclude), modules[r.path])]
     if quantize != "file":
         return dict.fromkeys((rule.path for rule in weights), quantize)
-    return _formats_in_file(table, weights, source)
+    return _formats_in_file(table, weights, files)
 
 
-def _formats_in_file(table: NameTable, weights: Sequence[Rule], source: Path) -> dict[str, Kind]:
-    file = gguf_load.find(source)
-    if file is None:
-        raise ValueError(
-            f"model.quantize file needs a GGUF file, got {source}; nf4 and int8 pack the weights of any model"
-        )
+def _formats_in_file(table: NameTable, weights: Sequence[Rule], files: ModelFiles) -> dict[str, Kind]:
     kinds: dict[str, set[str]] = {}
-    weights_file = gguf_load.read(file)
-    for name, tensor in weights_file.tensors.items():
-        canonical = table.canonical(gguf_load.to_hf_name(name, weights_file.architecture))
-        kinds.setdefault(_general(canonical), set()).add(tensor.dtype)
+    for name, view in files.tensors.items():
+        kinds.setdefault(_general(table.canonical(name)), set()).add(view.get_dtype())
     found = {}
     for rule in weights:
         types = sorted(kinds.get(_general(rule.name), ()))
+        if not any(name.lower() in BLOCK_BYTES for name in types):
+            continue
         if len(types) > 1:
             raise ValueError(
-                f"{file}: the layers of {rule.name} are stored as {' and '.join(types)}, but layers that run in a "
+                f"{files}: the layers of {rule.name} are stored as {' and '.join(types)}, but layers that run in a "
                 "loop need one format: add its name to model.quantize_exclude, or set model.quantize nf4"
             )
-        if types and types[0].lower() in BLOCK_BYTES:
-            found[rule.path] = types[0].lower()
+        found[rule.path] = types[0].lower()
     if not found:
-        raise ValueError(f"{file} stores no weight in blocks; set model.quantize nf4 or int8")
+        raise ValueError(
+            f"model.quantize file needs a GGUF file with weights in blocks, got {files}; nf4 and int8 pack the "
+            "weights of any model"
+        )
     return found
 
 

@@ -13,7 +13,8 @@ from loraplus_jax.data.fetch import ASSETS, cache_dir
 from loraplus_jax.models.bert import model as bert
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.bert.model import BertEncoder, BertForSequence, name_table
-from loraplus_jax.models.checkpoints.hf import load_config, load_params
+from loraplus_jax.models.checkpoints.params import load_params
+from loraplus_jax.models.files import open_files
 
 from ... import tiny
 from ...marks import slow
@@ -30,10 +31,10 @@ ENCODER = BertEncoder(TINY)
 
 
 def load_model(directory, pooling="pooler"):
-    config = BertConfig.from_hf(load_config(directory))
+    config = BertConfig.from_hf(open_files(directory).config)
     model = BertForSequence(config, 2, pooling)
     shapes = jax.eval_shape(model.init, jax.random.key(0), IDS, MASK)["params"]
-    return model, load_params(directory, name_table(pooling), shapes, new=("head",))
+    return model, load_params(open_files(directory), name_table(pooling), shapes, new=("head",))
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="method")

@@ -4,8 +4,9 @@ import jax
 import pytest
 
 from loraplus_jax.adapter.tree import flatten
-from loraplus_jax.models.checkpoints.hf import check_params, load_params
 from loraplus_jax.models.checkpoints.merge import CheckpointMerge
+from loraplus_jax.models.checkpoints.params import check_params, load_params
+from loraplus_jax.models.files import open_files
 from loraplus_jax.models.gpt2.model import GPT2, name_table
 
 from ..golden import IDS, write_golden
@@ -25,6 +26,6 @@ def base(split, tmp_path):
     folder.mkdir()
     write_golden("gpt2_tied", folder)
     table = name_table(split[0].config)
-    leaves, _ = check_params(folder, table, split[1])
-    params = load_params(folder, table, split[1])
+    leaves, _ = check_params(open_files(folder), table, split[1])
+    params = load_params(open_files(folder), table, split[1])
     return folder, CheckpointMerge(table, leaves, {}, {}, flatten({"params": params}))

@@ -18,6 +18,7 @@ from loraplus_jax.models.checkpoints.export import (
     write_safetensors,
 )
 from loraplus_jax.models.checkpoints.merge import OutputTensor
+from loraplus_jax.models.files import open_files
 from loraplus_jax.models.gpt2.model import name_table
 
 from ..golden import GOLDEN
@@ -27,7 +28,7 @@ from ..golden import GOLDEN
 def test_split_layers_are_written_as_the_fused_one(split, base, tmp_path):
     (folder, merge), form = base, causal_lm_class(split[0].config)
     (tmp_path / "out").mkdir()
-    write_hf(tmp_path / "out", folder, merge, form, new={}, config={"note": 1})
+    write_hf(tmp_path / "out", open_files(folder), merge, form, new={}, config={"note": 1})
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     jax.tree.map(np.testing.assert_array_equal, after, before)
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -44,14 +45,23 @@ def test_no_file_says_where_the_base_was(split, base, tmp_path):
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         content = (config if name == "config.json" else {"kept": {"é": 1}}) | dict.fromkeys(names, place)
         (folder / name).write_text(json.dumps(content))
-    write_hf(target, folder, merge, form, new={}, config={})
+    write_hf(target, open_files(folder), merge, form, new={}, config={})
     assert [path.name for path in target.glob("*.json") if place in path.read_text()] == []
     assert json.loads((target / "tokenizer_config.json").read_text()) == {"kept": {"é": 1}}
 
 
 def test_shards_hold_every_tensor_once_in_the_dtype_asked_for(split, base, tmp_path):
     (folder, merge), form = base, causal_lm_class(split[0].config)
-    write_hf(tmp_path, folder, merge, form, new={}, config={}, dtype=ml_dtypes.bfloat16, shard_bytes=5000)
+    write_hf(
+        tmp_path,
+        open_files(folder),
+        merge,
+        form,
+        new={},
+        config={},
+        dtype=ml_dtypes.bfloat16,
+        shard_bytes=5000,
+    )
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = {path.name: load_file(path) for path in tmp_path.glob("*.safetensors")}
     assert len(files) > 2

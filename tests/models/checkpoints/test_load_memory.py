@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loraplus_jax.models.checkpoints.hf import INDEX_FILE, SINGLE_FILE
+from loraplus_jax.models.checkpoints.hub_directory import INDEX_FILE, SINGLE_FILE
 
 from .gguf.files import metadata, write
 
@@ -21,7 +21,8 @@ CHILD = (
     """
 import gc, json, sys, threading, time
 import jax, jax.numpy as jnp, numpy as np
-from loraplus_jax.models.checkpoints.hf import check_params, load_params
+from loraplus_jax.models.checkpoints.params import check_params, load_params
+from loraplus_jax.models.files import open_files
 from loraplus_jax.models.checkpoints.name_table import NameTable, embedding_rules, linear_rules
 from loraplus_jax.quantization.packed_array import is_packed, packed_shape
 
@@ -47,14 +48,15 @@ def watch():
         peak, samples = max(peak, anonymous()), samples + 1
         time.sleep(0.0005)
 
-check_params(folder, table, expected)  # imports what it needs
+files = open_files(folder)
+check_params(files, table, expected)  # imports what it needs
 jax.device_put(np.zeros(3)).block_until_ready()
 gc.collect()
 before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
 place = (lambda path, array: (array, jnp.array(array))) if wasteful else None
-params = jax.block_until_ready(load_params(folder, table, expected, place=place))
+params = jax.block_until_ready(load_params(files, table, expected, place=place))
 done = True
 thread.join()
 sizes = [leaf.nbytes if is_packed(leaf) else leaf.size * dtype.itemsize

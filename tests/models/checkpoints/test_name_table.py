@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loraplus_jax.models.checkpoints.hf import check_params, load_params
 from loraplus_jax.models.checkpoints.name_table import (
     NameTable,
     Rule,
@@ -16,6 +15,8 @@ from loraplus_jax.models.checkpoints.name_table import (
     shape_in_file,
     split_rules,
 )
+from loraplus_jax.models.checkpoints.params import check_params, load_params
+from loraplus_jax.models.files import open_files
 from loraplus_jax.models.gpt2.model import name_table
 
 from ...messages import mentions
@@ -45,10 +46,10 @@ def test_names_are_renamed_in_order_and_ignored_whole():
 def test_split_layers_are_the_parts_of_the_fused_one(split, models, tmp_path, monkeypatch):
     golden, fused, params = models("gpt2_tied")
     model, shapes = split
-    monkeypatch.setattr("loraplus_jax.models.checkpoints.hf._PIECE", 4 * 32 * 7)
+    monkeypatch.setattr("loraplus_jax.models.checkpoints.params._PIECE", 4 * 32 * 7)
     write_golden("gpt2_tied", tmp_path)
     for path in (tmp_path, gguf_of(tmp_path, tmp_path / "m.gguf")):
-        loaded = load_params(path, name_table(model.config), shapes)
+        loaded = load_params(open_files(path), name_table(model.config), shapes)
         layers = loaded["layers"]["attn"]
         for leaf, whole in params["layers"]["attn"]["c_attn"].items():
             parts = [layers[f"{name}_attn"][leaf] for name in "qkv"]
@@ -64,4 +65,4 @@ def test_a_missing_fused_tensor_is_listed_once(split, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     model, shapes = split
     with pytest.raises(ValueError, match=mentions("1 missing", "h.0.attn.c_attn.weight", [32, 96])):
-        check_params(tmp_path, name_table(model.config), shapes)
+        check_params(open_files(tmp_path), name_table(model.config), shapes)

@@ -8,7 +8,8 @@ from safetensors.numpy import load_file, save_file
 
 from loraplus_jax.interop.path_map import check_path_map, modules_of, torch_module_of
 from loraplus_jax.models.checkpoints.merge import CheckpointMerge
-from loraplus_jax.models.checkpoints.named_base import read_named_base
+from loraplus_jax.models.checkpoints.named_base import named_base
+from loraplus_jax.models.files import open_files
 
 from ... import tiny
 from ...integration.gpt2_world import write_gpt2
@@ -19,13 +20,13 @@ Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return read_named_base(tiny.write(tmp_path_factory.mktemp("llama")))
+    return named_base(open_files(tiny.write(tmp_path_factory.mktemp("llama"))))
 
 
 def test_modules_are_found_with_and_without_a_prefix(llama):
     names = ["layers.1.self_attn.q_proj", Q, "lm_head"]
     assert llama.locate(names) == {names[0]: Q, Q: Q, "lm_head": "lm_head"}
-    with pytest.raises(ValueError, match=mentions("model.layers.2.self_attn.q_proj", llama.source)):
+    with pytest.raises(ValueError, match=mentions("model.layers.2.self_attn.q_proj", llama.files.path)):
         llama.locate(["model.layers.2.self_attn.q_proj"])
 
 
@@ -57,14 +58,14 @@ def test_a_quantized_weight_is_no_base(tmp_path, llama):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[Q] = tensors.pop(f"{Q}.weight")
     save_file(tensors | {f"{Q}.weight": np.ones((16, 16), np.int8)}, tmp_path / "model.safetensors")
-    base = read_named_base(tmp_path)
+    base = named_base(open_files(tmp_path))
     with pytest.raises(ValueError, match=mentions(Q, "I8", "quantized")):
         base.specs({Q: Q}, {Q: (2, 1.0)})
 
 
 def test_every_tensor_has_a_leaf(llama):
     table, leaves = llama.table()
-    tensors = load_file(llama.source / "model.safetensors")
+    tensors = load_file(llama.files.path / "model.safetensors")
     assert {rule.name for rule in table.rules} == tensors.keys()
     for rule in table.rules:
         shape = tensors[rule.name].shape
@@ -78,7 +79,7 @@ def test_gpt2_has_its_weights_the_other_way(kind, tmp_path):
     write_gpt2(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
-    base = read_named_base(tmp_path)
+    base = named_base(open_files(tmp_path))
     name = "transformer.h.0.attn.c_attn"
     locations = base.locate([name])
     assert locations == {name: "h.0.attn.c_attn"}
@@ -95,7 +96,7 @@ def test_a_tied_head(tmp_path):
         tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()},
         tmp_path / "model.safetensors",
     )
-    base = read_named_base(tmp_path)
+    base = named_base(open_files(tmp_path))
     table, _ = base.table()
     assert table.copies == (("lm_head.weight", "model.embed_tokens.weight"),)
     kinds = [rule[2] for rule in base.path_map({"model.embed_tokens": "model.embed_tokens"})]
@@ -111,12 +112,12 @@ def test_the_class_is_the_config_s(tmp_path):
         ({"model_type": "pi0"}, "", None),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
-        form = read_named_base(tmp_path).transformers_class()
+        form = named_base(open_files(tmp_path)).transformers_class()
         assert (form.architecture, form.task_type, form.prefix) == (architecture, task, "")
 
 
 def test_which_embedding_is_the_head(tmp_path):
-    named = read_named_base(tiny.write(tmp_path, tie_word_embeddings=True))
+    named = named_base(open_files(tiny.write(tmp_path, tie_word_embeddings=True)))
     assert named.tied_embedding == "model.embed_tokens"
     with pytest.raises(ValueError, match=mentions("lm_head", "model.embed_tokens")):
         named.specs({"lm_head": "lm_head"}, {"lm_head": (2, 1.0)})

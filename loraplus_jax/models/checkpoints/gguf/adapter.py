@@ -24,7 +24,7 @@ from ....interop.path_map import FACTOR, MAGNITUDE_END
 from ....interop.peft_adapter_config import PeftOptions, raise_problems
 from ....interop.peft_files import OWN_TENSORS_FILE, read_peft
 from ...families import family_of
-from ..hf import load_config
+from ..model_files import ModelFiles
 from ..name_table import expand, shape_in_file
 from . import load as gguf
 from .export import DTYPES, storage_type
@@ -89,7 +89,7 @@ class _Module(NamedTuple):
     unsupported: str
 
 
-def save_gguf_adapter(file: Path, peft: Path, base: Path, *, dtype: str = "float16") -> SavedAdapter:
+def save_gguf_adapter(file: Path, peft: Path, base: ModelFiles, *, dtype: str = "float16") -> SavedAdapter:
     """Converts an adapter in PEFT's format to a GGUF adapter, atomically.
 
     A scale that differs between modules, as of rank patterns with rsLoRA, is multiplied into B in float32.
@@ -98,16 +98,16 @@ def save_gguf_adapter(file: Path, peft: Path, base: Path, *, dtype: str = "float
     Args:
       file: the new file; an existing one is never overwritten.
       peft: directory with `adapter_config.json` and `adapter_model.safetensors`.
-      base: the base model, a Hugging Face directory, of which `config.json` suffices, or a GGUF file.
+      base: the files of the base model, of which the config suffices.
       dtype: storage type of the factors, one of `DTYPES`; where rows do not divide into blocks, Q8_0 becomes F16.
 
     Returns:
       What was written; `describe()` is its text.
 
     Raises:
-      FileNotFoundError, ValueError: as in `read_peft` and `load_config`; or the base's architecture is unsupported;
-        or the adapter has DoRA, weights or biases trained in full, or modules that llama.cpp does not adapt (lists
-        all); or a value is too large for `dtype`; or the file exists.
+      FileNotFoundError, ValueError: as in `read_peft` and `ModelFiles.config`; or the base's architecture is
+        unsupported; or the adapter has DoRA, weights or biases trained in full, or modules that llama.cpp does not
+        adapt (lists all); or a value is too large for `dtype`; or the file exists.
     """
     check_choice("dtype", dtype, tuple(DTYPES))
     options, tensors = read_peft(peft)
@@ -139,9 +139,9 @@ def save_gguf_adapter(file: Path, peft: Path, base: Path, *, dtype: str = "float
     return SavedAdapter(file, architecture, dtype, len(pairs), alpha, factors)
 
 
-def _modules(base: Path) -> tuple[str, dict[str, _Module]]:
+def _modules(base: ModelFiles) -> tuple[str, dict[str, _Module]]:
     """The base's architecture in llama.cpp, and its modules by Hugging Face's name."""
-    values: dict[str, Any] = load_config(base)
+    values = base.config
     kind: Any = values.get("model_type")
     try:
         check_choice(f"{base}: model_type", kind, tuple(gguf.ARCHITECTURE_OF))

@@ -1,32 +1,34 @@
 """Exports a tuned model to GGUF: copies the base file's metadata and tokenizer and merges the weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..merge import CheckpointMerge
-from . import load as gguf
+from .file import GgufFile
+from .header import Gguf
+from .load import ROPE, View, to_hf_name, views
 
 DTYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
 """Storage types of matrices; tensors with one axis are always float32, as llama.cpp requires."""
 
 
-def write_gguf(target: Path, source: Path, merge: CheckpointMerge, dtype: str) -> None:
+def write_gguf(target: Path, source: GgufFile, merge: CheckpointMerge, dtype: str) -> None:
     """Writes a merged model, one tensor at a time.
 
     Args:
       target: the new file.
-      source: the base's GGUF file.
+      source: the base.
       merge: merged values of its tensors.
       dtype: storage type of matrices, one of `DTYPES`; where rows do not divide into blocks, Q8_0 becomes F16.
     """
     import gguf as package
 
-    file = gguf.read(source)
-    weights = gguf.GgufWeights(file)
+    file, weights = source.header, views(source.header)
     kinds = {name: storage_type(tensor.shape, dtype) for name, tensor in file.tensors.items()}
-    reader, writer = package.GGUFReader(source), package.GGUFWriter(target, file.architecture)
+    reader, writer = package.GGUFReader(file.path), package.GGUFWriter(target, file.architecture)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
             continue
@@ -54,13 +56,13 @@ def write_gguf(target: Path, source: Path, merge: CheckpointMerge, dtype: str) -
         writer.close()
 
 
-def _read_merged(file: gguf.Gguf, weights: gguf.GgufWeights, merge: CheckpointMerge, name: str) -> np.ndarray:
+def _read_merged(file: Gguf, weights: Mapping[str, View], merge: CheckpointMerge, name: str) -> np.ndarray:
     """A tensor, merged if adapted, in the file's order of rows, float32."""
     # Rotary factors are part of our config, so no weight of the model.
-    if name == gguf.ROPE:
-        return gguf.View(file, file.tensors[name])[:]
-    ours = gguf.to_hf_name(name, file.architecture)
-    view, canonical = weights.get_slice(ours), merge.table.canonical(ours)
+    if name == ROPE:
+        return View(file, file.tensors[name])[:]
+    ours = to_hf_name(name, file.architecture)
+    view, canonical = weights[ours], merge.table.canonical(ours)
     if not merge.changes(canonical):
         return view.restored(view[:])
     return view.restored(merge.value(canonical, lambda: view[:]))

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ __all__ = [
     "DTYPES",
     "Gguf",
     "View",
-    "GgufWeights",
+    "views",
     "config",
     "embedding_rows",
     "find",
@@ -227,6 +227,7 @@ class View:
     heads: int = 0
     transposed: bool = False
     offset: float = 0.0
+    supported: ClassVar[Sequence[str]] = DTYPES
 
     def get_shape(self) -> list[int]:
         """The shape, rows first."""
@@ -294,29 +295,22 @@ class View:
         return rotary_order(rows, self.heads)
 
 
-class GgufWeights:
-    """Tensors of a file with the interface of an open safetensors file, under Hugging Face's names."""
+def views(file: Gguf) -> dict[str, View]:
+    """The tensors by Hugging Face's names; an unknown tensor keeps its name.
 
-    def __init__(self, file: Gguf) -> None:
-        """Includes all tensors except the rotary factors, which are part of the config."""
-        sizes, kind = config(file), _kind(file.architecture)
-        self._views: dict[str, View] = {}
-        for name, tensor in file.tensors.items():
-            if (ours := to_hf_name(name, file.architecture)) in self._views:
-                raise ValueError(f"{file.path} has two tensors for {ours:.80}")
-            if name != ROPE:
-                heads = interleaved_heads(name, file.architecture, sizes)
-                transposed = name.removesuffix(".weight").rpartition(".")[2] in kind.transposed
-                offset = kind.norm_offset if len(tensor.shape) == 1 else 0.0
-                self._views[ours] = View(file, tensor, heads, transposed, offset)
-
-    def keys(self) -> list[str]:
-        """Tensor names; an unknown tensor keeps its name."""
-        return list(self._views)
-
-    def get_slice(self, name: str) -> View:
-        """The tensor as a lazy view."""
-        return self._views[name]
+    Includes all tensors except the rotary factors, which are part of the config.
+    """
+    sizes, kind = config(file), _kind(file.architecture)
+    found: dict[str, View] = {}
+    for name, tensor in file.tensors.items():
+        if (ours := to_hf_name(name, file.architecture)) in found:
+            raise ValueError(f"{file.path} has two tensors for {ours:.80}")
+        if name != ROPE:
+            heads = interleaved_heads(name, file.architecture, sizes)
+            transposed = name.removesuffix(".weight").rpartition(".")[2] in kind.transposed
+            offset = kind.norm_offset if len(tensor.shape) == 1 else 0.0
+            found[ours] = View(file, tensor, heads, transposed, offset)
+    return dict(sorted(found.items()))
 
 
 def interleaved_heads(name: str, architecture: str, config: Mapping[str, Any]) -> int:

@@ -15,6 +15,7 @@ from loraplus_jax.interop.peft_files import save_peft
 from loraplus_jax.models.checkpoints import export
 from loraplus_jax.models.checkpoints.gguf.adapter import save_gguf_adapter
 from loraplus_jax.models.families import family_of
+from loraplus_jax.models.files import open_files
 
 from .... import tiny
 from ....messages import mentions
@@ -26,10 +27,10 @@ Q, V, LAYER = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_pro
 
 
 def base(folder, **changes):
-    """A directory with a config alone."""
+    """The files of a directory with a config alone."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(TINY | changes))
-    return folder
+    return open_files(folder)
 
 
 def numbers(*shape):
@@ -109,8 +110,8 @@ def test_factors_have_the_type_that_was_asked_for_where_rows_divide_into_blocks(
     tmp_path, dtype, kinds, tolerance
 ):
     source = peft(tmp_path / "peft", pair(V, 32, 32))
-    folder = base(tmp_path / "base", hidden_size=32, head_dim=32)
-    save_gguf_adapter(tmp_path / "a.gguf", source, folder, dtype=dtype)
+    files = base(tmp_path / "base", hidden_size=32, head_dim=32)
+    save_gguf_adapter(tmp_path / "a.gguf", source, files, dtype=dtype)
     found = contents(tmp_path / "a.gguf")[1]
     for x, shape, kind in zip("ab", ((2, 32), (32, 2)), kinds, strict=True):
         own, _, values = found[f"blk.0.attn_v.weight.lora_{x}"]
@@ -131,9 +132,9 @@ def test_factors_have_the_type_that_was_asked_for_where_rows_divide_into_blocks(
 def test_scales_that_one_alpha_cannot_say_are_in_b(tmp_path, options, alpha, factors):
     rank = options.get("rank_pattern", {}).get("q_proj", 2)
     tensors = pair(Q, rank=rank) | pair(V) | pair(f"{LAYER}.mlp.up_proj", out=3)
-    folder = base(tmp_path / "base")
+    files = base(tmp_path / "base")
     saved = save_gguf_adapter(
-        tmp_path / "a.gguf", peft(tmp_path / "p", tensors, **options), folder, dtype="float32"
+        tmp_path / "a.gguf", peft(tmp_path / "p", tensors, **options), files, dtype="float32"
     )
     assert saved.alpha == pytest.approx(alpha, 1e-7)
     assert saved.factors == pytest.approx(factors, 1e-7)
@@ -184,7 +185,7 @@ def test_the_base_with_the_factors_read_back_has_our_logits(name, tmp_path):
     folder = tmp_path / "base"
     model, ids, wanted, without = exported(folder, name)
     source = gguf_of(folder, tmp_path / "base.gguf") if name == "gpt2_untied" else folder
-    save_gguf_adapter(tmp_path / "a.gguf", folder / "peft", source, dtype="float32")
+    save_gguf_adapter(tmp_path / "a.gguf", folder / "peft", open_files(source), dtype="float32")
     weights = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     modules = [name.removesuffix(".weight") for name in weights]
@@ -220,19 +221,19 @@ def test_what_has_no_form_there_is_named_with_the_remedy(tmp_path, tensors, opti
 
 @pytest.mark.slow
 def test_embeddings_that_llama_cpp_does_not_adapt_are_named(tmp_path):
-    folder = base(tmp_path / "base", tie_word_embeddings=True)
+    files = base(tmp_path / "base", tie_word_embeddings=True)
     for name, tensors in (
         ("model.embed_tokens", pair("model.embed_tokens", inner=6, embedding=True)),
         ("lm_head", pair("lm_head", out=6)),
     ):
         source = peft(tmp_path / name, pair(V) | tensors)
         with pytest.raises(ValueError, match=mentions(name, "embedding is also the head", "--merged")):
-            save_gguf_adapter(tmp_path / "a.gguf", source, folder)
+            save_gguf_adapter(tmp_path / "a.gguf", source, files)
     (tmp_path / "gpt2").mkdir()
     write_golden("gpt2_untied", tmp_path / "gpt2")
     source = peft(tmp_path / "wpe", pair("transformer.wpe", 32, 32, embedding=True))
     with pytest.raises(ValueError, match=mentions("transformer.wpe", "positions", "--merged")):
-        save_gguf_adapter(tmp_path / "a.gguf", source, tmp_path / "gpt2")
+        save_gguf_adapter(tmp_path / "a.gguf", source, open_files(tmp_path / "gpt2"))
 
 
 def test_the_copy_of_the_bases_embedding_is_left_out(tmp_path):
@@ -244,18 +245,18 @@ def test_the_copy_of_the_bases_embedding_is_left_out(tmp_path):
 
 @pytest.mark.slow
 def test_other_invalid_sources_are_rejected(tmp_path):
-    folder, source = base(tmp_path / "base"), peft(tmp_path / "peft", pair(V))
+    files, source = base(tmp_path / "base"), peft(tmp_path / "peft", pair(V))
     with pytest.raises(ValueError, match=mentions("dtype", "float32, float16, q8_0", "int8")):
-        save_gguf_adapter(tmp_path / "a.gguf", source, folder, dtype="int8")
+        save_gguf_adapter(tmp_path / "a.gguf", source, files, dtype="int8")
     with pytest.raises(ValueError, match=mentions("model_type", "llama", "gpt2", "gemma3_text", "phi3")):
         save_gguf_adapter(tmp_path / "a.gguf", source, base(tmp_path / "phi", model_type="phi3"))
     large = peft(tmp_path / "large", {name: 1e5 * x for name, x in pair(V).items()})
     with pytest.raises(ValueError, match=mentions("blk.0.attn_v.weight.lora_a", 65504, "float32")):
-        save_gguf_adapter(tmp_path / "a.gguf", large, folder)
+        save_gguf_adapter(tmp_path / "a.gguf", large, files)
     save_file({"params/head/bias": numbers(3)}, source / "loraplus.safetensors")
     with pytest.raises(ValueError, match=mentions("loraplus.safetensors", "full")):
-        save_gguf_adapter(tmp_path / "a.gguf", source, folder)
+        save_gguf_adapter(tmp_path / "a.gguf", source, files)
     assert not list(tmp_path.glob("*.gguf"))
-    save_gguf_adapter(tmp_path / "a.gguf", large, folder, dtype="float32")
+    save_gguf_adapter(tmp_path / "a.gguf", large, files, dtype="float32")
     with pytest.raises(ValueError, match=mentions("a.gguf", "exists")):
-        save_gguf_adapter(tmp_path / "a.gguf", large, folder, dtype="float32")
+        save_gguf_adapter(tmp_path / "a.gguf", large, files, dtype="float32")

@@ -6,6 +6,7 @@ import pytest
 
 from loraplus_jax.models.checkpoints.gguf import load as gguf
 from loraplus_jax.models.checkpoints.gguf.export import write_gguf
+from loraplus_jax.models.files import open_files
 
 from .files import gguf_of
 
@@ -24,7 +25,7 @@ def test_a_merged_model_has_the_values_and_the_metadata_of_its_base(base, tmp_pa
     """With Q8_0, rows that do not divide into blocks become F16, and vectors are float32 always."""
     folder, merge = base
     file = gguf_of(folder, tmp_path / "m.gguf")
-    write_gguf(tmp_path / "out.gguf", file, merge, dtype)
+    write_gguf(tmp_path / "out.gguf", open_files(file), merge, dtype)
     before, after = views(file), views(tmp_path / "out.gguf")
     assert {view.get_dtype() for view in after.values()} <= kinds
     for name, view in before.items():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax.models.checkpoints.gguf import load as gguf
-from loraplus_jax.models.checkpoints.hf import load_config
+from loraplus_jax.models.files import open_files
 
 from ....messages import mentions
 from ....refusals import refusals
@@ -48,7 +48,7 @@ START = b"GGUF" + struct.pack("<I", 3)
 def test_a_header_is_checked_before_it_is_used(tmp_path, content, fault):
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(fault)) as caught:
-        load_config(tmp_path / "m.gguf")
+        assert open_files(tmp_path / "m.gguf").config
     assert str(tmp_path / "m.gguf") in str(caught.value)
 
 

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from loraplus_jax.models.checkpoints.gguf import load as gguf
-from loraplus_jax.models.checkpoints.hf import check_params, load_config, load_params
+from loraplus_jax.models.checkpoints.params import check_params, load_params
+from loraplus_jax.models.files import open_files
 from loraplus_jax.models.gpt2.config import GPT2Config
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama, name_table
@@ -26,7 +27,7 @@ from .files import HEADS, KEY_HEADS, KINDS, gguf_of, metadata, tensors, write
 
 
 def model(path, **changes):
-    config = LlamaConfig.from_hf(load_config(path) | changes)
+    config = LlamaConfig.from_hf(open_files(path).config | changes)
     shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     return name_table(config), shapes
 
@@ -47,7 +48,7 @@ def test_every_type_is_read_whole_and_in_parts(tmp_path, dtype):
         blocks[..., -1] &= 0xBF
     data = blocks.reshape(3, -1)
     path = write(tmp_path / "m.gguf", {"x": data}, dtypes={"x": dtype})
-    view = gguf.GgufWeights(gguf.read(path)).get_slice("x")
+    view = gguf.views(gguf.read(path))["x"]
     assert (view.get_shape(), view.get_dtype(), view[:].dtype) == ([3, 512], dtype, np.float32)
     np.testing.assert_array_equal(view[:], package.quants.dequantize(data, KINDS[dtype]))
     np.testing.assert_array_equal(view[1:2], view[:][1:2])
@@ -76,7 +77,7 @@ def test_tensors_arrive_under_hugging_faces_names_and_in_its_order(tmp_path, arc
         if arch == "llama" and re.search(r"attn_[qk]\.", name):
             stored[name] = interleaved(content[name], HEADS if "attn_q" in name else KEY_HEADS)
     path = write(tmp_path / "m.gguf", stored, metadata(arch, **options), arch)
-    params = load_params(tmp_path, *model(path))
+    params = load_params(open_files(tmp_path), *model(path))
     layers = params["layers"]
     for layer in range(2):
         expected = {"ffn_norm.weight": layers["post_attention_layernorm"]["scale"]}
@@ -99,23 +100,24 @@ def test_biases_of_llamas_queries_and_keys_are_put_in_order_too(tmp_path):
     stored = content | {"blk.1.attn_q.bias": interleaved(content["blk.1.attn_q.bias"], HEADS)}
     file = gguf.read(write(tmp_path / "m.gguf", stored))
     assert gguf.config(file)["attention_bias"] is True
-    found = gguf.GgufWeights(file).get_slice("model.layers.1.self_attn.q_proj.bias")[:]
+    found = gguf.views(file)["model.layers.1.self_attn.q_proj.bias"][:]
     np.testing.assert_array_equal(found, content["blk.1.attn_q.bias"])
 
 
 def test_pieces_make_the_same_leaves(tmp_path, monkeypatch):
     path = write(tmp_path / "m.gguf", tensors(head=True))
-    whole = load_params(path, *model(path), param_dtype=jnp.bfloat16)
-    monkeypatch.setattr("loraplus_jax.models.checkpoints.hf._PIECE", 4 * 64 * 7)
+    whole = load_params(open_files(path), *model(path), param_dtype=jnp.bfloat16)
+    monkeypatch.setattr("loraplus_jax.models.checkpoints.params._PIECE", 4 * 64 * 7)
     jax.tree.map(
-        np.testing.assert_array_equal, whole, load_params(path, *model(path), param_dtype=jnp.bfloat16)
+        np.testing.assert_array_equal,
+        whole,
+        load_params(open_files(path), *model(path), param_dtype=jnp.bfloat16),
     )
 
 
 def test_config_is_hugging_faces(tmp_path):
-    config = load_config(
-        write(tmp_path / "m.gguf", tensors(), metadata() | {"tokenizer.ggml.eos_token_id": 7})
-    )
+    path = write(tmp_path / "m.gguf", tensors(), metadata() | {"tokenizer.ggml.eos_token_id": 7})
+    config = open_files(path).config
     assert config == {
         "model_type": "llama",
         "vocab_size": 40,
@@ -140,12 +142,12 @@ def test_options_that_some_files_have(tmp_path):
     values = metadata("qwen3", attention__key_length=32, attention__value_length=32, rope__freq_base=None)
     values |= {"qwen3.attention.head_count_kv": 4, "tokenizer.ggml.bos_token_id": 3}
     wider = tensors(head=True) | {"blk.0.attn_q.weight": np.ones((128, 64), np.float32)}
-    config = load_config(write(tmp_path / "m.gguf", wider, values, "qwen3"))
+    config = open_files(write(tmp_path / "m.gguf", wider, values, "qwen3")).config
     assert (config["model_type"], config["head_dim"], config["num_key_value_heads"]) == ("qwen3", 32, 4)
     assert (config["rope_theta"], config["bos_token_id"]) == (10_000.0, 3)
     assert config["tie_word_embeddings"] is False
     window = metadata(attention__sliding_window=32, attention__head_count_kv=None)
-    config = load_config(write(tmp_path / "m.gguf", tensors(), window))
+    config = open_files(write(tmp_path / "m.gguf", tensors(), window)).config
     assert (config["sliding_window"], config["num_key_value_heads"]) == (32, 4)
     assert config["model_type"] == "mistral"
 
@@ -168,22 +170,22 @@ def test_options_that_some_files_have(tmp_path):
 )
 def test_rope_scaling(tmp_path, changes, scaling):
     values = metadata(**{f"rope__scaling__{key}": value for key, value in changes.items()})
-    assert load_config(write(tmp_path / "m.gguf", tensors(), values)).get("rope_scaling") == scaling
+    assert open_files(write(tmp_path / "m.gguf", tensors(), values)).config.get("rope_scaling") == scaling
 
 
 def test_rope_factors_are_in_the_config_and_no_weight(tmp_path):
     factors = np.array([1, 1, 1, 1, 2, 4.5, 8, 8], np.float32)
     path = write(tmp_path / "m.gguf", tensors() | {"rope_freqs.weight": factors})
-    assert load_config(path)["rope_scaling"] == {"rope_type": "factors", "factors": factors.tolist()}
-    check_params(path, *model(path))
+    assert open_files(path).config["rope_scaling"] == {"rope_type": "factors", "factors": factors.tolist()}
+    check_params(open_files(path), *model(path))
     path = write(tmp_path / "ones.gguf", tensors() | {"rope_freqs.weight": np.ones(8, np.float32)})
-    assert "rope_scaling" not in load_config(path)
+    assert "rope_scaling" not in open_files(path).config
 
 
 def llama(arch="llama", **changes):
     def call(tmp_path):
         path = write(tmp_path / "m.gguf", tensors(), metadata(arch, **changes), arch)
-        check_params(path, *model(path))
+        check_params(open_files(path), *model(path))
 
     return call
 
@@ -191,7 +193,9 @@ def llama(arch="llama", **changes):
 def gpt2(**changes):
     def call(tmp_path):
         write_golden("gpt2_tied", tmp_path)
-        load_config(gguf_of(tmp_path, tmp_path / "m.gguf", **{f"gpt2.{k}": v for k, v in changes.items()}))
+        assert open_files(
+            gguf_of(tmp_path, tmp_path / "m.gguf", **{f"gpt2.{k}": v for k, v in changes.items()})
+        ).config
 
     return call
 
@@ -226,7 +230,7 @@ def test_every_problem_of_the_tensors_is_listed_at_once(tmp_path):
     content["blk.0.ffn_gate.weight"] = np.zeros((96, 2 * 24), np.uint8)
     path = write(tmp_path / "m.gguf", content, dtypes={"blk.0.ffn_gate.weight": "Q5_1"})
     with pytest.raises(ValueError, match=mentions(path)) as caught:
-        check_params(path, *model(path))
+        check_params(open_files(path), *model(path))
     lines = str(caught.value).splitlines()
     assert_mentions(lines[0], "1 missing", "1 extra", "3 misshapen")
     listed = sorted(line.strip() for line in lines[1:])
@@ -245,41 +249,41 @@ def test_several_files_are_named_and_one_is_asked_for(tmp_path):
     for name in ("b.gguf", "a.GGUF"):
         write(tmp_path / name, tensors())
     with pytest.raises(ValueError, match=mentions(2, "a.GGUF", "b.gguf")):
-        load_config(tmp_path)
-    assert load_config(tmp_path / "a.GGUF")["hidden_size"] == 64
+        assert open_files(tmp_path).config
+    assert open_files(tmp_path / "a.GGUF").config["hidden_size"] == 64
 
 
 def test_safetensors_come_before_gguf(tmp_path):
     write(tmp_path / "m.gguf", tensors())
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    assert load_config(tmp_path) == {"model_type": "bert"}
+    assert open_files(tmp_path).config == {"model_type": "bert"}
 
 
 def test_a_file_of_another_name_goes_by_its_first_bytes(tmp_path):
     (tmp_path / "sha256-0").write_bytes(write(tmp_path / "m.gguf", tensors()).read_bytes())
-    assert load_config(tmp_path / "sha256-0")["hidden_size"] == 64
+    assert open_files(tmp_path / "sha256-0").config["hidden_size"] == 64
     (tmp_path / "text").write_text("hello")
     for path in (tmp_path / "text", tmp_path / "nowhere", tmp_path / ("x" * 300)):
         with pytest.raises(ValueError, match=mentions(path, "directory", "GGUF")):
-            load_config(path)
+            assert open_files(path).config
 
 
 def test_a_missing_package_is_asked_for(tmp_path, monkeypatch):
     path = write(tmp_path / "m.gguf", tensors())
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'loraplus_jax\[train\]'"):
-        load_config(path)
+        assert open_files(path).config
 
 
 def test_a_gpt2_in_gguf_gives_the_weights_of_its_directory(models, tmp_path, monkeypatch):
     write_golden("gpt2_tied", tmp_path)
     path = gguf_of(tmp_path, tmp_path / "m.gguf")
-    monkeypatch.setattr("loraplus_jax.models.checkpoints.hf._PIECE", 4 * 32 * 7)
+    monkeypatch.setattr("loraplus_jax.models.checkpoints.params._PIECE", 4 * 32 * 7)
     model, params = load_golden(path)
     _, wanted, tensors = models("gpt2_tied")
     assert model.config == GPT2Config(**{**vars(wanted.config), "initializer_range": 0.02})
-    assert load_config(path)["eos_token_id"] == 7
+    assert open_files(path).config["eos_token_id"] == 7
     jax.tree.map(np.testing.assert_array_equal, params, tensors)
 
 
@@ -323,7 +327,7 @@ def test_a_type_in_gguf_equals_its_directory(arch, models, tmp_path):
     file = write(
         tmp_path / "m.gguf", content, {f"{arch}.{key}": value for key, value in values.items()}, arch
     )
-    config = LlamaConfig.from_hf(load_config(file))
+    config = LlamaConfig.from_hf(open_files(file).config)
     # The file does not say what divides the scores: llama.cpp knows that it is the size of a head, but in 27B.
     read = {"rms_norm_eps": c.rms_norm_eps, "initializer_range": 0.3}
     if arch.startswith("gemma"):
@@ -335,11 +339,9 @@ def test_a_type_in_gguf_equals_its_directory(arch, models, tmp_path):
     assert config.rms_norm_eps == pytest.approx(c.rms_norm_eps)
     assert dataclasses.replace(config, **read) == c
     shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), IDS)["params"]
-    found = load_params(file, name_table(config), shapes)
+    found = load_params(open_files(file), name_table(config), shapes)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-7), found, params)
-    weights = gguf.GgufWeights(gguf.read(file))
-    for name in weights.keys():  # noqa: SIM118
-        view = weights.get_slice(name)
+    for name, view in open_files(file).tensors.items():
         np.testing.assert_allclose(
             view.restored(view[:]),
             content[next(k for k in content if gguf.to_hf_name(k, arch) == name)],

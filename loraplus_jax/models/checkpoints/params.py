@@ -6,50 +6,30 @@ Nothing is guessed: before reading any weight, one error lists every missing, ex
 import functools
 import hashlib
 import itertools
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ..._utils.json_files import MAX_LIST_BYTES, check_file, read_json
 from ...quantization.packed_array import is_packed
-from .gguf import load as gguf
+from .model_files import ModelFiles, View
 from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
 from .quantized import read_packed
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _SHOWN = 20
 _THREADS = 4
 _PIECE = 2**22  # bytes per read, counted as float32
 _ROWS = 128  # of a tensor, copied at a time: transposing more leaves a core's cache
 
 
-def load_config(directory: str | Path) -> dict[str, Any]:
-    """Reads `config.json` of a Hugging Face directory, or converts a GGUF file's metadata with `gguf.load.config`.
-
-    Raises:
-      ValueError: the directory or file is missing, is not a JSON object, or is a GGUF file that cannot be read.
-    """
-    if (path := gguf.find(Path(directory))) is not None:
-        return gguf.config(gguf.read(path))
-    return read_json(_check_directory(Path(directory)) / "config.json")
-
-
 def load_params(
-    directory: str | Path,
+    files: ModelFiles,
     table: NameTable,
     expected: Mapping[str, Any],
     *,
@@ -58,14 +38,14 @@ def load_params(
     place: Callable[[str, Any], Any] | None = None,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, Any]:
-    """Loads a model's parameters from `model.safetensors`, the shards that its index names, or a GGUF file.
+    """Loads a model's parameters from its files.
 
     Checks all names and shapes first. Host memory holds one leaf at a time and a few MiB, besides the memory-mapped
     file. Dequantizes quantized tensors, unless `expected` has a `PackedArray` in their place; packs the values of
     other tensors for one.
 
     Args:
-      directory: a Hugging Face directory, a GGUF file, or a directory with one GGUF file and no safetensors.
+      files: the model's files, from `open_files`.
       table: the model's name table.
       expected: shapes of the model's parameters, `jax.eval_shape(model.init, ...)["params"]`; with a `PackedArray`
         of shapes for each weight to load packed.
@@ -81,22 +61,22 @@ def load_params(
 
     Raises:
       ValueError: a tensor is missing, extra or misshapen (lists all: `-` missing, `+` extra, `~` different); the
-        table does not cover the model; a file is missing, damaged or a pickle; the index names a file outside the
-        directory; the directory contains several GGUF files.
-      ImportError: safetensors, or for a GGUF file gguf, is not installed.
+        table does not cover the model; or as `ModelFiles.tensors`.
+      ImportError: safetensors is not installed.
 
     Example:
       >>> import tempfile
       >>> from safetensors.numpy import save_file
       >>> from loraplus_jax.models.checkpoints.name_table import linear_rules
+      >>> from loraplus_jax.models.files import open_files
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save_file({"fc.weight": np.ones((2, 3), np.float32)}, f"{folder}/model.safetensors")
-      ...     params = load_params(folder, NameTable(rules=linear_rules("fc", "up", bias=False)),
+      ...     params = load_params(open_files(folder), NameTable(rules=linear_rules("fc", "up", bias=False)),
       ...                          {"up": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.bfloat16)}})
       >>> params["up"]["kernel"].shape, params["up"]["kernel"].dtype.name
       ((3, 2), 'bfloat16')
     """
-    leaves, tensors = check_params(directory, table, expected, new=new)
+    leaves, tensors = check_params(files, table, expected, new=new)
     store = place or (lambda path, array: jax.device_put(array))
 
     def to_device(path: str, name: str, part: np.ndarray) -> jax.Array:
@@ -134,16 +114,15 @@ def read_leaf(rule: Rule, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, "_Te
 
 
 def check_params(
-    directory: str | Path, table: NameTable, expected: Mapping[str, Any], *, new: tuple[str, ...] = ()
+    files: ModelFiles, table: NameTable, expected: Mapping[str, Any], *, new: tuple[str, ...] = ()
 ) -> tuple[dict[str, Any], dict[str, "_Tensor"]]:
     """Runs the checks of `load_params`, reading only tied weights; returns leaves by path, tensors by name."""
-    directory = Path(directory)
     leaves = _leaves_from_file(table, expected, new)
     names = {name for rule in table.rules for name in expand(rule, leaves[rule.path])}
-    tensors, problems = _find_tensors(directory, table, names | {name for name, _ in table.copies})
+    tensors, problems = _find_tensors(files, table, names | {name for name, _ in table.copies})
     problems += _compare_shapes(table, leaves, tensors) or _compare_copies(table, tensors)
     if problems:
-        raise ValueError(_error_message(directory, problems))
+        raise ValueError(_error_message(files, problems))
     return leaves, tensors
 
 
@@ -175,13 +154,11 @@ def _digest(tensors: Mapping[str, "_Tensor"], read: Callable[[Any], Iterator[np.
     return total.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor in a file: its name there, a lazy view, and the types supported in such a file."""
+class _Tensor(NamedTuple):
+    """A tensor by its name in the file."""
 
     name: str
-    view: Any
-    dtypes: tuple[str, ...]
+    view: View
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -212,37 +189,21 @@ def _leaves_from_file(
     return leaves
 
 
-def _find_tensors(directory: Path, table: NameTable, names: set[str]) -> tuple[dict[str, _Tensor], list[str]]:
+def _find_tensors(
+    files: ModelFiles, table: NameTable, names: set[str]
+) -> tuple[dict[str, _Tensor], list[str]]:
     """The tensors with these canonical names, by name, and one line per missing or unexpected tensor."""
     tensors: dict[str, _Tensor] = {}
     problems = []
-    for file_name, file, dtypes, index_names in weight_files(directory):
-        file_names = set(file.keys())
-        missing = sorted(index_names - file_names)
-        problems += [f"- {name} (the index lists it in {file_name}, which lacks it)" for name in missing]
-        for name in sorted(file_names):
-            key, tensor = table.canonical(name), _Tensor(name, file.get_slice(name), dtypes)
-            if key in tensors:
-                problems.append(f"+ {name} (a second tensor for {tensors[key].name}, in {file_name})")
-            elif key in names:
-                tensors[key] = tensor
-            elif not table.ignores(key):
-                problems.append(f"+ {name} {list(tensor.shape)} (not in the model)")
-    return tensors, problems
-
-
-def weight_files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
-    """Yields each weight file: its name, the open file, the supported types, the tensors that an index lists."""
-    if (file := gguf.find(path)) is not None:
-        yield file.name, gguf.GgufWeights(gguf.read(file)), gguf.DTYPES, set()
-        return
-    weight_map = _weight_map(_check_directory(path))
-    missing = sorted({name for name in weight_map.values() if not os.path.isfile(path / name)})
-    if len(missing) > 1:
-        raise ValueError(f"{path}: files in the index are missing: {', '.join(missing)}")
-    for name in sorted(set(weight_map.values())) or [SINGLE_FILE]:
-        index_names = {tensor for tensor, owner in weight_map.items() if owner == name}
-        yield name, _open(path / name), tuple(_FLOATS), index_names
+    for name, view in files.tensors.items():
+        key, tensor = table.canonical(name), _Tensor(name, view)
+        if key in tensors:
+            problems.append(f"+ {name} (a second tensor for {tensors[key].name})")
+        elif key in names:
+            tensors[key] = tensor
+        elif not table.ignores(key):
+            problems.append(f"+ {name} {list(tensor.shape)} (not in the model)")
+    return tensors, files.index_problems + problems
 
 
 def _compare_shapes(
@@ -258,8 +219,10 @@ def _compare_shapes(
                 problems.append(f"- {name} {list(shape)} (required by the model)")
             elif tensor.shape != shape:
                 problems.append(f"~ {tensor.name} is {list(tensor.shape)}, the model needs {list(shape)}")
-            elif (dtype := tensor.view.get_dtype()) not in tensor.dtypes:
-                problems.append(f"~ {tensor.name} is {dtype}, must be one of {', '.join(tensor.dtypes)}")
+            elif (dtype := tensor.view.get_dtype()) not in tensor.view.supported:
+                problems.append(
+                    f"~ {tensor.name} is {dtype}, must be one of {', '.join(tensor.view.supported)}"
+                )
     # Parts of one tensor have the same problem.
     return list(dict.fromkeys(problems))
 
@@ -273,7 +236,7 @@ def _compare_copies(table: NameTable, tensors: Mapping[str, _Tensor]) -> list[st
         copy, original = tensors[name], tensors[original_name]
         equal = (
             copy.shape == original.shape
-            and copy.view.get_dtype() in copy.dtypes
+            and copy.view.get_dtype() in copy.view.supported
             and all(map(np.array_equal, read_pieces(copy.view), read_pieces(original.view)))
         )
         if not equal:
@@ -299,11 +262,11 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[Any]:
         yield slice(start, min(start + rows, shape[0]))
 
 
-def _error_message(directory: Path, problems: list[str]) -> str:
+def _error_message(files: ModelFiles, problems: list[str]) -> str:
     counts = Counter(line[0] for line in problems)
     words = {"-": "missing", "+": "extra", "~": "misshapen or of the wrong type"}
     summary = ", ".join(f"{counts[sign]} {word}" for sign, word in words.items() if counts[sign])
-    first = f"the weights in {directory} do not match the model: {summary}; first: {problems[0]}"
+    first = f"the weights in {files} do not match the model: {summary}; first: {problems[0]}"
     shown = [f"  {line}" for line in problems[:_SHOWN]]
     rest = [f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     return "\n".join([first, *shown, *rest])
@@ -359,104 +322,3 @@ def _copy(values: np.ndarray, target: np.ndarray) -> None:
         rows = slice(start, start + _ROWS)
         # Converted before it is transposed: NumPy is slow at both in one pass.
         target[rows] = values[rows].astype(target.dtype, copy=False)
-
-
-def _check_directory(directory: Path) -> Path:
-    if not os.path.isdir(directory):
-        raise ValueError(
-            f"{directory} is not a directory or GGUF file; pass a GGUF file, or a directory with "
-            f"config.json and {SINGLE_FILE}"
-        )
-    return directory
-
-
-def _weight_map(directory: Path) -> dict[str, str]:
-    """Tensor name to shard, from the index; empty for a single file."""
-    if (directory / SINGLE_FILE).exists():
-        return {}
-    if not (directory / INDEX_FILE).exists():
-        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickles:
-            raise ValueError(
-                f"{directory} has its weights only in {pickles[0]}, a pickle, which can run arbitrary code; "
-                "convert it in a sandbox: "
-                "transformers.AutoModel.from_pretrained(d).save_pretrained(d, safe_serialization=True)"
-            )
-        raise ValueError(f"{directory} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
-    weight_map = read_json(directory / INDEX_FILE, limit=MAX_LIST_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(
-            f"{directory / INDEX_FILE} must have a weight_map from tensor names to files, "
-            f"got {weight_map!r:.80}"
-        )
-    for file_name in weight_map.values():
-        # Checks only the name: the hub's cache consists of links that point out of the directory.
-        # By Windows' rules, which also split at a backslash and after a drive.
-        plain = isinstance(file_name, str) and PureWindowsPath(file_name).name == file_name
-        if not plain or not file_name.isprintable() or not file_name.endswith(".safetensors"):
-            raise ValueError(
-                f"{directory / INDEX_FILE}: files must be plain .safetensors names in the same directory, "
-                f"got {file_name!r}"
-            )
-    return weight_map
-
-
-def _open(path: Path) -> Any:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise ImportError("reading weights needs safetensors: pip install 'loraplus_jax[train]'") from error
-    # Path.exists raises for a name that is too long for the file system.
-    if not os.path.exists(path):
-        raise ValueError(f"{path} is missing, but the index lists it")
-    check_file(path)
-    try:
-        return _SafetensorsFile(path, safetensors.safe_open(path, framework="np"))
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}; "
-            "download it again (truncated, or a Git LFS pointer?)"
-        ) from error
-
-
-@dataclass(frozen=True)
-class _SafetensorsFile:
-    """A file that safetensors has opened and checked, with the interface of what it returned."""
-
-    path: Path
-    opened: Any
-
-    def keys(self) -> list[str]:
-        return self.opened.keys()
-
-    def get_slice(self, name: str) -> "_View":
-        return _View(self, name, self.opened.get_slice(name))
-
-    @cached_property
-    def header_and_data(self) -> tuple[dict[str, Any], np.ndarray]:
-        """The JSON header, and the mapped bytes that its offsets refer to."""
-        mapped = np.memmap(self.path, np.uint8, "r").view(np.ndarray)
-        start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-        return json.loads(mapped[8:start].tobytes()), mapped[start:]
-
-
-@dataclass(frozen=True)
-class _View:
-    """A lazy tensor: floats are read-only views of the mapped file, where safetensors makes copies."""
-
-    file: _SafetensorsFile
-    name: str
-    slice: Any
-
-    def get_shape(self) -> list[int]:
-        return self.slice.get_shape()
-
-    def get_dtype(self) -> str:
-        return self.slice.get_dtype()
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        if (dtype := _FLOATS.get(self.get_dtype())) is None:
-            return self.slice[index]
-        header, data = self.file.header_and_data
-        start, stop = header[self.name]["data_offsets"]
-        return data[start:stop].view(dtype).reshape(self.get_shape())[index]

@@ -12,9 +12,11 @@ from safetensors.numpy import save, save_file
 
 from loraplus_jax import make_mesh
 from loraplus_jax.adapter.tree import flatten
-from loraplus_jax.models.checkpoints import hf
-from loraplus_jax.models.checkpoints.hf import INDEX_FILE, SINGLE_FILE, load_config, load_params
+from loraplus_jax.models.checkpoints import params as loading
+from loraplus_jax.models.checkpoints.hub_directory import INDEX_FILE, SINGLE_FILE
 from loraplus_jax.models.checkpoints.name_table import NameTable, embedding_rules, linear_rules, norm_rules
+from loraplus_jax.models.checkpoints.params import check_params, load_params, rows_digest
+from loraplus_jax.models.files import open_files
 
 from ...messages import assert_mentions, mentions
 from ...refusals import refusals
@@ -63,18 +65,18 @@ def write_shards(folder, shards, weight_map=None):
 
 
 def load(folder, table=TABLE, **kwargs):
-    return load_params(folder, table, EXPECTED, **({"new": ("head",)} | kwargs))
+    return load_params(open_files(folder), table, EXPECTED, **({"new": ("head",)} | kwargs))
 
 
 def counted(monkeypatch):
     """The numbers of values read of each tensor, as they are asked for."""
-    read, copy = [], hf._copy
+    read, copy = [], loading._copy
 
     def count(values, target):
         read.append(values.size)
         copy(values, target)
 
-    monkeypatch.setattr(hf, "_copy", count)
+    monkeypatch.setattr(loading, "_copy", count)
     return read
 
 
@@ -173,7 +175,7 @@ def test_dtypes_come_from_expected_or_param_dtype(tmp_path, given):
 @pytest.mark.parametrize("padding", [0, 1])
 def test_bits_are_those_of_numpy(tmp_path, monkeypatch, given, wanted, padding):
     """More rows than are copied at a time, in several pieces, also at an odd place in the file."""
-    monkeypatch.setattr(hf, "_PIECE", 4 * 5 * 200)
+    monkeypatch.setattr(loading, "_PIECE", 4 * 5 * 200)
     rng = np.random.default_rng(0)
     with np.errstate(over="ignore"):
         content = {
@@ -191,7 +193,7 @@ def test_bits_are_those_of_numpy(tmp_path, monkeypatch, given, wanted, padding):
     expected = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, wanted), shapes, is_leaf=lambda x: isinstance(x, tuple)
     )
-    params = load_params(tmp_path, table, expected)
+    params = load_params(open_files(tmp_path), table, expected)
     for value, name in (
         (params["up"]["kernel"].T, "fc.weight"),
         (params["embed"]["embedding"], "tok.weight"),
@@ -213,7 +215,7 @@ def test_a_file_that_changes_later_does_not_change_what_was_loaded(tmp_path):
 def test_a_read_of_floats_makes_no_copy(tmp_path, given):
     content = {name: value.astype(given) for name, value in tensors().items() if name != "lm_head.bias"}
     write(tmp_path, content)
-    _, found = hf.check_params(tmp_path, TABLE, EXPECTED, new=("head",))
+    _, found = check_params(open_files(tmp_path), TABLE, EXPECTED, new=("head",))
     for name, tensor in found.items():
         read = tensor.view[1:]
         assert np.shares_memory(read, tensor.view[:])
@@ -254,6 +256,10 @@ def test_long_lists_end_in_a_count(tmp_path):
     lines = error(write(tmp_path, content)).splitlines()
     assert len(lines) == 22
     assert_mentions(lines[-1], 13)
+
+
+def read_config(folder):
+    return open_files(folder).config
 
 
 def holding(content, name=SINGLE_FILE, read=load):
@@ -312,17 +318,17 @@ test_directories_that_are_rejected = refusals(
     (without(), "['head/kernel']"),
     (without("head", "embed"), "['embed/embedding']"),
     (without("hea"), "['hea']"),
-    (lambda tmp_path: load_config(tmp_path), "config.json", "missing"),
-    (holding(b"{,", "config.json", load_config), "config.json", "JSON"),
-    (holding(b"[1]", "config.json", load_config), "config.json", "JSON object", "list"),
-    (holding(b'{"a": "\xff"}', "config.json", load_config), "config.json", "JSON"),
+    (lambda tmp_path: read_config(tmp_path), "config.json", "missing"),
+    (holding(b"{,", "config.json", read_config), "config.json", "JSON"),
+    (holding(b"[1]", "config.json", read_config), "config.json", "JSON object", "list"),
+    (holding(b'{"a": "\xff"}', "config.json", read_config), "config.json", "JSON"),
     lines=3,
 )
 
 
 def test_config_is_read(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert load_config(str(tmp_path)) == {"model_type": "bert"}
+    assert open_files(str(tmp_path)).config == {"model_type": "bert"}
 
 
 def test_a_tensor_that_repeats_another_must_have_its_values(tmp_path):
@@ -342,7 +348,9 @@ def test_three_rows_of_every_tensor_distinguish_files(tmp_path):
         content, folder = tensors(), tmp_path / name
         change(content)
         folder.mkdir()
-        return hf.rows_digest(hf.check_params(write(folder, content), TABLE, EXPECTED, new=("head",))[1])
+        return rows_digest(
+            check_params(open_files(write(folder, content)), TABLE, EXPECTED, new=("head",))[1]
+        )
 
     def row(number):
         return lambda content: content["tok.weight"].__setitem__((number, 0), 9.0)
@@ -355,8 +363,10 @@ def test_three_rows_of_every_tensor_distinguish_files(tmp_path):
     (tmp_path / "shards").mkdir()
     halves = sorted(tensors().items())
     shards = {f"part-{n}.safetensors": dict(halves[n::2]) for n in range(2)}
-    found = hf.check_params(write_shards(tmp_path / "shards", shards), TABLE, EXPECTED, new=("head",))[1]
-    assert hf.rows_digest(found) == plain
+    found = check_params(
+        open_files(write_shards(tmp_path / "shards", shards)), TABLE, EXPECTED, new=("head",)
+    )[1]
+    assert rows_digest(found) == plain
     changed = [digest(f"row {n}", row(n)) for n in (0, 3, 6)]
     assert len({plain, *changed, digest("narrower", narrower)}) == 5
     assert digest("row 1", row(1)) == plain  # not read
@@ -372,6 +382,6 @@ def test_short_tensors_are_read_whole(tmp_path, rows):
         if change >= 0:
             values[change] = 1
         found.add(
-            hf.rows_digest(hf.check_params(write(tmp_path, {"tok.weight": values}), table, expected)[1])
+            rows_digest(check_params(open_files(write(tmp_path, {"tok.weight": values})), table, expected)[1])
         )
     assert len(found) == rows + 1

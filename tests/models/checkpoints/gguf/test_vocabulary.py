@@ -1,20 +1,18 @@
-"""Tokenizer, chat template and special tokens, of GGUF files and of directories; and the whole of a real file."""
+"""Tokenizer, chat template and special tokens of GGUF files; and the whole of a real file."""
 
 import hashlib
 import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
-from loraplus_jax.models.checkpoints.gguf import load as gguf
-from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, stop_ids, tokenizer
+from loraplus_jax.models.files import open_files
 
-from ..messages import mentions
-from ..refusals import refusals
-from .checkpoints.gguf import files as gguf_files
-from .golden import GOLDEN as FILES
-from .golden import real_smollm2
+from ....refusals import refusals
+from ...golden import GOLDEN as FILES
+from ...golden import real_smollm2
+from . import files as gguf_files
 
 GOLDEN = json.loads((FILES / "gguf.json").read_text())
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -41,35 +39,35 @@ def pieces(**changes):
 
 
 def words(path, text):
-    return tokenizer(path).encode(text).tokens
+    return open_files(path).tokenizer.encode(text).tokens
 
 
-def reading(metadata, read=tokenizer, rows=400):
-    return lambda tmp_path: read(write(tmp_path / "m.gguf", metadata, rows))
+def reading(metadata, read="tokenizer", rows=400):
+    return lambda tmp_path: getattr(open_files(write(tmp_path / "m.gguf", metadata, rows)), read)
 
 
 @pytest.mark.slow
 def test_the_real_file_gives_the_ids_of_transformers():
-    ours = tokenizer(real_smollm2())
+    ours = open_files(real_smollm2()).tokenizer
     assert [ours.encode(text).ids for text in GOLDEN["texts"]] == GOLDEN["smollm2"]
     assert all(
         ours.decode(ids, skip_special_tokens=False) == text
         for text, ids in zip(GOLDEN["texts"], GOLDEN["smollm2"], strict=True)
     )
-    assert special_tokens(real_smollm2())["eos_token"] == "<|im_end|>"
-    assert "<|im_start|>system\n" in read_chat_template(real_smollm2())
+    assert open_files(real_smollm2()).special_tokens["eos_token"] == "<|im_end|>"
+    assert "<|im_start|>system\n" in open_files(real_smollm2()).chat_template
 
 
 @pytest.mark.slow
 def test_the_real_file_gives_the_weights_of_transformers():
-    weights, digest = gguf.GgufWeights(gguf.read(real_smollm2())), hashlib.sha256()
-    for name in sorted(weights.keys()):
-        digest.update(name.encode() + weights.get_slice(name)[:].tobytes())
+    digest = hashlib.sha256()
+    for name, view in open_files(real_smollm2()).tensors.items():
+        digest.update(name.encode() + view[:].tobytes())
     assert digest.hexdigest() == GOLDEN["smollm2_weights"]
 
 
 def test_sentencepiece_vocabularies_give_the_ids_of_sentencepiece(tmp_path):
-    ours = tokenizer(write(tmp_path / "m.gguf", pieces(add_bos_token=False), rows=420))
+    ours = open_files(write(tmp_path / "m.gguf", pieces(add_bos_token=False), rows=420)).tokenizer
     differs = []
     for text, ids in zip(GOLDEN["texts"], GOLDEN["sentencepiece"]["ids"], strict=True):
         if not any(special in text for special in ("<s>", "</s>", "<unk>")):  # text to SentencePiece
@@ -103,7 +101,7 @@ DIGITS, SPELLED = "hello hello1234 \n", "I'LL (x)\n\ny"
 )
 def test_words_are_cut_where_the_models_own_expressions_cut(tmp_path, pre, text, cuts):
     path = write(tmp_path / "m.gguf", byte_level(pre, add_bos_token=False), rows=len(TOKENS))
-    ours = tokenizer(path)
+    ours = open_files(path).tokenizer
     assert "|".join(text[a:b] for _, (a, b) in ours.pre_tokenizer.pre_tokenize_str(text)) == cuts
     assert ours.encode(DIGITS).tokens[:2] == ["hello", "Ġhello"]
     assert ours.decode(ours.encode("hé llo\t1").ids) == "hé llo\t1"
@@ -117,7 +115,7 @@ def test_a_llama3_word_that_is_a_token_is_taken_whole(tmp_path):
 
 
 def test_qwen2_composes_characters_and_user_tokens_are_never_split(tmp_path):
-    ours = tokenizer(write(tmp_path / "m.gguf", byte_level("qwen2")))
+    ours = open_files(write(tmp_path / "m.gguf", byte_level("qwen2"))).tokenizer
     assert ours.encode("e\u0301").ids == ours.encode("\u00e9").ids
     assert ours.encode("hello</s>hello<user>").tokens == ["hello", "</s>", "hello", "<user>"]
     assert ours.decode([1, 2]) == "<user>"
@@ -138,7 +136,7 @@ def test_qwen2_composes_characters_and_user_tokens_are_never_split(tmp_path):
     ],
 )
 def test_bos_is_added_where_the_file_says_or_llama_cpp_would(tmp_path, metadata, expected):
-    ours = tokenizer(write(tmp_path / "m.gguf", metadata, rows=420))
+    ours = open_files(write(tmp_path / "m.gguf", metadata, rows=420)).tokenizer
     assert ours.encode("hello").tokens == expected.split()
     text = [token for token in expected.split() if token not in ("<s>", "</s>")]
     assert ours.encode("hello", add_special_tokens=False).tokens == text
@@ -146,11 +144,11 @@ def test_bos_is_added_where_the_file_says_or_llama_cpp_would(tmp_path, metadata,
 
 def test_template_and_special_tokens_of_a_file(tmp_path):
     path = write(tmp_path / "m.gguf", byte_level(padding_token_id=2) | {"tokenizer.chat_template": "{{ x }}"})
-    assert read_chat_template(tmp_path) == read_chat_template(path) == "{{ x }}"
-    assert special_tokens(path) == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<user>"}
+    assert open_files(tmp_path).chat_template == open_files(path).chat_template == "{{ x }}"
+    assert open_files(path).special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<user>"}
     bare = write(tmp_path / "bare.gguf", pieces(bos_token_id=None))
-    assert read_chat_template(bare) is None
-    assert special_tokens(bare) == {"eos_token": "</s>", "unk_token": "<unk>"}
+    assert open_files(bare).chat_template is None
+    assert open_files(bare).special_tokens == {"eos_token": "</s>", "unk_token": "<unk>"}
 
 
 test_what_is_wrong_with_a_files_tokenizer_is_named = refusals(
@@ -165,117 +163,7 @@ test_what_is_wrong_with_a_files_tokenizer_is_named = refusals(
     (reading(byte_level(merges=["z z"])), "m.gguf", "tokenizer", "zz"),
     (reading(byte_level(model="llama")), "m.gguf", "scores", len(TOKENS)),
     (reading(byte_level(add_bos_token=True, bos_token_id=4000)), "m.gguf", 4000, "special"),
-    (reading(byte_level(eos_token_id=999), special_tokens), "m.gguf", 999, "special"),
-    (reading({"tokenizer.chat_template": 3}, read_chat_template), "m.gguf", "template", 3),
+    (reading(byte_level(eos_token_id=999), "special_tokens"), "m.gguf", 999, "special"),
+    (reading({"tokenizer.chat_template": 3}, "chat_template"), "m.gguf", "template", 3),
     (reading(byte_level(), rows=len(TOKENS) - 1), "m.gguf", "embedding", f"{len(TOKENS) - 1} rows"),
 )
-
-
-@pytest.fixture
-def directory(tmp_path):
-    folder = tmp_path / "hf"
-    folder.mkdir()
-    own = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[PAD]": 2}, unk_token="[PAD]"))
-    own.enable_padding(pad_id=2, pad_token="[PAD]", length=9)
-    own.enable_truncation(1)
-    own.pre_tokenizer = pre_tokenizers.Whitespace()
-    own.save(str(folder / "tokenizer.json"))
-    config = {
-        "bos_token": {"content": "a"},
-        "eos_token": "b",
-        "pad_token": None,
-        "chat_template": "{{ one }}",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_a_directory_gives_the_same_three_things(directory):
-    assert tokenizer(directory).encode("a b a b").tokens == ["a", "b", "a", "b"]
-    assert special_tokens(directory) == {"bos_token": "a", "eos_token": "b"}
-    assert read_chat_template(directory) == "{{ one }}"
-    (directory / "chat_template.jinja").write_text("{{ two }}")
-    assert read_chat_template(directory) == "{{ two }}"
-
-
-def test_of_several_templates_the_default_one_is_taken(directory):
-    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert read_chat_template(directory) == "d"
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[:1]}))
-    assert read_chat_template(directory) is None
-    (directory / "tokenizer_config.json").unlink()
-    assert read_chat_template(directory) is None
-    assert special_tokens(directory) == {}
-
-
-def test_gemma_3_s_token_for_an_image_is_left_out_of_a_model_of_text(directory):
-    file, config = directory / "tokenizer.json", directory / "config.json"
-    own = Tokenizer.from_file(str(file))
-    own.add_special_tokens(["<image_soft_token>"])
-    own.save(str(file))
-    config.write_text('{"vocab_size": 3}')
-    assert tokenizer(directory).token_to_id("<image_soft_token>") is None
-    config.write_text('{"vocab_size": 4}')
-    assert tokenizer(directory).token_to_id("<image_soft_token>") == 3
-    own.add_special_tokens(["<more>"])
-    own.save(str(file))
-    with pytest.raises(ValueError, match=mentions("<more>", "embedding", "4 rows")):
-        tokenizer(directory)
-
-
-def with_file(name, content, read=tokenizer):
-    """Reads the directory after a file of it was replaced, or with None removed."""
-
-    def call(directory):
-        if content is None:
-            (directory / name).unlink()
-        else:
-            (directory / name).write_bytes(content)
-        read(directory)
-
-    return call
-
-
-def absent(read):
-    return lambda tmp_path: read(tmp_path / "nowhere")
-
-
-test_what_is_wrong_with_a_directory_is_named = refusals(
-    (with_file("config.json", b'{"vocab_size": 2}'), "embedding", "2 rows"),
-    (with_file("chat_template.jinja", b"\xff", read_chat_template), "chat_template.jinja", "UTF-8"),
-    (with_file("tokenizer.json", b"{}"), "tokenizer.json"),
-    (with_file("tokenizer.json", None), "hf", "tokenizer.json"),
-    (
-        with_file("config.json", b'{"eos_token_id": "</s>"}', stop_ids),
-        "config.json",
-        "eos_token_id",
-        "'</s>'",
-    ),
-    *(
-        (absent(read), "nowhere", "directory", "GGUF")
-        for read in (tokenizer, read_chat_template, special_tokens)
-    ),
-)
-
-
-def test_special_tokens_that_only_the_config_names(tmp_path):
-    Tokenizer(models.BPE({"a": 0, "<end>": 1}, [])).save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 1}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64}))
-    assert special_tokens(tmp_path) == {"bos_token": "<end>", "eos_token": "<end>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": "a"}))
-    assert special_tokens(tmp_path) == {"eos_token": "a"}
-
-
-def test_the_tokens_that_end_a_text_come_from_both_files(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert stop_ids(tmp_path) == (7,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7]}))
-    assert stop_ids(tmp_path) == (9, 7)
-
-
-def test_a_template_of_its_own_file_needs_no_tokenizer_config(tmp_path):
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    assert read_chat_template(tmp_path) == "{{ messages }}"
