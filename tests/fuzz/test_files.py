@@ -118,12 +118,12 @@ def weights(folder):
 
 
 HUGE = (*words("1000000000 1000000000000 18446744073709551615 1e9 3 16 true"), "9" * 30, '"silu"')
-KINDS = words('"linear" "yarn" "longrope" "llama3" "mistral" "qwen2" "qwen3" "bert" "roberta"')
+KINDS = words('"linear" "yarn" "longrope" "llama3" "mistral" "qwen3" "olmo3" "smollm3" "bert" "roberta"')
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA = {"hidden_act": "silu", "num_key_value_heads": 2, "rope_theta": 1e4, "attention_bias": False}
 LLAMA |= {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8}, "sliding_window": 4}
 LLAMA |= {"layer_types": ["full_attention"], "eos_token_id": 2}
-LLAMA |= {"max_position_embeddings": 64}
+LLAMA |= {"max_position_embeddings": 64, "no_rope_layers": [1, 1, 1, 0]}
 LONG = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
 GEMMA3 = {"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 1e4, "rope_scaling": None}
 GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "final_logit_softcapping": 30.0}

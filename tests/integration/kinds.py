@@ -387,6 +387,8 @@ KINDS = {
     "gpt2_split": Kind(SPLIT, make=gpt2, falls=1, extra=keys_are_the_bases),
     "gpt2_loftq": Kind((*SPLIT, *LOFTQ), make=gpt2, falls=1, exports=("same",)),
     "gemma3": Kind(make=family("gemma3_text"), answers=BOTH),
+    "olmo3": Kind(make=family("olmo3"), answers=BOTH),
+    "smollm3": Kind(make=family("smollm3"), answers=BOTH),
     "phi3": Kind(make=family("phi3"), answers=BOTH, extra=names_its_targets),
     "describe": Kind(
         ("--train.steps", "60"),

@@ -1,4 +1,4 @@
-"""Whole runs with other families of language models: GPT-2 on its own files, tiny Gemmas and Phi-3s."""
+"""Whole runs with other families of language models: GPT-2 on its own files, tiny Gemmas, OLMos and Phi-3s."""
 
 import json
 
@@ -18,6 +18,8 @@ gpt2        slow    -        long     slow     slow
 gpt2_split  slow    -        -        long     -
 gpt2_loftq  slow    -        -        slow     -
 gemma3      long    -        -        long     -
+olmo3       long    -        -        long     -
+smollm3     long    -        -        long     -
 phi3        long    -        -        long     -
 """
 
