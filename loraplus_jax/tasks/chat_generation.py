@@ -117,10 +117,8 @@ class ChatModel:
 
     def encode(self, chats: Sequence[Chat]) -> list[list[int]]:
         """Tokenizes conversations up to the start of the answer; raises ValueError if one is too long or empty."""
-        texts = [
-            self.template.render(chat.turns, add_generation_prompt=True, tools=chat.tools, place=chat.place)
-            for chat in chats
-        ]
+        calls = [([(chat.turns, True)], chat.tools, chat.place) for chat in chats]
+        texts = [text for ((text, _),) in self.template.render_chats(calls)]
         prompts = [encoding.ids for encoding in tokenize(texts, self.tokenizer)]
         for number, ids in enumerate(prompts, 1):
             prompt = f"prompt {number} of {len(prompts)}"
