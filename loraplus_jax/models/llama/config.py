@@ -215,17 +215,8 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
 }
 _SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-# Fields that only some types read, see `LlamaKind.reads`, and those that follow from several options.
+# Fields that only some types read, see `LlamaKind.reads`.
 _OPTIONAL = ("attention_bias", "mlp_bias", "query_pre_attn_scalar", *_SOFTCAPS, "partial_rotary_factor")
-_DERIVED = (
-    "rope_theta",
-    "rope_scaling",
-    "rope_local_theta",
-    "sliding_window",
-    "full_layers",
-    "unrotated_layers",
-    "split_fused",
-)
 # Options that a null switches off; elsewhere it stands for the default.
 _NULLABLE = ("sliding_window", *_SOFTCAPS)
 
@@ -325,11 +316,11 @@ class LlamaConfig(ModelConfig):
         kind = KINDS[config["model_type"]]
         given = {key: value for key, value in config.items() if value is not None or key in _NULLABLE}
         entries = {key: value for key, value in {**kind.defaults, **given}.items() if value is not None}
-        ignored = {*_DERIVED, *(name for name in _OPTIONAL if name not in kind.reads)}
+        ignored = {"split_fused", "rope_scaling", *(name for name in _OPTIONAL if name not in kind.reads)}
         values = {name: value for name, value in entries.items() if name not in ignored}
         values["hidden_act"] = entries.get(kind.activation, "silu")
         problems = unsupported(entries, {key: only for key, only in _ONLY.items() if key not in kind.reads})
-        for fields in (_rope_fields, _window_fields, _unrotated_fields):
+        for fields in (_rope_fields, _layer_fields):
             try:
                 values |= fields(kind, entries)
             except ValueError as error:
@@ -444,7 +435,7 @@ def _rope_fields(kind: LlamaKind, entries: Mapping[str, Any]) -> dict[str, Any]:
     scaling = scaling_options({**parameters, **original})
     if older and scaling_options({**older, **original}) != scaling:
         raise ValueError("rope_parameters and rope_scaling differ: keep one of them in config.json")
-    fields = {"rope_theta": theta, "rope_scaling": scaling}
+    fields = {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": None}
     if "rope_local_theta" in kind.reads:
         fields["rope_local_theta"] = local.get("rope_theta", entries.get("rope_local_base_freq", theta))
     if "partial_rotary_factor" in kind.reads:
@@ -453,50 +444,40 @@ def _rope_fields(kind: LlamaKind, entries: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _window_fields(kind: LlamaKind, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The window, and the layers without it."""
-    window, layers = entries.get("sliding_window"), _layers(entries)
-    full = _every_nth(kind, entries, "sliding_window_pattern")
-    if "layer_types" in kind.reads and "layer_types" in entries:
-        names = entries["layer_types"]
-        known = ("full_attention", "sliding_attention") if kind.windows else ("full_attention",)
-        if not isinstance(names, list) or len(names) != layers or not all(name in known for name in names):
-            raise ValueError(
-                f"layer_types must be a list of {layers} names, each {' or '.join(known)}, got {names!r:.80}"
-            )
-        full = [n for n, name in enumerate(names) if name == known[0]]
-    if not kind.windows or len(full) == layers:
-        return {}
+def _layer_fields(kind: LlamaKind, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The window, the layers without it, and those without rotary positions."""
+    unrotated = _marked(kind, entries, "no_rope_layers", (0, 1), "no_rope_layer_interval")
+    fields = {"sliding_window": None, "full_layers": (), "unrotated_layers": unrotated}
+    known = ("full_attention", "sliding_attention") if kind.windows else ("full_attention",)
+    full = _marked(kind, entries, "layer_types", known, "sliding_window_pattern")
+    if not kind.windows or len(full) == entries.get("num_hidden_layers"):
+        return fields
+    window = entries.get("sliding_window")
     if window is None and "rope_local_theta" in kind.reads:
         raise ValueError(
             "sliding_window must be an int of at least 1 with layers of type sliding_attention, got None"
         )
-    return {} if window is None else {"sliding_window": window, "full_layers": tuple(full)}
+    return fields if window is None else fields | {"sliding_window": window, "full_layers": full}
 
 
-def _unrotated_fields(kind: LlamaKind, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers without rotary positions: those with a 0 in `no_rope_layers`."""
-    if "no_rope_layers" not in kind.reads:
-        return {}
-    layers, flags = _layers(entries), entries.get("no_rope_layers")
-    if flags is None:
-        return {"unrotated_layers": tuple(_every_nth(kind, entries, "no_rope_layer_interval"))}
-    if not isinstance(flags, list) or len(flags) != layers or not all(flag in (0, 1) for flag in flags):
-        raise ValueError(f"no_rope_layers must be a list of {layers} numbers, each 0 or 1, got {flags!r:.80}")
-    return {"unrotated_layers": tuple(n for n, flag in enumerate(flags) if not flag)}
-
-
-def _layers(entries: Mapping[str, Any]) -> int:
-    """The number of layers; 0 if it is missing or invalid, which pydantic says."""
+def _marked(
+    kind: LlamaKind, entries: Mapping[str, Any], option: str, known: Sequence[Any], every: str
+) -> tuple[int, ...]:
+    """The layers to which a list gives the first of the known values; without a list every n-th, n from `every`."""
     layers = entries.get("num_hidden_layers")
-    return layers if type(layers) is int and 0 < layers <= MAX_LAYERS else 0
-
-
-def _every_nth(kind: LlamaKind, entries: Mapping[str, Any], option: str) -> Sequence[int]:
-    """Every n-th layer, n from an option; none if the type does not have the option."""
-    if option not in kind.defaults:
+    # pydantic says what is wrong with the number of layers.
+    layers = layers if type(layers) is int and 0 < layers <= MAX_LAYERS else 0
+    if option in kind.reads and option in entries:
+        values = entries[option]
+        if not isinstance(values, list) or len(values) != layers or not all(x in known for x in values):
+            raise ValueError(
+                f"{option} must be a list of {layers} values, each {' or '.join(map(str, known))}, "
+                f"got {values!r:.80}"
+            )
+        return tuple(n for n, value in enumerate(values) if value == known[0])
+    if every not in kind.defaults:
         return ()
-    step = entries[option]
+    step = entries[every]
     if type(step) is not int or step < 1:
-        raise ValueError(f"{option} must be an int of at least 1, got {step!r:.80}")
-    return range(step - 1, _layers(entries), step)
+        raise ValueError(f"{every} must be an int of at least 1, got {step!r:.80}")
+    return tuple(range(step - 1, layers, step))
