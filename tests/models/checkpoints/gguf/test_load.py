@@ -214,7 +214,8 @@ test_unsupported_options = refusals(
     (llama(rope__scaling__type="longrope"), "m.gguf", "type", "'longrope'", "none", "linear", "yarn"),
     (llama(rope__scaling__type="linear"), "m.gguf", "llama.rope.scaling.factor"),
     (llama(**YARN), "m.gguf", "llama.rope.scaling.yarn_ext_factor", "yarn"),
-    (llama("phi3"), "m.gguf", "'phi3'", "llama", "qwen2", "qwen3", "gemma2"),
+    (llama("phi3"), "m.gguf", "'phi3'", "llama", "qwen2", "qwen3", "gemma2", "olmo2"),
+    (llama("olmo2", attention__sliding_window=8), "m.gguf", "olmo2.attention.sliding_window", 8, 0),  # OLMo 3
     (gpt2(**{"attention.layer_norm_epsilon": None}), "gpt2.attention.layer_norm_epsilon", "positive"),
     (gpt2(**{"attention.head_count_kv": 2}), "gpt2.attention.head_count_kv", 2, 4),
     (gpt2(context_length=None), "max_position_embeddings"),
