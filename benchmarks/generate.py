@@ -21,8 +21,8 @@ import numpy as np
 from common import ATTENTION, PLANS, median_ratio, parse_options, report, take_turns, timed, use_cpu
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, save_peft
-from loraplus_jax.models.checkpoints.export import causal_lm_class, path_map
 from loraplus_jax.models.checkpoints.params import load_params
+from loraplus_jax.models.checkpoints.transformers_class import causal_lm_class, path_map
 from loraplus_jax.models.decoding.generate import Sampling, make_generate
 from loraplus_jax.models.files import open_files
 from loraplus_jax.models.llama.config import LlamaConfig

@@ -89,7 +89,7 @@ def test_no_two_files_import_each_other():
 def test_imports_are_seen_at_all():
     assert {"adapter.config", "adapter.spec"} <= set(imports_of("adapter.tree"))
     assert "linen.wrap" in set(imports_of("__init__"))
-    assert "models.checkpoints.gguf.load" in set(imports_of("models.checkpoints.gguf.export"))
+    assert "models.checkpoints.gguf.header" in set(imports_of("models.checkpoints.gguf.load"))
 
 
 def test_the_public_names_are_the_core_s_and_few():

@@ -550,7 +550,7 @@ COMMANDS = {
         _inspect,
         SETTINGS | {"config": {**SETTINGS["config"], "help": f"{SETTINGS['config']['help']}; or an adapter"}},
         _SETTINGS,
-        opens=partial(_call, "training.inspect_adapter:inspect_adapter"),
+        opens=partial(_call, "inference.inspect_adapter:inspect_adapter"),
     ),
     "sweep": Command(
         "tune lambda and the learning rates, and compare LoRA+ with LoRA", _sweep, TRAINING, _SWEEP

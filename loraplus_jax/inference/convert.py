@@ -19,12 +19,10 @@ from ..interop.adapter_directory import check_finite, load_adapter, save_adapter
 from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map, torch_module_of
 from ..interop.peft_files import NOTES_FILE, OPTIONS, peft_options, save_peft
-from ..models.checkpoints import export
-from ..models.checkpoints.gguf.adapter import save_gguf_adapter
 from ..models.checkpoints.gguf.file import GgufFile
-from ..models.checkpoints.merge import CheckpointMerge, dtype_of
 from ..models.checkpoints.model_files import ModelFiles
-from ..models.checkpoints.named_base import NamedBase, named_base
+from ..models.checkpoints.transformers_class import causal_lm_class
+from ..models.checkpoints.transformers_class import path_map as transformers_path_map
 from ..models.families import family_of
 from ..models.files import open_files
 from ..step.checkpoint import describe_run
@@ -40,6 +38,7 @@ from ..training.saved_adapter import (
     transformers_class_of,
 )
 from . import verify_conversion as verify_by
+from .checkpoint_merge import CheckpointMerge, dtype_of
 from .convert_sources import (
     OwnSource,
     PeftSource,
@@ -48,8 +47,11 @@ from .convert_sources import (
 )
 from .export import DTYPES, export_run, lasting_name
 from .generate import as_instruction_model, open_model
+from .gguf_adapter import save_gguf_adapter
+from .named_base import NamedBase, named_base
 from .predict import describe_adapter, load_tuned, settings_and_task
 from .verify_conversion import Verified, compare
+from .write_hf import write_hf
 
 Target = Literal["peft", "gguf", "loraplus", "merged"]
 TARGETS: tuple[Target, ...] = ("peft", "gguf", "loraplus", "merged")
@@ -232,7 +234,7 @@ def _convert_run(
         # In float32, on the original weights, and rounded as in the files: a run may compute with others.
         parts = described.parts
         source = OwnSource(
-            directory, adapter, export.path_map(parts.base.table, transformers_class_of(parts))
+            directory, adapter, transformers_path_map(parts.base.table, transformers_class_of(parts))
         )
         return [*lines, _format(_verify(source, named_base(described.base), to, partial, dtype))]
     tuned = load_tuned(directory, allow_different=allow, base=base)
@@ -261,7 +263,7 @@ def _own_source(directory: Path, rules: PathMap, file: Path | None, base: NamedB
             )
         config = model_config(base.files)
         table = family_of(config.model_type).name_table(config)
-        rules = export.path_map(table, export.causal_lm_class(config))
+        rules = transformers_path_map(table, causal_lm_class(config))
     modules = {*adapter.specs, *(path.rpartition("/")[0] for path in adapter.specs)}
     modules |= {path.removeprefix("params/").rpartition("/")[0] for path in flatten(adapter.extras)}
     unused = [rule[0] for rule in rules if not any(torch_module_of([rule], module) for module in modules)]
@@ -317,7 +319,7 @@ def _convert_named(
                 head = base.tensors["lm_head.weight"]
                 value = merge.value("lm_head.weight", lambda: head[:]).astype(dtype_of(head.get_dtype()))
                 new = {"params": {"lm_head": {"kernel": value.T}}}
-        export.write_hf(partial, base.files, merge, form, new=new, config=config, dtype=weights_dtype)
+        write_hf(partial, base.files, merge, form, new=new, config=config, dtype=weights_dtype)
     else:
         peft = partial.with_name("peft")
         write_peft(peft)

@@ -40,9 +40,9 @@ from ..interop.peft_files import (
     read_peft,
     save_peft,
 )
-from ..models.checkpoints.named_base import OUTER, NamedBase
 from ..models.families import family_of
 from ..optim.find_pairs import factor_pairs
+from .named_base import OUTER, NamedBase
 
 _PREFIX = "base_model.model."
 _LEVANTER = "transformer."

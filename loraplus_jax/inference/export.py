@@ -18,13 +18,9 @@ from ..data.fetch import ASSETS, is_public
 from ..inits.from_weights import as_difference
 from ..interop.adapter_directory import Adapter, tensor_bytes
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, save_peft
-from ..models.checkpoints import export
-from ..models.checkpoints.gguf import export as gguf_export
-from ..models.checkpoints.gguf.adapter import save_gguf_adapter
 from ..models.checkpoints.gguf.file import GgufFile
-from ..models.checkpoints.merge import CheckpointMerge
-from ..models.checkpoints.named_base import named_base
 from ..models.checkpoints.params import check_params, load_params, values_digest
+from ..models.checkpoints.transformers_class import TransformersClass, path_map
 from ..models.files import open_files
 from ..step.checkpoint import describe_run
 from ..step.fingerprints import digest_of_lines, fingerprint_line
@@ -33,13 +29,19 @@ from ..training.provenance import Identity, check_allowed, check_identity, model
 from ..training.run_directory import ADAPTER, read_summary
 from ..training.saved_adapter import read_adapter, read_notes, require_adapter, transformers_class_of
 from . import model_card
+from .checkpoint_merge import CheckpointMerge
+from .gguf_adapter import save_gguf_adapter
+from .named_base import named_base
 from .predict import TunedModel, describe_adapter
 from .push import check_push, hub_base, open_repository, public_settings
 from .push import push as upload
+from .write_gguf import DTYPES as GGUF_DTYPES
+from .write_gguf import write_gguf
+from .write_hf import write_hf
 
 Card = Callable[..., str]
 """`model_card` without the kind of export and the transformers class."""
-DTYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": tuple(gguf_export.DTYPES)}
+DTYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": tuple(GGUF_DTYPES)}
 
 
 def export_run(
@@ -180,7 +182,7 @@ def _write_peft(
         adapter.lora,
         adapter.specs,
         adapter.config,
-        export.path_map(tuned.parts.base.table, form),
+        path_map(tuned.parts.base.table, form),
         extras=unflatten(head_leaves | flatten(extras)),
         own=own,
         modules=named_base(tuned.base).modules,
@@ -246,14 +248,12 @@ def _write_merged(
     with atomic_write(to.resolve(), new=True) as partial:
         partial.mkdir()
         if isinstance(tuned.base, GgufFile) and format == "gguf":
-            gguf_export.write_gguf(partial / "model.gguf", tuned.base, merge, dtype or "float16")
+            write_gguf(partial / "model.gguf", tuned.base, merge, dtype or "float16")
         else:
             new = {path: x for path, x in flatten(extras).items() if path.split("/")[1] in parts.base.new}
             weights_dtype = None if dtype is None else jnp.dtype(dtype)
             config = _label_config(tuned.task) if form.heads else {}
-            export.write_hf(
-                partial, tuned.base, merge, form, new=unflatten(new), config=config, dtype=weights_dtype
-            )
+            write_hf(partial, tuned.base, merge, form, new=unflatten(new), config=config, dtype=weights_dtype)
         kind = model_card.GGUF if format == "gguf" else model_card.MERGED
         (partial / "README.md").write_text(card(kind, form=form), encoding="utf-8")
         if own:
@@ -299,7 +299,7 @@ def _identity(tuned: TunedModel) -> Identity:
 
 
 def _split_extras(
-    tuned: TunedModel, adapter: Adapter, form: export.TransformersClass
+    tuned: TunedModel, adapter: Adapter, form: TransformersClass
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits fully trained variables into those that the transformers class has and those that only ours has."""
     shared, own = {}, {}

@@ -10,8 +10,8 @@ from .._utils.validation import escape_controls
 from ..data.fetch import is_public
 from ..interop.adapter_directory import Adapter
 from ..interop.peft_files import OWN_TENSORS_FILE
-from ..models.checkpoints.export import TransformersClass
 from ..models.checkpoints.gguf.file import GgufFile
+from ..models.checkpoints.transformers_class import TransformersClass
 from ..settings.schema import DataSettings
 from .predict import TunedModel
 

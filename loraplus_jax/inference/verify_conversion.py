@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..models.checkpoints.name_table import expand, is_stacked
-from ..models.checkpoints.named_base import PREFIXES, NamedBase
 from ..models.checkpoints.params import load_params
 from ..models.families import MODEL_TYPES, family_of
 from ..tasks.causal_lm import model_config
 from ..tasks.interface import AdaptedModel
 from .generate import open_model
+from .named_base import PREFIXES, NamedBase
 from .predict import TunedModel
 
 SEED, ROWS, LENGTH = 0, 2, 16

@@ -19,7 +19,7 @@ from ..interop import adapter_directory, peft_files
 from ..interop.adapter_directory import Adapter, load_adapter, read_adapter_json
 from ..interop.path_map import PathMap
 from ..interop.peft_files import load_peft, peft_config, peft_names, peft_notes
-from ..models.checkpoints import export
+from ..models.checkpoints import transformers_class
 from ..models.checkpoints.name_table import NameTable, linear_rules
 from ..settings.schema import Settings
 from ..tasks.interface import AdaptedModel, params_of
@@ -85,19 +85,19 @@ def saved_config(directory: Path) -> LoRAPlusConfig | None:
     return config
 
 
-def transformers_class_of(parts: AdaptedModel) -> export.TransformersClass:
+def transformers_class_of(parts: AdaptedModel) -> transformers_class.TransformersClass:
     """The transformers class that corresponds to a model."""
     model: Any = parts.base.model
     if parts.base.new:
-        return export.encoder_class(model.config, model.pooling)
-    return export.causal_lm_class(model.config)
+        return transformers_class.encoder_class(model.config, model.pooling)
+    return transformers_class.causal_lm_class(model.config)
 
 
 def path_map_of(directory: Path, parts: AdaptedModel) -> PathMap:
     """The path map for a PEFT adapter, which may be for the model with or without a head."""
     names = peft_names(directory)
     prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")
-    return export.path_map(parts.base.table, transformers_class_of(parts), prefix=prefix)
+    return transformers_class.path_map(parts.base.table, transformers_class_of(parts), prefix=prefix)
 
 
 def adapter_config(directory: Path, parts: AdaptedModel) -> LoRAPlusConfig:

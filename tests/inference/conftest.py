@@ -9,6 +9,8 @@ from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.training.setup import prepare
 
 from ..integration.conftest import cache, cache_directory, first_talk, first_world, talk, world  # noqa: F401
+from ..models.checkpoints.conftest import base, split  # noqa: F401
+from ..models.conftest import models  # noqa: F401
 from ..training.preparation import without_compiling
 
 

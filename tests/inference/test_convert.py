@@ -15,8 +15,8 @@ from loraplus_jax.adapter.target_rules import config_of
 from loraplus_jax.adapter.tree import flatten, unflatten
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference import verify_conversion
+from loraplus_jax.inference.named_base import named_base
 from loraplus_jax.interop.adapter_directory import save_adapter
-from loraplus_jax.models.checkpoints.named_base import named_base
 from loraplus_jax.models.checkpoints.params import load_params
 from loraplus_jax.models.families import family_of
 from loraplus_jax.models.files import open_files

@@ -7,13 +7,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loraplus_jax.adapter.tree import flatten
+from loraplus_jax.inference.checkpoint_merge import CheckpointMerge
 from loraplus_jax.inference.convert_sources import (
     PeftSource,
     TreeSource,
     check_base_tensors,
 )
-from loraplus_jax.models.checkpoints.merge import CheckpointMerge
-from loraplus_jax.models.checkpoints.named_base import named_base
+from loraplus_jax.inference.named_base import named_base
 from loraplus_jax.models.files import open_files
 
 from ..fuzz.damage import peak_limit

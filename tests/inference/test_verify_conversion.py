@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from loraplus_jax.inference.named_base import named_base
 from loraplus_jax.inference.verify_conversion import (
     ConversionFailed,
     compare,
@@ -14,7 +15,6 @@ from loraplus_jax.inference.verify_conversion import (
     token_ids,
     torch_logits,
 )
-from loraplus_jax.models.checkpoints.named_base import named_base
 from loraplus_jax.models.files import open_files
 
 from ..integration.gpt2_world import write_gpt2

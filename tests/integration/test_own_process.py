@@ -17,8 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from loraplus_jax.models.checkpoints import export
-
 from ..messages import assert_mentions
 from . import runs
 from .runs import (
@@ -244,7 +242,7 @@ def test_an_export_that_finds_no_room_names_its_directory_and_leaves_nothing(
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export, "write_safetensors", full)
+    monkeypatch.setattr("loraplus_jax.inference.write_hf.write_safetensors", full)
     error = rejected(capsys, "export", home.out, "--merged", "--to", tmp_path / "to")
     assert_mentions(error, "No space left on device", tmp_path / "to")
     assert list(tmp_path.iterdir()) == []

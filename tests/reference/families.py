@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 
 from loraplus_jax.models.bert import model as bert
-from loraplus_jax.models.checkpoints import export
+from loraplus_jax.models.checkpoints import transformers_class
 from loraplus_jax.models.checkpoints.params import load_params
 from loraplus_jax.models.families import family_of
 from loraplus_jax.models.files import open_files
@@ -89,18 +89,21 @@ class Pair:
             family = family_of(entries["model_type"])
             config = dataclasses.replace(family.config.from_hf(entries), split_fused=split_fused)
             self.model, self.table = family.model(config), family.name_table(config)
-            self.form, new = export.causal_lm_class(config), ()
+            self.form, new = transformers_class.causal_lm_class(config), ()
         else:
             config = bert.BertConfig.from_hf(open_files(folder).config)
             self.model = bert.BertForSequence(config, 3, pooling)
-            self.table, self.form = bert.name_table(pooling), export.encoder_class(config, pooling)
+            self.table, self.form = (
+                bert.name_table(pooling),
+                transformers_class.encoder_class(config, pooling),
+            )
             new = ("head",)
         self.inputs = inputs(self.is_causal)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), *self.inputs)["params"]
         self.params = load_params(open_files(folder), self.table, shapes, new=new)
         for part in new:
             self.params[part] = random(shapes[part], 7)
-        self.path_map = export.path_map(self.table, self.form)
+        self.path_map = transformers_class.path_map(self.table, self.form)
         self.base_logits = self.logits(self.model, {"params": self.params})
         extra = {} if self.is_causal else {"num_labels": 3}
         self._reference = (

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
+from loraplus_jax.inference.gguf_adapter import save_gguf_adapter
 from loraplus_jax.interop.peft_files import save_peft
-from loraplus_jax.models.checkpoints import export
-from loraplus_jax.models.checkpoints.gguf.adapter import save_gguf_adapter
+from loraplus_jax.models.checkpoints import transformers_class
 from loraplus_jax.models.families import family_of
 from loraplus_jax.models.files import open_files
 
@@ -74,7 +74,7 @@ def test_an_adapter_has_our_logits_in_llama_cpp(name, fields, limit, tmp_path):
     rng = np.random.default_rng(0)
     lora = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), jnp.float32), lora)
     table = family_of(model.config.model_type).name_table(model.config)
-    path_map = export.path_map(table, export.causal_lm_class(model.config))
+    path_map = transformers_class.path_map(table, transformers_class.causal_lm_class(model.config))
     save_peft(tmp_path / "peft", lora, specs, config, path_map)
     save_gguf_adapter(tmp_path / "adapter.gguf", tmp_path / "peft", open_files(folder), dtype="float32")
     without = run(model, {"params": params}, TOKENS)[0]

@@ -9,9 +9,9 @@ import transformers as tf
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, merge, split_trainable
 from loraplus_jax.adapter.tree import flatten, replace_leaves
+from loraplus_jax.inference.checkpoint_merge import CheckpointMerge
+from loraplus_jax.inference.write_hf import write_hf
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
-from loraplus_jax.models.checkpoints import export
-from loraplus_jax.models.checkpoints.merge import CheckpointMerge
 from loraplus_jax.models.checkpoints.params import check_params
 from loraplus_jax.models.files import open_files
 
@@ -73,7 +73,7 @@ def write_merged(pair, folder, specs, trainable, *, headless=False, **how):
     folder.mkdir()
     made = CheckpointMerge(pair.table, leaves, specs, trainable["lora"], extras)
     labels = {"num_labels": 3} if has_head else {}
-    export.write_hf(folder, open_files(pair.folder), made, pair.form, new=head, config=labels, **how)
+    write_hf(folder, open_files(pair.folder), made, pair.form, new=head, config=labels, **how)
 
 
 # A cell for each name table and each option.

@@ -1,1 +1,1 @@
-"""Weights on disk: loading, merging, quantizing, exporting."""
+"""A model's files: names, loading, quantizing."""

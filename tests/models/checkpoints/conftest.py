@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from loraplus_jax.adapter.tree import flatten
-from loraplus_jax.models.checkpoints.merge import CheckpointMerge
+from loraplus_jax.inference.checkpoint_merge import CheckpointMerge
 from loraplus_jax.models.checkpoints.params import check_params, load_params
 from loraplus_jax.models.files import open_files
 from loraplus_jax.models.gpt2.model import GPT2, name_table

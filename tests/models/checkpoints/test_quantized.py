@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax.adapter.tree import flatten, unflatten
-from loraplus_jax.models.checkpoints.gguf.export import write_gguf
+from loraplus_jax.inference.write_gguf import write_gguf
 from loraplus_jax.models.checkpoints.params import load_params
 from loraplus_jax.models.checkpoints.quantized import choose_formats, pack_shapes
 from loraplus_jax.models.files import open_files

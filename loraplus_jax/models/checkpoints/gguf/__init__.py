@@ -1,1 +1,1 @@
-"""GGUF files: load and export."""
+"""GGUF files."""

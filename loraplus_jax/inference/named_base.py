@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..._utils.validation import suggest
-from ...adapter.spec import AdapterSpec
-from ...interop.path_map import PathMap
-from ..families import KINDS, MODEL_TYPES, family_of
-from .export import TransformersClass
-from .merge import TYPES
-from .model_files import ModelFiles, View
-from .name_table import NameTable, Rule
+from .._utils.validation import suggest
+from ..adapter.spec import AdapterSpec
+from ..interop.path_map import PathMap
+from ..models.checkpoints.model_files import ModelFiles, View
+from ..models.checkpoints.name_table import NameTable, Rule
+from ..models.checkpoints.transformers_class import TransformersClass
+from ..models.families import KINDS, MODEL_TYPES, family_of
+from .checkpoint_merge import TYPES
 
 PREFIXES = ("", "model.", "transformer.", "bert.", "roberta.")
 """What transformers puts before module names in some classes of a model, and not in others."""

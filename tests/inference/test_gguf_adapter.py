@@ -10,17 +10,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
+from loraplus_jax.inference.gguf_adapter import save_gguf_adapter
 from loraplus_jax.inference.verify_conversion import gguf_changes
 from loraplus_jax.interop.peft_files import save_peft
-from loraplus_jax.models.checkpoints import export
-from loraplus_jax.models.checkpoints.gguf.adapter import save_gguf_adapter
+from loraplus_jax.models.checkpoints import transformers_class
 from loraplus_jax.models.families import family_of
 from loraplus_jax.models.files import open_files
 
-from .... import tiny
-from ....messages import mentions
-from ...golden import IDS, load, run, write_golden
-from .files import gguf_of
+from .. import tiny
+from ..messages import mentions
+from ..models.checkpoints.gguf.files import gguf_of
+from ..models.golden import IDS, load, run, write_golden
 
 TINY = tiny.config(vocab_size=6, hidden_size=4, head_dim=4, num_attention_heads=1, intermediate_size=3)
 Q, V, LAYER = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.0"
@@ -173,7 +173,7 @@ def exported(folder, name):
     rng = np.random.default_rng(0)
     lora = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), lora)
     table = family_of(model.config.model_type).name_table(model.config)
-    path_map = export.path_map(table, export.causal_lm_class(model.config))
+    path_map = transformers_class.path_map(table, transformers_class.causal_lm_class(model.config))
     save_peft(folder / "peft", lora, specs, config, path_map)
     ids, base = golden["right"], {"params": params}
     return model, ids, run(adapted, base | {"lora": lora}, ids), run(model, base, ids)

@@ -18,10 +18,10 @@ from ..interop.factor_trees import read_tree
 from ..interop.library_recipes import find_recipe
 from ..interop.path_map import FACTOR, MAGNITUDE_END
 from ..interop.peft_files import NOTES_FILE, OPTIONS, OWN_TENSORS_FILE, WEIGHTS, peft_notes, read_peft
-from ..models.checkpoints.gguf import adapter as gguf_adapter
 from ..models.checkpoints.gguf import load as gguf
 from ..optim.find_pairs import factor_pairs
-from .saved_adapter import find_adapter, is_peft
+from ..training.saved_adapter import find_adapter, is_peft
+from . import gguf_adapter
 
 SHOWN = 20
 

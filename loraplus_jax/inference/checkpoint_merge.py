@@ -12,15 +12,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ...adapter.lora import adapted_weight
-from ...adapter.spec import Specs
-from ...adapter.tree import flatten
-from ...quantization.formats import packed_values
-from ...quantization.packed_array import PackedArray, is_packed
-from .model_files import ModelFiles
-from .name_table import NameTable, Rule, expand
-from .params import read_pieces
-from .quantized import in_rows
+from ..adapter.lora import adapted_weight
+from ..adapter.spec import AdapterSpec, Specs
+from ..adapter.tree import flatten
+from ..models.checkpoints.model_files import ModelFiles
+from ..models.checkpoints.name_table import NameTable, Rule, expand, is_stacked
+from ..models.checkpoints.params import read_pieces
+from ..models.checkpoints.quantized import in_rows
+from ..quantization.formats import packed_values
+from ..quantization.packed_array import PackedArray, is_packed
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,10 @@ class CheckpointMerge:
         self._squares = np.zeros(2)  # of the rounding, and of the checkpoint's values
         self.table, self.factors, self.extras = table, flatten(lora), flatten(extras)
         self.specs = {spec.leaf: (key, spec) for key, spec in specs.items()}
-        if unsupported := [spec for spec in specs.values() if spec.stacked not in ((), (0,))]:
-            leaf, axes = unsupported[0].leaf, unsupported[0].stacked
-            raise ValueError(f"{leaf} must be stacked on axis 0 or not at all, got axes {axes}")
         self.locations: dict[str, list[tuple[Rule, int | None]]] = {}
         for rule in table.rules:
+            if is_stacked(rule) and f"params/{rule.path}" in self.specs:
+                _check_layers(self.specs[f"params/{rule.path}"][1])
             for i, name in enumerate(expand(rule, leaves[rule.path])):
                 self.locations.setdefault(name, []).append((rule, None if name == rule.name else i))
         self.locations |= {name: self.locations[original] for name, original in table.copies}
@@ -110,8 +109,13 @@ class CheckpointMerge:
             key, spec = self.specs[leaf]
             factors = [self.factors[path] for path in spec.factor_paths(key)]
             if layer is not None:
-                factors = [factor[layer] for factor in factors]
-                spec = dataclasses.replace(spec, shape=spec.shape[1:], stacked=(), layers=None)
+                first = spec.base_letters[0]  # of the layers: a stacked axis, or a batch axis of a parameter
+                factors = [
+                    np.take(values, layer, factor.letters.index(first))
+                    for values, factor in zip(factors, spec.factors_of(key), strict=True)
+                ]
+                axes = spec.axes if spec.stacked else spec.axes[1:]
+                spec = dataclasses.replace(spec, axes=axes, shape=spec.shape[1:], stacked=(), layers=None)
             merged = np.asarray(adapted_weight(result.T if rule.transposed else result, factors, spec))
             result = merged.T if rule.transposed else merged
         return result
@@ -120,6 +124,15 @@ class CheckpointMerge:
         rounded = packed_values(leaf.kind, values).astype(leaf.dtype).astype(np.float32)
         self._squares += np.square(rounded - values).sum(), np.square(values).sum()
         return rounded
+
+
+def _check_layers(spec: AdapterSpec) -> None:
+    """Raises ValueError unless each layer of a stack, on its first axis, has an A and a B of its own."""
+    if spec.stacked not in ((), (0,)) or (not spec.stacked and spec.axes[0] in "io"):
+        raise ValueError(
+            f"{spec.leaf}: the files have one tensor for each layer, but axes {spec.axes!r} share A or B between "
+            "layers, which are the first axis: give it a letter of its own in lora.target_parameters, such as 'lio'"
+        )
 
 
 def merged_tensors(source: ModelFiles, merge: CheckpointMerge) -> Iterator[tuple[OutputTensor, str]]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..merge import CheckpointMerge
-from .file import GgufFile
-from .header import Gguf
-from .load import ROPE, View, to_hf_name, views
+from ..models.checkpoints.gguf.file import GgufFile
+from ..models.checkpoints.gguf.header import Gguf
+from ..models.checkpoints.gguf.load import ROPE, View, to_hf_name, views
+from .checkpoint_merge import CheckpointMerge
 
 DTYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
 """Storage types of matrices; tensors with one axis are always float32, as llama.cpp requires."""

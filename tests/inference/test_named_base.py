@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from loraplus_jax.inference.checkpoint_merge import CheckpointMerge
+from loraplus_jax.inference.named_base import named_base
 from loraplus_jax.interop.path_map import check_path_map, modules_of, torch_module_of
-from loraplus_jax.models.checkpoints.merge import CheckpointMerge
-from loraplus_jax.models.checkpoints.named_base import named_base
 from loraplus_jax.models.files import open_files
 
-from ... import tiny
-from ...integration.gpt2_world import write_gpt2
-from ...messages import mentions
+from .. import tiny
+from ..integration.gpt2_world import write_gpt2
+from ..messages import mentions
 
 Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 

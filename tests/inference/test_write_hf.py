@@ -8,20 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from loraplus_jax.inference.checkpoint_merge import OutputTensor
+from loraplus_jax.inference.write_hf import write_hf, write_safetensors
 from loraplus_jax.models.bert import model as bert
 from loraplus_jax.models.bert.config import BertConfig
-from loraplus_jax.models.checkpoints.export import (
-    causal_lm_class,
-    encoder_class,
-    path_map,
-    write_hf,
-    write_safetensors,
-)
-from loraplus_jax.models.checkpoints.merge import OutputTensor
+from loraplus_jax.models.checkpoints.transformers_class import causal_lm_class, encoder_class, path_map
 from loraplus_jax.models.files import open_files
 from loraplus_jax.models.gpt2.model import name_table
 
-from ..golden import GOLDEN
+from ..models.golden import GOLDEN
 
 
 @pytest.mark.slow

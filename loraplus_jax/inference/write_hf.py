@@ -1,7 +1,6 @@
 """Writes a tuned model for transformers: safetensors shards, `config.json` and tokenizer files.
 
-Writes one tensor at a time; see `merged`. Also derives a model's path map for PEFT from its name table, so that
-names are defined in one place.
+Writes one tensor at a time.
 """
 
 import dataclasses
@@ -9,97 +8,22 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from ...adapter.tree import flatten
-from ...interop.path_map import PathMap, torch_module_of
-from ...interop.peft_adapter_config import raise_problems
-from ...interop.peft_modules_to_save import name_leaves, slice_leaves
-from ..bert.config import BertConfig
-from ..bert.model import Pooling
-from ..decoder import Config
-from ..families import KINDS, family_of
-from .hub_directory import INDEX_FILE, SINGLE_FILE, without_places, write_json
-from .merge import TYPES, CheckpointMerge, OutputTensor, merged_tensors
-from .model_files import ModelFiles
-from .name_table import NameTable
+from ..adapter.tree import flatten
+from ..interop.path_map import torch_module_of
+from ..interop.peft_adapter_config import raise_problems
+from ..interop.peft_modules_to_save import name_leaves, slice_leaves
+from ..models.checkpoints.hub_directory import INDEX_FILE, SINGLE_FILE, without_places, write_json
+from ..models.checkpoints.model_files import ModelFiles
+from ..models.checkpoints.transformers_class import TransformersClass, path_map
+from .checkpoint_merge import TYPES, CheckpointMerge, OutputTensor, merged_tensors
 
 SHARD_BYTES = 5 * 10**9
 """Maximum size of a shard (the default of transformers 4)."""
-_HEADS = ("lm_head", "classifier")
-_ENCODERS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
-
-
-class TransformersClass(NamedTuple):
-    """The transformers class that loads a model.
-
-    Attributes:
-      architecture: name of the class; empty if transformers has none.
-      prefix: prefix of all module names except the heads'.
-      heads: (our path, its name) of modules that the name table lacks or names differently.
-      task_type: PEFT's task type.
-      tied: our modules whose embedding is also the output head.
-    """
-
-    architecture: str
-    prefix: str
-    heads: tuple[tuple[str, str], ...]
-    task_type: str | None
-    tied: tuple[str, ...] = ()
-
-
-def causal_lm_class(config: Config) -> TransformersClass:
-    """The class of a language model."""
-    tied = ("embed_tokens",) if config.tie_word_embeddings else ()
-    family = family_of(config.model_type)
-    return TransformersClass(KINDS[config.model_type].architecture, family.prefix, (), "CAUSAL_LM", tied)
-
-
-def encoder_class(config: BertConfig, pooling: Pooling) -> TransformersClass:
-    """The class of an encoder with a head: for sequences if transformers has the same head, else the bare encoder.
-
-    In transformers, BERT's head follows the pooler and RoBERTa's contains a layer like a pooler. Neither supports
-    mean pooling or the bare first token.
-    """
-    name = _ENCODERS[config.model_type]
-    if pooling != "pooler":
-        return TransformersClass(f"{name}Model", "", (), "FEATURE_EXTRACTION")
-    if config.model_type == "bert":
-        return TransformersClass(
-            f"{name}ForSequenceClassification", "bert.", (("head", "classifier"),), "SEQ_CLS"
-        )
-    heads = (("pooler", "classifier.dense"), ("head", "classifier.out_proj"))
-    return TransformersClass(f"{name}ForSequenceClassification", "roberta.", heads, "SEQ_CLS")
-
-
-def path_map(table: NameTable, form: TransformersClass, *, prefix: str | None = None) -> PathMap:
-    """Maps a model's modules to those of its transformers class.
-
-    Args:
-      table: the model's name table.
-      form: the class.
-      prefix: replaces the class's prefix, for adapters of the model without its head.
-    """
-    rules: dict[tuple[str, str], tuple[str, str] | tuple[str, str, str]] = {
-        (ours, theirs): (ours, theirs) for ours, theirs in form.heads
-    }
-    head_modules = {ours for ours, _ in form.heads}
-    prefix = form.prefix if prefix is None else prefix
-    conv1d = {rule.path.rpartition("/")[0] for rule in table.rules if rule.is_conv1d}
-    for rule in table.rules:
-        (ours, _, leaf), name = rule.path.rpartition("/"), rule.name.rpartition(".")[0]
-        theirs = name if name.split(".")[0] in _HEADS else prefix + name
-        if leaf == "embedding":
-            rules[ours, theirs] = (ours, theirs, "TiedEmbedding" if ours in form.tied else "Embedding")
-        elif ours not in head_modules:
-            if rule.part is not None:
-                theirs += "[{}:{} of {}]".format(*rule.part)
-            rules[ours, theirs] = (ours, theirs, "Conv1D") if ours in conv1d else (ours, theirs)
-    rules |= {(ours, "lm_head"): (ours, "lm_head", "TiedHead") for ours in form.tied}
-    return tuple(rules.values())
 
 
 def write_hf(

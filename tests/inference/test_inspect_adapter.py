@@ -7,7 +7,7 @@ import pytest
 
 from loraplus_jax import save_adapter
 from loraplus_jax.cli.commands import main
-from loraplus_jax.training.inspect_adapter import read_summary
+from loraplus_jax.inference.inspect_adapter import read_summary
 from loraplus_jax.training.saved_adapter import find_adapter, is_peft, require_adapter
 
 from ..inference.conversions import write_library, write_peft

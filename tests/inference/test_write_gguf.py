@@ -4,11 +4,11 @@ import gguf as package
 import numpy as np
 import pytest
 
+from loraplus_jax.inference.write_gguf import write_gguf
 from loraplus_jax.models.checkpoints.gguf import load as gguf
-from loraplus_jax.models.checkpoints.gguf.export import write_gguf
 from loraplus_jax.models.files import open_files
 
-from .files import gguf_of
+from ..models.checkpoints.gguf.files import gguf_of
 
 pytestmark = pytest.mark.slow
 

@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...._utils.atomic import atomic_write
-from ...._utils.validation import check_choice, suggest
-from ....adapter.tree import flatten
-from ....interop.adapter_directory import host_array
-from ....interop.path_map import FACTOR, MAGNITUDE_END
-from ....interop.peft_adapter_config import PeftOptions, raise_problems
-from ....interop.peft_files import OWN_TENSORS_FILE, read_peft
-from ...families import family_of
-from ..model_files import ModelFiles
-from ..name_table import expand, shape_in_file
-from . import load as gguf
-from .export import DTYPES, storage_type
+from .._utils.atomic import atomic_write
+from .._utils.validation import check_choice, suggest
+from ..adapter.tree import flatten
+from ..interop.adapter_directory import host_array
+from ..interop.path_map import FACTOR, MAGNITUDE_END
+from ..interop.peft_adapter_config import PeftOptions, raise_problems
+from ..interop.peft_files import OWN_TENSORS_FILE, read_peft
+from ..models.checkpoints.gguf import load as gguf
+from ..models.checkpoints.model_files import ModelFiles
+from ..models.checkpoints.name_table import expand, shape_in_file
+from ..models.families import family_of
+from .write_gguf import DTYPES, storage_type
 
 ALPHA, TYPE = "adapter.lora.alpha", "adapter.type"
 _TIED = "the embedding is also the head, to which llama.cpp cannot apply an adapter"
