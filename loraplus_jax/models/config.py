@@ -12,6 +12,7 @@ from .activations import ACTIVATIONS
 
 MAX_LAYERS, MAX_SIZE = 1_000, 2**24
 _SHOWN = 20
+_SAID = {"missing": "is missing", "unexpected_keyword_argument": "is not supported"}
 
 # Files of others may state any number, so each has bounds: a model of these sizes is traced before the weights are
 # compared with it. Strict: otherwise pydantic accepts true as 1 and "2" as 2.
@@ -95,7 +96,8 @@ class ModelConfig:
         """Reads the fields that it needs from the contents of a `config.json`.
 
         Raises:
-          ValueError: the model type or an option is unsupported, or a size is missing or invalid; lists everything.
+          ValueError: the model type or an option is unsupported, or a size is missing or invalid; lists all,
+            the first 20 of more.
 
         Example:
           >>> from loraplus_jax.models.gpt2.config import GPT2Config
@@ -130,8 +132,8 @@ class ModelConfig:
         """A problem that pydantic found, as one line."""
         first, *rest = error["loc"] or ("",)
         name = ".".join(map(str, (cls.NAMES.get(first, first), *rest)))
-        if error["type"] == "missing":
-            return f"{name} is missing"
+        if (said := _SAID.get(error["type"])) is not None:
+            return f"{name} {said}"
         message = error["msg"].removeprefix("Value error, ")
         # Of several fields, whose names and values the message has.
         return f"{name}: {message}, got {error['input']!r:.80}" if name else message
