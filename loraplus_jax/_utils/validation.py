@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+MOST_PROBLEMS = 20
+"""The most problems of a file that one message lists."""
+
 
 def check_number(
     name: str,
@@ -170,3 +173,16 @@ def check_all(*checks: Callable[[], Any]) -> None:
             problems.append(str(error))
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def join_first(problems: Sequence[str]) -> str:
+    """The first five problems, joined by "; ", and how many more there are."""
+    rest = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+    return "; ".join([*problems[:5], *rest])
+
+
+def raise_problems(what: str, problems: Sequence[str]) -> None:
+    """Raises one ValueError with all problems, if there are any; its first line is a complete message."""
+    if problems:
+        rest = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        raise ValueError("\n  ".join([f"{what}: {problems[0]}", *problems[1:MOST_PROBLEMS], *rest]))

@@ -25,8 +25,8 @@ from ..models.checkpoints.transformers_class import causal_lm_class
 from ..models.checkpoints.transformers_class import path_map as transformers_path_map
 from ..models.families import family_of
 from ..models.files import open_files
-from ..step.checkpoint import describe_run
 from ..step.fingerprints import fingerprint
+from ..step.run_metadata import describe_run
 from ..tasks.causal_lm import model_config
 from ..training.provenance import check_allowed
 from ..training.saved_adapter import (

@@ -19,6 +19,7 @@ import numpy as np
 from .._utils.atomic import add_path_to_errors, temporary_directory
 from .._utils.json_files import read_json
 from .._utils.records import check_files
+from .._utils.validation import raise_problems
 from ..adapter.lora import weight_delta
 from ..adapter.target_rules import config_of
 from ..adapter.tree import factors_by_module, unflatten
@@ -27,7 +28,7 @@ from ..interop.adapter_directory import Adapter, host_array, read_tensors, tenso
 from ..interop.factor_trees import read_tree
 from ..interop.library_recipes import Recipe, dense_changes, find_recipe, read_factors
 from ..interop.path_map import FACTOR, MAGNITUDE_END, Index, PathMap, Target, adapted_leaves
-from ..interop.peft_adapter_config import PeftOptions, raise_problems
+from ..interop.peft_adapter_config import PeftOptions
 from ..interop.peft_files import (
     NOTES_FILE,
     OPTIONS,

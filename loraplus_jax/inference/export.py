@@ -22,8 +22,8 @@ from ..models.checkpoints.gguf.file import GgufFile
 from ..models.checkpoints.params import check_params, load_params, values_digest
 from ..models.checkpoints.transformers_class import TransformersClass, path_map
 from ..models.files import open_files
-from ..step.checkpoint import describe_run
 from ..step.fingerprints import digest_of_lines, fingerprint_line
+from ..step.run_metadata import describe_run
 from ..tasks.interface import params_of
 from ..training.provenance import Identity, check_allowed, check_identity, model_identity
 from ..training.run_directory import ADAPTER, read_summary

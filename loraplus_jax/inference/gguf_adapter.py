@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._utils.atomic import atomic_write
-from .._utils.validation import check_choice, suggest
+from .._utils.validation import check_choice, raise_problems, suggest
 from ..adapter.tree import flatten
 from ..interop.adapter_directory import host_array
 from ..interop.path_map import FACTOR, MAGNITUDE_END
-from ..interop.peft_adapter_config import PeftOptions, raise_problems
+from ..interop.peft_adapter_config import PeftOptions
 from ..interop.peft_files import OWN_TENSORS_FILE, read_peft
 from ..models.checkpoints.gguf import load as gguf
 from ..models.checkpoints.model_files import ModelFiles

@@ -13,9 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from .._utils.validation import raise_problems
 from ..adapter.tree import flatten
 from ..interop.path_map import torch_module_of
-from ..interop.peft_adapter_config import raise_problems
 from ..interop.peft_modules_to_save import name_leaves, slice_leaves
 from ..models.checkpoints.hub_directory import INDEX_FILE, SINGLE_FILE, without_places, write_json
 from ..models.checkpoints.model_files import ModelFiles

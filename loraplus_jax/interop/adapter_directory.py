@@ -23,7 +23,7 @@ from ..adapter.spec import AdapterSpec, Specs, specs_from_json
 from ..adapter.target_rules import try_rules
 from ..adapter.tree import factors_by_module, flatten, unflatten, with_collection
 from ..optim.roles import lr_ratio_of
-from ..step.checkpoint import FORMAT, describe_run
+from ..step.run_metadata import FORMAT, describe_run
 
 TENSORS_FILE, DESCRIPTION_FILE = "adapter.safetensors", "adapter.json"
 

@@ -7,14 +7,13 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from .._utils.validation import check_choice, check_int, check_number
+from .._utils.validation import check_choice, check_int, check_number, raise_problems
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.einsum_letters import layer_axis
 from ..adapter.spec import AdapterSpec
 from ..adapter.target_rules import config_of
 from ..adapter.tree import factors_by_module, flatten, unflatten
 from .adapter_directory import Adapter, check_finite
-from .peft_adapter_config import raise_problems
 
 How = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 SignMethod = Literal["total", "frequency"]

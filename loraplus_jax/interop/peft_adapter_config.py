@@ -35,7 +35,6 @@ _READ = (
 )
 # Initializations that leave the base unchanged; others subtract from it.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_SHOWN = 20
 _CLASSIFIERS = ("classifier", "score")
 """The modules that PEFT always trains fully for the task SEQ_CLS."""
 _HEADS = ("lm_head", "embed_out")
@@ -309,13 +308,6 @@ def make_options(
         | ({"ensure_weight_tying": True} if tied else {})
         | ({"use_dora": True} if config.variant == "dora" else {})
     )
-
-
-def raise_problems(what: str, problems: Sequence[str]) -> None:
-    """Raises one ValueError with all problems, if there are any; its first line is a complete message."""
-    if problems:
-        rest = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise ValueError("\n  ".join([f"{what}: {problems[0]}", *problems[1:_SHOWN], *rest]))
 
 
 def _shortest_ends(names: Sequence[str], modules: Sequence[str] | None) -> list[str]:

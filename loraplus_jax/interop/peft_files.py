@@ -18,12 +18,12 @@ import numpy as np
 
 from .._utils.atomic import atomic_write, to_json
 from .._utils.records import check_files, record_text
-from .._utils.validation import check_choice
+from .._utils.validation import check_choice, raise_problems
 from ..adapter.config import LoRAPlusConfig, pattern_of
 from ..adapter.spec import Specs
 from ..adapter.tree import factors_by_module, flatten, unflatten
 from ..optim.trained_ranks import alpha_for
-from ..step.checkpoint import describe_run
+from ..step.run_metadata import describe_run
 from .adapter_directory import (
     Adapter,
     check_config_matches_specs,
@@ -49,7 +49,7 @@ from .path_map import (
     tied_heads,
     torch_module_of,
 )
-from .peft_adapter_config import PeftOptions, make_options, raise_problems, read_options
+from .peft_adapter_config import PeftOptions, make_options, read_options
 from .peft_modules_to_save import (
     OF_HEAD,
     assign_tensors,

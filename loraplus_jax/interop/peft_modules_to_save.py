@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._utils.validation import raise_problems
 from .adapter_directory import host_array
 from .path_map import (
     Index,
@@ -20,7 +21,6 @@ from .path_map import (
     tied_heads,
     torch_module_of,
 )
-from .peft_adapter_config import raise_problems
 
 LeafSlices = dict[str, dict[Index, Any]]
 """Slices of our leaves, by path (`"params/..."`) and index; the index `()` is a whole leaf."""

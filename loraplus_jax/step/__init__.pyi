@@ -2,13 +2,13 @@
 
 from .checkpoint import DamagedCheckpoint as DamagedCheckpoint
 from .checkpoint import Restored as Restored
-from .checkpoint import describe_run as describe_run
 from .checkpoint import open_manager as open_manager
 from .checkpoint import restore_checkpoint as restore_checkpoint
 from .checkpoint import save_checkpoint as save_checkpoint
 from .fingerprints import fingerprint as fingerprint
 from .losses import chunked_cross_entropy as chunked_cross_entropy
 from .population import population_step as population_step
+from .run_metadata import describe_run as describe_run
 from .sharding import constrain_rows as constrain_rows
 from .sharding import distribute as distribute
 from .sharding import local_rows as local_rows

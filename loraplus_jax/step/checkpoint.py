@@ -10,11 +10,10 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import importlib.metadata
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,25 +26,17 @@ from orbax.checkpoint import checkpoint_managers
 from .._utils.atomic import to_json, write_text
 from .._utils.json_files import check_files
 from .._utils.multihost import allgather, is_lost_process
-from .._utils.validation import check_int, suggest
-from ..adapter.config import LoRAPlusConfig
-from ..adapter.spec import Specs, specs_to_json
+from .._utils.validation import check_int, join_first, suggest
 from ..adapter.tree import leaves_by_path
 from .fingerprints import fingerprint
+from .run_metadata import field_differences
 from .train_step import TrainState
 
-FORMAT = 1
 ITEM_HANDLERS = {
     "state": ocp.StandardCheckpointHandler,
     **dict.fromkeys(("input_position", "metadata", "contents"), ocp.JsonCheckpointHandler),
 }
 """The items of a checkpoint, one directory each, and their orbax handlers."""
-PACKAGES = ("loraplus_jax", "jax", "flax", "optax", "orbax-checkpoint")
-NUMERICS = (
-    *("jax_enable_x64", "jax_default_matmul_precision"),
-    *("jax_default_prng_impl", "jax_threefry_partitionable"),
-)
-"""The options of JAX that change the bits of a step; a resumed run needs the same."""
 
 
 class DamagedCheckpoint(Exception):
@@ -64,43 +55,6 @@ class Restored(NamedTuple):
     state: TrainState
     input_position: Any
     metadata: dict[str, Any]
-
-
-def describe_run(
-    specs: Specs, config: LoRAPlusConfig | None, *, base: str | None = None, **more: Any
-) -> dict[str, Any]:
-    """Makes the metadata of a checkpoint or adapter, as plain JSON values.
-
-    Args:
-      specs, config: those of the adapters; the config is None if the whole model is trained.
-      base: `fingerprint` of the frozen variables.
-      **more: your own JSON-serializable fields; restoring a checkpoint compares them like the others.
-
-    Returns:
-      A dict: `format`, int; `config`, dict or None; `specs`, a dict by path; `base`, str or None; `jax_config`, the
-      value of each option in `NUMERICS`; `versions`, str by package; and the fields of `more`.
-    """
-    return {
-        "format": FORMAT,
-        "config": None if config is None else config.to_json(),
-        "specs": specs_to_json(specs),
-        "base": base,
-        "jax_config": numeric_options(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        **more,
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a source tree on the path, or a vendored copy
-        return "unknown"
-
-
-def numeric_options() -> dict[str, Any]:
-    """The values of the options of JAX that change the bits of a step, by name."""
-    return {name: getattr(jax.config, name) for name in NUMERICS}
 
 
 def open_manager(
@@ -285,39 +239,6 @@ def restore_checkpoint(
     )["state"]
     state = jax.tree.map(lambda x, y: _wrap_key_data(x, y) if _is_key(x) else y, like, TrainState(**fields))
     return Restored(state, json_items["input_position"]["position"], json_items["metadata"])
-
-
-def field_differences(
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
-    labels: tuple[str, str] = ("in the checkpoint", "here"),
-    prefix: str = "",
-) -> list[str]:
-    """Lists the fields that differ, also in nested mappings; ignores package versions.
-
-    Returns:
-      One text per field, with its dotted name and both values, `"absent"` for a missing one; empty if none differs.
-
-    >>> field_differences({"config": {"rank": 8}}, {"config": {"rank": 4}})
-    ['config.rank is 8 in the checkpoint and 4 here']
-    """
-    lines = []
-    for name in dict.fromkeys((*saved, *current)):
-        if not prefix and name == "versions":
-            continue
-        old, new = saved.get(name, "absent"), current.get(name, "absent")
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += field_differences(old, new, labels, f"{prefix}{name}.")
-        elif json.dumps(old) != json.dumps(new):
-            values = (f"{json.dumps(value)} {label}" for value, label in zip((old, new), labels, strict=True))
-            lines.append(f"{prefix}{name} is {' and '.join(values)}")
-    return lines
-
-
-def join_first(problems: Sequence[str]) -> str:
-    """The first five problems, joined by "; ", and how many more there are."""
-    rest = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
-    return "; ".join([*problems[:5], *rest])
 
 
 def _metric(name: str, mode: str, metrics: Mapping[str, float | None]) -> float:

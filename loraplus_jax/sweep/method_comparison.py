@@ -5,7 +5,6 @@ read back when the comparison resumes.
 """
 
 import contextlib
-import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -23,8 +22,8 @@ from ..optim.trained_ranks import alpha_for
 from ..settings.field_types import SECTION
 from ..settings.parsing import settings_from_json
 from ..settings.schema import OptimizerSettings, Settings
-from ..step.checkpoint import PACKAGES
 from ..step.fingerprints import fingerprint
+from ..step.run_metadata import package_versions
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ignored_lines, lines_only
 from ..training.metrics_log import SUMMARY
@@ -188,7 +187,7 @@ def compare_runs(
         devices = sorted({text for sweep in sweeps.values() for text in sweep.devices})
         summary = {"verdict": report["verdict"], "seconds": round(time.perf_counter() - began, 1)}
         summary["devices"] = ", ".join(devices)
-        summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+        summary["versions"] = package_versions()
         write_record(directory / SUMMARY, summary)
     configs = [f"{name}/{WINNER}" for name, one in runs.items() if (_place(one) / WINNER).exists()]
     console.print(report["verdict"], f"{directory}: {', '.join((PAGE, REPORT, SUMMARY, *configs))}", sep="\n")

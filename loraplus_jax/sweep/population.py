@@ -25,9 +25,9 @@ from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.params import load_params
 from ..models.files import open_files
 from ..settings.schema import split_settings
-from ..step.checkpoint import describe_run, numeric_options
 from ..step.fingerprints import fingerprint
 from ..step.population import MEMBER_AXIS, map_members
+from ..step.run_metadata import describe_run, numeric_options
 from ..step.sharding import make_mesh, replicate
 from ..step.train_step import LossFn, TrainState, init_state, make_eval, make_step
 from ..tasks.causal_lm import load_text

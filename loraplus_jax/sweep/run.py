@@ -9,7 +9,6 @@ its own: started again, it reads the results that exist and runs the other units
 """
 
 import contextlib
-import importlib.metadata
 import math
 import shutil
 from collections import Counter
@@ -20,7 +19,7 @@ from .._utils.atomic import remove_leftovers, to_json, write_text
 from .._utils.records import read_record, write_record
 from ..settings.schema import GENERATION
 from ..settings.yaml_files import to_yaml
-from ..step.checkpoint import PACKAGES
+from ..step.run_metadata import package_versions
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
 from ..training.estimate import Estimate, batches_of
@@ -438,7 +437,7 @@ class Sweep:
         }
         summary["seconds"] = round(self.seconds, 1)
         summary["devices"] = ", ".join(sorted(self.devices))
-        summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+        summary["versions"] = package_versions()
         # The last file, as it marks the sweep as finished.
         write_record(self.directory / SUMMARY, summary)
         for edge in report["at_the_edge"]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import io
 import os
 import re
@@ -17,9 +16,10 @@ import jax
 from .._utils.atomic import to_json
 from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import DIGEST, read_record, write_record
+from .._utils.validation import join_first
 from ..data.fetch import cache_dir
 from ..settings.parsing import settings_from_json
-from ..step.checkpoint import PACKAGES, field_differences, join_first, numeric_options
+from ..step.run_metadata import field_differences, numeric_options, package_versions, version_of
 from ..training.console import LineConsole
 from ..training.run_files import OWNER
 from ..training.signals import Stopped
@@ -62,8 +62,7 @@ class Job(NamedTuple):
 
 def packages() -> dict[str, Any]:
     """What the results depend on beside settings and files: versions of packages, and JAX's numeric options."""
-    versions = {name: importlib.metadata.version(name) for name in (*PACKAGES, "jaxlib", "numpy")}
-    return versions | numeric_options()
+    return package_versions() | {n: version_of(n) for n in ("jaxlib", "numpy")} | numeric_options()
 
 
 def measure(job: Job) -> dict[str, Any]:

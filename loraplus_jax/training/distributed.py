@@ -18,8 +18,9 @@ from typing import Any
 import jax
 
 from .._utils.multihost import allgather, is_lost_process
+from .._utils.validation import join_first
 from ..settings.schema import AUTO, DistributedSettings
-from ..step.checkpoint import field_differences, join_first
+from ..step.run_metadata import field_differences
 from .signals import Stopped
 
 ENVIRONMENT_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ImportError, OSError)

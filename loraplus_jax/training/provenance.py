@@ -15,12 +15,13 @@ import orbax.checkpoint as ocp
 
 from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import read_record
-from .._utils.validation import check_choice, to_plain
+from .._utils.validation import check_choice, join_first, to_plain
 from ..models.bert.config import BertConfig
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.families import FAMILIES
 from ..settings.schema import Settings
-from ..step.checkpoint import field_differences, join_first, read_metadata
+from ..step.checkpoint import read_metadata
+from ..step.run_metadata import field_differences
 from ..tasks import causal_lm, encoder
 
 Identity = dict[str, Any]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,14 +22,13 @@ from ..settings.parsing import settings_from_json
 from ..settings.schema import STOP_FIELDS, Settings, split_settings
 from ..settings.yaml_files import to_yaml
 from ..step.checkpoint import (
-    PACKAGES,
     DamagedCheckpoint,
     Restored,
     check_directory_name,
-    field_differences,
     open_manager,
     restore_checkpoint,
 )
+from ..step.run_metadata import field_differences, package_versions
 from ..step.train_step import TrainState
 from .distributed import check_same_everywhere, raise_together
 from .metrics_log import METRICS, PICTURE, SUMMARY, TEXTS
@@ -347,7 +345,7 @@ def open_output_directory(
     for name in ("coordinator", "process_id"):  # each process has its own
         del values["distributed"][name]
     # Other versions may compile other collectives, and processes then wait for each other forever.
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = package_versions()
     check_same_everywhere({**values, "--fresh": fresh, "packages": versions})
     changed: list[str] = []
     with raise_together():

@@ -26,8 +26,9 @@ from ..models.checkpoints.params import check_params, load_params, rows_digest, 
 from ..models.checkpoints.quantized import pack_shapes
 from ..models.files import open_files
 from ..settings.schema import MAX_STEPS, Settings, split_settings
-from ..step.checkpoint import describe_run, leaf_dtypes_and_shapes
+from ..step.checkpoint import leaf_dtypes_and_shapes
 from ..step.fingerprints import fingerprint
+from ..step.run_metadata import describe_run
 from ..step.sharding import (
     BATCH_AXES,
     Shardings,

@@ -1,7 +1,6 @@
 """The training loop: steps, evaluations, checkpoints, resuming, and the files in the output directory."""
 
 import functools
-import importlib.metadata
 import itertools
 import math
 import time
@@ -20,7 +19,8 @@ from ..data.batches import train_batches
 from ..interop.adapter_directory import save_adapter
 from ..optim.trained_ranks import final_ranks
 from ..settings.schema import Settings
-from ..step.checkpoint import PACKAGES, add_metrics, save_checkpoint
+from ..step.checkpoint import add_metrics, save_checkpoint
+from ..step.run_metadata import package_versions
 from ..step.sharding import distribute, local_rows, shard_batch
 from ..step.train_step import TrainState, init_state
 from ..tasks.chat_generation import prompt_chat
@@ -482,7 +482,7 @@ class Trainer:
             "total": trained + count(self.run.parts.frozen),
             "seconds": round(time.perf_counter() - self.started, 1),
             "devices": f"{self.run.mesh.size} x {jax.devices()[0].device_kind}",
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": package_versions(),
         }
         if is_lead():
             # Last of all files: with it the run counts as finished.

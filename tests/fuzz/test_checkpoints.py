@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, init_state, open_manager, restore_checkpoint, save_checkpoint
-from loraplus_jax.step.checkpoint import DamagedCheckpoint, describe_run
+from loraplus_jax.step.checkpoint import DamagedCheckpoint
+from loraplus_jax.step.run_metadata import describe_run
 
 from .damage import check, damaged, odd_json, peak_limit
 

@@ -23,8 +23,9 @@ from loraplus_jax import (
     save_checkpoint,
 )
 from loraplus_jax.adapter.spec import AdapterSpec
-from loraplus_jax.step.checkpoint import DamagedCheckpoint, add_metrics, describe_run, field_differences
+from loraplus_jax.step.checkpoint import DamagedCheckpoint, add_metrics
 from loraplus_jax.step.fingerprints import fingerprint
+from loraplus_jax.step.run_metadata import describe_run, field_differences
 from loraplus_jax.step.sharding import distribute, make_shardings, replicate
 
 from ..marks import slow
@@ -230,7 +231,7 @@ def test_any_name_of_a_directory_that_is_legal_works(tmp_path, name):
 
 
 def test_metadata_of_a_source_tree_has_no_version(monkeypatch):
-    monkeypatch.setattr("loraplus_jax.step.checkpoint.PACKAGES", ("not-installed",))
+    monkeypatch.setattr("loraplus_jax.step.run_metadata.PACKAGES", ("not-installed",))
     assert describe_run({}, None)["versions"] == {"not-installed": "unknown"}
 
 

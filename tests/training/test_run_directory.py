@@ -25,7 +25,8 @@ from loraplus_jax.settings.schema import (
     Settings,
     TrainSettings,
 )
-from loraplus_jax.step.checkpoint import describe_run, save_checkpoint
+from loraplus_jax.step.checkpoint import save_checkpoint
+from loraplus_jax.step.run_metadata import describe_run
 from loraplus_jax.step.train_step import TrainState
 from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.training.run_directory import (
