@@ -1,14 +1,11 @@
 """Runs the units of sweeps: in this process, one after another, or as tasks of Ray (`ray_tasks`).
 
-A sweep says which units its next stage needs and gets their results. It does not know where they ran, and its
-report does not depend on it.
+A sweep awaits the results of a stage's units. It does not know where they ran, and its report does not depend on
+it.
 """
 
-from collections import deque
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 
@@ -17,6 +14,9 @@ from ..training.provenance import ORIGIN
 from .population import AbstractPopulation, Population, prepare_population
 from .settings import SweepRun
 from .unit import Progress, Unit, run_unit
+
+if TYPE_CHECKING:
+    from .run import Sweep
 
 
 class Opened(NamedTuple):
@@ -35,30 +35,6 @@ class Opened(NamedTuple):
     group_size: int
 
 
-class Stages(Protocol):
-    """What an executor runs: the stages of a sweep."""
-
-    run: SweepRun
-    directory: Path
-    allow_different: Sequence[str]
-
-    def named(self) -> AbstractContextManager[None]:
-        """Says in an error of whose unit it is, where there are several sweeps."""
-        ...
-
-    def stages(self) -> Generator[Sequence[Unit], list[dict[str, Any]], dict[str, Any]]:
-        """Yields the units of one stage after another, gets their results, and returns the report."""
-        ...
-
-    def stored_result(self, unit: Unit) -> dict[str, Any] | None:
-        """The result of a unit that has finished before."""
-        ...
-
-    def follow(self, unit: Unit, progress: Progress) -> None:
-        """Learns how far a unit is."""
-        ...
-
-
 class Executor(Protocol):
     """Runs units.
 
@@ -70,7 +46,9 @@ class Executor(Protocol):
     is_concurrent: bool
     workers: int
 
-    def open(self, run: SweepRun, most: int, members_at_once: int | None, group_size: int | None) -> Opened:
+    async def open(
+        self, run: SweepRun, most: int, members_at_once: int | None, group_size: int | None
+    ) -> Opened:
         """Loads, checks and, as far as it can before the first unit, compiles; it writes nothing.
 
         Args:
@@ -81,12 +59,12 @@ class Executor(Protocol):
         """
         ...
 
-    def submit(self, sweep: Stages, unit: Unit) -> None:
-        """Queues a unit."""
+    async def run(self, sweep: "Sweep", units: Sequence[Unit]) -> list[dict[str, Any]]:
+        """The results of units; meanwhile `sweep.follow` learns how far they are."""
         ...
 
-    def wait(self) -> tuple[Stages, Unit, dict[str, Any]]:
-        """Waits until a unit has finished; returns it and its result."""
+    def finish(self, sweeps: "Sequence[Sweep]") -> list[dict[str, Any]]:
+        """Runs sweeps to their ends; returns the report of each."""
         ...
 
 
@@ -96,9 +74,11 @@ class InProcess:
     is_concurrent, workers = False, 1
 
     def __init__(self, console: LineConsole) -> None:
-        self.console, self.queue = console, deque[tuple[Stages, Unit]]()
+        self.console = console
 
-    def open(self, run: SweepRun, most: int, members_at_once: int | None, group_size: int | None) -> Opened:
+    async def open(
+        self, run: SweepRun, most: int, members_at_once: int | None, group_size: int | None
+    ) -> Opened:
         """Compiles and loads everything."""
         if jax.process_count() > 1:
             raise ValueError(
@@ -110,14 +90,12 @@ class InProcess:
         origin = {name: population.metadata[name] for name in ORIGIN}
         return Opened(population.abstract, origin, population.programs.at_once, size)
 
-    def submit(self, sweep: Stages, unit: Unit) -> None:
-        """Queues a unit."""
-        self.queue.append((sweep, unit))
+    async def run(self, sweep: "Sweep", units: Sequence[Unit]) -> list[dict[str, Any]]:
+        """Runs one unit after another."""
+        return [self._run_unit(sweep, unit) for unit in units]
 
-    def wait(self) -> tuple[Stages, Unit, dict[str, Any]]:
-        """Runs the first unit of the queue."""
+    def _run_unit(self, sweep: "Sweep", unit: Unit) -> dict[str, Any]:
         assert self.population is not None
-        sweep, unit = self.queue.popleft()
         with sweep.named():
             result = run_unit(
                 self.population,
@@ -127,59 +105,18 @@ class InProcess:
                 allow_different=sweep.allow_different,
                 tell=lambda progress: sweep.follow(unit, progress),
             )
-        return sweep, unit, result
-
-
-def run_sweeps(sweeps: Sequence[Stages], executor: Executor) -> list[dict[str, Any]]:
-    """Runs sweeps to their ends, those that are first in the list first if the executor runs one at a time.
-
-    Returns:
-      The report of each.
-    """
-    waiting, reports = deque(enumerate(sweeps)), {}
-    running: dict[int, _Running] = {}
-    while waiting or running:
-        while waiting and (executor.is_concurrent or not running):
-            number, sweep = waiting.popleft()
-            running[number] = _Running(sweep, sweep.stages(), [], {})
-            _advance(running, number, executor, reports)
-        if not running:
-            continue
-        sweep, unit, result = executor.wait()
-        number = next(n for n, one in running.items() if one.sweep is sweep)
         sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
-        running[number].results[unit] = result
-        _advance(running, number, executor, reports)
-    return [reports[number] for number in sorted(reports)]
+        return result
+
+    def finish(self, sweeps: "Sequence[Sweep]") -> list[dict[str, Any]]:
+        """Runs one sweep after another."""
+        return [_run_through(sweep.train()) for sweep in sweeps]
 
 
-class _Running(NamedTuple):
-    """A sweep with the units of its stage, and the results of those that have finished."""
-
-    sweep: Stages
-    stages: Generator[Sequence[Unit], list[dict[str, Any]], dict[str, Any]]
-    units: list[Unit]
-    results: dict[Unit, dict[str, Any]]
-
-
-def _advance(
-    running: dict[int, _Running], number: int, executor: Executor, reports: dict[int, dict[str, Any]]
-) -> None:
-    """Enters the next stage of a sweep once every unit of its stage has a result."""
-    sweep, stages, units, results = running[number]
-    while len(results) == len(units):
-        values: Any = [results[unit] for unit in units] if units else None
-        try:
-            units = list(stages.send(values))
-        except StopIteration as end:
-            reports[number] = end.value
-            del running[number]
-            return
-        results = {}
-        for unit in units:
-            if (result := sweep.stored_result(unit)) is None:
-                executor.submit(sweep, unit)
-            else:
-                sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
-                results[unit] = result
-        running[number] = _Running(sweep, stages, units, results)
+def _run_through(sweep: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    # Nothing in this process suspends a sweep, so it needs no event loop: a notebook has one that runs already.
+    try:
+        sweep.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a sweep in this process waits for another one")

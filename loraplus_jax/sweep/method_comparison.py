@@ -7,7 +7,7 @@ read back when the comparison resumes.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -30,13 +30,12 @@ from ..training.metrics_log import SUMMARY
 from ..training.provenance import check_identity, read_result
 from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.run_files import has_progress, read_summary
-from .executor import Executor, run_sweeps
+from .executor import Executor
 from .method_comparison_report import PICTURES, compare, draw
 from .population import abstract_population, load_weights, origin_of
 from .report import PAGE, REPORT, WINNER, render_page, write_report
 from .run import Sweep, open_executor, sweep
 from .settings import Arm, SweepRun, Trial, grid_rates
-from .unit import Unit
 
 
 class Method(NamedTuple):
@@ -168,7 +167,7 @@ def compare_runs(
                 with _named(name):
                     part = stack.enter_context(open_output_directory(one, console, allow_different=allow))
                 sweeps[name] = MethodSweep(one, part, executor, labels[name])
-        trained = dict(zip(sweeps, run_sweeps(list(sweeps.values()), executor), strict=True))
+        trained = dict(zip(sweeps, executor.finish(list(sweeps.values())), strict=True))
         # Read back, as those that had finished are.
         results = {
             name: read_record(_place(one) / REPORT, limit=MAX_ROWS_BYTES) for name, one in runs.items()
@@ -295,11 +294,11 @@ class MethodSweep(Sweep):
         """Errors name the method."""
         return _named(self.run.name)
 
-    def stages(self) -> Generator[Sequence[Unit], list[dict[str, Any]], dict[str, Any]]:
+    async def train(self) -> dict[str, Any]:
         """As for a sweep; a method of which every setting diverges is reported as such."""
         with self.named():
             try:
-                return (yield from super().stages())
+                return await super().train()
             except TrainingFailed:
                 return read_record(self.directory / REPORT, limit=MAX_ROWS_BYTES)
 

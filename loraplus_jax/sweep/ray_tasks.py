@@ -4,16 +4,17 @@ Ray chooses the workers, and retries a unit whose worker is lost; the unit resum
 storage that all hosts see carry everything else: checkpoints, results and progress.
 """
 
+import asyncio
 import contextlib
 import os
 import re
 import signal
 import socket
 import sys
-import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -24,11 +25,14 @@ from ..training.console import LineConsole
 from ..training.distributed import LostProcess
 from ..training.run_files import OWNER
 from ..training.signals import Stopped, StopSignal
-from .executor import Opened, Stages
+from .executor import Opened
 from .population import abstract_population, load_weights, origin_of
 from .settings import SweepRun, SweepSettings
-from .unit import Unit
+from .unit import Progress, Unit
 from .worker import Job, measure, packages, read_progress, run_on_worker
+
+if TYPE_CHECKING:
+    from .run import Sweep
 
 LOCAL, AUTO = "local", "auto"
 RETRIES = 20
@@ -37,7 +41,7 @@ RETRY_SECONDS = 10.0
 """How long Ray waits before it does. It notices only after some 15 s that a node is lost, and gives it tasks."""
 SAVE_SECONDS = 120.0
 """How long to wait for workers that save when the sweep is stopped."""
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
 CONNECT_SECONDS = 10.0
 
 
@@ -73,11 +77,11 @@ def connect(settings: SweepSettings, console: LineConsole) -> Generator["RayTask
     signal.signal(signal.SIGTERM, handler)
     sys.excepthook = hook
     try:
-        executor = RayTasks(ray, settings, console)
-        try:
-            yield executor
-        finally:  # whatever ended the sweep, its workers save
-            with StopSignal():
+        with StopSignal() as stop:
+            executor = RayTasks(ray, settings, console, stop)
+            try:
+                yield executor
+            finally:  # whatever ended the sweep, its workers save
                 executor.cancel()
     finally:
         ray.shutdown()
@@ -144,8 +148,8 @@ class RayTasks:
 
     is_concurrent = True
 
-    def __init__(self, ray: Any, settings: SweepSettings, console: LineConsole) -> None:
-        self.ray, self.console = ray, console
+    def __init__(self, ray: Any, settings: SweepSettings, console: LineConsole, stop: StopSignal) -> None:
+        self.ray, self.console, self.stop = ray, console, stop
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.resources = worker_resources(settings.worker, nodes)
         counts = (
@@ -156,13 +160,13 @@ class RayTasks:
         self.cores = max(1, int(self.resources["CPU"])) if uses_cores else None
         self.called = set[Any]()
         """Tasks that have not been read."""
-        self.pending: dict[Any, tuple[Stages, Unit]] = {}
         self.jobs: dict[Path, Job] = {}
         self.weights: dict[str, str] = {}
         """The fingerprint of the weights, by the settings of the model."""
-        self.polled = 0.0
 
-    def open(self, run: SweepRun, most: int, members_at_once: int | None, group_size: int | None) -> Opened:
+    async def open(
+        self, run: SweepRun, most: int, members_at_once: int | None, group_size: int | None
+    ) -> Opened:
         """Loads and checks; where there is no CPU, one worker measures how many members it computes in parallel."""
         abstract = abstract_population(run)
         model = to_json(run.to_json()["model"])
@@ -182,34 +186,48 @@ class RayTasks:
         )
         devices = self.cores if run.mesh.data == -1 else run.mesh.data
         if job.members_at_once is None or (group_size is None and devices is None):
-            measured = None
-            while measured is None:  # the host of a worker may shut down
-                measured = self.read(self.wait_for([self.call(measure, job)]))
+            measured = await self.call(measure, job)
             job, devices = job._replace(members_at_once=measured["members_at_once"]), measured["devices"]
         at_once = job.members_at_once or 1
         self.jobs[path] = job = job._replace(group_size=min(group_size or at_once * (devices or 1), most))
         return Opened(abstract, origin, at_once, job.group_size)
 
-    def submit(self, sweep: Stages, unit: Unit) -> None:
-        """Queues a unit in Ray."""
+    async def run(self, sweep: "Sweep", units: Sequence[Unit]) -> list[dict[str, Any]]:
+        """Queues all units in Ray, and follows their progress."""
         job = self.jobs[sweep.directory]._replace(
             owner=(sweep.directory / OWNER).read_text(), allow_different=tuple(sweep.allow_different)
         )
-        self.pending[self.call(run_on_worker, job, unit)] = sweep, unit
+        return await asyncio.gather(*(self._run_unit(sweep, job, unit) for unit in units))
 
-    def wait(self) -> tuple[Stages, Unit, dict[str, Any]]:
-        """Waits until any unit has finished; follows the progress of all others meanwhile."""
-        while True:
-            reference = self.wait_for(list(self.pending))
-            sweep, unit = self.pending.pop(reference)
-            with sweep.named():
-                result = self.read(reference)
-            if result is not None:
-                return sweep, unit, result
-            self.submit(sweep, unit)  # its host shuts down
+    async def _run_unit(self, sweep: "Sweep", job: Job, unit: Unit) -> dict[str, Any]:
+        def poll() -> None:
+            if (progress := read_progress(sweep.directory, unit)) is not None:
+                sweep.follow(unit, progress)
 
-    def call(self, function: Any, *arguments: Any) -> Any:
-        """Queues a task."""
+        with sweep.named():
+            result = await self.call(run_on_worker, job, unit, poll=poll)
+        sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
+        return result
+
+    def finish(self, sweeps: "Sequence[Sweep]") -> list[dict[str, Any]]:
+        """Runs all sweeps at the same time."""
+
+        async def run_all() -> list[dict[str, Any]]:
+            return await asyncio.gather(*(sweep.train() for sweep in sweeps))
+
+        return asyncio.run(run_all())
+
+    async def call(
+        self, function: Any, *arguments: Any, poll: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
+        """The answer of a worker; calls `poll` every `POLL_SECONDS` until it is there.
+
+        Raises:
+          ValueError: input that the worker rejects.
+          RuntimeError: any other error of the worker.
+          LostProcess: its worker was lost too often.
+          Stopped: after a signal.
+        """
         resources = dict(self.resources)
         options: dict[str, Any] = {"num_cpus": resources.pop("CPU"), "num_gpus": resources.pop("GPU", 0)}
         if self.cores is None:
@@ -217,23 +235,19 @@ class RayTasks:
         task = self.ray.remote(**options, resources=resources, max_retries=RETRIES, retry_exceptions=False)(
             function
         )
-        self.called.add(reference := task.remote(*arguments))
-        return reference
-
-    def wait_for(self, references: list[Any]) -> Any:
-        """Waits for one of some tasks; raises Stopped after a signal."""
-        with StopSignal() as stop:
-            while True:
-                ready, _ = self.ray.wait(references, timeout=POLL_SECONDS)
-                if stop.received is not None:
-                    raise Stopped(stop.received, "stopped; rerun the same command to resume")
-                if time.monotonic() - self.polled >= POLL_SECONDS:
-                    self.polled = time.monotonic()
-                    for sweep, unit in self.pending.values():
-                        if (progress := read_progress(sweep.directory, unit)) is not None:
-                            sweep.follow(unit, progress)
-                if ready:
-                    return ready[0]
+        answer = None
+        while answer is None:  # a signal stops the worker whose host shuts down
+            self.called.add(reference := task.remote(*arguments))
+            # Asked and not awaited: Ray may end a task after the event loop, and would then print an error.
+            future = reference.future()
+            while not future.done():
+                await asyncio.sleep(POLL_SECONDS)
+                if self.stop.received is not None:
+                    raise Stopped(self.stop.received, "stopped; rerun the same command to resume")
+                poll()
+            self.called.discard(reference)
+            answer = self._read(future)
+        return answer
 
     def cancel(self) -> None:
         """Interrupts all tasks, as Ctrl-C does, and waits until they have saved."""
@@ -243,18 +257,11 @@ class RayTasks:
         if self.called:
             self.ray.wait(list(self.called), num_returns=len(self.called), timeout=SAVE_SECONDS)
 
-    def read(self, reference: Any) -> Any:
-        """The result of a finished task, or None if a signal has stopped its worker.
-
-        Raises:
-          ValueError: input that the worker rejects.
-          RuntimeError: any other error of the worker.
-          LostProcess: its worker was lost too often.
-        """
+    def _read(self, future: Future[Any]) -> dict[str, Any] | None:
+        """What a worker answered, or None if a signal has stopped it."""
         errors = self.ray.exceptions
-        self.called.discard(reference)
         try:
-            answer = self.ray.get(reference)
+            answer = future.result()
         except errors.RayTaskError as error:  # before our code runs there, as where the package is missing
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise RuntimeError(f"a worker failed: {lines[-1]}") from error

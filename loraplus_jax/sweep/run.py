@@ -28,7 +28,7 @@ from ..training.provenance import read_result
 from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.run_files import CHECKPOINTS, RESULT
 from .edges import beyond
-from .executor import Executor, InProcess, run_sweeps
+from .executor import Executor, InProcess
 from .figures import draw_figures
 from .halving import (
     best_trial,
@@ -105,7 +105,7 @@ def sweep(
         open_executor(run, console) as executor,
         open_output_directory(run, console, fresh=fresh, allow_different=allow_different) as output,
     ):
-        return run_sweeps([Sweep(run, output, executor)], executor)[0]
+        return executor.finish([Sweep(run, output, executor)])[0]
 
 
 class Sweep:
@@ -146,17 +146,17 @@ class Sweep:
         """There is one sweep alone."""
         return contextlib.nullcontext()
 
-    def stages(self) -> Generator[Sequence[Unit], list[dict[str, Any]], dict[str, Any]]:
-        """Yields the units of one stage after another, gets their results, and returns the report."""
-        self.open()
+    async def train(self) -> dict[str, Any]:
+        """Runs one stage after another; returns the report."""
+        await self.open()
         self.print_head()
-        yield from self.search()
-        yield from self.report_stage()
+        await self.search()
+        await self.report_stage()
         report = self.finish()
         self.remove_checkpoints(self.units)
         return report
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """Checks, compiles and loads everything, then takes over the directory."""
         run, members_file = self.run, self.directory / MEMBERS_FILE
         recorded: dict[str, Any] = {"members_at_once": run.sweep.members_at_once}
@@ -165,7 +165,7 @@ class Sweep:
         if not self.output.fresh and members_file.exists():
             recorded = read_record(members_file)
         most = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
-        opened = self.executor.open(run, most, recorded["members_at_once"], recorded["group_size"])
+        opened = await self.executor.open(run, most, recorded["members_at_once"], recorded["group_size"])
         self.abstract, self.origin, at_once, self.group_size = opened
         # Nothing is written before everything has been checked, compiled and loaded.
         self.output.claim()
@@ -173,7 +173,7 @@ class Sweep:
 
     # Stages.
 
-    def search(self) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
+    async def search(self) -> None:
         """Trains all settings, and drops some at each rung, until every arm has its best."""
         trials, seeds = self.run.trials, self.run.seeds
         members = [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in seeds]
@@ -182,13 +182,13 @@ class Sweep:
             if not members:
                 break
             units = self.make_units("search", f"search-{stop}", members, start, (stop,), sources)
-            yield from self.run_stage(units)
+            await self.run_stage(units)
             remaining = self.choose(stop)
             members = [member for member in members if member.trial in remaining]
             start, sources = stop, _sources(units)
-        yield from self.widen()
+        await self.widen()
 
-    def widen(self) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
+    async def widen(self) -> None:
         """Tries further learning rates of the arms whose best is the smallest or largest tried."""
         for number in range(self.run.sweep.widen):
             added: dict[int, list[Trial]] = {}
@@ -208,14 +208,14 @@ class Sweep:
                 units = self.make_units("search", f"wider-{number}-{last}", members, 0, stops, {})
                 self.added += Counter(steps=len(members) * last, validation=len(members) * len(stops))
                 self.added["units"] += len(units)
-                yield from self.run_stage(units)
+                await self.run_stage(units)
                 scores = mean_losses(row for row in self.rows if row["step"] == last)
                 best = {trial.arm: best_trial(scores, trial.arm) for trial in trials}
                 self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
                 self.print_scores(last, scores, best)
                 write_report(self.directory, self.report())
 
-    def report_stage(self) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
+    async def report_stage(self) -> None:
         """Trains the selected settings and the control to the end, on the report's seeds."""
         trials = dict(self.chosen)
         if "control" in self.run.arms:
@@ -224,7 +224,7 @@ class Sweep:
             MemberSpec(arm, trials[arm], seed) for arm in self.run.arms for seed in self.run.report_seeds
         ]
         stops = tuple(curve_steps(self.steps, self.run.sweep.curve_points))
-        yield from self.run_stage(self.make_units("report", "report", members, 0, stops, {}))
+        await self.run_stage(self.make_units("report", "report", members, 0, stops, {}))
 
     def make_units(
         self,
@@ -252,8 +252,8 @@ class Sweep:
             self.is_timed |= runs
         return units
 
-    def run_stage(self, units: Sequence[Unit]) -> Generator[Sequence[Unit], list[dict[str, Any]], None]:
-        """Has units run, and records their rows."""
+    async def run_stage(self, units: Sequence[Unit]) -> None:
+        """Runs the units that have no result yet, and records the rows of all."""
         self.units, self.progress = units, {unit: Progress(unit.start) for unit in units}
         self.earlier, self.reached, self.has_begun = self.rows, -1, False
         groups = f"{self.stage} of {len(units)} groups" if len(units) > 1 else self.stage
@@ -261,7 +261,10 @@ class Sweep:
         self.lines = ProgressLines(
             self.console, f"{self.title}{groups}{',' if len(units) > 1 else ''} step", total, done
         )
-        self.results = yield units
+        stored = [self.stored_result(unit) for unit in units]
+        left = [unit for unit, result in zip(units, stored, strict=True) if result is None]
+        computed = iter(await self.executor.run(self, left))
+        self.results = [next(computed) if result is None else result for result in stored]
         # In the order of one unit with all members. What a lost worker told may be of another attempt.
         rows = sorted((row for result in self.results for row in result["rows"]), key=lambda row: row["step"])
         self.rows = [*self.earlier, *rows]
@@ -295,6 +298,7 @@ class Sweep:
         # Work of before, which says nothing about the speed from now on.
         self.progress[unit] = self.progress[unit]._replace(step=unit.stops[-1])
         self.lines.restart(self.steps_done())
+        self.follow(unit, Progress(unit.stops[-1], result["rows"]))
         return result
 
     def steps_done(self) -> int:

@@ -80,7 +80,7 @@ def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk, capsys):
     seeds = [run["seed"] for run in report["lora"]["runs"]]
     losses = {name: report_of(talk.out / name)["unrelated"] for name in report}
     assert all([row["seed"] for row in rows] == seeds for rows in losses.values())
-    first, chosen = losses["lora_plus"][0], report["lora_plus"]["chosen"]
+    first, chosen = losses["lora"][0], report["lora"]["chosen"]
     args = ("--seed", seeds[0], "--lora.lr_ratio", chosen["lr_ratio"], "--train.steps", 8)
     args += ("--optimizer.learning_rate", chosen["learning_rate"])
     tuned = load_tuned(talk.trained(*NO_PROMPT, *map(str, args), out=talk.directory / "single"))
@@ -132,7 +132,7 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
     def interrupted(self):
         if self.run.name == "full":
             raise KeyboardInterrupt
-        begin(self)
+        return begin(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(comparing.MethodSweep, "open", interrupted)

@@ -1,12 +1,14 @@
-"""The protocol between sweeps and what runs their units, on units that train nothing."""
+"""What runs the units of sweeps, on units that train nothing."""
 
+import asyncio
 import types
 
 import pytest
 
 from loraplus_jax.sweep import executor as module
-from loraplus_jax.sweep.executor import InProcess, run_sweeps
+from loraplus_jax.sweep.executor import InProcess
 from loraplus_jax.sweep.method_comparison import MethodSweep
+from loraplus_jax.sweep.ray_tasks import RayTasks
 from loraplus_jax.sweep.unit import Unit
 from loraplus_jax.training.console import LineConsole
 
@@ -17,56 +19,46 @@ def unit(name):
     return Unit(name, "search", (), 0, (8,), "validation")
 
 
-class Stages:
-    """Two stages of two units; the report is what came of them."""
-
-    def __init__(self, name, stored=()):
-        self.name, self.stored, self.followed = name, stored, []
-
-    def stages(self):
-        first = yield [unit(f"{self.name}1"), unit(f"{self.name}2")]
-        second = yield [unit(f"{self.name}3"), unit(f"{self.name}4")]
-        return [result["of"] for result in (*first, *second)]
-
-    def stored_result(self, unit):
-        return {"of": unit.name, "rows": ["stored"]} if unit.name in self.stored else None
-
-    def follow(self, unit, progress):
-        self.followed.append((unit.name, progress.step, progress.rows))
+async def nothing():
+    pass
 
 
-class Recorded:
-    """Runs the unit that was submitted last."""
+def sweeps(events, pause):
+    """Two that await something twice, as stages do; the report is their name."""
 
-    workers = 2
+    def sweep(name):
+        async def train():
+            for stage in (1, 2):
+                events.append((name, stage))
+                await pause()
+            return {"of": name}
 
-    def __init__(self, is_concurrent):
-        self.is_concurrent, self.queue, self.ran = is_concurrent, [], []
+        return types.SimpleNamespace(train=train)
 
-    def submit(self, sweep, unit):
-        self.queue.append((sweep, unit))
-
-    def wait(self):
-        sweep, unit = self.queue.pop()
-        self.ran.append(unit.name)
-        return sweep, unit, {"of": unit.name, "rows": []}
+    return [sweep("a"), sweep("b")]
 
 
-@pytest.mark.parametrize("is_concurrent", [False, True])
-def test_every_stage_waits_for_all_of_its_units_and_gets_their_results_in_order(is_concurrent):
-    executor, sweeps = Recorded(is_concurrent), [Stages("a"), Stages("b")]
-    reports = run_sweeps(sweeps, executor)  # pyright: ignore
-    assert reports == [["a1", "a2", "a3", "a4"], ["b1", "b2", "b3", "b4"]]
-    one, other = ("b", "a") if is_concurrent else ("a", "b")
-    assert executor.ran == [f"{name}{n}" for name in (one, other) for n in (2, 1, 4, 3)]
-    assert sorted(sweeps[0].followed) == [(f"a{n}", 8, []) for n in (1, 2, 3, 4)]
+def test_in_this_process_one_sweep_ends_before_the_next_begins():
+    events = []
+    reports = InProcess.finish(None, sweeps(events, nothing))  # pyright: ignore
+    assert reports == [{"of": "a"}, {"of": "b"}]
+    assert events == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
 
 
-def test_a_stored_result_is_not_computed_again():
-    executor, sweep = Recorded(True), Stages("a", stored=("a1", "a2", "a4"))
-    assert run_sweeps([sweep], executor) == [["a1", "a2", "a3", "a4"]]  # pyright: ignore
-    assert executor.ran == ["a3"]
-    assert ("a1", 8, ["stored"]) in sweep.followed
+def test_on_ray_all_sweeps_run_at_the_same_time_and_an_error_of_one_ends_all():
+    events = []
+    reports = RayTasks.finish(None, sweeps(events, lambda: asyncio.sleep(0)))  # pyright: ignore
+    assert reports == [{"of": "a"}, {"of": "b"}]
+    assert events == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+
+    async def fail():
+        if len(events) == 6:
+            raise ValueError("a worker has another base")
+        await asyncio.sleep(60)
+
+    with pytest.raises(ValueError, match="another base"):
+        RayTasks.finish(None, sweeps(events, fail))  # pyright: ignore
+    assert len(events) == 6
 
 
 def test_an_error_of_a_unit_names_its_method(tmp_path, monkeypatch):
@@ -79,6 +71,5 @@ def test_an_error_of_a_unit_names_its_method(tmp_path, monkeypatch):
     sweep.named = lambda: MethodSweep.named(sweep)  # pyright: ignore
     executor = InProcess(LineConsole(quiet=True))
     executor.population = object()  # pyright: ignore
-    executor.submit(sweep, unit("a1"))  # pyright: ignore
     with pytest.raises(ValueError, match=mentions("sweep.methods pissa", "its base differs")):
-        executor.wait()
+        executor.run(sweep, [unit("a1")]).send(None)  # pyright: ignore

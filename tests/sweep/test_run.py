@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from loraplus_jax.sweep.executor import Opened, run_sweeps
+from loraplus_jax.sweep.executor import InProcess, Opened
 from loraplus_jax.sweep.run import Sweep
 from loraplus_jax.sweep.unit import Progress, unit_directory
 from loraplus_jax.training.console import LineConsole
@@ -17,14 +17,15 @@ SLOPES = {"validation": 1.0, "test": -1.0}
 
 
 class GivenLosses:
-    """Executor of units that train nothing; the last that was submitted finishes first."""
+    """Executor of units that train nothing; the last of a stage finishes first."""
 
-    is_concurrent, workers = True, 3
+    is_concurrent, workers = False, 3
+    finish = InProcess.finish
 
     def __init__(self, group_size=None):
-        self.group_size, self.queue, self.units = group_size, [], []
+        self.group_size, self.units = group_size, []
 
-    def open(self, run, most, members_at_once, group_size):
+    async def open(self, run, most, members_at_once, group_size):
         task = types.SimpleNamespace(metric="loss", derived=lambda values: {})
         splits = {name: {"x": [0.0] * 4} for name in ("validation", "test")}
         data = types.SimpleNamespace(task=task, examples={"test": 4}, summary=(), constant={}, splits=splits)
@@ -34,19 +35,18 @@ class GivenLosses:
     def loss(self, split, trial):
         return 9.0 + SLOPES[split] * trial.learning_rate * trial.lr_ratio
 
-    def submit(self, sweep, unit):
-        self.queue.append((sweep, unit))
-        self.units.append(unit)
+    async def run(self, sweep, units):
+        self.units += units
+        return [self.result(sweep, unit) for unit in reversed(units)][::-1]
 
-    def wait(self):
-        sweep, unit = self.queue.pop()
+    def result(self, sweep, unit):
         rows = []
         for stop in unit.stops:
             for arm, trial, seed in unit.members:
                 key = {"stage": unit.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": stop}
                 rows.append({**key, "split": unit.split, "loss": self.loss(unit.split, trial)})
             sweep.follow(unit, Progress(stop, list(rows)))
-        return sweep, unit, {"rows": rows, "devices": "1 x given", "seconds": 0.0}
+        return {"rows": rows, "devices": "1 x given", "seconds": 0.0}
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def ended(tmp_path, monkeypatch, parsed):
         run = parsed(*options, f"--output_dir={tmp_path / 'out'}", "--train.compilation_cache=false")
         with open_output_directory(run, LineConsole(quiet=True), fresh=True) as output:
             sweep = Sweep(run, output, executor)
-            return sweep, run_sweeps([sweep], executor)[0]
+            return sweep, executor.finish([sweep])[0]
 
     return end
 
@@ -81,13 +81,12 @@ def test_the_search_selects_on_validation_and_the_report_tests(ended, option):
 class Told(GivenLosses):
     """Tells losses of its own before each result, as an attempt that is lost."""
 
-    def wait(self):
-        sweep, unit = self.queue[-1]
+    def result(self, sweep, unit):
         members = [{"arm": arm, "trial": list(trial), "seed": seed} for arm, trial, seed in unit.members]
         key = {"stage": unit.stage, "split": unit.split, "loss": 1.0}
         rows = [key | member | {"step": stop} for stop in unit.stops for member in members]
         sweep.follow(unit, Progress(unit.stops[-1], rows))
-        return super().wait()
+        return super().result(sweep, unit)
 
 
 @pytest.mark.slow
@@ -106,13 +105,13 @@ class Saving(GivenLosses):
 
     there = ()
 
-    def wait(self):
-        sweep, unit, result = super().wait()
+    def result(self, sweep, unit):
+        result = super().result(sweep, unit)
         (unit_directory(sweep.directory, unit.name) / CHECKPOINTS).mkdir(parents=True)
         for source in unit.sources:
             assert (unit_directory(sweep.directory, source.unit) / CHECKPOINTS).exists()
         self.there = {path.parent.name.rpartition("-")[0] for path in sweep.directory.glob("units/*/*")}
-        return sweep, unit, result
+        return result
 
 
 def test_members_continue_from_the_checkpoint_of_the_unit_that_trained_them(ended):
