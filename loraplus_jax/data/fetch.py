@@ -20,12 +20,12 @@ from .._utils.json_files import check_file
 from .._utils.validation import expand_path, suggest
 from .archives import extract
 
-Kind = Literal["model", "data"]
+AssetKind = Literal["model", "data"]
 Log = Callable[[str], object]
 
-TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja")
 """Files of a model repository for its tokenizer, with its configs."""
-HUB_MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors")
+HUB_MODEL_FILES = (*TOKENIZER_PATTERNS, "*.safetensors")
 """Files downloaded from a model repository: weights, configs and vocabularies; never code or pickles."""
 
 STUB = """import os, sys
@@ -61,7 +61,7 @@ class Asset:
     """
 
     name: str
-    kind: Kind
+    kind: AssetKind
     about: str
     licence: str
     requirement: str
@@ -302,7 +302,7 @@ def _run_pip(arguments: list[str], directory: Path, environment: Mapping[str, st
 
 def resolve(
     value: str,
-    kind: Kind,
+    kind: AssetKind,
     *,
     cache: Path | None = None,
     log: Log = print,
@@ -355,19 +355,21 @@ _NOUNS = {"model": "a model", "data": "data"}
 _HUB_FORMS = {"model": "org/name", "data": "org/name/path/in/repository.csv"}
 
 
-def is_public(value: str, kind: Kind) -> bool:
+def is_public(value: str, kind: AssetKind) -> bool:
     """Whether `resolve` finds a model or data of this name on other machines too: it is no path here."""
     is_name = value in ASSETS or _HUB_IDS[kind].fullmatch(value) is not None
     return is_name and not os.path.exists(os.path.expanduser(value))
 
 
-def _allowed(kind: Kind, value: str) -> str:
+def _allowed(kind: AssetKind, value: str) -> str:
     names = [a.name for a in ASSETS.values() if a.kind == kind]
     usage = f": use an existing path, a name ({', '.join(names)}) or a hub id {_HUB_FORMS[kind]}"
     return usage + suggest(value, names, fallback=False)
 
 
-def from_hub(kind: Kind, repository: str, file: str = "", files: Sequence[str] = HUB_MODEL_FILES) -> Path:
+def from_hub(
+    kind: AssetKind, repository: str, file: str = "", files: Sequence[str] = HUB_MODEL_FILES
+) -> Path:
     """Downloads the `files` of a model from the Hugging Face Hub, or a file of a data set.
 
     Raises:

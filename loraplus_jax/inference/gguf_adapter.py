@@ -23,7 +23,12 @@ from ..interop.adapter_directory import host_array
 from ..interop.path_map import FACTOR, MAGNITUDE_END
 from ..interop.peft_adapter_config import PeftOptions
 from ..interop.peft_files import OWN_TENSORS_FILE, read_peft
-from ..models.checkpoints.gguf import load as gguf
+from ..models.checkpoints.gguf.load import (
+    ARCHITECTURE_OF,
+    interleaved_heads,
+    rotary_order,
+    to_gguf_name,
+)
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.name_table import expand, shape_in_file
 from ..models.families import family_of
@@ -130,7 +135,7 @@ def save_gguf_adapter(file: Path, peft: Path, base: ModelFiles, *, dtype: str = 
         b = (b * factors.get(name, 1.0)).astype(np.float32)
         if module.heads:
             rows = np.empty_like(b)
-            rows[gguf.rotary_order(len(b), module.heads)] = b
+            rows[rotary_order(len(b), module.heads)] = b
             b = rows
         stored[f"{module.tensor}.lora_a"] = a.T if module.is_embedding else a
         stored[f"{module.tensor}.lora_b"] = b
@@ -144,12 +149,12 @@ def _modules(base: ModelFiles) -> tuple[str, dict[str, _Module]]:
     values = base.config
     kind: Any = values.get("model_type")
     try:
-        check_choice(f"{base}: model_type", kind, tuple(gguf.ARCHITECTURE_OF))
+        check_choice(f"{base}: model_type", kind, tuple(ARCHITECTURE_OF))
     except ValueError as error:
         raise ValueError(
             f"{error}; {_MERGE}, and convert that with llama.cpp's convert_hf_to_gguf.py"
         ) from None
-    architecture, family = gguf.ARCHITECTURE_OF[kind], family_of(kind)
+    architecture, family = ARCHITECTURE_OF[kind], family_of(kind)
     config: Any = family.config.from_hf(values)
     table, ids = family.name_table(config), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = flatten(jax.eval_shape(family.model(config).init, jax.random.key(0), ids)["params"])
@@ -162,16 +167,16 @@ def _modules(base: ModelFiles) -> tuple[str, dict[str, _Module]]:
         out_in = shape if rule.transposed else shape[::-1]
         for name in expand(rule, shapes[rule.path]):
             full = name if rule.path.startswith("lm_head/") else family.prefix + name
-            tensor = gguf.to_gguf_name(full, architecture)
+            tensor = to_gguf_name(full, architecture)
             unsupported, is_tokens = "", tensor == "token_embd.weight"
             if leaf == "embedding" and not is_tokens:
                 unsupported = "llama.cpp ignores adapters on the embedding of positions"
             elif is_tokens and config.tie_word_embeddings:
                 unsupported = _TIED
-            heads = gguf.interleaved_heads(tensor or "", architecture, vars(config))
+            heads = interleaved_heads(tensor or "", architecture, vars(config))
             modules[full.removesuffix(".weight")] = _Module(tensor, out_in, heads, is_tokens, unsupported)
     for copy, _ in table.copies:
-        tensor = gguf.to_gguf_name(copy, architecture)
+        tensor = to_gguf_name(copy, architecture)
         modules[copy.removesuffix(".weight")] = _Module(tensor, (), 0, False, _TIED)
     return architecture, modules
 
@@ -221,23 +226,19 @@ def _shape_problem(
 def _write(
     path: Path, tensors: Mapping[str, np.ndarray], architecture: str, alpha: float, dtype: str
 ) -> None:
-    import gguf as package
+    import gguf
 
-    writer = package.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture)
     try:
-        writer.add_type(package.GGUFType.ADAPTER)
+        writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(TYPE, "lora")
         writer.add_float32(ALPHA, alpha)
-        writer.add_quantization_version(package.GGML_QUANT_VERSION)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for name, values in tensors.items():
             kind = storage_type(values.shape, dtype)
-            if kind == package.GGMLQuantizationType.F16 and np.abs(values).max() > (
-                most := np.finfo("f2").max
-            ):
+            if kind == gguf.GGMLQuantizationType.F16 and np.abs(values).max() > (most := np.finfo("f2").max):
                 raise ValueError(f"{name} has values above {most:g}, float16's largest; use dtype float32")
-            writer.add_tensor(
-                name, package.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind
-            )
+            writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -18,7 +18,7 @@ from ..interop.factor_trees import read_tree
 from ..interop.library_recipes import find_recipe
 from ..interop.path_map import FACTOR, MAGNITUDE_END
 from ..interop.peft_files import NOTES_FILE, OPTIONS, OWN_TENSORS_FILE, WEIGHTS, peft_notes, read_peft
-from ..models.checkpoints.gguf import load as gguf
+from ..models.checkpoints.gguf import header
 from ..optim.find_pairs import factor_pairs
 from ..training.saved_adapter import find_adapter, is_peft
 from . import gguf_adapter
@@ -73,7 +73,7 @@ def read_summary(place: Path) -> AdapterSummary:
         return _of_peft(directory) if is_peft(directory) else _of_ours(directory)
     if (place / "config.json").is_file():  # before gigabytes are read
         raise ValueError(f"{place} is a model, not an adapter")
-    if (file := gguf.find(place)) is not None:
+    if (file := header.find(place)) is not None:
         return _of_gguf(file)
     return _of_library(place)
 
@@ -129,7 +129,7 @@ def _of_peft(directory: Path) -> AdapterSummary:
 
 
 def _of_gguf(file: Path) -> AdapterSummary:
-    content = gguf.read(file)
+    content = header.read(file)
     if content.one(gguf_adapter.TYPE) != "lora":
         raise ValueError(
             f"{file} is no LoRA adapter: {gguf_adapter.TYPE} is {content.one(gguf_adapter.TYPE)!r:.80}"

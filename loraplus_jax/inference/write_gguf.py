@@ -24,21 +24,21 @@ def write_gguf(target: Path, source: GgufFile, merge: CheckpointMerge, dtype: st
       merge: merged values of its tensors.
       dtype: storage type of matrices, one of `DTYPES`; where rows do not divide into blocks, Q8_0 becomes F16.
     """
-    import gguf as package
+    import gguf
 
     file, weights = source.header, views(source.header)
     kinds = {name: storage_type(tensor.shape, dtype) for name, tensor in file.tensors.items()}
-    reader, writer = package.GGUFReader(file.path), package.GGUFWriter(target, file.architecture)
+    reader, writer = gguf.GGUFReader(file.path), gguf.GGUFWriter(target, file.architecture)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
             continue
-        is_list = field.types[0] == package.GGUFValueType.ARRAY
+        is_list = field.types[0] == gguf.GGUFValueType.ARRAY
         inner = field.types[-1] if is_list else None
         writer.add_key_value(field.name, field.contents(), field.types[0], inner)
     file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(package.LlamaFileType[file_types[DTYPES[dtype]]])
+    writer.add_file_type(gguf.LlamaFileType[file_types[DTYPES[dtype]]])
     writer.data_alignment = reader.alignment
-    quantize = package.quants.quantize
+    quantize = gguf.quants.quantize
     for name, tensor in file.tensors.items():
         # One row of zeros shows the stored shape and size of a row.
         sample = quantize(np.zeros((1, tensor.shape[-1]), np.float32), kinds[name])
@@ -70,11 +70,11 @@ def _read_merged(file: Gguf, weights: Mapping[str, View], merge: CheckpointMerge
 
 def storage_type(shape: tuple[int, ...], dtype: str) -> Any:
     """The `GGMLQuantizationType` in which a tensor of this shape is stored, for one of `DTYPES`."""
-    import gguf as package
+    import gguf
 
-    types = package.GGMLQuantizationType
+    types = gguf.GGMLQuantizationType
     if len(shape) == 1:
         return types.F32
     kind = types[DTYPES[dtype]]
-    block, _ = package.GGML_QUANT_SIZES[kind]
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
     return kind if shape[-1] % block == 0 else types.F16

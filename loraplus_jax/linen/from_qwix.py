@@ -9,7 +9,7 @@ from flax.core import meta
 
 from ..adapter.config import matches
 from ..adapter.tree import flatten, rebox, replace_leaves
-from ..quantization.formats import Kind, pack_codes
+from ..quantization.formats import FormatName, pack_codes
 from ..quantization.packed_array import PackedArray, is_from_qwix
 
 
@@ -76,7 +76,7 @@ def packed(weight: Any, name: str, stacked: int = 0) -> PackedArray:
     """A `PackedArray` of the same values as a quantized weight of qwix; `name` is for errors."""
     array = weight.array
     codes, scale = (np.asarray(meta.unbox(x)) for x in (array.qvalue, array.scale))
-    kinds: dict[str, Kind] = {"nf4": "nf4"}
+    kinds: dict[str, FormatName] = {"nf4": "nf4"}
     kinds |= {f"int{bits}": "q4_0" if bits < 5 else "int8" for bits in range(2, 9)}
     form = array.qtype if isinstance(array.qtype, str) else jnp.dtype(array.qtype).name
     kind = kinds.get(form)

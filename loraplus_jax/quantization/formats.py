@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Kind = Literal["nf4", "int8", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k"]
+FormatName = Literal["nf4", "int8", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k"]
 QuantizeTo = Literal["nf4", "int8"]
 
 # arXiv 2305.14314, appendix E: quantiles of a normal distribution with an exact zero, scaled to [-1, 1].
@@ -39,7 +39,7 @@ class Format(NamedTuple):
     values: Callable[[Mapping[str, Any], int], jax.Array]
 
 
-def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
+def pack_matrix(kind: FormatName, matrix: np.ndarray) -> dict[str, np.ndarray]:
     """The parts by name, `codes` and the scales, of floating values (rows, columns) or GGUF bytes (rows, bytes).
 
     Bytes are only sorted into parts, and keep their bits.
@@ -49,7 +49,7 @@ def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
     return FORMATS[kind].pack(matrix)
 
 
-def part_shapes(kind: Kind, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
+def part_shapes(kind: FormatName, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of the parts of a matrix (rows, columns), by the names of `pack_matrix`."""
     # A short row shows the shapes of any: a config.json may name sizes for which a whole row would not fit.
     sample = min(columns, 1024)
@@ -68,14 +68,14 @@ def part_shapes(kind: Kind, rows: int, columns: int) -> dict[str, jax.ShapeDtype
     return shapes
 
 
-def packed_values(kind: Kind, matrix: np.ndarray) -> np.ndarray:
+def packed_values(kind: FormatName, matrix: np.ndarray) -> np.ndarray:
     """The values that a matrix has once it is packed, float32; for a format of GGUF `matrix` itself."""
     if kind in BLOCK_BYTES:  # values from a GGUF file, where they were packed
         return matrix
     return np.array(FORMATS[kind].values(pack_matrix(kind, matrix), matrix.shape[1]))
 
 
-def pack_codes(kind: Kind, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+def pack_codes(kind: FormatName, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
     """Makes the parts of a weight from the codes and float scales of another library, every value the same.
 
     Args:

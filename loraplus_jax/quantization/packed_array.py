@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._utils.validation import check_choice
-from .formats import FORMATS, Kind, QuantizeTo, pack_matrix, part_shapes
+from .formats import FORMATS, FormatName, QuantizeTo, pack_matrix, part_shapes
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +33,7 @@ class PackedArray:
 
     # All but the parts is static: `nn.scan` and `vmap` may slice only arrays, and jit compiles once a format.
     parts: dict[str, Any]
-    kind: Kind = dataclasses.field(metadata={"static": True})
+    kind: FormatName = dataclasses.field(metadata={"static": True})
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     order: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     inner: int = dataclasses.field(metadata={"static": True})
@@ -162,7 +162,7 @@ def quantize(
 
 
 def packed_shape(
-    kind: Kind, shape: Sequence[int], *, transposed: bool, stacked: int = 0, dtype: Any = jnp.float32
+    kind: FormatName, shape: Sequence[int], *, transposed: bool, stacked: int = 0, dtype: Any = jnp.float32
 ) -> PackedArray:
     """Describes a packed weight by shapes instead of arrays.
 

@@ -12,7 +12,7 @@ from ..adapter.tree import combine
 from ..data.batches import Batch, even_batch_size, take_rows
 from ..data.data_to_text import Input
 from ..models.checkpoints.name_table import NameTable
-from ..quantization.formats import Kind
+from ..quantization.formats import FormatName
 from ..step.sharding import Rules
 from ..step.train_step import LossFn
 
@@ -107,7 +107,7 @@ class BaseModel(NamedTuple):
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     rules: Rules
     tensor_sizes: Mapping[str, int]
-    formats: Mapping[str, Kind] = {}
+    formats: Mapping[str, FormatName] = {}
     hint: str = ""
 
 

@@ -26,7 +26,7 @@ from loraplus_jax.data.readers import read_rows
 from loraplus_jax.inference.predict import settings_and_task
 from loraplus_jax.interop.peft_files import peft_config
 from loraplus_jax.models.bert.config import BertConfig
-from loraplus_jax.models.checkpoints.gguf import load as gguf
+from loraplus_jax.models.checkpoints.gguf import header
 from loraplus_jax.models.checkpoints.hub_directory import SINGLE_FILE
 from loraplus_jax.models.checkpoints.name_table import NameTable, Rule, embedding_rules, linear_rules
 from loraplus_jax.models.checkpoints.params import load_params
@@ -320,7 +320,7 @@ def gguf_header(tokens):
         content |= {"blk.1.ffn_up.weight": np.ones((96, 32), np.float32)}
         content |= {"rope_freqs.weight": np.full(8, 2, np.float32)}
         data = write(path, content, metadata() | BYTE_LEVEL | tokens).read_bytes()
-        end = gguf.read(path).tensors["token_embd.weight"].start
+        end = header.read(path).tensors["token_embd.weight"].start
         rules = (Rule("model.embed_tokens.weight", "e"), Rule("model.layers.0.self_attn.q_proj.weight", "q"))
         table = NameTable(rules=rules, ignore=(r"model\.layers\.1\..*",))
         expected = {"e": np.empty((8, 32), np.float32), "q": np.empty((64, 32), np.float32)}

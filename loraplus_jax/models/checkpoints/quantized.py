@@ -8,7 +8,7 @@ import numpy as np
 
 from ..._utils.validation import suggest
 from ...adapter.config import matches
-from ...quantization.formats import BLOCK_BYTES, Kind, pack_matrix
+from ...quantization.formats import BLOCK_BYTES, FormatName, pack_matrix
 from ...quantization.packed_array import PackedArray, packed_shape
 from ...settings.choices import Quantize
 from .model_files import ModelFiles
@@ -20,7 +20,7 @@ HEADS = ("lm_head", "pooler", "head")
 
 def choose_formats(
     table: NameTable, quantize: Quantize, exclude: Sequence[str] | None, files: ModelFiles
-) -> dict[str, Kind]:
+) -> dict[str, FormatName]:
     """The format of each weight to pack, by path.
 
     Args:
@@ -51,7 +51,7 @@ def choose_formats(
     return _formats_in_file(table, weights, files)
 
 
-def _formats_in_file(table: NameTable, weights: Sequence[Rule], files: ModelFiles) -> dict[str, Kind]:
+def _formats_in_file(table: NameTable, weights: Sequence[Rule], files: ModelFiles) -> dict[str, FormatName]:
     kinds: dict[str, set[str]] = {}
     for name, view in files.tensors.items():
         kinds.setdefault(_general(table.canonical(name)), set()).add(view.get_dtype())
@@ -79,7 +79,9 @@ def _general(name: str) -> str:
     return ".".join("{layer}" if part.isdigit() else part for part in name.split("."))
 
 
-def pack_shapes(params: Mapping[str, Any], formats: Mapping[str, Kind], table: NameTable) -> dict[str, Any]:
+def pack_shapes(
+    params: Mapping[str, Any], formats: Mapping[str, FormatName], table: NameTable
+) -> dict[str, Any]:
     """Replaces shapes by those of packed weights, by path; paths that `params` lacks are left out."""
     rules = {rule.path: rule for rule in table.rules}
     return {

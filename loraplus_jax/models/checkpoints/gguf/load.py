@@ -14,24 +14,7 @@ from ...config import Kind
 from ...families import KINDS
 from ...gpt2.config import NAMES as GPT2_NAMES
 from ...llama.config import KINDS as LLAMA_KINDS
-from .header import Gguf, TensorInfo, find, read
-
-__all__ = [
-    "ARCHITECTURE_OF",
-    "DTYPES",
-    "Gguf",
-    "View",
-    "views",
-    "config",
-    "embedding_rows",
-    "find",
-    "interleaved_heads",
-    "read",
-    "rotary_order",
-    "to_gguf_name",
-    "to_hf_name",
-    "ROPE",
-]
+from .header import Gguf, TensorInfo
 
 DTYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
 """Supported tensor types."""

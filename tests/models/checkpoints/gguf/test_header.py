@@ -7,7 +7,7 @@ import gguf as package
 import numpy as np
 import pytest
 
-from loraplus_jax.models.checkpoints.gguf import load as gguf
+from loraplus_jax.models.checkpoints.gguf.header import read
 from loraplus_jax.models.files import open_files
 
 from ....messages import mentions
@@ -57,7 +57,7 @@ def test_truncated_files_are_named(tmp_path, cut):
     whole = write(tmp_path / "m.gguf", tensors()).read_bytes()
     (tmp_path / "m.gguf").write_bytes(whole[:cut])
     with pytest.raises(ValueError, match=mentions(tmp_path / "m.gguf", "GGUF")):
-        gguf.read(tmp_path / "m.gguf")
+        read(tmp_path / "m.gguf")
 
 
 def with_value(key, value):
@@ -66,7 +66,7 @@ def with_value(key, value):
     def call(tmp_path):
         path = write(tmp_path / "m.gguf", tensors(), metadata() | {f"{key[:-1]}x": value})
         path.write_bytes(path.read_bytes().replace(f"{key[:-1]}x".encode(), key.encode()))
-        gguf.read(path)
+        read(path)
 
     return call
 
@@ -81,7 +81,7 @@ test_unsupported_metadata_of_the_file_itself = refusals(
 def test_the_header_is_what_the_packages_own_reader_reads(tmp_path):
     values = metadata() | {"a.list": ["x", "é"], "a.numbers": [1, 2], "a.flag": True, "a.text": "ü"}
     path = write(tmp_path / "m.gguf", tensors(), values)
-    ours, theirs = gguf.read(path), package.GGUFReader(path)
+    ours, theirs = read(path), package.GGUFReader(path)
     for key, field in theirs.fields.items():
         if not key.startswith("GGUF."):
             found = ours.metadata[key]

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from loraplus_jax.models.checkpoints.gguf import load as gguf
+from loraplus_jax.models.checkpoints.gguf.header import read
 from loraplus_jax.models.checkpoints.params import check_params, load_params
 from loraplus_jax.models.files import open_files
 from loraplus_jax.models.gpt2.config import GPT2Config
@@ -48,7 +49,7 @@ def test_every_type_is_read_whole_and_in_parts(tmp_path, dtype):
         blocks[..., -1] &= 0xBF
     data = blocks.reshape(3, -1)
     path = write(tmp_path / "m.gguf", {"x": data}, dtypes={"x": dtype})
-    view = gguf.views(gguf.read(path))["x"]
+    view = gguf.views(read(path))["x"]
     assert (view.get_shape(), view.get_dtype(), view[:].dtype) == ([3, 512], dtype, np.float32)
     np.testing.assert_array_equal(view[:], package.quants.dequantize(data, KINDS[dtype]))
     np.testing.assert_array_equal(view[1:2], view[:][1:2])
@@ -98,7 +99,7 @@ def test_tensors_arrive_under_hugging_faces_names_and_in_its_order(tmp_path, arc
 def test_biases_of_llamas_queries_and_keys_are_put_in_order_too(tmp_path):
     content = tensors(bias=True)
     stored = content | {"blk.1.attn_q.bias": interleaved(content["blk.1.attn_q.bias"], HEADS)}
-    file = gguf.read(write(tmp_path / "m.gguf", stored))
+    file = read(write(tmp_path / "m.gguf", stored))
     assert gguf.config(file)["attention_bias"] is True
     found = gguf.views(file)["model.layers.1.self_attn.q_proj.bias"][:]
     np.testing.assert_array_equal(found, content["blk.1.attn_q.bias"])
