@@ -20,7 +20,7 @@ from jax.core import Tracer
 from .._utils.validation import check_int
 from .config import LoRAPlusConfig
 from .lora import SCALE
-from .spec import AdapterSpec, Specs
+from .spec import AdapterSpec, Specs, form_differences
 from .target_rules import config_of
 from .tree import combine, factors_by_module, flatten, replace_leaves, unflatten
 
@@ -339,10 +339,10 @@ def _argument(path: tuple[Any, ...]) -> str:
 
 
 def _check_form(name: str, spec: AdapterSpec, expected: AdapterSpec) -> None:
-    """Raises ValueError unless two specs of a module agree in all but rank, scale, layers and variant."""
-    for field in ("leaf", "kind", "axes", "shape", "stacked"):
-        if (value := getattr(spec, field)) != (other := getattr(expected, field)):
-            raise ValueError(f"{name}: {field} must be {other!r}, as in the other adapters, got {value!r}")
+    """Raises ValueError unless two specs of a module agree in all of `form_differences`."""
+    for field in form_differences(spec, expected):
+        value, other = getattr(spec, field), getattr(expected, field)
+        raise ValueError(f"{name}: {field} must be {other!r}, as in the other adapters, got {value!r}")
 
 
 def _common_room(tables: Sequence[Specs]) -> Room:

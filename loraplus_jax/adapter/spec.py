@@ -208,6 +208,12 @@ class AdapterSpec:
         return cls(**values)
 
 
+def form_differences(spec: AdapterSpec, other: AdapterSpec) -> list[str]:
+    """The fields in which two specs of a module differ, other than rank, scale, layers and variant."""
+    fields = ("leaf", "kind", "axes", "shape", "stacked")
+    return [field for field in fields if getattr(spec, field) != getattr(other, field)]
+
+
 def check_rank(spec: AdapterSpec, where: str) -> None:
     """Raises ValueError if the rank is above one of the sizes; `where` describes the weight."""
     if spec.rank > min(spec.sides):

@@ -10,7 +10,7 @@ import numpy as np
 from .._utils.validation import check_choice, check_int, check_number, raise_problems
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.einsum_letters import layer_axis
-from ..adapter.spec import AdapterSpec
+from ..adapter.spec import AdapterSpec, form_differences
 from ..adapter.target_rules import config_of
 from ..adapter.tree import factors_by_module, flatten, unflatten
 from .adapter_directory import Adapter, check_finite
@@ -234,14 +234,9 @@ def _problems(
         if (owner := leaves.setdefault(spec.leaf, path)) != path:
             problems.append(f"{spec.leaf} is adapted as {owner!r} and as {path!r}")
         for name, other in others:
-            fields = [
-                f
-                for f in ("leaf", "kind", "axes", "shape", "stacked")
-                if getattr(spec, f) != getattr(other, f)
-            ]
             problems += [
                 f"{path}: {field} is {getattr(spec, field)} in {first} and {getattr(other, field)} in {name}"
-                for field in fields
+                for field in form_differences(spec, other)
             ]
             if how not in ("cat", "svd") and other.rank != spec.rank:
                 problems.append(

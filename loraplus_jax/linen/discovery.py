@@ -23,8 +23,8 @@ from .layer_adapter import (
     FactorBox,
     LoRAPlusLayer,
     adapter_of,
+    add_factors,
     check_reads_own_weight,
-    make_factors,
 )
 from .layer_table import METHODS
 
@@ -100,7 +100,7 @@ class Discovery:
                 "exclude_modules"
             )
         entry.adapted = True
-        make_factors(scope, adapter, "params", weight)
+        add_factors(scope, adapter, "params", weight)
 
     def choose_layers(self, lora: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
         """Drops new factors of layers outside `layers_to_transform`.

@@ -42,7 +42,8 @@ class Tracing:
     discoveries: list[Any] | None = dataclasses.field(default=None, compare=False)
 
 
-# Not a global variable or a ContextVar: nn.jit and jax.jit would reuse a trace of another value.
+# Not a global variable or a ContextVar: nn.jit and jax.jit would reuse a trace of another value. Of a user context
+# jit's caches have the value in their keys (jax 0.10.2).
 TRACING: Any = jax.make_user_context(Tracing())
 
 
@@ -201,7 +202,7 @@ def new_factors(
     return {name: FactorBox(value, spec) for name, value in factors.items()}
 
 
-def read_factors(adapter: LayerAdapter, get: Callable[[str], Any]) -> list[jax.Array]:
+def get_factors(adapter: LayerAdapter, get: Callable[[str], Any]) -> list[jax.Array]:
     """Reads A, B and, if the adapter has them, magnitudes; `get` returns a factor by name, or None.
 
     Returns:
@@ -225,7 +226,7 @@ def read_factors(adapter: LayerAdapter, get: Callable[[str], Any]) -> list[jax.A
     return factors
 
 
-def make_factors(scope: Any, adapter: LayerAdapter, collection: str, weight: jax.Array) -> None:
+def add_factors(scope: Any, adapter: LayerAdapter, collection: str, weight: jax.Array) -> None:
     """Adds a layer's initial factors to its scope unless they exist."""
     # They do if an Embed's lookup and attend share them, or if the layer is called again.
     if not any(scope.has_variable(collection, name) for name in adapter.shapes):
@@ -253,7 +254,7 @@ def add_low_rank_term(
     """
     scope: Any = module.scope
     get = functools.partial(scope.get_variable, collection)
-    a, b, *magnitude = read_factors(adapter, get)
+    a, b, *magnitude = get_factors(adapter, get)
     scale = scope.get_variable("params" if collection == "params" else SCALE, SCALE, adapter.spec.scale)
     dropout = adapter.config.dropout
     weight = LowRankWeight(

@@ -11,9 +11,9 @@ from ..adapter.config import LoRAPlusConfig
 from .layer_adapter import (
     LoRAPlusLayer,
     adapter_of,
+    add_factors,
     add_low_rank_term,
     check_reads_own_weight,
-    make_factors,
 )
 from .layer_table import METHODS
 
@@ -41,7 +41,7 @@ def _add_term(y: jax.Array, layer: LoRAPlusLayer, method: Any, *args: Any, modul
     adapter: Any = adapter_of(config, path, call.kind, call.leaf, call.axes, weight.shape)
     adapter = adapter._replace(where=repr(path))  # the rule is not the user's
     if scope.is_mutable_collection("lora"):
-        make_factors(scope, adapter, "lora", weight)
+        add_factors(scope, adapter, "lora", weight)
     return add_low_rank_term(y, module, call, adapter, "lora", weight)
 
 

@@ -30,7 +30,6 @@ from ..adapter.target_rules import is_adapted, is_target, matching_rule
 from ..adapter.tree import flatten, leaves_by_path, weight_of
 from ..interpreter.dataflow import trace_dataflow, warn_of_whole
 from ..quantization.packed_array import is_from_qwix, is_packed
-from .collections import COLLECTIONS, CollectionMap, keep_low_rank
 from .discovery import Discovery
 from .layer_adapter import (
     OURS,
@@ -43,6 +42,7 @@ from .layer_adapter import (
     is_box,
 )
 from .layer_table import METHODS
+from .variable_map import COLLECTIONS, VariableMap, keep_low_rank
 
 
 class _UniqueHash:
@@ -92,7 +92,8 @@ class LoRAPlusModel(nn.Module):
                 context.enter_context(TRACING(dataclasses.replace(TRACING.value, boxed=True)))
                 return inner_method(outer.wrapped, *args, **kwargs)
 
-        # Inner scopes inherit these flags, including those of modules passed in from outside.
+        # Inner scopes inherit these flags, including those of modules passed in from outside. No public function of
+        # Flax finds them all, or lifts a transform of one's own; these two, in 0.12.8, are what nn.jit is made of.
         for scope in get_module_scopes(self, args, kwargs)[0]:
             scope.flags = freeze({**scope.flags, OURS: self._trace_key()})
         leaves = jax.tree.leaves(self.variables.get("params", {}), is_leaf=is_packed)
@@ -190,7 +191,7 @@ class _Call:
         discoveries = TRACING.value.discoveries
         if self.is_new and discoveries is not None and self.discovery not in discoveries:
             discoveries.append(self.discovery)
-        self.variables = CollectionMap(self.config, wrapper, self.discovery)
+        self.variables = VariableMap(self.config, wrapper, self.discovery)
         self.own: set[Any] = set()
         self.called: set[Any] = set()
 
@@ -445,7 +446,7 @@ def _low_rank_outputs(
         variables, rngs=dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}, mutable=mutable
     )
     assert bound.scope is not None
-    # Only `init` sets this flag, and it would also initialize the parameters again.
+    # Only `init` sets this flag (flax.core.scope, 0.12.8), and it would also initialize the parameters again.
     bound.scope.flags = freeze({**bound.scope.flags, "initializing": True})
     forward = model._forward(method) if isinstance(model, LoRAPlusModel) else method
     with TRACING(Tracing(low_rank_only=True)):

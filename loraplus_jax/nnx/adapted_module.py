@@ -144,7 +144,9 @@ def _public_methods(base: type[nnx.Module]) -> Iterator[tuple[str, Any]]:
 
 def set_class(module: nnx.Module, new: type[nnx.Module]) -> None:
     """Changes a module's class."""
-    object.__setattr__(module, "__class__", new)  # Flax would record it among the module's attributes
+    object.__setattr__(
+        module, "__class__", new
+    )  # setattr of nnx.Module (0.12.8) would record it as an attribute
 
 
 def _adapted_method(base: type[nnx.Module], method: Callable[..., Any]) -> Callable[..., Any]:

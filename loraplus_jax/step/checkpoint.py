@@ -95,7 +95,7 @@ def open_manager(
     )
     handlers: dict[str, Any] = {name: make() for name, make in ITEM_HANDLERS.items()}
     # Orbax globs in `finalize`. Its own path type would read [ * ? in the directory's name as part of the pattern.
-    # Not by a subclass: orbax finds a handler's arguments by its exact class.
+    # Not by a subclass: orbax finds a handler's arguments by its exact class. Read in orbax-checkpoint 0.12.8.
     finalize = handlers["state"].finalize
     handlers["state"].finalize = lambda path: finalize(Path(path))
     return _Manager(Path(directory).absolute(), options=options, item_handlers=handlers)
@@ -113,8 +113,9 @@ def check_directory_name(name: str, directory: Path) -> None:
 class _Manager(ocp.CheckpointManager):
     """An orbax manager that opens even if the timestamp or the metrics of a checkpoint are damaged."""
 
-    # Orbax's public switch against reading damaged timestamps, `lightweight_initialize`, also leaves out the
-    # metrics by which the best is kept, and `reload` ignores it. The date is for orbax's statistics only.
+    # Private in orbax-checkpoint 0.12.8, called by `__init__`, `reload` and `all_steps`. The public switch against
+    # reading damaged timestamps, `lightweight_initialize`, also leaves out the metrics by which the best is kept,
+    # and `reload` ignores it. The date is for orbax's statistics only.
     def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
         infos = super()._load_checkpoint_infos(skip_metadata_read=True)
         date = datetime.datetime.now(datetime.UTC)

@@ -18,7 +18,7 @@ from ..interpreter.low_rank import call
 from ..interpreter.weight import LowRankWeight
 from ..quantization.packed_array import is_packed
 from .discovery import Discovery
-from .layer_adapter import TRACING, FactorBox, LayerAdapter, is_box, new_factors, read_factors
+from .layer_adapter import TRACING, FactorBox, LayerAdapter, get_factors, is_box, new_factors
 
 COLLECTIONS = ["params", "lora", SCALE]
 Path = tuple[str, ...]
@@ -26,7 +26,7 @@ _NAMES = (*FACTORS, *EMBEDDING_FACTORS, MAGNITUDE, SCALE, TAP, *PREVIOUS_FACTORS
 _UNUSED = "the variables contain {!r}, which an adapter of the config's variant {} does not use"
 
 
-class CollectionMap:
+class VariableMap:
     """Maps the variables of one call into the wrapped model and back.
 
     Factors of layers join the parameters at the same paths. `"lora"` itself stays, for layers with built-in
@@ -55,7 +55,7 @@ class CollectionMap:
         for path in [p for p in params if self._rule(p) is not None]:
             self._targets[path] = leaf = params[path]
             adapter = self._adapter(path, leaf)
-            a, b, *magnitude = read_factors(adapter, lambda name, path=path: lora.get((*path, name)))
+            a, b, *magnitude = get_factors(adapter, lambda name, path=path: lora.get((*path, name)))
             self._factors |= {(*path, name): lora.pop((*path, name)) for name in adapter.shapes}
             scale = scales.pop((*path, SCALE), None)
             weight = LowRankWeight(
@@ -185,5 +185,6 @@ def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
 
         return call(inner, variables)
 
-    # The layer below nn.jit and nn.remat: it hands over the variables as a tree, before they are a scope.
+    # The layer below nn.jit and nn.remat: it hands over the variables as a tree, before they are a scope. The three
+    # filters, one group each, pass all variables in and out and all keys (flax.core.lift, 0.12.8).
     return lift.pack(run, (True,), (True,), (True,), name="low_rank", enable_kwargs=True)
