@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ..._utils.validation import raise_problems
 from ...quantization.packed_array import is_packed
 from .model_files import ModelFiles, View
 from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
 from .quantized import read_packed
 
-_SHOWN = 20
 _THREADS = 4
 _PIECE = 2**22  # bytes per read, counted as float32
 _ROWS = 128  # of a tensor, copied at a time: transposing more leaves a core's cache
@@ -121,8 +121,10 @@ def check_params(
     names = {name for rule in table.rules for name in expand(rule, leaves[rule.path])}
     tensors, problems = _find_tensors(files, table, names | {name for name, _ in table.copies})
     problems += _compare_shapes(table, leaves, tensors) or _compare_copies(table, tensors)
-    if problems:
-        raise ValueError(_error_message(files, problems))
+    counts = Counter(line[0] for line in problems)
+    words = {"-": "missing", "+": "extra", "~": "misshapen or of the wrong type"}
+    summary = ", ".join(f"{counts[sign]} {word}" for sign, word in words.items() if counts[sign])
+    raise_problems(f"the weights in {files} do not match the model: {summary}; first", problems)
     return leaves, tensors
 
 
@@ -260,16 +262,6 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[Any]:
     rows = _PIECE // max(1, 4 * math.prod(shape[1:])) or 1
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
-
-
-def _error_message(files: ModelFiles, problems: list[str]) -> str:
-    counts = Counter(line[0] for line in problems)
-    words = {"-": "missing", "+": "extra", "~": "misshapen or of the wrong type"}
-    summary = ", ".join(f"{counts[sign]} {word}" for sign, word in words.items() if counts[sign])
-    first = f"the weights in {files} do not match the model: {summary}; first: {problems[0]}"
-    shown = [f"  {line}" for line in problems[:_SHOWN]]
-    rest = [f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-    return "\n".join([first, *shown, *rest])
 
 
 def _read(

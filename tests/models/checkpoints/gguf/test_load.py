@@ -235,7 +235,7 @@ def test_every_problem_of_the_tensors_is_listed_at_once(tmp_path):
         check_params(open_files(path), *model(path))
     lines = str(caught.value).splitlines()
     assert_mentions(lines[0], "1 missing", "1 extra", "3 misshapen")
-    listed = sorted(line.strip() for line in lines[1:])
+    listed = sorted([lines[0].rpartition("first: ")[2], *map(str.strip, lines[1:])])
     expected = [
         ("+ model.layers.2.post_attention_layernorm.weight", "[64]"),
         ("- layers.0.self_attn.v_proj.weight", "[32, 64]"),
