@@ -110,8 +110,9 @@ class CheckpointMerge:
             factors = [self.factors[path] for path in spec.factor_paths(key)]
             if layer is not None:
                 first = spec.base_letters[0]  # of the layers: a stacked axis, or a batch axis of a parameter
+                # np.take of a JAX array would call its method, which does not know the default mode.
                 factors = [
-                    np.take(values, layer, factor.letters.index(first))
+                    np.take(np.asarray(values), layer, factor.letters.index(first))
                     for values, factor in zip(factors, spec.factors_of(key), strict=True)
                 ]
                 axes = spec.axes if spec.stacked else spec.axes[1:]
