@@ -102,9 +102,10 @@ def suggest(name: str, known: Iterable[str], *, fallback: bool = True) -> str:
     few = len(known) <= MAX_COMPARED
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) if few else []
     if close:
-        return f"; did you mean {' or '.join(map(repr, close))}?"
+        return f"; did you mean {' or '.join(f'{x!r:.80}' for x in close)}?"
     more = f" and {len(known) - MAX_LISTED:,} more" if len(known) > MAX_LISTED else ""
-    return f"; known: {', '.join(known[:MAX_LISTED])}{more}" if known and fallback else ""
+    listed = ", ".join(f"{x:.80}" for x in known[:MAX_LISTED])
+    return f"; known: {listed}{more}" if known and fallback else ""
 
 
 MAX_COMPARED, MAX_LISTED = 1_000, 50

@@ -117,6 +117,7 @@ BAD_FILES = [
     ("a.csv", "txt,label\na,b\n", [("a.csv:1", "'text'", "'txt'")]),
     ("a.csv", "q,w\na,b\n", [("a.csv:1", "'text'", "q", "w"), ("a.csv:1", "'label'", "q", "w")]),
     ("a.csv", "text,label,text\na,b,c\n", [("a.csv:1", "'text'", "twice")]),
+    ("a.csv", "text," + "x" * 500 + "\na,b\n", [("a.csv:1", "'label'", "text, " + "x" * 80)]),
     ("a.csv", "text,label\na\nb,c,d\n", [("a.csv:2", 1, 2), ("a.csv:3", 3, 2)]),
     (
         "a.csv",
