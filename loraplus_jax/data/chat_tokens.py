@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from .._utils.validation import check_int
 from .chat_template import ChatTemplate, Rendering
 from .conversations import Chat, Turn
 from .packed_rows import ragged
@@ -73,9 +72,6 @@ def tokenize_chats(
       ValueError: the template fails, does not write the answers verbatim, ignores tools, or does not show where
         answers start and end; or a conversation has no answer token within `max_length`.
     """
-    check_int("max_length", max_length, at_least=2)
-    if answers not in ("all", "last"):
-        raise ValueError(f"answers must be all or last, got {answers!r}")
     special = special_ids(tokenizer, template)
     # GPT-2 has one token for both, which ends an answer.
     bos_token = "" if template.bos_token == template.eos_token else template.bos_token

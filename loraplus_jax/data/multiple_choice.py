@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from .._utils.validation import check_int
 from .batches import Batch, round_up
 from .chat_template import ChatTemplate
 from .chat_tokens import Tokens, find_answers, tokenize
@@ -115,7 +114,6 @@ def encode_choices(
       ValueError: the template fails or does not write a choice verbatim, or a question with a choice has more than
         `max_length` tokens (nothing is truncated).
     """
-    check_int("max_length", max_length, at_least=2)
     width = max((len(q.choices) for q in questions), default=0)
     problems, ids, masks, rows = Problems(), [], [], []
     for question, choices in zip(questions, tokenize_choices(questions, tokenizer, template), strict=True):

@@ -233,8 +233,6 @@ test_templates_that_ignore_tools_or_hide_where_answers_are = refusals(
     (of_texts(CHATML + "{% generation %}{% endgeneration %}", *"ab"), *AT, "generation"),
     (of_texts(CHATML, "a\ufdd0", "b"), "f.jsonl:1", "U+FDD0", "U+FDD1"),
     (of_turns(ONE_MARK, *WEIGHTED), *AT, "weights", 1, 2),
-    (of_texts(CHATML, "a", "b", answers="first"), "answers", "all", "last", "'first'"),
-    (lambda tokenizer: tokenize_chats([], tokenizer, template(), 1), "max_length", 2, 1),
 )
 
 
