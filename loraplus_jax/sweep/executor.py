@@ -5,7 +5,9 @@ it.
 """
 
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -14,9 +16,6 @@ from ..training.provenance import ORIGIN
 from .population import AbstractPopulation, Population, prepare_population
 from .settings import SweepRun
 from .unit import Progress, Unit, run_unit
-
-if TYPE_CHECKING:
-    from .run import Sweep
 
 
 class Opened(NamedTuple):
@@ -33,6 +32,25 @@ class Opened(NamedTuple):
     origin: Mapping[str, Any]
     members_at_once: int
     group_size: int
+
+
+class Stages(Protocol):
+    """What an executor knows of a sweep."""
+
+    directory: Path
+    allow_different: Sequence[str]
+
+    async def train(self) -> dict[str, Any]:
+        """Runs one stage after another; returns the report."""
+        ...
+
+    def named(self) -> AbstractContextManager[None]:
+        """Says in an error of whose unit it is, where there are several sweeps."""
+        ...
+
+    def follow(self, unit: Unit, progress: Progress) -> None:
+        """Learns how far a unit is."""
+        ...
 
 
 class Executor(Protocol):
@@ -59,11 +77,11 @@ class Executor(Protocol):
         """
         ...
 
-    async def run(self, sweep: "Sweep", units: Sequence[Unit]) -> list[dict[str, Any]]:
+    async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """The results of units; meanwhile `sweep.follow` learns how far they are."""
         ...
 
-    def finish(self, sweeps: "Sequence[Sweep]") -> list[dict[str, Any]]:
+    def finish(self, sweeps: Sequence[Stages]) -> list[dict[str, Any]]:
         """Runs sweeps to their ends; returns the report of each."""
         ...
 
@@ -90,11 +108,11 @@ class InProcess:
         origin = {name: population.metadata[name] for name in ORIGIN}
         return Opened(population.abstract, origin, population.programs.at_once, size)
 
-    async def run(self, sweep: "Sweep", units: Sequence[Unit]) -> list[dict[str, Any]]:
+    async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """Runs one unit after another."""
         return [self._run_unit(sweep, unit) for unit in units]
 
-    def _run_unit(self, sweep: "Sweep", unit: Unit) -> dict[str, Any]:
+    def _run_unit(self, sweep: Stages, unit: Unit) -> dict[str, Any]:
         assert self.population is not None
         with sweep.named():
             result = run_unit(
@@ -108,7 +126,7 @@ class InProcess:
         sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
         return result
 
-    def finish(self, sweeps: "Sequence[Sweep]") -> list[dict[str, Any]]:
+    def finish(self, sweeps: Sequence[Stages]) -> list[dict[str, Any]]:
         """Runs one sweep after another."""
         return [_run_through(sweep.train()) for sweep in sweeps]
 

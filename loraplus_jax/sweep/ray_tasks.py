@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -25,14 +25,11 @@ from ..training.console import LineConsole
 from ..training.distributed import LostProcess
 from ..training.run_files import OWNER
 from ..training.signals import Stopped, StopSignal
-from .executor import Opened
+from .executor import Opened, Stages
 from .population import abstract_population, load_weights, origin_of
 from .settings import SweepRun, SweepSettings
 from .unit import Progress, Unit
 from .worker import Job, measure, packages, read_progress, run_on_worker
-
-if TYPE_CHECKING:
-    from .run import Sweep
 
 LOCAL, AUTO = "local", "auto"
 RETRIES = 20
@@ -192,14 +189,14 @@ class RayTasks:
         self.jobs[path] = job = job._replace(group_size=min(group_size or at_once * (devices or 1), most))
         return Opened(abstract, origin, at_once, job.group_size)
 
-    async def run(self, sweep: "Sweep", units: Sequence[Unit]) -> list[dict[str, Any]]:
+    async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """Queues all units in Ray, and follows their progress."""
         job = self.jobs[sweep.directory]._replace(
             owner=(sweep.directory / OWNER).read_text(), allow_different=tuple(sweep.allow_different)
         )
         return await asyncio.gather(*(self._run_unit(sweep, job, unit) for unit in units))
 
-    async def _run_unit(self, sweep: "Sweep", job: Job, unit: Unit) -> dict[str, Any]:
+    async def _run_unit(self, sweep: Stages, job: Job, unit: Unit) -> dict[str, Any]:
         def poll() -> None:
             if (progress := read_progress(sweep.directory, unit)) is not None:
                 sweep.follow(unit, progress)
@@ -209,7 +206,7 @@ class RayTasks:
         sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
         return result
 
-    def finish(self, sweeps: "Sequence[Sweep]") -> list[dict[str, Any]]:
+    def finish(self, sweeps: Sequence[Stages]) -> list[dict[str, Any]]:
         """Runs all sweeps at the same time."""
 
         async def run_all() -> list[dict[str, Any]]:
