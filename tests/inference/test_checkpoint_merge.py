@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ def spec_of(axes, stacked=()):
 @pytest.mark.parametrize(("axes", "stacked"), [("lio", ()), ("io", (0,))])
 def test_layers_are_a_stacked_axis_or_one_with_a_letter_of_its_own(axes, stacked, tmp_path):
     spec, rng = spec_of(axes, stacked), np.random.default_rng(0)
-    lora = {f.path: rng.normal(size=f.shape).astype(np.float32) for f in spec.factors_of("layers/up/kernel")}
+    lora = {f.path: jnp.array(rng.normal(size=f.shape)) for f in spec.factors_of("layers/up/kernel")}
     files = open_files(write(tmp_path, tensors()))
     leaves, _ = params.check_params(files, TABLE, EXPECTED, new=("head",))
     merge = CheckpointMerge(TABLE, leaves, {"layers/up/kernel": spec}, unflatten(lora), {})
