@@ -36,7 +36,6 @@ class GlueTask:
       header: columns of files without a header line.
       dev: name of the file that serves as the test split.
       unmatched: whether there are two test splits, `test_matched` and `test_mismatched`.
-      span: lowest and highest prediction of regression.
     """
 
     folder: str
