@@ -217,7 +217,8 @@ def _search(settings: Any, words: Sequence[str], topology: str | None, json: Pat
         code = _report(f"error: {explain_no_fit(search)}", 2)
     if json is not None:
         write_search(json, search, settings, command)
-    return code
+    # Ctrl-C asks for the best so far; who sends another signal wants an end.
+    return code if search.received in (None, signal.SIGINT) else 128 + search.received
 
 
 def _fits(settings: Any, words: Sequence[str], topology: bool, search: bool, json: Path | None) -> int:

@@ -335,7 +335,7 @@ def resolve(
     if match := _HUB_IDS[kind].fullmatch(value):
         # A mistyped path would be taken for the name of a stranger's repository.
         if os.path.isdir(first := path.parts[0]):
-            siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+            siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
             raise ValueError(
                 f"cannot find the {kind} {value!r}{suggest(path.name, siblings, fallback=False)}; it is not "
                 f"downloaded from the Hub, as there is a directory {first!r} here: run elsewhere for that"

@@ -35,7 +35,6 @@ class GlueTask:
       metrics: GLUE's metrics; the first selects the best evaluation.
       header: columns of files without a header line.
       dev: name of the file that serves as the test split.
-      unmatched: whether there are two test splits, `test_matched` and `test_mismatched`.
     """
 
     folder: str
@@ -47,7 +46,6 @@ class GlueTask:
     metrics: tuple[str, ...] = ("accuracy",)
     header: tuple[str, ...] = ()
     dev: str = "dev"
-    unmatched: bool = False
 
     @property
     def kind(self) -> Literal["classification", "regression"]:
@@ -62,7 +60,6 @@ MNLI = GlueTask(
     label="gold_label",
     names=("entailment", "neutral", "contradiction"),
     dev="dev_matched",
-    unmatched=True,
 )
 COLA_HEADER = ("source", "label", "mark", "sentence")
 GLUE: dict[str, GlueTask] = {

@@ -105,7 +105,11 @@ def format_fits(fits: Fits, settings: Settings) -> str:
         quantize: settings.model.param_dtype if quantize == "none" else quantize
         for quantize in dict.fromkeys(fit.quantize for fit in fits.fits)
     }
-    needed = {(fit.quantize, fit.number): _size(fit.needed) for fit in fits.fits if fit.gpu == COMPILED_FOR}
+    needed = {
+        (fit.quantize, fit.number): f"{'over ' if fit.problem else ''}{_size(fit.needed)}"
+        for fit in fits.fits
+        if fit.gpu == COMPILED_FOR
+    }
     names = (f"needed per GPU, {form}" for form in forms.values())
     rows = [("GPUs", "rows per step", "micro-batches", "rows per GPU at a time", *names)]
     for count, spread in fits.settings.items():
@@ -138,8 +142,10 @@ def format_fits(fits: Fits, settings: Settings) -> str:
 
 
 def _fit_cell(fit: Fit) -> str:
-    if not fit.fits:
+    if fit.needed > fit.limit:
         return f"no, {_size(fit.needed - fit.limit)} too much"
+    if fit.problem is not None:
+        return "no, the compiler ran out of memory"
     return f"yes{'' if fit.needed <= fit.available else '*'}, {_size(fit.limit - fit.needed)} left"
 
 

@@ -117,6 +117,7 @@ class Search:
       rejected: why training would reject that layout; None if it would not.
       trials: the layouts that training accepts, with all weights split over `fsdp` or none, by their estimates.
       complete: whether the search ended by itself.
+      received: the signal that ended it, if one did.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Search:
         data, fsdp, tensor = own.devices.shape
         self.current = Layout(data, fsdp, tensor, settings.train.accumulate, settings.model.remat)
         self.rejected: str | None = None
-        self.complete = False
+        self.complete, self.received = False, None
         self._counted: dict[str, Work | None] = {}
         layouts = list(self._layouts({field for field, name in SETTINGS.items() if name in fixed}))
         if not layouts:
@@ -167,7 +168,8 @@ class Search:
         with StopSignal() as stop:
             for line in self._try_layouts():
                 report(line)
-                if stop.received:
+                if (number := stop.received) is not None:
+                    self.received = number
                     report("interrupted")
                     return
         self.complete = True

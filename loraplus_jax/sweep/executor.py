@@ -5,7 +5,6 @@ it.
 """
 
 from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -42,10 +41,6 @@ class Stages(Protocol):
 
     async def train(self) -> dict[str, Any]:
         """Runs one stage after another; returns the report."""
-        ...
-
-    def named(self) -> AbstractContextManager[None]:
-        """Says in an error of whose unit it is, where there are several sweeps."""
         ...
 
     def follow(self, unit: Unit, progress: Progress) -> None:
@@ -114,15 +109,14 @@ class InProcess:
 
     def _run_unit(self, sweep: Stages, unit: Unit) -> dict[str, Any]:
         assert self.population is not None
-        with sweep.named():
-            result = run_unit(
-                self.population,
-                unit,
-                sweep.directory,
-                console=self.console,
-                allow_different=sweep.allow_different,
-                tell=lambda progress: sweep.follow(unit, progress),
-            )
+        result = run_unit(
+            self.population,
+            unit,
+            sweep.directory,
+            console=self.console,
+            allow_different=sweep.allow_different,
+            tell=lambda progress: sweep.follow(unit, progress),
+        )
         sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
         return result
 

@@ -290,13 +290,9 @@ class MethodSweep(Sweep):
         self.label, self.labels = label, dict.fromkeys(map(str, run.arms), label)
         self.title = f"{label}: " if executor.is_concurrent else ""
 
-    def named(self) -> contextlib.AbstractContextManager[None]:
-        """Errors name the method."""
-        return _named(self.run.name)
-
     async def train(self) -> dict[str, Any]:
         """As for a sweep; a method of which every setting diverges is reported as such."""
-        with self.named():
+        with _named(self.run.name):
             try:
                 return await super().train()
             except TrainingFailed:

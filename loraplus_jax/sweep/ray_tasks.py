@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,7 @@ class RayTasks:
         model = to_json(run.to_json()["model"])
         if model not in self.weights:
             self.weights[model] = fingerprint(load_weights(abstract))
+            self.check_stop()
         origin = origin_of(run, abstract, self.weights[model])
         path = expand_path("output_dir", run.output_dir)
         job = Job(
@@ -201,8 +202,7 @@ class RayTasks:
             if (progress := read_progress(sweep.directory, unit)) is not None:
                 sweep.follow(unit, progress)
 
-        with sweep.named():
-            result = await self.call(run_on_worker, job, unit, poll=poll)
+        result = await self.call(run_on_worker, job, unit, poll=poll)
         sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
         return result
 
@@ -212,7 +212,20 @@ class RayTasks:
         async def run_all() -> list[dict[str, Any]]:
             return await asyncio.gather(*(sweep.train() for sweep in sweeps))
 
-        return asyncio.run(run_all())
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            reports = asyncio.run(run_all())
+        else:  # a notebook's, in this thread
+            with ThreadPoolExecutor(1) as pool:
+                reports = pool.submit(lambda: asyncio.run(run_all())).result()
+        self.check_stop()
+        return reports
+
+    def check_stop(self) -> None:
+        """Raises Stopped after a signal."""
+        if self.stop.received is not None:
+            raise Stopped(self.stop.received, "stopped; rerun the same command to resume")
 
     async def call(
         self, function: Any, *arguments: Any, poll: Callable[[], None] = lambda: None
@@ -234,13 +247,13 @@ class RayTasks:
         )
         answer = None
         while answer is None:  # a signal stops the worker whose host shuts down
+            self.check_stop()
             self.called.add(reference := task.remote(*arguments))
             # Asked and not awaited: Ray may end a task after the event loop, and would then print an error.
             future = reference.future()
             while not future.done():
                 await asyncio.sleep(POLL_SECONDS)
-                if self.stop.received is not None:
-                    raise Stopped(self.stop.received, "stopped; rerun the same command to resume")
+                self.check_stop()
                 poll()
             self.called.discard(reference)
             answer = self._read(future)

@@ -1,8 +1,7 @@
 """Runs a sweep: search, then report, in units that any executor runs and that can be interrupted anywhere.
 
 The search trains all settings in parallel on the search seeds and drops or keeps them by validation loss. The
-report trains the best setting of LoRA, the best of LoRA+ and a control to the end on new seeds, all at once or in
-groups of seeds.
+report trains the best setting of LoRA, the best of LoRA+ and a control to the end on new seeds.
 
 The sweep computes rungs, winners and verdict from the results of units, which are files. So it keeps no state of
 its own: started again, it reads the results that exist and runs the other units.
@@ -141,10 +140,6 @@ class Sweep:
     def steps(self) -> int:
         """Optimizer steps of a full run."""
         return self.abstract.steps
-
-    def named(self) -> contextlib.AbstractContextManager[None]:
-        """There is one sweep alone."""
-        return contextlib.nullcontext()
 
     async def train(self) -> dict[str, Any]:
         """Runs one stage after another; returns the report."""

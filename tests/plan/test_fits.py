@@ -78,9 +78,13 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(tmp_path, monkeypatch)
         "_bytes_needed",
         lambda settings, gpu, *_: (1, "no shared memory" if gpu.name != "l4" else None),
     )
-    fits = find_fits(llama(tmp_path), print).fits
-    assert {fit.gpu for fit in fits if fit.fits} == {"l4"}
-    assert all(fit.exact for fit in fits)
+    settings = llama(tmp_path)
+    fits = find_fits(settings, print)
+    assert {fit.gpu for fit in fits.fits if fit.fits} == {"l4"}
+    assert all(fit.exact for fit in fits.fits)
+    text = format_fits(fits, settings)
+    assert_mentions(text, "no, the compiler ran out of memory", "over")
+    assert "no, -" not in text
 
 
 def test_batches_are_split_over_the_gpus(tmp_path):

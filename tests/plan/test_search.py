@@ -196,7 +196,7 @@ def test_an_interrupt_keeps_the_best_so_far(fake_search, all_layouts, monkeypatc
 
     monkeypatch.setattr(module, "count_work", interrupted)
     search.run()
-    assert not search.complete
+    assert (search.complete, search.received) == (False, signal.SIGINT)
     assert [trial.layout for trial in search.trials if trial.plan] == compiled == [search.current]
     assert sum(trial.work is not None for trial in search.trials) == 2  # the one in work was counted
     assert_mentions(format_search(search, all_layouts[0], []), "not compiled")
