@@ -154,11 +154,14 @@ def take_list(values: Mapping[str, Any], column: str) -> list[Any]:
     value = values.get(column)
     if column not in values:
         raise ValueError(f"no column {column!r}{suggest(column, values)}")
+    reason = ""
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):
+        try:
             value = parse_json(value)
+        except ValueError as error:
+            reason = f": {error}"
     if not isinstance(value, list) or not value:
-        raise ValueError(f"column {column!r} must be a non-empty list, got {as_json(value):.40}")
+        raise ValueError(f"column {column!r} must be a non-empty list, got {as_json(value):.40}{reason}")
     return value
 
 
@@ -238,13 +241,15 @@ def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], to_train
 
 def _messages(value: Any) -> list[Any]:
     """A list of messages, which is JSON in CSV and TSV; empty for anything else, such as text that is JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(ValueError):
-            value = parse_json(value)
-        is_message = lambda x: isinstance(x, dict) and str(x.get("role", x.get("from"))) in ROLES  # noqa: E731
-        if not all(map(is_message, value)):
-            return []
-    return value if isinstance(value, list) else []
+    if not isinstance(value, str):
+        return value if isinstance(value, list) else []
+    try:
+        found = json.loads(value) if value.lstrip().startswith("[") else []
+    except (ValueError, RecursionError):
+        return []
+    is_message = lambda x: isinstance(x, dict) and str(x.get("role", x.get("from"))) in ROLES  # noqa: E731
+    # What the other JSON may not have, such as a key twice, is an error here too: it is no text.
+    return parse_json(value) if all(map(is_message, found)) and found else []
 
 
 def _parse_tools(values: Mapping[str, Any], columns: Mapping[str, str]) -> str:
@@ -255,7 +260,15 @@ def _parse_tools(values: Mapping[str, Any], columns: Mapping[str, str]) -> str:
         raise ValueError(
             f"column {columns['tools']!r} must be a list of JSON objects, got {as_json(tools):.60}"
         )
-    return json.dumps(tools, ensure_ascii=False)
+    return _dump(tools, f"column {columns['tools']!r}")
+
+
+def _dump(value: Any, name: str) -> str:
+    """JSON for the template. Parquet has values that it has not: times, decimals, bytes, NaN."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from None
 
 
 def _parse_messages(messages: Sequence[Any], untrained: int = 0) -> list[Turn]:
@@ -298,7 +311,7 @@ def _parse_message(message: Any, *, trained: bool) -> Turn:
         )
     trained = _parse_weight(role, message, trained)
     return Turn(
-        role, text, trained or role != "assistant", json.dumps(extra, ensure_ascii=False) if extra else ""
+        role, text, trained or role != "assistant", _dump(extra, f": {', '.join(extra)}") if extra else ""
     )
 
 

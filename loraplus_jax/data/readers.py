@@ -351,7 +351,12 @@ def _parquet_records(path: Path, columns: Sequence[str], problems: Problems) -> 
                 if column not in names:
                     problems.add(f"{path}: item 1", f"no column {column!r}{suggest(column, names)}")
             for batch in () if problems.count else file.iter_batches(columns=list(columns) or None):
-                for record in batch.to_pylist():
+                try:
+                    records = batch.to_pylist()
+                except (OverflowError, ValueError) as error:  # years that Python has not, invalid UTF-8
+                    what = f"cannot read the rows from item {number + 1} on: {error}"
+                    raise ValueError(f"{path}: {what}") from None
+                for record in records:
                     number += 1
                     yield f"{path}: item {number}", {c: _without_nulls(v) for c, v in record.items()}
     except pyarrow.ArrowException as error:

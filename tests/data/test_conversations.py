@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+from decimal import Decimal
 
 import pytest
 
@@ -69,6 +71,41 @@ def test_parquet_files_hold_messages_of_which_some_lack_fields(tmp_path):
     first, second = read_chats(tmp_path / "a.parquet")
     assert (first.turns, first.place) == ((Turn(*U), Turn(*A)), f"{tmp_path / 'a.parquet'}: item 1")
     assert second.turns == _read(tmp_path, TOOL_TALK)[0].turns
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [({"x": Decimal("1.5")}, "Decimal"), ({"x": math.nan}, "Out of range"), ({"x": b"a"}, "bytes")],
+)
+def test_arguments_of_parquet_that_are_not_json_are_named(tmp_path, call, named):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    row = _said(U, A)
+    row["messages"][1]["tool_calls"] = [{"function": {"name": "f", "arguments": call}}]
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=mentions("a.parquet: item 1", "turn 2", "tool_calls", named)):
+        read_chats(tmp_path / "a.parquet")
+
+
+def test_a_cell_of_messages_that_is_odd_json_is_no_text(tmp_path):
+    """It would be trained on as its own source."""
+    path = tmp_path / "a.csv"
+    for content, named in (
+        (r'"hi \ud83d"', "surrogate"),
+        ('"a", "role": "user"', "twice|duplicate"),
+        ("NaN", "NaN"),
+    ):
+        prompt = f'[{{"role": "user", "content": {content}}}]'
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["prompt", "completion"], [prompt, "yes"]])
+        with pytest.raises(ValueError, match=f"a.csv:2: .*({named})"):
+            read_chats(path)
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["messages"], [prompt]])
+        with pytest.raises(ValueError, match=f"a.csv:2: column 'messages' .*({named})"):
+            read_chats(path)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "completion"], ["[1, 2]", "[3]"]])
+    assert read_chats(path)[0].turns == (Turn("user", "[1, 2]"), Turn("assistant", "[3]"))
 
 
 def test_what_may_be_missing_and_what_goes_first(tmp_path):

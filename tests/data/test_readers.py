@@ -110,6 +110,15 @@ def test_values_that_only_parquet_has(tmp_path, value, named):
         read_rows(tmp_path / "a.parquet", ["text", "label"])
 
 
+def test_a_parquet_value_that_python_has_not_is_named_with_its_file(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(
+        pyarrow.table({"at": pyarrow.array([2**62], pyarrow.timestamp("ms"))}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(ValueError, match=mentions("a.parquet", "item 1")):
+        list(read_records(tmp_path / "a.parquet", Problems()))
+
+
 BAD_FILES = [
     ("a.csv", "", [("a.csv:1", "empty")]),
     ("a.jsonl", " \n", [("a.jsonl:1", "empty")]),
