@@ -22,11 +22,14 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
 _DIGITS = "digits"
+_WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+"""Those of which llama.cpp adds BOS if the file does not say."""
 # Supported values of `tokenizer.ggml.pre`: a regular expression, digits (split, then as GPT-2), or None for GPT-2.
 _PRE_TOKENIZERS: Mapping[str, str | None] = {
     **dict.fromkeys(("default", "gpt-2", "phi-2", "olmo", "mpt"), None),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
+    # SmolLM3 has smaug-bpe, and OLMo 2 has dbrx.
+    **dict.fromkeys((*_WITH_BOS, "smaug-bpe", "dbrx"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
 }
 # Characters of a token in a GGUF file, whose every split is tried.
@@ -167,9 +170,7 @@ def _add_bos_eos(result: "Tokenizer", file: Gguf, tokens: Sequence[str]) -> None
     """Makes the tokenizer add BOS and EOS as the file says, or else by llama.cpp's defaults."""
     from tokenizers import processors
 
-    by_default = file.one("tokenizer.ggml.model") == "llama" or (
-        _PRE_TOKENIZERS[file.one("tokenizer.ggml.pre", "default")] == _LLAMA3
-    )
+    by_default = file.one("tokenizer.ggml.model") == "llama" or file.one("tokenizer.ggml.pre") in _WITH_BOS
     add = {
         "bos": file.one("tokenizer.ggml.add_bos_token", by_default),
         "eos": file.one("tokenizer.ggml.add_eos_token", False),

@@ -94,7 +94,7 @@ DIGITS, SPELLED = "hello hello1234 \n", "I'LL (x)\n\ny"
     [
         *((pre, DIGITS, "hello| hello|1234| \n") for pre in ("gpt-2", None)),
         *((pre, DIGITS, "hello| hello|1|2|3|4| \n") for pre in ("smollm", "qwen2")),
-        ("llama-bpe", DIGITS, "hello| hello|123|4| \n"),
+        *((pre, DIGITS, "hello| hello|123|4| \n") for pre in ("llama-bpe", "smaug-bpe", "dbrx")),
         ("gpt-2", SPELLED, "I|'|LL| (|x|)|\n|\n|y"),
         *((pre, SPELLED, "I|'LL| (|x|)\n\n|y") for pre in ("llama3", "qwen2")),
     ],
@@ -129,6 +129,7 @@ def test_qwen2_composes_characters_and_user_tokens_are_never_split(tmp_path):
         (byte_level(add_bos_token=False), "hello"),
         (byte_level(), "hello"),
         (byte_level("llama-bpe"), "<s> hello"),
+        (byte_level("smaug-bpe"), "hello"),
         (byte_level("llama-bpe", add_bos_token=False), "hello"),
         (byte_level("llama-bpe", bos_token_id=None), "hello"),
         (pieces(), "<s> ▁ he l lo"),
