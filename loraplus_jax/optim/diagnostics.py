@@ -160,7 +160,8 @@ def _states_at(tx: Any, params: Any, step: int) -> list[LoRAPlusState]:
     def run() -> list[LoRAPlusState]:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
         state = tx.init(zeros)
-        if step:
+        # Multiples are the same at every step; the wrapped optimizer's update may need more, such as the loss.
+        if step and not all(found.relative for found in find_states(state)):
             # A schedule reads its step from an optax state's leaf `count`; no public call sets all of them.
             counts = {
                 p: jnp.full_like(x, step)
@@ -170,8 +171,14 @@ def _states_at(tx: Any, params: Any, step: int) -> list[LoRAPlusState]:
             _, state = tx.update(zeros, replace_paths(state, counts), zeros)
         return [found.replace(inner_state=None) for found in find_states(state)]
 
-    states = jax.jit(run)()  # under jit, where the compiler drops the moments
-    if step and any(state.count != step + 1 for state in states):
+    try:
+        states = jax.jit(run)()  # under jit, where the compiler drops the moments
+    except TypeError as error:  # JAX's errors about traced numbers are such, too
+        raise ValueError(
+            "the optimizer has no rates by step, as its update needs more than gradients or a schedule cannot be "
+            f"traced: {str(error).splitlines()[0]:.160}; pass its state and step=0"
+        ) from error
+    if step and any(not state.relative and state.count != step + 1 for state in states):
         raise ValueError(f"step must be 0 with an optimizer that skips updates, got {step}; pass the inner")
     return states
 

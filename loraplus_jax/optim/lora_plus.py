@@ -193,25 +193,36 @@ def lora_plus_adamw(
         rate = learning_rate if own_rates[role] is None else own_rates[role]
         groups[role] = rate, own_decays.get(role, weight_decay)
     undecayed = functools.partial(_undecayed, decay_mask)
+    keys: dict[tuple[Role, bool], tuple[Any, Any]] = {(role, True): group for role, group in groups.items()}
+    if decay_mask is not None:
+        keys |= {(role, False): (rate, 0.0) for role, (rate, _) in groups.items()}
     # Roles with equal settings share one AdamW, so that with lr_ratio 1 there is one, as in plain LoRA. A traced
     # number or a schedule equals only itself: the state's structure must not depend on values that jit hides.
-    first: dict[Any, Role] = {}
-    chain_of = {
-        role: first.setdefault(tuple(x if isinstance(x, int | float) else id(x) for x in group), role)
-        for role, group in groups.items()
+    first: dict[Any, tuple[Role, bool]] = {}
+    key_of = {
+        key: first.setdefault(tuple(x if isinstance(x, int | float) else id(x) for x in group), key)
+        for key, group in keys.items()
     }
 
-    def decays(tree: Any) -> Any:
-        return replace_paths(jax.tree.map(lambda _: True, tree), dict.fromkeys(undecayed(tree), False))
-
     def make_chain(rate: Any, w: Any) -> Any:
-        mask = None if decay_mask is None else decays
         if direction is None:
-            return optax.adamw(rate, b1, b2, eps, weight_decay=w, mask=mask)
-        return optax.chain(optax.add_decayed_weights(w, mask), optax.scale_by_learning_rate(rate))
+            return optax.adamw(rate, b1, b2, eps, weight_decay=w)
+        return optax.chain(optax.add_decayed_weights(w), optax.scale_by_learning_rate(rate))
 
-    chains: dict[Any, Any] = {name: make_chain(*groups[name]) for name in first.values()}
-    tx = optax.multi_transform(chains, lambda tree: jax.tree.map(chain_of.get, labels(tree)))
+    def group_name(role: Role, decays: bool) -> str:
+        return role if decays else f"{role}, no decay"
+
+    def names(tree: Any) -> Any:
+        # Of the whole tree, since the trees of single groups lack leaves, which a user's function may not expect.
+        roles, without = labels(tree), undecayed(tree)
+        chosen = {
+            path: group_name(*key_of[role, path not in without])
+            for path, role in leaves_by_path(roles).items()
+        }
+        return replace_paths(roles, chosen)
+
+    chains: dict[Any, Any] = {group_name(*key): make_chain(*keys[key]) for key in first.values()}
+    tx = optax.multi_transform(chains, names)
     before = [transform for transform in (precondition, direction) if transform is not None]
     if max_grad_norm is not None:
         check_number("max_grad_norm", max_grad_norm, above=0.0, allow_arrays=True)

@@ -51,6 +51,9 @@ def test_a_wrapped_optimizer_shows_multiples():
     table = describe(TRAINABLE, lora_plus(optax.sgd(0.1), lr_ratio=4.0))
     assert [(row.rate, row.decay, row.relative) for row in table.rows] == [(n, None, True) for n in (1, 4, 1)]
     assert "4 x base" in str(table)
+    # Its update needs the loss.
+    plateau = lora_plus(optax.contrib.reduce_on_plateau(), lr_ratio=4.0)
+    assert [row.rate for row in describe(TRAINABLE, plateau, step=7).rows] == [1, 4, 1]
 
 
 @pytest.mark.slow
@@ -76,6 +79,16 @@ test_describe_of_what_it_does_not_know = refusals(
     (lambda: describe(TRAINABLE, optax.adam(1e-3).init(TRAINABLE)), "lora_plus_adamw"),
     (lambda: describe(TRAINABLE, lora_plus_adamw(1e-3, 4.0).init(TRAINABLE["lora"])), "trainable variables"),
     error=TypeError,
+)
+test_describe_without_rates_by_step = refusals(
+    (lambda: describe(TRAINABLE, lora_plus_adamw(lambda n: 1e-3 / int(n + 1), 4.0)), "traced", "state"),
+    (
+        lambda: describe(
+            TRAINABLE, optax.chain(optax.contrib.reduce_on_plateau(), lora_plus_adamw(1e-3, 4.0)), step=7
+        ),
+        "value",
+        "state",
+    ),
 )
 
 

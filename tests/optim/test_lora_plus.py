@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from loraplus_jax import LoRAPlusConfig, lora_plus, lora_plus_adamw
 from loraplus_jax.adapter.spec import AdapterSpec
@@ -125,10 +126,15 @@ def is_decayed(tree):
     return jax.tree.map_with_path(lambda path, _: not any(x in text(path) for x in KEPT), tree)
 
 
+def is_matrix(tree):
+    kept = lambda path, x: x.ndim > 1 and not any(name in "/".join(path) for name in KEPT)  # noqa: E731
+    return traverse_util.path_aware_map(kept, tree)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "decay"),
-    [("kernels", "coupled"), (is_decayed, "equal")],
+    [("kernels", "coupled"), (is_decayed, "equal"), (is_matrix, "coupled")],
 )
 def test_a_mask_says_which_leaves_decay_and_the_table_shows_it(mask, decay):
     tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, decay=decay, decay_mask=mask)
