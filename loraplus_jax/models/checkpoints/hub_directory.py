@@ -1,5 +1,6 @@
 """A Hugging Face directory: `config.json`, safetensors files and the files of a tokenizer."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -30,6 +31,8 @@ TOKENIZER_FILES = (
 """The files of a tokenizer and of generation's defaults that are copied."""
 _PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 """Fields that say where the files were on someone's machine; nothing reads them."""
+_tried: set[bytes] = set()
+"""Digests of valid tokenizers: a sweep opens the model once per unit."""
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -83,7 +86,10 @@ class HubDirectory(ModelFiles):
                 f"{self.path} has no tokenizer.json; save the model with a fast tokenizer to create it"
             )
         source = read_text(path)
-        run_job(f"{path} is not a valid tokenizer", "try_tokenizer", source=source)
+        digest = hashlib.sha256(source.encode()).digest()
+        if digest not in _tried:
+            run_job(f"{path} is not a valid tokenizer", "try_tokenizer", source=source)
+            _tried.add(digest)
         result = Tokenizer.from_str(source)
         result.no_padding()
         result.no_truncation()
@@ -185,7 +191,9 @@ def _open(path: Path) -> "_SafetensorsFile":
         raise ValueError(f"{path} is missing, but the index lists it")
     check_file(path)
     try:
-        return _SafetensorsFile(path, safetensors.safe_open(path, framework="np"))
+        opened = safetensors.safe_open(path, framework="np")
+        # At once, so that a file that replaces it is not read by this header.
+        return _SafetensorsFile(opened, np.memmap(path, np.uint8, "r").view(np.ndarray))
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}; "
@@ -197,15 +205,14 @@ def _open(path: Path) -> "_SafetensorsFile":
 class _SafetensorsFile:
     """A file that safetensors has opened and checked, and mapped."""
 
-    path: Path
     opened: Any
+    mapped: np.ndarray
 
     @cached_property
     def header_and_data(self) -> tuple[dict[str, Any], np.ndarray]:
         """The JSON header, and the mapped bytes that its offsets refer to."""
-        mapped = np.memmap(self.path, np.uint8, "r").view(np.ndarray)
-        start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-        return json.loads(mapped[8:start].tobytes()), mapped[start:]
+        start = 8 + int.from_bytes(self.mapped[:8].tobytes(), "little")
+        return json.loads(self.mapped[8:start].tobytes()), self.mapped[start:]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class View(Protocol):
 
 
 class ModelFiles(abc.ABC):
-    """The files of a model, from `open_files`: each is read at most once, when something in it is first asked for.
+    """The files of a model, from `open_files`: each is opened when something in it is first asked for, and kept.
 
     Attributes:
       path: the path that was opened.

@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from loraplus_jax.models.checkpoints import hub_directory
 from loraplus_jax.models.files import open_files
 
 from ...messages import mentions
@@ -62,6 +65,21 @@ def test_gemma_3_s_token_for_an_image_is_left_out_of_a_model_of_text(directory):
     own.save(str(file))
     with pytest.raises(ValueError, match=mentions("<more>", "embedding", "4 rows")):
         assert open_files(directory).tokenizer
+
+
+def test_a_valid_tokenizer_is_tried_once(directory, monkeypatch):
+    ours = open_files(directory).tokenizer.to_str()
+    monkeypatch.setattr(hub_directory, "run_job", None)
+    assert open_files(directory).tokenizer.to_str() == ours
+
+
+def test_a_file_that_is_replaced_is_read_as_it_was_opened(tmp_path):
+    old, new = (tmp_path / name for name in ("model.safetensors", "new"))
+    save_file({"x": np.arange(4.0)}, old)
+    view = open_files(tmp_path).tensors["x"]
+    save_file({"x": np.ones(4)}, new)
+    new.rename(old)
+    assert view[:].tolist() == [0, 1, 2, 3]
 
 
 def with_file(name, content, read="tokenizer"):
