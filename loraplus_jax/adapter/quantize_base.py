@@ -10,7 +10,7 @@ from .._utils.validation import suggest
 from ..quantization.formats import QuantizeTo
 from ..quantization.packed_array import is_packed, quantize
 from .spec import AdapterSpec, Specs
-from .tree import flatten, rebox, replace_leaves
+from .tree import flatten, rebox, replace_leaves, weight_of
 
 
 def quantize_base(
@@ -30,7 +30,8 @@ def quantize_base(
       The variables with a `PackedArray` in place of each of these weights.
 
     Raises:
-      ValueError: a rule matches nothing or has more letters than the weight has axes, or the weight is packed.
+      ValueError: a rule matches nothing or has more letters than the weight has axes, or a weight is missing or
+        packed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,6 +67,7 @@ def _targets(flat: Mapping[str, Any], targets: Any) -> dict[str, tuple[str, bool
                 raise ValueError(
                     f"{target.leaf}: its layers are stacked along axes {target.stacked}; packed ones must lead"
                 )
+            weight_of("base", flat, target)
             found[target.leaf] = target.axes, target.kind == "embed", len(target.stacked)
             continue
         paths = [path for path in flat if re.fullmatch(key, path.removeprefix("params/"))]

@@ -166,12 +166,12 @@ def factors_by_module(where: str, lora: Mapping[str, Any], specs: Specs) -> dict
         which the caller would lose. The message begins with `where`.
     """
     variables = with_collection(lora, specs)
-    if specs and (others := variables.keys() - {"lora"}):
+    if "lora" in variables and (others := variables.keys() - {"lora"}):
         raise ValueError(
             f"{where}: pass only the adapters, got also fully trained parameters in {sorted(others)[:5]}"
         )
     flat = flatten(variables.get("lora", lora))
-    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in flat.items()}
     expected = {f.path: f.shape for module, spec in specs.items() for f in spec.factors_of(module)}
     paths = sorted(shapes.keys() | expected.keys())
     if differing := [path for path in paths if shapes.get(path) != expected.get(path)]:

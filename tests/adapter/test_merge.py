@@ -61,6 +61,8 @@ test_merge_rejects_what_does_not_fit = refusals(
     (lambda: merge(BASE, LORA, {"k": spec()}), "k/lora_a", "k/lora_b", "q/lora_a", "q/lora_b"),
     (lambda: merge(BASE, {}, {"q": spec()}), "q/lora_a"),
     (lambda: merge(BASE, LORA, {}), "q/lora_a"),
+    (lambda: merge(BASE, {"lora": {}, "params": {"h": KERNEL}}, {}), "fully trained", "params"),
+    (lambda: merge(BASE, {"q": LORA["q"] | {"lora_a": 1.0}}, {"q": spec()}), "q/lora_a", "()", "(2, 1)"),
     (lambda: merge({"params": {}}, LORA, {"q": spec()}), "params/q/kernel", "(2, 2)", "missing"),
     (
         lambda: merge({"params": {"q": {"kernel": KERNEL[:1]}}}, LORA, {"q": spec()}),

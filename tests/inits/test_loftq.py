@@ -72,6 +72,11 @@ def test_some_layers_of_a_stack_are_rejected(parts):
         loftq(base, "nf4", some)
 
 
+def test_a_missing_weight_is_named(parts):
+    with pytest.raises(ValueError, match=mentions("params/table/embedding", "missing")):
+        loftq({"params": {}}, "nf4", {"table": parts[2]["table"]})
+
+
 @pytest.mark.slow
 def test_layers_see_the_weights_in_the_dtype_of_the_base(parts):
     base, _, specs = parts
