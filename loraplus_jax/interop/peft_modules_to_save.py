@@ -60,14 +60,14 @@ def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str
         ):
             problems.append(f"{name} must be a copy of {original}, but differs{why}")
     # PEFT's embedding without the head's tensors is one whose head it left alone.
-    pairs = [("weight", "weight", "modules_to_save"), *((b, a, "target_modules") for a, b in OF_HEAD.items())]
-    problems += [
-        f"{head}.{end} is missing, but the model's head is tied to {embedding}, which is trained: train in PEFT "
-        f"with ensure_weight_tying=True and {head} in {option}; {_UNTIE}"
-        for head, embedding in heads.items()
-        for name, end, option in pairs
-        if f"{embedding}.{name}" in tensors and f"{head}.{end}" not in tensors
-    ]
+    for head, embedding in heads.items():
+        for option, ends in (("modules_to_save", {"weight": "weight"}), ("target_modules", OF_HEAD)):
+            needed = [f"{head}.{end}" for end, name in ends.items() if f"{embedding}.{name}" in tensors]
+            if missing := [name for name in needed if name not in tensors]:
+                problems.append(
+                    f"the file lacks {' and '.join(missing)}, but the model's head is tied to {embedding}, which "
+                    f"is trained: train in PEFT with ensure_weight_tying=True and {head} in {option}; {_UNTIE}"
+                )
     return kept, problems
 
 
