@@ -7,11 +7,10 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, Strict, ValidationError
 
-from .._utils.validation import check_choice
+from .._utils.validation import MOST_PROBLEMS, check_choice
 from .activations import ACTIVATIONS
 
 MAX_LAYERS, MAX_SIZE = 1_000, 2**24
-_SHOWN = 20
 _SAID = {"missing": "is missing", "unexpected_keyword_argument": "is not supported"}
 
 # Files of others may state any number, so each has bounds: a model of these sizes is traced before the weights are
@@ -118,8 +117,9 @@ class ModelConfig:
         except ValidationError as error:
             problems = [*problems, *map(cls._describe, error.errors())]
         if made is None or problems:
-            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-            raise ValueError("config.json: " + "; ".join([*problems[:_SHOWN], *more]))
+            left = len(problems) - MOST_PROBLEMS
+            more = [f"and {left} more"] if left > 0 else []
+            raise ValueError("config.json: " + "; ".join([*problems[:MOST_PROBLEMS], *more]))
         return made
 
     @classmethod

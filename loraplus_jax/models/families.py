@@ -21,7 +21,7 @@ class Family(NamedTuple):
       model: class of its models.
       name_table: makes the name table for a config.
       sharding: sharding rules of the parameters.
-      prefix: prefix of all module names there except the head's.
+      prefix: prefix of all module names in a checkpoint except the head's.
     """
 
     config: type[Config]

@@ -122,6 +122,7 @@ class Yarn(_Scaling):
     attention_factor: Positive | None = None
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
+    truncate: Literal[True] = True
 
     def frequencies(self, angles: Angles) -> np.ndarray:
         size, plain = angles.size, angles.plain

@@ -83,7 +83,7 @@ def field_differences(
         old, new = saved.get(name, "absent"), current.get(name, "absent")
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += field_differences(old, new, labels, f"{prefix}{name}.")
-        elif json.dumps(old) != json.dumps(new):
+        elif old != new and json.dumps(old) != json.dumps(new):  # 2 is 2.0, and a list of JSON a tuple
             values = (f"{json.dumps(value)} {label}" for value, label in zip((old, new), labels, strict=True))
             lines.append(f"{prefix}{name} is {' and '.join(values)}")
     return lines

@@ -95,8 +95,12 @@ def check_identity(
     saved = metadata.get("identity", {})
     if not isinstance(saved, Mapping) or not isinstance(saved.get("base", {}), Mapping):
         raise ValueError(f"{source}: identity must be a mapping from parts to values, got {saved!r:.80}")
+    base = dict(saved.get("base", {}))
+    if isinstance(config := base.get("config"), Mapping) and "rope_scaling" in config:
+        base["config"] = {**config, "rope_scaling": _by_name(config["rope_scaling"])}
     if (fingerprint := metadata.get("base")) is not None:
-        saved = {**saved, "base": {**saved.get("base", {}), "weights": fingerprint}}
+        base["weights"] = fingerprint
+    saved = {**saved, "base": base}
     if weights is not None:
         identity = {**identity, "base": {**identity.get("base", {}), "weights": weights}}
     differences = [
@@ -165,6 +169,13 @@ def _common(values: Any, others: Any) -> Any:
     if not isinstance(values, Mapping) or not isinstance(others, Mapping):
         return values
     return {name: _common(value, others[name]) for name, value in values.items() if name in others}
+
+
+def _by_name(scaling: Any) -> Any:
+    """A saved `rope_scaling`: earlier versions have pairs of name and value, and none without scaling."""
+    if not isinstance(scaling, list):
+        return scaling
+    return {str(pair[0]): pair[1] for pair in scaling if isinstance(pair, list) and len(pair) == 2} or None
 
 
 def _digest(text: str) -> str:

@@ -1,11 +1,14 @@
 """What the configs of all families read and reject, by the example of BERT's."""
 
+import dataclasses
 import json
 
 import numpy as np
+import pytest
 
 from loraplus_jax.models.bert.config import BertConfig
 
+from ..messages import mentions
 from ..refusals import refusals
 from .golden import GOLDEN
 
@@ -18,6 +21,8 @@ def hf_config(**changes):
 def test_config_reads_what_transformers_writes():
     config = BertConfig.from_hf(hf_config(position_embedding_type="absolute", layer_norm_eps=1e-5))
     assert (config.hidden_size, config.num_hidden_layers, config.layer_norm_eps) == (32, 3, 1e-5)
+    with pytest.raises(ValueError, match=mentions("model_type", "'bert'", "'gpt2'")):
+        dataclasses.replace(config, model_type="gpt2")
 
 
 def bert(**changes):

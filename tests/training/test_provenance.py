@@ -6,9 +6,10 @@ import pytest
 
 from loraplus_jax.models.files import open_files
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
-from loraplus_jax.training.provenance import check_origin, model_identity
+from loraplus_jax.training.provenance import check_identity, check_origin, model_identity
 
 from ..integration import language_world as tiny
+from ..messages import mentions
 from ..refusals import refusals
 
 FILES = {
@@ -57,3 +58,15 @@ test_results_of_another_origin = refusals(
 def test_what_an_earlier_version_did_not_record_is_not_compared(tmp_path):
     saved = {name: ORIGIN[name] for name in ("base", "identity")} | {"settings": {"train": {}}}
     check_origin(tmp_path, saved, ORIGIN)
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.0}])
+def test_an_earlier_version_recorded_the_scaling_of_positions_as_pairs(tmp_path, scaling):
+    def check(saved):
+        configs = ({"rope_scaling": value} for value in (saved, scaling))
+        old, new = ({"base": {"config": config}} for config in configs)
+        check_identity(tmp_path, {"identity": old}, new)
+
+    check([["rope_type", "linear"], ["factor", 2]] if scaling else [])
+    with pytest.raises(ValueError, match=mentions("rope_scaling", 3)):
+        check([["rope_type", "linear"], ["factor", 3]])

@@ -1,13 +1,14 @@
 """An encoder's sizes and options, read from Hugging Face's `config.json`."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 
 from ..config import CONFIG, Activation, Layers, ModelConfig, Share, Size, unsupported
 
+_MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
 # Options that change what the model computes, each with its only supported value.
 _ONLY = {
     "position_embedding_type": ("absolute",),
@@ -34,7 +35,7 @@ class BertConfig(ModelConfig):
         name is unknown; lists all problems.
     """
 
-    model_type: str = "bert"
+    model_type: Literal[_MODEL_TYPES] = "bert"  # pyright: ignore[reportInvalidTypeForm]
     vocab_size: Size
     hidden_size: Size
     num_hidden_layers: Layers
@@ -49,7 +50,7 @@ class BertConfig(ModelConfig):
     attention_probs_dropout_prob: Share = 0.1
     initializer_range: Share = 0.02
 
-    MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
+    MODEL_TYPES = _MODEL_TYPES
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -1,7 +1,7 @@
 """Sizes and options of GPT-2, read from a `config.json`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -75,7 +75,7 @@ class GPT2Config(ModelConfig):
       ValueError: a size is below 1 or does not divide another, or a name is unknown; lists all problems.
     """
 
-    model_type: str = "gpt2"
+    model_type: Literal["gpt2"] = "gpt2"
     vocab_size: Size
     hidden_size: Size
     num_hidden_layers: Layers

@@ -1,7 +1,12 @@
 """GPT-2's options, and what is rejected."""
 
+import dataclasses
+
+import pytest
+
 from loraplus_jax.models.gpt2.config import GPT2Config
 
+from ...messages import mentions
 from ...refusals import refusals
 
 FILE = {"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 64}
@@ -19,6 +24,8 @@ def test_transformers_other_names_of_sizes_mean_the_same():
     assert (config.intermediate_size, config.head_dim, config.num_key_value_heads) == (32, 4, 2)
     assert GPT2Config.from_hf(FILE | {"n_inner": 24}).intermediate_size == 24
     assert GPT2Config.from_hf(FILE | {"split_fused": True}) == config  # no option of a file
+    with pytest.raises(ValueError, match=mentions("model_type", "'gpt2'", "'gptj'")):
+        dataclasses.replace(config, model_type="gptj")
 
 
 def file(**changes):

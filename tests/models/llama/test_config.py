@@ -76,7 +76,7 @@ def test_old_and_new_ways_to_say_the_same():
         ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "max_length", 512),
         ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}}, "max_length", 128),
         ("llama", {"rope_scaling": LLAMA3 | {"factor": 32.0}}, "max_length", 128),
-        ("qwen2", {"rope_scaling": YARN}, "max_length", 512),
+        ("qwen2", {"rope_scaling": YARN | {"truncate": True}}, "max_length", 512),
     ],
 )
 def test_what_files_leave_out_is_as_transformers_has_it(kind, more, name, expected):
@@ -118,6 +118,7 @@ test_unsupported_configs = refusals(
     (file("llama", rope_scaling={"type": "linear", "factor": 0}), "factor", 0),
     (file("llama", rope_scaling={"type": "linear", "factor": "two"}), "factor", "'two'"),
     (file("llama", rope_scaling=YARN | {"mscale": 1.0}), "yarn.mscale", "not supported"),
+    (file("llama", rope_scaling=YARN | {"truncate": False}), "yarn.truncate", True, False),
     (file("llama", rope_scaling=YARN | {"beta_fast": 1e-308}), "yarn.beta_fast", 1e-308),
     (file("llama", rope_scaling={"rope_type": "llama3", "factor": 8}), "llama3.low_freq_factor"),
     (file("qwen2", use_sliding_window=True), "use_sliding_window", True),
