@@ -11,7 +11,7 @@ from .packed_rows import ragged
 
 def truncating_tokenizer(files: ModelFiles, max_length: int) -> Tokenizer:
     """A copy of a model's tokenizer that truncates to `max_length` tokens."""
-    tokenizer = Tokenizer.from_str(files.tokenizer.to_str())
+    tokenizer = files.new_tokenizer()
     tokenizer.enable_truncation(max_length)
     return tokenizer
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax.data.batches import train_batches
+from loraplus_jax.data.packed_rows import ragged
 from loraplus_jax.data.splits import LabelledText
 from loraplus_jax.models.files import open_files
 from loraplus_jax.settings.parsing import parse_settings
@@ -194,8 +195,10 @@ def test_every_batch_of_all_epochs_and_the_largest_split_have_a_shape(world):
     settings = parse_settings(world.config, ["--train.batch_size", "16", "--train.eval_batch_size", "32"])
     data, rng = load_data(settings, open_files(world.model)), np.random.default_rng(0)
     columns = data.splits["train"]
-    lengths = rng.integers(1, 1 + columns["input_ids"].shape[1], (len(columns["label"]), 1))
-    columns["attention_mask"] = (np.arange(columns["input_ids"].shape[1]) < lengths).astype(np.int32)
+    lengths = rng.integers(1, 1 + settings.data.max_length, len(columns["label"]))
+    columns |= {
+        name: ragged([np.ones(n, np.int32) for n in lengths]) for name in ("input_ids", "token_type_ids")
+    }
     data.splits["validation"] = {name: column[:2] for name, column in data.splits["validation"].items()}
     plan = plan_batches(settings, data, 100, (0, 1), make_mesh(1))
     planned = {shapes["weight"].shape for shapes in plan.train}

@@ -97,9 +97,21 @@ class ModelFiles(abc.ABC):
     @cached_property
     def plain_tokenizer(self) -> "Tokenizer":
         """The tokenizer without its post-processor, for exact offsets: those of byte-level ones trim spaces."""
-        copy = type(self.tokenizer).from_str(self.tokenizer.to_str())
+        copy = self.new_tokenizer()
         copy.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
         return copy
+
+    def new_tokenizer(self) -> "Tokenizer":
+        """A copy of the tokenizer, to change.
+
+        Raises:
+          ValueError: as for `tokenizer`, or its merges name tokens that its vocabulary lacks.
+        """
+        tokenizer = self.tokenizer
+        try:
+            return type(tokenizer).from_str(tokenizer.to_str())
+        except Exception as error:  # the library has no class of its own
+            raise ValueError(f"{self.path}: the tokenizer is damaged: {error}") from None
 
     @cached_property
     def chat_template(self) -> str | None:
