@@ -333,7 +333,7 @@ def resolve(
             f"{value!r} is {_NOUNS[ASSETS[value].kind]}, expected {_NOUNS[kind]}{_allowed(kind, value)}"
         )
     if match := _HUB_IDS[kind].fullmatch(value):
-        # A mistyped path would be taken for the name of a stranger's repository.
+        # A mistyped path may be the name of an untrusted repository on the Hub.
         if os.path.isdir(first := path.parts[0]):
             siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
             raise ValueError(
