@@ -16,7 +16,7 @@ import numpy as np
 from .._utils.validation import raise_problems
 from ..adapter.tree import flatten
 from ..interop.path_map import torch_module_of
-from ..interop.peft_modules_to_save import name_leaves, slice_leaves
+from ..interop.peft_modules_to_save import leaves_to_torch
 from ..models.checkpoints.hub_directory import INDEX_FILE, SINGLE_FILE, without_places, write_json
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.transformers_class import TransformersClass, path_map
@@ -140,9 +140,9 @@ def _named_tensors(
             assert location is not None
             name = location.at(() if layer is None else (layer,))
             yield dataclasses.replace(tensor, name=f"{name}.{canonical.rpartition('.')[2]}")
-    slots, problems = slice_leaves(flatten(new), rules)
+    tensors, _, problems = leaves_to_torch(flatten(new), (), rules)
     raise_problems(f"{form.architecture} has no module for some new parameters", problems)
-    for name, array in name_leaves(slots, set(), rules)[0].items():
+    for name, array in tensors.items():
         yield OutputTensor(name, array.shape, array.dtype, lambda array=array: iter([array]))
 
 

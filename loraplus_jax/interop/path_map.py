@@ -31,7 +31,8 @@ FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 """The name of a factor in PEFT's file: the module, and A or B."""
 MAGNITUDE_END = ".lora_magnitude_vector"
 """How the names of DoRA's magnitudes end in PEFT's file."""
-_WEIGHTS = ("kernel", "scale", "embedding")
+SUFFIXES = {"bias": "bias", "kernel": "weight", "scale": "weight", "embedding": "weight"}
+"""The names of leaves that can be trained fully, and PyTorch's for them."""
 _OF_SPEC = {"embed": "Embedding", "conv": "Conv"}
 _OF_LEAF = {"kernel": "Linear", "embedding": "Embedding"}
 _SAME_LAYOUT = {"Conv1D": "Linear", "TiedEmbedding": "Embedding"}
@@ -421,34 +422,78 @@ def factor_shapes(target: Target, rank: int | None = None) -> tuple[tuple[int, .
     return ((r, inner), (outer, r), (outer,)) if spec.magnitude else ((r, inner), (outer, r))
 
 
-def leaf_to_torch(name: str, array: np.ndarray, kind: str | None) -> tuple[str, np.ndarray]:
-    """Converts a fully trained leaf without stacked axes to PyTorch's name and layout.
+class LeafLayout(NamedTuple):
+    """How a fully trained leaf is stored in PyTorch: one tensor per index.
 
-    Returns:
-      `"weight"` or `"bias"`, and the array; a bias has one axis.
+    Attributes:
+      module: the PyTorch module.
+      suffix: the last segment of a tensor's name, `"weight"` or `"bias"`.
+      indices: the indices of the leaf's slices; `()` is the whole leaf.
+      axes: a slice's axes in PyTorch's order.
+      sizes: their sizes, in this order.
+    """
+
+    module: TorchModule
+    suffix: str
+    indices: Sequence[Index]
+    axes: Sequence[int]
+    sizes: Sequence[int]
+
+    @property
+    def output_axis(self) -> int:
+        """PyTorch's axis of outputs."""
+        return int(self.suffix == "weight" and self.module.kind == "Conv1D")
+
+    def to_torch(self, part: np.ndarray) -> np.ndarray:
+        """Converts a slice of the leaf to PyTorch's layout, in which a bias has one axis."""
+        array = np.transpose(part, self.axes)
+        return array.reshape(-1) if self.suffix == "bias" else array
+
+    def from_torch(self, tensor: np.ndarray) -> np.ndarray:
+        """The slice of the leaf in a tensor of all outputs; the inverse of `to_torch`.
+
+        Raises:
+          ValueError: the tensor has another shape.
+        """
+        shape = [math.prod(self.sizes)] if self.suffix == "bias" else list(self.sizes)
+        rows: tuple[slice, ...] = ()
+        if self.module.outputs is not None:
+            shape[self.output_axis] = self.module.outputs.size
+            rows = (slice(None),) * self.output_axis + (self.module.outputs.rows,)
+        if list(tensor.shape) != shape:
+            raise ValueError(f"must have shape {shape}, got {list(tensor.shape)}")
+        return np.transpose(tensor[rows].reshape(self.sizes), np.argsort(self.axes))
+
+
+def leaf_layout(path: str, shape: tuple[int, ...], path_map: PathMap) -> LeafLayout:
+    """The layout in PyTorch of a fully trained leaf (`"params/..."`) with this shape.
 
     Raises:
-      ValueError: the leaf's name is unsupported, or the layout of its kernel is ambiguous.
+      ValueError: no rule matches, it does not fit the shape, or the layout of a kernel is ambiguous.
     """
-    if name == "bias":
-        return "bias", array.reshape(-1)
-    if name not in _WEIGHTS:
-        raise ValueError(f"unsupported leaf {name!r}; must be one of bias, {', '.join(_WEIGHTS)}")
-    if name != "kernel" or kind == "Conv1D":
-        return "weight", array
-    return "weight", np.transpose(array, _kernel_axes(array.ndim, kind))
+    owner, _, name = path.removeprefix("params/").rpartition("/")
+    module = torch_module_of(path_map, owner) if path.startswith("params/") else None
+    if module is None:
+        raise ValueError(f"no rule of the path map matches {owner!r}")
+    if len(module.holes) > 1:
+        raise ValueError(
+            f"a fully trained leaf must have at most one index, got {len(module.holes)} in {module.name}"
+        )
+    if module.parts and shape[:1] != (len(module.parts),):
+        raise ValueError(
+            f"its first axis must have size {len(module.parts)} for {module.name}, got shape {shape}"
+        )
+    if name not in SUFFIXES:
+        raise ValueError(f"unsupported leaf {name!r}; must be one of {', '.join(SUFFIXES)}")
+    stacked, sizes = shape[: len(module.holes)], shape[len(module.holes) :]
+    indices = [*itertools.product(*map(range, stacked))]
+    axes = _kernel_axes(len(sizes), module.kind) if name == "kernel" else range(len(sizes))
+    return LeafLayout(module, SUFFIXES[name], indices, axes, [sizes[axis] for axis in axes])
 
 
-def leaf_from_torch(name: str, array: np.ndarray, shape: tuple[int, ...], kind: str | None) -> np.ndarray:
-    """An array in PyTorch's layout as a leaf with this shape; the inverse of `leaf_to_torch`."""
-    if name == "bias":
-        return array.reshape(shape)
-    if name != "kernel" or kind == "Conv1D":
-        return array
-    return np.transpose(array, np.argsort(_kernel_axes(len(shape), kind)))
-
-
-def _kernel_axes(ndim: int, kind: str | None) -> tuple[int, ...]:
+def _kernel_axes(ndim: int, kind: str | None) -> Sequence[int]:
+    if kind == "Conv1D":
+        return range(ndim)
     if kind == "Conv":
         return (ndim - 1, ndim - 2, *range(ndim - 2))
     if kind in (None, "Linear") and ndim == 2:
@@ -457,11 +502,6 @@ def _kernel_axes(ndim: int, kind: str | None) -> tuple[int, ...]:
         f"the input axes of a kernel with {ndim} axes and kind {kind} are ambiguous; set the rule's kind in "
         "the path map to Linear (2 axes), Conv1D or Conv"
     )
-
-
-def output_axis(suffix: str, kind: str | None) -> int:
-    """The axis of outputs in PyTorch's layout, of a weight or bias."""
-    return int(suffix == "weight" and kind == "Conv1D")
 
 
 def _split_name(theirs: str) -> tuple[str, Outputs | None]:

@@ -50,14 +50,7 @@ from .path_map import (
     torch_module_of,
 )
 from .peft_adapter_config import PeftOptions, make_options, read_options
-from .peft_modules_to_save import (
-    OF_HEAD,
-    assign_tensors,
-    drop_copies,
-    name_leaves,
-    slice_leaves,
-    stack_slices,
-)
+from .peft_modules_to_save import OF_HEAD, drop_copies, leaves_from_torch, leaves_to_torch
 from .serving_checks import SERVERS, Server, find_problems
 
 OPTIONS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -118,7 +111,9 @@ def save_peft(
     check_path_map(path_map)
     check_config_matches_specs(specs, config)
     targets, problems = adapted_leaves(specs, path_map)
-    slots, more_problems = slice_leaves(flatten(extras or {}), path_map)
+    adapted = {name for target in targets.values() for name in target.names.values()}
+    leaves = flatten(extras or {})
+    leaf_tensors, saved, more_problems = leaves_to_torch(leaves, adapted, path_map)
     raise_problems(f"{directory}: cannot convert the adapter to PEFT", problems + more_problems)
     factors = factors_by_module("lora", lora, specs)
     tensors, ranks, alphas = _factor_tensors(factors, targets, config, prune=prune)
@@ -128,8 +123,6 @@ def save_peft(
             ranks[head], alphas[head] = ranks[name], alphas[name]
             copies = {f"{head}.{end}": tensors[f"{name}.{of}"].T for end, of in OF_HEAD.items()}
             tensors |= {key: np.ascontiguousarray(copy) for key, copy in copies.items()}
-    adapted = {name for target in targets.values() for name in target.names.values()}
-    leaves, saved = name_leaves(slots, adapted, path_map)
     settings = {(ranks[name], alphas[name]) for name in ranks}
     if len(settings) == 1:  # no patterns, which servers ignore
         rank, alpha = settings.pop()
@@ -144,7 +137,7 @@ def save_peft(
         parameters=[n for t in targets.values() if t.kind == "Parameter" for n in t.names.values()],
         modules=modules,
         transposed=any(t.kind == "Conv1D" for t in targets.values()),
-        tied=_has_tied(targets, slots, path_map),
+        tied=_has_tied(targets, leaves, path_map),
         base_model=base_model,
         task_type=task_type,
     )
@@ -152,7 +145,7 @@ def save_peft(
         what = f"{check_for} would not serve the adapter as PEFT does; merge it into the model instead"
         raise_problems(what, find_problems(check_for, options))
     files = {
-        WEIGHTS: tensor_bytes({_PREFIX + name: tensor for name, tensor in (tensors | leaves).items()}),
+        WEIGHTS: tensor_bytes({_PREFIX + name: tensor for name, tensor in (tensors | leaf_tensors).items()}),
         OPTIONS: (to_json(options, indent=1) + "\n").encode(),
     }
     files |= {OWN_TENSORS_FILE: tensor_bytes(flatten(own))} if own else {}
@@ -202,9 +195,9 @@ def load_peft(
     )
     problems += more_problems + _missing_modules(tensors, options, targets, path_map, params)
     others = {name: tensor for name, tensor in tensors.items() if name not in factors}
-    slots, more_problems = assign_tensors(others, path_map, flatten({"params": params or {}}))
+    extras, more_problems = leaves_from_torch(others, path_map, flatten({"params": params or {}}))
     problems += more_problems
-    if not problems and not options.ties_weights and _has_tied(targets, slots, path_map):
+    if not problems and not options.ties_weights and _has_tied(targets, extras, path_map):
         problems.append(
             "ensure_weight_tying must be true, since the model's embedding is also its head; the adapter is "
             "for the embedding only"
@@ -214,7 +207,6 @@ def load_peft(
     for key, target in targets.items():
         paths = target.spec.factor_paths(key)
         lora |= zip(paths, map(jnp.asarray, factors_from_peft(slices[key], target)), strict=True)
-    extras = stack_slices(slots, flatten({"params": params or {}}))
     extras |= read_tensors(directory / OWN_TENSORS_FILE) if (directory / OWN_TENSORS_FILE).is_file() else {}
     layers = next((spec.layers for spec in specs.values() if spec.layers is not None), None)
     config = saved_config or _config(directory, options, [*tensors], path_map, layers)

@@ -1,29 +1,15 @@
 """Converts fully trained leaves (`modules_to_save`, biases) to PEFT's names and layouts, and back."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._utils.validation import raise_problems
 from .adapter_directory import host_array
-from .path_map import (
-    Index,
-    Outputs,
-    PathMap,
-    leaf_from_torch,
-    leaf_to_torch,
-    modules_of,
-    output_axis,
-    tied_heads,
-    torch_module_of,
-)
-
-LeafSlices = dict[str, dict[Index, Any]]
-"""Slices of our leaves, by path (`"params/..."`) and index; the index `()` is a whole leaf."""
+from .path_map import SUFFIXES, Index, Outputs, PathMap, leaf_layout, modules_of, tied_heads
 
 
 def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str, Any], list[str]]:
@@ -76,68 +62,38 @@ OF_HEAD = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding
 """Maps the factors of a tied head to the factors of the embedding, which are their transposes."""
 
 
-def slice_leaves(leaves: Mapping[str, Any], path_map: PathMap) -> tuple[LeafSlices, list[str]]:
-    """Slices fully trained leaves whose rule has an index.
-
-    Returns:
-      The slices as numpy arrays, by path and index; and a list of problems, one line per leaf without a valid rule.
-    """
-    slots, problems = {}, []
-    for path, leaf in leaves.items():
-        module = path.removeprefix("params/").rpartition("/")[0]
-        torch_module = torch_module_of(path_map, module) if path.startswith("params/") else None
-        if torch_module is None:
-            problems.append(f"{path}: no rule of the path map matches {module!r}")
-        elif len(torch_module.holes) > 1:
-            problems.append(
-                f"{path}: a fully trained leaf must have at most one index, got {len(torch_module.holes)} in "
-                f"{torch_module.name}"
-            )
-        elif torch_module.parts and len(leaf) != len(torch_module.parts):
-            problems.append(
-                f"{path}: its first axis must have size {len(torch_module.parts)} for {torch_module.name}, got "
-                f"shape {tuple(leaf.shape)}"
-            )
-        else:
-            array = host_array(leaf)
-            slots[path] = {(n,): part for n, part in enumerate(array)} if torch_module.holes else {(): array}
-    return slots, problems
-
-
-def name_leaves(
-    slots: LeafSlices, adapted: set[str], path_map: PathMap
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Converts leaves to tensors with PyTorch's names.
+def leaves_to_torch(
+    leaves: Mapping[str, Any], adapted: Collection[str], path_map: PathMap
+) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+    """Converts leaves (`"params/..."`) to tensors with PyTorch's names, of which `adapted` are adapted modules.
 
     An embedding that is also the head gives two tensors and two modules: PEFT loads neither from the other.
 
     Returns:
-      The tensors in PyTorch's layout, by name; and the names of the fully trained modules, without those of which
-      only the bias is trained.
+      The tensors in PyTorch's layout, by name; the names of the fully trained modules, without those of which only
+      the bias is trained; and a list of problems, one line per leaf or module that PEFT cannot store.
     """
     tensors, modules, problems = {}, {}, []
     heads = tied_heads(path_map)
     split: dict[str, list[tuple[Outputs, int, np.ndarray]]] = {}
-    for path, parts in slots.items():
-        module, _, leaf = path.removeprefix("params/").rpartition("/")
-        torch_module = torch_module_of(path_map, module)
-        assert torch_module is not None
-        for index, part in parts.items():
-            name = torch_module.at(index)
-            try:
-                suffix, array = leaf_to_torch(leaf, part, torch_module.kind)
-            except ValueError as error:
-                problems.append(f"{path}: {error}")
-                break
+    for path, leaf in leaves.items():
+        try:
+            layout = leaf_layout(path, leaf.shape, path_map)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+            continue
+        leaf_array, suffix = host_array(leaf), layout.suffix
+        for index in layout.indices:
+            name, array = layout.module.at(index), layout.to_torch(leaf_array[(*index, ...)])
             full_name = f"{name}.base_layer.{suffix}" if name in adapted else f"{name}.{suffix}"
-            if torch_module.outputs is None:
+            if layout.module.outputs is None:
                 tensors[full_name] = array
             else:
-                axis = output_axis(suffix, torch_module.kind)
-                split.setdefault(full_name, []).append((torch_module.outputs, axis, array))
+                part = (layout.module.outputs, layout.output_axis, array)
+                split.setdefault(full_name, []).append(part)
             if suffix == "weight":  # a bias without a weight belongs to `bias=`, not to a saved module
                 modules[name] = None
-            if torch_module.kind == "TiedEmbedding":
+            if layout.module.kind == "TiedEmbedding":
                 head = next((head for head, embedding in heads.items() if embedding == name), None)
                 if head is None:
                     problems.append(
@@ -156,28 +112,27 @@ def name_leaves(
                 "train all its parts, or merge the adapter instead"
             )
         tensors[name] = np.concatenate([array for _, _, array in parts], axis)
-    raise_problems("cannot convert the adapter to PEFT", problems)
-    return tensors, list(modules)
+    return tensors, list(modules), problems
 
 
-def assign_tensors(
+def leaves_from_torch(
     tensors: Mapping[str, Any], path_map: PathMap, params: Mapping[str, Any]
-) -> tuple[LeafSlices, list[str]]:
-    """Converts tensors other than factors to slices of our leaves.
+) -> tuple[dict[str, Any], list[str]]:
+    """Converts tensors other than factors to leaves; layers missing in a stack come from `params`.
 
     Returns:
-      The slices as numpy arrays in our layout, by path and index; and a list of problems, one line per invalid
-      tensor and module of ours.
+      JAX arrays with the shapes in `params`, by path; where layers are missing and the leaf of `params` is a
+      `jax.ShapeDtypeStruct`, that leaf; and a list of problems, one line per invalid tensor and module of ours.
     """
-    slots: LeafSlices = {}
+    slots: dict[str, dict[Index, np.ndarray]] = {}
     problems = []
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
-        locations = modules_of(path_map, module.removesuffix(".base_layer"))
-        if not locations or suffix not in ("weight", "bias"):
+        leaves = [leaf for leaf, theirs in SUFFIXES.items() if theirs == suffix]
+        locations = modules_of(path_map, module.removesuffix(".base_layer")) if leaves else []
+        if not locations:
             problems.append(f"+ {name}: no rule of the path map matches")
-        for ours, index in locations if suffix in ("weight", "bias") else ():
-            leaves = ("bias",) if suffix == "bias" else ("kernel", "scale", "embedding")
+        for ours, index in locations:
             path = next((p for leaf in leaves if (p := f"params/{ours}/{leaf}") in params), None)
             if path is None:
                 problems.append(
@@ -187,9 +142,13 @@ def assign_tensors(
                 )
                 continue
             try:
-                part = _to_leaf_layout(host_array(tensor), path, index, path_map, params[path])
+                layout = leaf_layout(path, params[path].shape, path_map)
+                part = layout.from_torch(host_array(tensor))
             except ValueError as error:
                 problems.append(f"~ {name}: {error}")
+                continue
+            if index not in layout.indices:
+                problems.append(f"~ {name}: the model has only {len(layout.indices)} layers")
                 continue
             if suffix == "weight" and module.endswith(".base_layer"):
                 # PEFT saves the base's embedding if it is adapted; a shape cannot be compared with it.
@@ -200,43 +159,13 @@ def assign_tensors(
                     problems.append(f"~ {name} differs from the base's weight")
             else:
                 slots.setdefault(path, {})[index] = part
-    return slots, problems
+    return {path: _stack(parts, params[path]) for path, parts in slots.items()}, problems
 
 
-def _to_leaf_layout(array: np.ndarray, path: str, index: Index, path_map: PathMap, leaf: Any) -> np.ndarray:
-    """Converts a tensor, or the outputs of it that our leaf has, to a slice of our leaf."""
-    module, _, name = path.removeprefix("params/").rpartition("/")
-    torch_module = torch_module_of(path_map, module)
-    shape = tuple(leaf.shape)[len(index) :]
-    if any(n >= size for n, size in zip(index, leaf.shape, strict=False)):
-        raise ValueError(f"the model has only {leaf.shape[0]} layers")
-    kind, outputs = (torch_module.kind, torch_module.outputs) if torch_module else (None, None)
-    suffix, sample = leaf_to_torch(name, np.broadcast_to(np.zeros((), np.int8), shape), kind)
-    expected, axis = list(sample.shape), output_axis(suffix, kind)
-    if outputs is not None:
-        expected[axis] = outputs.size
-    if list(array.shape) != expected:
-        raise ValueError(f"must have shape {expected}, got {list(array.shape)}")
-    if outputs is not None:
-        array = array[(slice(None),) * axis + (outputs.rows,)]
-    return leaf_from_torch(name, array, shape, kind)
-
-
-def stack_slices(slots: LeafSlices, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Combines slices into leaves; layers missing in a stack come from `params`.
-
-    Returns:
-      A dict from paths to JAX arrays with the shapes in `params`; where layers are missing and the leaf of `params`
-      is a `jax.ShapeDtypeStruct`, that leaf.
-    """
-    leaves = {}
-    for path, parts in slots.items():
-        leaf = params[path]
-        if () in parts:
-            leaves[path] = jnp.asarray(parts[()])
-        elif len(parts) < leaf.shape[0] and isinstance(leaf, jax.ShapeDtypeStruct):
-            leaves[path] = leaf
-        else:
-            rows = [parts[(n,)] if (n,) in parts else host_array(leaf[n]) for n in range(leaf.shape[0])]
-            leaves[path] = jnp.asarray(np.stack(rows))
-    return leaves
+def _stack(parts: Mapping[Index, np.ndarray], leaf: Any) -> Any:
+    if () in parts:
+        return jnp.asarray(parts[()])
+    if len(parts) < leaf.shape[0] and isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    rows = [parts[(n,)] if (n,) in parts else host_array(leaf[n]) for n in range(leaf.shape[0])]
+    return jnp.asarray(np.stack(rows))

@@ -109,18 +109,19 @@ def test_a_fully_trained_leaf_of_parts_is_split_too(tmp_path):
     rules = [("m", "t"), ("norms", "{q|k|v}_norm")]
     with pytest.raises(ValueError, match=mentions("params/norms/scale", 3, "(2, 3)")):
         save_peft(tmp_path / "b", factors(spec), {"m": spec}, config, rules, extras=extras)
+    with pytest.raises(ValueError, match=mentions("k_norm.weight", 3, "(2, 3)")):
+        load_peft(tmp_path / "a", {"m": spec}, rules, params=extras["params"])
 
 
 def test_kernels_of_unknown_axes_are_never_transposed_by_guess(tmp_path):
     config, lora, specs, _ = net(target_modules=["head"])
-    extras = {"params": {"conv": {"kernel": jnp.ones((3, 2, 4))}}}
+    extras = {"params": {"conv": {"kernel": jnp.arange(48.0).reshape(3, 2, 2, 4)}}}
     rules = (*PATHS, ("conv", "conv"))
-    with pytest.raises(ValueError, match=mentions(3, "Linear", "Conv1D", "Conv")):
+    with pytest.raises(ValueError, match=mentions(4, "Linear", "Conv1D", "Conv")):
         save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
     rules = (*PATHS, ("conv", "conv", "Conv"))
     save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
-    assert load_file(tmp_path / "a/adapter_model.safetensors")["base_model.model.conv.weight"].shape == (
-        4,
-        2,
-        3,
-    )
+    weight = load_file(tmp_path / "a/adapter_model.safetensors")["base_model.model.conv.weight"]
+    np.testing.assert_array_equal(weight, np.transpose(extras["params"]["conv"]["kernel"], (3, 2, 0, 1)))
+    again = load_peft(tmp_path / "a", specs, rules, params=extras["params"]).extras
+    jax.tree.map(np.testing.assert_array_equal, again, extras)
