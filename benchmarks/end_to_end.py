@@ -52,7 +52,7 @@ from loraplus_jax.step.fingerprints import fingerprint as weights_fingerprint
 from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.tasks import causal_lm
 from loraplus_jax.tasks.interface import TaskData
-from loraplus_jax.training.setup import build_model, load_model, task_module
+from loraplus_jax.training.setup import build_model, load_model, task_class
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "datasets")
@@ -197,7 +197,7 @@ def sequences(columns: Mapping[str, np.ndarray]) -> Iterator[list[int]]:
 def count_tokens(settings: Settings, data: TaskData, steps: int) -> list[tuple[int, int]]:
     """Tokens of text, and with padding, of each batch that a run of ours trains on."""
     columns, size, seed = data.splits["train"], settings.train.batch_size, settings.seed
-    plan = task_module(settings).plan_batches(settings, data, steps, (seed,), make_mesh(1))
+    plan = data.task.plan_batches(settings, data, steps, (seed,), make_mesh(1))
     batches = train_batches(columns, batch_size=size, seed=seed, arrange=plan.arrange)
     name = "segment_ids" if "segment_ids" in columns else "attention_mask"
     return [(int((b[name] > 0).sum()), b[name].size) for b in itertools.islice(batches, steps)]
@@ -205,7 +205,7 @@ def count_tokens(settings: Settings, data: TaskData, steps: int) -> list[tuple[i
 
 def load(settings: Settings) -> TaskData:
     """The data of a run of ours."""
-    return task_module(settings).load_data(settings, open_files(resolve(settings.model.path, "model")))
+    return task_class(settings).load(settings, open_files(resolve(settings.model.path, "model")))
 
 
 def prepare(case: Case, options: Any, directory: Path) -> Prepared:

@@ -34,7 +34,7 @@ from ..step.train_step import make_eval
 from ..tasks.causal_lm import LanguageTask, most_scored
 from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tokenizer_for
 from ..tasks.held_out_generation import HeldOutTexts
-from ..tasks.interface import AdaptedModel, Scored, Split, row_count
+from ..tasks.interface import AdaptedModel, Scored, row_count
 from ..training.distributed import check_same_everywhere, raise_together
 from ..training.evaluation import evaluate, finish_metrics
 from ..training.provenance import SPLITS, check_allowed, check_identity, model_identity
@@ -49,7 +49,7 @@ from ..training.saved_adapter import (
     require_adapter,
     saved_config,
 )
-from ..training.setup import base_parts, build_model, load_model, read_params, task_module
+from ..training.setup import base_parts, build_model, load_model, read_params, task_class
 from .devices import MeshSizes, check_same_rows, choose_mesh, shardings_of, to_mesh, write_once
 
 OUTPUT_SUFFIX = ".jsonl"
@@ -143,7 +143,7 @@ def describe_adapter(
     elif is_peft(directory) and config is not None:
         settings = parse_settings(config)
         base = open_files(resolve(settings.model.path, "model"))
-        task = task_module(settings).load_data(settings, base).task
+        task = task_class(settings).load(settings, base).task
         settings = settings_with_adapter(directory, settings, base, task)
         lora_config = settings.applied
     else:
@@ -277,12 +277,12 @@ def evaluate_run(
     if split is not None and split not in SPLITS:
         raise ValueError(f"--split: unknown split {split!r}{suggest(split, SPLITS)}")
     tuned = load_tuned(directory, config, allow_different, mesh)
-    settings, module, on = tuned.settings, task_module(tuned.settings), tuned.mesh
+    settings, on = tuned.settings, tuned.mesh
     with raise_together():
         if data is None and settings.data.train == NO_DATA:
             raise ValueError(f"{directory} has no data of its own; pass --data FILE or --tasks")
         try:
-            evaluated: Split = module.load_split(settings, tuned.base, tuned.task, split, data)
+            evaluated = tuned.task.load_split(settings, tuned.base, split, data)
         except KeyError as error:
             raise ValueError(
                 f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], SPLITS[:2])}"
@@ -303,7 +303,7 @@ def evaluate_run(
     scored = Scored(
         evaluate=most_scored([evaluated.columns], size // parts) if settings.is_language else None
     )
-    losses = module.make_losses(settings, tuned.task, tuned.parts, on, scored)
+    losses = tuned.task.make_losses(settings, tuned.parts, on, scored)
     trainable, frozen = tuned.parts.trainable, tuned.parts.frozen
     eval_fn = make_eval(losses.evaluate, mesh=on, shardings=shardings_of(tuned.parts, on))
     values = evaluate(eval_fn, trainable, frozen, evaluated.columns, size, on)

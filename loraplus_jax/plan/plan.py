@@ -25,7 +25,7 @@ from ..step.sharding import batch_parts, check_tensor, make_mesh
 from ..tasks.causal_lm import head_is_frozen
 from ..tasks.interface import AdaptedModel, BaseModel, TaskData
 from ..training.memory import free_bytes
-from ..training.setup import check_mesh, params_of, task_module
+from ..training.setup import check_mesh, params_of, task_class
 from ..training.xla import compiler_options
 from .devices import Chip, Gpu, target_devices
 from .hlo import Collective, collectives, count_looped_matmuls
@@ -251,8 +251,8 @@ def make_model(settings: Settings) -> tuple[BaseModel, TaskData]:
       ValueError, OSError: the model cannot be found or made.
     """
     files = open_files(resolve(settings.model.path, "model", files=("config.json",)))
-    data = task_module(settings).placeholder_data(settings)
-    return task_module(settings).make_base(settings, files, data.task), data
+    data = task_class(settings).placeholder(settings)
+    return data.task.make_base(settings, files), data
 
 
 def check_layout(settings: Settings, base: BaseModel, mesh: Mesh) -> None:

@@ -13,14 +13,13 @@ from ..linen.wrap import init_lora
 from ..settings.schema import Settings
 from ..step.sharding import Shardings, batch_sharding
 from ..step.train_step import TrainState, make_eval
-from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, full_batches
+from ..tasks.interface import AdaptedModel, BaseModel, TaskData, full_batches
 from ..training.optimizer import check_rates, make_optimizer
 from ..training.setup import (
     add_adapters,
     count_steps,
     state_shapes,
     state_shardings,
-    task_module,
     theory_rows,
     trace_step,
 )
@@ -81,7 +80,7 @@ def bytes_between_steps(
     memory. The bytes are None if theory is not set, and for the evaluation of multiple choice: the number of
     choices per question, each a row, depends on the data.
     """
-    losses: Losses = task_module(settings).make_losses(settings, data.task, step.parts, mesh)
+    losses = data.task.make_losses(settings, step.parts, mesh)
     train = settings.train
     batches = full_batches(data.splits["train"], train.batch_size, train.eval_batch_size)
     weights, trained, optimizer = (

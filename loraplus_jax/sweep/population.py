@@ -37,7 +37,7 @@ from ..training.estimate import count_flops
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
 from ..training.provenance import model_identity
-from ..training.setup import build_model, count_steps, params_of, set_weights, start_magnitudes, task_module
+from ..training.setup import build_model, count_steps, params_of, set_weights, start_magnitudes, task_class
 from ..training.xla import ProgramByShape, one_thread_per_device
 from .halving import check_rungs
 from .settings import SweepRun, Trial
@@ -156,7 +156,7 @@ def load_sweep_data(run: SweepRun, files: ModelFiles, loaded: TaskData | None = 
     """
     data = loaded
     if data is None:
-        data = task_module(run).load_data(run, files)
+        data = task_class(run).load(run, files)
         if (path := run.sweep.unrelated_text) is not None:
             try:
                 unrelated, truncated = load_text(run, files, path)
@@ -211,7 +211,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     config = widest.applied
     # From shapes, before weights are read: what is too large is known in seconds.
     seeds = (*run.seeds, *run.report_seeds)
-    batches = task_module(run).plan_batches(widest, data, steps, seeds, mesh)
+    batches = data.task.plan_batches(widest, data, steps, seeds, mesh)
     programs, programs_for = _compile_programs(abstract, batches, mesh, places, at_once)
     weights = load_weights(abstract)
     # Of all weights: members begin with them in both stages, with what is trained in full too.
@@ -345,7 +345,7 @@ def _compile_programs(
 ) -> tuple[Programs, Callable[[int], Programs]]:
     """Compiles, from shapes, the programs for all members; also returns a function that does for fewer."""
     run, (_, data, steps, _, shapes) = abstract.widest, abstract
-    losses = task_module(run).make_losses(run, data.task, shapes, scored=batches.scored)
+    losses = data.task.make_losses(run, shapes, scored=batches.scored)
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)  # noqa: E731
     # eval_shape traces without computing; asarray, as NumPy's scalars have no place in a trace's outputs.
     member = jax.eval_shape(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ..step.sharding import batch_parts, make_mesh, replicate
 from ..step.train_step import make_eval
-from ..tasks.causal_lm import LanguageTask, make_losses
+from ..tasks.causal_lm import LanguageTask
 from ..training.evaluation import evaluate
 from .population import Members, Population, add_scales
 
@@ -16,7 +16,7 @@ def make_unrelated_loss(population: Population) -> Callable[[Members], float] | 
         return None
     mesh = make_mesh(run.mesh.data)
     # Of all tokens of a text, whatever the task of the sweep.
-    losses = make_losses(run, LanguageTask(kind="instruction"), parts, mesh)
+    losses = LanguageTask(kind="instruction").make_losses(run, parts, mesh)
     evaluate_batch = make_eval(losses.evaluate, mesh=mesh)
     # One row a device: the members fill the memory, and a trained head computes the logits of all tokens.
     size = batch_parts(mesh)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -41,13 +41,13 @@ from .interface import (
     Losses,
     Scored,
     Split,
+    Task,
     TaskData,
     batch_shapes,
     eval_shapes,
     held_out_split,
 )
 
-Kind = Literal["instruction", "multiple_choice", "generation"]
 HEADS = {True: "embed_tokens", False: "lm_head"}
 """Name of the output head, by whether it is tied to the embedding."""
 TEMPLATES = ("model", *BUILT_IN)
@@ -60,7 +60,7 @@ READERS = {"instruction": read_chats, "multiple_choice": read_questions, "genera
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageTask:
+class LanguageTask(Task):
     """A task of a causal language model; the loss is the mean cross-entropy of the answer tokens.
 
     Attributes:
@@ -70,28 +70,16 @@ class LanguageTask:
       template: text of the chat template file that the user chose, saved with the adapter; None if they chose none.
     """
 
-    kind: Kind
     template: str | None = None
 
     @property
     def metric(self) -> str:
-        """The metric that selects the best evaluation."""
         return "accuracy" if self.kind == "multiple_choice" else "perplexity"
 
-    @property
-    def mode(self) -> Literal["min", "max"]:
-        """`"min"` for perplexity, `"max"` for accuracy."""
-        return "max" if self.kind == "multiple_choice" else "min"
-
     def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Computes the perplexity `exp(loss)`; infinite if it would overflow."""
         # math.exp raises for what overflows.
         loss = values["loss"]
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan}
-
-    def notes(self) -> dict[str, Any]:
-        """Returns the task as JSON values."""
-        return dataclasses.asdict(self)
 
     def loss_fn(
         self,
@@ -160,6 +148,121 @@ class LanguageTask:
 
         return loss_fn
 
+    @classmethod
+    def load(cls, settings: Settings, files: ModelFiles) -> TaskData:
+        tools = tokenizer_and_template(settings, files, None)
+        custom_template = None if settings.data.template in TEMPLATES else tools[1].source
+        task = cls(kind=settings.task, template=custom_template)
+        rows, duplicates = _load_splits(settings)
+        splits, truncated = {}, {}
+        for name, examples in rows.items():
+            if task.kind == "multiple_choice" and name != "train":
+                splits[name], truncated[name] = encode_choices(examples, *tools, settings.data.max_length), 0
+            else:
+                splits[name], truncated[name] = _encode(settings, files, tools, examples)
+        # The same shape of all questions, so that one compiled program evaluates every split.
+        questions = [columns for columns in splits.values() if "answer" in columns]
+        widest = np.max([columns["input_ids"].shape[1:] for columns in questions], axis=0, initial=0)
+        for columns in questions:
+            for name in ("input_ids", "segment_ids", "loss_mask", "byte_lengths"):
+                array = columns[name]
+                missing = widest[: array.ndim - 1] - array.shape[1:]
+                padding = [(0, 0), *((0, count) for count in missing)]
+                columns[name] = np.pad(array, padding, constant_values=1 if name == "byte_lengths" else 0)
+        sizes = {name: len(examples) for name, examples in rows.items()}
+        digests = {name: _digest(examples) for name, examples in rows.items()}
+        dropped = describe_dropped(x for examples in rows.values() for x in examples if isinstance(x, Chat))
+        inputs = group_references(rows[held_out_split(rows)]) if task.kind == "generation" else ()
+        constant = (
+            constant_choice(rows["train"], rows[held_out_split(rows)])
+            if task.kind == "multiple_choice"
+            else {}
+        )
+        has_template = any(not isinstance(x, Chat) or x.turns[0].role != "text" for x in rows["train"])
+        summary = (*dropped, *duplicates, *(_untrained_end(*tools) if has_template else ()))
+        return TaskData(task, splits, sizes, truncated, digests, summary, tuple(inputs), constant)
+
+    @classmethod
+    def placeholder(cls, settings: Settings) -> TaskData:
+        ids = np.zeros((1, settings.data.max_length), np.int32)
+        columns = {"input_ids": ids, "segment_ids": ids, "loss_mask": ids.astype(np.float32)}
+        return TaskData(cls(kind=settings.task), {"train": columns}, {"train": 1}, {"train": 0}, {})
+
+    def load_split(self, settings: Settings, files: ModelFiles, split: str | None, data: str | None) -> Split:
+        examples = _load_splits(settings)[0][split or "test"] if data is None else _read(settings, data)
+        tools = tokenizer_and_template(settings, files, self)
+        if self.kind == "multiple_choice":
+            columns, truncated = encode_choices(examples, *tools, settings.data.max_length), 0
+        else:
+            columns, truncated = _encode(settings, files, tools, examples)
+        inputs = group_references(examples) if self.kind == "generation" else ()
+        return Split(columns, len(examples), _digest(examples), tuple(inputs), truncated)
+
+    def make_base(self, settings: Settings, files: ModelFiles) -> BaseModel:
+        model_settings = settings.model
+        config = model_config(files, split_fused=model_settings.split_fused)
+        family = family_of(config.model_type)
+        model = family.model(
+            config,
+            dtype=jnp.dtype(model_settings.dtype),
+            param_dtype=jnp.dtype(model_settings.param_dtype),
+            unroll=bool(model_settings.unroll),
+            remat=model_settings.remat,
+            attention=model_settings.attention,
+        )
+        inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
+        table = family.name_table(config)
+        formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, files)
+        hints = []  # what decides the names of layers
+        if config.fused or config.split_fused:
+            names = " and ".join(
+                f"{fused} as {', '.join(parts)}" for fused, parts in config.projections.items()
+            )
+            hints.append(f"model.split_fused loads {names}; it is {str(config.split_fused).lower()}")
+        if config.tie_word_embeddings:
+            hints.append(f"the model's head is tied to {HEADS[True]}, there is no {HEADS[False]}")
+        sizes, hint = config.tensor_sizes, "; ".join(hints)
+        return BaseModel(model, table, (), inputs, family.sharding, sizes, formats, hint)
+
+    def plan_batches(
+        self, settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
+    ) -> BatchPlan:
+        columns, train, parts = data.splits["train"], settings.train, batch_parts(mesh)
+        counts, size = _scored_positions(columns), train.batch_size
+        length = columns["input_ids"].shape[1]
+        per_part = size // train.accumulate // parts
+        if steps * len(seeds) <= SIMULATED_BATCHES:
+            batches = first_batches(len(counts), batch_size=size, seeds=seeds, count=steps)
+            # Row i goes to micro-batch i mod `accumulate`, and to the part that holds it.
+            most = counts[batches].reshape(-1, parts, per_part, train.accumulate).sum(axis=2).max()
+        else:
+            most = np.sort(counts)[-per_part:].sum()
+        evaluate = eval_shapes(data.splits, train.eval_batch_size, parts)
+        evaluated = [x for name, x in data.splits.items() if name != "train"]
+        scored = Scored(
+            _worth_choosing(int(most), per_part * length),
+            most_scored(evaluated, evaluate["weight"].shape[0] // parts),
+        )
+        packed = "packed into " if len(counts) != data.examples["train"] else ""
+        tokens = np.count_nonzero(columns["segment_ids"])
+        full, share = 100 * tokens / columns["segment_ids"].size, 100 * counts.sum() / tokens
+        rows_line = f"{packed}{len(counts):,} training rows of {length} tokens, {full:.0f} % full"
+        summary = (f"{rows_line}; the loss is of {share:.0f} % of the tokens",)
+        return BatchPlan((batch_shapes(columns, size),), evaluate, scored=scored, summary=summary)
+
+    def make_losses(
+        self, settings: Settings, parts: AdaptedModel, mesh: Mesh | None = None, scored: Scored = ANY_POSITION
+    ) -> Losses:
+        # With a frozen head they never store the full logits.
+        count = 1 if mesh is None else batch_parts(mesh)
+        # A chunk is split over the mesh as the batch is, so this leaves each part `model.loss_chunk` tokens.
+        chunk = settings.model.loss_chunk * count if head_is_frozen(parts) else None
+        options: Any = {"chunk": chunk, "parts": count}
+        smoothing = settings.train.label_smoothing
+        train = self.loss_fn(parts.model, label_smoothing=smoothing, scored=scored.train, **options)
+        evaluate = self.choice_fn if self.kind == "multiple_choice" else self.loss_fn
+        return Losses(train, evaluate(parts.model, scored=scored.evaluate, **options))
+
 
 def _shift_mask(mask: jax.Array) -> jax.Array:
     # To the predicting token: `mask[..., t]` then says whether token t + 1 counts.
@@ -226,39 +329,6 @@ def _head_losses(
     return chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, **options)
 
 
-def load_data(settings: Settings, files: ModelFiles) -> TaskData:
-    """Reads, checks and tokenizes the splits with the tokenizer and chat template of a model."""
-    tools = tokenizer_and_template(settings, files, None)
-    custom_template = None if settings.data.template in TEMPLATES else tools[1].source
-    task = LanguageTask(kind=settings.task, template=custom_template)  # pyright: ignore[reportArgumentType]
-    rows, duplicates = _load_splits(settings)
-    splits, truncated = {}, {}
-    for name, examples in rows.items():
-        if task.kind == "multiple_choice" and name != "train":
-            splits[name], truncated[name] = encode_choices(examples, *tools, settings.data.max_length), 0
-        else:
-            splits[name], truncated[name] = _encode(settings, files, tools, examples)
-    # The same shape of all questions, so that one compiled program evaluates every split.
-    questions = [columns for columns in splits.values() if "answer" in columns]
-    widest = np.max([columns["input_ids"].shape[1:] for columns in questions], axis=0, initial=0)
-    for columns in questions:
-        for name in ("input_ids", "segment_ids", "loss_mask", "byte_lengths"):
-            array = columns[name]
-            missing = widest[: array.ndim - 1] - array.shape[1:]
-            padding = [(0, 0), *((0, count) for count in missing)]
-            columns[name] = np.pad(array, padding, constant_values=1 if name == "byte_lengths" else 0)
-    sizes = {name: len(examples) for name, examples in rows.items()}
-    digests = {name: _digest(examples) for name, examples in rows.items()}
-    dropped = describe_dropped(x for examples in rows.values() for x in examples if isinstance(x, Chat))
-    inputs = group_references(rows[held_out_split(rows)]) if task.kind == "generation" else ()
-    constant = (
-        constant_choice(rows["train"], rows[held_out_split(rows)]) if task.kind == "multiple_choice" else {}
-    )
-    has_template = any(not isinstance(x, Chat) or x.turns[0].role != "text" for x in rows["train"])
-    summary = (*dropped, *duplicates, *(_untrained_end(*tools) if has_template else ()))
-    return TaskData(task, splits, sizes, truncated, digests, summary, tuple(inputs), constant)
-
-
 def _untrained_end(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[str]:
     """Yields a line if `{% generation %}` blocks leave out the token that ends an answer."""
     end = end_of_turn(tokenizer, template)
@@ -273,34 +343,6 @@ def constant_choice(train: Sequence[Any], questions: Sequence[Any]) -> dict[str,
     """The accuracy on questions of the position that is most often right in the train split."""
     position = np.bincount([question.answer for question in train]).argmax()
     return {"accuracy": float(np.mean([question.answer == position for question in questions]))}
-
-
-def plan_batches(
-    settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
-) -> BatchPlan:
-    """The shapes of the batches of a run, or of several runs with these seeds; see `encoder.plan_batches`."""
-    columns, train, parts = data.splits["train"], settings.train, batch_parts(mesh)
-    counts, size = _scored_positions(columns), train.batch_size
-    length = columns["input_ids"].shape[1]
-    per_part = size // train.accumulate // parts
-    if steps * len(seeds) <= SIMULATED_BATCHES:
-        batches = first_batches(len(counts), batch_size=size, seeds=seeds, count=steps)
-        # Row i goes to micro-batch i mod `accumulate`, and to the part that holds it.
-        most = counts[batches].reshape(-1, parts, per_part, train.accumulate).sum(axis=2).max()
-    else:
-        most = np.sort(counts)[-per_part:].sum()
-    evaluate = eval_shapes(data.splits, train.eval_batch_size, parts)
-    evaluated = [x for name, x in data.splits.items() if name != "train"]
-    scored = Scored(
-        _worth_choosing(int(most), per_part * length),
-        most_scored(evaluated, evaluate["weight"].shape[0] // parts),
-    )
-    packed = "packed into " if len(counts) != data.examples["train"] else ""
-    tokens = np.count_nonzero(columns["segment_ids"])
-    full, share = 100 * tokens / columns["segment_ids"].size, 100 * counts.sum() / tokens
-    rows_line = f"{packed}{len(counts):,} training rows of {length} tokens, {full:.0f} % full"
-    summary = (f"{rows_line}; the loss is of {share:.0f} % of the tokens",)
-    return BatchPlan((batch_shapes(columns, size),), evaluate, scored=scored, summary=summary)
 
 
 def most_scored(splits: Sequence[Batch], rows: int) -> int | None:
@@ -324,14 +366,6 @@ def _worth_choosing(scored: int, positions: int) -> int | None:
     return scored if scored < MAX_SCORED_SHARE * positions else None
 
 
-def placeholder_data(settings: Settings) -> TaskData:
-    """Returns the task and one row of training columns, for settings whose data is not available."""
-    ids = np.zeros((1, settings.data.max_length), np.int32)
-    columns = {"input_ids": ids, "segment_ids": ids, "loss_mask": ids.astype(np.float32)}
-    task = LanguageTask(kind=settings.task)  # pyright: ignore[reportArgumentType]
-    return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0}, {})
-
-
 def _digest(examples: Sequence[Chat | Question]) -> str:
     return digest(map(_plain, examples))
 
@@ -345,24 +379,6 @@ def _plain(value: Any) -> Any:
     fields = [field for field in dataclasses.fields(value) if field.name != "dropped"]
     values = [("" if x.name == "place" else getattr(value, x.name), x) for x in fields]
     return [_plain(part) for part, x in values if x.name == "place" or part != x.default]
-
-
-def load_split(
-    settings: Settings, files: ModelFiles, task: LanguageTask, split: str | None, data: str | None
-) -> Split:
-    """Loads a split of the run's data, or another file of the same kind, for evaluation.
-
-    Raises:
-      KeyError: there is no such split.
-    """
-    examples = _load_splits(settings)[0][split or "test"] if data is None else _read(settings, data)
-    tools = tokenizer_and_template(settings, files, task)
-    if task.kind == "multiple_choice":
-        columns, truncated = encode_choices(examples, *tools, settings.data.max_length), 0
-    else:
-        columns, truncated = _encode(settings, files, tools, examples)
-    inputs = group_references(examples) if task.kind == "generation" else ()
-    return Split(columns, len(examples), _digest(examples), tuple(inputs), truncated)
 
 
 def load_text(settings: Settings, files: ModelFiles, value: str) -> tuple[Split, int]:
@@ -417,50 +433,6 @@ def model_config(files: ModelFiles, *, split_fused: bool = False) -> Config:
         )
     config = family_of(kind).config.from_hf(config)
     return dataclasses.replace(config, split_fused=True) if split_fused else config
-
-
-def make_base(settings: Settings, files: ModelFiles, task: Any) -> BaseModel:
-    """Creates the language model; its inputs are `input_ids` and `segment_ids`."""
-    model_settings = settings.model
-    config = model_config(files, split_fused=model_settings.split_fused)
-    family = family_of(config.model_type)
-    model = family.model(
-        config,
-        dtype=jnp.dtype(model_settings.dtype),
-        param_dtype=jnp.dtype(model_settings.param_dtype),
-        unroll=bool(model_settings.unroll),
-        remat=model_settings.remat,
-        attention=model_settings.attention,
-    )
-    inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-    table = family.name_table(config)
-    formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, files)
-    hints = []  # what decides the names of layers
-    if config.fused or config.split_fused:
-        names = " and ".join(f"{fused} as {', '.join(parts)}" for fused, parts in config.projections.items())
-        hints.append(f"model.split_fused loads {names}; it is {str(config.split_fused).lower()}")
-    if config.tie_word_embeddings:
-        hints.append(f"the model's head is tied to {HEADS[True]}, there is no {HEADS[False]}")
-    sizes, hint = config.tensor_sizes, "; ".join(hints)
-    return BaseModel(model, table, (), inputs, family.sharding, sizes, formats, hint)
-
-
-def make_losses(
-    settings: Settings,
-    task: LanguageTask,
-    parts: AdaptedModel,
-    mesh: Mesh | None = None,
-    scored: Scored = ANY_POSITION,
-) -> Losses:
-    """Returns the loss functions; with a frozen head they never store the full logits."""
-    count = 1 if mesh is None else batch_parts(mesh)
-    # A chunk is split over the mesh as the batch is, so this leaves each part `model.loss_chunk` tokens.
-    chunk = settings.model.loss_chunk * count if head_is_frozen(parts) else None
-    options: Any = {"chunk": chunk, "parts": count}
-    smoothing = settings.train.label_smoothing
-    train = task.loss_fn(parts.model, label_smoothing=smoothing, scored=scored.train, **options)
-    evaluate = task.choice_fn if task.kind == "multiple_choice" else task.loss_fn
-    return Losses(train, evaluate(parts.model, scored=scored.evaluate, **options))
 
 
 def head_is_frozen(parts: AdaptedModel) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from .._utils.validation import check_choice, to_plain
+from .._utils.validation import check_choice
 from ..data.batches import Batch, digest, first_batches
 from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
@@ -39,6 +39,7 @@ from .interface import (
     Losses,
     Scored,
     Split,
+    Task,
     TaskData,
     batch_shapes,
     eval_shapes,
@@ -46,7 +47,6 @@ from .interface import (
 )
 from .metrics import SPLIT_METRICS
 
-Kind = Literal["classification", "regression"]
 METRICS = {
     "classification": ("accuracy", "f1", "matthews"),
     "regression": ("mse", "mae", "pearson", "spearman"),
@@ -59,7 +59,7 @@ SAMPLED_BATCHES = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderTask:
+class EncoderTask(Task):
     """Classification or regression, with what inference needs to know about the training labels.
 
     Attributes:
@@ -73,7 +73,6 @@ class EncoderTask:
       ValueError: a metric does not exist or does not fit the task.
     """
 
-    kind: Kind
     names: tuple[str, ...] = ()
     mean: float = 0.0
     std: float = 1.0
@@ -87,7 +86,7 @@ class EncoderTask:
 
     @classmethod
     def from_splits(
-        cls, kind: Kind, splits: Mapping[str, Sequence[LabelledText]], metrics: tuple[str, ...] = ()
+        cls, kind: str, splits: Mapping[str, Sequence[LabelledText]], metrics: tuple[str, ...] = ()
     ) -> "EncoderTask":
         """Creates the task from the labels in the splits.
 
@@ -110,16 +109,9 @@ class EncoderTask:
 
     @property
     def metric(self) -> str:
-        """The metric that selects the best evaluation."""
         return self.metrics[0] if self.metrics else METRICS[self.kind][0]
 
-    @property
-    def mode(self) -> Literal["min", "max"]:
-        """`"min"` for the errors mse and mae, otherwise `"max"`."""
-        return "min" if self.metric in ("mse", "mae") else "max"
-
     def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Computes the metrics that need all predictions."""
         names = [name for name in self.metrics if name in SPLIT_METRICS]
         return {name: SPLIT_METRICS[name](values["predicted"], values["label"]) for name in names}
 
@@ -141,10 +133,6 @@ class EncoderTask:
             values = {"loss": float((error**2).mean()), "mse": float(((error * self.std) ** 2).mean())}
             values["mae"] = float((np.abs(error) * self.std).mean())
         return values | self.derived({"predicted": predicted, "label": labels})
-
-    def notes(self) -> dict[str, Any]:
-        """Returns the task as JSON values."""
-        return to_plain(dataclasses.asdict(self))
 
     def labels(self, rows: Sequence[LabelledText]) -> np.ndarray:
         """Returns the labels for the loss function: int32 class indices or standardized float32, `(N,)`."""
@@ -201,6 +189,107 @@ class EncoderTask:
             for row in probabilities
         ]
 
+    @classmethod
+    def load(cls, settings: Settings, files: ModelFiles) -> TaskData:
+        tokenizer = tokenizer_for(settings, files)
+        glue = find_task(settings.data, settings.task)
+        rows, duplicates = _load_splits(settings.data)
+        # Of all rows: a trial on a few must have all classes, or its head would have another shape.
+        task = cls.from_splits(settings.task, rows, glue.metrics if glue else ())
+        rows, limited = limit_splits(rows, settings.data)
+        encoded = {
+            name: encode_texts([row.texts for row in split], tokenizer, settings.data.max_length)
+            for name, split in rows.items()
+        }
+        labels = {name: task.labels(split) for name, split in rows.items()}
+        constant = task.constant(labels["train"], labels[held_out_split(rows)])
+        splits = {name: arrays | {"label": labels[name]} for name, (arrays, _) in encoded.items()}
+        evaluated = {name: columns for name, columns in splits.items() if name != "train"}
+        # Of all of them, since one program evaluates every split.
+        shape = TextRows.fitting(np.concatenate([text_lengths(columns) for columns in evaluated.values()]))
+        splits |= {name: shape.arrange_all(columns)[0] for name, columns in evaluated.items()}
+        sizes = {name: len(split) for name, split in rows.items()}
+        truncated = {name: count for name, (_, count) in encoded.items()}
+        digests = {name: _digest(split) for name, split in rows.items()}
+        classes = label_summary(rows, task.names) if task.names else ()
+        summary = (*limited, *classes, *duplicates)
+        return TaskData(task, splits, sizes, truncated, digests, summary, constant=constant)
+
+    @classmethod
+    def placeholder(cls, settings: Settings) -> TaskData:
+        ids = np.zeros((1, settings.data.max_length), np.int32)
+        columns: Batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
+        classes, glue = settings.task == "classification", find_task(settings.data, settings.task)
+        # Without the data the number of classes is unknown, and hardly matters: it is only the width of the head.
+        names = glue.names if glue else ("0", "1") if classes else ()
+        task = cls(kind=settings.task, names=names)
+        columns["label"] = np.zeros(1, np.int32 if classes else np.float32)
+        return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0}, {})
+
+    def load_split(self, settings: Settings, files: ModelFiles, split: str | None, data: str | None) -> Split:
+        if data is None:
+            rows = limit_splits(_load_splits(settings.data)[0], settings.data)[0][split or "test"]
+        else:
+            glue, path = find_task(settings.data), resolve(data, "data")
+            rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
+        arrays, truncated = encode_texts(
+            [row.texts for row in rows], tokenizer_for(settings, files), settings.data.max_length
+        )
+        columns = arrays | {"label": self.labels(rows)}
+        columns, _ = TextRows.fitting(text_lengths(columns)).arrange_all(columns)
+        return Split(columns, len(rows), _digest(rows), truncated=truncated)
+
+    def make_base(self, settings: Settings, files: ModelFiles) -> BaseModel:
+        model_settings = settings.model
+        config = model_config(model_settings, files)
+        # Unpacked weights of all layers at once, as XLA on CPU keeps them in an unrolled program, are not small.
+        unroll = (
+            False
+            if model_settings.unroll is None and model_settings.quantize != "none"
+            else model_settings.unroll
+        )
+        model = BertForSequence(
+            config,
+            self.num_outputs,
+            model_settings.pooling,
+            dtype=jnp.dtype(model_settings.dtype),
+            param_dtype=jnp.dtype(model_settings.param_dtype),
+            unroll=unroll,
+            head_dropout=model_settings.head_dropout,
+        )
+        inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
+        table = name_table(model_settings.pooling)
+        formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, files)
+        return BaseModel(model, table, ("head",), inputs, SHARDING, config.tensor_sizes, formats)
+
+    def plan_batches(
+        self, settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
+    ) -> BatchPlan:
+        columns, train, parts = data.splits["train"], settings.train, batch_parts(mesh)
+        lengths, size = text_lengths(columns), train.batch_size
+        count = min(steps, max(1, SAMPLED_BATCHES // len(seeds)))
+        batches = first_batches(len(lengths), batch_size=size, seeds=seeds, count=count)
+        kind = "cpu" if mesh.devices.flat[0].platform == "cpu" else "accelerator"
+        least_saving = STEPS_PER_SHAPE[kind] / steps
+        rows = TextRows.fitting(lengths).for_batches(lengths, batches, parts * train.accumulate, least_saving)
+        first = rows.arrange(columns, batches[0])
+        counts = " or ".join(map(str, rows.counts))
+        summary = (
+            f"{size} texts a step in {counts} rows of {rows.length} tokens, {100 * rows.full:.0f} % full"
+        )
+        return BatchPlan(
+            train=tuple(batch_shapes(first, count) for count in rows.counts),
+            evaluate=eval_shapes(data.splits, train.eval_batch_size, parts),
+            arrange=rows.arrange,
+            summary=(summary,),
+        )
+
+    def make_losses(
+        self, settings: Settings, parts: AdaptedModel, mesh: Mesh | None = None, scored: Scored = ANY_POSITION
+    ) -> Losses:
+        # The one for evaluation keeps the predictions if the task's metrics need them.
+        return Losses(self.loss_fn(parts.model), self.loss_fn(parts.model, keep_rows=bool(self.metrics)))
+
 
 def apply_model(model: nn.Module, variables: Any, batch: Mapping[str, Any], rng: Any = None) -> Any:
     """Returns the head's outputs `(B, num_outputs)` for a batch, with dropout if `rng` is set.
@@ -213,99 +302,9 @@ def apply_model(model: nn.Module, variables: Any, batch: Mapping[str, Any], rng:
     return model.apply(variables, *inputs, texts, rngs=rngs)
 
 
-def load_data(settings: Settings, files: ModelFiles) -> TaskData:
-    """Reads, checks and tokenizes the splits with the tokenizer of a model."""
-    tokenizer = tokenizer_for(settings, files)
-    glue = find_task(settings.data, settings.task)
-    rows, duplicates = _load_splits(settings.data)
-    # Of all rows: a trial on a few must have all classes, or its head would have another shape.
-    task = EncoderTask.from_splits(settings.task, rows, glue.metrics if glue else ())  # pyright: ignore[reportArgumentType]
-    rows, limited = limit_splits(rows, settings.data)
-    encoded = {
-        name: encode_texts([row.texts for row in split], tokenizer, settings.data.max_length)
-        for name, split in rows.items()
-    }
-    labels = {name: task.labels(split) for name, split in rows.items()}
-    constant = task.constant(labels["train"], labels[held_out_split(rows)])
-    splits = {name: arrays | {"label": labels[name]} for name, (arrays, _) in encoded.items()}
-    evaluated = {name: columns for name, columns in splits.items() if name != "train"}
-    # Of all of them, since one program evaluates every split.
-    shape = TextRows.fitting(np.concatenate([text_lengths(columns) for columns in evaluated.values()]))
-    splits |= {name: shape.arrange_all(columns)[0] for name, columns in evaluated.items()}
-    sizes = {name: len(split) for name, split in rows.items()}
-    truncated = {name: count for name, (_, count) in encoded.items()}
-    digests = {name: _digest(split) for name, split in rows.items()}
-    classes = label_summary(rows, task.names) if task.names else ()
-    summary = (*limited, *classes, *duplicates)
-    return TaskData(task, splits, sizes, truncated, digests, summary, constant=constant)
-
-
-def plan_batches(
-    settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
-) -> BatchPlan:
-    """Chooses the shapes of the batches of a run, or of several runs with these seeds.
-
-    Args:
-      settings: the settings of the run.
-      data: its data.
-      steps: number of training steps.
-      seeds: seeds of the order of the examples.
-      mesh: the mesh, whose parts divide the rows of a batch.
-    """
-    columns, train, parts = data.splits["train"], settings.train, batch_parts(mesh)
-    lengths, size = text_lengths(columns), train.batch_size
-    count = min(steps, max(1, SAMPLED_BATCHES // len(seeds)))
-    batches = first_batches(len(lengths), batch_size=size, seeds=seeds, count=count)
-    kind = "cpu" if mesh.devices.flat[0].platform == "cpu" else "accelerator"
-    least_saving = STEPS_PER_SHAPE[kind] / steps
-    rows = TextRows.fitting(lengths).for_batches(lengths, batches, parts * train.accumulate, least_saving)
-    first = rows.arrange(columns, batches[0])
-    counts = " or ".join(map(str, rows.counts))
-    summary = f"{size} texts a step in {counts} rows of {rows.length} tokens, {100 * rows.full:.0f} % full"
-    return BatchPlan(
-        train=tuple(batch_shapes(first, count) for count in rows.counts),
-        evaluate=eval_shapes(data.splits, train.eval_batch_size, parts),
-        arrange=rows.arrange,
-        summary=(summary,),
-    )
-
-
-def placeholder_data(settings: Settings) -> TaskData:
-    """Returns the task and one row of training columns, for settings whose data is not available."""
-    ids = np.zeros((1, settings.data.max_length), np.int32)
-    columns: Batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
-    classes, glue = settings.task == "classification", find_task(settings.data, settings.task)
-    # Without the data the number of classes is unknown, and hardly matters: it is only the width of the head.
-    names = glue.names if glue else ("0", "1") if classes else ()
-    task = EncoderTask(kind=settings.task, names=names)  # pyright: ignore[reportArgumentType]
-    columns["label"] = np.zeros(1, np.int32 if classes else np.float32)
-    return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0}, {})
-
-
 def _digest(rows: Sequence[LabelledText]) -> str:
     # Without a second text the first twice: a change here would change the identity of existing runs.
     return digest((row.prompt, row.texts[-1], row.label) for row in rows)
-
-
-def load_split(
-    settings: Settings, files: ModelFiles, task: EncoderTask, split: str | None, data: str | None
-) -> Split:
-    """Loads a split of the run's data, or another labelled file, for evaluation.
-
-    Raises:
-      KeyError: there is no such split.
-    """
-    if data is None:
-        rows = limit_splits(_load_splits(settings.data)[0], settings.data)[0][split or "test"]
-    else:
-        glue, path = find_task(settings.data), resolve(data, "data")
-        rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
-    arrays, truncated = encode_texts(
-        [row.texts for row in rows], tokenizer_for(settings, files), settings.data.max_length
-    )
-    columns = arrays | {"label": task.labels(rows)}
-    columns, _ = TextRows.fitting(text_lengths(columns)).arrange_all(columns)
-    return Split(columns, len(rows), _digest(rows), truncated=truncated)
 
 
 def _load_splits(settings: DataSettings) -> tuple[dict[str, list[LabelledText]], list[str]]:
@@ -358,39 +357,3 @@ def model_config(settings: ModelSettings, files: ModelFiles) -> BertConfig:
     return dataclasses.replace(
         config, hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout
     )
-
-
-def make_base(settings: Settings, files: ModelFiles, task: EncoderTask) -> BaseModel:
-    """Creates the encoder with a new head; its inputs are `input_ids`, `attention_mask` and `token_type_ids`."""
-    model_settings = settings.model
-    config = model_config(model_settings, files)
-    # Unpacked weights of all layers at once, as XLA on CPU keeps them in an unrolled program, are not small.
-    unroll = (
-        False
-        if model_settings.unroll is None and model_settings.quantize != "none"
-        else model_settings.unroll
-    )
-    model = BertForSequence(
-        config,
-        task.num_outputs,
-        model_settings.pooling,
-        dtype=jnp.dtype(model_settings.dtype),
-        param_dtype=jnp.dtype(model_settings.param_dtype),
-        unroll=unroll,
-        head_dropout=model_settings.head_dropout,
-    )
-    inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-    table = name_table(model_settings.pooling)
-    formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, files)
-    return BaseModel(model, table, ("head",), inputs, SHARDING, config.tensor_sizes, formats)
-
-
-def make_losses(
-    settings: Settings,
-    task: Any,
-    parts: AdaptedModel,
-    mesh: Mesh | None = None,
-    scored: Scored = ANY_POSITION,
-) -> Losses:
-    """Returns the loss functions; the one for evaluation keeps the predictions if the task's metrics need them."""
-    return Losses(task.loss_fn(parts.model), task.loss_fn(parts.model, keep_rows=bool(task.metrics)))

@@ -1,47 +1,26 @@
 """What training needs to know about a kind of model: an encoder with a head, or a language model."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from .._utils.validation import to_plain
 from ..adapter.spec import Specs
 from ..adapter.tree import combine
 from ..data.batches import Batch, even_batch_size, take_rows
 from ..data.data_to_text import Input
+from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.name_table import NameTable
 from ..quantization.formats import FormatName
+from ..settings.schema import Settings
 from ..step.sharding import Rules
 from ..step.train_step import LossFn
-
-
-class TaskProtocol(Protocol):
-    """A task, with what inference needs to know about the training data."""
-
-    @property
-    def kind(self) -> str:
-        """The task's name in the settings."""
-        ...
-
-    @property
-    def metric(self) -> str:
-        """The metric that selects the best evaluation."""
-        ...
-
-    @property
-    def mode(self) -> Literal["min", "max"]:
-        """`"min"` if a lower metric is better, `"max"` if a higher one is."""
-        ...
-
-    def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Computes the metrics that are not means over the data, from the means and rows of an evaluation."""
-        ...
-
-    def notes(self) -> dict[str, Any]:
-        """Returns the task as JSON values."""
-        ...
 
 
 class Split(NamedTuple):
@@ -71,7 +50,7 @@ class TaskData(NamedTuple):
         is among the others.
     """
 
-    task: TaskProtocol
+    task: "Task"
     splits: dict[str, Batch]
     examples: dict[str, int]
     truncated: dict[str, int]
@@ -208,3 +187,69 @@ class Losses(NamedTuple):
 def row_count(columns: Mapping[str, Any]) -> int:
     """Returns the number of rows of columns of equal length."""
     return len(next(iter(columns.values())))
+
+
+LOWER_IS_BETTER = ("perplexity", "mse", "mae")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task(abc.ABC):
+    """A task, with what inference needs to know about the training data.
+
+    Attributes:
+      kind: its name in the settings.
+    """
+
+    kind: str
+
+    @property
+    @abc.abstractmethod
+    def metric(self) -> str:
+        """The metric that selects the best evaluation."""
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """`"min"` if a lower metric is better, `"max"` if a higher one is."""
+        return "min" if self.metric in LOWER_IS_BETTER else "max"
+
+    @abc.abstractmethod
+    def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """Computes the metrics that are not means over the data, from the means and rows of an evaluation."""
+
+    def notes(self) -> dict[str, Any]:
+        """Returns the task as JSON values."""
+        return to_plain(dataclasses.asdict(self))
+
+    @classmethod
+    @abc.abstractmethod
+    def load(cls, settings: Settings, files: ModelFiles) -> TaskData:
+        """Reads, checks and tokenizes the splits with the tokenizer of a model."""
+
+    @classmethod
+    @abc.abstractmethod
+    def placeholder(cls, settings: Settings) -> TaskData:
+        """Returns the task and one row of training columns, for settings whose data is not available."""
+
+    @abc.abstractmethod
+    def load_split(self, settings: Settings, files: ModelFiles, split: str | None, data: str | None) -> Split:
+        """Loads a split of the run's data, or another file of the same kind, for evaluation.
+
+        Raises:
+          KeyError: there is no such split.
+        """
+
+    @abc.abstractmethod
+    def make_base(self, settings: Settings, files: ModelFiles) -> BaseModel:
+        """Creates the model without adapters."""
+
+    @abc.abstractmethod
+    def plan_batches(
+        self, settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
+    ) -> BatchPlan:
+        """Chooses the shapes of the batches of a run of so many steps, or of several runs with these seeds."""
+
+    @abc.abstractmethod
+    def make_losses(
+        self, settings: Settings, parts: AdaptedModel, mesh: Mesh | None = None, scored: Scored = ANY_POSITION
+    ) -> Losses:
+        """Returns the loss functions for training and evaluation."""

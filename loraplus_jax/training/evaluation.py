@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ..data.batches import Batch, eval_batches
 from ..step.sharding import local_rows, shard_batch
 from ..step.train_step import Rows, weighted_means
-from ..tasks.interface import TaskProtocol
+from ..tasks.interface import Task
 
 
 def evaluate(
@@ -56,7 +56,7 @@ def join_rows(batches: Sequence[Mapping[str, Rows]]) -> dict[str, np.ndarray]:
     return joined
 
 
-def finish_metrics(task: TaskProtocol, values: Mapping[str, Any]) -> dict[str, float]:
+def finish_metrics(task: Task, values: Mapping[str, Any]) -> dict[str, float]:
     """Returns the means and the metrics that the task derives from means and rows."""
     means = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
     return means | task.derived(values)

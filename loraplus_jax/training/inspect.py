@@ -8,7 +8,7 @@ from ..optim.diagnostics import describe
 from ..settings.schema import Settings
 from ..step.sharding import make_mesh
 from .saved_adapter import check_init_adapter
-from .setup import abstract_run, check_mesh, task_module
+from .setup import abstract_run, check_mesh, task_class
 
 
 def inspect(settings: Settings) -> str:
@@ -25,7 +25,7 @@ def inspect(settings: Settings) -> str:
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     check_mesh(settings, mesh)
     files = open_files(resolve(settings.model.path, "model"))
-    data = task_module(settings).load_data(settings, files)
+    data = task_class(settings).load(settings, files)
     steps, batches, parts, tx = abstract_run(settings, files, data, mesh)
     if settings.init_adapter is not None:
         check_init_adapter(settings, parts, data.task)

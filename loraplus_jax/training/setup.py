@@ -39,16 +39,16 @@ from ..step.sharding import (
     make_shardings,
 )
 from ..step.train_step import TrainState, init_state, jit_step, make_eval
-from ..tasks import causal_lm, encoder
 from ..tasks.causal_lm import LanguageTask
 from ..tasks.chat_generation import ChatModel, prompt_chat
+from ..tasks.encoder import EncoderTask
 from ..tasks.held_out_generation import HeldOutTexts
 from ..tasks.interface import (
     AdaptedModel,
     BaseModel,
     BatchPlan,
-    Losses,
     Shapes,
+    Task,
     TaskData,
     params_of,
     row_count,
@@ -133,7 +133,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         ):  # where others compute, the host should not keep the weights
             keep_memory()
         files = open_files(resolve(settings.model.path, "model"))
-        data = task_module(settings).load_data(settings, files)
+        data = task_class(settings).load(settings, files)
         steps, batches, shapes, tx = abstract_run(settings, files, data, mesh)
         identity = model_identity(settings, files, data.task) | {"data": data.digests}
         if settings.init_adapter is not None:
@@ -194,7 +194,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             start = read_start(output, parts.specs, metadata, allow_different)
         if start is None:
             # Its rows are no micro-batch of a step, so they may have more positions with a loss.
-            losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
+            losses = data.task.make_losses(settings, parts, mesh)
             gradients = first_gradients(settings, data, batches, parts, losses.train, mesh, shardings)
             start = make_start(settings, parts, files, gradients)
         parts = begin_from(parts, start, settings.applied)
@@ -221,13 +221,13 @@ def abstract_run(
             jax.eval_shape(tx.init, shapes.trainable)
         except ValueError as error:
             raise ValueError(f"optimizer.{error}") from None
-    batches = task_module(settings).plan_batches(settings, data, steps, (settings.seed,), mesh)
+    batches = data.task.plan_batches(settings, data, steps, (settings.seed,), mesh)
     return steps, batches, shapes, tx
 
 
-def task_module(settings: Settings) -> Any:
-    """The module for the kind of model: `load_data`, `load_split`, `plan_batches`, `make_base`, `make_losses`."""
-    return causal_lm if settings.is_language else encoder
+def task_class(settings: Settings) -> type[Task]:
+    """The class of the task for the kind of model."""
+    return LanguageTask if settings.is_language else EncoderTask
 
 
 def count_steps(settings: Settings, examples: int) -> int:
@@ -251,11 +251,16 @@ def count_steps(settings: Settings, examples: int) -> int:
     return steps
 
 
+def make_base(settings: Settings, files: ModelFiles, task: Task | None) -> BaseModel:
+    """The model without adapters; without a task it is a language model."""
+    return (task or LanguageTask(kind="instruction")).make_base(settings, files)
+
+
 def build_model(
-    settings: Settings, files: ModelFiles, task: Any, config: LoRAPlusConfig | None
+    settings: Settings, files: ModelFiles, task: Task | None, config: LoRAPlusConfig | None
 ) -> AdaptedModel:
     """The model with adapters; all variables except the adapters are shapes."""
-    base = task_module(settings).make_base(settings, files, task)
+    base = make_base(settings, files, task)
     return add_adapters(settings, base, config, init_lora, files)
 
 
@@ -298,9 +303,9 @@ def add_adapters(
     return AdaptedModel(base, model, specs, _float32(trainable), frozen)
 
 
-def base_parts(settings: Settings, files: ModelFiles, task: Any) -> AdaptedModel:
+def base_parts(settings: Settings, files: ModelFiles, task: Task | None) -> AdaptedModel:
     """The model without adapters or variables."""
-    base: BaseModel = task_module(settings).make_base(settings, files, task)
+    base = make_base(settings, files, task)
     return AdaptedModel(base, base.model, {}, {}, {})
 
 
@@ -364,14 +369,14 @@ def compile_programs(
     shardings: Shardings,
 ) -> Programs:
     """Compiles step, evaluation and, if enabled, theory measurement from shapes."""
-    losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh, batches.scored)
+    losses = data.task.make_losses(settings, parts, mesh, batches.scored)
     layout = {"mesh": mesh, "shardings": shardings}
     evaluate = make_eval(losses.evaluate, **layout)
     state, theory = state_shapes(parts, tx), None
     if settings.train.theory_every is not None:
         rows = theory_rows(batches, mesh)
         # Its rows are no micro-batch of a step, so they may have more positions with a loss.
-        unbounded = task_module(settings).make_losses(settings, data.task, parts, mesh)
+        unbounded = data.task.make_losses(settings, parts, mesh)
         theory = lower_theory(unbounded.train, parts.specs, state, parts.frozen, rows, **layout).compile()
     options = compiler_options(mesh, unrolled=bool(settings.model.unroll))
 
@@ -399,7 +404,7 @@ def trace_step(
     batch: Shapes | None = None,
 ) -> jax.stages.Traced:
     """Traces the training step for a batch of these shapes, by default the largest of the run."""
-    losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh, batches.scored)
+    losses = data.task.make_losses(settings, parts, mesh, batches.scored)
     step = jit_step(
         losses.train,
         tx,

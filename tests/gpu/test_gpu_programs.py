@@ -18,7 +18,6 @@ from loraplus_jax.plan.search import hosts_along
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.sweep import population
 from loraplus_jax.sweep.settings import SweepRun, SweepSettings
-from loraplus_jax.training.setup import task_module
 
 from ..plan.tiny import BERT, LLAMA, lower_pmap, parts_of, settings_of
 
@@ -228,7 +227,7 @@ def test_a_population_shares_its_base_without_collectives(tmp_path):
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.parts.trainable)  # noqa: E731
     first = lambda: jax.tree.map(jnp.asarray, population._first_member(abstract, run.trials[0], 0, zeros()))  # noqa: E731
     stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((2 * count, *x.shape), x.dtype))
-    losses = task_module(run).make_losses(run, abstract.data.task, step.parts)
+    losses = abstract.data.task.make_losses(run, step.parts)
     one = population.make_member_step(run, losses, step.parts.specs, 10)
     members = jax.eval_shape(first)
     mapped = population.map_members(one, (0, None, 0), at_once=2, mesh=mesh, donate=0)

@@ -9,7 +9,7 @@ from loraplus_jax.inference.generate import _chats
 from loraplus_jax.models.files import open_files
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.tasks import chat_generation
-from loraplus_jax.tasks.causal_lm import load_data
+from loraplus_jax.tasks.causal_lm import LanguageTask
 
 from ..integration import language_world
 from ..integration.runs import flags, printed
@@ -35,7 +35,7 @@ def test_what_training_leaves_out_is_counted_and_what_generate_answers(tmp_path)
         task="instruction",
         output_dir="out",
     )
-    data = load_data(settings, open_files(tmp_path))
+    data = LanguageTask.load(settings, open_files(tmp_path))
     for line, words in zip(data.summary, (("system", 10), ("last answer", 5)), strict=True):
         assert_mentions(line, *words)
     chats = _chats((), str(path), None, settings, distinct=True)

@@ -69,7 +69,7 @@ def hashed(tree):
 def loaded(settings):
     """The model's files, and the data."""
     files = open_files(resolve(settings.model.path, "model"))
-    return files, setup.task_module(settings).load_data(settings, files)
+    return files, setup.task_class(settings).load(settings, files)
 
 
 def arrays(settings):

@@ -9,7 +9,7 @@ from loraplus_jax import make_mesh
 from loraplus_jax.plan.plan import count_work, head_bytes, make_plan, replace_depth
 from loraplus_jax.plan.programs import plan_step
 from loraplus_jax.tasks.interface import row_count
-from loraplus_jax.training.setup import task_module
+from loraplus_jax.training.setup import task_class
 
 from ..messages import mentions
 from .tiny import BERT, LAYERS, RANK, llama, parts_of, settings_of
@@ -83,7 +83,7 @@ def test_columns_without_data_are_those_of_data(tmp_path, task):
         if task == "instruction"
         else settings_of(tmp_path, BERT, task=task, targets=("query",))
     )
-    data = task_module(settings).placeholder_data(settings)
+    data = task_class(settings).placeholder(settings)
     assert row_count(data.splits["train"]) == 1
     assert data.task.kind == task
 

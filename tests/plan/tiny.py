@@ -12,7 +12,7 @@ from loraplus_jax.plan.plan import Plan, Work
 from loraplus_jax.plan.programs import plan_step
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
 from loraplus_jax.training.optimizer import make_optimizer
-from loraplus_jax.training.setup import task_module
+from loraplus_jax.training.setup import task_class
 
 from .. import tiny
 
@@ -45,9 +45,8 @@ def llama(directory, **kwargs):
 
 
 def parts_of(settings, directory):
-    family = task_module(settings)
-    data = family.placeholder_data(settings)
-    return family.make_base(settings, open_files(directory), data.task), data
+    data = task_class(settings).placeholder(settings)
+    return data.task.make_base(settings, open_files(directory)), data
 
 
 def config(directory, **changes):
@@ -81,7 +80,7 @@ def lower_pmap(settings, directory, devices):
     base, data = parts_of(settings, directory)
     step = plan_step(settings, base, data, make_mesh(1, devices=devices[:1]))
     tx = make_optimizer(settings.optimizer, settings.lr_ratio, 10, step.parts.specs)
-    losses = task_module(settings).make_losses(settings, data.task, step.parts)
+    losses = data.task.make_losses(settings, step.parts)
     run = pmap_step(losses.train, tx, skip_nonfinite=True, devices=devices)
     batch = step.held["batch"][0]
     count = len(devices)

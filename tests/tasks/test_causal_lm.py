@@ -21,7 +21,7 @@ from loraplus_jax.models.llama.model import Llama
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import batch_sharding, make_mesh
 from loraplus_jax.step.train_step import make_eval
-from loraplus_jax.tasks.causal_lm import LanguageTask, _digest, constant_choice, load_data, load_split
+from loraplus_jax.tasks.causal_lm import LanguageTask, _digest, constant_choice
 
 from .. import tiny
 from ..integration.language_world import STOP
@@ -267,9 +267,9 @@ def test_a_template_file_for_a_model_that_names_no_end_token(first_talk, tmp_pat
     settings = parse_settings(
         first_talk.config, ["--data.template", str(template), "--model.path", str(model)]
     )
-    data = load_data(settings, open_files(model))
-    again = load_split(
-        settings, open_files(model), data.task, "test", None
+    data = LanguageTask.load(settings, open_files(model))
+    again = data.task.load_split(
+        settings, open_files(model), "test", None
     )  # with the template that the task keeps
     np.testing.assert_array_equal(again.columns["loss_mask"], data.splits["test"]["loss_mask"])
     assert sum("does not teach the model to stop" in line for line in data.summary) == lines

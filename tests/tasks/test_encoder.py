@@ -18,12 +18,9 @@ from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.tasks.encoder import (
     EncoderTask,
     apply_model,
-    load_data,
-    load_split,
     model_config,
-    plan_batches,
 )
-from loraplus_jax.training.setup import task_module
+from loraplus_jax.training.setup import task_class
 
 from ..messages import mentions
 from ..refusals import refusals
@@ -180,7 +177,7 @@ def test_dropout_rates_replace_the_models_own(world):
 
 
 def test_long_texts_are_counted(world):
-    data = load_data(parse_settings(world.config, ["--data.max_length", "5"]), open_files(world.model))
+    data = EncoderTask.load(parse_settings(world.config, ["--data.max_length", "5"]), open_files(world.model))
     assert data.truncated["train"] > 0
     assert max(map(len, data.splits["train"]["input_ids"])) == 5
     assert {name: arrays["input_ids"].shape for name, arrays in data.splits.items()} == {
@@ -193,14 +190,14 @@ def test_long_texts_are_counted(world):
 @pytest.mark.slow
 def test_every_batch_of_all_epochs_and_the_largest_split_have_a_shape(world):
     settings = parse_settings(world.config, ["--train.batch_size", "16", "--train.eval_batch_size", "32"])
-    data, rng = load_data(settings, open_files(world.model)), np.random.default_rng(0)
+    data, rng = EncoderTask.load(settings, open_files(world.model)), np.random.default_rng(0)
     columns = data.splits["train"]
     lengths = rng.integers(1, 1 + settings.data.max_length, len(columns["label"]))
     columns |= {
         name: ragged([np.ones(n, np.int32) for n in lengths]) for name in ("input_ids", "token_type_ids")
     }
     data.splits["validation"] = {name: column[:2] for name, column in data.splits["validation"].items()}
-    plan = plan_batches(settings, data, 100, (0, 1), make_mesh(1))
+    plan = data.task.plan_batches(settings, data, 100, (0, 1), make_mesh(1))
     planned = {shapes["weight"].shape for shapes in plan.train}
     for seed in (0, 1):
         batches = train_batches(columns, batch_size=16, seed=seed, arrange=plan.arrange)
@@ -211,12 +208,12 @@ def test_every_batch_of_all_epochs_and_the_largest_split_have_a_shape(world):
 
 def test_a_trial_on_few_texts_has_all_classes(world):
     settings = parse_settings(world.config, ["--data.limit", "1"])
-    data = load_data(settings, open_files(world.model))
+    data = EncoderTask.load(settings, open_files(world.model))
     assert data.task.names == ("no", "yes")
     assert data.examples == {"train": 1, "validation": 1, "test": 1}
-    split = load_split(settings, open_files(world.model), data.task, "test", None)
+    split = data.task.load_split(settings, open_files(world.model), "test", None)
     assert (split.examples, split.digest) == (1, data.digests["test"])
-    assert load_split(settings, open_files(world.model), data.task, None, str(world.data)).examples == 160
+    assert data.task.load_split(settings, open_files(world.model), None, str(world.data)).examples == 160
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "instruction", "multiple_choice"])
@@ -227,4 +224,4 @@ def test_every_task_tells_duplicates_before_training(first_world, first_talk, ta
     args += ["--data.duplicates", "error", *(["--data.label", "rating"] if task == "regression" else [])]
     settings = parse_settings(source.config, args)
     with pytest.raises(ValueError, match=mentions("train", "test")):
-        task_module(settings).load_data(settings, open_files(source.model))
+        task_class(settings).load(settings, open_files(source.model))
