@@ -152,10 +152,10 @@ def compare_runs(
             for name in finished:
                 origin = origin_of(runs[name], lora, weights)
                 read_result(_place(runs[name]) / REPORT, origin, allow=allow_different)
-        if (text := lora.data.unrelated) is not None and (cut := lora.data.truncated["unrelated"]):
+        if (text := lora.data.unrelated) is not None and text.truncated:
             console.print(
-                f"sweep.unrelated_text: {cut:,} of {text.examples:,} texts truncated to data.max_length "
-                f"{run.data.max_length} tokens"
+                f"sweep.unrelated_text: {text.truncated:,} of {text.examples:,} texts truncated to "
+                f"data.max_length {run.data.max_length} tokens"
             )
         began = time.perf_counter()
         output.claim()

@@ -159,14 +159,11 @@ def load_sweep_data(run: SweepRun, files: ModelFiles, loaded: TaskData | None = 
         data = task_class(run).load(run, files)
         if (path := run.sweep.unrelated_text) is not None:
             try:
-                unrelated, truncated = load_text(run, files, path)
+                unrelated = load_text(run, files, path)
             except (ValueError, OSError) as error:
                 raise ValueError(f"sweep.unrelated_text: {error}") from None
-            data = data._replace(
-                unrelated=unrelated,
-                digests=data.digests | {"unrelated": unrelated.digest},
-                truncated=data.truncated | {"unrelated": truncated},
-            )
+            digests = data.digests | {"unrelated": unrelated.digest}
+            data = data._replace(unrelated=unrelated, digests=digests)
     if "test" not in data.splits:
         raise ValueError(
             "a sweep selects on the validation split and reports on the test split; set data.test with "

@@ -44,6 +44,7 @@ from .interface import (
     Task,
     TaskData,
     batch_shapes,
+    check_max_length,
     eval_shapes,
     held_out_split,
 )
@@ -381,28 +382,21 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part, x in values if x.name == "place" or part != x.default]
 
 
-def load_text(settings: Settings, files: ModelFiles, value: str) -> tuple[Split, int]:
-    """Loads a file of texts or conversations, whatever the task, as packed rows of `data.max_length` tokens.
-
-    Returns:
-      The rows, and the number of truncated texts.
-    """
+def load_text(settings: Settings, files: ModelFiles, value: str) -> Split:
+    """Loads a file of texts or conversations, whatever the task, as packed rows of `data.max_length` tokens."""
     chats, length = read_chats(resolve(value, "data")), settings.data.max_length
     tools = tokenizer_and_template(settings, files, None)
     columns, truncated = tokenize_chats(chats, *tools, length, start=leading_ids(files.tokenizer))
     rows = plan_packing(lengths_of(columns["input_ids"]), length)
-    return Split(fill(columns, rows, len(rows), length)[0], len(chats), _digest(chats)), truncated
+    columns = fill(columns, rows, len(rows), length)[0]
+    return Split(columns, len(chats), _digest(chats), truncated=truncated)
 
 
 def tokenizer_and_template(
     settings: Settings, files: ModelFiles, task: LanguageTask | None
 ) -> tuple[Tokenizer, ChatTemplate]:
     """The model's plain tokenizer, and the chat template saved in the task, if any, or set in the settings."""
-    config, longest = model_config(files), settings.data.max_length
-    if longest > config.max_length:
-        raise ValueError(
-            f"data.max_length must be at most {config.max_length} tokens for this model, got {longest}"
-        )
+    check_max_length(settings, model_config(files).max_length)
     choice = settings.data.template
     if task is not None and task.template is None and choice not in TEMPLATES:
         # The settings come with an adapter, and with it the text of a template that its training read from a file.

@@ -42,6 +42,7 @@ from .interface import (
     Task,
     TaskData,
     batch_shapes,
+    check_max_length,
     eval_shapes,
     held_out_split,
 )
@@ -333,11 +334,7 @@ def read_texts(path: Path, settings: DataSettings) -> list[tuple[str, ...]]:
 def tokenizer_for(settings: Settings, files: ModelFiles) -> Tokenizer:
     """The model's tokenizer for `data.max_length`; raises a ValueError if they do not fit the model."""
     config = model_config(settings.model, files)
-    if settings.data.max_length > config.max_length:
-        raise ValueError(
-            f"data.max_length must be at most {config.max_length} tokens for this model, "
-            f"got {settings.data.max_length}"
-        )
+    check_max_length(settings, config.max_length)
     tokenizer = truncating_tokenizer(files, settings.data.max_length)
     check_ids(
         tokenizer,

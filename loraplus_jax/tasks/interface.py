@@ -66,6 +66,12 @@ def held_out_split(splits: Mapping[str, Any]) -> str:
     return "test" if "test" in splits else "validation"
 
 
+def check_max_length(settings: Settings, longest: int) -> None:
+    """Raises ValueError if the settings ask for more tokens than a model can read."""
+    if (length := settings.data.max_length) > longest:
+        raise ValueError(f"data.max_length must be at most {longest} tokens for this model, got {length}")
+
+
 class BaseModel(NamedTuple):
     """A model without adapters.
 
