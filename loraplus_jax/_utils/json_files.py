@@ -20,7 +20,7 @@ def check_file(path: Path, *, follow_links: bool = True) -> None:
         raise ValueError(f"{path} is a {kinds.get(kind, 'device or socket')}: use a regular file")
 
 
-def check_files(directory: Path) -> None:
+def check_directory_files(directory: Path) -> None:
     """Raises ValueError unless all files in a directory are regular, for a library that opens them itself."""
     for path in directory.rglob("*"):
         if not path.is_dir():

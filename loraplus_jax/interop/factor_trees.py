@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .._utils.json_files import check_file, check_files
+from .._utils.json_files import check_directory_files, check_file
 from .._utils.untrusted import run_job
 from .adapter_directory import read_tensors
 from .library_recipes import clean_paths
@@ -85,7 +85,7 @@ def _read_orbax(path: Path) -> dict[str, Any]:
     if len(found) > 1:
         names = ", ".join(str(each.relative_to(path)) for each in found[:5])
         raise ValueError(f"{path} contains {len(found)} orbax checkpoints; choose one: {names}")
-    check_files(found[0])
+    check_directory_files(found[0])
     files = [file for file in found[0].rglob("*") if file.is_file()]
     what = f"{found[0]} cannot be read as an orbax checkpoint"
     return run_job(what, "read_orbax", files=files, path=str(found[0].resolve()))

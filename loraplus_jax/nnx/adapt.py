@@ -101,7 +101,7 @@ def apply_lora_plus(
     for module, specs in _find(model, config, stacked or {}):
         new = {}
         for spec in specs:
-            new |= _make_factors(module, spec, config, rngs, dtype)
+            new |= _draw_factors(module, spec, config, rngs, dtype)
         layers = [spec for spec in specs if spec.kind != "parameter"]
         if config.dropout and layers:  # a parameter has no input of its own
             new[DROPOUT] = _make_dropout(config.dropout, rngs, layers[0])
@@ -283,7 +283,7 @@ def _shape(module: nnx.Module, leaf: str) -> tuple[int, ...]:
     return tuple(variable.get_value().shape)
 
 
-def _make_factors(
+def _draw_factors(
     module: nnx.Module, spec: AdapterSpec, config: LoRAPlusConfig, rngs: nnx.Rngs, dtype: Any
 ) -> dict[str, nnx.LoRAParam]:
     """The initial factors of one weight by attribute, an independent draw for every stacked layer."""
