@@ -116,7 +116,7 @@ def _format_row(*cells: str) -> str:
 def write_commands(directory: Path) -> None:
     """Every command with its arguments, from the table of the command line."""
     from loraplus_jax.cli.commands import COMMANDS
-    from loraplus_jax.cli.parser import load
+    from loraplus_jax.cli.parser import describe, load
     from loraplus_jax.settings.parsing import setting_fields
 
     lines = ["# Commands", ""]
@@ -126,7 +126,7 @@ def write_commands(directory: Path) -> None:
         for argument, more in command.arguments.items():
             words = [argument] if argument.startswith("-") else []
             words += [more["metavar"]] if "metavar" in more else []
-            text = more["help"] + (" (required)" if more.get("required") else "")
+            text = describe(more) + (" (required)" if more.get("required") else "")
             lines.append(_format_row(f"`{' '.join(words)}`", text))
         has_config = "config" in command.arguments
         for field in setting_fields(load(command.settings)) if command.settings and not has_config else ():

@@ -188,8 +188,9 @@ def _plan(
     if json is not None:
         check_new_file("--json", json)
     if fits:
-        return _fits(settings, words, topology is not None, search, json)
+        return _fits(settings, words, json)
     if search:
+        assert topology is not None  # which it requires
         return _search(settings, words, topology, json)
     plan = make_plan(settings, topology)
     _print(format_plan(plan, settings))
@@ -198,13 +199,11 @@ def _plan(
     return 0
 
 
-def _search(settings: Any, words: Sequence[str], topology: str | None, json: Path | None) -> int:
+def _search(settings: Any, words: Sequence[str], topology: str, json: Path | None) -> int:
     from ..plan.devices import target_devices
     from ..plan.render import explain_no_fit, format_plan, format_search, write_search
     from ..plan.search import Search
 
-    if topology is None:
-        raise ValueError("plan --search compares times at a chip's rates; pass --topology, such as h100:8")
     # The search leaves a setting on the command line unchanged.
     fixed = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     search, code = Search(settings, *target_devices(topology), fixed), 0
@@ -221,17 +220,12 @@ def _search(settings: Any, words: Sequence[str], topology: str | None, json: Pat
     return code if search.received in (None, signal.SIGINT) else 128 + search.received
 
 
-def _fits(settings: Any, words: Sequence[str], topology: bool, search: bool, json: Path | None) -> int:
+def _fits(settings: Any, words: Sequence[str], json: Path | None) -> int:
     from ..plan.fits import find_fits
     from ..plan.render import format_fits, write_fits
 
-    options = {"--topology": topology, "--search": search} | {
-        word.partition("=")[0]: True for word in words if word.startswith("--mesh.")
-    }
-    if given := [name for name, is_given in options.items() if is_given]:
-        raise ValueError(
-            f"plan --fits compiles for all known GPUs with meshes of its own; remove {', '.join(given)}"
-        )
+    if mesh := [word.partition("=")[0] for word in words if word.startswith("--mesh.")]:
+        raise ValueError(f"plan --fits has meshes of its own; remove {', '.join(mesh)}")
     fits = find_fits(settings, _show_progress)
     _print(format_fits(fits, settings))
     if json is not None:
@@ -245,14 +239,8 @@ def _show_progress(line: str) -> None:
 
 @_on_devices
 def _eval(directory: Path, tasks: str | None = None, **options: Any) -> str:
-    excluded = ("--split", "--data") if tasks is not None else TASKS
-    if given := [name for name in excluded if name.removeprefix("--") in options]:
-        relation = "cannot be combined with" if tasks is not None else "requires"
-        raise ValueError(f"eval {given[0]} {relation} --tasks")
     if tasks is None:
         return to_json(load("inference.predict:evaluate_run")(directory, **options), indent=1)
-    if "data_root" not in options:
-        raise ValueError("eval --tasks requires --data_root, the directory with the tasks' files")
     names = [name.strip() for name in tasks.split(",")]
     results, file = load("inference.eval_tasks:evaluate_tasks")(str(directory), names, **options)
     return f"{results}\nwritten to {file}"
@@ -262,10 +250,6 @@ def _eval(directory: Path, tasks: str | None = None, **options: Any) -> str:
 def _predict(directory: Path, output: Path | None = None, **options: Any) -> str | None:
     from ..inference.predict import predict_run
 
-    if ("texts" in options) == ("data" in options):
-        raise ValueError("predict requires exactly one of --text and --data")
-    if "use" in options and "adapters" not in options:
-        raise ValueError("predict --use requires --adapter NAME=DIR")
     predict = load("inference.several_adapters:predict_several") if "adapters" in options else predict_run
     return _write(lambda: predict(directory, **options), output, partial(to_json, ensure_ascii=False))
 
@@ -325,11 +309,14 @@ SEVERAL = {
         action="append",
         dest="adapters",
         metavar="NAME=DIR",
+        excludes=("--config",),
     ),
     "--use": value(
         "adapter for all texts on the command line; repeatable (default: every --adapter)",
         action="append",
         metavar="NAME",
+        requires=("--adapter",),
+        excludes=("--data",),
     ),
 }
 RUN = value("finished run, adapter directory or merged model", path, metavar="RUN")
@@ -350,13 +337,12 @@ TRAINING = SETTINGS | {
     **ALLOW,
 }
 TASKS = {
-    "--data_root": value("directory with the files of --tasks", path, metavar="DIR"),
+    "--data_root": value("directory with the tasks' files", path, metavar="DIR"),
     "--shots": value("solved examples before each question of mmlu (default: 5)", int),
     "--limit": value("evaluate only so many questions of each task and subject", int),
-    "--batch_size": value("sequences per batch of --tasks (default: 8)", int),
+    "--batch_size": value("sequences per batch (default: 8)", int),
     **MODEL,
 }
-"""The options of `eval` that require --tasks."""
 PLAN = SETTINGS | {
     "--topology": value(
         "GPUs or TPUs to compile for: GPU:COUNT, GPU:HOSTSxCOUNT or TPU:SHAPE, such as h100:8, h100:2x8 or "
@@ -365,24 +351,30 @@ PLAN = SETTINGS | {
     ),
     "--search": flag(
         "search for mesh, micro-batches and remat of a fast step that fits, and print the command; settings on the "
-        "command line stay fixed; requires --topology"
+        "command line stay fixed",
+        requires=("--topology",),
+        excludes=("--fits",),
     ),
     "--fits": flag(
         "instead of one plan, say on which GPUs the step fits: all known ones, 1, 2, 4 or 8 of them, with weights "
-        "as they are and as nf4"
+        "as they are and as nf4",
+        excludes=("--topology",),
     ),
     "--json": value("also write the plan to FILE as JSON; FILE must not exist", path, metavar="FILE"),
 }
 EVAL = {
     "directory": {**RUN, "help": f"{RUN['help']}; with --tasks also a model without adapters"},
-    "--split": value("split to evaluate: train, validation or test (default: test)"),
-    "--data": value("labelled file to evaluate instead of a split", metavar="FILE"),
+    "--split": value(
+        "split to evaluate: train, validation or test (default: test)", excludes=("--data", "--tasks")
+    ),
+    "--data": value("labelled file to evaluate instead of a split", metavar="FILE", excludes=("--tasks",)),
     "--tasks": value(
         "instead of a split: boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa "
         "(files of LLM-Adapters) or mmlu; separated by commas",
         metavar="NAMES",
+        requires=("--data_root",),
     ),
-    **TASKS,
+    **{name: {**option, "requires": ("--tasks",)} for name, option in TASKS.items()},
     "--output": value(
         "new file: .json for the results of --tasks (default: RUN/tasks.json), or .jsonl for the texts of a run "
         "of task generation",
@@ -391,31 +383,45 @@ EVAL = {
     **ADAPTER,
 }
 PREDICT = {
-    "directory": RUN,
+    "directory": {**RUN, "requires": ("--text", "--data")},
     "--text": value("text to predict for; repeatable", action="append", dest="texts"),
-    "--data": value("file of texts, instead of --text", metavar="FILE"),
+    "--data": value("file of texts", metavar="FILE", excludes=("--text",)),
     **SEVERAL,
     **OUTPUT,
     **ADAPTER,
 }
 GENERATE = {
-    "model": value("finished run, adapter directory or model", metavar="RUN|MODEL"),
+    "model": value(
+        "finished run, adapter directory or model", metavar="RUN|MODEL", requires=("--prompt", "--data")
+    ),
     "--prompt": value("prompt to answer; repeatable", action="append", dest="prompts"),
-    "--data": value("file of conversations; answers the last question of each", metavar="FILE"),
-    "--system": value("system message before every --prompt"),
+    "--data": value(
+        "file of conversations; answers the last question of each", metavar="FILE", excludes=("--prompt",)
+    ),
+    "--system": value("system message before every --prompt", requires=("--prompt",)),
     "--max_tokens": value(
         "maximum tokens of an answer (default: 128; a run of task generation has its own)", int
     ),
-    "--beams": value("beams of a beam search (default: 1; a run of task generation has its own)", int),
+    "--beams": value(
+        "beams of a beam search (default: 1; a run of task generation has its own)",
+        int,
+        excludes=("--temperature",),
+    ),
     "--length_penalty": value(
-        "power of the length that divides log-probabilities; needs --beams (default: 1)", float
+        "power of the length that divides log-probabilities; needs --beams (default: 1)",
+        float,
+        excludes=("--temperature",),
     ),
     "--no_repeat_ngram": value(
-        "tokens of a sequence that must not appear twice in an answer (default: 0, any may)", int
+        "tokens of a sequence that must not appear twice in an answer (default: 0, any may)",
+        int,
+        excludes=("--temperature",),
     ),
     "--temperature": value("sampling temperature; 0 is greedy (default: 0)", float),
-    "--top_p": value("nucleus sampling probability (default: 1, all tokens)", float),
-    "--seed": value("random seed for sampling (default: 0)", int),
+    "--top_p": value(
+        "nucleus sampling probability (default: 1, all tokens)", float, requires=("--temperature",)
+    ),
+    "--seed": value("random seed for sampling (default: 0)", int, requires=("--temperature",)),
     "--batch_size": value("prompts per batch (default: 8)", int),
     **SEVERAL,
     **MODEL,
@@ -423,26 +429,29 @@ GENERATE = {
     **ADAPTER,
 }
 EXPORT = {
-    "place": value("finished run or adapter directory", path, metavar="RUN"),
-    "--to": value("new directory to write; may be left out with --push", path, metavar="DIR"),
+    "place": value("finished run or adapter directory", path, metavar="RUN", requires=("--to", "--push")),
+    "--to": value("new directory to write", path, metavar="DIR"),
     "--push": value(
         "upload the export and a model card to this repository on the Hugging Face Hub; a new one is private",
         metavar="ORG/NAME",
     ),
-    "--public": flag("make a new repository of --push public"),
+    "--public": flag("make a new repository public", requires=("--push",)),
     "--merged": flag("write the full model, with the adapter merged into its weights"),
-    "--dequantized": flag("merge into the weights as model.quantize packed them, not the original ones"),
+    "--dequantized": flag(
+        "merge into the weights as model.quantize packed them, not the original ones", requires=("--merged",)
+    ),
     "--format": value(
-        "format of a merged model (default: hf); without --merged, gguf writes an adapter for llama.cpp's --lora",
+        "format of the full model, or of the adapter: hf for PEFT (default), gguf for llama.cpp's --lora",
         choices=("hf", "gguf"),
     ),
     "--dtype": value(
         "weight dtype of a merged model or GGUF adapter (default: the base model's for hf, float16 for gguf)",
         choices=("float32", "bfloat16", "float16", "q8_0"),
+        requires=("--merged", "--format gguf"),
     ),
     "--base_model": value(
-        "Hub id or path of the base in adapter_config.json; with --push always a Hub id (default: the run's model, "
-        "which is a local path unless the run names a Hub id)",
+        "Hub id or path of the base in adapter_config.json and the model card; with --push always a Hub id "
+        "(default: the run's model, which is a local path unless the run names a Hub id)",
         metavar="NAME",
     ),
     **ALLOW,
@@ -518,6 +527,7 @@ CONVERT = {
     "--dtype": value(
         "dtype of a merged model's weights (default: the base's) or of a GGUF adapter (default: float16)",
         choices=("float32", "bfloat16", "float16", "q8_0"),
+        requires=("--to merged", "--to gguf"),
     ),
     "--no_verify": flag("do not compare the outputs of the model before and after"),
     **ALLOW,

@@ -23,7 +23,9 @@ class Command(NamedTuple):
       text: help text.
       run: runs the command with the arguments that were passed, as keywords; returns a text to print, an exit code,
         or None for 0.
-      arguments: what argparse's `add_argument` takes, by option or by name of a positional argument.
+      arguments: what argparse's `add_argument` takes, by option or by name of a positional argument; also
+        `requires`, options of which one must be passed with it, and `excludes`, those that must not be: names, or a
+        name and a value such as `--format gguf`. An option that is 0 counts as left out.
       settings: class of the settings that the command accepts, as `module:class`; `run` gets `settings`. If
         `arguments` has a `config`, it also gets `words`, what they were read from: the config file and the settings
         on the command line.
@@ -58,9 +60,15 @@ def value(
     return {"help": text, "type": type, "choices": choices, "metavar": metavar, **more}
 
 
-def flag(text: str) -> dict[str, Any]:
+def flag(text: str, **more: Any) -> dict[str, Any]:
     """An option without a value."""
-    return {"help": text, "action": "store_true"}
+    return {"help": text, "action": "store_true", **more}
+
+
+def describe(argument: Mapping[str, Any]) -> str:
+    """The help text of an argument, with the options that it requires and excludes."""
+    rules = {"requires": argument.get("requires"), "not with": argument.get("excludes")}
+    return "; ".join([argument["help"], *(f"{rule} {' or '.join(x)}" for rule, x in rules.items() if x)])
 
 
 def load(name: str) -> Any:
@@ -81,6 +89,7 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
     command = commands[name := keywords.pop("command")]
     if unknown:
         raise ValueError(f"{name} does not accept {' '.join(unknown)}")
+    _check_options(name, command.arguments, keywords)
     if command.settings:
         # Here: pydantic is slow to import, and half of the commands need no settings.
         from ..settings.parsing import parse_settings
@@ -102,6 +111,33 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
         if config is not None:
             keywords["words"] = [config, *overrides]
     return command, keywords
+
+
+def _check_options(
+    command: str, arguments: Mapping[str, Mapping[str, Any]], keywords: Mapping[str, Any]
+) -> None:
+    """Raises ValueError if an argument was passed without an option that it requires, or with one it excludes."""
+    passed = {
+        name: keywords[key]
+        for name, argument in arguments.items()
+        if (key := argument.get("dest", name.removeprefix("--"))) in keywords
+    }
+
+    def is_passed(option: str) -> bool:
+        name, _, wanted = option.partition(" ")
+        value = passed.get(name, 0)
+        return value == wanted if wanted else value != 0
+
+    for name in passed:
+        argument = arguments[name]
+        label = name if name.startswith("--") else argument["metavar"]
+        for option in filter(is_passed, argument.get("excludes", ())):
+            raise ValueError(f"{command} {label} cannot be combined with {option}")
+        required = argument.get("requires", ())
+        if required and not any(map(is_passed, required)):
+            other = required[0].partition(" ")[0]
+            got = f", got {other} {passed[other]}" if other in passed else ""
+            raise ValueError(f"{command} {label} requires {' or '.join(required)}{got}")
 
 
 def _has_tensors(place: Path) -> bool:
@@ -147,7 +183,9 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
         command.settings = settings
         for argument, more in arguments.items():
-            command.add_argument(argument, **more)
+            options: dict[str, Any] = {x: more[x] for x in more if x not in ("requires", "excludes")}
+            options["help"] = describe(more)
+            command.add_argument(argument, **options)
     return parser
 
 

@@ -52,18 +52,8 @@ def combine_runs(
 ) -> str:
     """Combines runs and adapter directories of one base to a new adapter directory; returns a summary.
 
-    `adapter.json` of the result says what it was made from, under `combined`.
-
-    Args:
-      adapters: runs or adapter directories, in this package's format or PEFT's, each as `DIR` or `DIR=WEIGHT`.
-      how: the way, see `combine_adapters`.
-      out: the new directory.
-      config: a training config, for adapters that PEFT made for an encoder, or whose file names no base.
-      allow_different: parts of the base model in which the adapters may differ, see `PARTS`.
-      **options: options of `combine_adapters`.
-
-    Raises:
-      ValueError, OSError: an adapter or an option is invalid, or the adapters have different bases.
+    `adapter.json` of the result says what it was made from, under `combined`. `options` are those of
+    `combine_adapters`.
     """
     check_new_path("--out", out)
     check_allowed(allow_different)

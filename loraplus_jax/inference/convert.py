@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,9 +53,6 @@ from .predict import describe_adapter, load_tuned, settings_and_task
 from .verify_conversion import Verified, compare
 from .write_hf import write_hf
 
-Target = Literal["peft", "gguf", "loraplus", "merged"]
-TARGETS: tuple[Target, ...] = ("peft", "gguf", "loraplus", "merged")
-LIBRARIES = (*NAMES, "peft", "levanter", "loraplus")
 GGUF_FILE = "adapter.gguf"
 _WRITTEN = {
     "peft": "PEFT adapter",
@@ -86,35 +83,13 @@ def convert(
 ) -> str:
     """Converts an adapter to a new directory, atomically; returns a summary.
 
-    Args:
-      source: a run or adapter directory of this package, a PEFT directory, or what `read_tree` reads.
-      to: one of `TARGETS`.
-      out: the new directory.
-      base: the base model, a value of `model.path`; by default the one that a run or PEFT adapter names.
-      library: one of `LIBRARIES`, where the names fit several.
-      scale, alpha: the scale of A B, or alpha of a scale alpha / rank, of a library that stores neither.
-      path_map: JSON file with a list of rules `[ours, theirs]` for names that no recipe knows.
-      leave_out: regular expressions of tensors to leave out, by path.
-      dtype: dtype of the weights of a merged model, or of the factors in a GGUF file.
-      no_verify: skip the comparison of the outputs at source and target.
-      allow_different: parts of the base of a run, or of tunix's factors, that may differ from what they were
-        trained on, see `PARTS`.
-
-    Raises:
-      ValueError, OSError: an argument or file is invalid, a tensor has no place at the target, or the outputs
-        differ; nothing is left at `out`.
+    For the arguments see `loraplus convert --help`. If it raises, also since the outputs differ, nothing is left at
+    `out`.
     """
-    check_choice("--to", to, TARGETS)
-    if library is not None:
-        check_choice("--from", library, LIBRARIES)
     for name, value in (("--scale", scale), ("--alpha", alpha)):
         if value is not None:
             check_number(name, value, above=0.0)
     if dtype is not None:
-        if to not in _DTYPES:
-            raise ValueError(
-                f"--dtype applies to --to {' or '.join(_DTYPES)}, not to {to}: its factors keep theirs"
-            )
         check_choice(f"--dtype with --to {to}", dtype, _DTYPES[to])
     for rule in leave_out:
         try:
@@ -217,7 +192,7 @@ def _convert_run(
     adapter = read_adapter(directory, described.parts)
     check_finite(directory, adapter.lora)
     if to != "loraplus":
-        form = "gguf" if to == "gguf" else None
+        form = "gguf" if to == "gguf" else "hf"
         options: Any = {"merged": to == "merged", "format": form, "dtype": dtype}
         about = export_run(directory, partial, base=base, allow_different=allow, **options)
         lines = [about.partition(": ")[2]]

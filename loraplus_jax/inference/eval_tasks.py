@@ -131,20 +131,11 @@ def evaluate_tasks(
 
     The prediction is the choice with the highest log-likelihood. A commonsense question is the user's message in
     the chat template, and its choices are answers such as "the correct answer is answer1". MMLU has its own format
-    without a chat template, and its choices are the letters, see `Subject.prompt`.
+    without a chat template, and its choices are the letters, see `Subject.prompt`; a question gets fewer solved
+    examples than `shots` if it does not fit the model's context otherwise.
 
-    Args:
-      tasks: names of `TASKS`.
-      data_root: directory with the files, see `read_commonsense` and `read_mmlu`.
-      shots: solved examples before each question of MMLU; 5 by default. A question gets fewer if it does not fit
-        the model's context otherwise.
-      limit: score only so many questions of each task and subject, the first ones.
-      output: new .json file; by default `tasks.json` in the directory of a run, an adapter or a merged model,
-        with a number added if the name is taken.
-      place, batch_size, template, dtype, config, allow_different, mesh: see `generate_answers`.
-
-    Returns:
-      The results, and the file that they were written to.
+    Returns the results and the file that they were written to: by default `tasks.json` in the directory of a run,
+    an adapter or a merged model, with a number added if the name is taken.
     """
     for name in tasks:
         if name not in TASKS:

@@ -52,7 +52,7 @@ def export_run(
     public: bool = False,
     merged: bool = False,
     dequantized: bool = False,
-    format: str | None = None,
+    format: str = "hf",
     dtype: str | None = None,
     base_model: str | None = None,
     base: str | None = None,
@@ -60,44 +60,12 @@ def export_run(
 ) -> str:
     """Exports a run to a new directory, atomically, and to the Hugging Face Hub; returns a summary.
 
-    Args:
-      place: a run or an adapter directory, in this package's format or PEFT's.
-      to: the new directory; required unless `push` is set.
-      push: repository on the Hub to upload the export to, `ORG/NAME`; new ones are private.
-      public: whether the repository is public.
-      merged: write the whole model with the adapter merged in, instead of a PEFT adapter.
-      dequantized: merge into the values of the base as `model.quantize` packed them, instead of the checkpoint's.
-      format: file format of a merged model: `"hf"` (default), or `"gguf"` if the base is a GGUF file. Without
-        `merged`, `"gguf"` writes an adapter for llama.cpp.
-      dtype: dtype of a merged model's weights or of a GGUF adapter, see `DTYPES`; by default the base's for hf,
-        float16 for gguf.
-      base_model: the name or path by which PEFT finds the base; by default the run's hub id or local path. With
-        `push`, a hub id, also for a merged model.
-      base: where the run's base is now, instead of where it was in training.
-      allow_different: parts of the base model that may differ from what the run was trained on, see `PARTS`.
+    For the arguments see `loraplus export --help`; `base` is where the run's base is now, if it has moved.
     """
-    if to is None and push is None:
-        raise ValueError("export requires --to DIR, --push ORG/NAME, or both")
-    if public and push is None:
-        raise ValueError("--public requires --push ORG/NAME")
-    if not merged and format != "gguf" and (format is not None or dtype is not None):
-        raise ValueError(
-            "--format hf and --dtype require --merged, since a PEFT adapter is always float32; add it, or set "
-            "--format gguf for an adapter for llama.cpp"
-        )
-    if dequantized and not merged:
-        raise ValueError("--dequantized requires --merged; an adapter holds no weight of the base")
-    if (merged or format == "gguf") and base_model is not None and push is None:
-        raise ValueError(
-            "--base_model applies to a PEFT adapter or to --push, not to --merged or --format gguf alone; "
-            f"got {base_model!r}"
-        )
     if base_model is not None and not base_model.strip():
         raise ValueError(
             f"--base_model must be a Hub id or a path, got {base_model!r}; leave it out for the run's model"
         )
-    format = format or "hf"
-    check_choice("--format", format, tuple(DTYPES))
     if dtype is not None:
         check_choice(f"--dtype with --format {format}", dtype, DTYPES[format])
     if to is not None:

@@ -68,30 +68,8 @@ def generate_answers(
 ) -> list[dict[str, str]]:
     """Generates an answer to each prompt, as `{"prompt": ..., "answer": ...}`, with `adapters` also `"adapter"`.
 
-    Args:
-      place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
-      prompts, system: user messages, with a system message before each. Pass either these or `data`.
-      data: a file of conversations; answers the last question of each. For a run of task generation, a file with
-        the column `mr`; equal ones are answered once.
-      max_tokens: maximum tokens per answer.
-      beams, length_penalty, no_repeat_ngram: see `make_beam_search`; not with a temperature above 0, which samples.
-        A run of task generation has its own defaults.
-      temperature, top_p, seed: see `Sampling`.
-      batch_size: conversations per batch; rounded up to a multiple of the mesh's data-parallel parts.
-      template, dtype: chat template and dtype of the weights, for a model or a PEFT adapter; a run has its own.
-      config: a training config, for a PEFT adapter whose base model is not where the adapter says.
-      allow_different: parts of the base model that may differ from what a run was trained on, see `PARTS`.
-      adapters: `NAME=DIR` of several adapters; `place` is then their base, or a run that gives the settings. Each
-        row of `data` names its adapter in the column `adapter`; `base` is none.
-      use: the names of the adapters that answer each of `prompts`; by default all.
-      mesh: sizes that replace those of the run's mesh, see `choose_mesh`; a model has `data` -1.
+    For the arguments see `loraplus generate --help`; `mesh` replaces sizes of a run's mesh. A model's `data` is -1.
     """
-    if bool(prompts) == (data is not None):
-        raise ValueError("generate requires --prompt TEXT or --data FILE, not both")
-    if system is not None and data is not None:
-        raise ValueError(
-            "--system requires --prompt; conversations in --data contain their own system messages"
-        )
     sampling = Sampling(temperature, top_p)
     check_sampling(sampling)
     if length_penalty is not None:
@@ -104,19 +82,11 @@ def generate_answers(
             check_int(name, value, at_least=least)
     passed = {"beams": beams, "length_penalty": length_penalty, "no_repeat_ngram": no_repeat_ngram}
     options: dict[str, Any] = {name: value for name, value in passed.items() if value is not None}
-    if options and temperature > 0:
-        raise ValueError(f"--{next(iter(options))} requires --temperature 0, got {temperature}")
-    if temperature == 0 and (top_p != 1 or seed is not None):
-        raise ValueError("--top_p and --seed require a --temperature above 0; 0 is greedy decoding")
     if any(not text.strip() for text in (*prompts, *([] if system is None else [system]))):
         raise ValueError("--prompt and --system must not be empty")
-    if use and not (adapters and prompts):
-        raise ValueError(
-            "--use requires --adapter and --prompt; rows of --data name theirs in the column adapter"
-        )
     several = None
     if adapters:
-        several = _open_several(place, adapters, template, dtype, config, allow_different, mesh)
+        several = _open_several(place, adapters, template, dtype, allow_different, mesh)
         tuned = several.tuned
     else:
         tuned = open_model(place, template, dtype, config, allow_different, mesh)
@@ -163,14 +133,9 @@ def _open_several(
     adapters: Sequence[str],
     template: str | None,
     dtype: Dtype | None,
-    config: str | None,
     allow_different: Sequence[str],
     mesh: MeshSizes,
 ) -> SeveralAdapters:
-    if config is not None:
-        raise ValueError(
-            "--config does not combine with --adapter; pass the base model, or a run, as the model"
-        )
     is_run = find_adapter(expand_path("model", source)) is not None
     plain = None if is_run else _plain_settings(source, template, dtype)
     several = open_adapters(source, adapters, plain, allow_different, mesh)

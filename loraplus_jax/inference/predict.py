@@ -269,8 +269,6 @@ def evaluate_run(
     A run of task generation also generates texts, which go to the new .jsonl file `output`. For `mesh` see
     `load_tuned`.
     """
-    if split is not None and data is not None:
-        raise ValueError(f"eval takes --split or --data, not both, got --split {split} and --data {data}")
     if output is not None:
         with raise_together():
             check_output(output)
@@ -344,8 +342,6 @@ def texts_to_predict(texts: Sequence[str], data: str | None, settings: Settings)
         return read_texts(resolve(data, "data"), settings.data)
     if has_pairs(settings.data):
         raise ValueError("the run was trained on text pairs; pass a file with --data")
-    if not texts:
-        raise ValueError("no text to predict for; pass --text or --data")
     if any(not text.strip() for text in texts):
         raise ValueError("every text to predict for must have content, got an empty text")
     return [(text,) for text in texts]

@@ -141,7 +141,6 @@ def predict_several(
     use: Sequence[str] = (),
     texts: Sequence[str] = (),
     data: str | None = None,
-    config: str | None = None,
     allow_different: Sequence[str] = (),
     mesh: MeshSizes = None,
 ) -> list[dict[str, Any]]:
@@ -150,10 +149,6 @@ def predict_several(
     Each of `texts` is for every adapter in `use`, by default all; the rows of `data` name theirs in the column
     `adapter`. Each adapter has the classes that it was trained for; all must have the same number of them.
     """
-    if config is not None:
-        raise ValueError("--config does not combine with --adapter; pass the base model, or a run, as RUN")
-    if use and data is not None:
-        raise ValueError("--use requires --text; rows of --data name their adapter in the column adapter")
     several = open_adapters(str(directory), adapters, None, allow_different, mesh)
     settings = several.tuned.settings
     del several.slots[BASE]  # which has no head

@@ -6,18 +6,22 @@ import re
 import pytest
 
 from loraplus_jax.cli.commands import COMMANDS, main
+from loraplus_jax.cli.parser import parse
 from loraplus_jax.inference.combine import combine_runs
-from loraplus_jax.inference.convert import LIBRARIES, convert
+from loraplus_jax.inference.convert import convert
 from loraplus_jax.inference.eval_tasks import evaluate_tasks
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.inference.generate import generate_answers
 from loraplus_jax.inference.predict import evaluate_run, predict_run
 from loraplus_jax.inference.several_adapters import predict_several
 from loraplus_jax.interop import combine_adapters
+from loraplus_jax.interop.library_recipes import NAMES
 from loraplus_jax.settings.recipes import RECIPES
 from loraplus_jax.sweep.method_comparison import sweep_or_compare
 from loraplus_jax.training.list_runs import list_runs
 from loraplus_jax.training.trainer import train
+
+from ..refusals import refusals
 
 TARGETS = {
     "train": [train],
@@ -46,10 +50,61 @@ def test_every_argument_is_a_parameter(name):
     assert {
         more.get("dest", argument.removeprefix("--")) for argument, more in arguments.items()
     } <= parameters
+    rules = [more.get(rule, ()) for more in arguments.values() for rule in ("requires", "excludes")]
+    assert {option.partition(" ")[0] for options in rules for option in options} <= arguments.keys()
 
 
 def test_convert_knows_every_library():
-    assert set(COMMANDS["convert"].arguments["--from"]["choices"]) == set(LIBRARIES)
+    known = {*NAMES, "peft", "levanter", "loraplus"}
+    assert set(COMMANDS["convert"].arguments["--from"]["choices"]) == known
+
+
+def line(text):
+    return lambda: parse(COMMANDS, text.split())
+
+
+test_options_that_do_not_fit_each_other = refusals(
+    (line("plan c.yaml --search"), "plan --search", "--topology"),
+    (line("plan c.yaml --fits --topology h100:8"), "plan --fits", "--topology"),
+    (line("plan c.yaml --fits --search"), "--fits", "--search"),
+    (line("eval r --split test --data a.csv"), "eval --split", "--data"),
+    (line("eval r --tasks boolq --data_root d --split test"), "--split", "--tasks"),
+    (line("eval r --tasks boolq"), "--tasks", "--data_root"),
+    (line("eval r --limit 3"), "--limit", "--tasks"),
+    (line("predict r"), "predict RUN", "--text or --data"),
+    (line("predict r --text a --data a.csv"), "--data", "--text"),
+    (line("predict r --text a --use a"), "--use", "--adapter"),
+    (line("predict r --data a.csv --adapter a=b --use a"), "--use", "--data"),
+    (line("generate r"), "--prompt or --data"),
+    (line("generate r --prompt a --data a.jsonl"), "--data", "--prompt"),
+    (line("generate r --data a.jsonl --system a"), "--system", "--prompt"),
+    (line("generate r --prompt a --adapter a=b --config c.yaml"), "--adapter", "--config"),
+    (line("generate r --prompt a --seed 0"), "--seed", "--temperature"),
+    (line("generate r --prompt a --top_p 0.5 --temperature 0"), "--top_p", "--temperature 0.0"),
+    (line("generate r --prompt a --beams 2 --temperature 1"), "--beams", "--temperature"),
+    (line("export r"), "--to or --push"),
+    (line("export r --to d --public"), "--public", "--push"),
+    (line("export r --to d --dequantized"), "--dequantized", "--merged"),
+    (line("export r --to d --dtype float16"), "--dtype", "--merged or --format gguf"),
+    (line("convert r --to peft --out d --dtype float16"), "--dtype", "--to merged or --to gguf", "--to peft"),
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "export r --to d --format gguf --dtype float16",
+        "generate r --prompt a --seed 0 --temperature 1",
+        "generate r --prompt a --beams 2 --temperature 0",
+    ],
+)
+def test_options_that_fit_each_other(text):
+    line(text)()
+
+
+def test_help_shows_what_options_require_and_exclude(capsys):
+    assert main(["convert", "--help"]) == 0
+    assert "; requires --to merged or --to gguf" in " ".join(capsys.readouterr().out.split())
 
 
 def test_recipes_are_listed_and_printed_as_they_are(capsys, tmp_path, monkeypatch):

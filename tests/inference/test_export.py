@@ -60,13 +60,9 @@ def test_bad_exports_are_one_line_and_leave_nothing(untrained, tmp_path, capsys)
     assert_mentions(rejected(capsys, "export", untrained.out, "--to", to), to)
     to.rmdir()
     for flags, words in (
-        (("--format", "hf"), ["--format", "--merged", "gguf"]),
         (("--format", "gguf"), ["model_type", "llama", "gpt2", "bert"]),
-        (("--format", "gguf", "--base_model", "x"), ["--base_model", "--format gguf"]),
         (("--base_model", ""), ["--base_model", "''"]),
-        (("--dequantized",), ["--dequantized", "--merged"]),
         (("--merged", "--dequantized"), ["--dequantized", "model.quantize", "nf4"]),
-        (("--dtype", "float16"), ["--dtype", "--merged"]),
         (("--merged", "--format", "gguf"), ["GGUF"]),
         (("--merged", "--dtype", "q8_0"), ["--dtype", "hf", "float32", "bfloat16", "float16", "q8_0"]),
     ):

@@ -60,8 +60,6 @@ def test_generate_searches_with_beams_where_it_is_asked_to(talk, capsys, monkeyp
         assert main([*map(str, asked), *flags("--beams 3 --length_penalty 0.5 --no_repeat_ngram 2")]) == 2
         assert_mentions(capsys.readouterr().err, "beams 3", "length_penalty 0.5", "no_repeat_ngram 2")
         printed(capsys, *asked)  # greedily
-    assert main([*map(str, asked), "--beams", "2", "--temperature", "1"]) == 2
-    assert_mentions(capsys.readouterr().err, "--beams", "--temperature")
     for given, words in {
         ("--beams", "0"): ("beams", 0),
         ("--beams", "1000"): ("--beams", 1000, "vocabulary"),

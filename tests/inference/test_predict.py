@@ -68,11 +68,9 @@ def damaged(**change):
 DAMAGED = "adapter.json is damaged"
 test_invalid_arguments_and_notes = pytest.mark.slow(
     refusals(
-        (lambda untrained: evaluate_run(untrained.out, split="test", data="a.csv"), "--split test", "a.csv"),
         (lambda untrained: evaluate_run(untrained.out, split="tests"), "--split", "'tests'", "'test'"),
         (lambda untrained: evaluate_run(untrained.out, output=Path("a.txt")), "--output", ".jsonl", "a.txt"),
         (lambda untrained: evaluate_run(untrained.out, output=Path("a.jsonl")), "--output", "generation"),
-        (lambda untrained: predict_run(untrained.out), "--text", "--data"),
         (lambda untrained: predict_run(untrained.out, texts=["a", " "]), "empty"),
         (damaged(task={"kind": "classification"}), DAMAGED, "names"),
         (damaged(task={"kind": "classification", "names": [1, 2]}), DAMAGED, "task.names", "[1, 2]"),

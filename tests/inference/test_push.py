@@ -113,8 +113,6 @@ def test_what_cannot_be_pushed_is_known_before_anything_is_written(
 ):
     to, run = tmp_path / "to", ("export", untrained.out)
     for options, words in (
-        ((), ("--to", "--push")),
-        (("--to", to, "--public"), ("--public", "--push")),
         (("--push", "name", *BASE), ("--push", "ORG/NAME", "'name'")),
         (("--push", "org/a b", *BASE), ("--push", "ORG/NAME", "'org/a b'")),
         (("--push", "org/name", "--to", to), ("--base_model", untrained.model)),

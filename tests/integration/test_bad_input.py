@@ -211,7 +211,6 @@ other.csv:2 maybe | eval {out} --data {dir}/other.csv | maybe
 data texts.csv | eval {out} | no data
 adapter "loraplus train" | eval {out} | no settings
 adapter adapter.json | eval {out} | no notes
-"--text and --data" | predict {out} |
 texts.tsv:1 text | predict {out} --data {dir}/texts.tsv | no texts
 old.jsonl | predict {out} --text a --output {dir}/old.jsonl | old
 .jsonl new.csv | predict {out} --text a --output {dir}/new.csv |
@@ -250,12 +249,8 @@ max_tokens 0 | ASK --max_tokens 0 |
 answers "64 tokens" 64 | ASK --max_tokens 64 |
 batch_size 0 | ASK --batch_size 0 |
 seed -1 | ASK --temperature 1 --seed -1 |
---seed --temperature | ASK --seed 1 |
---prompt --data | generate {dir}/model |
-"--prompt TEXT or --data FILE" "not both" | ASK --data {dir}/chats.jsonl |
 prompt empty | generate {dir}/model --prompt ' ' |
 "prompt 1 of 1" "74 tokens" 54 | generate {dir}/model --prompt LONG --max_tokens 10 |
---system --prompt | generate {dir}/model --data {dir}/chats.jsonl --system a |
 model nowhere | generate nowhere --prompt a |
 model_type bert | ASK | bert
 generate "--topp 1" | ASK --topp 1 |

@@ -54,12 +54,9 @@ def test_the_command_writes_what_it_prints(planned, tmp_path, capsys, monkeypatc
         (["--distributed.coordinator=auto"], ["distributed.coordinator", "auto"]),
         (["--model.path", "nowhere"], ["model", "'nowhere'"]),
         (["--topologie", "v5e:4x4"], ["--topologie"]),
-        (["--search"], ["--search", "--topology"]),
         (["--search", "3", "--topology=v5e:2x2"], ["'3'"]),
         (["--topology", "h10:8"], ["'h10:8'", "did you mean", "'h100'"]),
         (["--topology", "a100.yml:8"], ["a100.yml"]),
-        (["--fits", "--topology=h100:8"], ["--fits", "--topology"]),
-        (["--fits", "--search"], ["--fits", "--search"]),
         (["--fits", "--mesh.fsdp=2"], ["--fits", "--mesh.fsdp"]),
     ],
 )
