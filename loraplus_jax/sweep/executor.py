@@ -4,14 +4,14 @@ A sweep awaits the results of a stage's units. It does not know where they ran, 
 it.
 """
 
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from ..training.console import LineConsole
-from ..training.provenance import ORIGIN
+from ..training.provenance import Origin
 from .population import AbstractPopulation, Population, prepare_population
 from .settings import SweepRun
 from .unit import Progress, Unit, run_unit
@@ -22,13 +22,13 @@ class Opened(NamedTuple):
 
     Attributes:
       abstract: data, steps and shapes.
-      origin: the `ORIGIN` of the results, which every unit must share.
+      origin: base and data, which every unit must share.
       members_at_once: members that a device computes in parallel.
       group_size: most members of a unit.
     """
 
     abstract: AbstractPopulation
-    origin: Mapping[str, Any]
+    origin: Origin
     members_at_once: int
     group_size: int
 
@@ -37,7 +37,6 @@ class Stages(Protocol):
     """What an executor knows of a sweep."""
 
     directory: Path
-    allow_different: Sequence[str]
 
     async def train(self) -> dict[str, Any]:
         """Runs one stage after another; returns the report."""
@@ -100,8 +99,7 @@ class InProcess:
         size = min(group_size or most, most)
         self.population: Population | None = None  # before the next one is loaded
         self.population = population = prepare_population(run, size, members_at_once)
-        origin = {name: population.metadata[name] for name in ORIGIN}
-        return Opened(population.abstract, origin, population.programs.at_once, size)
+        return Opened(population.abstract, population.origin, population.programs.at_once, size)
 
     async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """Runs one unit after another."""
@@ -114,7 +112,6 @@ class InProcess:
             unit,
             sweep.directory,
             console=self.console,
-            allow_different=sweep.allow_different,
             tell=lambda progress: sweep.follow(unit, progress),
         )
         sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))

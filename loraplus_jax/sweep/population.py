@@ -24,10 +24,9 @@ from ..data.fetch import resolve
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.params import load_params
 from ..models.files import open_files
-from ..settings.schema import split_settings
 from ..step.fingerprints import fingerprint
 from ..step.population import MEMBER_AXIS, map_members
-from ..step.run_metadata import describe_run, numeric_options
+from ..step.run_metadata import describe_run
 from ..step.sharding import make_mesh, replicate
 from ..step.train_step import LossFn, TrainState, init_state, make_eval, make_step
 from ..tasks.causal_lm import load_text
@@ -36,7 +35,7 @@ from ..training.adapter_start import begin_from, make_start
 from ..training.estimate import count_flops
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
-from ..training.provenance import model_identity
+from ..training.provenance import Origin, model_identity
 from ..training.setup import build_model, count_steps, params_of, set_weights, start_magnitudes, task_class
 from ..training.xla import ProgramByShape, one_thread_per_device
 from .halving import check_rungs
@@ -98,6 +97,7 @@ class Population(NamedTuple):
       programs: the compiled step and evaluation for all members.
       programs_for: maps a number of members to the programs that compute them with the fewest empty slots.
       first: maps `(trial, seed)` to the initial member.
+      origin: base and data, which everything that a sweep continues from must share.
       metadata: metadata of the checkpoints.
     """
 
@@ -111,6 +111,7 @@ class Population(NamedTuple):
     programs: Programs
     programs_for: Callable[[int], Programs]
     first: Callable[[Trial, int], Members]
+    origin: Origin
     metadata: dict[str, Any]
 
 
@@ -180,15 +181,10 @@ def load_weights(abstract: AbstractPopulation) -> Any:
     return load_params(abstract.files, shapes.base.table, params_of(shapes), new=shapes.base.new)
 
 
-def origin_of(run: SweepRun, abstract: AbstractPopulation, base: str) -> dict[str, Any]:
-    """The `ORIGIN` of a sweep's results; `base` is the fingerprint of the base's weights."""
-    data = abstract.data
-    return {
-        "base": base,
-        "identity": model_identity(abstract.widest, abstract.files, data.task) | {"data": data.digests},
-        "settings": split_settings(run.to_json(), "", run.resumable_fields)[0],
-        "jax_config": numeric_options(),
-    }
+def origin_of(abstract: AbstractPopulation, base: str | None) -> Origin:
+    """Base and data of a sweep; `base` is the fingerprint of the weights, None if they are not read."""
+    identity = model_identity(abstract.widest, abstract.files, abstract.data.task)
+    return {"base": base, "identity": identity | {"data": abstract.data.digests}}
 
 
 def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -> Population:
@@ -234,15 +230,12 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     def first(trial: Trial, seed: int) -> Members:
         return _first_member(abstract, trial, seed, trainable(trial.rank, seed))
 
-    metadata = describe_run(
-        parts.specs,
-        config,
-        task=data.task.notes(),
-        **origin_of(run, abstract, base),
-        **({} if start is None else {"start": fingerprint(start)}),
-    )
+    metadata = describe_run(parts.specs, config, task=data.task.notes())
+    if start is not None:
+        metadata["start"] = fingerprint(start)
+    origin = origin_of(abstract, base)
     return Population(
-        run, abstract, data, parts, steps, batches, mesh, programs, programs_for, first, metadata
+        run, abstract, data, parts, steps, batches, mesh, programs, programs_for, first, origin, metadata
     )
 
 

@@ -170,7 +170,7 @@ class RayTasks:
         if model not in self.weights:
             self.weights[model] = fingerprint(load_weights(abstract))
             self.check_stop()
-        origin = origin_of(run, abstract, self.weights[model])
+        origin = origin_of(abstract, self.weights[model])
         path = expand_path("output_dir", run.output_dir)
         job = Job(
             settings=(type(run), run.to_json()),
@@ -192,9 +192,7 @@ class RayTasks:
 
     async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """Queues all units in Ray, and follows their progress."""
-        job = self.jobs[sweep.directory]._replace(
-            owner=(sweep.directory / OWNER).read_text(), allow_different=tuple(sweep.allow_different)
-        )
+        job = self.jobs[sweep.directory]._replace(owner=(sweep.directory / OWNER).read_text())
         return await asyncio.gather(*(self._run_unit(sweep, job, unit) for unit in units))
 
     async def _run_unit(self, sweep: Stages, job: Job, unit: Unit) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from .._utils.atomic import remove_leftovers, to_json, write_text
+from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import read_record, write_record
 from ..settings.schema import GENERATION
 from ..settings.yaml_files import to_yaml
@@ -23,7 +24,6 @@ from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
 from ..training.estimate import Estimate, batches_of
 from ..training.metrics_log import METRICS, SUMMARY
-from ..training.provenance import read_result
 from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.run_files import CHECKPOINTS, RESULT
 from .edges import beyond
@@ -104,7 +104,7 @@ def sweep(
         open_executor(run, console) as executor,
         open_output_directory(run, console, fresh=fresh, allow_different=allow_different) as output,
     ):
-        return executor.finish([Sweep(run, output, executor)])[0]
+        return executor.finish([Sweep(run, output, output, executor)])[0]
 
 
 class Sweep:
@@ -118,10 +118,11 @@ class Sweep:
     is_scored = False
     """Whether its report also scores texts and measures costs."""
 
-    def __init__(self, run: SweepRun, output: OutputDirectory, executor: Executor) -> None:
-        self.run, self.output, self.executor = run, output, executor
+    def __init__(
+        self, run: SweepRun, output: OutputDirectory, home: OutputDirectory, executor: Executor
+    ) -> None:
+        self.run, self.output, self.home, self.executor = run, output, home, executor
         self.directory, self.console = output.path, output.console
-        self.allow_different = output.allow_different
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
         self.results: list[dict[str, Any]] = []
@@ -161,9 +162,10 @@ class Sweep:
             recorded = read_record(members_file)
         most = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
         opened = await self.executor.open(run, most, recorded["members_at_once"], recorded["group_size"])
-        self.abstract, self.origin, at_once, self.group_size = opened
+        self.abstract, origin, at_once, self.group_size = opened
         # Nothing is written before everything has been checked, compiled and loaded.
         self.output.claim()
+        self.home.check_origin(origin)
         write_record(members_file, {"members_at_once": at_once, "group_size": self.group_size})
 
     # Stages.
@@ -283,11 +285,11 @@ class Sweep:
         return self.units[0].stage
 
     def stored_result(self, unit: Unit) -> dict[str, Any] | None:
-        """The result of a unit that has finished, of the same origin and members."""
+        """The result of a unit that has finished, of the same members."""
         path = unit_directory(self.directory, unit.name) / RESULT
         if not path.exists():
             return None
-        result = read_result(path, self.origin, allow=self.allow_different)
+        result = read_record(path, limit=MAX_ROWS_BYTES)
         if not is_result_of(result, unit):
             raise ValueError(f"{path} is of other members; start over with --fresh")
         # Work of before, which says nothing about the speed from now on.
@@ -413,9 +415,7 @@ class Sweep:
             "test_rows": data.examples["test"],
             "constant": dict(data.constant),
         }
-        report = make_report(self.run, self.rows, self.chosen, self.steps, data.task.metric, curve)
-        # Not the settings: the report of the same numbers has the same bytes, wherever they were computed.
-        return report | {name: self.origin[name] for name in ("base", "identity")}
+        return make_report(self.run, self.rows, self.chosen, self.steps, data.task.metric, curve)
 
     def write_winner(self, trial: Trial) -> None:
         """Writes the config of a run with a chosen setting."""

@@ -22,15 +22,14 @@ from ..adapter.tree import combine, count
 from ..data.batches import train_batches
 from ..data.fetch import resolve
 from ..models.files import open_files
-from ..step.checkpoint import DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
+from ..step.checkpoint import DamagedCheckpoint, open_manager, save_checkpoint
 from ..step.sharding import make_mesh, replicate
 from ..tasks.causal_lm import LanguageTask
 from ..tasks.held_out_generation import HeldOutTexts
 from ..training.console import LineConsole
 from ..training.evaluation import finish_metrics
 from ..training.memory import expected_peak
-from ..training.provenance import ORIGIN, checked_metadata, read_result
-from ..training.run_directory import OutputDirectory, lock_directory
+from ..training.run_directory import OutputDirectory, lock_directory, restore_step
 from ..training.run_files import CHECKPOINTS, RESULT, UNITS
 from ..training.signals import Stopped, StopSignal
 from .device_slots import DeviceSlots, stored_members
@@ -126,7 +125,6 @@ def run_unit(
     directory: Path,
     *,
     console: LineConsole,
-    allow_different: Sequence[str] = (),
     tell: Callable[[Progress], None] = lambda progress: None,
     began: float | None = None,
 ) -> dict[str, Any]:
@@ -137,7 +135,6 @@ def run_unit(
       unit: what to run.
       directory: the output directory of the sweep.
       console: where to print what happens to a damaged checkpoint, and whose texts are generated.
-      allow_different: parts of the base model or data that may differ from those of its checkpoints.
       tell: called at the start and after every step and evaluation.
       began: when a process that runs only this unit began to load and compile, by `time.perf_counter`.
 
@@ -153,9 +150,9 @@ def run_unit(
         path.mkdir(parents=True, exist_ok=True)
         check = stack.enter_context(lock_directory(path, wait=LOCK_SECONDS))
         if (path / RESULT).exists():  # by another process while this one waited
-            return read_result(path / RESULT, population.metadata, allow=allow_different)
+            return read_record(path / RESULT, limit=MAX_ROWS_BYTES)
         signal = stack.enter_context(StopSignal())
-        output = OutputDirectory(path, population.run, console, False, allow_different, (), stack, check)
+        output = OutputDirectory(path, population.run, console, False, (), True, (), stack, check)
         output.open_manager()
         return _UnitRun(population, unit, output, tell, signal, began).run()
 
@@ -214,7 +211,6 @@ class _UnitRun:
             "rows": self.rows,
             "seconds": self.seconds + time.perf_counter() - self.started,
             "devices": f"{self.population.mesh.size} x {jax.devices()[0].device_kind}",
-            **{name: self.population.metadata[name] for name in ORIGIN},
             **scored,
         }
         self.output.check()
@@ -256,11 +252,8 @@ class _UnitRun:
             path = self.output.path.with_name(name)
             with open_manager(path / CHECKPOINTS, keep=self.population.run.train.keep) as manager:
                 try:
-                    metadata = checked_metadata(
-                        manager, unit.start, self.population.metadata, self.output.allow_different
-                    )
                     like = self.slots.state_like(size)
-                    restored = restore_checkpoint(manager, like, metadata=metadata, step=unit.start)
+                    restored = restore_step(manager, like, self.population.metadata, unit.start)
                 except (DamagedCheckpoint, FileNotFoundError) as error:
                     raise ValueError(
                         f"{error}; restore the original files, or remove {path} to train its members again"

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,11 +42,10 @@ class Job(NamedTuple):
       directory: its output directory.
       working_directory: that of the driver, from which relative paths start.
       owner: the text by which a worker recognizes the driver's directory; None before the driver has written it.
-      source: `ORIGIN` and `packages` of the driver.
+      source: base, identity and `packages` of the driver.
       members_at_once: members that a device computes in parallel; None measures it.
       group_size: most members of a unit.
       cores: CPU cores to compute on, each a device with a thread of its own; None on other devices.
-      allow_different: parts of the base model or data that may differ from those of a checkpoint.
     """
 
     settings: tuple[type[SweepRun], dict[str, Any]]
@@ -57,7 +56,6 @@ class Job(NamedTuple):
     members_at_once: int | None
     group_size: int
     cores: int | None
-    allow_different: Sequence[str] = ()
 
 
 def packages() -> dict[str, Any]:
@@ -87,7 +85,6 @@ def run_on_worker(job: Job, unit: Unit) -> dict[str, Any]:
             unit,
             job.directory,
             console=console,
-            allow_different=job.allow_different,
             tell=reporter.tell,
             # On CPU cores a process runs further units, with what it has compiled.
             began=began if job.cores is None else None,
@@ -178,7 +175,7 @@ def _prepare(job: Job) -> Population:
         _Prepared.population = prepare_population(run, job.group_size, job.members_at_once)
         _Prepared.key = key
     population = _Prepared.population
-    here = {name: population.metadata[name] for name in ("base", "identity")}
+    here = population.origin
     there = {name: job.source[name] for name in here}
     if differences := field_differences(there, here, ("on the driver", "on this worker")):
         raise ValueError(

@@ -1,7 +1,7 @@
 """Adapters that start from the base: made once, kept in the run, and subtracted from it if the init says so."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +17,36 @@ from ..adapter.spec import Specs
 from ..adapter.tree import combine, factors_by_module, flatten, replace_leaves
 from ..data.batches import train_batches
 from ..inits.from_weights import as_difference, make_factors, subtract_start
-from ..interop.adapter_directory import load_adapter, read_adapter_json, save_adapter
+from ..interop.adapter_directory import load_adapter, save_adapter
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.params import check_params, read_leaf
 from ..quantization.packed_array import PackedArray, is_packed
 from ..settings.schema import Settings
 from ..step.sharding import Shardings, local_rows, shard_batch
 from ..tasks.interface import AdaptedModel, BatchPlan, LossFn, TaskData
-from .provenance import check_origin
-from .run_directory import START
+from .run_files import START
 
 
-def read_start(
-    directory: Path, specs: Specs, metadata: Mapping[str, Any], allow: Sequence[str]
-) -> dict[str, Any] | None:
+def read_start(directory: Path, specs: Specs) -> dict[str, Any] | None:
     """The tree of factors that a run in this directory started from, if any.
 
     Raises:
-      ValueError: it is damaged, of other adapters, or was made with another base, other data or other options of
-        JAX than `metadata` describes.
+      ValueError: it is damaged, or of other adapters.
     """
     path = directory / START
     if not path.exists():
         return None
     start = load_adapter(path).lora
-    check_origin(path, read_adapter_json(path), metadata, allow=allow)
     factors_by_module(str(path), start, specs)
     return start
 
 
 def write_start(
-    directory: Path,
-    start: Mapping[str, Any],
-    specs: Specs,
-    config: LoRAPlusConfig | None,
-    metadata: Mapping[str, Any],
+    directory: Path, start: Mapping[str, Any], specs: Specs, config: LoRAPlusConfig | None
 ) -> None:
     """Writes the factors before the first step, for the run to resume with, unless they are there."""
     if not (directory / START).exists():
-        notes = {name: metadata[name] for name in ("base", "identity")}
-        save_adapter(directory / START, {"lora": start}, specs, config, **notes)
+        save_adapter(directory / START, {"lora": start}, specs, config)
 
 
 def saved_form(

@@ -1,8 +1,8 @@
 """What the result of a run depends on: the base model's files and the data, the settings, and JAX's options.
 
-The identity of base and data is saved with checkpoints and adapters. It is compared when a run resumes, by eval,
-predict, generate, export and `init_adapter`, and between processes. Results that a run or sweep reads back have all
-of `ORIGIN`.
+A run's directory has one record of all this, `identity.json`, which is compared whenever a run or sweep resumes
+there. An adapter, which may leave the directory, has the identity of base and data too. It is compared by eval,
+predict, generate, export and `init_adapter`.
 """
 
 import dataclasses
@@ -11,24 +11,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
-
-from .._utils.json_files import MAX_ROWS_BYTES
-from .._utils.records import read_record
 from .._utils.validation import check_choice, join_first, to_plain
 from ..models.bert.config import BertConfig
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.families import FAMILIES
 from ..settings.schema import Settings
-from ..step.checkpoint import read_metadata
 from ..step.run_metadata import field_differences
 from ..tasks import causal_lm, encoder
 
 Identity = dict[str, Any]
 """JSON values by part, without the weights: their fingerprint is the metadata's `base`."""
 
-ORIGIN = ("base", "identity", "settings", "jax_config")
-"""What results that are read back record: names in the metadata of a run."""
+Origin = dict[str, Any]
+"""An identity as `identity`, and the weights' fingerprint as `base`."""
+
 SPLITS = ("train", "validation", "test")
 PARTS = (
     "base.weights",
@@ -105,7 +101,9 @@ def check_identity(
         identity = {**identity, "base": {**identity.get("base", {}), "weights": weights}}
     differences = [
         line
-        for line in field_differences(_common(saved, identity), _common(identity, saved), ("there", "here"))
+        for line in field_differences(
+            common_fields(saved, identity), common_fields(identity, saved), ("there", "here")
+        )
         if not line.startswith(tuple(f"{name}{end}" for name in allow for end in " ."))
     ]
     if differences:
@@ -119,56 +117,28 @@ def check_identity(
         )
 
 
-def check_origin(
-    source: Path, record: Mapping[str, Any], origin: Mapping[str, Any], *, allow: Sequence[str] = ()
+def check_record(
+    directory: Path, saved: Mapping[str, Any], current: Mapping[str, Any], *, allow: Sequence[str] = ()
 ) -> None:
-    """Raises ValueError if a record was made with another base, data, setting or option of JAX.
+    """Raises ValueError if what is in a directory was made with another base, data, setting or option of JAX.
 
-    Parts that only one of them has are not compared, such as a setting that an earlier version did not have.
-
-    Args:
-      source: the record's file, for the message.
-      record: what was read.
-      origin: the current `ORIGIN`.
-      allow: parts of base and data that may differ, as in `--allow_different`.
+    Parts that only one record has are not compared, such as a setting that an earlier version did not have. `allow`
+    names parts of base and data that may differ.
     """
-    check_identity(source, record, origin["identity"], weights=origin["base"], allow=allow)
-    saved, here = (
-        {name: each[name] for name in ("settings", "jax_config") if name in each} for each in (record, origin)
-    )
-    if differences := field_differences(_common(saved, here), _common(here, saved), ("there", "here")):
+    check_identity(directory, saved, current["identity"], weights=current["base"], allow=allow)
+    rest = [{n: record[n] for n in ("settings", "jax_config") if n in record} for record in (saved, current)]
+    if differences := field_differences(common_fields(*rest), common_fields(*rest[::-1]), ("there", "here")):
         raise ValueError(
-            f"{source} does not match this run: {join_first(differences)}; resume with the same settings and the "
-            "same options of JAX, or start over with --fresh"
+            f"{directory} does not match this run: {join_first(differences)}; resume with the same settings and "
+            "options of JAX, or start over with --fresh"
         )
 
 
-def read_result(path: Path, origin: Mapping[str, Any], *, allow: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads a record of results that this run continues from; raises ValueError as `check_origin` does."""
-    record = read_record(path, limit=MAX_ROWS_BYTES)
-    check_origin(path, record, origin, allow=allow)
-    return record
-
-
-def checked_metadata(
-    manager: ocp.CheckpointManager, step: int, metadata: Mapping[str, Any], allow: Sequence[str]
-) -> dict[str, Any]:
-    """The metadata to restore a checkpoint with: the current one, with the saved identity after checking it.
-
-    Fields that the checkpoint of an earlier version lacks, such as new settings, are left out: `check_directory`
-    compares the settings.
-    """
-    saved = read_metadata(manager, step)
-    source, weights = Path(manager.directory) / str(step), metadata["base"]
-    check_identity(source, saved, metadata["identity"], weights=weights, allow=allow)
-    return _common(metadata, saved) | {name: saved[name] for name in ("base", "identity") if name in saved}
-
-
-def _common(values: Any, others: Any) -> Any:
+def common_fields(values: Any, others: Any) -> Any:
     """The values whose names the others have, too."""
     if not isinstance(values, Mapping) or not isinstance(others, Mapping):
         return values
-    return {name: _common(value, others[name]) for name, value in values.items() if name in others}
+    return {name: common_fields(value, others[name]) for name, value in values.items() if name in others}
 
 
 def _by_name(scaling: Any) -> Any:

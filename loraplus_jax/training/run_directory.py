@@ -14,8 +14,9 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 
 from .._utils.atomic import STAGING, add_path_to_errors, temporary_directory, write_text
-from .._utils.json_files import check_file, read_text
+from .._utils.json_files import MAX_ROWS_BYTES, check_file, read_json, read_text
 from .._utils.multihost import allgather, is_lead
+from .._utils.records import read_record, write_record
 from .._utils.validation import expand_path
 from ..data.fetch import cache_dir
 from ..settings.parsing import settings_from_json
@@ -26,20 +27,23 @@ from ..step.checkpoint import (
     Restored,
     check_directory_name,
     open_manager,
+    read_metadata,
     restore_checkpoint,
 )
-from ..step.run_metadata import field_differences, package_versions
+from ..step.run_metadata import field_differences, numeric_options, package_versions
 from ..step.train_step import TrainState
 from .distributed import check_same_everywhere, raise_together
 from .metrics_log import METRICS, PICTURE, SUMMARY, TEXTS
-from .provenance import check_allowed, checked_metadata
+from .provenance import Origin, check_allowed, check_record, common_fields
 from .run_files import (
     ADAPTER,
     CHECKPOINTS,
     CONFIG,
     FAILURE,
+    IDENTITY,
     LOCK,
     OWNER,
+    RESULT,
     UNITS,
     TrainingFailed,
     has_progress,
@@ -50,8 +54,6 @@ from .run_files import (
 )
 from .xla import use_compilation_cache
 
-START = "start"
-"""The directory of the adapter before the first step, with an init that takes it from the base."""
 DAMAGED = "damaged_checkpoints"
 PER_PROCESS_PREFIXES = ("output_dir ", "distributed.")
 """Settings that depend on where a run is started; changes to them are not reported."""
@@ -209,6 +211,27 @@ def first_free(path: Path) -> Path:
     return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
+def saved_record(directory: Path) -> dict[str, Any]:
+    """What everything in a run's directory was made with: its `identity.json`."""
+    if (path := directory / IDENTITY).exists():
+        return read_record(path)
+    # Earlier versions saved it with each checkpoint and result, those of a method with its own settings.
+    files = [*directory.rglob(f"{CHECKPOINTS}/*/metadata/metadata"), *directory.rglob(RESULT)]
+    newest = sorted(files, key=lambda file: file.stat().st_mtime)[-1:]
+    records = (read_json(file, limit=MAX_ROWS_BYTES) for file in newest)
+    return {name: value for record in records for name, value in record.items() if name != "settings"}
+
+
+def restore_step(
+    manager: ocp.CheckpointManager, like: TrainState, metadata: Mapping[str, Any], step: int
+) -> Restored:
+    """Restores a checkpoint, also of an earlier version: fields that only one of the two has are not compared."""
+    saved = read_metadata(manager, step)
+    # Earlier versions saved the identity with each checkpoint.
+    metadata = {**saved, **common_fields(metadata, saved), "base": saved["base"]}
+    return restore_checkpoint(manager, like, metadata=metadata, step=step)
+
+
 def rename_run(directory: Path, console: Console) -> None:
     """Renames an existing run to the first free `DIRECTORY.N`, unless it is in use."""
     if (directory / CONFIG).exists():
@@ -224,6 +247,7 @@ class OutputDirectory:
     `claim`.
 
     Attributes:
+      resumes: whether this run continues from something there.
       changed: the settings that changed since the run started, as text.
       check: raises ValueError if the claimed directory is no longer at its path; call it before writing. It does
         nothing on other processes than the lead.
@@ -235,6 +259,7 @@ class OutputDirectory:
     console: Console
     fresh: bool
     allow_different: Sequence[str]
+    resumes: bool
     changed: Sequence[str]
     _stack: contextlib.ExitStack
     check: Callable[[], None] = lambda: None
@@ -270,6 +295,22 @@ class OutputDirectory:
                     f"{jax.process_index()} cannot see the files of process 0 there"
                 )
 
+    def check_origin(self, origin: Origin) -> None:
+        """Compares base, data, settings and JAX's options with what is there was made with, and records them.
+
+        Raises:
+          ValueError: they differ; the message says which of them `allow_different` may name.
+        """
+        with raise_together():
+            if is_lead():
+                saved = saved_record(self.path) if self.resumes else {}
+                fixed, _ = split_settings(self.settings.to_json(), "", self.settings.resumable_fields)
+                record = {**origin, "settings": fixed, "jax_config": numeric_options()}
+                record["base"] = origin["base"] or saved.get("base")
+                check_record(self.path, saved, record, allow=self.allow_different)
+                write_record(self.path / IDENTITY, record)
+                self.resumes = True
+
     @contextmanager
     def _record_failure(self) -> Iterator[None]:
         """Keeps the message of a TrainingFailed in a file, which the next run here removes."""
@@ -294,14 +335,13 @@ class OutputDirectory:
         Moves a damaged checkpoint to `damaged_checkpoints/` and tries the next. The result is sharded as `like`.
 
         Raises:
-          ValueError: the checkpoint is of another run, base model or data; or the last one is damaged. It stays
-            where it is, so that the run never starts over unasked.
+          ValueError: the checkpoint is of another run, or the last one is damaged. It stays where it is, so that
+            the run never starts over unasked.
         """
         manager = self.manager
         while (step := allgather(manager.best_step() if best else manager.latest_step())[0]) is not None:
             try:
-                checked = checked_metadata(manager, step, metadata, self.allow_different)
-                return restore_checkpoint(manager, like, metadata=checked, step=step)
+                return restore_step(manager, like, metadata, step)
             except DamagedCheckpoint as error:
                 if list(manager.all_steps()) == [step]:
                     raise ValueError(
@@ -336,7 +376,7 @@ def open_output_directory(
       console: where to print.
       fresh: whether to start over instead of resuming.
       allow_different: parts of the base model or data that may differ from those of what is there.
-      parts: directories of other runs, whose results are used too if they have finished.
+      parts: directories of other runs, whose results are used too.
     """
     with raise_together():
         check_allowed(allow_different)
@@ -347,15 +387,12 @@ def open_output_directory(
     # Other versions may compile other collectives, and processes then wait for each other forever.
     versions = package_versions()
     check_same_everywhere({**values, "--fresh": fresh, "packages": versions})
-    changed: list[str] = []
+    changed, resumes = list[str](), False
     with raise_together():
         if is_lead():
             changed = check_directory(path, settings, fresh=fresh)
-            is_compared = not fresh and (
-                any(has_progress(p) or (p / START).exists() for p in (path, *parts))
-                or any(read_summary(p) is not None for p in parts)
-            )
-            if allow_different and settings.init_adapter is None and not is_compared:
+            resumes = not fresh and any(map(has_progress, (path, *parts)))
+            if allow_different and settings.init_adapter is None and not resumes:
                 raise ValueError(
                     f"--allow_different {allow_different[0]} has no effect: {path} has no checkpoint to resume "
                     "from, and init_adapter is not set; leave it out"
@@ -364,4 +401,4 @@ def open_output_directory(
     with contextlib.ExitStack() as stack:
         if settings.train.compilation_cache:
             stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
-        yield OutputDirectory(path, settings, console, fresh, allow_different, changed, stack)
+        yield OutputDirectory(path, settings, console, fresh, allow_different, resumes, changed, stack)

@@ -20,6 +20,10 @@ CHECKPOINTS, FAILURE = "checkpoints", "failure.txt"
 UNITS = "units"
 """The directories of a sweep's units of work, each with checkpoints and a result of its own."""
 RESULT = "result.json"
+IDENTITY = "identity.json"
+"""The record of base, data, settings and options of JAX that everything in the directory was made with."""
+START = "start"
+"""The directory of the adapter before the first step, with an init that takes it from the base."""
 
 
 class TrainingFailed(Exception):
@@ -42,7 +46,8 @@ def saved_steps(directory: Path) -> list[int]:
 
 def has_progress(directory: Path) -> bool:
     """Whether a run or sweep has saved something that a resumed one continues from."""
-    return bool(saved_steps(directory)) or any(directory.glob(f"{UNITS}/*/{RESULT}"))
+    made = itertools.chain(directory.glob(START), directory.glob(f"{UNITS}/*/{RESULT}"))
+    return bool(saved_steps(directory)) or any(made)
 
 
 def saved_settings(directory: Path, remedy: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.params import check_params, load_params, rows_digest, values_digest
 from ..models.checkpoints.quantized import pack_shapes
 from ..models.files import open_files
-from ..settings.schema import MAX_STEPS, Settings, split_settings
+from ..settings.schema import MAX_STEPS, Settings
 from ..step.checkpoint import leaf_dtypes_and_shapes
 from ..step.fingerprints import fingerprint
 from ..step.run_metadata import describe_run
@@ -58,7 +58,7 @@ from .distributed import check_same_everywhere, raise_together
 from .estimate import count_flops
 from .memory import check_memory
 from .optimizer import check_rates, make_optimizer, schedule_for
-from .provenance import model_identity
+from .provenance import Origin, model_identity
 from .saved_adapter import adapter_digest, check_init_adapter, check_init_identity, load_init_adapter
 from .theory_metrics import count_rows, lower_theory
 from .xla import ProgramByShape, compiler_options
@@ -99,7 +99,8 @@ class Run(NamedTuple):
       programs: the compiled training step and evaluation.
       chat_model: answers `train.prompt` before and after training, if it is set.
       held_out_texts: the inputs for which to generate texts before and after training (task generation).
-      metadata: the metadata saved with checkpoints and adapters.
+      origin: base and data, as saved with the run's directory and its adapter.
+      metadata: the metadata saved with checkpoints.
       start: the tree of factors that the adapters started from, if they took it from the base.
     """
 
@@ -114,6 +115,7 @@ class Run(NamedTuple):
     programs: Programs
     chat_model: ChatModel | None
     held_out_texts: HeldOutTexts | None
+    origin: Origin
     metadata: dict[str, Any]
     start: dict[str, Any] | None
 
@@ -172,14 +174,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     check_same_everywhere(inputs)
     # From here on, computations run on all processes together.
     base = fingerprint(parts.frozen) if parts.frozen else None
-    metadata = describe_run(
-        parts.specs,
-        settings.applied,
-        base=base,
-        settings=split_settings(settings.to_json())[0],
-        task=inputs["task"],
-        identity=identity,
-    )
+    metadata = describe_run(parts.specs, settings.applied, task=inputs["task"])
     if settings.optimizer.target_rank is not None:
         metadata["steps"] = steps  # by which AdaLoRA's ranks fall
     parts, start = start_magnitudes(parts), None
@@ -191,7 +186,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     elif settings.applied is not None and settings.applied.init in BASE_INITS:
         if not fresh:
             output = expand_path("output_dir", settings.output_dir)
-            start = read_start(output, parts.specs, metadata, allow_different)
+            start = read_start(output, parts.specs)
         if start is None:
             # Its rows are no micro-batch of a step, so they may have more positions with a loss.
             losses = data.task.make_losses(settings, parts, mesh)
@@ -203,7 +198,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         check_same_everywhere({"base": base, "trained": fingerprint(parts.trainable)})
     generators = chat_model, held_out_texts
     run = (settings, data, parts, steps, batches, tx, mesh, shardings, programs)
-    return Run(*run, *generators, metadata, start)
+    return Run(*run, *generators, {"base": base, "identity": identity}, metadata, start)
 
 
 def abstract_run(

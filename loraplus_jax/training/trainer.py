@@ -87,10 +87,10 @@ def train(
         with open_output_directory(settings, console, fresh=fresh, allow_different=allow_different) as output:
             run = prepare(settings, allow_different, fresh=fresh)
             output.claim()
+            output.check_origin(run.origin)
             with raise_together():
                 if is_lead() and run.start is not None and settings.init_adapter is None:
-                    specs, config = run.parts.specs, settings.applied
-                    write_start(output.path, run.start, specs, config, run.metadata)
+                    write_start(output.path, run.start, run.parts.specs, settings.applied)
             output.open_manager(best=f"validation/{run.data.task.metric}", mode=run.data.task.mode)
             return Trainer(run, output).run_to_end()
 
@@ -452,7 +452,7 @@ class Trainer:
             self.ranks = final_ranks(trained["lora"], specs)
         self.log.sync()  # what the results follow from is on disk before them
         if is_lead():
-            notes: dict[str, Any] = {name: self.run.metadata[name] for name in ("base", "task", "identity")}
+            notes: dict[str, Any] = self.run.origin | {"task": self.run.metadata["task"]}
             notes["settings"] = {k: v for k, v in settings.to_json().items() if k != "output_dir"}
             trained, specs, config, start = saved_form(trained, specs, settings.applied, self.run.start)
             save_adapter(self.directory / ADAPTER, trained, specs, config, start=start, **notes)

@@ -21,7 +21,7 @@ def with_adapter(world, directory, *overrides):  # noqa: F811
         run = prepare(parse_settings(world.config, overrides))
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype("f4"), run.parts.trainable)
-    notes = {name: run.metadata[name] for name in ("base", "task", "identity")}
+    notes = run.origin | {"task": run.metadata["task"]}
     settings = {name: value for name, value in run.settings.to_json().items() if name != "output_dir"}
     world.out.mkdir()
     save_adapter(

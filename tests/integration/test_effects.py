@@ -360,7 +360,7 @@ def home(first_world, tmp_path_factory, cache):
     world.write_rows("descriptions.csv", language.descriptions())
     with without_compiling():
         PREPARED["run"] = run = setup.prepare(parse_settings(world.config, ("--seed", "5")))
-    notes = {name: run.metadata[name] for name in ("base", "task", "settings")}
+    notes = {"base": run.origin["base"], "task": run.metadata["task"], "settings": run.settings.to_json()}
     save_adapter(
         world.directory / "adapter", run.parts.trainable, run.parts.specs, run.settings.applied, **notes
     )

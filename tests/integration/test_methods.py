@@ -138,13 +138,13 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
         patch.setattr(comparing.MethodSweep, "open", interrupted)
         assert compare(world, methods=FEW) == 130
     before = {p: p.stat().st_mtime_ns for p in world.out.glob("*/report.json")}
-    # As in a directory that holds the methods of another comparison.
+    # Settings are compared also where someone edited those of the directory.
     config = world.out / "config.yaml"
     settings = config.read_text()
     config.write_text(settings.replace("  steps: 8\n", "  steps: 12\n"))
     capsys.readouterr()
     assert compare(world, "--train.steps", "12", methods=FEW) == 2
-    assert_mentions(capsys.readouterr().err, "report.json", "settings.train.steps", 8, 12, "--fresh")
+    assert_mentions(capsys.readouterr().err, world.out, "settings.train.steps", 8, 12, "--fresh")
     config.write_text(settings)
     # The methods left have no checkpoint; the finished ones are compared.
     assert compare(world, "--allow_different", "data", methods=FEW) == 0

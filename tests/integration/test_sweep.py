@@ -215,7 +215,7 @@ def test_results_under_other_options_of_jax_are_not_mixed(world, capsys, undrawn
     with jax.default_prng_impl("rbg"):
         assert run_sweep(world) == 2
     error = capsys.readouterr().err
-    assert_mentions(error, "result.json", "jax_default_prng_impl", "threefry2x32", "rbg")
+    assert_mentions(error, world.out, "jax_default_prng_impl", "threefry2x32", "rbg")
     assert error.count("\n") == 1
     # What a process leaves that is killed as it writes a result.
     leftover = next(iter(results)).with_name(".loraplus-0.partial")

@@ -93,6 +93,6 @@ def test_an_error_of_a_unit_names_its_method(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Sweep, "train", one_unit)
     sweep = object.__new__(MethodSweep)
-    sweep.run, sweep.directory, sweep.allow_different = types.SimpleNamespace(name="pissa"), tmp_path, ()  # pyright: ignore
+    sweep.run, sweep.directory = types.SimpleNamespace(name="pissa"), tmp_path  # pyright: ignore
     with pytest.raises(ValueError, match=r"^sweep\.methods pissa: its base differs$"):
         executor.finish([sweep])

@@ -58,7 +58,7 @@ def ended(tmp_path, monkeypatch, parsed):
     def end(executor, *options):
         run = parsed(*options, f"--output_dir={tmp_path / 'out'}", "--train.compilation_cache=false")
         with open_output_directory(run, LineConsole(quiet=True), fresh=True) as output:
-            sweep = Sweep(run, output, executor)
+            sweep = Sweep(run, output, output, executor)
             return sweep, executor.finish([sweep])[0]
 
     return end

@@ -54,12 +54,12 @@ def test_an_error_of_any_kind_names_its_host_and_is_a_line(job, monkeypatch):
 
 
 def test_the_base_and_the_data_are_compared_with_the_drivers(job, monkeypatch):
-    metadata = {"base": "a1", "identity": {"data": {"train": "d1"}}}
+    origin = {"base": "a1", "identity": {"data": {"train": "d1"}}}
     monkeypatch.setattr(worker, "settings_from_json", lambda values, kind: None)
-    monkeypatch.setattr(worker, "prepare_population", lambda *_: types.SimpleNamespace(metadata=metadata))
+    monkeypatch.setattr(worker, "prepare_population", lambda *_: types.SimpleNamespace(origin=origin))
     monkeypatch.setattr(worker, "run_unit", lambda population, unit, directory, **_: {"rows": []})
     monkeypatch.setattr(worker._Prepared, "key", None)
-    source = job.source | metadata
+    source = job.source | origin
     assert run_on_worker(job._replace(source=source), UNIT)["result"] == {"rows": []}
     error_of(job._replace(source=source | {"base": "b2"}), ["base", "a1", "b2"])
     data = {"identity": {"data": {"train": "e2"}}}

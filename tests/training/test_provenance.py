@@ -6,7 +6,7 @@ import pytest
 
 from loraplus_jax.models.files import open_files
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
-from loraplus_jax.training.provenance import check_identity, check_origin, model_identity
+from loraplus_jax.training.provenance import check_identity, check_record, model_identity
 
 from ..integration import language_world as tiny
 from ..messages import mentions
@@ -35,15 +35,15 @@ def test_a_changed_file_of_a_language_model_changes_its_part_alone(tmp_path, par
     assert [part for part in FILES if before[part] != after[part]] == [part]
 
 
-ORIGIN = {"base": "b1", "identity": {"data": {"train": "d1"}}, "settings": {"train": {"steps": 8}}}
-ORIGIN["jax_config"] = {"jax_default_prng_impl": "threefry2x32"}
+RECORD = {"base": "b1", "identity": {"data": {"train": "d1"}}, "settings": {"train": {"steps": 8}}}
+RECORD["jax_config"] = {"jax_default_prng_impl": "threefry2x32"}
 
 
 def of_another(**other):
-    return lambda tmp_path: check_origin(tmp_path, ORIGIN, ORIGIN | other)
+    return lambda tmp_path: check_record(tmp_path, RECORD, RECORD | other)
 
 
-test_results_of_another_origin = refusals(
+test_what_was_made_with_something_else = refusals(
     (of_another(base="b2"), "base.weights", "--allow_different base.weights"),
     (of_another(identity={"data": {"train": "d2"}}), "data.train", "--allow_different data"),
     (of_another(settings={"train": {"steps": 9}}), "settings.train.steps", 8, 9, "--fresh"),
@@ -56,8 +56,9 @@ test_results_of_another_origin = refusals(
 
 
 def test_what_an_earlier_version_did_not_record_is_not_compared(tmp_path):
-    saved = {name: ORIGIN[name] for name in ("base", "identity")} | {"settings": {"train": {}}}
-    check_origin(tmp_path, saved, ORIGIN)
+    saved = {name: RECORD[name] for name in ("base", "identity")} | {"settings": {"train": {}}}
+    check_record(tmp_path, saved, RECORD)
+    check_record(tmp_path, {}, RECORD)
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.0}])

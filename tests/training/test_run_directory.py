@@ -343,7 +343,8 @@ def test_a_reason_that_cannot_be_written_does_not_hide_the_failure(tmp_path):
         fail()
 
 
-METADATA = describe_run({}, None, identity={"data": {"train": "x"}})
+METADATA = describe_run({}, None, task={"kind": "a"})
+ORIGIN = {"base": "b", "identity": {"data": {"train": "x"}}}
 
 
 def state(step):
@@ -375,40 +376,44 @@ def test_damaged_checkpoints_are_moved_and_the_next_restored_but_the_last_stays(
 
 
 def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_fields_that_it_has(tmp_path):
-    old = METADATA | {"settings": {"model": {"path": "m"}}}
-    new = METADATA | {"settings": {"model": {"path": "m", "pooling": "mean"}, "seed": 3}, "new": 1}
+    old = METADATA | ORIGIN | {"settings": {"seed": 3}}
     with opened(tmp_path) as output:
         output.claim()
         output.open_manager()
         save_checkpoint(output.manager, state(1), metadata=old)
         output.manager.wait_until_finished()
+        new = METADATA | {"task": {"kind": "a", "names": []}, "new": 1}
         assert output.restore(state(0), new).state.step == 1
-        for settings in ({"model": {"path": "n"}}, {"model": {}}):
-            with pytest.raises(ValueError, match=mentions("settings.model.path")):
-                output.restore(state(0), METADATA | {"settings": settings})
+        for task in ({"kind": "b"}, {}):
+            with pytest.raises(ValueError, match=mentions("task.kind")):
+                output.restore(state(0), METADATA | {"task": task})
+    other = {"base": "c", "identity": {}}
+    with opened(tmp_path) as output, pytest.raises(ValueError, match=mentions("base.weights", "b", "c")):
+        output.check_origin(other)
+    with opened(tmp_path, allow_different=("base.weights",)) as output:
+        output.check_origin(other)
 
 
 def test_a_difference_is_allowed_where_there_is_something_to_compare_with(tmp_path):
     new, out, part = (tmp_path / name for name in ("new", "out", "part"))
-    changed = METADATA | {"identity": {"data": {"train": "y"}}}
+    changed = ORIGIN | {"identity": {"data": {"train": "y"}}}
     with opened(out) as output:
         output.claim()
-        output.open_manager()
-        save_checkpoint(output.manager, state(1), metadata=METADATA)
-    with opened(out) as output:
-        output.open_manager()
+        output.check_origin(ORIGIN)
         with pytest.raises(ValueError, match=mentions("data", "--allow_different")):
-            output.restore(state(0), changed)
-    with opened(out, allow_different=("data",)) as output:
-        output.open_manager()
-        assert output.restore(state(0), changed)
-    run_of(part, finished=True)
+            output.check_origin(changed)
+        output.path.joinpath("checkpoints/1").mkdir(parents=True)
+    for allowed in (("data",), ()):  # accepted once
+        with opened(out, allow_different=allowed) as output:
+            output.check_origin({**changed, "base": None})  # weights that were not read
+    with opened(out) as output, pytest.raises(ValueError, match=mentions("base.weights", "b", "c")):
+        output.check_origin({**changed, "base": "c"})
+    with_file(run_of(part) / "units/search-8-0", "result.json")
     for parts in ([part], [out]):
         with opened(new, allow_different=("data",), parts=parts):
             pass
-    without_effect = (new, {}), (part, {}), (out, {"fresh": True}), (new, {"fresh": True, "parts": [part]})
+    without_effect = (new, {}), (out, {"fresh": True}), (new, {"fresh": True, "parts": [part]})
     for directory, how in without_effect:
-        (directory / "summary.json").unlink(missing_ok=True)
         with (
             pytest.raises(ValueError, match=mentions("--allow_different", "data", "no effect")),
             opened(directory, allow_different=("data",), **how),

@@ -139,7 +139,7 @@ def test_full_trains_all_and_freezes_nothing(first_world):
     assert run.parts.frozen == run.parts.specs == {}
     assert run.parts.trainable.keys() == {"params"}
     assert set(run.parts.trainable["params"]) == {"encoder", "head"}
-    assert run.metadata["base"] is None
+    assert run.origin["base"] is None
 
 
 def test_inspect_reads_no_weights_and_shows_what_would_be_trained(usual, world, monkeypatch, capsys):
@@ -223,5 +223,5 @@ test_adapters_that_cannot_start_from_the_base = refusals(
 
 
 def test_a_run_without_a_start_of_its_own_saves_what_it_trained(tmp_path):
-    assert read_start(tmp_path, {}, {}, ()) is None
+    assert read_start(tmp_path, {}) is None
     assert saved_form({"lora": {}}, {}, None, None) == ({"lora": {}}, {}, None, None)

@@ -148,9 +148,9 @@ def make_run(tmp_path, monkeypatch):
         parts = AdaptedModel(base, base, {}, {"params": {"w": jnp.zeros(())}}, {})
         step = jit_step(_descend, tx, mesh=mesh, skip_nonfinite=True)
         programs = Programs(step, make_eval(_distance, mesh=mesh))
-        shardings, notes = state_shardings(parts, tx, mesh), {"base": None, "identity": {}, "task": {}}
-        batches = full_batches(splits["train"], 2, 64)
-        run = Run(settings, data, parts, 5, batches, tx, mesh, shardings, programs, None, None, notes, None)
+        shardings, notes = state_shardings(parts, tx, mesh), {"base": None, "task": {}}
+        made = settings, data, parts, 5, full_batches(splits["train"], 2, 64), tx, mesh, shardings, programs
+        run = Run(*made, None, None, {"base": None, "identity": {}}, notes, None)
         monkeypatch.setattr(training, "prepare", lambda *_, **__: run)
         monkeypatch.setattr(training, "draw_loss", lambda *_: None)
         monkeypatch.setattr(Trainer, "expected_peak", lambda _: 0)  # of programs that are not compiled
