@@ -303,6 +303,28 @@ def init_lora(
       >>> specs[""].leaf, specs[""].shape
       ('params/kernel', (3, 4))
     """
+    _, specs, draw = abstract_lora(model, rngs, *args, base=base, **kwargs)
+    if base is None and any(spec.magnitude for spec in specs.values()):
+        raise ValueError(
+            "variant dora starts from the norms of the weights: pass init_lora(..., base=variables), with the "
+            "variables of the model without adapters"
+        )
+    is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(base))
+    lora = draw(rngs)
+    return lora if is_abstract else set_magnitudes(lora, base or {}, specs), specs
+
+
+def abstract_lora(
+    model: nn.Module,
+    rngs: Any,
+    *args: Any,
+    base: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[dict[str, Any], dict[str, AdapterSpec], Callable[[Any], dict[str, Any]]]:
+    """The shapes of a model's factors, their specs, and a compiled function that draws factors from keys.
+
+    Magnitudes of variant dora are drawn as zeros, for `set_magnitudes`. See `init_lora`.
+    """
     # Shapes become zeros. The factors do not depend on them, so XLA removes them and the whole forward pass.
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
     args, kwargs = jax.tree.map(
@@ -326,11 +348,6 @@ def init_lora(
     specs = _specs(shapes)
     if base is not None:
         _check_base(base, specs)
-    elif any(spec.magnitude for spec in specs.values()):
-        raise ValueError(
-            "variant dora starts from the norms of the weights: pass init_lora(..., base=variables), with the "
-            "variables of the model without adapters"
-        )
     _check_reads(model, specs, shapes, rngs, args, kwargs)
     is_magnitude = lambda path: any(getattr(key, "key", "") == MAGNITUDE for key in path)  # noqa: E731
 
@@ -342,9 +359,7 @@ def init_lora(
             lambda path, x: jnp.zeros_like(x) if is_magnitude(path) else x, variables["lora"]
         )
 
-    lora = meta.unbox(factors(*jax.tree.leaves(rngs)))
-    is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(base))
-    return lora if is_abstract else set_magnitudes(lora, base or {}, specs), specs
+    return meta.unbox(shapes["lora"]), specs, lambda rngs: meta.unbox(factors(*jax.tree.leaves(rngs)))
 
 
 def _resolve(model: nn.Module, method: Any) -> Callable[..., Any]:

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from ..adapter.spec import Specs
-from ..linen.wrap import init_lora
 from ..settings.schema import Settings
 from ..step.sharding import Shardings, batch_sharding
 from ..step.train_step import TrainState, make_eval
@@ -51,7 +49,7 @@ class LoweredStep(NamedTuple):
 
 def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -> LoweredStep:
     """Lowers the step that `train` would compile, for a base without weights."""
-    parts = add_adapters(settings, base, settings.applied, _adapter_shapes)
+    parts = add_adapters(base, settings.applied)
     # The steps are only numbers in the schedule, so any will do.
     train = dataclasses.replace(settings.train, steps=settings.train.steps or ASSUMED_STEPS, epochs=None)
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
@@ -101,19 +99,6 @@ def bytes_between_steps(
         arguments = losses.train, step.parts.specs, step.state, step.parts.frozen, rows
         add("theory", lower_theory(*arguments, mesh=mesh, shardings=step.places))
     return needed
-
-
-def _adapter_shapes(model: Any, key: Any, *inputs: Any, base: Any) -> tuple[Any, Specs]:
-    # Like `init_lora`, with shapes instead of factors. eval_shape returns arrays' shapes only, so the specs, which
-    # are no arrays, leave the trace by the side.
-    specs: Specs = {}
-
-    def make_factors(key: Any) -> Any:
-        factors, table = init_lora(model, key, *inputs, base=base)
-        specs.update(table)
-        return factors
-
-    return jax.eval_shape(make_factors, key), specs
 
 
 def local_bytes(tree: Any, shardings: Any) -> int:

@@ -217,13 +217,19 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
         parts = begin_from(parts, start, config)
 
     # Members of one rank and seed begin alike, and there are as many of them as settings.
+    # Of rate, lambda and alpha the initial values do not depend.
+    @functools.cache
+    def shapes_of(rank: int) -> AdaptedModel:
+        if rank == widest.lora.rank:
+            return shapes
+        settings = run.settings_of(run.trials[0]._replace(rank=rank), run.seeds[0])
+        return build_model(settings, files, data.task, settings.applied)
+
     @functools.cache
     def trainable(rank: int, seed: int) -> Any:
         """Initial values of a single run of this rank, zero-padded to the largest."""
-        # Of rate, lambda and alpha the initial values do not depend.
         settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
-        own = build_model(settings, files, data.task, settings.applied)
-        values = start_magnitudes(set_weights(settings, own, weights)).trainable
+        values = start_magnitudes(set_weights(settings, shapes_of(rank), weights)).trainable
         # The padding stays bitwise zero: the gradient of either factor is a product with the other factor.
         return jax.tree.map(_pad_to, values if start is None else values | {"lora": start}, parts.trainable)
 

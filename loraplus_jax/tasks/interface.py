@@ -104,6 +104,7 @@ class AdaptedModel(NamedTuple):
       model: the module, with adapters if any.
       specs: adapter specs by path.
       trainable, frozen: trainable and frozen variables.
+      draw: makes the factors from a key; None without adapters.
     """
 
     base: BaseModel
@@ -111,6 +112,7 @@ class AdaptedModel(NamedTuple):
     specs: Specs
     trainable: dict[str, Any]
     frozen: dict[str, Any]
+    draw: Callable[[jax.Array], dict[str, Any]] | None = None
 
 
 def params_of(parts: AdaptedModel) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from ..adapter.dora import set_magnitudes
 from ..adapter.target_rules import try_rules
 from ..adapter.tree import combine, flatten, split_trainable, unflatten
 from ..data.fetch import resolve
-from ..linen.wrap import apply_lora_plus, init_lora
+from ..linen.wrap import abstract_lora, apply_lora_plus
 from ..models.attention import KERNEL_PLATFORMS
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.params import check_params, load_params, rows_digest, values_digest
@@ -254,25 +254,16 @@ def make_base(settings: Settings, files: ModelFiles, task: Task | None) -> BaseM
 def build_model(
     settings: Settings, files: ModelFiles, task: Task | None, config: LoRAPlusConfig | None
 ) -> AdaptedModel:
-    """The model with adapters; all variables except the adapters are shapes."""
-    base = make_base(settings, files, task)
-    return add_adapters(settings, base, config, init_lora, files)
+    """The model with adapters; all variables are shapes."""
+    return add_adapters(make_base(settings, files, task), config, files)
 
 
 def add_adapters(
-    settings: Settings,
-    base: BaseModel,
-    config: LoRAPlusConfig | None,
-    make_adapters: Callable[..., Any],
-    files: ModelFiles | None = None,
+    base: BaseModel, config: LoRAPlusConfig | None, files: ModelFiles | None = None
 ) -> AdaptedModel:
-    """Adds adapters to a base model; `make_adapters` is `init_lora`, or a function that returns shapes instead.
-
-    Compares the model with the weights in its files first, so that no A and B are made of sizes that these lack.
-    """
-    new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
-    # Only shapes: to initialize weights that the files replace would take their memory twice.
-    variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
+    """Adds adapters to a base model, of shapes alone; `files` have the weights, with which it is compared first."""
+    key = jax.eval_shape(jax.random.key, 0)
+    variables = {"params": jax.eval_shape(base.model.init, key, *base.inputs)["params"]}
     if files is not None:
         check_params(files, base.table, variables["params"], new=base.new)
     if config is None:
@@ -284,8 +275,7 @@ def add_adapters(
     paths = {"/".join(path[:n]) for path in leaves for n in range(1, len(path) + 1)}
     try_rules("lora", config.to_json(), sorted(paths))  # which an adapter of others may bring
     try:
-        # Of shapes there are no norms: variant dora gets its magnitudes with the weights.
-        lora, specs = make_adapters(model, lora_key, *base.inputs, base=variables)
+        lora, specs, draw = abstract_lora(model, key, *base.inputs, base=variables)
     except ValueError as error:
         # The library names a field of its config; in the settings it is one of a section.
         if re.split(r"\W", str(error))[0] in config.to_json():
@@ -295,7 +285,7 @@ def add_adapters(
     if "params" in frozen:  # what is trained in full is not packed
         packed = pack_shapes(flatten(frozen["params"]), base.formats, base.table)
         frozen = frozen | {"params": unflatten(packed)}
-    return AdaptedModel(base, model, specs, _float32(trainable), frozen)
+    return AdaptedModel(base, model, specs, _float32(trainable), frozen, draw)
 
 
 def base_parts(settings: Settings, files: ModelFiles, task: Task | None) -> AdaptedModel:
@@ -323,10 +313,12 @@ def read_params(
 
 
 def set_weights(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any]) -> AdaptedModel:
-    """Sets loaded weights, without a copy, and initializes parameters that they lack."""
+    """Sets loaded weights, without a copy, and initializes the adapters and parameters that they lack.
+
+    Magnitudes of variant dora stay zero until `start_magnitudes`.
+    """
     base = parts.base
-    # As in `add_adapters`, which draws the adapters from the other key.
-    new_key, _ = jax.random.split(jax.random.key(settings.seed))
+    new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
     zeros = [jnp.zeros(x.shape, x.dtype) for x in base.inputs]
     new = {
         # Under jit XLA drops all of the model's init that this part does not need.
@@ -334,7 +326,8 @@ def set_weights(settings: Settings, parts: AdaptedModel, params: Mapping[str, An
         for name in base.new
     }
     values, trained = flatten({"params": combine(params, new)}), flatten(parts.trainable)
-    trainable = {path: values.get(path, leaf) for path, leaf in trained.items()}
+    drawn = values if parts.draw is None else values | flatten({"lora": parts.draw(lora_key)})
+    trainable = {path: drawn[path] for path in trained}
     frozen = {path: leaf for path, leaf in values.items() if path not in trained}
     return parts._replace(trainable=_float32(unflatten(trainable)), frozen=unflatten(frozen))
 

@@ -174,7 +174,7 @@ def test_rules_are_tried_on_the_model_that_they_are_for(reject):
             return nn.Dense(2, name=NAME)(x)
 
     base = BaseModel(Model(), NameTable(rules=()), (), (jax.ShapeDtypeStruct((1, 2), jnp.float32),), (), {})
-    reject(lambda: add_adapters(SimpleNamespace(seed=0), base, config, None), "lora", EVIL, "1 s")
+    reject(lambda: add_adapters(base, config), "lora", EVIL, "1 s")
     try_rules("lora", LoRAPlusConfig(target_modules=["b"]).to_json(), [NAME])
 
 
@@ -182,10 +182,10 @@ def test_sizes_that_the_weights_lack_are_rejected_before_factors_are_made(tmp_pa
     config = LlamaConfig.from_hf(tiny.config(hidden_size=2**20, num_hidden_layers=1000))
     shape = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     base = BaseModel(Llama(config), name_table(config), (), (shape,), (), {})
-    settings, lora = SimpleNamespace(seed=0), LoRAPlusConfig(target_modules=["q_proj"])
+    lora = LoRAPlusConfig(target_modules=["q_proj"])
     directory = tiny.write(tmp_path / "base")
     with pytest.raises(ValueError, match=mentions("do not match the model", 2**20)):
-        add_adapters(settings, base, lora, None, open_files(directory))
+        add_adapters(base, lora, open_files(directory))
 
 
 READERS = {

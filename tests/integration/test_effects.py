@@ -22,7 +22,6 @@ from loraplus_jax import describe, make_mesh, save_adapter
 from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.data.fetch import resolve
 from loraplus_jax.models.files import open_files
-from loraplus_jax.plan.programs import _adapter_shapes
 from loraplus_jax.settings.parsing import parse_settings, setting_fields
 from loraplus_jax.settings.schema import Settings
 from loraplus_jax.tasks import chat_generation
@@ -56,9 +55,14 @@ def ending(*values):
 
 
 def hashed(tree):
-    """Path to shape, dtype and hash of the bytes."""
+    """Path to shape, dtype and hash of the bytes; a ragged column is an array of arrays."""
+
+    def content(leaf):
+        rows = leaf if leaf.dtype == object else [leaf]
+        return [(row.shape, str(row.dtype), np.asarray(row).tobytes()) for row in rows]
+
     return {
-        path: (leaf.shape, str(leaf.dtype), hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest())
+        path: (leaf.shape, hashlib.sha256(repr(content(leaf)).encode()).hexdigest())
         for path, leaf in leaves_by_path(tree).items()
     }
 
@@ -79,12 +83,10 @@ def arrays(settings):
 
 
 def described(settings):
-    """Mesh, data, model and optimizer of a run before any weights are read, with shapes as adapters."""
+    """Mesh, data, model and optimizer of a run before any weights are read."""
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     files, data = loaded(settings)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "init_lora", _adapter_shapes)
-        return mesh, data, *setup.abstract_run(settings, files, data, mesh)[1:]
+    return mesh, data, *setup.abstract_run(settings, files, data, mesh)[1:]
 
 
 def shapes(settings):
@@ -264,7 +266,7 @@ CHANGES = [
     Change("data.header", "[second, text, label]", arrays, BARE),
     Change("data.limit", "20", arrays),
     Change("data.root", "{dir}", arrays, ("--data.path", "glue/sst2", "--data.root", "{dir}/glue")),
-    Change("data.max_length", "8", arrays),
+    Change("data.max_length", "4", arrays),
     Change("data.validation_fraction", "0.2", arrays),
     Change("data.test_fraction", "0.1", arrays),
     Change("data.split_seed", "3", arrays),
@@ -402,7 +404,6 @@ def test_changing_a_field_changes_something(settings_of, found_on, change):
     assert changed != found_on(change.proof, change.base)
 
 
-@pytest.mark.long
 def test_each_proof_finds_the_same_again(settings_of, found_on):
     """Else a difference would prove nothing."""
     for proof, base in {change.proof: change.base for change in CHANGES}.items():

@@ -195,6 +195,8 @@ def edit_a_projection(world):
 def test_what_is_behind_a_stopped_run_is_the_same_when_it_resumes(stopped, capsys):
     kind, world, restore = stopped
     changes = {"base.weights": edit_a_projection, "data": swap_answers, "tokenizer": edit_tokenizer}
+    if kind is KINDS["full"]:
+        del changes["base.weights"]  # of which the checkpoint has all, trained
     for part, change in changes.items():
         change(world)
         capsys.readouterr()
