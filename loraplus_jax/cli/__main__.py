@@ -30,7 +30,11 @@ def run() -> None:
         code = main()
     except Exception as error:  # a bug; a normal exit would wait for the other processes of the run
         line = f"{type(error).__name__}: {error}".partition("\n")[0][:2000]
-        text = traceback.format_exc() if show else f"loraplus: {line}; set {TRACEBACK}=1 to see where\n"
+        text = (
+            traceback.format_exc()
+            if show
+            else f"loraplus: internal error: {line}; set {TRACEBACK}=1 to see where\n"
+        )
         with contextlib.suppress(OSError):
             os.write(2, text.encode(errors="replace"))
         code = 1

@@ -1,6 +1,7 @@
 """The commands of `loraplus`: what they run, and their arguments."""
 
 import contextlib
+import dis
 import errno
 import logging
 import os
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command, prints errors as one line, and returns the exit code.
 
     The code is 0 on success, 1 if training fails, 2 for invalid input, and 128 plus the signal number if stopped. A
-    stdout that cannot be written stops a command as SIGPIPE does.
+    stdout that cannot be written stops a command as SIGPIPE does. A bug raises.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not os.environ.get(TRACEBACK):
@@ -89,7 +90,7 @@ def _run_command(arguments: list[str]) -> int:
             return 0
         return result or 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get(TRACEBACK):
+        if os.environ.get(TRACEBACK) or not _is_input(error):
             raise
         is_missing = isinstance(error, ModuleNotFoundError)
         message = (
@@ -106,6 +107,18 @@ def _run_command(arguments: list[str]) -> int:
         return _report(f"error: out of memory; {MEMORY_ADVICE}", 2)
     except KeyboardInterrupt:
         return _report("interrupted", 130)
+
+
+def _is_input(error: Exception) -> bool:
+    """Whether an error is about the input or the system; a bug is often a ValueError or TypeError too."""
+    if isinstance(error, OSError | ImportError):
+        return True
+    # What is wrong with input, a `raise` of this package says. Python and libraries raise at other places.
+    last: Any = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    operation = dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]]
+    return operation == "RAISE_VARARGS" and last.tb_frame.f_globals["__name__"].startswith("loraplus_jax.")
 
 
 _MAX_LINE = 2000

@@ -3,6 +3,7 @@
 import inspect
 import re
 
+import jax.numpy as jnp
 import pytest
 
 from loraplus_jax.cli.commands import COMMANDS, main
@@ -123,6 +124,15 @@ def test_recipes_are_listed_and_printed_as_they_are(capsys, tmp_path, monkeypatc
         assert main([*words]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert all(word in line for word in told)
+
+
+@pytest.mark.parametrize(
+    "run", [lambda: parse(COMMANDS, 3), lambda: jnp.zeros(2) @ jnp.zeros(3), lambda: main.missing]
+)
+def test_a_bug_is_not_told_as_invalid_input(monkeypatch, run):
+    monkeypatch.setitem(COMMANDS, "fetch", COMMANDS["fetch"]._replace(run=run))
+    with pytest.raises((TypeError, AttributeError)):
+        main(["fetch"])
 
 
 def test_a_very_long_line_of_an_error_is_shortened(capsys):

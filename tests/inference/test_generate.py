@@ -46,7 +46,7 @@ def test_what_training_leaves_out_is_counted_and_what_generate_answers(tmp_path)
 @pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_generate_searches_with_beams_where_it_is_asked_to(talk, capsys, monkeypatch):
-    class Asked(ValueError):
+    class Asked(OSError):
         """What is searched with; nothing is compiled."""
 
     def make_beam_search(*_, **options):
