@@ -28,9 +28,9 @@ from ..tasks.interface import params_of
 from ..training.provenance import Identity, check_allowed, check_identity, model_identity
 from ..training.run_directory import ADAPTER, read_summary
 from ..training.saved_adapter import read_adapter, read_notes, require_adapter, transformers_class_of
-from . import model_card
 from .checkpoint_merge import CheckpointMerge
 from .gguf_adapter import save_gguf_adapter
+from .model_card import model_card
 from .named_base import named_base
 from .predict import TunedModel, describe_adapter
 from .push import check_push, hub_base, open_repository, public_settings
@@ -99,7 +99,7 @@ def export_run(
     named = base_model or lasting_name(tuned.settings.model.path, tuned.base.path)
     summary = (read_summary(directory.parent) or {}) if directory.name == ADAPTER else {}
     card = functools.partial(
-        model_card.model_card, tuned=tuned, adapter=adapter, summary=summary, base=named, repository=push
+        model_card, tuned=tuned, adapter=adapter, summary=summary, base=named, repository=push
     )
     # Last of the checks, as it may create the repository, but before an export that may be long.
     existing = [] if push is None else open_repository(push, public=public)
@@ -156,7 +156,7 @@ def _write_peft(
         modules=named_base(tuned.base).modules,
         base_model=base,
         task_type=form.task_type,
-        readme=card(model_card.ADAPTER, form=form),
+        readme=card("adapter", form=form),
         prune=tuned.settings.optimizer.target_rank is not None,
         identity=_identity(tuned),
         **origin,
@@ -181,7 +181,7 @@ def _write_gguf_adapter(
         partial.mkdir()
         saved = save_gguf_adapter(partial / name, peft, tuned.base, dtype=dtype or "float16")
         form = transformers_class_of(tuned.parts)
-        (partial / "README.md").write_text(card(model_card.GGUF_ADAPTER, form=form), encoding="utf-8")
+        (partial / "README.md").write_text(card("gguf_adapter", form=form), encoding="utf-8")
         notes = describe_run(
             adapter.specs,
             adapter.config,
@@ -222,7 +222,7 @@ def _write_merged(
             weights_dtype = None if dtype is None else jnp.dtype(dtype)
             config = _label_config(tuned.task) if form.heads else {}
             write_hf(partial, tuned.base, merge, form, new=unflatten(new), config=config, dtype=weights_dtype)
-        kind = model_card.GGUF if format == "gguf" else model_card.MERGED
+        kind = "gguf" if format == "gguf" else "merged"
         (partial / "README.md").write_text(card(kind, form=form), encoding="utf-8")
         if own:
             (partial / OWN_TENSORS_FILE).write_bytes(tensor_bytes(flatten(own)))

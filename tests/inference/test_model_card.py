@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from markdown_it import MarkdownIt
 
-from loraplus_jax.inference.model_card import ADAPTER, PAPER, model_card, shown_name
+from loraplus_jax.inference.model_card import PAPER, model_card, shown_name
 from loraplus_jax.inference.predict import describe_adapter
 from loraplus_jax.training.saved_adapter import read_adapter, transformers_class_of
 
@@ -83,7 +83,7 @@ def test_names_of_others_are_text_in_yaml_markdown_and_html(untrained):
     form = transformers_class_of(tuned.parts)
     for notes in ({"versions": {MARKUP: MARKUP}}, {"versions": {}, "combined": combined}):
         described = tuned._replace(settings=own, task=task, notes=notes)
-        card = model_card(ADAPTER, described, adapter, form, summary, base=MARKUP)
+        card = model_card("adapter", described, adapter, form, summary, base=MARKUP)
         # The whole, front matter too, as a viewer that knows none would show it.
         blocks = MarkdownIt("commonmark", {"linkify": True}).enable(["table", "strikethrough"]).parse(card)
         kinds = {token.type for block in blocks for token in (block, *(block.children or ()))}
