@@ -9,13 +9,17 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
-import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from .._utils.validation import suggest
+from .._utils.validation import join_first, suggest
 from ..models.attention_common import COMPILED_FOR, target_capability
+from ..settings.yaml_files import read_yaml
+
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Number = Annotated[int, Field(gt=0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +35,10 @@ class Chip:
     """
 
     name: str
-    memory: float
-    flops: float
-    memory_rate: float
-    link_rate: float
+    memory: Amount
+    flops: Amount
+    memory_rate: Amount
+    link_rate: Amount
 
     @property
     def available(self) -> int:
@@ -67,18 +71,20 @@ class Gpu(Chip):
     Attributes:
       host_rate: network bandwidth between hosts in one direction, per GPU, bytes/s.
       kind: the name that the driver reports.
-      capability: CUDA compute capability, such as 8.9.
+      capability: CUDA compute capability, such as 8.9; at least 7.5, for CUDA 13.
       cores: number of multiprocessors.
       clock: GHz.
       cache: bytes of the L2 cache.
     """
 
-    host_rate: float
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    host_rate: Amount
     kind: str
-    capability: float
-    cores: int
-    clock: float
-    cache: int
+    capability: Annotated[float, Field(ge=7.5, allow_inf_nan=False)]
+    cores: Number
+    clock: Amount
+    cache: Number
 
     @property
     def available(self) -> int:
@@ -334,34 +340,16 @@ MAX_GPUS = 4096
 
 
 def _read_gpu(file: Path) -> Gpu:
-    """A GPU from a YAML file with the fields of `Gpu`; raises ValueError if a field is missing or unknown."""
-    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Gpu)}
+    """A GPU from a YAML file with the fields of `Gpu`; raises ValueError for any other content."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"GPU file {file} cannot be read: {' '.join(str(error).split()):.200}") from None
-    if not isinstance(values, dict) or values.keys() != fields.keys():
-        keys = values.keys() if isinstance(values, dict) else ()
-        raise ValueError(
-            f"GPU file {file} must have the fields {', '.join(fields)}, got {', '.join(map(str, keys))}"
-        )
-    try:
-        # YAML takes 24e9 for a text.
-        numbers = {
-            name: values[name] if kind is str else kind(float(values[name])) for name, kind in fields.items()
-        }
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"GPU file {file}: {error}; all fields but name and kind are numbers") from None
-    gpu = Gpu(**numbers)
-    if wrong := [
-        name for name, kind in fields.items() if kind is not str and not 0 < getattr(gpu, name) < math.inf
-    ]:
-        raise ValueError(f"GPU file {file}: {', '.join(wrong)} must be above 0")
-    if gpu.capability < 7.5:
-        raise ValueError(
-            f"GPU file {file}: capability must be at least 7.5 for CUDA 13, got {gpu.capability}"
-        )
-    return gpu
+        return TypeAdapter(Gpu).validate_python(read_yaml(file))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, x['loc'])) or 'content'}: {x['msg']}"
+            + (f", got {x['input']!r:.80}" if x["type"] != "missing" else "")
+            for x in error.errors()
+        ]
+        raise ValueError(f"GPU file {file}: {join_first(problems)}") from None
 
 
 def topology_shapes(chip: Tpu) -> list[tuple[int, ...]]:

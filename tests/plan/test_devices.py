@@ -78,11 +78,12 @@ test_topologies_that_do_not_exist = refusals(
     (targets("h100:0"), "h100:COUNT", "'h100:0'"),
     (targets("h100:2x2x2"), "h100:HOSTSxCOUNT"),
     (targets("h100:5000"), "4,096", "'h100:5000'"),
-    (targets("nowhere.yaml:8"), "nowhere.yaml", "cannot be read"),
+    (targets("nowhere.yaml:8"), "nowhere.yaml", "missing"),
     (card(clock=None), "clock"),
     (card(speed=1), "speed"),
-    (card(memory="much"), "much", "numbers"),
-    (card(cores=0), "cores", "above 0"),
+    (card(memory="much"), "memory", "number", "'much'"),
+    (card(memory=".inf"), "memory", "inf"),
+    (card(cores=0), "cores", "greater than 0"),
     (card(capability=7.0), "capability", "7.5", "7.0"),
 )
 
