@@ -61,7 +61,9 @@ def measure(case: str, tiny: bool) -> dict[str, Any]:
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         return jax.random.key(0) if is_key else jnp.zeros(x.shape, x.dtype)
 
-    run = timed(Steps(program, *jax.tree.map(zeros, (step.state, step.parts.frozen, step.held["batch"][0]))))
+    run = timed(
+        Steps(program, *jax.tree.map(zeros, (step.run.state, step.run.parts.frozen, step.held["batch"][0])))
+    )
     seconds, device = [run() for _ in range(12)], jax.devices()[0]
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     found = {"compiled": memory_sizes(program, None, 0)[1], "peak": peak, "kind": device.device_kind}

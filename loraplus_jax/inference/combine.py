@@ -11,11 +11,11 @@ from ..data.fetch import resolve
 from ..interop import adapter_directory, peft_files
 from ..interop.adapter_directory import Adapter, load_adapter, save_adapter
 from ..interop.combination import combine_adapters
+from ..training.place import ADAPTERS, Place, look
 from ..training.provenance import check_allowed, check_identity
 from ..training.run_files import ADAPTER
-from ..training.saved_adapter import is_peft, read_adapter, read_notes, require_adapter
-from .generate import as_instruction_model, describe_peft
-from .predict import NO_DATA, describe_adapter
+from ..training.saved_adapter import read_adapter
+from .tuned_model import NO_DATA, describe
 
 KEPT = ("settings", "task", "identity")
 """What `eval`, `generate` and `export` need of the first adapter that has it."""
@@ -26,7 +26,7 @@ class Source(NamedTuple):
 
     Attributes:
       name: as the user names it.
-      directory: where it is.
+      place: what is there.
       weight: w.
       adapter: its factors.
       notes: its metadata.
@@ -34,7 +34,7 @@ class Source(NamedTuple):
     """
 
     name: str
-    directory: Path
+    place: Place
     weight: float
     adapter: Adapter
     notes: Mapping[str, Any]
@@ -57,16 +57,17 @@ def combine_runs(
     """
     check_new_path("--out", out)
     check_allowed(allow_different)
-    sources: dict[str, Source] = {}
+    listed: list[tuple[str, Place, float]] = []
     for text in adapters:
         name, weight = _split(text)
-        source = _read(name, weight, config, allow_different)
-        for earlier in sources.values():  # by whatever path, such as that of its run
-            if source.directory.samefile(earlier.directory):
-                raise ValueError(f"{earlier.name} is listed twice, also as {name}; add up its weights")
-        sources[name] = source
-    if config is not None and not any(is_peft(source.directory) for source in sources.values()):
+        place = look(expand_path("adapter", name)).require(*ADAPTERS)
+        for earlier, other, _ in listed:  # by whatever path, such as that of its run
+            if place.directory.samefile(other.directory):
+                raise ValueError(f"{earlier} is listed twice, also as {name}; add up its weights")
+        listed.append((name, place, weight))
+    if config is not None and not any(place.is_peft for _, place, _ in listed):
         raise ValueError("--config requires a PEFT adapter; these have their own training settings")
+    sources = {name: _read(name, place, weight, config, allow_different) for name, place, weight in listed}
     # Of an adapter that PEFT made the base's fingerprint is not known.
     first = next(
         (s for s in sources.values() if s.notes.get("base") is not None), next(iter(sources.values()))
@@ -74,7 +75,7 @@ def combine_runs(
     model = {part: value for part, value in first.notes.get("identity", {}).items() if part != "data"}
     weights = first.notes.get("base")
     for source in sources.values():
-        check_identity(source.directory, source.notes, model, weights=weights, allow=allow_different)
+        check_identity(source.place.directory, source.notes, model, weights=weights, allow=allow_different)
     # An export for the weights before quantization has no fingerprint to compare.
     settings = [source.notes["settings"] for source in sources.values() if "settings" in source.notes]
     runs = [own for own in settings if own.get("data", {}).get("train") != NO_DATA]
@@ -131,29 +132,23 @@ def _split(text: str) -> tuple[str, float]:
     return name, value
 
 
-def _read(name: str, weight: float, config: str | None, allow: Sequence[str]) -> Source:
-    directory = require_adapter(expand_path("adapter", name))
-    notes = read_notes(directory)
-    if not is_peft(directory):
-        return Source(name, directory, weight, load_adapter(directory), notes)
+def _read(name: str, place: Place, weight: float, config: str | None, allow: Sequence[str]) -> Source:
+    if not place.is_peft:
+        return Source(name, place, weight, load_adapter(place.directory), place.notes)
     # Only the model says where the tensors of PEFT's file belong.
-    if "settings" in notes or config is not None:
-        tuned = describe_adapter(directory, None if "settings" in notes else config, allow)
-    else:
-        tuned = as_instruction_model(describe_peft(directory))
-    if "settings" not in notes:
-        notes = {**notes, **tuned.origin}
+    tuned = describe(place, config=config if place.kind == "peft" else None, allow_different=allow)
+    notes = place.notes if place.kind == "run" else {**place.notes, **tuned.origin}
     theirs = None if notes.get("base") is not None else tuned.base.path.resolve()
-    return Source(name, directory, weight, read_adapter(directory, tuned.parts), notes, theirs)
+    return Source(name, place, weight, read_adapter(place, tuned.parts), notes, theirs)
 
 
 def _record(source: Source) -> dict[str, Any]:
     """What the result says of an adapter: without directories, which others do not have."""
-    run = source.directory.resolve()
-    run = run.parent if run.name == ADAPTER else run
+    directory = source.place.directory.resolve()
+    run = directory.parent if directory.name == ADAPTER else directory
     files = (
         (peft_files.OPTIONS, peft_files.WEIGHTS)
-        if is_peft(source.directory)
+        if source.place.is_peft
         else (adapter_directory.DESCRIPTION_FILE, adapter_directory.TENSORS_FILE)
     )
-    return {"name": run.name, "weight": source.weight, "files": file_digests(source.directory, files)}
+    return {"name": run.name, "weight": source.weight, "files": file_digests(directory, files)}

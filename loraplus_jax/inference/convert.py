@@ -18,7 +18,7 @@ from ..data.fetch import resolve
 from ..interop.adapter_directory import check_finite, load_adapter, save_adapter
 from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map, torch_module_of
-from ..interop.peft_files import NOTES_FILE, OPTIONS, peft_options, save_peft
+from ..interop.peft_files import NOTES_FILE, peft_options, save_peft
 from ..models.checkpoints.gguf.file import GgufFile
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.transformers_class import causal_lm_class
@@ -28,15 +28,9 @@ from ..models.files import open_files
 from ..step.fingerprints import fingerprint
 from ..step.run_metadata import describe_run
 from ..tasks.causal_lm import model_config
+from ..training.place import ADAPTERS, Place, look
 from ..training.provenance import check_allowed
-from ..training.saved_adapter import (
-    find_adapter,
-    is_peft,
-    read_adapter,
-    read_notes,
-    require_adapter,
-    transformers_class_of,
-)
+from ..training.saved_adapter import read_adapter, transformers_class_of
 from . import verify_conversion as verify_by
 from .checkpoint_merge import CheckpointMerge, dtype_of
 from .convert_sources import (
@@ -46,10 +40,9 @@ from .convert_sources import (
     TreeSource,
 )
 from .export import DTYPES, export_run, lasting_name
-from .generate import as_instruction_model, open_model
 from .gguf_adapter import save_gguf_adapter
 from .named_base import NamedBase, named_base
-from .predict import describe_adapter, load_tuned, settings_and_task
+from .tuned_model import describe, describe_language, load, settings_and_task
 from .verify_conversion import Verified, compare
 from .write_hf import write_hf
 
@@ -100,7 +93,8 @@ def convert(
     check_new_path("--out", out)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
-    kind = _kind_of(source, library)
+    place = look(source)
+    kind = _kind_of(place, library)
     options = {"--scale": scale, "--alpha": alpha, "--path_map": path_map, "--leave_out": leave_out or None}
     options["--allow_different"] = allow_different or None
     if given := [name for name, value in options.items() if value is not None and name not in _OPTIONS[kind]]:
@@ -108,21 +102,19 @@ def convert(
     rules = _read_path_map(path_map)
     with atomic_write(out.resolve(), new=True) as partial:
         if kind == "run":
-            place = None if base is None else lasting_name(base, resolve(base, "model"))
-            lines = _convert_run(
-                require_adapter(source), place, to, partial, dtype, no_verify, allow_different
-            )
+            moved = None if base is None else lasting_name(base, resolve(base, "model"))
+            lines = _convert_run(place, moved, to, partial, dtype, no_verify, allow_different)
             return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
         if kind == "peft":
-            base = base or peft_options(source).base_model
+            base = base or peft_options(place.directory).base_model
         if base is None:
             raise ValueError(f"{source} does not name its base model: pass --base")
         named = named_base(open_files(resolve(base, "model")))
         read: Source
-        if kind == "own":
-            read = _own_source(require_adapter(source), rules, path_map, named)
+        if kind == "loop":
+            read = _own_source(place.directory, rules, path_map, named)
         elif kind == "peft":
-            read = PeftSource(source)
+            read = PeftSource(place.directory)
             named = read.base_for(named)
         else:
             read = TreeSource(
@@ -142,39 +134,33 @@ def convert(
 
 _KINDS = {
     "run": "a run of loraplus train",
-    "own": "an adapter of this package",
+    "loop": "an adapter of this package",
     "peft": "a PEFT adapter",
     "tree": "factors of another library",
 }
 _OPTIONS = {
     "run": ("--allow_different",),
-    "own": ("--path_map",),
+    "loop": ("--path_map",),
     "peft": (),
     "tree": ("--scale", "--alpha", "--path_map", "--leave_out", "--allow_different"),
 }
 """Which options apply to which kind of source."""
 
 
-def _kind_of(source: Path, library: str | None) -> str:
+def _kind_of(place: Place, library: str | None) -> str:
     """The kind of a source, one of `_KINDS`; raises ValueError if `--from` says another one."""
-    directory, kind, is_peft_format = find_adapter(source), "tree", (source / OPTIONS).is_file()
-    if directory is not None and {"settings", "task", "base"} <= read_notes(directory).keys():
-        kind = "run"
-    elif directory is not None and not is_peft(directory):
-        kind = "own"
-    elif is_peft_format:
-        kind = "peft"
-    libraries = {"run": ("loraplus",), "own": ("loraplus",), "peft": ("peft", "levanter"), "tree": NAMES}
+    kind = place.kind if place.kind in ADAPTERS else "tree"
+    libraries = {"run": ("loraplus",), "loop": ("loraplus",), "peft": ("peft", "levanter"), "tree": NAMES}
     # What this package exports for PEFT is both.
-    if kind == "run" and is_peft_format and library in libraries["peft"]:
+    if kind == "run" and place.is_peft and library in libraries["peft"]:
         kind = "peft"
     if library is not None and library not in libraries[kind]:
-        raise ValueError(f"{source} is {_KINDS[kind]}; remove --from {library}")
+        raise ValueError(f"{place.path} is {_KINDS[kind]}; remove --from {library}")
     return kind
 
 
 def _convert_run(
-    directory: Path,
+    place: Place,
     base: str | None,
     to: str,
     partial: Path,
@@ -183,13 +169,14 @@ def _convert_run(
     allow: Sequence[str],
 ) -> list[str]:
     """Converts an adapter with training settings; returns lines for the summary."""
+    directory = place.directory
     if base is None:
         try:
-            resolve(settings_and_task(directory, read_notes(directory))[0].model.path, "model")
+            resolve(settings_and_task(place)[0].model.path, "model")
         except ValueError as error:
             raise ValueError(f"{directory}: {error}; or pass --base with its new place") from None
-    described = describe_adapter(directory, None, allow, base)
-    adapter = read_adapter(directory, described.parts)
+    described = describe(place, base=base, allow_different=allow)
+    adapter = read_adapter(place, described.parts)
     check_finite(directory, adapter.lora)
     if to != "loraplus":
         form = "gguf" if to == "gguf" else "hf"
@@ -198,7 +185,7 @@ def _convert_run(
         lines = [about.partition(": ")[2]]
     else:
         made_anew = {*describe_run({}, None), DIGEST, FILES} - {"base"}
-        own = {name: value for name, value in described.notes.items() if name not in made_anew}
+        own = {name: value for name, value in described.place.notes.items() if name not in made_anew}
         trainable = {"lora": adapter.lora, **adapter.extras}
         save_adapter(partial, trainable, adapter.specs, adapter.config, start=adapter.start or None, **own)
         lines = ["adapter directory"]
@@ -212,7 +199,7 @@ def _convert_run(
             directory, adapter, transformers_path_map(parts.base.table, transformers_class_of(parts))
         )
         return [*lines, _format(_verify(source, named_base(described.base), to, partial, dtype))]
-    tuned = load_tuned(directory, allow_different=allow, base=base)
+    tuned = load(described)
     if tuned.settings.model.quantize in ("nf4", "int8") and to in ("merged", "gguf"):
         return [*lines, "not verified: the run has a quantized base, and this is for the original weights"]
     trainable = {name: disabled(x) if name == "lora" else x for name, x in tuned.parts.trainable.items()}
@@ -221,7 +208,7 @@ def _convert_run(
         named = named_base(tuned.base)
         outputs = verify_by.our_logits(named, _gguf_weights(partial, named))
     else:
-        outputs = verify_by.tuned_outputs(load_tuned(partial, allow_different=allow))
+        outputs = verify_by.tuned_outputs(load(describe(look(partial), allow_different=allow)))
     is_low = to == "merged" and dtype not in (None, "float32")
     allowed = LOW_PRECISION if is_low else TOLERANCE, _effect_tolerance(to, dtype)
     verified = compare("outputs", "loraplus", plain, verify_by.tuned_outputs(tuned), outputs, *allowed)
@@ -320,7 +307,7 @@ def _convert_named(
 
 def _write_ours(partial: Path, peft: Path) -> None:
     """Writes an adapter directory that `loraplus generate` opens on its own."""
-    tuned = as_instruction_model(open_model(str(peft), None, None, None, ()))
+    tuned = load(describe_language(str(peft)))
     parts, config = tuned.parts, tuned.settings.applied
     notes = tuned.origin
     save_adapter(partial, parts.trainable, parts.specs, config, base=fingerprint(parts.frozen), **notes)

@@ -18,17 +18,16 @@ from ..data.commonsense import COMMONSENSE, read_commonsense
 from ..data.mmlu import Subject, read_mmlu
 from ..data.multiple_choice import Question, tokenize_choices
 from ..data.readers import Problems
-from ..interop.peft_files import NOTES_FILE
 from ..models.checkpoints.model_files import ModelFiles
 from ..settings.schema import Dtype
 from ..tasks.causal_lm import model_config, tokenizer_and_template
 from ..training.distributed import raise_together
-from ..training.run_directory import describe_unfinished, first_free
+from ..training.place import Place
+from ..training.run_directory import first_free
 from ..training.run_files import read_summary
-from ..training.saved_adapter import find_adapter
-from .devices import MeshSizes, check_same_rows, write_once
-from .generate import open_model
+from .devices import MeshSizes, check_same_rows, choose_mesh, write_once
 from .scoring import Continuation, Score, Scorer
+from .tuned_model import describe_language, load
 
 MMLU, DEFAULT_SHOTS = "mmlu", 5
 TASKS = (*COMMONSENSE, MMLU)
@@ -153,18 +152,17 @@ def evaluate_tasks(
         shots = DEFAULT_SHOTS
     if template is not None and set(tasks) == {MMLU}:
         raise ValueError(f"--template {template} has no effect: {MMLU} has a format of its own; remove it")
-    path = expand_path("model", place)
     with raise_together():
-        output = _output_file(path, output)
+        described = describe_language(place, config, allow_different, template=template, dtype=dtype)
+        on = choose_mesh(described.settings.mesh, mesh)
+        output = _output_file(described.place, output)
         data_root = expand_path("--data_root", data_root)
         parts = list(_read_parts(tasks, data_root, shots or 0, limit))
-    tuned = open_model(place, template, dtype, config, allow_different, mesh)
-    with raise_together():
-        longest = model_config(tuned.base).max_length
+        longest = model_config(described.base).max_length
         chat_template = None
         if set(tasks) != {MMLU}:  # which needs no chat template, and not every model has one
-            _, chat_template = tokenizer_and_template(tuned.settings, tuned.base, tuned.task)
-        items = [_encode(part, shots or 0, tuned.base, chat_template, longest) for part in parts]
+            _, chat_template = tokenizer_and_template(described.settings, described.base, described.task)
+        items = [_encode(part, shots or 0, described.base, chat_template, longest) for part in parts]
         Problems(
             (
                 question.place,
@@ -176,11 +174,11 @@ def evaluate_tasks(
         ).report()
     choices = [choice for part_items in items for item in part_items for choice in item.choices]
     check_same_rows([[int(n) for n in ids], first] for ids, first in choices)
-    scorer = Scorer(
-        tuned.parts.model, tuned.variables, mesh=tuned.mesh, batch_size=batch_size, max_length=longest
-    )
+    tuned = load(described, on)
+    scorer = Scorer(tuned.parts.model, tuned.variables, mesh=on, batch_size=batch_size, max_length=longest)
     scores = scorer(choices)
-    steps, accuracies = (read_summary(path) or {}).get("steps"), _accuracies(parts, items, iter(scores))
+    steps = (read_summary(tuned.place.path) or {}).get("steps")
+    accuracies = _accuracies(parts, items, iter(scores))
     results = TaskResults(place, str(data_root), steps, shots, limit, accuracies)
     write_once(output, to_json(results.to_json(), indent=1) + "\n")
     return results, output
@@ -202,16 +200,14 @@ class _Item(NamedTuple):
     fewer_shots: bool = False
 
 
-def _output_file(path: Path, output: Path | None) -> Path:
+def _output_file(place: Place, output: Path | None) -> Path:
     """The new file for the results; checks that it can be written before anything is computed."""
     if output is None:
-        if find_adapter(path) is None and not (path / NOTES_FILE).is_file():
-            if (unfinished := describe_unfinished(path)) is not None:
-                raise FileNotFoundError(unfinished)
+        if place.kind == "base" and not place.notes:
             raise ValueError(
-                f"--output FILE.json is required for {path}, which is not a run, adapter or merged model"
+                f"--output FILE.json is required for {place.name}, which is not a run, adapter or merged model"
             )
-        output = first_free(path / RESULTS)
+        output = first_free(place.path / RESULTS)
     elif output.suffix != ".json":
         raise ValueError(f"--output must be a .json file with --tasks, got {output}")
     if is_lead():

@@ -25,16 +25,17 @@ from ..models.files import open_files
 from ..step.fingerprints import digest_of_lines, fingerprint_line
 from ..step.run_metadata import describe_run
 from ..tasks.interface import params_of
-from ..training.provenance import Identity, check_allowed, check_identity, model_identity
+from ..training.place import look
+from ..training.provenance import Identity, model_identity
 from ..training.run_directory import ADAPTER, read_summary
-from ..training.saved_adapter import read_adapter, read_notes, require_adapter, transformers_class_of
+from ..training.saved_adapter import read_adapter, transformers_class_of
 from .checkpoint_merge import CheckpointMerge
 from .gguf_adapter import save_gguf_adapter
 from .model_card import model_card
 from .named_base import named_base
-from .predict import TunedModel, describe_adapter
 from .push import check_push, hub_base, open_repository, public_settings
 from .push import push as upload
+from .tuned_model import TunedModel, describe
 from .write_gguf import DTYPES as GGUF_DTYPES
 from .write_gguf import write_gguf
 from .write_hf import write_hf
@@ -72,21 +73,8 @@ def export_run(
         check_new_path("--to", to)
     if push is not None:
         check_push(push)
-    check_allowed(allow_different)
-    directory = require_adapter(place)
-    if not {"settings", "task", "base"} <= read_notes(directory).keys():
-        raise ValueError(f"{directory} has no training settings; export a run or adapter from loraplus train")
-    tuned = describe_adapter(directory, None, allow_different, base)
-    if push is not None:
-        base_model = hub_base(base_model, tuned.settings.model.path)
-        settings = public_settings(tuned.notes["settings"], base_model)
-        tuned = tuned._replace(notes={**tuned.notes, "settings": settings})
-    adapter = read_adapter(directory, tuned.parts)
-    origin = _origin(tuned, on_original=bool(adapter.start) and not dequantized)
-    if adapter.start and not dequantized:  # for the original base, which the start made a packed one resemble
-        assert adapter.config is not None
-        difference = as_difference(adapter.lora, adapter.start, adapter.specs, adapter.config)
-        adapter = Adapter(*difference, adapter.extras)
+    tuned = describe(look(place).require("run"), base=base, allow_different=allow_different)
+    notes = tuned.place.notes
     if dequantized and tuned.settings.model.quantize == "none":
         raise ValueError(
             "--dequantized requires a run with model.quantize nf4, int8 or file; this one has none"
@@ -96,7 +84,18 @@ def export_run(
             f"--merged --format gguf requires a GGUF base model, got {tuned.base}; use --format hf and convert "
             "the result with llama.cpp's convert_hf_to_gguf.py, or leave out --merged for an adapter"
         )
+    if push is not None:
+        base_model = hub_base(base_model, tuned.settings.model.path)
+        notes = {**notes, "settings": public_settings(notes["settings"], base_model)}
+        tuned = tuned._replace(place=tuned.place._replace(notes=notes))
+    adapter = read_adapter(tuned.place, tuned.parts)
+    origin = _origin(tuned, on_original=bool(adapter.start) and not dequantized)
+    if adapter.start and not dequantized:  # for the original base, which the start made a packed one resemble
+        assert adapter.config is not None
+        difference = as_difference(adapter.lora, adapter.start, adapter.specs, adapter.config)
+        adapter = Adapter(*difference, adapter.extras)
     named = base_model or lasting_name(tuned.settings.model.path, tuned.base.path)
+    directory = tuned.place.directory
     summary = (read_summary(directory.parent) or {}) if directory.name == ADAPTER else {}
     card = functools.partial(
         model_card, tuned=tuned, adapter=adapter, summary=summary, base=named, repository=push
@@ -109,13 +108,11 @@ def export_run(
             stack.enter_context(add_path_to_errors(temporary.parent))
             target = temporary / "export"
         if merged:
-            written = _write_merged(
-                tuned, adapter, target, card, origin, format, dtype, dequantized, allow_different
-            )
+            written = _write_merged(tuned, adapter, target, card, origin, format, dtype, dequantized)
         elif format == "gguf":
-            written = _write_gguf_adapter(tuned, adapter, target, card, origin, dtype, named, allow_different)
+            written = _write_gguf_adapter(tuned, adapter, target, card, origin, dtype, named)
         else:
-            written = _write_peft(tuned, adapter, target, card, origin, named, allow_different)
+            written = _write_peft(tuned, adapter, target, card, origin, named)
         if push is None:
             return written
         try:
@@ -138,12 +135,11 @@ def _write_peft(
     card: Card,
     origin: Mapping[str, Any],
     base: str,
-    allow: Sequence[str],
 ) -> str:
     if adapter.config is None:
         raise ValueError("no adapter to export: the model was trained in full; add --merged")
     form, new = transformers_class_of(tuned.parts), tuned.parts.base.new
-    head_leaves = _base_leaves(tuned, [ours for ours, _ in form.heads if ours not in new], allow)
+    head_leaves = _base_leaves(tuned, [ours for ours, _ in form.heads if ours not in new])
     extras, own = _split_extras(tuned, adapter, form)
     save_peft(
         to,
@@ -172,12 +168,11 @@ def _write_gguf_adapter(
     origin: Mapping[str, Any],
     dtype: str | None,
     base: str,
-    allow: Sequence[str],
 ) -> str:
     name = "adapter.gguf"
     with atomic_write(to.resolve(), new=True) as partial:
         peft = partial.with_name("peft")
-        _write_peft(tuned, adapter, peft, card, origin, base, allow)
+        _write_peft(tuned, adapter, peft, card, origin, base)
         partial.mkdir()
         saved = save_gguf_adapter(partial / name, peft, tuned.base, dtype=dtype or "float16")
         form = transformers_class_of(tuned.parts)
@@ -201,14 +196,12 @@ def _write_merged(
     format: str,
     dtype: str | None,
     dequantized: bool,
-    allow: Sequence[str],
 ) -> str:
     parts, form = tuned.parts, transformers_class_of(tuned.parts)
     leaves, tensors = check_params(tuned.base, parts.base.table, params_of(parts), new=parts.base.new)
-    _base_leaves(tuned, [], allow)
+    _base_leaves(tuned, [])
     if tuned.settings.model.quantize in ("nf4", "int8") and not dequantized:
-        unquantized = {"base": {"unquantized": values_digest(tensors)}}
-        check_identity(tuned.directory or tuned.base.path, tuned.notes, unquantized, allow=allow)
+        tuned.check_identity({"base": {"unquantized": values_digest(tensors)}})
     extras, own = _split_extras(tuned, adapter, form)
     merge = CheckpointMerge(
         parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras, dequantize=dequantized
@@ -249,9 +242,8 @@ def _write_merged(
 
 def _origin(tuned: TunedModel, *, on_original: bool) -> dict[str, Any]:
     """What the metadata says of the base and of how the adapter was made, of one for the original weights too."""
-    notes = {
-        name: tuned.notes[name] for name in ("base", "settings", "task", "combined") if name in tuned.notes
-    }
+    names = ("base", "settings", "task", "combined")
+    notes = {name: tuned.place.notes[name] for name in names if name in tuned.place.notes}
     if on_original and tuned.settings.model.quantize != "none":
         # The difference to the start is for these, not for the quantized ones.
         settings = dict(notes["settings"])
@@ -263,7 +255,8 @@ def _origin(tuned: TunedModel, *, on_original: bool) -> dict[str, Any]:
 
 def _identity(tuned: TunedModel) -> Identity:
     """The identity of the base as it is now, and of the data as the run recorded it."""
-    return {**tuned.notes.get("identity", {}), **tuned.identity}
+    current = model_identity(tuned.settings, tuned.base, tuned.task)
+    return {**tuned.place.notes.get("identity", {}), **current}
 
 
 def _split_extras(
@@ -277,7 +270,7 @@ def _split_extras(
     return unflatten(shared), unflatten(own)
 
 
-def _base_leaves(tuned: TunedModel, modules: list[str], allow: Sequence[str]) -> dict[str, np.ndarray]:
+def _base_leaves(tuned: TunedModel, modules: list[str]) -> dict[str, np.ndarray]:
     """Checks the base's fingerprint, reading one leaf at a time, and returns the base's leaves of `modules`."""
     parts, lines, leaves = tuned.parts, {}, {}
     frozen = flatten(parts.frozen)
@@ -293,9 +286,7 @@ def _base_leaves(tuned: TunedModel, modules: list[str], allow: Sequence[str]) ->
 
     if frozen:
         load_params(tuned.base, parts.base.table, params_of(parts), new=parts.base.new, place=visit)
-        check_identity(
-            tuned.directory or tuned.base.path, tuned.notes, {}, weights=digest_of_lines(lines), allow=allow
-        )
+        tuned.check_identity({}, digest_of_lines(lines))
     return leaves
 
 

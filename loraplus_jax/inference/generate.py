@@ -2,46 +2,28 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from .._utils.records import check_files
-from .._utils.validation import check_int, check_number, expand_path
+from .._utils.validation import check_int, check_number
 from ..data.conversations import Chat, Turn, read_chats
 from ..data.data_to_text import linearize, read_inputs
 from ..data.fetch import resolve
-from ..interop.peft_files import NOTES_FILE, peft_notes, peft_options
 from ..models.decoding.generate import Sampling, check_sampling
-from ..models.files import open_files
-from ..settings.schema import DataSettings, Dtype, GenerationSettings, ModelSettings, Settings
-from ..tasks.causal_lm import LanguageTask
+from ..settings.schema import Dtype, GenerationSettings, Settings
 from ..tasks.chat_generation import ChatModel
 from ..training.distributed import raise_together
-from ..training.provenance import model_identity
-from ..training.run_directory import describe_unfinished
-from ..training.saved_adapter import find_adapter, is_peft, read_notes
-from ..training.setup import base_parts, build_model
-from .devices import MeshSizes, check_same_rows
-from .predict import (
-    NO_DATA,
-    TunedModel,
-    check_weights,
-    load_tuned,
-    load_weights,
-    load_whole,
-    settings_with_adapter,
-)
+from .devices import MeshSizes, check_same_rows, choose_mesh
 from .several_adapters import (
     SeveralAdapters,
-    open_adapters,
+    describe_adapters,
+    load_adapters,
     read_adapter_column,
     slots_of,
     use_of,
 )
+from .tuned_model import check_language, describe_language, load
 
 MAX_TOKENS = 128
-EVALUATED_TOKENS = 1024
-"""Most tokens of a row in `loraplus eval --data` for an adapter that was trained elsewhere."""
 
 
 def generate_answers(
@@ -84,14 +66,15 @@ def generate_answers(
     options: dict[str, Any] = {name: value for name, value in passed.items() if value is not None}
     if any(not text.strip() for text in (*prompts, *([] if system is None else [system]))):
         raise ValueError("--prompt and --system must not be empty")
-    several = None
-    if adapters:
-        several = _open_several(place, adapters, template, dtype, allow_different, mesh)
-        tuned = several.tuned
-    else:
-        tuned = open_model(place, template, dtype, config, allow_different, mesh)
-    settings, model = tuned.settings, tuned.parts.model
+    several: SeveralAdapters | None = None
     with raise_together():
+        if adapters:
+            several = describe_adapters(place, adapters, allow_different, template=template, dtype=dtype)
+            described = check_language(several.tuned)
+        else:
+            described = describe_language(place, config, allow_different, template=template, dtype=dtype)
+        settings = described.settings
+        on = choose_mesh(settings.mesh, mesh)
         chats = _chats(prompts, data, system, settings, distinct=several is None)
         names: list[str] = []
         if several is not None and data is None:
@@ -112,12 +95,21 @@ def generate_answers(
                 f"--length_penalty {length_penalty:g} requires --beams above 1, which it compares"
             )
         new_tokens = max_tokens or default
-        chat_model = ChatModel.from_settings(
-            settings, tuned.base, tuned.task, model, new_tokens, search, tuned.mesh
-        )
+
+        def make_chat_model(model: Any) -> ChatModel:
+            return ChatModel.from_settings(
+                settings, described.base, described.task, model, new_tokens, search, on
+            )
+
+        chat_model = make_chat_model(described.parts.model)
         encoded = chat_model.encode(chats)
     check_same_rows([*encoded, names])
-    stack = None if several is None else (several.stack, [several.slots[name] for name in names])
+    if several is None:
+        tuned, stack = load(described, on), None
+    else:
+        tuned, values = load_adapters(several, on)
+        stack = values, [several.slots[name] for name in names]
+        chat_model = make_chat_model(tuned.parts.model)  # the base with the adapters of the stack
     answers = chat_model.answer(
         tuned.variables, chats, sampling=sampling, seed=seed or 0, batch_size=batch_size, adapters=stack
     )
@@ -126,27 +118,6 @@ def generate_answers(
         {"prompt": chat.turns[-1].text, **name, "answer": text}
         for chat, name, text in zip(chats, named, answers, strict=True)
     ]
-
-
-def _open_several(
-    source: str,
-    adapters: Sequence[str],
-    template: str | None,
-    dtype: Dtype | None,
-    allow_different: Sequence[str],
-    mesh: MeshSizes,
-) -> SeveralAdapters:
-    is_run = find_adapter(expand_path("model", source)) is not None
-    plain = None if is_run else _plain_settings(source, template, dtype)
-    several = open_adapters(source, adapters, plain, allow_different, mesh)
-    settings = several.tuned.settings
-    if not settings.is_language:
-        raise ValueError(
-            f"{source} is an encoder for {settings.task}, not a language model; use loraplus predict"
-        )
-    if settings is not plain and (template is not None or dtype is not None):
-        raise ValueError("--template and --dtype apply to models and PEFT adapters; a run has its own")
-    return several
 
 
 def _chats(
@@ -172,97 +143,3 @@ def _chats(
         ]
     system_turns = () if system is None else (Turn("system", system),)
     return [Chat((*system_turns, Turn("user", text))) for text in prompts]
-
-
-def open_model(
-    source: str,
-    template: str | None,
-    dtype: Dtype | None,
-    config: str | None,
-    allow_different: Sequence[str],
-    mesh: MeshSizes = None,
-) -> TunedModel:
-    """Opens a language model: a run, an adapter, an exported merged model, or a model without adapters."""
-    path = expand_path("model", source)
-    with raise_together():
-        directory = find_adapter(path)
-        is_theirs = directory is not None and config is None and not read_notes(directory).get("settings")
-        # A model that `loraplus convert` merged has digests only.
-        is_ours = not is_theirs and (directory is not None or "settings" in (peft_notes(path) or {}))
-        if allow_different and not is_ours:
-            raise ValueError(
-                f"--allow_different {allow_different[0]} requires a run or merged model, got {source}"
-            )
-        if is_ours and (template is not None or dtype is not None):
-            raise ValueError("--template and --dtype apply to models and PEFT adapters; a run has its own")
-        tuned = None if is_ours else _open_untuned(source, directory, template, dtype, config, mesh)
-    if tuned is None:
-        tuned = load_tuned(path, config, allow_different, mesh)
-        if not tuned.settings.is_language:
-            raise ValueError(
-                f"{source} is an encoder for {tuned.settings.task}, not a language model; use loraplus predict"
-            )
-    else:
-        check_weights(path, tuned)
-    return tuned
-
-
-def _open_untuned(
-    source: str,
-    directory: Path | None,
-    template: str | None,
-    dtype: Dtype | None,
-    config: str | None,
-    mesh: MeshSizes,
-) -> TunedModel:
-    """Opens a model without adapters, or an adapter that PEFT wrote, in `directory`."""
-    if directory is None:
-        if config is not None:
-            raise ValueError(f"--config requires a PEFT adapter, got {source}")
-        if (unfinished := describe_unfinished(expand_path("model", source))) is not None:
-            raise FileNotFoundError(unfinished)
-    elif not is_peft(directory):
-        raise ValueError(f"{directory} has no training settings; use a run or adapter from loraplus train")
-    else:
-        return load_weights(directory, describe_peft(directory, template, dtype), mesh)
-    base, settings = open_files(resolve(source, "model")), _plain_settings(source, template, dtype)
-    check_files(base.path / NOTES_FILE, peft_notes(base.path) or {})
-    parts = base_parts(settings, base, None)
-    return load_whole(TunedModel(settings, None, parts, base), mesh)
-
-
-def describe_peft(directory: Path, template: str | None = None, dtype: Dtype | None = None) -> TunedModel:
-    """A language model with an adapter that PEFT wrote, on the base that it names, with shapes as variables.
-
-    Raises:
-      ValueError, OSError: the adapter names no base, or one that is no language model of this package.
-    """
-    name = peft_options(directory).base_model
-    if name is None:
-        raise ValueError(
-            f"{directory} does not name its base model; pass --config with a training config that sets "
-            "model.path"
-        )
-    base, settings = open_files(resolve(name, "model")), _plain_settings(name, template, dtype)
-    settings = settings_with_adapter(directory, settings, base, None)
-    return TunedModel(settings, None, build_model(settings, base, None, settings.applied), base)
-
-
-def as_instruction_model(tuned: TunedModel) -> TunedModel:
-    """The same with what `save_adapter` must know of a run for `generate`, `eval` and `export`."""
-    task, model = LanguageTask(kind="instruction"), tuned.parts.base.model
-    longest = min(EVALUATED_TOKENS, model.config.max_length)  # pyright: ignore[reportAttributeAccessIssue]
-    data = dataclasses.replace(tuned.settings.data, max_length=longest)
-    settings = dataclasses.replace(tuned.settings, data=data)
-    return tuned._replace(settings=settings, task=task, identity=model_identity(settings, tuned.base, task))
-
-
-def _plain_settings(model: str, template: str | None, dtype: Dtype | None) -> Settings:
-    """Settings of a language model without a run; only the fields that build the model are used."""
-    weights_dtype = dtype or "float32"
-    return Settings(
-        model=ModelSettings(path=model, dtype=weights_dtype, param_dtype=weights_dtype),
-        data=DataSettings(train=NO_DATA, max_length=2, template=template or "model"),
-        task="instruction",
-        output_dir="-",
-    )

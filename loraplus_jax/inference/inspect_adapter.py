@@ -13,14 +13,14 @@ from .._utils.records import FILES, check_files
 from .._utils.validation import escape_controls
 from ..adapter.einsum_letters import layer_axis
 from ..adapter.spec import AdapterSpec
-from ..interop.adapter_directory import TENSORS_FILE, load_adapter, read_adapter_json, read_tensors
+from ..interop.adapter_directory import TENSORS_FILE, load_adapter, read_tensors
 from ..interop.factor_trees import read_tree
 from ..interop.library_recipes import find_recipe
 from ..interop.path_map import FACTOR, MAGNITUDE_END
 from ..interop.peft_files import NOTES_FILE, OPTIONS, OWN_TENSORS_FILE, WEIGHTS, peft_notes, read_peft
 from ..models.checkpoints.gguf import header
 from ..optim.find_pairs import factor_pairs
-from ..training.saved_adapter import find_adapter, is_peft
+from ..training.place import ADAPTERS, Place, look
 from . import gguf_adapter
 
 SHOWN = 20
@@ -68,9 +68,9 @@ def inspect_adapter(place: Path) -> str:
 
 def read_summary(place: Path) -> AdapterSummary:
     """Reads the summary of an adapter; see `inspect_adapter`."""
-    directory = find_adapter(place.parent if place.name in (TENSORS_FILE, WEIGHTS) else place)
-    if directory is not None:
-        return _of_peft(directory) if is_peft(directory) else _of_ours(directory)
+    found = look(place.parent if place.name in (TENSORS_FILE, WEIGHTS) else place)
+    if found.kind in ADAPTERS:
+        return _of_peft(found) if found.is_peft else _of_ours(found)
     if (place / "config.json").is_file():  # before gigabytes are read
         raise ValueError(f"{place} is a model, not an adapter")
     if (file := header.find(place)) is not None:
@@ -78,8 +78,8 @@ def read_summary(place: Path) -> AdapterSummary:
     return _of_library(place)
 
 
-def _of_ours(directory: Path) -> AdapterSummary:
-    notes, adapter = read_adapter_json(directory), load_adapter(directory)
+def _of_ours(place: Place) -> AdapterSummary:
+    notes, directory, adapter = place.notes, place.directory, load_adapter(place.directory)
     tensors, config, base = read_tensors(directory / TENSORS_FILE), adapter.config, None
     match notes:
         case {"settings": {"model": {"path": base}}}:
@@ -98,8 +98,9 @@ def _of_ours(directory: Path) -> AdapterSummary:
     )
 
 
-def _of_peft(directory: Path) -> AdapterSummary:
-    notes, values, problem = peft_notes(directory) or {}, read_json(directory / OPTIONS), None
+def _of_peft(place: Place) -> AdapterSummary:
+    notes, directory, problem = place.notes, place.directory, None
+    values = read_json(directory / OPTIONS)
     try:
         options, _ = read_peft(directory)
         alphas = [options.alpha, *options.alpha_pattern.values()]
@@ -109,7 +110,7 @@ def _of_peft(directory: Path) -> AdapterSummary:
         problem = str(error)
         alphas = [f"{values['lora_alpha']!r:.40}"] if "lora_alpha" in values else []
     tensors = read_tensors(directory / WEIGHTS)
-    check_files(directory / NOTES_FILE, notes)
+    check_files(place.notes_file, notes)
     if (directory / OWN_TENSORS_FILE).is_file():
         tensors |= read_tensors(directory / OWN_TENSORS_FILE)
     factors = {name: match for name in tensors if (match := FACTOR.fullmatch(name))}

@@ -39,9 +39,9 @@ from ..models.decoding.generate import (
 from ..settings.schema import Dtype
 from ..step.sharding import batch_parts
 from ..tasks.causal_lm import model_config, tokenizer_and_template
-from .devices import MeshSizes
-from .generate import open_model
+from .devices import MeshSizes, choose_mesh
 from .scoring import Continuation, Scorer
+from .tuned_model import describe_language, load
 
 LOGGER = logging.getLogger(__name__)
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
@@ -73,7 +73,8 @@ class LoRAPlusLM(TemplateLM):
         super().__init__()
         check_int("batch_size", batch_size, at_least=1)
         check_int("max_gen_toks", max_gen_toks, at_least=1)
-        self._tuned = open_model(str(place), template, dtype, config, allow_different, mesh)
+        described = describe_language(str(place), config, allow_different, template=template, dtype=dtype)
+        self._tuned = load(described, choose_mesh(described.settings.mesh, mesh))
         self._base, self._model, self._mesh = self._tuned.base, self._tuned.parts.model, self._tuned.mesh
         self._variables, self._config = self._tuned.variables, model_config(self._base)
         self.max_length = self._config.max_length

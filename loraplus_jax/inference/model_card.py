@@ -15,7 +15,7 @@ from ..interop.peft_files import OWN_TENSORS_FILE
 from ..models.checkpoints.gguf.file import GgufFile
 from ..models.checkpoints.transformers_class import TransformersClass
 from ..settings.schema import DataSettings
-from .predict import TunedModel
+from .tuned_model import TunedModel
 
 TEMPLATE = Path(__file__).with_suffix(".md.jinja")
 PAPER = "https://arxiv.org/abs/2402.12354"
@@ -99,8 +99,8 @@ def model_card(
         data=", ".join(data_names(settings.data)),
         rates=rates,
         paper=PAPER,
-        combination=_combination(tuned.notes),
-        versions=tuned.notes["versions"],
+        combination=_combination(tuned.place.notes),
+        versions=tuned.place.notes["versions"],
         summary={"examples": {}, "after": {}, **summary},
     )
 

@@ -1,11 +1,10 @@
 """Evaluates and predicts with a run, an adapter directory or a merged model."""
 
-import dataclasses
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,245 +12,39 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._utils.atomic import to_json
 from .._utils.multihost import is_lead
-from .._utils.records import check_files
 from .._utils.validation import check_new_file, suggest
 from ..adapter.adapter_stack import AdapterStack, apply_rows, select_adapters
-from ..adapter.tree import combine, flatten, unflatten
 from ..data.batches import eval_batches, even_batch_size, round_up
 from ..data.fetch import resolve
 from ..data.text_rows import TextRows, text_lengths
 from ..data.tokenize import encode_texts
-from ..interop.adapter_directory import read_tensors
-from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
-from ..models.checkpoints.model_files import ModelFiles
-from ..models.files import open_files
-from ..settings.parsing import parse_settings, settings_from_json
-from ..settings.schema import INVARIANT, LANGUAGE_TASKS, Settings
-from ..step.checkpoint import leaf_dtypes_and_shapes
-from ..step.fingerprints import fingerprint
+from ..settings.schema import Settings
 from ..step.sharding import batch_parts, local_rows, mesh_axes_of_rows, shard_batch, with_mesh
 from ..step.train_step import make_eval
-from ..tasks.causal_lm import LanguageTask, most_scored
-from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tokenizer_for
+from ..tasks.causal_lm import most_scored
+from ..tasks.encoder import apply_model, has_pairs, read_texts, tokenizer_for
 from ..tasks.held_out_generation import HeldOutTexts
-from ..tasks.interface import AdaptedModel, Scored, row_count
-from ..training.distributed import check_same_everywhere, raise_together
+from ..tasks.interface import Scored, row_count
+from ..training.distributed import raise_together
 from ..training.evaluation import evaluate, finish_metrics
-from ..training.provenance import SPLITS, check_allowed, check_identity, model_identity
-from ..training.saved_adapter import (
-    adapter_config,
-    find_adapter,
-    is_peft,
-    merged_table,
-    notes_path,
-    read_adapter,
-    read_notes,
-    require_adapter,
-    saved_config,
-)
-from ..training.setup import base_parts, build_model, load_model, read_params, task_class
-from .devices import MeshSizes, check_same_rows, choose_mesh, shardings_of, to_mesh, write_once
+from ..training.place import look
+from ..training.provenance import SPLITS
+from .devices import MeshSizes, check_same_rows, choose_mesh, shardings_of, write_once
+from .tuned_model import NO_DATA, TunedModel, describe, load
 
 OUTPUT_SUFFIX = ".jsonl"
-NO_DATA = "-"
-"""`data.train` of an adapter that was trained elsewhere."""
 
 
-class TunedModel(NamedTuple):
-    """A run, adapter or merged model, or a model without any.
-
-    Attributes:
-      settings: settings of the run.
-      task: task that it was trained for; None if that is unknown.
-      parts: model and variables.
-      base: files of the base model.
-      notes: metadata of the adapter or the merged model.
-      identity: identity of the base model.
-      mesh: device mesh of the variables; None if these are shapes.
-      directory: the adapter's.
-    """
-
-    settings: Settings
-    task: Any
-    parts: AdaptedModel
-    base: ModelFiles
-    notes: Mapping[str, Any] = {}
-    identity: Mapping[str, Any] = {}
-    mesh: Any = None
-    directory: Path | None = None
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What an adapter's metadata says of the run: `settings`, `task` and `identity`."""
-        settings = {name: value for name, value in self.settings.to_json().items() if name != "output_dir"}
-        return {"settings": settings, "task": self.task.notes(), "identity": dict(self.identity)}
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """All variables of the model."""
-        return combine(self.parts.trainable, self.parts.frozen)
-
-
-def load_tuned(
-    place: Path,
-    config: str | None = None,
-    allow_different: Sequence[str] = (),
-    mesh: MeshSizes = None,
-    base: str | None = None,
-) -> TunedModel:
-    """Loads a run's output directory, an adapter of either format, or a merged model that `export_run` wrote.
-
-    Loads it onto the mesh of the run, see `choose_mesh`; of several processes, each reads only its own parts.
-
-    Args:
-      place: the directory.
-      config: a training config, for a PEFT adapter; supplies the model, the data and the task.
-      allow_different: parts of the base model that may differ from what the run was trained on, see `PARTS`.
-      mesh: sizes that replace those of the run's mesh.
-      base: where the base of an adapter is now, instead of `model.path` in its settings.
-
-    Raises:
-      ValueError, OSError: the directory is none of these or is damaged, or the base model has changed.
-    """
-    with raise_together():
-        check_allowed(allow_different)
-        directory = find_adapter(place)
-        if directory is None and (place / NOTES_FILE).is_file():
-            tuned = _load_merged(place, config, allow_different, mesh)
-        else:
-            directory = require_adapter(place, f", nor a merged model ({NOTES_FILE})")
-            tuned = load_weights(directory, describe_adapter(directory, config, allow_different, base), mesh)
-    check_weights(directory or place, tuned, allow_different)
-    return tuned
-
-
-def describe_adapter(
-    directory: Path, config: str | None, allow: Sequence[str], base_path: str | None = None
-) -> TunedModel:
-    """The model of an adapter, with shapes as variables, after a check of the base's identity; see `load_tuned`."""
-    notes = read_notes(directory)
-    if {"settings", "task", "base"} <= notes.keys():
-        settings, task = settings_and_task(directory, notes, config)
-        if base_path is not None:
-            settings = dataclasses.replace(
-                settings, model=dataclasses.replace(settings.model, path=base_path)
-            )
-            moved = {**notes["settings"], "model": {**notes["settings"]["model"], "path": base_path}}
-            notes = {**notes, "settings": moved}
-        lora_config = saved_config(directory)
-        base = open_files(resolve(settings.model.path, "model"))
-    elif is_peft(directory) and config is not None:
-        settings = parse_settings(config)
-        base = open_files(resolve(settings.model.path, "model"))
-        task = task_class(settings).load(settings, base).task
-        settings = settings_with_adapter(directory, settings, base, task)
-        lora_config = settings.applied
-    else:
-        advice = (
-            "pass --config with a training config for the same data and task"
-            if is_peft(directory)
-            else "use a run or adapter from loraplus train"
-        )
-        raise ValueError(f"{directory} has no training settings; {advice}")
-    identity = model_identity(settings, base, task)
-    check_identity(directory, notes, identity, allow=allow)
-    parts = build_model(settings, base, task, lora_config)
-    return TunedModel(settings, task, parts, base, notes, identity, directory=directory)
-
-
-def load_weights(directory: Path, tuned: TunedModel, mesh: MeshSizes) -> TunedModel:
-    """Loads the weights of an adapter and of its base, whose shapes `tuned` has, onto the mesh."""
-    chosen = choose_mesh(tuned.settings.mesh, mesh)
-    parts = load_model(tuned.settings, tuned.base, tuned.parts, chosen)
-    adapter = read_adapter(directory, parts)
-    trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
-    if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
-        raise ValueError(f"{directory}: tensor shapes do not match the model that its settings describe")
-    return tuned._replace(parts=to_mesh(parts._replace(trainable=trainable), chosen), mesh=chosen)
-
-
-def check_weights(directory: Path, tuned: TunedModel, allow: Sequence[str] = ()) -> None:
-    """Raises ValueError if processes loaded other weights, or weights that the adapter was not trained on."""
-    parts, is_distributed = tuned.parts, jax.process_count() > 1
-    if is_distributed:
-        shapes = leaf_dtypes_and_shapes({"trained": parts.trainable, "weights": parts.frozen})
-        values = {"model": tuned.settings.to_json()["model"], "mesh": dict(tuned.mesh.shape)}
-        check_same_everywhere({**values, **shapes})
-    # From here on, computations run on all processes together.
-    has_base = tuned.notes.get("base") is not None
-    weights = fingerprint(parts.frozen) if parts.frozen and (has_base or is_distributed) else None
-    if is_distributed:
-        check_same_everywhere({"base": weights, "trained": fingerprint(parts.trainable)})
-    if has_base and weights is not None:
-        check_identity(directory, tuned.notes, {}, weights=weights, allow=allow)
-
-
-def settings_and_task(
-    directory: Path, notes: Mapping[str, Any], config: str | None = None
-) -> tuple[Settings, Any]:
-    """Settings and task from the metadata of an adapter or a merged model."""
-    if config is not None:
-        raise ValueError(f"--config requires a PEFT adapter; {directory} has its own training settings")
-    try:
-        settings = settings_from_json({**notes["settings"], "output_dir": str(directory)})
-        fields = notes["task"]
-        if fields["kind"] in LANGUAGE_TASKS:
-            return settings, LanguageTask(**fields)
-        if not all(isinstance(name, str) for name in fields["names"]):
-            raise ValueError(f"task.names must be a list of texts, got {fields['names']!r:.80}")
-        metrics = tuple(fields.get("metrics", ()))
-        return settings, EncoderTask(**{**fields, "names": tuple(fields["names"]), "metrics": metrics})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{notes_path(directory)} is damaged: {error}") from None
-
-
-def settings_with_adapter(directory: Path, settings: Settings, base: ModelFiles, task: Any) -> Settings:
-    """Settings with the lora section of a PEFT adapter."""
-    parts = base_parts(settings, base, task)
-    lora, optimizer, train = adapter_config(directory, parts), settings.optimizer, settings.train
-    # Settings of training that may not suit this adapter.
-    if optimizer.name in INVARIANT:
-        lora = dataclasses.replace(lora, lr_ratio=1.0)
-    if lora.variant == "lora":
-        optimizer = dataclasses.replace(optimizer, magnitude_learning_rate=None)
-    else:
-        train = dataclasses.replace(train, theory_every=None)
-    return dataclasses.replace(settings, method="lora_plus", lora=lora, optimizer=optimizer, train=train)
-
-
-def _load_merged(
-    directory: Path, config: str | None, allow_different: Sequence[str], mesh: MeshSizes
-) -> TunedModel:
-    """Loads a merged model, which has no adapters."""
-    notes = peft_notes(directory) or {}
-    if not {"merged", "settings", "task"} <= notes.keys():
+def describe_task(path: Path, config: str | None, allow_different: Sequence[str]) -> TunedModel:
+    """Describes what is at a path and has a task: a run, an adapter with a training config, or a merged model."""
+    place = look(path)
+    if place.kind == "peft" and config is None:
         raise ValueError(
-            f"{directory / NOTES_FILE} must have merged, settings and task; export the model again "
-            "with --merged"
+            f"{place.directory} has no training settings; pass --config with a training config for the same data "
+            "and task"
         )
-    settings, task = settings_and_task(directory, notes, config)
-    # A merged model is used as it is, without an adapter, also one of a run on a quantized base.
-    model = dataclasses.replace(settings.model, path=str(directory), quantize="none", quantize_exclude=None)
-    lora = dataclasses.replace(settings.lora, init="lora", init_iterations=None)
-    settings = dataclasses.replace(settings, model=model, lora=lora)
-    files = open_files(directory)
-    check_identity(directory, notes, model_identity(settings, files, task), allow=allow_different)
-    parts = base_parts(settings, files, task)
-    check_files(directory / NOTES_FILE, notes)
-    own_file = directory / OWN_TENSORS_FILE
-    own_tensors = flatten(read_tensors(own_file)) if own_file.is_file() else {}
-    base = parts.base if own_tensors else parts.base._replace(table=merged_table(parts), new=())
-    tuned = TunedModel(settings, task, parts._replace(base=base), files, notes)
-    return load_whole(tuned, mesh, unflatten(own_tensors))
-
-
-def load_whole(tuned: TunedModel, mesh: MeshSizes, new: Mapping[str, Any] | None = None) -> TunedModel:
-    """Loads the weights of a model without adapters onto the mesh; `new` are the variables that its files lack."""
-    parts, chosen = tuned.parts, choose_mesh(tuned.settings.mesh, mesh)
-    shapes = jax.eval_shape(parts.model.init, jax.random.key(0), *parts.base.inputs)["params"]
-    params = read_params(tuned.base, parts.base, shapes, chosen)
-    variables = combine({"params": params}, new or {})
-    return tuned._replace(parts=to_mesh(parts._replace(frozen=variables), chosen), mesh=chosen)
+    place.require("run", "merged", "peft")
+    return describe(place, config=config, allow_different=allow_different)
 
 
 def evaluate_run(
@@ -266,37 +59,37 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Metrics on a split of the run's data, by default test, or on another labelled file with the same columns.
 
-    A run of task generation also generates texts, which go to the new .jsonl file `output`. For `mesh` see
-    `load_tuned`.
+    A run of task generation also generates texts, which go to the new .jsonl file `output`. `mesh` has sizes that
+    replace those of the run's mesh, see `choose_mesh`.
     """
     if output is not None:
         with raise_together():
             check_output(output)
     if split is not None and split not in SPLITS:
         raise ValueError(f"--split: unknown split {split!r}{suggest(split, SPLITS)}")
-    tuned = load_tuned(directory, config, allow_different, mesh)
-    settings, on = tuned.settings, tuned.mesh
     with raise_together():
+        described = describe_task(directory, config, allow_different)
+        settings = described.settings
+        on = choose_mesh(settings.mesh, mesh)
         if data is None and settings.data.train == NO_DATA:
             raise ValueError(f"{directory} has no data of its own; pass --data FILE or --tasks")
         try:
-            evaluated = tuned.task.load_split(settings, tuned.base, split, data)
+            evaluated = described.task.load_split(settings, described.base, split, data)
         except KeyError as error:
             raise ValueError(
                 f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], SPLITS[:2])}"
             ) from None
         if data is None:
-            check_identity(
-                directory, tuned.notes, {"data": {split or "test": evaluated.digest}}, allow=allow_different
-            )
+            described.check_identity({"data": {split or "test": evaluated.digest}})
         texts = None
         if settings.task == "generation":
             texts = HeldOutTexts.from_settings(
-                settings, tuned.base, tuned.task, tuned.parts.model, evaluated.inputs, on
+                settings, described.base, described.task, described.parts.model, evaluated.inputs, on
             )
         elif output is not None:
             raise ValueError(f"--output requires a run of task generation, got one of task {settings.task}")
     check_same_rows([evaluated.digest])
+    tuned = load(described, on)
     size, parts = _eval_rows(row_count(evaluated.columns), settings, on), batch_parts(on)
     scored = Scored(
         evaluate=most_scored([evaluated.columns], size // parts) if settings.is_language else None
@@ -327,11 +120,13 @@ def predict_run(
     mesh: MeshSizes = None,
 ) -> list[dict[str, Any]]:
     """Predictions for `texts`, or for a file with the run's text columns (labels not needed); `mesh` as above."""
-    tuned = load_tuned(directory, config, allow_different, mesh)
     with raise_together():
-        if tuned.settings.is_language:
+        described = describe_task(directory, config, allow_different)
+        settings = described.settings
+        if settings.is_language:
             raise ValueError(f"{directory} is a language model; use loraplus generate or loraplus eval")
-        rows = texts_to_predict(texts, data, tuned.settings)
+        rows, on = texts_to_predict(texts, data, settings), choose_mesh(settings.mesh, mesh)
+    tuned = load(described, on)
     predictions = tuned.task.predictions(compute_outputs(tuned, rows))
     return [{"text": text, **prediction} for (text, *_), prediction in zip(rows, predictions, strict=True)]
 

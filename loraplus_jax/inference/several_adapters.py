@@ -1,13 +1,12 @@
 """Several adapters over one base for `generate` and `predict`: each request names its adapter."""
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .._utils.multihost import gather_to_host
 from .._utils.validation import expand_path, suggest
@@ -16,29 +15,21 @@ from ..adapter.tree import flatten, leaves_by_path, unflatten
 from ..data.fetch import resolve
 from ..data.readers import Problems, read_rows
 from ..linen.wrap import apply_lora_plus
-from ..models.checkpoints.model_files import ModelFiles
-from ..models.checkpoints.quantized import pack_shapes
 from ..models.files import open_files
 from ..quantization.packed_array import is_packed
 from ..settings.schema import Settings
 from ..step.fingerprints import digest_of_lines, fingerprint, fingerprint_line
 from ..step.sharding import distribute
 from ..tasks.encoder import has_pairs
-from ..tasks.interface import AdaptedModel, params_of
+from ..tasks.interface import params_of
 from ..training.distributed import check_same_everywhere, raise_together
-from ..training.provenance import check_allowed, check_identity, model_identity
-from ..training.saved_adapter import (
-    adapter_config,
-    find_adapter,
-    is_peft,
-    read_adapter,
-    read_notes,
-    require_adapter,
-    saved_config,
-)
-from ..training.setup import base_parts, build_model, load_model
-from .devices import MeshSizes, choose_mesh, to_mesh
-from .predict import NO_DATA, TunedModel, compute_outputs, settings_and_task, texts_to_predict
+from ..training.place import ADAPTERS, Place, look
+from ..training.provenance import check_allowed, model_identity
+from ..training.saved_adapter import adapter_config, read_adapter, saved_config
+from ..training.setup import base_parts, build_model
+from .devices import MeshSizes, choose_mesh
+from .predict import compute_outputs, texts_to_predict
+from .tuned_model import NO_DATA, OWN_TEMPLATE, TunedModel, describe, load, settings_and_task
 
 SEARCH = ("beams", "max_new_tokens", "length_penalty", "no_repeat_ngram", "no_repeat_in", "early_stopping")
 """Settings of section generation that decide an answer."""
@@ -50,67 +41,67 @@ COLUMN = "adapter"
 
 
 class SeveralAdapters(NamedTuple):
-    """Adapters by name over one base.
+    """Adapters by name over one base, described.
 
     Attributes:
-      tuned: the model, with the stack's config; its variables are the base's.
-      stack: the adapters.
-      slots: the slot of each name; `BASE` is an empty one.
-      tasks: what each adapter was trained for; None where that is unknown.
+      tuned: the base.
+      adapters: the base with each adapter.
+      slots: the slot of each name in a stack; `BASE` is an empty one.
     """
 
     tuned: TunedModel
-    stack: AdapterStack
+    adapters: dict[str, TunedModel]
     slots: dict[str, int]
-    tasks: dict[str, Any]
 
 
-def open_adapters(
-    source: str,
-    adapters: Sequence[str],
-    plain_settings: Settings | None,
-    allow_different: Sequence[str] = (),
-    mesh: MeshSizes = None,
+def describe_adapters(
+    source: str, adapters: Sequence[str], allow_different: Sequence[str] = (), **options: Any
 ) -> SeveralAdapters:
-    """Opens a base with several adapters, each checked against the base that it was trained on.
+    """Describes a base with several adapters, each checked against the base that it was trained on.
 
     Args:
       source: a model, which is the base, or a run or adapter, which gives the settings and the base.
       adapters: `NAME=DIR` for each, a run or an adapter directory of either format.
-      plain_settings: settings of the model `source` where no adapter has any; None if that is an error.
       allow_different: parts of the base that may differ, see `PARTS`.
-      mesh: see `load_tuned`.
+      **options: `template` and `dtype` of `describe`; without them one of the adapters must have settings.
     """
-    with raise_together():
-        check_allowed(allow_different)
-        directories = _parse(adapters)
-        own = find_adapter(expand_path("model", source))
-        settings, task = _settings(source, own, directories, plain_settings)
+    check_allowed(allow_different)
+    own = look(expand_path("model", source))._replace(name=source)
+    places = _parse(adapters)
+    if own.kind in ADAPTERS:
+        own.require("run")
+    with_settings = [place for place in (own, *places.values()) if place.kind == "run"]
+    if with_settings:
+        if any(value is not None for value in options.values()):
+            raise ValueError(OWN_TEMPLATE)
+        settings, task = settings_and_task(with_settings[0], None if own.kind == "run" else source)
         base = open_files(resolve(settings.model.path, "model"))
-        described, tasks = {}, {}
-        for name, directory in directories.items():
-            described[name], tasks[name] = _describe(directory, settings, base, task, allow_different)
-        # Without adapters: a parameter that one of them trains is frozen for another.
-        parts = base_parts(settings, base, task)
-        shapes = jax.eval_shape(parts.model.init, jax.random.key(0), *parts.base.inputs)["params"]
-        packed = unflatten(pack_shapes(flatten(shapes), parts.base.formats, parts.base.table))
-        chosen = choose_mesh(settings.mesh, mesh)
-        parts = load_model(settings, base, parts._replace(frozen={"params": packed}), chosen)
-    parts = to_mesh(parts, chosen)
-    params = flatten({"params": params_of(parts)})
+        shared = TunedModel(own, settings, task, base_parts(settings, base, task), base, allow_different)
+    elif options:
+        shared = describe(own, **options)
+    else:
+        raise ValueError(f"no adapter has training settings; pass a run of loraplus train, got {source}")
+    # Without adapters: a parameter that one of them trains is frozen for another.
+    shared = shared._replace(place=own._replace(kind="base", notes={}), allow_different=allow_different)
+    described = {name: _describe(place, shared) for name, place in places.items()}
+    return SeveralAdapters(shared, described, {name: n for n, name in enumerate((*places, BASE))})
+
+
+def load_adapters(several: SeveralAdapters, mesh: Mesh) -> tuple[TunedModel, AdapterStack]:
+    """Loads the base, whose model gets the stack's config, and the adapters into a stack."""
+    tuned, described = load(several.tuned, mesh), dict[str, TunedModel]()
+    params = flatten({"params": params_of(tuned.parts)})
     line = functools.cache(lambda path: _fingerprint_lines(path, params[path]))
-    frozen = {name: {p: params[p] for p in flatten(described[name].frozen)} for name in directories}
-    for name, directory in directories.items():
-        if (notes := read_notes(directory)).get("base") is not None:
-            lines = {path: text for leaf in frozen[name] for path, text in line(leaf).items()}
-            check_identity(directory, notes, {}, weights=digest_of_lines(lines), allow=allow_different)
+    for name, adapter in several.adapters.items():
+        frozen = {path: params[path] for path in flatten(adapter.parts.frozen)}
+        described[name] = adapter._replace(parts=adapter.parts._replace(frozen=unflatten(frozen)))
+        if adapter.place.notes.get("base") is not None:
+            lines = {path: text for leaf in frozen for path, text in line(leaf).items()}
+            adapter.check_identity({}, digest_of_lines(lines))
     with raise_together():
-        loaded = {
-            name: read_adapter(directory, described[name]._replace(frozen=unflatten(frozen[name])))
-            for name, directory in directories.items()
-        }
+        loaded = {name: read_adapter(adapter.place, adapter.parts) for name, adapter in described.items()}
     # A new head belongs to its adapter alone.
-    new = tuple(f"params/{name}/" for name in parts.base.new)
+    new = tuple(f"params/{name}/" for name in tuned.parts.base.new)
     trained = {
         path for adapter in loaded.values() for path in flatten(adapter.extras) if not path.startswith(new)
     }
@@ -123,15 +114,12 @@ def open_adapters(
         for n, name in enumerate(loaded):
             text = text.replace(f"adapters[{n}]", f"--adapter {name}")
         raise ValueError(text) from None
-    replicated = NamedSharding(chosen, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     stack = distribute(stack, jax.tree.map(lambda _: replicated, stack))
     if jax.process_count() > 1:
-        check_same_everywhere(
-            {"base": fingerprint(parts.frozen), "adapters": fingerprint(stack.values), "slots": list(loaded)}
-        )
-    model = apply_lora_plus(parts.base.model, stack.config)
-    tuned = TunedModel(settings, task, parts._replace(model=model), base, mesh=chosen)
-    return SeveralAdapters(tuned, stack, {name: n for n, name in enumerate((*loaded, BASE))}, tasks)
+        check_same_everywhere({"adapters": fingerprint(stack.values), "slots": list(loaded)})
+    model = apply_lora_plus(tuned.parts.base.model, stack.config)
+    return tuned._replace(parts=tuned.parts._replace(model=model)), stack
 
 
 def predict_several(
@@ -149,10 +137,11 @@ def predict_several(
     Each of `texts` is for every adapter in `use`, by default all; the rows of `data` name theirs in the column
     `adapter`. Each adapter has the classes that it was trained for; all must have the same number of them.
     """
-    several = open_adapters(str(directory), adapters, None, allow_different, mesh)
-    settings = several.tuned.settings
-    del several.slots[BASE]  # which has no head
     with raise_together():
+        several = describe_adapters(str(directory), adapters, allow_different)
+        settings = several.tuned.settings
+        on = choose_mesh(settings.mesh, mesh)
+        del several.slots[BASE]  # which has no head
         if settings.is_language:
             raise ValueError(f"{directory} is a language model; use loraplus generate")
         requests = texts_to_predict(texts, data, settings)
@@ -162,10 +151,11 @@ def predict_several(
         else:
             names, locations = read_adapter_column(resolve(data, "data"), **settings.data.table_options)
             slots_of(names, several, locations)
-    outputs = compute_outputs(several.tuned, requests, (several.stack, [several.slots[n] for n in names]))
+    tuned, stack = load_adapters(several, on)
+    outputs = compute_outputs(tuned, requests, (stack, [several.slots[n] for n in names]))
     rows = []
     for (text, *_), name, output in zip(requests, names, outputs, strict=True):
-        (prediction,) = several.tasks[name].predictions(output[None])
+        (prediction,) = several.adapters[name].task.predictions(output[None])
         rows.append({"text": text, "adapter": name, **prediction})
     return rows
 
@@ -194,57 +184,36 @@ def use_of(use: Sequence[str], several: SeveralAdapters) -> list[str]:
     return names
 
 
-def _parse(adapters: Sequence[str]) -> dict[str, Path]:
-    directories = {}
+def _parse(adapters: Sequence[str]) -> dict[str, Place]:
+    places = {}
     for text in adapters:
         name, equals, directory = text.partition("=")
         if not name.strip() or not equals or not directory:
             raise ValueError(f"--adapter must be NAME=DIR, such as french=runs/french, got {text!r}")
-        if name == BASE or name in directories:
+        if name == BASE or name in places:
             reason = "means no adapter" if name == BASE else "has a directory already"
             raise ValueError(f"--adapter {text}: the name {name!r} {reason}; choose another name")
-        directories[name] = require_adapter(expand_path("--adapter", directory))
-    return directories
+        places[name] = look(expand_path("--adapter", directory)).require("run", "peft")
+    return places
 
 
-def _settings(
-    source: str, own: Path | None, directories: Mapping[str, Path], plain: Settings | None
-) -> tuple[Settings, Any]:
-    """The settings and the task of `source`, or of the first adapter that has any, on the model `source`."""
-    candidates = [path for path in (own, *directories.values()) if path is not None]
-    directory = next((path for path in candidates if {"settings", "task"} <= read_notes(path).keys()), None)
-    if own is not None and directory != own:
-        raise ValueError(
-            f"{source} has no training settings; pass a run of loraplus train, or the base model"
-        )
-    if directory is None:
-        if plain is None:
-            raise ValueError(f"no adapter has training settings; pass a run of loraplus train, got {source}")
-        return plain, None
-    settings, task = settings_and_task(directory, read_notes(directory))
-    if own is None:
-        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=source))
-    return settings, task
-
-
-def _describe(
-    directory: Path, settings: Settings, base: ModelFiles, task: Any, allow: Sequence[str]
-) -> tuple[AdaptedModel, Any]:
-    """The base with one adapter, with shapes as variables, after a check of the base's identity; and its task."""
-    notes, own_task = read_notes(directory), task
-    if {"settings", "task", "base"} <= notes.keys():
-        own_settings, own_task = settings_and_task(directory, notes)
-        _check_shared(directory, own_settings, settings, has_base=notes["base"] is not None)
-        config = saved_config(directory)
-    elif is_peft(directory):
-        config = adapter_config(directory, base_parts(settings, base, task))
+def _describe(place: Place, shared: TunedModel) -> TunedModel:
+    """The base with one adapter, with shapes as variables, after a check of the base's identity."""
+    settings, base, task = shared.settings, shared.base, shared.task
+    if place.kind == "run":
+        own_settings, task = settings_and_task(place)
+        _check_shared(place.directory, own_settings, settings, has_base=place.notes["base"] is not None)
+        config = saved_config(place)
     else:
-        raise ValueError(f"{directory} has no training settings; use a run or adapter from loraplus train")
+        config = adapter_config(place.directory, shared.parts)
     if config is None:
-        raise ValueError(f"{directory} is a fully trained model, not an adapter; call it without --adapter")
+        raise ValueError(
+            f"{place.directory} is a fully trained model, not an adapter; call it without --adapter"
+        )
+    described = shared._replace(place=place, task=task)
     # With the template that all share: another one is an error here, and other weights are later.
-    check_identity(directory, notes, model_identity(settings, base, task), allow=allow)
-    return build_model(settings, base, own_task, config), own_task
+    described.check_identity(model_identity(settings, base, shared.task))
+    return described._replace(parts=build_model(settings, base, task, config))
 
 
 def _check_shared(directory: Path, own: Settings, shared: Settings, *, has_base: bool) -> None:

@@ -18,9 +18,8 @@ from ..models.checkpoints.params import load_params
 from ..models.families import MODEL_TYPES, family_of
 from ..tasks.causal_lm import model_config
 from ..tasks.interface import AdaptedModel
-from .generate import open_model
 from .named_base import PREFIXES, NamedBase
-from .predict import TunedModel
+from .tuned_model import TunedModel, describe_language, load
 
 SEED, ROWS, LENGTH = 0, 2, 16
 Weights = Mapping[str, np.ndarray]
@@ -135,7 +134,7 @@ def our_logits(base: NamedBase, changed: Weights = {}) -> np.ndarray:  # noqa: B
 
 def opened_logits(place: Path) -> np.ndarray:
     """Logits of an adapter directory of either format, or of a model, read as `loraplus generate` does."""
-    tuned = open_model(str(place), None, None, None, ())
+    tuned = load(describe_language(str(place)))
     ids = jnp.asarray(token_ids(tuned.parts.model.config.vocab_size))  # pyright: ignore
     return np.asarray(jax.jit(tuned.parts.model.apply)(tuned.variables, ids))
 

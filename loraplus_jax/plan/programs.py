@@ -9,18 +9,12 @@ import jax
 from jax.sharding import Mesh
 
 from ..settings.schema import Settings
-from ..step.sharding import Shardings, batch_sharding
-from ..step.train_step import TrainState, make_eval
-from ..tasks.interface import AdaptedModel, BaseModel, TaskData, full_batches
+from ..step.sharding import batch_sharding
+from ..step.train_step import make_eval
+from ..tasks.interface import BaseModel, TaskData, full_batches
 from ..training.optimizer import check_rates, make_optimizer
-from ..training.setup import (
-    add_adapters,
-    count_steps,
-    state_shapes,
-    state_shardings,
-    theory_rows,
-    trace_step,
-)
+from ..training.programs import AbstractRun, theory_rows, trace_step
+from ..training.setup import add_adapters, count_steps
 from ..training.theory_metrics import lower_theory
 
 ASSUMED_STEPS = 10**9
@@ -31,20 +25,16 @@ class LoweredStep(NamedTuple):
     """A training step before compilation.
 
     Attributes:
-      parts: the model, with shapes for all values.
-      state: shapes of the training state.
+      run: the model, with shapes for all values, and what else the step is made of.
       jaxpr: the traced step.
       lowered: the lowered step.
       held: the step's inputs by purpose: trees of shapes and of shardings.
-      places: shardings of the state and the frozen variables.
     """
 
-    parts: AdaptedModel
-    state: TrainState
+    run: AbstractRun
     jaxpr: Any
     lowered: jax.stages.Lowered
     held: dict[str, tuple[Any, Any]]
-    places: Shardings
 
 
 def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -> LoweredStep:
@@ -55,32 +45,31 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
     tx = make_optimizer(settings.optimizer, settings.lr_ratio, steps, parts.specs)
     check_rates(settings.optimizer, parts.trainable)
-    shardings = state_shardings(parts, tx, mesh)
-    state = state_shapes(parts, tx)
     batches = full_batches(data.splits["train"], train.batch_size, train.eval_batch_size)
     (batch,) = batches.train
+    run = AbstractRun(settings, data, mesh, steps, batches, parts, tx)
+    state, shardings = run.state, run.shardings
     held = {
         "frozen weights": (parts.frozen, shardings.frozen),
         "trained": (state.trainable, shardings.state.trainable),
         "optimizer": (state.opt_state, shardings.state.opt_state),
         "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
     }
-    traced = trace_step(settings, data, batches, parts, tx, mesh, shardings)
-    return LoweredStep(parts, state, traced.jaxpr, traced.lower(), held, shardings)
+    traced = trace_step(run)
+    return LoweredStep(run, traced.jaxpr, traced.lower(), held)
 
 
-def bytes_between_steps(
-    settings: Settings, data: TaskData, step: LoweredStep, mesh: Mesh, workspace: int = 0
-) -> dict[str, tuple[int | None, str | None]]:
+def bytes_between_steps(step: LoweredStep, workspace: int = 0) -> dict[str, tuple[int | None, str | None]]:
     """What the programs need that run between steps: `"evaluation"`, `"theory"` (`train.theory_every`).
 
     Each is the total bytes, optimizer state and `workspace` included, and the compiler's message if it ran out of
     memory. The bytes are None if theory is not set, and for the evaluation of multiple choice: the number of
     choices per question, each a row, depends on the data.
     """
-    losses = data.task.make_losses(settings, step.parts, mesh)
-    train = settings.train
-    batches = full_batches(data.splits["train"], train.batch_size, train.eval_batch_size)
+    run = step.run
+    settings, frozen = run.settings, run.parts.frozen
+    losses = run.data.task.make_losses(settings, run.parts, run.mesh)
+    layout = {"mesh": run.mesh, "shardings": run.shardings}
     weights, trained, optimizer = (
         local_bytes(*step.held[name]) for name in ("frozen weights", "trained", "optimizer")
     )
@@ -92,12 +81,11 @@ def bytes_between_steps(
         needed[name] = size, problem and f"{name}: {problem}"
 
     if settings.task != "multiple_choice":
-        evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
-        add("evaluation", evaluate.lower(step.held["trained"][0], step.parts.frozen, batches.evaluate))
-    if train.theory_every is not None:
-        rows = theory_rows(batches, mesh)
-        arguments = losses.train, step.parts.specs, step.state, step.parts.frozen, rows
-        add("theory", lower_theory(*arguments, mesh=mesh, shardings=step.places))
+        evaluate = make_eval(losses.evaluate, **layout)
+        add("evaluation", evaluate.lower(run.state.trainable, frozen, run.batches.evaluate))
+    if settings.train.theory_every is not None:
+        rows = theory_rows(run.batches, run.mesh)
+        add("theory", lower_theory(losses.train, run.parts.specs, run.state, frozen, rows, **layout))
     return needed
 
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
-from jax.sharding import Mesh
 
 from .._utils.multihost import gather_to_host
 from ..adapter.config import BASE_INITS, LoRAPlusConfig
@@ -22,8 +21,9 @@ from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.params import check_params, read_leaf
 from ..quantization.packed_array import PackedArray, is_packed
 from ..settings.schema import Settings
-from ..step.sharding import Shardings, local_rows, shard_batch
-from ..tasks.interface import AdaptedModel, BatchPlan, LossFn, TaskData
+from ..step.sharding import local_rows, shard_batch
+from ..tasks.interface import AdaptedModel, LossFn
+from .programs import AbstractRun
 from .run_files import START
 
 
@@ -113,31 +113,24 @@ def _read_errors(parts: AdaptedModel, files: ModelFiles) -> Callable[[str], np.n
     return read
 
 
-def first_gradients(
-    settings: Settings,
-    data: TaskData,
-    batches: BatchPlan,
-    parts: AdaptedModel,
-    loss_fn: LossFn,
-    mesh: Mesh,
-    shardings: Shardings,
-) -> dict[str, Any]:
+def first_gradients(run: AbstractRun, parts: AdaptedModel, loss_fn: LossFn) -> dict[str, Any]:
     """The gradient by every adapted weight, by path, for the first micro-batch, before adapters have an effect."""
+    settings, mesh = run.settings, run.mesh
     init = BASE_INITS.get(settings.lora.init)
     if init is None or init.source != "gradients":
         return {}
     batch = next(
         train_batches(
-            data.splits["train"],
+            run.data.splits["train"],
             batch_size=settings.train.batch_size,
             seed=settings.seed,
-            arrange=batches.arrange,
+            arrange=run.batches.arrange,
             rows=functools.partial(local_rows, mesh),
         )
     )
     count = len(batch["weight"]) // settings.train.accumulate
     batch = shard_batch({name: column[:count] for name, column in batch.items()}, mesh)
-    flat, places = flatten(parts.frozen), flatten(shardings.frozen)
+    flat, places = flatten(parts.frozen), flatten(run.shardings.frozen)
     weights = {spec.leaf: flat[spec.leaf] for spec in parts.specs.values()}
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
 

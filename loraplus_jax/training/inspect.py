@@ -7,7 +7,7 @@ from ..models.files import open_files
 from ..optim.diagnostics import describe
 from ..settings.schema import Settings
 from ..step.sharding import make_mesh
-from .saved_adapter import check_init_adapter
+from .saved_adapter import check_init_adapter, find_init_adapter
 from .setup import abstract_run, check_mesh, task_class
 
 
@@ -26,11 +26,12 @@ def inspect(settings: Settings) -> str:
     check_mesh(settings, mesh)
     files = open_files(resolve(settings.model.path, "model"))
     data = task_class(settings).load(settings, files)
-    steps, batches, parts, tx = abstract_run(settings, files, data, mesh)
-    if settings.init_adapter is not None:
-        check_init_adapter(settings, parts, data.task)
+    run = abstract_run(settings, files, data, mesh)
+    parts = run.parts
+    if (init := find_init_adapter(settings)) is not None:
+        check_init_adapter(init, settings, parts, data.task)
     peak = settings.optimizer.warmup_steps
-    table = describe(parts.trainable, tx, parts.specs, frozen=parts.frozen, step=peak)
+    table = describe(parts.trainable, run.tx, parts.specs, frozen=parts.frozen, step=peak)
     lines = [f"{table}"]
     layers = next((spec.layers for spec in parts.specs.values() if spec.layers is not None), None)
     if layers is not None:
@@ -38,6 +39,6 @@ def inspect(settings: Settings) -> str:
         lines.append(f"lora.layers_to_transform: only layers {names} are adapted, the others stay zero")
     sizes = ", ".join(f"{size:,} {name}" for name, size in data.examples.items())
     lines.append(
-        f"{steps} steps of batch size {settings.train.batch_size}; learning rates at step {peak}; data: {sizes}"
+        f"{run.steps} steps of batch size {settings.train.batch_size}; learning rates at step {peak}; data: {sizes}"
     )
-    return "\n".join((*lines, *batches.summary))
+    return "\n".join((*lines, *run.batches.summary))

@@ -16,72 +16,32 @@ from ..adapter.spec import specs_from_json
 from ..adapter.tree import combine, flatten, unflatten
 from ..data.batches import digest
 from ..interop import adapter_directory, peft_files
-from ..interop.adapter_directory import Adapter, load_adapter, read_adapter_json
+from ..interop.adapter_directory import Adapter, load_adapter
 from ..interop.path_map import PathMap
-from ..interop.peft_files import load_peft, peft_config, peft_names, peft_notes
+from ..interop.peft_files import load_peft, peft_config, peft_names
 from ..models.checkpoints import transformers_class
 from ..models.checkpoints.name_table import NameTable, linear_rules
 from ..settings.schema import Settings
 from ..tasks.interface import AdaptedModel, params_of
+from .place import ADAPTERS, Place, look
 from .provenance import Identity, check_identity
-from .run_directory import describe_unfinished
-from .run_files import ADAPTER
 
 PREFIXES = ("model.", "transformer.", "bert.", "roberta.")
 """The prefixes that transformers puts before module names in models with a head, by model family."""
 RATES = ("policy", "decay", "weight_decay")
 
 
-def find_adapter(path: Path) -> Path | None:
-    """Finds the adapter directory in a run's directory, or the path itself if it is one; None if there is none."""
-    names = (adapter_directory.DESCRIPTION_FILE, peft_files.OPTIONS)
-    candidates = (path / ADAPTER, path)
-    return next(
-        (directory for directory in candidates for name in names if (directory / name).is_file()), None
-    )
-
-
-def require_adapter(path: Path, also: str = "") -> Path:
-    """Like `find_adapter`, but raises FileNotFoundError if there is none; `also` names other accepted contents."""
-    if (directory := find_adapter(path)) is not None:
-        return directory
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    raise FileNotFoundError(
-        describe_unfinished(path)
-        or f"{path} contains no finished run, no adapter ({adapter_directory.DESCRIPTION_FILE}) and no PEFT "
-        f"adapter ({peft_files.OPTIONS}){also}"
-    )
-
-
-def is_peft(directory: Path) -> bool:
-    """Whether an adapter directory is in PEFT's format."""
-    # By our own file: an adapter that we export for PEFT has PEFT's files only.
-    return not (directory / adapter_directory.DESCRIPTION_FILE).is_file()
-
-
-def read_notes(directory: Path) -> dict[str, Any]:
-    """The metadata saved with an adapter; empty for an adapter saved by PEFT itself."""
-    return peft_notes(directory) or {} if is_peft(directory) else read_adapter_json(directory)
-
-
-def notes_path(directory: Path) -> Path:
-    """The file that holds the metadata."""
-    return directory / (peft_files.NOTES_FILE if is_peft(directory) else adapter_directory.DESCRIPTION_FILE)
-
-
-def saved_config(directory: Path) -> LoRAPlusConfig | None:
+def saved_config(place: Place) -> LoRAPlusConfig | None:
     """The config in an adapter's metadata, which must fit its tensors; None for a fully trained model."""
-    if (values := read_notes(directory)["config"]) is None:
+    if (values := place.notes["config"]) is None:
         return None
     try:
         config = LoRAPlusConfig.from_json(values)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{notes_path(directory)}: {error}") from None
-    file = peft_files.WEIGHTS if is_peft(directory) else adapter_directory.TENSORS_FILE
-    adapter_directory.check_ranks(
-        f"{notes_path(directory)}", config, adapter_directory.read_tensors(directory / file)
-    )
+        raise ValueError(f"{place.notes_file}: {error}") from None
+    file = peft_files.WEIGHTS if place.is_peft else adapter_directory.TENSORS_FILE
+    tensors = adapter_directory.read_tensors(place.directory / file)
+    adapter_directory.check_ranks(f"{place.notes_file}", config, tensors)
     return config
 
 
@@ -114,10 +74,10 @@ def merged_table(parts: AdaptedModel) -> NameTable:
     return dataclasses.replace(parts.base.table, rules=tuple(rules))
 
 
-def read_adapter(directory: Path, parts: AdaptedModel) -> Adapter:
+def read_adapter(place: Place, parts: AdaptedModel) -> Adapter:
     """Reads an adapter in our format or PEFT's and checks it against a model, whose variables may be shapes."""
-    params = params_of(parts)
-    if is_peft(directory):
+    params, directory = params_of(parts), place.directory
+    if place.is_peft:
         adapter = load_peft(directory, parts.specs, path_map_of(directory, parts), params=params)
     else:
         adapter = load_adapter(directory)
@@ -146,71 +106,68 @@ def read_adapter(directory: Path, parts: AdaptedModel) -> Adapter:
     return adapter._replace(extras=unflatten(kept))
 
 
-def check_init_adapter(settings: Settings, parts: AdaptedModel, task: Any) -> None:
+def find_init_adapter(settings: Settings) -> Place | None:
+    """The adapter of `init_adapter`; None if it is not set."""
+    if settings.init_adapter is None:
+        return None
+    try:
+        return look(expand_path("init_adapter", settings.init_adapter)).require(*ADAPTERS)
+    except FileNotFoundError as error:
+        raise ValueError(f"init_adapter: {error}") from None
+
+
+def check_init_adapter(place: Place, settings: Settings, parts: AdaptedModel, task: Any) -> None:
     """Raises ValueError if `init_adapter` does not match settings, model and task; names all differences."""
-    directory = _init_adapter_directory(settings)
-    notes = read_notes(directory)
-    differences = _lora_differences(settings, directory, parts)
-    saved = notes.get("task")
+    differences = _lora_differences(settings, place, parts)
+    saved = place.notes.get("task")
     if isinstance(saved, Mapping):
         for name in ("kind", "names"):
             ours, theirs = (to_plain(x.get(name)) for x in (task.notes(), saved))
             if ours != theirs:
                 differences.append(f"task {name} is {theirs} in the adapter and {ours} here")
     if settings.init_adapter_rates == "same":
-        differences += _rate_differences(settings, notes)
+        differences += _rate_differences(settings, place.notes)
     if differences:
-        raise ValueError(f"init_adapter {directory} does not match the settings: {'; '.join(differences)}")
-    read_adapter(directory, parts)
+        raise ValueError(
+            f"init_adapter {place.directory} does not match the settings: {'; '.join(differences)}"
+        )
+    read_adapter(place, parts)
 
 
-def adapter_digest(settings: Settings) -> str | None:
-    """A short hex digest of the files of `init_adapter`, to check that all processes read the same adapter."""
-    if settings.init_adapter is None:
-        return None
-    directory = _init_adapter_directory(settings)
-    names = sorted(path.name for path in directory.iterdir() if path.is_file())
-    return digest(file_digests(directory, names).items())
+def adapter_digest(place: Place) -> str:
+    """A short hex digest of an adapter's files, to check that all processes read the same adapter."""
+    names = sorted(path.name for path in place.directory.iterdir() if path.is_file())
+    return digest(file_digests(place.directory, names).items())
 
 
-def check_init_identity(
-    settings: Settings, identity: Identity, weights: str | None, allow: Sequence[str]
-) -> None:
+def check_init_identity(place: Place, identity: Identity, weights: str | None, allow: Sequence[str]) -> None:
     """Raises ValueError if `init_adapter` was trained on another base model; its data may differ."""
-    directory = _init_adapter_directory(settings)
     model = {name: value for name, value in identity.items() if name != "data"}
-    check_identity(directory, read_notes(directory), model, weights=weights, allow=allow)
+    check_identity(place.directory, place.notes, model, weights=weights, allow=allow)
 
 
-def load_init_adapter(settings: Settings, parts: AdaptedModel) -> tuple[AdaptedModel, dict[str, Any] | None]:
+def load_init_adapter(place: Place, parts: AdaptedModel) -> tuple[AdaptedModel, dict[str, Any] | None]:
     """Returns the model with the values of `init_adapter`, and the start that the adapter itself had, if saved.
 
     Trainable values that it lacks stay unchanged.
     """
-    adapter = read_adapter(_init_adapter_directory(settings), parts)
+    adapter = read_adapter(place, parts)
     values = flatten(combine({"lora": adapter.lora} if adapter.lora else {}, adapter.extras))
     trainable = {path: values.get(path, leaf) for path, leaf in flatten(parts.trainable).items()}
     float32 = {path: jax.numpy.asarray(leaf, np.float32) for path, leaf in trainable.items()}
     return parts._replace(trainable=unflatten(float32)), dict(adapter.start) or None
 
 
-def _init_adapter_directory(settings: Settings) -> Path:
-    try:
-        return require_adapter(expand_path("init_adapter", settings.init_adapter or ""))
-    except FileNotFoundError as error:
-        raise ValueError(f"init_adapter: {error}") from None
-
-
-def _lora_differences(settings: Settings, directory: Path, parts: AdaptedModel) -> list[str]:
+def _lora_differences(settings: Settings, place: Place, parts: AdaptedModel) -> list[str]:
     if settings.applied is None:
         return ["method full has no adapters; use method lora_plus or lora"]
-    if (notes := read_notes(directory)) and not (is_peft(directory) and notes["config"] is None):
-        adapted = specs_from_json(notes["specs"])
-        config = saved_config(directory)
+    if place.notes and not (place.is_peft and place.notes["config"] is None):
+        adapted = specs_from_json(place.notes["specs"])
+        config = saved_config(place)
         theirs = {path: (s.rank, s.scale, s.magnitude) for path, s in adapted.items()}
         their_layers = next((s.layers for s in adapted.values() if s.layers is not None), None)
     else:
-        config = adapter_config(directory, parts)
+        config = adapter_config(place.directory, parts)
         is_dora = config.variant == "dora"
         theirs = {p: (config.rank_of(p), config.scale_of(p), is_dora) for p in config.target_modules}
         their_layers = config.layers_to_transform

@@ -36,9 +36,7 @@ from ..step.sharding import (
     batch_parts,
     check_tensor,
     make_mesh,
-    make_shardings,
 )
-from ..step.train_step import TrainState, init_state, jit_step, make_eval
 from ..tasks.causal_lm import LanguageTask
 from ..tasks.chat_generation import ChatModel, prompt_chat
 from ..tasks.encoder import EncoderTask
@@ -47,7 +45,6 @@ from ..tasks.interface import (
     AdaptedModel,
     BaseModel,
     BatchPlan,
-    Shapes,
     Task,
     TaskData,
     params_of,
@@ -55,34 +52,17 @@ from ..tasks.interface import (
 )
 from .adapter_start import begin_from, first_gradients, make_start, read_start
 from .distributed import check_same_everywhere, raise_together
-from .estimate import count_flops
 from .memory import check_memory
 from .optimizer import check_rates, make_optimizer, schedule_for
+from .programs import AbstractRun, Programs, compile_programs
 from .provenance import Origin, model_identity
-from .saved_adapter import adapter_digest, check_init_adapter, check_init_identity, load_init_adapter
-from .theory_metrics import count_rows, lower_theory
-from .xla import ProgramByShape, compiler_options
-
-
-class Programs(NamedTuple):
-    """The compiled programs of a run.
-
-    Attributes:
-      step: `(state, frozen, batch) -> (state, metrics)`, see `step.make_step`; a `ProgramByShape`.
-      evaluate: `(trainable, frozen, batch) -> pairs`, see `step.make_eval`.
-      theory: `(trainable, before, frozen, batch) -> terms`, see `step.make_theory`; None if disabled.
-      step_work: FLOPs of a training step over those of an evaluation batch.
-    """
-
-    step: Any
-    evaluate: Any
-    theory: Any = None
-    step_work: float = 1.0
-
-    @property
-    def compiled(self) -> list[Any]:
-        """The programs that need the most memory."""
-        return [p for p in (self.step and self.step.largest, self.evaluate, self.theory) if p is not None]
+from .saved_adapter import (
+    adapter_digest,
+    check_init_adapter,
+    check_init_identity,
+    find_init_adapter,
+    load_init_adapter,
+)
 
 
 class Run(NamedTuple):
@@ -134,18 +114,20 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             mesh.devices.flat[0].platform == "cpu"
         ):  # where others compute, the host should not keep the weights
             keep_memory()
+        init = find_init_adapter(settings)
         files = open_files(resolve(settings.model.path, "model"))
         data = task_class(settings).load(settings, files)
-        steps, batches, shapes, tx = abstract_run(settings, files, data, mesh)
+        abstract = abstract_run(settings, files, data, mesh)
+        shapes = abstract.parts
         identity = model_identity(settings, files, data.task) | {"data": data.digests}
-        if settings.init_adapter is not None:
-            check_init_identity(settings, identity, None, allow_different)
+        if init is not None:
+            check_init_identity(init, identity, None, allow_different)
         _, tensors = check_params(files, shapes.base.table, params_of(shapes), new=shapes.base.new)
         if settings.model.quantize in ("nf4", "int8"):
             # What an exported model is merged into. The quantized weights do not show a small change of these.
             identity["base"]["unquantized"] = values_digest(tensors)
-        if settings.init_adapter is not None:
-            check_init_adapter(settings, shapes, data.task)
+        if init is not None:
+            check_init_adapter(init, settings, shapes, data.task)
         chat_model = held_out_texts = None
         if isinstance(data.task, LanguageTask) and settings.train.prompt is not None:
             new_tokens = settings.train.prompt_tokens
@@ -159,8 +141,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             )
         # Compiled from shapes: a program that does not fit is an error before the weights are read, which takes
         # minutes.
-        shardings = state_shardings(shapes, tx, mesh)
-        programs = compile_programs(settings, data, batches, shapes, tx, mesh, shardings)
+        programs = compile_programs(abstract)
         check_memory(programs.compiled, mesh.local_devices[0], len(mesh.local_devices))
         parts = load_model(settings, files, shapes, mesh)
         inputs = {
@@ -168,7 +149,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             "task": data.task.notes(),
             "weights": leaf_dtypes_and_shapes(parts.frozen),
             "rows of the weights": rows_digest(tensors) if is_distributed else None,
-            "init_adapter": adapter_digest(settings) if is_distributed else None,
+            "init_adapter": adapter_digest(init) if init and is_distributed else None,
         }
     # Processes that read different files would train a mixture, without an error.
     check_same_everywhere(inputs)
@@ -176,12 +157,12 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(parts.specs, settings.applied, task=inputs["task"])
     if settings.optimizer.target_rank is not None:
-        metadata["steps"] = steps  # by which AdaLoRA's ranks fall
+        metadata["steps"] = abstract.steps  # by which AdaLoRA's ranks fall
     parts, start = start_magnitudes(parts), None
-    if settings.init_adapter is not None:
+    if init is not None:
         with raise_together():
-            check_init_identity(settings, {}, base, allow_different)
-            parts, start = load_init_adapter(settings, parts)
+            check_init_identity(init, {}, base, allow_different)
+            parts, start = load_init_adapter(init, parts)
         metadata["init_adapter"] = fingerprint(parts.trainable)
     elif settings.applied is not None and settings.applied.init in BASE_INITS:
         if not fresh:
@@ -190,21 +171,32 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         if start is None:
             # Its rows are no micro-batch of a step, so they may have more positions with a loss.
             losses = data.task.make_losses(settings, parts, mesh)
-            gradients = first_gradients(settings, data, batches, parts, losses.train, mesh, shardings)
+            gradients = first_gradients(abstract, parts, losses.train)
             start = make_start(settings, parts, files, gradients)
         parts = begin_from(parts, start, settings.applied)
         metadata["start"] = fingerprint(start)
     if is_distributed:
         check_same_everywhere({"base": base, "trained": fingerprint(parts.trainable)})
-    generators = chat_model, held_out_texts
-    run = (settings, data, parts, steps, batches, tx, mesh, shardings, programs)
-    return Run(*run, *generators, {"base": base, "identity": identity}, metadata, start)
+    return Run(
+        settings=settings,
+        data=data,
+        parts=parts,
+        steps=abstract.steps,
+        batches=abstract.batches,
+        tx=abstract.tx,
+        mesh=mesh,
+        shardings=abstract.shardings,
+        programs=programs,
+        chat_model=chat_model,
+        held_out_texts=held_out_texts,
+        origin={"base": base, "identity": identity},
+        metadata=metadata,
+        start=start,
+    )
 
 
-def abstract_run(
-    settings: Settings, files: ModelFiles, data: TaskData, mesh: Mesh
-) -> tuple[int, BatchPlan, AdaptedModel, optax.GradientTransformationExtraArgs]:
-    """Number of steps, shapes of batches, model of shapes, and optimizer, which must fit together."""
+def abstract_run(settings: Settings, files: ModelFiles, data: TaskData, mesh: Mesh) -> AbstractRun:
+    """A run from shapes; checks that steps, batches, model and optimizer fit together."""
     steps = count_steps(settings, row_count(data.splits["train"]))
     shapes = build_model(settings, files, data.task, settings.applied)
     check_tensor(mesh, shapes.base.tensor_sizes)
@@ -217,7 +209,7 @@ def abstract_run(
         except ValueError as error:
             raise ValueError(f"optimizer.{error}") from None
     batches = data.task.plan_batches(settings, data, steps, (settings.seed,), mesh)
-    return steps, batches, shapes, tx
+    return AbstractRun(settings, data, mesh, steps, batches, shapes, tx)
 
 
 def task_class(settings: Settings) -> type[Task]:
@@ -289,9 +281,11 @@ def add_adapters(
 
 
 def base_parts(settings: Settings, files: ModelFiles, task: Task | None) -> AdaptedModel:
-    """The model without adapters or variables."""
+    """The model without adapters, with frozen shapes as variables."""
     base = make_base(settings, files, task)
-    return AdaptedModel(base, base.model, {}, {}, {})
+    shapes = jax.eval_shape(base.model.init, jax.random.key(0), *base.inputs)["params"]
+    packed = pack_shapes(flatten(shapes), base.formats, base.table)
+    return AdaptedModel(base, base.model, {}, {}, {"params": unflatten(packed)})
 
 
 def load_model(
@@ -338,88 +332,6 @@ def start_magnitudes(parts: AdaptedModel) -> AdaptedModel:
         return parts
     lora = set_magnitudes(parts.trainable["lora"], {"params": params_of(parts)}, parts.specs)
     return parts._replace(trainable={**parts.trainable, "lora": lora})
-
-
-def state_shardings(parts: AdaptedModel, tx: optax.GradientTransformationExtraArgs, mesh: Mesh) -> Shardings:
-    """The shardings of the state and the frozen variables on a mesh."""
-    return make_shardings(
-        mesh, state_shapes(parts, tx), parts.frozen, specs=parts.specs, rules=parts.base.rules
-    )
-
-
-def compile_programs(
-    settings: Settings,
-    data: TaskData,
-    batches: BatchPlan,
-    parts: AdaptedModel,
-    tx: optax.GradientTransformationExtraArgs,
-    mesh: Mesh,
-    shardings: Shardings,
-) -> Programs:
-    """Compiles step, evaluation and, if enabled, theory measurement from shapes."""
-    losses = data.task.make_losses(settings, parts, mesh, batches.scored)
-    layout = {"mesh": mesh, "shardings": shardings}
-    evaluate = make_eval(losses.evaluate, **layout)
-    state, theory = state_shapes(parts, tx), None
-    if settings.train.theory_every is not None:
-        rows = theory_rows(batches, mesh)
-        # Its rows are no micro-batch of a step, so they may have more positions with a loss.
-        unbounded = data.task.make_losses(settings, parts, mesh)
-        theory = lower_theory(unbounded.train, parts.specs, state, parts.frozen, rows, **layout).compile()
-    options = compiler_options(mesh, unrolled=bool(settings.model.unroll))
-
-    flops: list[float] = []
-
-    def compile_step(batch: Shapes) -> jax.stages.Compiled:
-        traced = trace_step(settings, data, batches, parts, tx, mesh, shardings, batch)
-        flops.append(count_flops(traced.jaxpr))
-        return traced.lower().compile(options)
-
-    step = ProgramByShape(compile_step, batches.train)
-    traced = evaluate.trace(state.trainable, parts.frozen, batches.evaluate)
-    step_work = sum(flops) / len(flops) / count_flops(traced.jaxpr)
-    return Programs(step, traced.lower().compile(), theory, step_work)
-
-
-def trace_step(
-    settings: Settings,
-    data: TaskData,
-    batches: BatchPlan,
-    parts: AdaptedModel,
-    tx: optax.GradientTransformationExtraArgs,
-    mesh: Mesh,
-    shardings: Shardings,
-    batch: Shapes | None = None,
-) -> jax.stages.Traced:
-    """Traces the training step for a batch of these shapes, by default the largest of the run."""
-    losses = data.task.make_losses(settings, parts, mesh, batches.scored)
-    step = jit_step(
-        losses.train,
-        tx,
-        mesh=mesh,
-        shardings=shardings,
-        accumulate=settings.train.accumulate,
-        skip_nonfinite=True,
-    )
-    return step.trace(state_shapes(parts, tx), parts.frozen, batch or batches.train[-1])
-
-
-def theory_rows(batches: BatchPlan, mesh: Mesh) -> Shapes:
-    """The shapes of the rows of a batch, of the smallest if there are several shapes, to measure for the theory."""
-    batch = batches.train[0]
-    count = count_rows(batch["weight"].shape[0], mesh)
-    return {name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-
-
-def state_shapes(parts: AdaptedModel, tx: optax.GradientTransformationExtraArgs) -> TrainState:
-    """The shapes of the training state."""
-
-    def init() -> TrainState:
-        # Traced and never computed: an optimizer makes its state from arrays only.
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts.trainable)
-        return init_state(zeros, tx, jax.random.key(0))
-
-    return jax.eval_shape(init)
 
 
 def check_mesh(settings: Settings, mesh: Mesh) -> None:

@@ -36,6 +36,7 @@ from loraplus_jax.settings.yaml_files import read_yaml
 from loraplus_jax.tasks.causal_lm import LanguageTask, tokenizer_and_template
 from loraplus_jax.tasks.interface import BaseModel
 from loraplus_jax.training.metrics_log import RunLog
+from loraplus_jax.training.place import look
 from loraplus_jax.training.saved_adapter import saved_config
 from loraplus_jax.training.setup import add_adapters
 
@@ -136,7 +137,7 @@ ROWS = (
     slow((ours(target_parameters=[EVIL]), *RULE)),
     *(
         (ours(rank=10**9, rank_pattern={NAME: 2}, alpha=16.0, read=read), "adapter.json", 10**9, 4)
-        for read in (load_adapter, saved_config)
+        for read in (load_adapter, lambda directory: saved_config(look(directory)))
     ),
     (sizes(num_hidden_layers=1001), "num_hidden_layers", 1001, 1000),
     *(

@@ -23,7 +23,7 @@ from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
 from loraplus_jax.data.chat_tokens import find_answers
 from loraplus_jax.data.readers import read_rows
-from loraplus_jax.inference.predict import settings_and_task
+from loraplus_jax.inference.tuned_model import settings_and_task
 from loraplus_jax.interop.peft_files import peft_config
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.checkpoints.gguf import header
@@ -36,7 +36,8 @@ from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.tasks.causal_lm import LanguageTask
-from loraplus_jax.training.saved_adapter import read_notes, saved_config
+from loraplus_jax.training.place import look
+from loraplus_jax.training.saved_adapter import saved_config
 
 from .. import tiny
 from ..data.chats import CHATML, chat
@@ -283,10 +284,10 @@ def adapter_notes(folder):
 
     def read():
         load_adapter(directory)
-        notes = read_notes(directory)
-        saved_config(directory)
-        if {"settings", "task"} <= notes.keys():
-            settings_and_task(directory, notes)
+        place = look(directory)
+        saved_config(place)
+        if place.kind == "run":
+            settings_and_task(place)
 
     values, keys = (*JSON_VALUES, *HUGE, *EVIL, '"/etc/passwd"'), (*JSON_KEYS, "q/x", "rank", "kind", "names")
     path, limits = directory / "adapter.json", {"limit": peak_limit, "names": re.escape(str(directory))}

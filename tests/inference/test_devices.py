@@ -10,8 +10,10 @@ import pytest
 from loraplus_jax.inference.devices import choose_mesh
 from loraplus_jax.inference.eval_tasks import evaluate_tasks
 from loraplus_jax.inference.generate import generate_answers
-from loraplus_jax.inference.predict import evaluate_run, load_tuned, predict_run
+from loraplus_jax.inference.predict import evaluate_run, predict_run
+from loraplus_jax.inference.tuned_model import describe, load
 from loraplus_jax.settings.schema import MeshSettings
+from loraplus_jax.training.place import look
 
 from ..integration.runs import PROMPT, assert_one_error, lines_of
 from ..integration.test_processes import ended, ending, free_address, member, spawn
@@ -83,7 +85,8 @@ def test_an_encoder_on_a_mesh_predicts_as_on_one_device(untrained):
 @pytest.mark.slow
 def test_a_device_holds_its_part_of_the_weights_alone(untrained_talk):
     def bytes_of(mesh):
-        leaves = jax.tree.leaves(load_tuned(untrained_talk.out, mesh=mesh).variables)
+        described = describe(look(untrained_talk.out))
+        leaves = jax.tree.leaves(load(described, choose_mesh(described.settings.mesh, mesh)).variables)
         assert all(len(x.addressable_shards) in (1, 8) for x in leaves)
         return sum(x.addressable_shards[0].data.nbytes for x in leaves)
 

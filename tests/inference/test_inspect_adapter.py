@@ -8,14 +8,12 @@ import pytest
 from loraplus_jax import save_adapter
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference.inspect_adapter import read_summary
-from loraplus_jax.training.saved_adapter import find_adapter, is_peft, require_adapter
 
 from ..inference.conversions import write_library, write_peft
 from ..interop.library_trees import RANK
 from ..interop.models import spec_of
 from ..interop.test_combination import adapter as random_adapter
 from ..messages import assert_mentions
-from ..refusals import refusals
 
 MODULES = {f"layers.{n}.{name}": (8, 6) for n in range(2) for name in ("q_proj", "v_proj")}
 
@@ -114,34 +112,3 @@ def test_what_is_no_adapter_is_an_error(tmp_path, capsys):
     ):
         assert main(["inspect", *map(str, words)]) == 2
         assert_mentions(capsys.readouterr().err, *told)
-
-
-def unfinished(config, summary=None):
-    def require(tmp_path):
-        run = tmp_path / "run"
-        for step in (110, 50):
-            (run / f"checkpoints/{step}").mkdir(parents=True)
-        (run / "config.yaml").write_text(config)
-        if summary:
-            (run / "summary.json").write_text(summary)
-        require_adapter(run)
-
-    return require
-
-
-test_an_unfinished_run_says_how_far_it_got = refusals(
-    (unfinished("train: {steps: 400}\n"), "run", 110, 400, "train"),
-    (unfinished("train: {epochs: 2.0}\n"), "step", 110),
-    (unfinished("train: {epochs: 2.0}\n", "{}"), "adapter.json", "adapter_config.json"),
-    error=FileNotFoundError,
-)
-
-
-@pytest.mark.parametrize(("name", "peft"), [("adapter.json", False), ("adapter_config.json", True)])
-def test_an_adapter_is_found_in_a_run_and_in_its_own_directory(tmp_path, name, peft):
-    adapter = tmp_path / "run/adapter"
-    adapter.mkdir(parents=True)
-    assert find_adapter(tmp_path / "run") is None
-    (adapter / name).write_text("{}")
-    assert find_adapter(tmp_path / "run") == find_adapter(adapter) == require_adapter(adapter) == adapter
-    assert is_peft(adapter) is peft

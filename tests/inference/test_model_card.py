@@ -10,7 +10,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from loraplus_jax.inference.model_card import PAPER, model_card, shown_name
-from loraplus_jax.inference.predict import describe_adapter
+from loraplus_jax.inference.tuned_model import describe
+from loraplus_jax.training.place import look
 from loraplus_jax.training.saved_adapter import read_adapter, transformers_class_of
 
 from ..integration.runs import printed
@@ -67,8 +68,7 @@ MARKUP = "<script>1</script> <img src=x onerror=1>\x1b[31m ![x](y) `a` | **b** h
 
 @pytest.mark.slow
 def test_names_of_others_are_text_in_yaml_markdown_and_html(untrained):
-    directory = untrained.out / "adapter"
-    tuned = describe_adapter(directory, None, ())
+    tuned = describe(look(untrained.out))
     own = dataclasses.replace(tuned.settings, data=dataclasses.replace(tuned.settings.data, path=MARKUP))
     task = dataclasses.replace(tuned.task, names=(MARKUP, "a_b: no"))
     combined = {"how": MARKUP, "adapters": [{"weight": 1, "name": MARKUP}]}
@@ -79,10 +79,11 @@ def test_names_of_others_are_text_in_yaml_markdown_and_html(untrained):
         "held_out": {"split": MARKUP, "examples": 4},
         "selected_step": 1,
     }
-    adapter = read_adapter(directory, tuned.parts)
+    adapter = read_adapter(tuned.place, tuned.parts)
     form = transformers_class_of(tuned.parts)
     for notes in ({"versions": {MARKUP: MARKUP}}, {"versions": {}, "combined": combined}):
-        described = tuned._replace(settings=own, task=task, notes=notes)
+        place = tuned.place._replace(notes=notes)
+        described = tuned._replace(settings=own, task=task, place=place)
         card = model_card("adapter", described, adapter, form, summary, base=MARKUP)
         # The whole, front matter too, as a viewer that knows none would show it.
         blocks = MarkdownIt("commonmark", {"linkify": True}).enable(["table", "strikethrough"]).parse(card)

@@ -1,21 +1,15 @@
 """Predictions and evaluations of an adapter that was never trained, against its model applied by hand."""
 
 import json
-import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from loraplus_jax.inference.predict import (
-    describe_adapter,
-    evaluate_run,
-    load_tuned,
-    predict_run,
-    settings_and_task,
-    write_predictions,
-)
+from loraplus_jax.inference.predict import evaluate_run, predict_run, write_predictions
+from loraplus_jax.inference.tuned_model import describe, load, settings_and_task
+from loraplus_jax.training.place import look
 
 from ..messages import mentions
 from ..refusals import refusals
@@ -26,7 +20,7 @@ TEXTS = ["the film is so good", "bad play", "one quite bad tale that felt good"]
 
 @pytest.mark.slow
 def test_a_prediction_is_the_output_of_the_model_for_the_text_alone(untrained):
-    tuned = load_tuned(untrained.out)
+    tuned = load(describe(look(untrained.out)))
     vocabulary = json.loads((untrained.model / "tokenizer.json").read_text())["model"]["vocab"]
     found = predict_run(untrained.out, texts=TEXTS)[0]
     ids = np.array([[2, *(vocabulary[word] for word in TEXTS[0].split()), 3]], np.int32)  # [CLS], [SEP]
@@ -53,14 +47,13 @@ def test_an_evaluation_counts_right_predictions_and_truncated_texts_of_a_file(un
     assert evaluated["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
-def damaged(**change):
+def damaged(base=None, **change):
     """Reads the notes of an adapter with other values."""
 
     def call(untrained):
-        adapter = untrained.out / "adapter"
-        notes = json.loads((adapter / "adapter.json").read_text())
-        assert settings_and_task(adapter, notes)[1].names == ("no", "yes")
-        settings_and_task(adapter, notes | change)
+        place = look(untrained.out)
+        assert settings_and_task(place)[1].names == ("no", "yes")
+        describe(place._replace(notes=place.notes | change), base=base)
 
     return call
 
@@ -70,26 +63,14 @@ test_invalid_arguments_and_notes = pytest.mark.slow(
     refusals(
         (lambda untrained: evaluate_run(untrained.out, split="tests"), "--split", "'tests'", "'test'"),
         (lambda untrained: evaluate_run(untrained.out, output=Path("a.txt")), "--output", ".jsonl", "a.txt"),
-        (lambda untrained: evaluate_run(untrained.out, output=Path("a.jsonl")), "--output", "generation"),
-        (lambda untrained: predict_run(untrained.out, texts=["a", " "]), "empty"),
         (damaged(task={"kind": "classification"}), DAMAGED, "names"),
         (damaged(task={"kind": "classification", "names": [1, 2]}), DAMAGED, "task.names", "[1, 2]"),
         (damaged(task={"kind": "instruction", "nosuch": 1}), DAMAGED, "nosuch"),
         (damaged(settings={"nosuch": 1}), DAMAGED, "nosuch"),
+        (damaged(base="x", settings={"data": {}, "output_dir": "a"}), DAMAGED, "model.path"),
         lines=9,
     )
 )
-
-
-@pytest.mark.slow
-def test_damaged_notes_of_a_run_whose_base_has_moved(untrained, tmp_path):
-    adapter = shutil.copytree(untrained.out / "adapter", tmp_path / "adapter")
-    notes = json.loads((adapter / "adapter.json").read_text())
-    del notes["digest"], notes["settings"]["model"]
-    (adapter / "adapter.json").write_text(json.dumps(notes))
-    for base in (None, str(tmp_path)):
-        with pytest.raises(ValueError, match=mentions("adapter.json is damaged", "model.path")):
-            describe_adapter(adapter, None, (), base)
 
 
 def test_predictions_replace_no_file(tmp_path):

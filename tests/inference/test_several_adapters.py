@@ -100,7 +100,7 @@ def test_every_prompt_is_for_the_adapters_that_use_names(talks, capsys):
     assert heads == [f"{name}> {text}" for text in prompts[1:4:2] for name in ("two", "base")]
 
 
-SEVERAL = SeveralAdapters(None, None, {"a": 0, "b": 1, "base": 2}, {})
+SEVERAL = SeveralAdapters(None, {}, {"a": 0, "b": 1, "base": 2})
 
 
 def test_without_names_a_prompt_is_for_every_adapter():
@@ -168,7 +168,10 @@ def test_what_is_wrong_with_names_and_bases_is_one_message(talks, worlds, tmp_pa
         (("generate", model, *a, "--adapter", f"bert={worlds['a'].out}", *ask), ("classification",)),
         (("predict", bert, *named(worlds), "--text", "x", "--use", "base"), ("'base'", "a, b")),
         (("predict", bert, *named(worlds), "--adapter", f"x={cls}", "--text", "x"), (cls, "model.pooling")),
-        (("generate", out, *a, "--adapter", f"plain={plain}", *ask), (plain, "base.weights")),
+        (
+            ("generate", out, *a, "--adapter", f"plain={plain}", *ask, "--max_tokens", "4"),
+            (plain, "base.weights"),
+        ),
     ]
     for words, mentioned in cases:
         assert main([*map(str, words)]) == 2, words

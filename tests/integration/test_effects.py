@@ -29,6 +29,7 @@ from loraplus_jax.tasks.held_out_generation import HeldOutTexts
 from loraplus_jax.training import setup
 from loraplus_jax.training import trainer as training
 from loraplus_jax.training.console import LineConsole
+from loraplus_jax.training.programs import trace_step
 from loraplus_jax.training.trainer import Trainer, train
 
 from ..training.preparation import without_compiling
@@ -83,29 +84,25 @@ def arrays(settings):
 
 
 def described(settings):
-    """Mesh, data, model and optimizer of a run before any weights are read."""
+    """A run before any weights are read."""
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     files, data = loaded(settings)
-    return mesh, data, *setup.abstract_run(settings, files, data, mesh)[1:]
+    return setup.abstract_run(settings, files, data, mesh)
 
 
 def shapes(settings):
     """The specs of the adapters, and the shapes of what is trained and what is frozen."""
-    _, _, _, parts, _ = described(settings)
+    parts = described(settings).parts
     return parts.specs, str(parts.trainable), str(parts.frozen)
 
 
 def shardings(settings):
-    mesh, _, _, parts, tx = described(settings)
-    return str(setup.state_shardings(parts, tx, mesh))
+    return str(described(settings).shardings)
 
 
 def program(settings):
     """The training step that is given to the compiler."""
-    mesh, data, batches, parts, tx = described(settings)
-    places = setup.state_shardings(parts, tx, mesh)
-    traced = setup.trace_step(settings, data, batches, parts, tx, mesh, places)
-    return str(traced.jaxpr)
+    return str(trace_step(described(settings)).jaxpr)
 
 
 def variables(settings):
@@ -156,7 +153,7 @@ def random_key(settings):
 
 def evaluation_batches(settings):
     """The shape of the batches in which a split is evaluated."""
-    _, _, batches, _, _ = described(settings)
+    batches = described(settings).batches
     return batches.evaluate["weight"].shape
 
 

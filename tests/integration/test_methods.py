@@ -8,11 +8,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.inference.predict import load_tuned
+from loraplus_jax.inference.tuned_model import describe, load
 from loraplus_jax.sweep import method_comparison as comparing
 from loraplus_jax.sweep.report import WINNER
 from loraplus_jax.tasks.held_out_generation import HeldOutTexts
 from loraplus_jax.training.list_runs import find_runs
+from loraplus_jax.training.place import look
 
 from ..marks import slow
 from ..messages import assert_mentions
@@ -83,7 +84,8 @@ def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk, capsys):
     first, chosen = losses["lora"][0], report["lora"]["chosen"]
     args = ("--seed", seeds[0], "--lora.lr_ratio", chosen["lr_ratio"], "--train.steps", 8)
     args += ("--optimizer.learning_rate", chosen["learning_rate"])
-    tuned = load_tuned(talk.trained(*NO_PROMPT, *map(str, args), out=talk.directory / "single"))
+    out = talk.trained(*NO_PROMPT, *map(str, args), out=talk.directory / "single")
+    tuned = load(describe(look(out)))
     tokenizer = Tokenizer.from_file(str(talk.model / "tokenizer.json"))
 
     apply = jax.jit(tuned.parts.model.apply)

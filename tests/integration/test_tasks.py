@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from loraplus_jax.adapter.tree import combine
-from loraplus_jax.inference.predict import load_tuned
+from loraplus_jax.inference.tuned_model import describe, load
+from loraplus_jax.training.place import look
 
 from ..messages import assert_mentions
 from . import language_world as tiny
@@ -87,7 +88,7 @@ def test_invalid_settings_are_one_error_and_nothing_is_written(e2e, capsys, args
 
 def by_hand(world, rows):
     """The log-likelihoods of all choices, float64, from the logits of each question with one choice in it."""
-    tuned = load_tuned(world.out)
+    tuned = load(describe(look(world.out)))
     tokenizer = Tokenizer.from_file(str(world.model / "tokenizer.json"))
     variables = combine(tuned.parts.trainable, tuned.parts.frozen)
     apply = jax.jit(tuned.parts.model.apply)

@@ -13,23 +13,20 @@ from ..messages import assert_mentions
 from .tiny import fake, parts_of
 
 
-@pytest.fixture(scope="module")
-def prepared(planned):
-    """Of the plan's settings the base, the data, the lowered step and the mesh."""
-    _, settings = planned
-    base, data = parts_of(settings, Path(settings.model.path))
-    mesh = make_mesh()
-    return base, data, plan_step(settings, base, data, mesh), mesh
+def between_steps(settings):
+    return bytes_between_steps(
+        plan_step(settings, *parts_of(settings, Path(settings.model.path)), make_mesh())
+    )
 
 
 @pytest.mark.slow
-def test_evaluation_and_theory_are_compiled_and_have_to_fit(planned, prepared):
-    (plan, settings), (_, data, step, mesh) = planned, prepared
+def test_evaluation_and_theory_are_compiled_and_have_to_fit(planned):
+    plan, settings = planned
     assert plan.theory is None
     many = dataclasses.replace(
         settings, train=dataclasses.replace(settings.train, eval_batch_size=8 * 4096, theory_every=10)
     )
-    found = bytes_between_steps(many, data, step, mesh)
+    found = between_steps(many)
     assert [problem for _, problem in found.values()] == [None, None]
     large, theory = (size for size, _ in found.values())
     held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
@@ -64,10 +61,10 @@ def test_sizes_from_the_compilers_message(problem, needed):
 
 
 @pytest.mark.slow
-def test_evaluation_of_choices_is_reported_as_not_counted(planned, prepared):
-    (plan, settings), (_, data, step, mesh) = planned, prepared
+def test_evaluation_of_choices_is_reported_as_not_counted(planned):
+    plan, settings = planned
     choices = dataclasses.replace(settings, task="multiple_choice")
-    found = bytes_between_steps(choices, data, step, mesh)
+    found = between_steps(choices)
     assert found == {"evaluation": (None, None), "theory": (None, None)}
     assert "evaluation is not counted" in format_plan(fake(plan, evaluation=None), choices)
 

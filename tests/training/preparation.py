@@ -7,13 +7,14 @@ import sys
 import pytest
 
 from loraplus_jax.training import setup
+from loraplus_jax.training.programs import Programs
 
 
 @contextlib.contextmanager
 def without_compiling():
     """Leaves out step and evaluation, which take most of the time of a preparation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "compile_programs", lambda *_: setup.Programs(None, None))
+        patch.setattr(setup, "compile_programs", lambda *_: Programs(None, None))
         patch.setattr(setup, "check_memory", lambda *_: None)
         yield
 

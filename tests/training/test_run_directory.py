@@ -29,6 +29,7 @@ from loraplus_jax.step.checkpoint import save_checkpoint
 from loraplus_jax.step.run_metadata import describe_run
 from loraplus_jax.step.train_step import TrainState
 from loraplus_jax.sweep.settings import SweepRun
+from loraplus_jax.training.place import ADAPTERS, look
 from loraplus_jax.training.run_directory import (
     archive_results,
     check_directory,
@@ -38,7 +39,6 @@ from loraplus_jax.training.run_directory import (
     rename_run,
 )
 from loraplus_jax.training.run_files import TrainingFailed
-from loraplus_jax.training.saved_adapter import require_adapter
 
 from ..messages import assert_mentions, mentions
 from ..refusals import refusals
@@ -107,7 +107,7 @@ test_directories_that_are_rejected = refusals(
     *(
         (spoilt(act, text), "config.yaml", "settings")
         for text in ("[1]", "5", "", "train: 5", "train: [1]")
-        for act in (check, require_adapter)
+        for act in (check, lambda path: look(path).require(*ADAPTERS))
     ),
     lines=9,
 )

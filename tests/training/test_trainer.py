@@ -19,7 +19,8 @@ from loraplus_jax.tasks.interface import AdaptedModel, TaskData, full_batches
 from loraplus_jax.training import trainer as training
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.evaluation import evaluate, finish_metrics
-from loraplus_jax.training.setup import Programs, Run, state_shardings
+from loraplus_jax.training.programs import AbstractRun, Programs
+from loraplus_jax.training.setup import Run
 from loraplus_jax.training.trainer import Trainer
 
 from ..marks import slow
@@ -148,8 +149,9 @@ def make_run(tmp_path, monkeypatch):
         parts = AdaptedModel(base, base, {}, {"params": {"w": jnp.zeros(())}}, {})
         step = jit_step(_descend, tx, mesh=mesh, skip_nonfinite=True)
         programs = Programs(step, make_eval(_distance, mesh=mesh))
-        shardings, notes = state_shardings(parts, tx, mesh), {"base": None, "task": {}}
-        made = settings, data, parts, 5, full_batches(splits["train"], 2, 64), tx, mesh, shardings, programs
+        batches, notes = full_batches(splits["train"], 2, 64), {"base": None, "task": {}}
+        shardings = AbstractRun(settings, data, mesh, 5, batches, parts, tx).shardings
+        made = settings, data, parts, 5, batches, tx, mesh, shardings, programs
         run = Run(*made, None, None, {"base": None, "identity": {}}, notes, None)
         monkeypatch.setattr(training, "prepare", lambda *_, **__: run)
         monkeypatch.setattr(training, "draw_loss", lambda *_: None)

@@ -1,0 +1,125 @@
+"""The programs of a run, compiled from shapes alone."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ..settings.schema import Settings
+from ..step.sharding import Shardings, make_shardings
+from ..step.train_step import TrainState, init_state, jit_step, make_eval
+from ..tasks.interface import AdaptedModel, BatchPlan, Shapes, TaskData
+from .estimate import count_flops
+from .theory_metrics import count_rows, lower_theory
+from .xla import ProgramByShape, compiler_options
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractRun:
+    """A run before its weights are read: all that its programs are compiled from.
+
+    Attributes:
+      settings, data: see `Run`.
+      mesh: the device mesh.
+      steps: the total number of optimizer steps.
+      batches: the shapes of the batches.
+      parts: the model, with shapes as variables.
+      tx: the optimizer.
+    """
+
+    settings: Settings
+    data: TaskData
+    mesh: Mesh
+    steps: int
+    batches: BatchPlan
+    parts: AdaptedModel
+    tx: optax.GradientTransformationExtraArgs
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """The shapes of the training state."""
+
+        def init() -> TrainState:
+            # Traced and never computed: an optimizer makes its state from arrays only.
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.parts.trainable)
+            return init_state(zeros, self.tx, jax.random.key(0))
+
+        return jax.eval_shape(init)
+
+    @functools.cached_property
+    def shardings(self) -> Shardings:
+        """The shardings of the state and the frozen variables."""
+        parts = self.parts
+        return make_shardings(self.mesh, self.state, parts.frozen, specs=parts.specs, rules=parts.base.rules)
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a run.
+
+    Attributes:
+      step: `(state, frozen, batch) -> (state, metrics)`, see `step.make_step`; a `ProgramByShape`.
+      evaluate: `(trainable, frozen, batch) -> pairs`, see `step.make_eval`.
+      theory: `(trainable, before, frozen, batch) -> terms`, see `step.make_theory`; None if disabled.
+      step_work: FLOPs of a training step over those of an evaluation batch.
+    """
+
+    step: Any
+    evaluate: Any
+    theory: Any = None
+    step_work: float = 1.0
+
+    @property
+    def compiled(self) -> list[Any]:
+        """The programs that need the most memory."""
+        return [p for p in (self.step and self.step.largest, self.evaluate, self.theory) if p is not None]
+
+
+def compile_programs(run: AbstractRun) -> Programs:
+    """Compiles step, evaluation and, if enabled, theory measurement from shapes."""
+    settings, task, parts, batches, mesh = run.settings, run.data.task, run.parts, run.batches, run.mesh
+    layout = {"mesh": mesh, "shardings": run.shardings}
+    evaluate = make_eval(task.make_losses(settings, parts, mesh, batches.scored).evaluate, **layout)
+    theory = None
+    if settings.train.theory_every is not None:
+        rows = theory_rows(batches, mesh)
+        # Its rows are no micro-batch of a step, so they may have more positions with a loss.
+        unbounded = task.make_losses(settings, parts, mesh)
+        theory = lower_theory(unbounded.train, parts.specs, run.state, parts.frozen, rows, **layout).compile()
+    options = compiler_options(mesh, unrolled=bool(settings.model.unroll))
+
+    flops: list[float] = []
+
+    def compile_step(batch: Shapes) -> jax.stages.Compiled:
+        traced = trace_step(run, batch)
+        flops.append(count_flops(traced.jaxpr))
+        return traced.lower().compile(options)
+
+    step = ProgramByShape(compile_step, batches.train)
+    traced = evaluate.trace(run.state.trainable, parts.frozen, batches.evaluate)
+    step_work = sum(flops) / len(flops) / count_flops(traced.jaxpr)
+    return Programs(step, traced.lower().compile(), theory, step_work)
+
+
+def trace_step(run: AbstractRun, batch: Shapes | None = None) -> jax.stages.Traced:
+    """Traces the training step for a batch of these shapes, by default the largest of the run."""
+    losses = run.data.task.make_losses(run.settings, run.parts, run.mesh, run.batches.scored)
+    step = jit_step(
+        losses.train,
+        run.tx,
+        mesh=run.mesh,
+        shardings=run.shardings,
+        accumulate=run.settings.train.accumulate,
+        skip_nonfinite=True,
+    )
+    return step.trace(run.state, run.parts.frozen, batch or run.batches.train[-1])
+
+
+def theory_rows(batches: BatchPlan, mesh: Mesh) -> Shapes:
+    """The shapes of the rows of a batch, of the smallest if there are several shapes, to measure for the theory."""
+    batch = batches.train[0]
+    count = count_rows(batch["weight"].shape[0], mesh)
+    return {name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in batch.items()}
