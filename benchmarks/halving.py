@@ -21,7 +21,7 @@ from sweep import CONFIG, SIXTEEN, SMALL
 
 from loraplus_jax.data.batches import train_batches
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.sweep.device_slots import DeviceSlots
+from loraplus_jax.sweep.device_members import DeviceMembers
 from loraplus_jax.sweep.halving import best_trial, comparison_steps, member_steps, split_at_rung
 from loraplus_jax.sweep.population import prepare_population
 from loraplus_jax.sweep.settings import ARM_LABELS, METHODS, SweepRun, SweepSettings, Trial
@@ -39,17 +39,17 @@ def train(run: SweepRun) -> dict[str, dict[str, float]]:
     """The validation losses of all settings with all seeds, by step."""
     entries = [(trial, seed) for seed in run.seeds for trial in run.trials]
     population = prepare_population(run, len(entries))
-    members, losses, data = DeviceSlots(population), {}, population.data.splits
-    members.fill({n: population.first(*entry) for n, entry in enumerate(entries)})
+    members = DeviceMembers(population, [population.first(*entry) for entry in entries])
+    losses, data = {}, population.data.splits
     how = {"batch_size": run.train.batch_size, "arrange": population.batches.arrange}
     batches = {seed: train_batches(data["train"], seed=seed, **how) for seed in run.seeds}
     stops = {math.ceil(share * population.steps) for share in EVALUATED}
     for step in range(1, population.steps + 1):
         by_seed = {seed: next(stream) for seed, stream in batches.items()}
-        members.step({n: by_seed[seed] for n, (_, seed) in enumerate(entries)})
+        members.step([by_seed[seed] for _, seed in entries])
         if step in stops:
             found = members.evaluate(data["validation"])
-            losses[str(step)] = {key(*entries[n]): values["loss"] for n, values in found.items()}
+            losses[str(step)] = {key(*entry): v["loss"] for entry, v in zip(entries, found, strict=True)}
             print(f"step {step}", flush=True)
     return losses
 

@@ -27,7 +27,7 @@ from loraplus_jax import init_state
 from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step import replicate, shard_batch
-from loraplus_jax.sweep.device_slots import DeviceSlots
+from loraplus_jax.sweep.device_members import DeviceMembers
 from loraplus_jax.sweep.halving import comparison_steps, curve_steps, member_steps, planned_members
 from loraplus_jax.sweep.population import prepare_population
 from loraplus_jax.sweep.settings import SweepRun
@@ -59,10 +59,10 @@ DEVICES = {"one device": 1, TWO: 2}
 """Virtual CPU devices that the members are split over."""
 
 
-def population_step(slots: DeviceSlots, batch: Any) -> Any:
+def population_step(members: DeviceMembers, batch: Any) -> Any:
     """A step of all members on one batch."""
-    slots.step(dict.fromkeys(slots.member_ids, batch))
-    return slots.chunks
+    members.step([batch] * len(members.places))
+    return members.stacked
 
 
 def timing(rounds: int) -> None:
@@ -89,10 +89,9 @@ def timing(rounds: int) -> None:
     }
     for name, devices in DEVICES.items():
         population = prepare_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun), count)
-        slots = DeviceSlots(population)
-        slots.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
-        calls["step", name] = functools.partial(population_step, slots, batch), count
-        calls["evaluation batch", name] = functools.partial(slots.evaluate, two_batches), 2 * count
+        members = DeviceMembers(population, [population.first(trial, 0) for trial in run.trials])
+        calls["step", name] = functools.partial(population_step, members, batch), count
+        calls["evaluation batch", name] = functools.partial(members.evaluate, two_batches), 2 * count
     measured = interleaved({what: call for what, (call, _) in calls.items()}, rounds)
     seconds = {what: [value / calls[what][1] for value in values] for what, values in measured.items()}
     ratios = {what: median_ratio(values, seconds[what[0], "single"]) for what, values in seconds.items()}
@@ -162,18 +161,17 @@ def sizes(rounds: int) -> None:
         run = parse_settings(CONFIG, options, SweepRun)
         population = prepare_population(run, most, in_parallel)
         for size in SIZES:
-            slots = ways[name, size] = DeviceSlots(population)
-            slots.fill({n: population.first(run.trials[n], 0) for n in range(size)})
+            ways[name, size] = DeviceMembers(population, [population.first(t, 0) for t in run.trials[:size]])
     population = next(iter(ways.values())).population
     train, arrange = population.data.splits["train"], population.batches.arrange
     batch = next(train_batches(train, batch_size=run.train.batch_size, seed=0, arrange=arrange))
 
-    steps = {way: functools.partial(population_step, slots, batch) for way, slots in ways.items()}
+    steps = {way: functools.partial(population_step, members, batch) for way, members in ways.items()}
     seconds = interleaved(steps, rounds)
     rows = []
-    for (name, size), slots in ways.items():
-        memory = slots.programs.step.largest.memory_analysis()
-        temporaries = memory.temp_size_in_bytes * slots.population.mesh.size
+    for (name, size), members in ways.items():
+        memory = members.programs.step.largest.memory_analysis()
+        temporaries = memory.temp_size_in_bytes * members.population.mesh.size
         row = {"way": name, "members": size}
         row["step_seconds_per_member"] = round(float(np.median(seconds[name, size])) / size, 4)
         rows.append({**row, "temporaries_mb": round(temporaries / 1e6, 1)})

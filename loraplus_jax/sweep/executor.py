@@ -81,7 +81,10 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """Runs units in this process, on all its devices; by default a stage is one unit."""
+    """Runs units in this process, on all its devices.
+
+    By default a unit has as many members as a program call: all of a stage where they follow one after another.
+    """
 
     is_concurrent, workers = False, 1
 
@@ -99,7 +102,8 @@ class InProcess:
         size = min(group_size or most, most)
         self.population: Population | None = None  # before the next one is loaded
         self.population = population = prepare_population(run, size, members_at_once)
-        return Opened(population.abstract, population.origin, population.programs.at_once, size)
+        programs = population.programs
+        return Opened(population.abstract, population.origin, programs.at_once, min(size, programs.size))
 
     async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """Runs one unit after another."""

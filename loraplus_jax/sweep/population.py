@@ -54,7 +54,7 @@ class Members(struct.PyTreeNode):
       lr_ratio: lambda, float32.
       scales: adapted module's path to its scale s, float32.
       skipped: consecutive skipped steps, int32.
-      alive: whether the member still trains; false for empty slots and diverged members.
+      alive: whether the member still trains; false for what fills up a program call and for diverged members.
     """
 
     state: TrainState
@@ -66,18 +66,18 @@ class Members(struct.PyTreeNode):
 
 
 class Programs(NamedTuple):
-    """Compiled programs for one chunk of members.
+    """Compiled programs for the members of a unit.
 
     Attributes:
       at_once: members that a device computes in parallel.
-      chunk: members per program call.
+      size: most members of a call.
       step: `(members, frozen, batches) -> members`, one batch per member; a `ProgramByShape`.
       evaluate: `(members, frozen, batch) -> {name: (sums, weights)}`, one batch for all members.
       step_work: FLOPs of a training step over those of an evaluation batch.
     """
 
     at_once: int
-    chunk: int
+    size: int
     step: Any
     evaluate: Any
     step_work: float
@@ -95,7 +95,7 @@ class Population(NamedTuple):
       batches: the shapes of a member's batches.
       mesh: the devices, along the axis `"members"`.
       programs: the compiled step and evaluation for all members.
-      programs_for: maps a number of members to the programs that compute them with the fewest empty slots.
+      programs_for: maps a number of members to the programs that compute them with the fewest zeros.
       first: maps `(trial, seed)` to the initial member.
       origin: base and data, which everything that a sweep continues from must share.
       metadata: metadata of the checkpoints.
@@ -350,23 +350,23 @@ def _compile_programs(
     device, per_device = mesh.devices.flat[0], -(-capacity // mesh.size)
     flops: dict[bool, list[float]] = {True: [], False: []}
 
-    def chunk_of(size: int) -> int:
-        return mesh.size * (size if size > 1 else per_device)
+    def call_size(at_once: int) -> int:
+        return mesh.size * (at_once if at_once > 1 else per_device)
 
     def compiled(one: Callable[..., Any], size: int, batch: Shapes, *, own_batch: bool) -> Any:
-        members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk_of(size), *x.shape), x.dtype), member)
+        members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((call_size(size), *x.shape), x.dtype), member)
         # A step gives each member a batch and donates the members; an evaluation has one batch for all.
         axes, donate = ((0, None, 0), 0) if own_batch else ((0, None, None), ())
         mapped = map_members(one, axes, at_once=size, mesh=mesh, donate=donate)
         traced = mapped.trace(members, shapes.frozen, batch)
-        flops[own_batch].append(count_flops(traced.jaxpr) / chunk_of(size))
+        flops[own_batch].append(count_flops(traced.jaxpr) / call_size(size))
         return traced.lower().compile(one_thread_per_device(mesh))
 
     @functools.cache
     def compile_step(size: int) -> ProgramByShape:
         one = make_member_step(run, losses, shapes.specs, steps)
         stacked = [
-            {name: jax.ShapeDtypeStruct((chunk_of(size), *x.shape), x.dtype) for name, x in batch.items()}
+            {name: jax.ShapeDtypeStruct((call_size(size), *x.shape), x.dtype) for name, x in batch.items()}
             for batch in batches.train
         ]
         return ProgramByShape(functools.partial(compiled, one, size, own_batch=True), stacked)
@@ -377,7 +377,7 @@ def _compile_programs(
         evaluate = compiled(one, size, batches.evaluate, own_batch=False)
         step = compile_step(size)
         step_work = float(np.mean(flops[True]) / np.mean(flops[False]))
-        programs = Programs(size, chunk_of(size), step, evaluate, step_work)
+        programs = Programs(size, call_size(size), step, evaluate, step_work)
         check_memory((programs.step.largest, programs.evaluate), device, len(mesh.local_devices))
         return programs
 
@@ -394,7 +394,7 @@ def _compile_programs(
 def parallel_members(count: int, most: int, devices: int) -> int:
     """Members that a device computes in parallel if `count` remain: no more than it takes, in powers of two.
 
-    A call computes all its slots, so a program for many members would compute mostly empty ones after a rung.
+    A call computes all its arrays, so a program for many members would compute mostly zeros after a rung.
 
     >>> [parallel_members(count, 8, 1) for count in (32, 8, 3, 1)], parallel_members(4, 8, 2)
     ([8, 8, 4, 1], 2)
@@ -418,17 +418,17 @@ def _measured(step: Any, mesh: Mesh, at_once: int) -> float:
         return float("inf")
     shapes, _ = step.args_info
     members, frozen, batches = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    chunk = len(members.alive)
+    size = len(members.alive)
     shardings, _ = step.input_shardings
     members, frozen, batches = jax.device_put((members, frozen, batches), shardings)
     seconds = []
     for _ in range(4):  # the first call is slower and is dropped
         # Zeros have no finite loss, so a member would stop after train.max_skipped steps and take no time.
-        fresh = {"alive": np.ones(chunk, bool), "skipped": np.zeros(chunk, np.int32)}
+        fresh = {"alive": np.ones(size, bool), "skipped": np.zeros(size, np.int32)}
         members = members.replace(
             **{name: jax.device_put(value, getattr(shardings[0], name)) for name, value in fresh.items()}
         )
         start = time.perf_counter()
         members = jax.block_until_ready(step(members, frozen, batches))
         seconds.append(time.perf_counter() - start)
-    return min(seconds[1:]) / (chunk // mesh.size)
+    return min(seconds[1:]) / (size // mesh.size)

@@ -183,11 +183,14 @@ class RayTasks:
             cores=self.cores,
         )
         devices = self.cores if run.mesh.data == -1 else run.mesh.data
-        if job.members_at_once is None or (group_size is None and devices is None):
+        if job.members_at_once is None or devices is None:
             measured = await self.call(measure, job)
             job, devices = job._replace(members_at_once=measured["members_at_once"]), measured["devices"]
         at_once = job.members_at_once or 1
-        self.jobs[path] = job = job._replace(group_size=min(group_size or at_once * (devices or 1), most))
+        size = at_once * devices
+        if group_size is not None:  # one after another, a program call takes any number
+            size = group_size if at_once == 1 else min(size, group_size)
+        self.jobs[path] = job = job._replace(group_size=min(size, most))
         return Opened(abstract, origin, at_once, job.group_size)
 
     async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:

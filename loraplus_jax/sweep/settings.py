@@ -86,8 +86,9 @@ class SweepSettings:
         on this machine alone); null runs it in this process.
       worker: resources of a worker with ray, by Ray's names, such as {GPU: 1}, {TPU: 4} or {CPU: 8}; null takes a
         GPU, else the TPU chips of a host, else a CPU core.
-      group_size: most runs that one worker trains at a time; null takes all of a stage without ray, and with ray as
-        many as a worker's devices train in parallel. The report depends on it, but not on the number of workers.
+      group_size: most runs that one worker trains at a time; null takes as many as its devices train in parallel,
+        and without ray, where runs follow one after another, all of a stage. The report depends on it, but not on
+        the number of workers.
     """
 
     method: Literal["halving", "grid"] = "halving"

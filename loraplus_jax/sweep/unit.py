@@ -19,7 +19,7 @@ from .._utils.atomic import add_path_to_errors, to_json
 from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import read_record, write_record
 from ..adapter.tree import combine, count
-from ..data.batches import train_batches
+from ..data.batches import Batch, train_batches
 from ..data.fetch import resolve
 from ..models.files import open_files
 from ..step.checkpoint import DamagedCheckpoint, open_manager, save_checkpoint
@@ -32,7 +32,7 @@ from ..training.memory import expected_peak
 from ..training.run_directory import OutputDirectory, lock_directory, restore_step
 from ..training.run_files import CHECKPOINTS, RESULT, UNITS
 from ..training.signals import Stopped, StopSignal
-from .device_slots import DeviceSlots, stored_members
+from .device_members import DeviceMembers, state_like, stored_members
 from .population import Members, Population, add_scales
 from .settings import Trial
 from .unrelated_text import make_unrelated_loss
@@ -171,8 +171,7 @@ class _UnitRun:
     ) -> None:
         self.population, self.unit, self.output = population, unit, output
         self.signal, self._tell = signal, tell
-        self.slots = DeviceSlots(population)
-        self.progress, self.rows = Progress(unit.start), []
+        self.progress = Progress(unit.start)
         self.seconds, self.started, self.timed_step = 0.0, time.perf_counter(), TIMED_STEP
         self.began = self.started if began is None else began
         split, size = population.data.splits["train"], population.run.train.batch_size
@@ -195,7 +194,6 @@ class _UnitRun:
             if stop > self.step or (stop == self.step and resumed is None):
                 self.train_to(stop)
                 self.record()
-                self.tell(rows=self.rows)
                 if stop < self.population.steps or unit.is_scored:
                     self.save()
                     if stop < unit.stops[-1]:
@@ -208,7 +206,7 @@ class _UnitRun:
         self.output.manager.wait_until_finished()
         result = {
             "members": unit.members,
-            "rows": self.rows,
+            "rows": self.progress.rows,
             "seconds": self.seconds + time.perf_counter() - self.started,
             "devices": f"{self.population.mesh.size} x {jax.devices()[0].device_kind}",
             **scored,
@@ -229,36 +227,40 @@ class _UnitRun:
         self._tell(self.progress)
 
     def begin(self) -> None:
-        """Fills the slots: from the newest checkpoint, from the units before, or with members before a step."""
-        unit, metadata = self.unit, self.population.metadata
-        first = {n: self.population.first(member.trial, member.seed) for n, member in enumerate(unit.members)}
-        restored = self.output.restore(self.slots.state_like(len(first)), metadata)
+        """Makes the members: from the newest checkpoint, from the units before, or before their first step."""
+        unit, population = self.unit, self.population
+        members = [population.first(member.trial, member.seed) for member in unit.members]
+        restored = self.output.restore(state_like(population, len(members)), population.metadata)
         if restored is not None:
             position = restored.input_position
-            self.slots.fill(stored_members(restored.state, first, {n: n for n in first}))
+            members = stored_members(restored.state, members, range(len(members)))
             self.set_batches(position["batches"])
-            self.seconds, self.rows = position["seconds"], position["rows"]
-            self.tell(step=int(restored.state.step), rows=self.rows, resumed=int(restored.state.step))
+            self.seconds, step = position["seconds"], int(restored.state.step)
+            self.tell(step=step, rows=position["rows"], resumed=step)
         else:
-            self.slots.fill(first if unit.start == 0 else self.members_from_sources(first))
+            members = members if unit.start == 0 else self.members_from_sources(members)
             self.tell()
+        self.members = DeviceMembers(population, members)
 
-    def members_from_sources(self, first: dict[int, Members]) -> dict[int, Members]:
+    def members_from_sources(self, first: list[Members]) -> list[Members]:
         """The members as the units before have left them."""
-        unit, members = self.unit, dict(first)
+        unit, members = self.unit, list(first)
         for name in dict.fromkeys(source.unit for source in unit.sources):
-            numbers = {n: source.number for n, source in enumerate(unit.sources) if source.unit == name}
+            own = [n for n, source in enumerate(unit.sources) if source.unit == name]
             size = next(source.size for source in unit.sources if source.unit == name)
             path = self.output.path.with_name(name)
             with open_manager(path / CHECKPOINTS, keep=self.population.run.train.keep) as manager:
                 try:
-                    like = self.slots.state_like(size)
+                    like = state_like(self.population, size)
                     restored = restore_step(manager, like, self.population.metadata, unit.start)
                 except (DamagedCheckpoint, FileNotFoundError) as error:
                     raise ValueError(
                         f"{error}; restore the original files, or remove {path} to train its members again"
                     ) from None
-            members |= stored_members(restored.state, {n: first[n] for n in numbers}, numbers)
+            numbers = [unit.sources[n].number for n in own]
+            stored = stored_members(restored.state, [first[n] for n in own], numbers)
+            for n, member in zip(own, stored, strict=True):
+                members[n] = member
             self.set_batches(restored.input_position["batches"])
         return members
 
@@ -270,10 +272,10 @@ class _UnitRun:
 
     def measure(self) -> None:
         """Measures an evaluation batch."""
-        programs, devices = self.slots.programs, self.population.mesh.local_devices
+        programs, devices = self.members.programs, self.population.mesh.local_devices
         rows = self.population.batches.eval_rows
         memory = expected_peak((programs.step.largest, programs.evaluate), devices[0], len(devices))
-        seconds = self.slots.time_evaluation(self.population.data.splits["validation"])
+        seconds = self.members.time_evaluation(self.population.data.splits["validation"])
         work, preparation = programs.step_work, time.perf_counter() - self.began
         self.tell(
             memory=memory, batch_seconds=seconds, step_work=work, eval_rows=rows, preparation=preparation
@@ -282,15 +284,15 @@ class _UnitRun:
     def train_to(self, stop: int) -> None:
         """Trains up to a step, saving at intervals and when a signal was received."""
         while self.step < stop:
-            by_seed = {seed: next(batches) for seed, batches in self.batches.items()}
+            batches = self.next_batches()
             # Dispatch runs ahead of the devices; a signal would wait for all steps up to the stop.
-            jax.block_until_ready(self.slots.chunks)
+            jax.block_until_ready(self.members.stacked)
             began = time.perf_counter()
-            self.slots.step({n: by_seed[self.unit.members[n].seed] for n in self.slots.member_ids})
+            self.members.step(batches)
             step = self.step + 1
             self.progress = self.progress._replace(step=step)
             if self.unit.is_timed and step == self.timed_step:
-                jax.block_until_ready(self.slots.chunks)
+                jax.block_until_ready(self.members.stacked)
                 self.tell(step_seconds=(time.perf_counter() - began) / len(self.unit.members))
             else:
                 self.tell()
@@ -299,28 +301,34 @@ class _UnitRun:
                 self.save()
                 self.end_if_stopped()
 
+    def next_batches(self) -> list[Batch]:
+        """The next batch of each member."""
+        by_seed = {seed: next(batches) for seed, batches in self.batches.items()}
+        return [by_seed[member.seed] for member in self.unit.members]
+
     def record(self) -> None:
-        """Evaluates all members and records the rows; stops members with a non-finite loss."""
+        """Evaluates all members and tells the rows; stops members with a non-finite loss."""
         unit, data = self.unit, self.population.data
-        results = self.slots.evaluate(data.splits[unit.split])
-        for number, values in results.items():
-            arm, trial, seed = unit.members[number]
-            finite = math.isfinite(values["loss"])
+        diverged, rows, results = [], [*self.progress.rows], self.members.evaluate(data.splits[unit.split])
+        for number, ((arm, trial, seed), values) in enumerate(zip(unit.members, results, strict=True)):
+            if not (finite := math.isfinite(values["loss"])):
+                diverged.append(number)
             values = finish_metrics(data.task, values)
             # JSON has no NaN, and the metrics of a diverged member say nothing.
             values = values if finite else dict.fromkeys(values)
             key = {"stage": unit.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
-            self.rows.append({**key, "split": unit.split, **values})
-        self.slots.retire(number for number, values in results.items() if not math.isfinite(values["loss"]))
+            rows.append({**key, "split": unit.split, **values})
+        self.members.retire(diverged)
+        self.tell(rows=rows)
 
     def save(self) -> None:
         """Saves a checkpoint with all rows so far."""
         position = {
             "batches": {str(seed): batches.get_state() for seed, batches in self.batches.items()},
-            "rows": self.rows,
+            "rows": self.progress.rows,
             "seconds": self.seconds + time.perf_counter() - self.started,
         }
-        state = self.slots.as_state(self.step)
+        state = self.members.as_state(self.step)
         self.output.check()
         save_checkpoint(
             self.output.manager, state, metadata=self.population.metadata, input_position=position
@@ -369,24 +377,23 @@ class _UnitRun:
 
     def alive_members(self) -> Iterator[tuple[MemberSpec, Members]]:
         """The members that have not diverged, on the host."""
-        members = self.slots.to_host()
-        for slot, number in enumerate(self.slots.slots):
-            member = jax.tree.map(lambda leaf, slot=slot: leaf[slot], members)
-            if number >= 0 and member.alive:
-                yield self.unit.members[number], member
+        members = self.members.to_host()
+        for number, spec in enumerate(self.unit.members):
+            member = jax.tree.map(lambda leaf, number=number: leaf[number], members)
+            if member.alive:
+                yield spec, member
 
     def cost(self) -> dict[str, Any]:
         """Trainable parameters, and seconds of a member's step (median; None if all diverged); trains them on."""
-        by_seed = {seed: next(batches) for seed, batches in self.batches.items()}
-        batches = {n: by_seed[self.unit.members[n].seed] for n in self.slots.member_ids}
+        batches = self.next_batches()
         # Computed one at a time, a member that has diverged costs nothing.
-        alive = sum(int(np.sum(chunk.alive)) for chunk in self.slots.chunks)
-        computed = alive if self.slots.programs.at_once == 1 else len(batches)
+        alive = int(np.sum(self.members.stacked.alive))
+        computed = alive if self.members.programs.at_once == 1 else len(batches)
         seconds = []
         for _ in range(COST_STEPS):
             began = time.perf_counter()
-            self.slots.step(batches)
-            jax.block_until_ready(self.slots.chunks)
+            self.members.step(batches)
+            jax.block_until_ready(self.members.stacked)
             seconds.append(time.perf_counter() - began)
         trainable = count(self.population.parts.trainable)
         return {

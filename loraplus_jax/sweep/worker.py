@@ -113,7 +113,7 @@ class _Reporter:
         waits = time.monotonic() - self.written < SECONDS_PER_REPORT
         if waits and progress._replace(step=self.last.step) == self.last:
             return
-        self.written, self.last = time.monotonic(), progress._replace(rows=list(progress.rows))
+        self.written, self.last = time.monotonic(), progress
         write_record(self.path, progress._asdict())
 
 

@@ -10,7 +10,7 @@ from loraplus_jax.data.batches import train_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import shard_batch
 from loraplus_jax.sweep import population as populations
-from loraplus_jax.sweep.device_slots import DeviceSlots, stored_members
+from loraplus_jax.sweep.device_members import DeviceMembers, stored_members
 from loraplus_jax.sweep.population import prepare_population
 from loraplus_jax.sweep.settings import SweepRun, Trial
 from loraplus_jax.training.setup import prepare
@@ -25,12 +25,12 @@ ODD = flags(
     "--model.dropout 0.1 --lora.dropout 0.1 --model.head_dropout 0.1 --train.accumulate 2"
     " --optimizer.weight_decay 0.01 --optimizer.schedule linear --train.steps 100 --sweep.ranks [2,4]"
 )
-ENTRIES = {
-    0: (Trial(1e-3, 16.0, 16.0, 4), 0),
-    1: (Trial(1e-3, 1.0, 16.0, 4), 3),
-    2: (Trial(3e-4, 4.0, 32.0, 2), 0),
-    3: (Trial(1e30, 4.0, 16.0, 4), 0),
-}
+ENTRIES = (
+    (Trial(1e-3, 16.0, 16.0, 4), 0),
+    (Trial(1e-3, 1.0, 16.0, 4), 3),
+    (Trial(3e-4, 4.0, 32.0, 2), 0),
+    (Trial(1e30, 4.0, 16.0, 4), 0),
+)
 DIVERGES = 3
 
 
@@ -41,23 +41,21 @@ def swept(world, *overrides):
 def taken(run, entries, steps=STEPS, at_once=None):
     """A population after some steps."""
     population = prepare_population(run, len(entries), at_once)
-    members = DeviceSlots(population)
-    members.fill({n: population.first(*entry) for n, entry in entries.items()})
+    members = DeviceMembers(population, [population.first(*entry) for entry in entries])
     split, size = population.data.splits["train"], run.train.batch_size
     streams = {
         seed: train_batches(split, batch_size=size, seed=seed, arrange=population.batches.arrange)
-        for _, seed in entries.values()
+        for _, seed in entries
     }
     for _ in range(steps):
         by_seed = {seed: next(stream) for seed, stream in streams.items()}
-        members.step({n: by_seed[entries[n][1]] for n in members.member_ids})
+        members.step([by_seed[seed] for _, seed in entries])
     return members
 
 
 def member(members, number):
     """What a member trains."""
-    where = members.slots.index(number)
-    return {path: leaf[where] for path, leaf in leaves_by_path(members.to_host().state.trainable).items()}
+    return {path: leaf[number] for path, leaf in leaves_by_path(members.to_host().state.trainable).items()}
 
 
 def alone(run, trial, seed, steps=STEPS):
@@ -115,9 +113,8 @@ def test_the_columns_above_a_members_rank_stay_exactly_zero(members):
 
 
 def test_a_member_that_diverges_is_stopped_where_it_was_and_harms_nobody(members):
-    alive = {n: bool(members.to_host().alive[members.slots.index(n)]) for n in ENTRIES}
-    assert alive == {0: True, 1: True, 2: True, 3: False}
-    steps = members.to_host().state.step[[members.slots.index(n) for n in ENTRIES]]
+    assert members.to_host().alive.tolist() == [True, True, True, False]
+    steps = members.to_host().state.step
     assert steps.tolist()[:3] == [STEPS] * 3
     assert 5 <= steps[DIVERGES] <= 10  # train.max_skipped is 5, and a step or two are taken before
     assert all(np.isfinite(leaf).all() for leaf in member(members, DIVERGES).values())
@@ -130,19 +127,14 @@ def test_a_member_that_diverges_is_stopped_where_it_was_and_harms_nobody(members
 def test_members_continue_on_any_number_of_devices(home, members):
     saved = members.as_state(7)
     assert {len(leaf) for leaf in jax.tree.leaves((saved.trainable, saved.opt_state, saved.rng))} == {4}
-    other = DeviceSlots(prepare_population(swept(home, "--mesh.data", "8"), len(ENTRIES)))
-    other.fill(
-        stored_members(
-            saved, {n: members.population.first(*ENTRIES[n]) for n in (3, 0, 2)}, {n: n for n in ENTRIES}
-        )
-    )
-    assert (len(other.slots), other.member_ids) == (8, [0, 2, 3])
-    for number in other.member_ids:
-        assert all(
-            (member(other, number)[path] == leaf).all() for path, leaf in member(members, number).items()
-        )
-    alive = {n: bool(other.to_host().alive[other.slots.index(n)]) for n in other.member_ids}
-    assert alive == {0: True, 2: True, 3: False}
+    numbers = (0, 2, 3)
+    first = [members.population.first(*ENTRIES[n]) for n in numbers]
+    population = prepare_population(swept(home, "--mesh.data", "8"), len(ENTRIES))
+    other = DeviceMembers(population, stored_members(saved, first, numbers))
+    assert len(other.stacked.alive) == 8
+    for n, number in enumerate(numbers):
+        assert all((member(other, n)[path] == leaf).all() for path, leaf in member(members, number).items())
+    assert other.to_host().alive.tolist() == [True, True, False]
     for path, leaf in leaves_by_path(other.as_state(7)).items():
         expected = np.array(leaves_by_path(saved)[path])
         assert (np.asarray(leaf) == (expected if path == "step" else expected[[0, 2, 3]])).all(), path
@@ -150,7 +142,7 @@ def test_members_continue_on_any_number_of_devices(home, members):
 
 def test_the_base_is_held_once_and_each_program_compiled_once(members, made):
     assert sorted(made) == [False, True]
-    frozen, state = jax.tree.leaves(members.population.parts.frozen), jax.tree.leaves(members.to_host())
+    frozen, state = jax.tree.leaves(members.population.parts.frozen), jax.tree.leaves(members.stacked)
     held = sum(leaf.nbytes for leaf in (*frozen, *state))
     run = members.population.run
     batches = len(ENTRIES) * run.train.batch_size * (3 * run.data.max_length + 2) * 4
@@ -187,8 +179,8 @@ def test_where_there_is_no_cpu_a_short_measurement_chooses_the_members_at_once(h
     population = prepare_population(run, 4)
     assert asked == [1, 2, 4]
     programs = population.programs
-    assert (programs.at_once, programs.chunk) == (2, 2)
-    # Few members have a program of few slots, the one that was measured.
+    assert (programs.at_once, programs.size) == (2, 2)
+    # Few members have a small program, the one that was measured.
     assert [population.programs_for(count).at_once for count in (4, 3, 2, 1)] == [2, 2, 2, 1]
     assert asked == [1, 2, 4]
     assert population.programs_for(2) is population.programs_for(2)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.sweep.device_slots import DeviceSlots
+from loraplus_jax.sweep.device_members import DeviceMembers
 from loraplus_jax.sweep.figures import PICTURES
 from loraplus_jax.sweep.report import format_number, format_steps
 from loraplus_jax.training import console
@@ -158,7 +158,7 @@ def test_a_finished_sweep_and_other_settings_are_rejected(swept, capsys):
 
 def stopping(monkeypatch, count, stop):
     """`stop()` is called at the population's `count`-th step."""
-    step, taken = DeviceSlots.step, []
+    step, taken = DeviceMembers.step, []
 
     def counted(self, batches):
         taken.append(1)
@@ -166,7 +166,7 @@ def stopping(monkeypatch, count, stop):
         if len(taken) == count:
             stop()
 
-    monkeypatch.setattr(DeviceSlots, "step", counted)
+    monkeypatch.setattr(DeviceMembers, "step", counted)
 
 
 class Killed(BaseException):
@@ -227,13 +227,13 @@ def test_results_under_other_options_of_jax_are_not_mixed(world, capsys, undrawn
 
 
 def test_a_wider_search_resumes_and_reports_what_it_tried(world, tmp_path, capsys, undrawn, monkeypatch):
-    step, ready = DeviceSlots.step, []
+    step, ready = DeviceMembers.step, []
 
     def recorded(self, batches):
-        ready.append(all(leaf.is_ready() for leaf in jax.tree.leaves(self.chunks)))
+        ready.append(all(leaf.is_ready() for leaf in jax.tree.leaves(self.stacked)))
         step(self, batches)
 
-    monkeypatch.setattr(DeviceSlots, "step", recorded)
+    monkeypatch.setattr(DeviceMembers, "step", recorded)
     # Two rates a method: either is an end.
     options = (
         *("--sweep.lora_learning_rates", "[1e-4,2e-4]", "--sweep.widen", "1", "--sweep.control", "false"),

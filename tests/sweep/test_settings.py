@@ -41,7 +41,7 @@ def pissa(run):
 
 
 RATES = [1e-5 * n for n in range(1, 17)]
-# In test_device_slots.py, test_run.py, test_ray_tasks.py and integration/test_methods.py.
+# In test_device_members.py, test_run.py, test_ray_tasks.py and integration/test_methods.py.
 ELSEWHERE = ("members_at_once", "group_size", "widen", "ray", "worker", "unrelated_text")
 EFFECTS = [  # field, another value, what shows it, and what else must be set
     ("method", "grid", stops, ()),

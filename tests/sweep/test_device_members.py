@@ -1,4 +1,4 @@
-"""Members in slots: how many run at once, their places, what a checkpoint holds of them, and what is evaluated."""
+"""Members on the devices: how many run at once, their places, and what a checkpoint holds of them."""
 
 import math
 import types
@@ -6,7 +6,7 @@ import types
 import numpy as np
 
 from loraplus_jax.step.train_step import TrainState
-from loraplus_jax.sweep.device_slots import DeviceSlots, assign_slots, stored_members
+from loraplus_jax.sweep.device_members import DeviceMembers, spread, stored_members
 from loraplus_jax.sweep.population import Members, fastest_batch_size, parallel_members
 
 
@@ -23,11 +23,10 @@ class Program:
 
 
 def test_members_are_spread_over_the_devices():
-    assert assign_slots(5, chunk=8, devices=4, at_once=1) == [0, 2, 4, 6, 1]
-    assert assign_slots(9, chunk=8, devices=4, at_once=1)[8] == 8
-    assert assign_slots(5, chunk=4, devices=2, at_once=2) == [0, 1, 2, 3, 4]
-    for count in range(1, 17):
-        assert len(set(assign_slots(count, chunk=8, devices=4, at_once=1))) == count
+    assert spread(5, size=8, devices=4) == [0, 2, 4, 6, 1]
+    assert spread(5, size=6, devices=2) == [0, 3, 1, 4, 2]
+    for count in range(1, 9):
+        assert len(set(spread(count, size=8, devices=4))) == count
 
 
 def member(number):
@@ -36,24 +35,24 @@ def member(number):
     return Members(state, number, number, {}, np.int32(number), np.bool_(True))  # pyright: ignore
 
 
-def test_members_keep_their_numbers_in_a_checkpoint_and_on_another_number_of_slots():
-    def slots(chunk):
-        programs = types.SimpleNamespace(chunk=chunk, at_once=1, step=Program(None))
-        mesh = types.SimpleNamespace(size=1)
-        population = types.SimpleNamespace(programs_for=lambda _: programs, mesh=mesh, programs=programs)
-        return DeviceSlots(population)  # pyright: ignore
+def test_a_checkpoint_has_the_members_in_order_and_any_of_them_continue_on_other_devices():
+    def placed(members, size, devices):
+        programs = types.SimpleNamespace(size=size, at_once=1, step=Program(None))
+        mesh = types.SimpleNamespace(size=devices)
+        return DeviceMembers(types.SimpleNamespace(programs_for=lambda _: programs, mesh=mesh), members)  # pyright: ignore
 
-    first = {number: member(number) for number in (1, 3, 4)}
-    two, three = slots(2), slots(3)
-    two.fill(first)
-    assert (two.slots, two.member_ids, len(two.chunks)) == ([1, 3, 4, -1], [1, 3, 4], 2)
+    first = [member(number) for number in (1, 3, 4)]
+    two = placed(first, 4, 2)
+    assert two.places == [0, 2, 1]
+    np.testing.assert_array_equal(two.stacked.alive, [True, True, True, False])
     saved = two.as_state(7)
     assert int(saved.step) == 7
     np.testing.assert_array_equal(saved.trainable["step"], [1, 3, 4])
-    places = {3: 1, 4: 2}
-    three.fill(stored_members(saved, {number: first[number] for number in places}, places))
-    assert three.slots == [3, 4, -1]
-    np.testing.assert_array_equal(three.as_state(7).trainable["step"], [3, 4])
+    one = placed(stored_members(saved, first[1:], [1, 2]), 3, 1)
+    assert one.places == [0, 1]
+    np.testing.assert_array_equal(one.as_state(7).trainable["step"], [3, 4])
+    one.retire([1])
+    np.testing.assert_array_equal(one.stacked.alive, [True, False, False])
 
 
 def test_more_members_at_once_only_while_it_pays():
