@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from loraplus_jax.models import attention_kernels
 from loraplus_jax.models.attention import MIN_KERNEL_LENGTH, causal_attention
@@ -73,9 +73,9 @@ def lower(function, platform, *arguments, **axes):
     """The program for a platform that this machine does not have, on a mesh of such devices."""
     device = AbstractDevice(device_kind="", num_cores=1, platform="gpu" if platform == "cuda" else platform)
     sizes = axes or {"data": 1}
-    with jax.sharding.use_abstract_mesh(
-        AbstractMesh(tuple(sizes.values()), tuple(sizes), abstract_device=device)
-    ):
+    kinds = (AxisType.Auto,) * len(sizes)  # what jax 0.10 takes by default, and 0.12 no longer
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
