@@ -65,7 +65,7 @@ def combine_runs(
             if place.directory.samefile(other.directory):
                 raise ValueError(f"{earlier} is listed twice, also as {name}; add up its weights")
         listed.append((name, place, weight))
-    if config is not None and not any(place.is_peft for _, place, _ in listed):
+    if config is not None and not any(place.kind == "peft" for _, place, _ in listed):
         raise ValueError("--config requires a PEFT adapter; these have their own training settings")
     sources = {name: _read(name, place, weight, config, allow_different) for name, place, weight in listed}
     # Of an adapter that PEFT made the base's fingerprint is not known.

@@ -42,7 +42,7 @@ from .convert_sources import (
 from .export import DTYPES, export_run, lasting_name
 from .gguf_adapter import save_gguf_adapter
 from .named_base import NamedBase, named_base
-from .tuned_model import describe, describe_language, load, settings_and_task
+from .tuned_model import describe, describe_language, load, look_model, settings_and_task
 from .verify_conversion import Verified, compare
 from .write_hf import write_hf
 
@@ -307,7 +307,7 @@ def _convert_named(
 
 def _write_ours(partial: Path, peft: Path) -> None:
     """Writes an adapter directory that `loraplus generate` opens on its own."""
-    tuned = load(describe_language(str(peft)))
+    tuned = load(describe_language(look_model(str(peft))))
     parts, config = tuned.parts, tuned.settings.applied
     notes = tuned.origin
     save_adapter(partial, parts.trainable, parts.specs, config, base=fingerprint(parts.frozen), **notes)

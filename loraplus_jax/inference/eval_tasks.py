@@ -27,7 +27,7 @@ from ..training.run_directory import first_free
 from ..training.run_files import read_summary
 from .devices import MeshSizes, check_same_rows, choose_mesh, write_once
 from .scoring import Continuation, Score, Scorer
-from .tuned_model import describe_language, load
+from .tuned_model import describe_language, load, look_model
 
 MMLU, DEFAULT_SHOTS = "mmlu", 5
 TASKS = (*COMMONSENSE, MMLU)
@@ -153,11 +153,13 @@ def evaluate_tasks(
     if template is not None and set(tasks) == {MMLU}:
         raise ValueError(f"--template {template} has no effect: {MMLU} has a format of its own; remove it")
     with raise_together():
-        described = describe_language(place, config, allow_different, template=template, dtype=dtype)
-        on = choose_mesh(described.settings.mesh, mesh)
-        output = _output_file(described.place, output)
+        at = look_model(place)
+        output = _output_file(at, output)
         data_root = expand_path("--data_root", data_root)
         parts = list(_read_parts(tasks, data_root, shots or 0, limit))
+        # After the user's own input: a model of the Hub is downloaded.
+        described = describe_language(at, config, allow_different, template=template, dtype=dtype)
+        on = choose_mesh(described.settings.mesh, mesh)
         longest = model_config(described.base).max_length
         chat_template = None
         if set(tasks) != {MMLU}:  # which needs no chat template, and not every model has one

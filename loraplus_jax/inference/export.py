@@ -101,6 +101,7 @@ def export_run(
         model_card, tuned=tuned, adapter=adapter, summary=summary, base=named, repository=push
     )
     # Last of the checks, as it may create the repository, but before an export that may be long.
+    assert to is not None or push is not None  # which the command requires
     existing = [] if push is None else open_repository(push, public=public)
     with contextlib.ExitStack() as stack:
         if (target := to) is None:

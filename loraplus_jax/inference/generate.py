@@ -21,7 +21,7 @@ from .several_adapters import (
     slots_of,
     use_of,
 )
-from .tuned_model import check_language, describe_language, load
+from .tuned_model import check_language, describe_language, load, look_model
 
 MAX_TOKENS = 128
 
@@ -72,7 +72,9 @@ def generate_answers(
             several = describe_adapters(place, adapters, allow_different, template=template, dtype=dtype)
             described = check_language(several.tuned)
         else:
-            described = describe_language(place, config, allow_different, template=template, dtype=dtype)
+            described = describe_language(
+                look_model(place), config, allow_different, template=template, dtype=dtype
+            )
         settings = described.settings
         on = choose_mesh(settings.mesh, mesh)
         chats = _chats(prompts, data, system, settings, distinct=several is None)

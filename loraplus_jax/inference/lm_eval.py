@@ -41,7 +41,7 @@ from ..step.sharding import batch_parts
 from ..tasks.causal_lm import model_config, tokenizer_and_template
 from .devices import MeshSizes, choose_mesh
 from .scoring import Continuation, Scorer
-from .tuned_model import describe_language, load
+from .tuned_model import describe_language, load, look_model
 
 LOGGER = logging.getLogger(__name__)
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
@@ -54,8 +54,13 @@ class LoRAPlusLM(TemplateLM):
     transformers. A text that does not fit the model's context loses its beginning, which the log counts.
 
     Args:
+      place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
+      batch_size: texts per batch; rounded up to a multiple of the mesh's data-parallel parts.
       max_gen_toks: maximum tokens to generate, for tasks that do not set it.
-      place, batch_size, template, dtype, config, allow_different, mesh: see `generate_answers`.
+      template, dtype: chat template and dtype of the weights, for a model or a PEFT adapter; a run has its own.
+      config: a training config, for a PEFT adapter whose base model is not where the adapter says.
+      allow_different: parts of the base model that may differ, see `loraplus eval --help`.
+      mesh: sizes that replace those of the run's mesh; a model has `data` -1.
     """
 
     def __init__(
@@ -73,7 +78,9 @@ class LoRAPlusLM(TemplateLM):
         super().__init__()
         check_int("batch_size", batch_size, at_least=1)
         check_int("max_gen_toks", max_gen_toks, at_least=1)
-        described = describe_language(str(place), config, allow_different, template=template, dtype=dtype)
+        described = describe_language(
+            look_model(str(place)), config, allow_different, template=template, dtype=dtype
+        )
         self._tuned = load(described, choose_mesh(described.settings.mesh, mesh))
         self._base, self._model, self._mesh = self._tuned.base, self._tuned.parts.model, self._tuned.mesh
         self._variables, self._config = self._tuned.variables, model_config(self._base)

@@ -77,8 +77,8 @@ def describe_adapters(
         settings, task = settings_and_task(with_settings[0], None if own.kind == "run" else source)
         base = open_files(resolve(settings.model.path, "model"))
         shared = TunedModel(own, settings, task, base_parts(settings, base, task), base, allow_different)
-    elif options:
-        shared = describe(own, **options)
+    elif options:  # of a merged model the weights alone, as of a base
+        shared = describe(own._replace(kind="base", notes={}) if own.kind == "merged" else own, **options)
     else:
         raise ValueError(f"no adapter has training settings; pass a run of loraplus train, got {source}")
     # Without adapters: a parameter that one of them trains is frozen for another.
@@ -202,7 +202,7 @@ def _describe(place: Place, shared: TunedModel) -> TunedModel:
     settings, base, task = shared.settings, shared.base, shared.task
     if place.kind == "run":
         own_settings, task = settings_and_task(place)
-        _check_shared(place.directory, own_settings, settings, has_base=place.notes["base"] is not None)
+        _check_shared(place.directory, own_settings, settings, has_base=place.notes.get("base") is not None)
         config = saved_config(place)
     else:
         config = adapter_config(place.directory, shared.parts)

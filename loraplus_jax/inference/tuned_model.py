@@ -27,7 +27,6 @@ from ..tasks.interface import AdaptedModel
 from ..training.distributed import check_same_everywhere, raise_together
 from ..training.place import Place, look
 from ..training.provenance import Identity, check_allowed, check_identity, model_identity
-from ..training.run_directory import describe_unfinished
 from ..training.saved_adapter import adapter_config, merged_table, read_adapter, saved_config
 from ..training.setup import base_parts, build_model, load_model, task_class
 from .devices import choose_mesh, to_mesh
@@ -137,16 +136,21 @@ def describe(
     return TunedModel(place, settings, task, parts, files, allow_different)
 
 
-def describe_language(
-    source: str, config: str | None = None, allow_different: Sequence[str] = (), **options: Any
-) -> TunedModel:
-    """Describes a language model: what is at a path, or the model of a name; see `describe`."""
+def look_model(source: str) -> Place:
+    """What is at a path, or the base model of a name; raises FileNotFoundError for an unfinished run or a sweep."""
     place = look(expand_path("model", source))._replace(name=source)
-    if place.kind == "base" and (unfinished := describe_unfinished(place.path)) is not None:
-        raise FileNotFoundError(unfinished)
+    if place.kind == "base":
+        place.check_finished()
+    return place
+
+
+def describe_language(
+    place: Place, config: str | None = None, allow_different: Sequence[str] = (), **options: Any
+) -> TunedModel:
+    """Describes a language model from `look_model`; see `describe`."""
     if allow_different and config is None and place.kind in ("peft", "base"):
         raise ValueError(
-            f"--allow_different {allow_different[0]} requires a run or merged model, got {source}"
+            f"--allow_different {allow_different[0]} requires a run or merged model, got {place.name}"
         )
     return check_language(describe(place, config=config, allow_different=allow_different, **options))
 
@@ -187,6 +191,13 @@ def load(tuned: TunedModel, mesh: Mesh | None = None) -> TunedModel:
             parts = load_model(tuned.settings, tuned.base, parts, mesh)
             if place.kind == "merged" and parts.base.new:
                 own = flatten(read_tensors(place.directory / OWN_TENSORS_FILE))
+                starts = tuple(f"params/{name}/" for name in parts.base.new)
+                expected = {path: x for path, x in flatten(parts.frozen).items() if path.startswith(starts)}
+                if jax.tree.map(np.shape, own) != jax.tree.map(np.shape, expected):
+                    raise ValueError(
+                        f"{place.directory / OWN_TENSORS_FILE} does not have the tensors of the model's "
+                        f"{', '.join(parts.base.new)}; export the model again"
+                    )
                 parts = parts._replace(frozen=unflatten(flatten(parts.frozen) | own))
         parts = to_mesh(parts, mesh)
     is_distributed = jax.process_count() > 1

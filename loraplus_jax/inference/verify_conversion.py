@@ -19,7 +19,7 @@ from ..models.families import MODEL_TYPES, family_of
 from ..tasks.causal_lm import model_config
 from ..tasks.interface import AdaptedModel
 from .named_base import PREFIXES, NamedBase
-from .tuned_model import TunedModel, describe_language, load
+from .tuned_model import TunedModel, describe_language, load, look_model
 
 SEED, ROWS, LENGTH = 0, 2, 16
 Weights = Mapping[str, np.ndarray]
@@ -134,7 +134,7 @@ def our_logits(base: NamedBase, changed: Weights = {}) -> np.ndarray:  # noqa: B
 
 def opened_logits(place: Path) -> np.ndarray:
     """Logits of an adapter directory of either format, or of a model, read as `loraplus generate` does."""
-    tuned = load(describe_language(str(place)))
+    tuned = load(describe_language(look_model(str(place))))
     ids = jnp.asarray(token_ids(tuned.parts.model.config.vocab_size))  # pyright: ignore
     return np.asarray(jax.jit(tuned.parts.model.apply)(tuned.variables, ids))
 

@@ -75,6 +75,7 @@ class DeviceMembers:
         programs, frozen = self.programs, self.population.parts.frozen
         devices = self.population.mesh.size
         # One member on each device; a device that computes several in parallel computes all its members.
+        computed = devices if programs.at_once == 1 else programs.size
         alive = np.arange(programs.size) % (programs.size // devices) == 0
         members = self._with_alive(alive)
         batch = next(eval_batches(split, self.population.batches.eval_rows))
@@ -82,7 +83,7 @@ class DeviceMembers:
         jax.block_until_ready(programs.evaluate(members, frozen, batch))
         began = time.perf_counter()
         jax.block_until_ready(programs.evaluate(members, frozen, batch))
-        return (time.perf_counter() - began) / (devices * programs.at_once)
+        return (time.perf_counter() - began) / computed
 
     def retire(self, numbers: Iterable[int]) -> None:
         """Stops training these members."""

@@ -103,7 +103,8 @@ class InProcess:
         self.population: Population | None = None  # before the next one is loaded
         self.population = population = prepare_population(run, size, members_at_once)
         programs = population.programs
-        return Opened(population.abstract, population.origin, programs.at_once, min(size, programs.size))
+        size = group_size or (programs.size if programs.at_once > 1 else most)
+        return Opened(population.abstract, population.origin, programs.at_once, min(size, most))
 
     async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """Runs one unit after another."""

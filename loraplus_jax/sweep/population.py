@@ -347,37 +347,38 @@ def _compile_programs(
     member = jax.eval_shape(
         lambda: jax.tree.map(jnp.asarray, _first_member(abstract, run.trials[0], 0, zeros()))
     )
-    device, per_device = mesh.devices.flat[0], -(-capacity // mesh.size)
+    device, each = mesh.devices.flat[0], -(-capacity // mesh.size)
     flops: dict[bool, list[float]] = {True: [], False: []}
 
-    def call_size(at_once: int) -> int:
-        return mesh.size * (at_once if at_once > 1 else per_device)
+    def rounds(count: int, size: int) -> int:
+        # A device that computes one member at a time skips the places that a unit of fewer leaves free.
+        return each if size == 1 else -(-count // (mesh.size * size))
 
-    def compiled(one: Callable[..., Any], size: int, batch: Shapes, *, own_batch: bool) -> Any:
-        members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((call_size(size), *x.shape), x.dtype), member)
+    def compiled(one: Callable[..., Any], size: int, places: int, batch: Shapes, *, own_batch: bool) -> Any:
+        members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((places, *x.shape), x.dtype), member)
         # A step gives each member a batch and donates the members; an evaluation has one batch for all.
         axes, donate = ((0, None, 0), 0) if own_batch else ((0, None, None), ())
         mapped = map_members(one, axes, at_once=size, mesh=mesh, donate=donate)
         traced = mapped.trace(members, shapes.frozen, batch)
-        flops[own_batch].append(count_flops(traced.jaxpr) / call_size(size))
+        flops[own_batch].append(count_flops(traced.jaxpr) / places)
         return traced.lower().compile(one_thread_per_device(mesh))
 
     @functools.cache
-    def compile_step(size: int) -> ProgramByShape:
-        one = make_member_step(run, losses, shapes.specs, steps)
+    def compile_step(size: int, rounds: int) -> ProgramByShape:
+        one, places = make_member_step(run, losses, shapes.specs, steps), mesh.size * size * rounds
         stacked = [
-            {name: jax.ShapeDtypeStruct((call_size(size), *x.shape), x.dtype) for name, x in batch.items()}
+            {name: jax.ShapeDtypeStruct((places, *x.shape), x.dtype) for name, x in batch.items()}
             for batch in batches.train
         ]
-        return ProgramByShape(functools.partial(compiled, one, size, own_batch=True), stacked)
+        return ProgramByShape(functools.partial(compiled, one, size, places, own_batch=True), stacked)
 
     @functools.cache
-    def compile_for(size: int) -> Programs:
-        one = make_member_eval(losses.evaluate, shapes.specs)
-        evaluate = compiled(one, size, batches.evaluate, own_batch=False)
-        step = compile_step(size)
+    def compile_for(size: int, rounds: int) -> Programs:
+        one, places = make_member_eval(losses.evaluate, shapes.specs), mesh.size * size * rounds
+        evaluate = compiled(one, size, places, batches.evaluate, own_batch=False)
+        step = compile_step(size, rounds)
         step_work = float(np.mean(flops[True]) / np.mean(flops[False]))
-        programs = Programs(size, call_size(size), step, evaluate, step_work)
+        programs = Programs(size, places, step, evaluate, step_work)
         check_memory((programs.step.largest, programs.evaluate), device, len(mesh.local_devices))
         return programs
 
@@ -385,10 +386,15 @@ def _compile_programs(
         at_once = 1
     if at_once is None:
         at_once = fastest_batch_size(
-            lambda size: _measured(compile_step(size).largest, mesh, size), per_device
+            lambda size: _measured(compile_step(size, rounds(1, size)).largest, mesh, size), each
         )
     most = at_once
-    return compile_for(most), lambda count: compile_for(parallel_members(count, most, mesh.size))
+
+    def programs_for(count: int) -> Programs:
+        size = parallel_members(count, most, mesh.size)
+        return compile_for(size, rounds(count, size))
+
+    return compile_for(most, rounds(1, most)), programs_for
 
 
 def parallel_members(count: int, most: int, devices: int) -> int:

@@ -187,10 +187,7 @@ class RayTasks:
             measured = await self.call(measure, job)
             job, devices = job._replace(members_at_once=measured["members_at_once"]), measured["devices"]
         at_once = job.members_at_once or 1
-        size = at_once * devices
-        if group_size is not None:  # one after another, a program call takes any number
-            size = group_size if at_once == 1 else min(size, group_size)
-        self.jobs[path] = job = job._replace(group_size=min(size, most))
+        self.jobs[path] = job = job._replace(group_size=min(group_size or at_once * devices, most))
         return Opened(abstract, origin, at_once, job.group_size)
 
     async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:

@@ -166,7 +166,8 @@ class Sweep:
         # Nothing is written before everything has been checked, compiled and loaded.
         self.output.claim()
         self.home.check_origin(origin)
-        write_record(members_file, {"members_at_once": at_once, "group_size": self.group_size})
+        if recorded["group_size"] != self.group_size or not members_file.exists():
+            write_record(members_file, {"members_at_once": at_once, "group_size": self.group_size})
 
     # Stages.
 

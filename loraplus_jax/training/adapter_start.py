@@ -42,11 +42,18 @@ def read_start(directory: Path, specs: Specs) -> dict[str, Any] | None:
 
 
 def write_start(
-    directory: Path, start: Mapping[str, Any], specs: Specs, config: LoRAPlusConfig | None
+    directory: Path,
+    start: Mapping[str, Any],
+    specs: Specs,
+    config: LoRAPlusConfig | None,
+    origin: Mapping[str, Any],
 ) -> None:
-    """Writes the factors before the first step, for the run to resume with, unless they are there."""
+    """Writes the factors before the first step, for the run to resume with, unless they are there.
+
+    `origin` says of which base they are, for a run with `init_adapter`.
+    """
     if not (directory / START).exists():
-        save_adapter(directory / START, {"lora": start}, specs, config)
+        save_adapter(directory / START, {"lora": start}, specs, config, **origin)
 
 
 def saved_form(

@@ -57,17 +57,26 @@ class Place(NamedTuple):
         if self.kind in ("merged", "gguf"):
             name = "merged model" if self.kind == "merged" else "GGUF adapter, for other programs"
             raise ValueError(f"{self.path} is a {name}; use the run or adapter that it was exported from")
-        if (unfinished := describe_unfinished(self.path)) is not None:
-            raise FileNotFoundError(unfinished)
-        if (self.path / CONFIG).is_file() and "sweep" in saved_settings(self.path, "restore it"):
-            raise FileNotFoundError(
-                f"{self.path} is a sweep, which keeps no adapter; train its winner and use that run"
+        self.check_finished()
+        if self.notes:
+            raise ValueError(
+                f"{self.path} is a model that loraplus convert merged, without training settings; use loraplus "
+                "generate, or eval --tasks"
             )
         merged = f", nor a merged model ({NOTES_FILE})" if "merged" in kinds else ""
         raise FileNotFoundError(
             f"{self.path} contains no finished run, no adapter ({DESCRIPTION_FILE}) and no PEFT adapter "
             f"({OPTIONS}){merged}"
         )
+
+    def check_finished(self) -> None:
+        """Raises FileNotFoundError for an unfinished run, and for a sweep."""
+        if (unfinished := describe_unfinished(self.path)) is not None:
+            raise FileNotFoundError(unfinished)
+        if (self.path / CONFIG).is_file() and "sweep" in saved_settings(self.path, "restore it"):
+            raise FileNotFoundError(
+                f"{self.path} is a sweep, which keeps no adapter; train its winner and use that run"
+            )
 
 
 def look(path: Path) -> Place:

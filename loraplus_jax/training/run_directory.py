@@ -19,6 +19,7 @@ from .._utils.multihost import allgather, is_lead
 from .._utils.records import read_record, write_record
 from .._utils.validation import expand_path
 from ..data.fetch import cache_dir
+from ..interop.adapter_directory import DESCRIPTION_FILE
 from ..settings.parsing import settings_from_json
 from ..settings.schema import STOP_FIELDS, Settings, split_settings
 from ..settings.yaml_files import to_yaml
@@ -44,6 +45,7 @@ from .run_files import (
     LOCK,
     OWNER,
     RESULT,
+    START,
     UNITS,
     TrainingFailed,
     has_progress,
@@ -214,20 +216,29 @@ def first_free(path: Path) -> Path:
 def saved_record(directory: Path) -> dict[str, Any]:
     """What everything in a run's directory was made with: its `identity.json`."""
     if (path := directory / IDENTITY).exists():
-        return read_record(path)
-    # Earlier versions saved it with each checkpoint and result, those of a method with its own settings.
-    files = [*directory.rglob(f"{CHECKPOINTS}/*/metadata/metadata"), *directory.rglob(RESULT)]
-    newest = sorted(files, key=lambda file: file.stat().st_mtime)[-1:]
-    records = (read_json(file, limit=MAX_ROWS_BYTES) for file in newest)
-    return {name: value for record in records for name, value in record.items() if name != "settings"}
+        try:
+            return read_record(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; without it, start over with --fresh") from None
+    # Earlier versions saved it with each checkpoint, result and start, those of a method with its own settings.
+    kinds = f"{CHECKPOINTS}/*/metadata/metadata", f"{UNITS}/*/{CHECKPOINTS}/*/metadata/metadata"
+    kinds = *kinds, f"{UNITS}/*/{RESULT}", f"{START}/{DESCRIPTION_FILE}"
+    files = [file for below in ("", "*/") for kind in kinds for file in directory.glob(below + kind)]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        with contextlib.suppress(ValueError):  # of a checkpoint that was damaged, or not yet written
+            record = read_json(file, limit=MAX_ROWS_BYTES)
+            if "identity" not in record:
+                break
+            is_own = file.relative_to(directory).parts[0] in (CHECKPOINTS, UNITS, START)
+            return record if is_own else {name: record[name] for name in record if name != "settings"}
+    raise ValueError(f"{path} is missing; restore it, or start over with --fresh")
 
 
 def restore_step(
     manager: ocp.CheckpointManager, like: TrainState, metadata: Mapping[str, Any], step: int
 ) -> Restored:
-    """Restores a checkpoint, also of an earlier version: fields that only one of the two has are not compared."""
+    """Restores a checkpoint, also of an earlier version, which has an identity of its own."""
     saved = read_metadata(manager, step)
-    # Earlier versions saved the identity with each checkpoint.
     metadata = {**saved, **common_fields(metadata, saved), "base": saved["base"]}
     return restore_checkpoint(manager, like, metadata=metadata, step=step)
 
@@ -303,7 +314,8 @@ class OutputDirectory:
         """
         with raise_together():
             if is_lead():
-                saved = saved_record(self.path) if self.resumes else {}
+                # Another run may have saved something here while this one prepared.
+                saved = saved_record(self.path) if self.resumes or has_progress(self.path) else {}
                 fixed, _ = split_settings(self.settings.to_json(), "", self.settings.resumable_fields)
                 record = {**origin, "settings": fixed, "jax_config": numeric_options()}
                 record["base"] = origin["base"] or saved.get("base")
@@ -394,8 +406,8 @@ def open_output_directory(
             resumes = not fresh and any(map(has_progress, (path, *parts)))
             if allow_different and settings.init_adapter is None and not resumes:
                 raise ValueError(
-                    f"--allow_different {allow_different[0]} has no effect: {path} has no checkpoint to resume "
-                    "from, and init_adapter is not set; leave it out"
+                    f"--allow_different {allow_different[0]} has no effect: {path} has nothing to resume from, and "
+                    "init_adapter is not set; leave it out"
                 )
     changed = allgather(changed)[0]
     with contextlib.ExitStack() as stack:

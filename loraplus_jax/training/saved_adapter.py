@@ -112,7 +112,7 @@ def find_init_adapter(settings: Settings) -> Place | None:
         return None
     try:
         return look(expand_path("init_adapter", settings.init_adapter)).require(*ADAPTERS)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"init_adapter: {error}") from None
 
 

@@ -254,7 +254,7 @@ def add_adapters(
     base: BaseModel, config: LoRAPlusConfig | None, files: ModelFiles | None = None
 ) -> AdaptedModel:
     """Adds adapters to a base model, of shapes alone; `files` have the weights, with which it is compared first."""
-    key = jax.eval_shape(jax.random.key, 0)
+    key = jax.random.key(0)  # of which only the kind counts: nothing is computed
     variables = {"params": jax.eval_shape(base.model.init, key, *base.inputs)["params"]}
     if files is not None:
         check_params(files, base.table, variables["params"], new=base.new)

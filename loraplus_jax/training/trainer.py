@@ -90,7 +90,7 @@ def train(
             output.check_origin(run.origin)
             with raise_together():
                 if is_lead() and run.start is not None and settings.init_adapter is None:
-                    write_start(output.path, run.start, run.parts.specs, settings.applied)
+                    write_start(output.path, run.start, run.parts.specs, settings.applied, run.origin)
             output.open_manager(best=f"validation/{run.data.task.metric}", mode=run.data.task.mode)
             return Trainer(run, output).run_to_end()
 

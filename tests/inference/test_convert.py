@@ -365,7 +365,7 @@ def test_peft_computes_another_model_with_these_options(options, named, base, tm
     source = write_peft(tmp_path / "peft", modules_of(base, "q_proj", "v_proj"), base, **options)
     for to in ("merged", "gguf", "peft", "loraplus"):
         assert_mentions(rejected(capsys, source, "--to", to, out=tmp_path / "out"), *named)
-    assert main(["generate", str(source), "--prompt", "a"]) == 2
+    assert main(["generate", str(source), "--prompt", "a", "--max_tokens", "8"]) == 2
     assert_mentions(capsys.readouterr().err, *named)
 
 

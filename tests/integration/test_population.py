@@ -184,6 +184,8 @@ def test_where_there_is_no_cpu_a_short_measurement_chooses_the_members_at_once(h
     assert [population.programs_for(count).at_once for count in (4, 3, 2, 1)] == [2, 2, 2, 1]
     assert asked == [1, 2, 4]
     assert population.programs_for(2) is population.programs_for(2)
+    # A sweep that began on more devices has larger units.
+    assert population.programs_for(4).size == 4
     # Members on zeros have no finite loss; they would stop, and cost nothing, before the last timed call.
     recorded = Recorded(population.programs_for(2).step.largest)
     assert measured(recorded, population.mesh, 2) > 0

@@ -50,7 +50,7 @@ def test_kind(kind, prove, run_of, undrawn):
 
 def test_output_files_of_a_run(finished):
     names = {path.name for path in finished.out.iterdir()}
-    files = {"config.yaml", "loss.png", "metrics.jsonl", "summary.json"}
+    files = {"config.yaml", "loss.png", "metrics.jsonl", "summary.json", "identity.json"}
     assert names == files | {"adapter", "checkpoints", "tensorboard", ".lock"}
     adapter = {path.name for path in (finished.out / "adapter").iterdir()}
     assert adapter == {"adapter.json", "adapter.safetensors"}

@@ -376,7 +376,7 @@ def test_damaged_checkpoints_are_moved_and_the_next_restored_but_the_last_stays(
 
 
 def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_fields_that_it_has(tmp_path):
-    old = METADATA | ORIGIN | {"settings": {"seed": 3}}
+    old = METADATA | ORIGIN | {"settings": {"seed": SETTINGS.seed}}
     with opened(tmp_path) as output:
         output.claim()
         output.open_manager()
@@ -388,10 +388,33 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_fields_that_it_ha
             with pytest.raises(ValueError, match=mentions("task.kind")):
                 output.restore(state(0), METADATA | {"task": task})
     other = {"base": "c", "identity": {}}
+    for unreadable in ("9", "10.orbax-checkpoint-tmp"):  # damaged; killed while it was saved
+        with_file(tmp_path / f"checkpoints/{unreadable}/metadata", "metadata")
     with opened(tmp_path) as output, pytest.raises(ValueError, match=mentions("base.weights", "b", "c")):
         output.check_origin(other)
     with opened(tmp_path, allow_different=("base.weights",)) as output:
         output.check_origin(other)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (ORIGIN | {"settings": {"seed": 4}}, ["settings.seed", 4, 3]),
+        (
+            {"base": None},
+            ["identity.json", "missing", "--fresh"],
+        ),  # of this version, which keeps it in the file
+    ],
+)
+@pytest.mark.parametrize(
+    "place", ["checkpoints/1/metadata/metadata", "units/a/result.json", "start/adapter.json"]
+)
+def test_what_a_directory_was_made_with_is_compared_or_missed(tmp_path, place, record, words):
+    with opened(tmp_path) as output:
+        output.claim()
+        with_file((tmp_path / place).parent, (tmp_path / place).name, json.dumps(record))
+        with pytest.raises(ValueError, match=mentions(*words)):
+            output.check_origin(ORIGIN)
 
 
 def test_a_difference_is_allowed_where_there_is_something_to_compare_with(tmp_path):
