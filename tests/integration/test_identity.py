@@ -163,7 +163,7 @@ def test_a_merged_model_is_a_base_model_of_its_own(finished, tmp_path, capsys):
 
 def test_a_part_that_is_compared_with_nothing_has_no_effect(first_world, tmp_path, capsys):
     command = ("train", first_world.config, "--output_dir", tmp_path / "out", "--allow_different", "data")
-    assert_mentions(rejected(capsys, *command), "--allow_different data", "checkpoint", "init_adapter")
+    assert_mentions(rejected(capsys, *command), "--allow_different data", "nothing to resume", "init_adapter")
     assert not (tmp_path / "out").exists()
 
 
