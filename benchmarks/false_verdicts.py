@@ -3,9 +3,9 @@
     python benchmarks/false_verdicts.py
 
 Simulates the report of sweeps in which all methods have the same distribution of test losses, and gives it to the
-code that decides: `sweep.statistics` for LoRA+ against LoRA, and `sweep.method_comparison_report` for several
-methods. The loss of a run falls along one curve to its final loss. Seeds share a part of their noise, as runs of
-one seed do in a sweep. Writes results/false_verdicts.json.
+code that decides, `sweep.statistics`, for LoRA+ against LoRA and for several methods. The loss of a run falls along
+one curve to its final loss. Seeds share a part of their noise, as runs of one seed do in a sweep. Writes
+results/false_verdicts.json.
 """
 
 from collections.abc import Callable

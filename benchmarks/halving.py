@@ -12,6 +12,7 @@ and grid choose on one seed is also compared on the others.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ from sweep import CONFIG, SIXTEEN, SMALL
 from loraplus_jax.data.batches import train_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.device_members import DeviceMembers
-from loraplus_jax.sweep.halving import best_trial, comparison_steps, member_steps, split_at_rung
-from loraplus_jax.sweep.population import prepare_population
+from loraplus_jax.sweep.halving import best_trial, comparison_steps, member_steps, survivors
+from loraplus_jax.sweep.population import abstract_population, prepare_population
 from loraplus_jax.sweep.settings import ARM_LABELS, METHODS, SweepRun, SweepSettings, Trial
 
 TASKS = {
@@ -38,7 +39,7 @@ EVALUATED = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1)
 def train(run: SweepRun) -> dict[str, dict[str, float]]:
     """The validation losses of all settings with all seeds, by step."""
     entries = [(trial, seed) for seed in run.seeds for trial in run.trials]
-    population = prepare_population(run, len(entries))
+    population = prepare_population(abstract_population(run), len(entries))
     members = DeviceMembers(population, [population.first(*entry) for entry in entries])
     losses, data = {}, population.data.splits
     how = {"batch_size": run.train.batch_size, "arrange": population.batches.arrange}
@@ -61,21 +62,22 @@ def key(trial: Trial, seed: int) -> str:
 
 def compare(name: str, run: SweepRun, losses: dict[int, dict[str, float]], seed: int) -> dict[str, Any]:
     """One seed: the best setting of the grid, and the one that halving comes to."""
-    left, counts, steps = list(run.trials), [], max(losses)
-    stops = comparison_steps(run.sweep, steps)
-    halved: dict[str, Trial] = {}
+    left = {arm: [trial for trial in run.trials if trial.arm == arm] for arm in METHODS}
+    counts, steps, stops = [], max(losses), comparison_steps(run.sweep, max(losses))
+    grid, halved = dict[str, Trial](), dict[str, Trial]()
+
+    def scores(trials: Sequence[Trial], stop: int) -> dict[Trial, float]:
+        return {trial: losses[stop][key(trial, seed)] for trial in trials}
+
+    for arm, trials in left.items():
+        grid |= {} if (best := best_trial(scores(trials, steps))) is None else {arm: best}
     for stop in stops:
-        counts.append(len(left))
-        scores = {trial: losses[stop][key(trial, seed)] for trial in left}
-        if stop == steps:
-            best = {arm: best_trial(scores, arm) for arm in METHODS if arm not in halved}
-            halved |= {arm: trial for arm, trial in best.items() if trial is not None}
-        else:
-            alone, left = split_at_rung(scores, run.sweep.keep)
-            halved |= alone
-    final = {trial: losses[steps][key(trial, seed)] for trial in run.trials}
-    row: dict[str, Any] = {"task": name, "seed": seed}
-    grid = {arm: trial for arm in METHODS if (trial := best_trial(final, arm)) is not None}
+        counts.append(sum(map(len, left.values())))
+        for arm, trials in [*left.items()]:
+            best, kept = best_trial(found := scores(trials, stop)), survivors(found, run.sweep.keep)
+            left[arm] = kept if len(kept) > 1 and stop < steps else []
+            halved |= {arm: best} if trials and not left[arm] and best is not None else {}
+    final, row = scores(run.trials, steps), dict[str, Any](task=name, seed=seed)
     for arm in METHODS:
         for way, chosen in (("grid", grid), ("halving", halved)):
             row[f"{ARM_LABELS[arm]}, {way}"] = f"{final[chosen[arm]]:.4f}"

@@ -27,9 +27,10 @@ from loraplus_jax import init_state
 from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step import replicate, shard_batch
+from loraplus_jax.sweep.arms import programs_of
 from loraplus_jax.sweep.device_members import DeviceMembers
 from loraplus_jax.sweep.halving import comparison_steps, curve_steps, member_steps, planned_members
-from loraplus_jax.sweep.population import prepare_population
+from loraplus_jax.sweep.population import abstract_population, prepare_population
 from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.training.setup import prepare
 
@@ -88,7 +89,8 @@ def timing(rounds: int) -> None:
         ("evaluation batch", "single"): (single_evaluation, 2),
     }
     for name, devices in DEVICES.items():
-        population = prepare_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun), count)
+        own = abstract_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun))
+        population = prepare_population(own, count)
         members = DeviceMembers(population, [population.first(trial, 0) for trial in run.trials])
         calls["step", name] = functools.partial(population_step, members, batch), count
         calls["evaluation batch", name] = functools.partial(members.evaluate, two_batches), 2 * count
@@ -124,7 +126,8 @@ def single_count(run: SweepRun, steps: int) -> tuple[int, int]:
 def sweep_count(run: SweepRun, steps: int, members: int) -> tuple[int, int]:
     """The same of a whole sweep with this many members in the report."""
     stops = comparison_steps(run.sweep, steps)
-    searched = planned_members(run.trials, len(run.seeds), stops, run.sweep.keep)
+    settings = [len(arm.trials) for program in programs_of(run) for arm in program.arms if arm.trials]
+    searched = planned_members(settings, len(run.seeds), stops, run.sweep.keep)
     points = len(curve_steps(steps, run.sweep.curve_points))
     batches = sum(searched) * batches_of(run, "validation") + members * points * batches_of(run, "test")
     return member_steps(searched, stops) + members * steps, batches
@@ -159,7 +162,7 @@ def sizes(rounds: int) -> None:
     for name, devices, in_parallel in (("one after another", 1, 1), ("in parallel", 1, most), (TWO, 2, 1)):
         options = [*SIXTEEN, *SMALL, *UNCACHED, "--mesh.data", str(devices)]
         run = parse_settings(CONFIG, options, SweepRun)
-        population = prepare_population(run, most, in_parallel)
+        population = prepare_population(abstract_population(run), most, in_parallel)
         for size in SIZES:
             ways[name, size] = DeviceMembers(population, [population.first(t, 0) for t in run.trials[:size]])
     population = next(iter(ways.values())).population

@@ -11,7 +11,6 @@ in --output_dir, where each study has a page with its tables. It writes results/
 """
 
 import argparse
-import dataclasses
 import json
 import random
 import re
@@ -23,13 +22,14 @@ from common import RESULTS, arguments, machine, make_parser
 
 from loraplus_jax._utils.atomic import to_json, write_text
 from loraplus_jax._utils.json_files import MAX_ROWS_BYTES
-from loraplus_jax._utils.records import DIGEST, read_record
+from loraplus_jax._utils.records import read_record
 from loraplus_jax.data.fetch import ASSETS, fetch
 from loraplus_jax.settings.parsing import parse_settings, settings_from_json
 from loraplus_jax.settings.yaml_files import read_yaml
-from loraplus_jax.sweep.method_comparison import MethodRun, compare_methods, compare_runs, method_run
+from loraplus_jax.sweep.arms import Arm, SharedProgram
 from loraplus_jax.sweep.report import REPORT
-from loraplus_jax.sweep.settings import SweepRun
+from loraplus_jax.sweep.run import sweep
+from loraplus_jax.sweep.settings import SweepRun, Trial
 from loraplus_jax.sweep.unit import unit_directory
 from loraplus_jax.training.run_files import CONFIG, RESULT, read_summary
 from loraplus_jax.training.signals import Stopped
@@ -154,7 +154,7 @@ LAMBDA = {
     "train.steps": None,
     "train.epochs": 2.0,
     "sweep.method": "grid",
-    # Of λ = 1; `compare_lambdas` divides them by √λ, so that the product of both factors' rates is the same.
+    # Of λ = 1; `lambdas` divides them by √λ, so that the product of both factors' rates is the same.
     "sweep.learning_rates": [2.5e-4, 7.1e-4, 2e-3],
     "sweep.method_learning_rates": {},
     "sweep.widen": 3,
@@ -341,18 +341,17 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         done = Path(run.output_dir)
         # Parsed, so that a setting that a finished study of an earlier version lacks has its default.
         if read_summary(done) is not None and settings_from_json(read_yaml(done / CONFIG), SweepRun) == run:
-            report = read_record(done / REPORT, limit=MAX_ROWS_BYTES)
-            report.pop(DIGEST, None)
+            report = by_method(read_record(done / REPORT, limit=MAX_ROWS_BYTES))
             # Where it ran, which need not be where its table is written.
             old = kept.get(title, {})
             ran_on = old["machine"] if old.get("methods") == report["methods"] else machine()
         else:
-            report = compare_lambdas(run) if name == "lambda" else compare_methods(run)
+            report = by_method(sweep(run, programs=[lambdas(run)] if name == "lambda" else None))
             ran_on = machine()
         protocol = report["protocol"] | {"batch": [run.train.batch_size, run.data.max_length], "data": title}
         protocol["dtype"] = run.model.dtype
         # Those of all its units, also of those that an earlier command ran.
-        units = done.glob(f"*/{unit_directory(Path(), '*') / RESULT}")
+        units = done.glob(f"{unit_directory(Path(), '*') / RESULT}")
         seconds = [read_record(unit, limit=MAX_ROWS_BYTES)["seconds"] for unit in units]
         protocol["hours"] = round(sum(seconds) / 3600, 3)
         if run.task == "generation":
@@ -363,21 +362,28 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {title: kept[title] for title in studies if title in kept}
 
 
-def compare_lambdas(run: SweepRun) -> dict[str, Any]:
-    """Tunes η_A for each λ and compares it with λ = 1, which is plain LoRA."""
-    rates, ratios = run.sweep.learning_rates or (), run.sweep.lr_ratios
+def by_method(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep's report with all that is of one method together."""
+    protocol, differences = report["protocol"], {row["first"]: row for row in report["comparisons"]}
+    methods = {
+        name: method
+        | {part: [row for row in report[part] if row["arm"] == name] for part in ("search", "runs")}
+        | {"chosen": report["chosen"].get(name), "settings": protocol["settings"][name]}
+        | {"against_lora": differences.get(name)}
+        for name, method in report["methods"].items()
+    }
+    return {"verdict": report["verdict"], "protocol": protocol, "methods": methods}
 
-    def tuned(method: str, **changes: Any) -> MethodRun:
-        return method_run(dataclasses.replace(run, sweep=dataclasses.replace(run.sweep, **changes)), method)
 
-    runs = {"lora": tuned("lora", lr_ratios=ratios[:1], method_learning_rates={"lora": rates})}
-    labels = {"lora": "λ = 1 (LoRA)"}
-    for ratio in ratios:
-        name, own = f"lambda_{ratio:g}", [float(f"{rate / ratio**0.5:.3g}") for rate in rates]
-        one = tuned("lora_plus", lr_ratios=(ratio,), learning_rates=own, method_learning_rates={})
-        runs[name] = dataclasses.replace(one, output_dir=str(Path(run.output_dir) / name))
-        labels[name] = f"λ = {ratio:g}"
-    return compare_runs(run, runs, labels)
+def lambdas(run: SweepRun) -> SharedProgram:
+    """Each λ with its rates of η_A, beside λ = 1, which is plain LoRA."""
+    arms = []
+    for ratio in (1.0, *run.sweep.lr_ratios):
+        rates = (float(f"{rate / ratio**0.5:.3g}") for rate in run.sweep.learning_rates or ())
+        trials = tuple(Trial(rate, ratio, run.lora.alpha, run.lora.rank) for rate in rates)
+        name, label = ("lora", "λ = 1 (LoRA)") if ratio == 1 else (f"lambda_{ratio:g}", f"λ = {ratio:g}")
+        arms.append(Arm(name, label, trials))
+    return SharedProgram(run, tuple(arms))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

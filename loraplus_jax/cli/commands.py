@@ -559,7 +559,7 @@ RUNS = {
 FETCH = {"name": value("model or dataset to download", nargs="?", metavar="NAME")}
 _train, _sweep = (
     partial(_run, "training.trainer:train"),
-    partial(_run, "sweep.method_comparison:sweep_or_compare"),
+    partial(_run, "sweep.run:sweep"),
 )
 _inspect, _export = partial(_call, "training.inspect:inspect"), partial(_call, "inference.export:export_run")
 _combine = partial(_call, "inference.combine:combine_runs")

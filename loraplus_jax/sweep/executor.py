@@ -12,34 +12,33 @@ import jax
 
 from ..training.console import LineConsole
 from ..training.provenance import Origin
-from .population import AbstractPopulation, Population, prepare_population
-from .settings import SweepRun
+from .population import AbstractPopulation, prepare_population
 from .unit import Progress, Unit, run_unit
 
 
 class Opened(NamedTuple):
-    """What a sweep knows of its model and data before its first unit.
+    """A program that is ready to run units.
 
     Attributes:
-      abstract: data, steps and shapes.
+      program: what the executor runs them with.
       origin: base and data, which every unit must share.
       members_at_once: members that a device computes in parallel.
       group_size: most members of a unit.
     """
 
-    abstract: AbstractPopulation
+    program: Any
     origin: Origin
     members_at_once: int
     group_size: int
 
 
 class Stages(Protocol):
-    """What an executor knows of a sweep."""
+    """What an executor knows of the search and the report of a program's arms."""
 
     directory: Path
 
-    async def train(self) -> dict[str, Any]:
-        """Runs one stage after another; returns the report."""
+    async def train(self) -> None:
+        """Runs one stage after another."""
         ...
 
     def follow(self, unit: Unit, progress: Progress) -> None:
@@ -51,32 +50,30 @@ class Executor(Protocol):
     """Runs units.
 
     Attributes:
-      is_concurrent: whether it runs the units of several sweeps at the same time.
       workers: number of units that run at the same time; more or fewer may, as workers join or are lost.
     """
 
-    is_concurrent: bool
     workers: int
 
     async def open(
-        self, run: SweepRun, most: int, members_at_once: int | None, group_size: int | None
+        self, abstract: AbstractPopulation, most: int, members_at_once: int | None, group_size: int | None
     ) -> Opened:
         """Loads, checks and, as far as it can before the first unit, compiles; it writes nothing.
 
         Args:
-          run: settings of the sweep.
+          abstract: the population before weights are read.
           most: members of the largest stage.
           members_at_once: members that a device computes in parallel; None chooses.
           group_size: most members of a unit; None chooses.
         """
         ...
 
-    async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
-        """The results of units; meanwhile `sweep.follow` learns how far they are."""
+    async def run(self, opened: Opened, stages: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
+        """The results of units; meanwhile `stages.follow` learns how far they are."""
         ...
 
-    def finish(self, sweeps: Sequence[Stages]) -> list[dict[str, Any]]:
-        """Runs sweeps to their ends; returns the report of each."""
+    def finish(self, programs: Sequence[Stages]) -> None:
+        """Runs the stages of all programs to their ends."""
         ...
 
 
@@ -86,51 +83,49 @@ class InProcess:
     By default a unit has as many members as a program call: all of a stage where they follow one after another.
     """
 
-    is_concurrent, workers = False, 1
+    workers = 1
 
     def __init__(self, console: LineConsole) -> None:
         self.console = console
 
     async def open(
-        self, run: SweepRun, most: int, members_at_once: int | None, group_size: int | None
+        self, abstract: AbstractPopulation, most: int, members_at_once: int | None, group_size: int | None
     ) -> Opened:
         """Compiles and loads everything."""
         if jax.process_count() > 1:
             raise ValueError(
                 f"a sweep runs in one process, got {jax.process_count()} processes; start only one"
             )
-        size = min(group_size or most, most)
-        self.population: Population | None = None  # before the next one is loaded
-        self.population = population = prepare_population(run, size, members_at_once)
+        population = prepare_population(abstract, min(group_size or most, most), members_at_once)
         programs = population.programs
         size = group_size or (programs.size if programs.at_once > 1 else most)
-        return Opened(population.abstract, population.origin, programs.at_once, min(size, most))
+        return Opened(population, population.origin, programs.at_once, min(size, most))
 
-    async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
+    async def run(self, opened: Opened, stages: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """Runs one unit after another."""
-        return [self._run_unit(sweep, unit) for unit in units]
+        return [self._run_unit(opened, stages, unit) for unit in units]
 
-    def _run_unit(self, sweep: Stages, unit: Unit) -> dict[str, Any]:
-        assert self.population is not None
+    def _run_unit(self, opened: Opened, stages: Stages, unit: Unit) -> dict[str, Any]:
         result = run_unit(
-            self.population,
+            opened.program,
             unit,
-            sweep.directory,
+            stages.directory,
             console=self.console,
-            tell=lambda progress: sweep.follow(unit, progress),
+            tell=lambda progress: stages.follow(unit, progress),
         )
-        sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
+        stages.follow(unit, Progress(unit.stops[-1], result["rows"]))
         return result
 
-    def finish(self, sweeps: Sequence[Stages]) -> list[dict[str, Any]]:
-        """Runs one sweep after another."""
-        return [_run_through(sweep.train()) for sweep in sweeps]
+    def finish(self, programs: Sequence[Stages]) -> None:
+        """Runs one program after another."""
+        for stages in programs:
+            _run_through(stages.train())
 
 
-def _run_through(sweep: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    # Nothing in this process suspends a sweep, so it needs no event loop: a notebook has one that runs already.
+def _run_through(stages: Coroutine[Any, Any, None]) -> None:
+    # Nothing in this process suspends them, so they need no event loop: a notebook has one that runs already.
     try:
-        sweep.send(None)
-    except StopIteration as end:
-        return end.value
-    raise AssertionError("a sweep in this process waits for another one")
+        stages.send(None)
+    except StopIteration:
+        return
+    raise AssertionError("a sweep in this process waits for something")

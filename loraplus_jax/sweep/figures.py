@@ -12,20 +12,29 @@ from .settings import ARM_LABELS
 PICTURES = {
     "heat_map": "Validation loss over the learning rates of A and B at the last comparison. Dashed line: plain "
     "LoRA (equal rates). Frame: selected setting. Cross: diverged. Grey: dropped after the number of steps shown.",
-    "curves": "Test loss of the selected settings: mean over the report seeds; the band spans minimum to maximum.",
+    "differences": "Test loss minus tuned LoRA's, paired by seed: mean and interval. Left of the line is better.",
+    "curves": "Test loss of the selected settings: mean over the report seeds; a band spans minimum to maximum.",
 }
 """Name and caption of each figure."""
+MOST_BANDS = 3
+"""Curves that may have bands; more would hide each other."""
 COLOURS = {"lora": "#b04a00", "lora_plus": "#0b5fa5", "control": "#3f3f3f"}
 MARKERS = {"lora": "s", "lora_plus": "o", "control": "^"}
 LINES: dict[str, Any] = {"lora": "--", "lora_plus": "-", "control": ":"}
 Report = Mapping[str, Any]
 
 
-def draw_figures(directory: Path, report: Report, names: Iterable[str] = tuple(PICTURES)) -> None:
+def pictures_of(report: Report) -> list[str]:
+    """The figures of a complete report: with a control or alone, LoRA and LoRA+ have a map of their rates."""
+    is_of_lambda = report["decision"] is not None
+    return [name for name in PICTURES if name != ("differences" if is_of_lambda else "heat_map")]
+
+
+def draw_figures(directory: Path, report: Report, names: Iterable[str] | None = None) -> None:
     """Draws figures of a report as PNG files in `directory`; an incomplete report has only `"heat_map"`."""
     plt = pyplot()
-    drawings = {"heat_map": heat_map, "curves": draw_curves}
-    for name in names:
+    drawings = {"heat_map": heat_map, "differences": draw_differences, "curves": draw_curves}
+    for name in pictures_of(report) if names is None else names:
         drawing = drawings[name]
         figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
         drawing(axes, report)
@@ -137,33 +146,52 @@ def heat_map_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[Point, float
     return cells, dropped
 
 
+def draw_differences(axes: Any, report: Report) -> None:
+    """Each method's test loss minus LoRA's: mean and interval, the lowest on top."""
+    found = {row["first"]: row["test_loss"] for row in report["comparisons"]}
+    found = {name: interval for name, interval in found.items() if interval["low"] is not None}
+    names = sorted(found, key=lambda name: -found[name]["mean"])
+    for place, name in enumerate(names):
+        interval = found[name]
+        axes.hlines(place, interval["low"], interval["high"], color=COLOURS["lora_plus"], linewidth=2)
+        axes.plot(interval["mean"], place, "o", color=COLOURS["lora_plus"], markersize=7)
+    axes.axvline(0, color="black", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(names)), [report["methods"][name]["label"] for name in names])
+    axes.set(xlabel="test loss minus tuned LoRA's", title="Difference to tuned LoRA, paired by seed")
+    axes.grid(axis="x", alpha=0.3)
+
+
 def draw_curves(axes: Any, report: Report) -> None:
     """Mean curve and min-max band of each arm, over its runs that did not diverge."""
-    for arm in report_arms(report):
+    arms = list(dict.fromkeys(run["arm"] for run in report["runs"]))
+    for number, arm in enumerate(arms):
         runs = [run["curve"] for run in report["runs"] if run["arm"] == arm and not run["diverged"]]
         if not runs:
             continue
         steps, losses = [step for step, _ in runs[0]], np.array([[loss for _, loss in run] for run in runs])
-        axes.fill_between(steps, losses.min(0), losses.max(0), color=COLOURS[arm], alpha=0.18, linewidth=0)
-        style = {"color": COLOURS[arm], "linestyle": LINES[arm], "marker": MARKERS[arm], "markersize": 4}
+        color = COLOURS.get(arm, f"C{number % 10}")
+        if len(arms) <= MOST_BANDS:
+            axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.18, linewidth=0)
+        style = {
+            "color": color,
+            "linestyle": LINES.get(arm, "-"),
+            "marker": MARKERS.get(arm),
+            "markersize": 4,
+        }
         axes.plot(steps, losses.mean(0), label=arm_label(arm, report), **style)
     axes.set(xlabel="step", ylabel="test loss", title="Selected settings on the report seeds")
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend(frameon=False)
-
-
-def report_arms(report: Report) -> list[str]:
-    """Arms in the report, in order of appearance."""
-    return list(dict.fromkeys(run["arm"] for run in report["runs"]))
+        axes.legend(frameon=False, fontsize=None if len(arms) <= MOST_BANDS else 8)
 
 
 def arm_label(arm: str, report: Report) -> str:
     """Label of an arm with its selected setting."""
-    chosen = report["chosen"]["lora_plus" if arm == "control" else arm]
+    label, chosen = (
+        report["methods"][arm]["label"],
+        report["chosen"]["lora_plus" if arm == "control" else arm],
+    )
     rate = f"lr {chosen['learning_rate']:g}"
-    if arm == "lora":
-        return f"LoRA, {rate}"
-    if arm == "lora_plus":
-        return f"LoRA+, {rate}, lambda {chosen['lr_ratio']:g}"
-    return f"{ARM_LABELS[arm]}\n{rate}, alpha {chosen['alpha'] * chosen['lr_ratio']:g}"
+    if arm == "control":
+        return f"{label}\n{rate}, alpha {chosen['alpha'] * chosen['lr_ratio']:g}"
+    return f"{label}, {rate}" + (f", lambda {chosen['lr_ratio']:g}" if chosen["lr_ratio"] != 1 else "")

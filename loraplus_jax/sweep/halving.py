@@ -1,4 +1,4 @@
-"""Successive halving, separately for LoRA and LoRA+, so that each method keeps a best setting.
+"""Successive halving, separately for each arm, so that each keeps a best setting.
 
 Every member follows the learning-rate schedule of a full run, so a survivor of a rung is where its single run would
 be. Settings are compared at equal steps by validation loss. At a rung the learning rate has not decayed yet, which
@@ -76,7 +76,7 @@ def curve_steps(steps: int, points: int) -> list[int]:
 
 
 def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
-    """The best `keep` share of each arm's settings, at least one, in input order.
+    """The best `keep` share of an arm's settings, at least one, in input order.
 
     Lower scores are better; the first wins a tie. A non-finite score means diverged and never survives.
 
@@ -84,30 +84,20 @@ def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
     >>> [trial.learning_rate for trial in survivors(scores, 0.25)]
     [0.001]
     """
-    best: list[Trial] = []
-    for arm in dict.fromkeys(trial.arm for trial in scores):
-        trials = [trial for trial in scores if trial.arm == arm]
-        finite = [trial for trial in trials if math.isfinite(scores[trial])]
-        # Less an epsilon: 0.07 x 100 settings are 7.000000000000001 in floating point.
-        best += sorted(finite, key=scores.__getitem__)[: max(1, math.ceil(keep * len(trials) - 1e-9))]
+    finite = [trial for trial in scores if math.isfinite(scores[trial])]
+    best = sorted(finite, key=scores.__getitem__)[: kept(len(scores), keep)]
     return [trial for trial in scores if trial in best]
 
 
-def split_at_rung(scores: Mapping[Trial, float], keep: float) -> tuple[dict[str, Trial], list[Trial]]:
-    """Splits the survivors of a rung into sole survivors, by arm, and settings that train on.
-
-    A sole survivor is selected immediately: further training could not change the selection.
-    """
-    by_arm: dict[str, list[Trial]] = {}
-    for trial in survivors(scores, keep):
-        by_arm.setdefault(trial.arm, []).append(trial)
-    selected = {arm: trials[0] for arm, trials in by_arm.items() if len(trials) == 1}
-    return selected, [trial for arm, trials in by_arm.items() if arm not in selected for trial in trials]
+def kept(count: int, keep: float) -> int:
+    """How many of an arm's settings a rung keeps, if they do not diverge."""
+    # Less an epsilon: 0.07 x 100 settings are 7.000000000000001 in floating point.
+    return max(1, math.ceil(keep * count - 1e-9))
 
 
-def best_trial(scores: Mapping[Trial, float], arm: str) -> Trial | None:
+def best_trial(scores: Mapping[Trial, float]) -> Trial | None:
     """An arm's setting with the lowest score; None if all diverged."""
-    finite = [trial for trial, score in scores.items() if trial.arm == arm and math.isfinite(score)]
+    finite = [trial for trial, score in scores.items() if math.isfinite(score)]
     return min(finite, key=scores.__getitem__, default=None)
 
 
@@ -134,18 +124,21 @@ def member_steps(counts: Sequence[int], stops: Sequence[int]) -> int:
     return sum(count * length for count, length in zip(counts, lengths, strict=True))
 
 
-def planned_members(trials: Sequence[Trial], seeds: int, stops: Sequence[int], keep: float) -> list[int]:
+def planned_members(settings: Sequence[int], seeds: int, stops: Sequence[int], keep: float) -> list[int]:
     """Members that train up to each stop, and are evaluated there, if nothing diverges.
 
     Args:
-      trials: settings of the search.
+      settings: number of settings of each arm.
       seeds: seeds of the search.
       stops: steps after which settings are compared.
-      keep: share of each method's settings that is kept.
+      keep: share of each arm's settings that is kept.
+
+    >>> planned_members([16, 16], 1, [38, 300], 0.125)
+    [32, 4]
     """
-    remaining, counts = list(trials), []
+    remaining, counts = list(settings), []
     for _ in stops:
-        counts.append(len(remaining) * seeds)
-        # Which of them go on does not matter here, only how many.
-        _, remaining = split_at_rung({trial: float(n) for n, trial in enumerate(remaining)}, keep)
+        counts.append(sum(remaining) * seeds)
+        # One that is left alone is selected without further training.
+        remaining = [kept(count, keep) for count in remaining if kept(count, keep) > 1]
     return counts

@@ -119,6 +119,7 @@ class AbstractPopulation(NamedTuple):
     """A population before weights are read.
 
     Attributes:
+      run: settings of the sweep.
       files: the model's files.
       data: data of the sweep.
       steps: optimizer steps of a full run.
@@ -126,6 +127,7 @@ class AbstractPopulation(NamedTuple):
       shapes: the model of that rank, with shapes as variables.
     """
 
+    run: SweepRun
     files: ModelFiles
     data: TaskData
     steps: int
@@ -146,7 +148,7 @@ def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> Abstra
     shapes = build_model(widest, files, data.task, widest.applied)
     make_optimizer(run.shared_optimizer, widest.lr_ratio, steps, shapes.specs)  # for its errors
     check_rates(run.optimizer, shapes.trainable)
-    return AbstractPopulation(files, data, steps, widest, shapes)
+    return AbstractPopulation(run, files, data, steps, widest, shapes)
 
 
 def load_sweep_data(run: SweepRun, files: ModelFiles, loaded: TaskData | None = None) -> tuple[TaskData, int]:
@@ -187,20 +189,19 @@ def origin_of(abstract: AbstractPopulation, base: str | None) -> Origin:
     return {"base": base, "identity": identity | {"data": abstract.data.digests}}
 
 
-def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -> Population:
-    """Downloads, checks, compiles and loads everything, as `prepare` does for a single run.
+def prepare_population(abstract: AbstractPopulation, places: int, at_once: int | None = None) -> Population:
+    """Compiles and loads everything, as `prepare` does for a single run.
 
     Args:
-      run: settings of the sweep.
+      abstract: the population from `abstract_population`.
       places: maximum number of members.
       at_once: members that a device computes in parallel; None measures which number is fastest.
 
     Raises:
       ValueError, OSError: settings, model and data do not match, memory is too small, or a file cannot be read.
     """
+    run, files, data, steps, widest, shapes = abstract
     mesh = Mesh(make_mesh(run.mesh.data).devices.reshape(-1), (MEMBER_AXIS,))
-    abstract = abstract_population(run)
-    files, data, steps, widest, shapes = abstract
     config = widest.applied
     # From shapes, before weights are read: what is too large is known in seconds.
     seeds = (*run.seeds, *run.report_seeds)
@@ -340,7 +341,7 @@ def _compile_programs(
     abstract: AbstractPopulation, batches: BatchPlan, mesh: Mesh, capacity: int, at_once: int | None
 ) -> tuple[Programs, Callable[[int], Programs]]:
     """Compiles, from shapes, the programs for all members; also returns a function that does for fewer."""
-    run, (_, data, steps, _, shapes) = abstract.widest, abstract
+    run, (_, _, data, steps, _, shapes) = abstract.widest, abstract
     losses = data.task.make_losses(run, shapes, scored=batches.scored)
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)  # noqa: E731
     # eval_shape traces without computing; asarray, as NumPy's scalars have no place in a trace's outputs.

@@ -26,8 +26,8 @@ from ..training.distributed import LostProcess
 from ..training.run_files import OWNER
 from ..training.signals import Stopped, StopSignal
 from .executor import Opened, Stages
-from .population import abstract_population, load_weights, origin_of
-from .settings import SweepRun, SweepSettings
+from .population import AbstractPopulation, load_weights, origin_of
+from .settings import SweepSettings
 from .unit import Progress, Unit
 from .worker import Job, measure, packages, read_progress, run_on_worker
 
@@ -143,8 +143,6 @@ def worker_resources(
 class RayTasks:
     """Runs units as tasks of Ray; by default a unit has as many members as a worker computes in parallel."""
 
-    is_concurrent = True
-
     def __init__(self, ray: Any, settings: SweepSettings, console: LineConsole, stop: StopSignal) -> None:
         self.ray, self.console, self.stop = ray, console, stop
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -157,24 +155,22 @@ class RayTasks:
         self.cores = max(1, int(self.resources["CPU"])) if uses_cores else None
         self.called = set[Any]()
         """Tasks that have not been read."""
-        self.jobs: dict[Path, Job] = {}
         self.weights: dict[str, str] = {}
         """The fingerprint of the weights, by the settings of the model."""
 
     async def open(
-        self, run: SweepRun, most: int, members_at_once: int | None, group_size: int | None
+        self, abstract: AbstractPopulation, most: int, members_at_once: int | None, group_size: int | None
     ) -> Opened:
         """Loads and checks; where there is no CPU, one worker measures how many members it computes in parallel."""
-        abstract = abstract_population(run)
+        run = abstract.run
         model = to_json(run.to_json()["model"])
         if model not in self.weights:
             self.weights[model] = fingerprint(load_weights(abstract))
             self.check_stop()
         origin = origin_of(abstract, self.weights[model])
-        path = expand_path("output_dir", run.output_dir)
         job = Job(
             settings=(type(run), run.to_json()),
-            directory=path.absolute(),
+            directory=expand_path("output_dir", run.output_dir).absolute(),
             working_directory=Path.cwd(),
             owner=None,
             source=origin | {"packages": packages()},
@@ -187,38 +183,37 @@ class RayTasks:
             measured = await self.call(measure, job)
             job, devices = job._replace(members_at_once=measured["members_at_once"]), measured["devices"]
         at_once = job.members_at_once or 1
-        self.jobs[path] = job = job._replace(group_size=min(group_size or at_once * devices, most))
-        return Opened(abstract, origin, at_once, job.group_size)
+        job = job._replace(group_size=min(group_size or at_once * devices, most))
+        return Opened(job, origin, at_once, job.group_size)
 
-    async def run(self, sweep: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
+    async def run(self, opened: Opened, stages: Stages, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """Queues all units in Ray, and follows their progress."""
-        job = self.jobs[sweep.directory]._replace(owner=(sweep.directory / OWNER).read_text())
-        return await asyncio.gather(*(self._run_unit(sweep, job, unit) for unit in units))
+        job = opened.program._replace(owner=(stages.directory / OWNER).read_text())
+        return await asyncio.gather(*(self._run_unit(stages, job, unit) for unit in units))
 
-    async def _run_unit(self, sweep: Stages, job: Job, unit: Unit) -> dict[str, Any]:
+    async def _run_unit(self, stages: Stages, job: Job, unit: Unit) -> dict[str, Any]:
         def poll() -> None:
-            if (progress := read_progress(sweep.directory, unit)) is not None:
-                sweep.follow(unit, progress)
+            if (progress := read_progress(stages.directory, unit)) is not None:
+                stages.follow(unit, progress)
 
         result = await self.call(run_on_worker, job, unit, poll=poll)
-        sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
+        stages.follow(unit, Progress(unit.stops[-1], result["rows"]))
         return result
 
-    def finish(self, sweeps: Sequence[Stages]) -> list[dict[str, Any]]:
-        """Runs all sweeps at the same time."""
+    def finish(self, programs: Sequence[Stages]) -> None:
+        """Runs the stages of all programs at the same time."""
 
-        async def run_all() -> list[dict[str, Any]]:
-            return await asyncio.gather(*(sweep.train() for sweep in sweeps))
+        async def run_all() -> None:
+            await asyncio.gather(*(stages.train() for stages in programs))
 
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            reports = asyncio.run(run_all())
+            asyncio.run(run_all())
         else:  # a notebook's, in this thread
             with ThreadPoolExecutor(1) as pool:
-                reports = pool.submit(lambda: asyncio.run(run_all())).result()
+                pool.submit(lambda: asyncio.run(run_all())).result()
         self.check_stop()
-        return reports
 
     def check_stop(self) -> None:
         """Raises Stopped after a signal."""

@@ -4,91 +4,249 @@ import base64
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from .._utils.atomic import write_text
 from .._utils.records import write_record
 from .._utils.validation import expand_path
+from ..tasks.interface import TaskData
+from .arms import Arm
 from .edges import edges
-from .figures import PICTURES
-from .halving import comparison_steps, mean_losses, member_steps
-from .settings import ARM_LABELS, METHODS, SweepRun, Trial
+from .figures import PICTURES, pictures_of
+from .halving import comparison_steps, curve_steps, mean_losses, member_steps
+from .settings import SweepRun, Trial
 from .statistics import (
+    CONFIDENCE,
     REPORT_CONFIDENCE,
     compare_arms,
     decision,
     lora_label,
     recommended_arm,
     report_runs,
+    t_interval,
     untrained,
     verdict,
+    verdict_of_methods,
 )
 
 REPORT, PAGE, WINNER = "report.json", "report.html", "winner.yaml"
-RATE_OPTIONS = {
-    ("lora", "learning_rate"): "lora_learning_rates",
-    ("lora_plus", "learning_rate"): "learning_rates",
-    ("lora_plus", "lr_ratio"): "lr_ratios",
-}
-"""Field of the section sweep that lists the values of an arm's rate or ratio."""
 ReportRow = dict[str, Any]
 
 
 def make_report(
     run: SweepRun,
+    arms: Sequence[Arm],
     rows: Sequence[ReportRow],
     chosen: Mapping[str, Trial],
+    diverged: Collection[str],
     steps: int,
-    metric: str,
-    curve: Mapping[str, Any],
+    data: TaskData,
+    measurements: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """All numbers of a sweep as plain JSON values; a non-finite loss is null.
 
     Args:
       run: settings of the sweep.
+      arms: all arms.
       rows: evaluations so far.
       chosen: maps an arm to its selected setting, once there is one.
+      diverged: arms of which every setting diverged.
       steps: optimizer steps of a full run.
-      metric: name of the task's metric.
-      curve: `curve_steps`, `test_rows` and `constant`: steps of the test evaluations in the report stage, their
-        rows, and the metrics of a constant answer.
+      data: data of the sweep.
+      measurements: what `measured` found of each arm whose report has ended.
     """
-    runs = report_runs(rows, steps, run.sweep.target)
+    metric, confidence = data.task.metric, _confidence(run, arms)
+    of_arm = {arm.name: [row for row in rows if row["arm"] == arm.name] for arm in arms}
     # With those that `sweep.widen` added.
-    tried = list(dict.fromkeys([*run.trials, *mean_losses(row for row in rows if row["stage"] == "search")]))
+    tried = {
+        arm.name: list(dict.fromkeys([*arm.trials, *mean_losses(_search_rows(of_arm[arm.name]))]))
+        for arm in arms
+        if arm.trials
+    }
+    counts = {name: len(trials) for name, trials in tried.items()}
     report: dict[str, Any] = {
         "complete": False,
-        "protocol": _protocol(run, tried, steps, metric)
-        | dict(curve)
-        | {"untrained": untrained(rows, metric)},
-        "member_steps": _member_steps(rows, len(tried) * len(run.seeds) * steps),
-        "search": _search(rows),
+        "protocol": {
+            "model": run.model.path,
+            "data": ", ".join(run.data.sources),
+            "init": run.lora.init,
+            "steps": steps,
+            "method": run.sweep.method,
+            "stops": comparison_steps(run.sweep, steps),
+            "settings": counts,
+            "equal_budgets": len(set(counts.values())) == 1,
+            "seeds": list(run.seeds),
+            "report_seeds": list(run.report_seeds),
+            "confidence": confidence,
+            "target": run.sweep.target,
+            "metric": metric,
+            "curve_steps": curve_steps(steps, run.sweep.curve_points),
+            "test_rows": data.examples["test"],
+            "constant": dict(data.constant),
+            "untrained": untrained(of_arm["lora"], metric),
+            "unrelated_text": run.sweep.unrelated_text,
+        },
+        "member_steps": _member_steps(rows, sum(counts.values()) * len(run.seeds) * steps),
+        "search": sorted(
+            (row for arm in arms for row in _search(arm.name, of_arm[arm.name])), key=lambda row: row["step"]
+        ),
         "chosen": {arm: trial._asdict() for arm, trial in chosen.items()},
-        "at_the_edge": values_at_edge(tried, chosen),
-        "runs": runs,
+        "at_the_edge": [
+            line
+            for arm in arms
+            if arm.name in chosen
+            for line in edge_lines(run, arm, tried[arm.name], chosen[arm.name])
+        ],
+        "runs": [
+            one | {name: values[one["seed"]] for name, values in texts.items() if one["seed"] in values}
+            for arm in arms
+            for texts in [measurements.get(arm.name, {}).get("texts", {})]
+            for one in _runs(run, rows, steps, arm.name)
+        ],
+        "methods": {},
         "comparisons": [],
     }
-    if not runs or any(run["test"] is None for run in runs):
+    ended = {one["arm"] for one in report["runs"] if one["test"] is not None}
+    if not ended or any(one["test"] is None for one in report["runs"]):
         return report
-    others = [arm for arm in run.arms if arm != "lora_plus"]
-    confidence = report["protocol"]["confidence"]
-    comparisons = [compare_arms(runs, "lora_plus", other, metric, confidence) for other in others]
-    report["comparisons"] = comparisons
+    if any(arm.name not in ended and arm.name not in diverged for arm in arms):
+        return report
+    methods = report["methods"]
+    for arm in arms:
+        best = edges(tried[arm.name], chosen[arm.name]) if arm.name in chosen else {}
+        methods[arm.name] = {
+            "label": arm.label,
+            "at_the_edge": list(best),
+            **_results([one for one in report["runs"] if one["arm"] == arm.name], data, confidence),
+            **_measurements(measurements.get(arm.name, {}), measurements.get("lora", {}), confidence),
+        }
+    report["comparisons"] = comparisons = [
+        compare_arms(report_runs(rows, steps, run.sweep.target, pair), *two, metric, confidence)
+        for pair, two in _pairs(arms)
+    ]
+    report |= {"complete": True, "decision": None, "winner": None, "command": None}
+    if run.sweep.methods is not None:
+        return report | {"verdict": verdict_of_methods(methods, comparisons, confidence)}
     best, _ = recommended_arm(comparisons[0])
-    lora = lora_label(report["protocol"]["settings"], report["at_the_edge"])
+    lora = lora_label(counts, methods["lora"]["at_the_edge"])
     path = expand_path("output_dir", run.output_dir) / WINNER
     return {
         **report,
-        "complete": True,
         "decision": decision(comparisons[0], chosen),
         "verdict": verdict(comparisons[0], chosen, run.sweep.target, lora),
         "winner": None if best is None else {"arm": best, **chosen[best]._asdict()},
         "command": None if best is None else f"loraplus train {shlex.quote(str(path))}",
     }
+
+
+def _confidence(run: SweepRun, arms: Sequence[Arm]) -> float:
+    """Of each interval. With k methods it is 1 - 0.05 / k, so that those of test loss hold together with 95 %."""
+    if run.sweep.methods is None:
+        return REPORT_CONFIDENCE
+    return 1 - (1 - CONFIDENCE) / max(1, len(arms) - 1)
+
+
+def _pairs(arms: Sequence[Arm]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """The comparisons: two arms whose final losses give the target, and the two that are compared.
+
+    All are compared with LoRA but the control, which is expected to do what LoRA+ does.
+    """
+    pairs = []
+    for arm in arms:
+        if arm.name == "control":
+            pairs.append((("lora", "lora_plus"), ("lora_plus", "control")))
+        elif arm.name != "lora":
+            pairs.append((("lora", arm.name), (arm.name, "lora")))
+    return pairs
+
+
+def _runs(run: SweepRun, rows: Sequence[ReportRow], steps: int, name: str) -> list[ReportRow]:
+    """The runs of an arm's report, with the target that its comparison has; LoRA's is that of LoRA+."""
+    other = name if name not in ("lora", "control") else "lora_plus"
+    if other not in {row["arm"] for row in rows if row["stage"] == "report"}:
+        other = "lora"
+    return [one for one in report_runs(rows, steps, run.sweep.target, ("lora", other)) if one["arm"] == name]
+
+
+def _results(runs: Sequence[ReportRow], data: TaskData, confidence: float) -> ReportRow:
+    """Means over the runs of an arm that did not diverge, and the advantage over the constant answer.
+
+    Where no method is better than the constant answer that is best on the train split, a difference says little.
+    """
+    metric, constant = data.task.metric, data.constant
+    sign = 1 if data.task.mode == "max" else -1
+    ends = [one["test"] for one in runs if not one["diverged"]]
+    return {
+        "loss": float(np.mean([end["loss"] for end in ends])) if ends else None,
+        "metric": float(np.mean([end[metric] for end in ends])) if ends else None,
+        "diverged": sum(one["diverged"] for one in runs),
+        "over_constant": t_interval([sign * (end[metric] - constant[metric]) for end in ends], confidence)
+        if metric in constant
+        else None,
+    }
+
+
+def measured(results: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[str, ReportRow]:
+    """What the units of a report have measured of each arm: the cost of a step, and by seed scores of texts.
+
+    `texts` has the scores of generated texts as `text_scores`, and the loss on `sweep.unrelated_text` before and
+    after training as `unrelated`.
+    """
+
+    def by_seed(rows: Sequence[ReportRow], arm: str) -> dict[int, ReportRow]:
+        own = (row for row in rows if row["arm"] == arm)
+        return {row["seed"]: {n: v for n, v in row.items() if n not in ("arm", "seed")} for row in own}
+
+    scored = [result for result in results if "cost" in result]
+    return {
+        arm: {
+            "cost": one["cost"],
+            "texts": {
+                name: by_seed([row for result in scored for row in result[name]], arm)
+                for name in ("text_scores", "unrelated")
+            },
+        }
+        for arm in arms
+        # Arms that share a program take the same time.
+        for one in [result for result in scored if arm in {name for name, *_ in result["members"]}][:1]
+    }
+
+
+def _measurements(own: Mapping[str, Any], lora: Mapping[str, Any], confidence: float) -> ReportRow:
+    """The cost of a step, each score of generated texts, and the loss on `sweep.unrelated_text`.
+
+    Scores are means over the report's seeds, with the difference to LoRA's by seed. The change of the loss is a
+    mean with its interval, and that minus LoRA's.
+    """
+    (scores, losses), (its_scores, its_losses) = (
+        [one.get("texts", {}).get(name, {}) for name in ("text_scores", "unrelated")] for one in (own, lora)
+    )
+    texts = {
+        name: {
+            "mean": float(np.mean([row[name] for row in scores.values()])),
+            "gain": t_interval(
+                [scores[seed][name] - its_scores[seed][name] for seed in scores if seed in its_scores],
+                confidence,
+            ),
+        }
+        for name in next(iter(scores.values()), {})
+    }
+    changes, its = (
+        {seed: row["after"] - row["before"] for seed, row in found.items()} for found in (losses, its_losses)
+    )
+    unrelated = None
+    if changes:
+        means = {when: np.mean([row[when] for row in losses.values()]) for when in ("before", "after")}
+        unrelated = {f"perplexity_{when}": float(np.exp(mean)) for when, mean in means.items()} | {
+            "change": t_interval(list(changes.values()), confidence),
+            "against_lora": t_interval([changes[s] - its[s] for s in changes if s in its], confidence),
+        }
+    return {"cost": own.get("cost"), "text_scores": texts, "unrelated": unrelated}
 
 
 def write_report(directory: Path, report: Mapping[str, Any], *, page: bool = False) -> None:
@@ -98,33 +256,18 @@ def write_report(directory: Path, report: Mapping[str, Any], *, page: bool = Fal
         write_text(directory / PAGE, render_page(directory, report))
 
 
-def render_page(
-    directory: Path,
-    report: Mapping[str, Any],
-    template: str = "report.html",
-    pictures: Mapping[str, str] = PICTURES,
-) -> str:
-    """Renders a page with its figures embedded, so that one file can be sent and needs no network.
-
-    Args:
-      directory: where the figures are.
-      report: the numbers.
-      template: name of the template beside this module.
-      pictures: name and caption of each figure.
-    """
-    files = {name: directory / f"{name}.png" for name in pictures}
+def render_page(directory: Path, report: Mapping[str, Any]) -> str:
+    """Renders the page with its figures embedded, so that one file can be sent and needs no network."""
+    captions = {name: PICTURES[name] for name in pictures_of(report)}
+    files = {name: directory / f"{name}.png" for name in captions}
     images = {name: base64.b64encode(file.read_bytes()).decode("ascii") for name, file in files.items()}
     # Strict: a name that the report lacks raises, where jinja would leave a gap in the page.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": format_number, "steps": format_steps}
-    text, style = (
-        (Path(__file__).parent / name).read_text(encoding="utf-8") for name in (template, "page.css")
-    )
-    return environment.from_string(text).render(
-        report=report, images=images, names=ARM_LABELS, captions=pictures, style=style
-    )
+    text, style = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in (PAGE, "page.css"))
+    return environment.from_string(text).render(report=report, images=images, captions=captions, style=style)
 
 
 def format_number(value: float | None, sign: bool = False) -> str:
@@ -144,47 +287,28 @@ def format_steps(value: float | None) -> str:
     return "never" if value is None else f"{value:.0f}"
 
 
-def values_at_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[str]:
-    """The `edges` of each arm as lines, each with the option that widens the range.
-
-    >>> tried = [Trial(rate, 1.0, 16.0, 8) for rate in (1e-3, 1e-2)]
-    >>> values_at_edge(tried, {"lora": tried[1]})
-    ['LoRA: learning_rate 0.01 is the largest tried of [0.001, 0.01]; widen: --sweep.lora_learning_rates']
-    """
+def edge_lines(run: SweepRun, arm: Arm, tried: Sequence[Trial], best: Trial) -> list[str]:
+    """The `edges` of an arm as lines, each with the option that widens the range."""
     lines = []
-    for arm, best in chosen.items():
-        tried = [trial for trial in trials if trial.arm == arm]
-        for name, end in edges(tried, best).items():
-            values = sorted({getattr(trial, name) for trial in tried})
-            lines.append(
-                f"{ARM_LABELS[arm]}: {name} {getattr(best, name):g} is the {end} tried of {values}; widen: "
-                f"--sweep.{RATE_OPTIONS[arm, name]}"
-            )
+    for name, end in edges(tried, best).items():
+        values = sorted({getattr(trial, name) for trial in tried})
+        lines.append(
+            f"{arm.label}: {name} {getattr(best, name):g} is the {end} tried of {values}; widen: "
+            f"--{widening_option(run, arm.name, name)}"
+        )
     return lines
 
 
-def _protocol(run: SweepRun, tried: Sequence[Trial], steps: int, metric: str) -> ReportRow:
-    settings = {arm: sum(trial.arm == arm for trial in tried) for arm in METHODS}
-    return {
-        "model": run.model.path,
-        "data": ", ".join(run.data.sources),
-        "init": run.lora.init,
-        "steps": steps,
-        "method": run.sweep.method,
-        "stops": comparison_steps(run.sweep, steps),
-        "settings": settings,
-        "equal_budgets": settings["lora"] == settings["lora_plus"],
-        "seeds": list(run.seeds),
-        "report_seeds": list(run.report_seeds),
-        "confidence": REPORT_CONFIDENCE,
-        "target": run.sweep.target,
-        "metric": metric,
-    }
+def widening_option(run: SweepRun, arm: str, name: str) -> str:
+    """The setting that lists the values of an arm's rate or ratio."""
+    if arm == "lora_plus" or name == "lr_ratio":
+        return f"sweep.{name}s"
+    return "sweep.lora_learning_rates" if run.sweep.methods is None else "sweep.method_learning_rates"
 
 
 def _member_steps(rows: Sequence[ReportRow], grid: int) -> ReportRow:
     """Training steps of all members so far: the search, the full grid that it replaces, and the report."""
-    search = [row for row in rows if row["stage"] == "search"]
+    search = _search_rows(rows)
     stops = sorted({row["step"] for row in search})
     counts = [sum(row["step"] == stop for row in search) for stop in stops]
     ends: dict[tuple[str, int], int] = {}
@@ -198,13 +322,15 @@ def _member_steps(rows: Sequence[ReportRow], grid: int) -> ReportRow:
     }
 
 
-def _search(rows: Sequence[ReportRow]) -> list[ReportRow]:
+def _search_rows(rows: Sequence[ReportRow]) -> list[ReportRow]:
+    return [row for row in rows if row["stage"] == "search"]
+
+
+def _search(arm: str, rows: Sequence[ReportRow]) -> list[ReportRow]:
     """Each setting at each comparison it reached: mean loss over the seeds, null if one of them diverged."""
     results = []
-    search = [row for row in rows if row["stage"] == "search"]
-    for stop in sorted({row["step"] for row in search}):
-        at_stop = [row for row in search if row["step"] == stop]
-        for trial, loss in mean_losses(at_stop).items():
+    for stop in sorted({row["step"] for row in _search_rows(rows)}):
+        for trial, loss in mean_losses(row for row in _search_rows(rows) if row["step"] == stop).items():
             value = loss if math.isfinite(loss) else None
-            results.append({"step": stop, "arm": trial.arm, **trial._asdict(), "loss": value})
+            results.append({"step": stop, "arm": arm, **trial._asdict(), "loss": value})
     return results

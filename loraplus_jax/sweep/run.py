@@ -1,7 +1,7 @@
 """Runs a sweep: search, then report, in units that any executor runs and that can be interrupted anywhere.
 
 The search trains all settings in parallel on the search seeds and drops or keeps them by validation loss. The
-report trains the best setting of LoRA, the best of LoRA+ and a control to the end on new seeds.
+report trains the best setting of each arm, and the control, to the end on new seeds.
 
 The sweep computes rungs, winners and verdict from the results of units, which are files. So it keeps no state of
 its own: started again, it reads the results that exist and runs the other units.
@@ -16,7 +16,7 @@ from typing import Any
 
 from .._utils.atomic import remove_leftovers, to_json, write_text
 from .._utils.json_files import MAX_ROWS_BYTES
-from .._utils.records import read_record, write_record
+from .._utils.records import DIGEST, read_record, write_record
 from ..settings.schema import GENERATION
 from ..settings.yaml_files import to_yaml
 from ..step.run_metadata import package_versions
@@ -24,10 +24,12 @@ from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
 from ..training.estimate import Estimate, batches_of
 from ..training.metrics_log import METRICS, SUMMARY
+from ..training.provenance import Origin
 from ..training.run_directory import OutputDirectory, open_output_directory
-from ..training.run_files import CHECKPOINTS, RESULT
+from ..training.run_files import CHECKPOINTS, RESULT, UNITS
+from .arms import SharedProgram, named, programs_of
 from .edges import beyond
-from .executor import Executor, InProcess
+from .executor import Executor, InProcess, Opened
 from .figures import draw_figures
 from .halving import (
     best_trial,
@@ -36,15 +38,16 @@ from .halving import (
     mean_losses,
     member_steps,
     planned_members,
-    split_at_rung,
+    survivors,
 )
-from .report import PAGE, RATE_OPTIONS, REPORT, WINNER, make_report, write_report
-from .settings import ARM_LABELS, SweepRun, Trial
+from .population import AbstractPopulation, abstract_population, origin_of
+from .report import PAGE, REPORT, WINNER, ReportRow, make_report, measured, widening_option, write_report
+from .settings import SweepRun, Trial
 from .unit import MemberSpec, Progress, Source, Unit, is_result_of, unit_directory
 
 MEMBERS_FILE = "members_at_once.json"
-"""File with the numbers of members that a device computes in parallel and that a unit has, as rounding depends on
-them: a resumed sweep uses the same."""
+"""File with the numbers of members that a device computes in parallel and that a unit has, of each program, as
+rounding depends on them: a resumed sweep uses the same."""
 WINNER_ONLY_FIELDS = (
     *("train.select", "train.early_stopping", "train.prompt", "train.log_every", "train.theory_every"),
     "train.report_to",
@@ -79,6 +82,7 @@ def open_executor(run: SweepRun, console: LineConsole) -> Generator[Executor]:
 def sweep(
     run: SweepRun,
     *,
+    programs: Sequence[SharedProgram] | None = None,
     fresh: bool = False,
     allow_different: Sequence[str] = (),
     console: LineConsole | None = None,
@@ -87,6 +91,7 @@ def sweep(
 
     Args:
       run: settings of the sweep.
+      programs: arms of any settings, with `"lora"` in the first program; by default `programs_of(run)`.
       fresh: start over; an older sweep there is renamed, not deleted.
       allow_different: parts of the base model or data that may differ from those of the sweep to resume.
       console: where to print, by default a `LineConsole`.
@@ -97,36 +102,215 @@ def sweep(
     Raises:
       ValueError, OSError: bad input, detected before anything is written.
       Stopped: SIGTERM or Ctrl-C, after saving the progress.
-      TrainingFailed: every setting of LoRA, or of LoRA+, diverged; `report.json` has the results so far.
+      TrainingFailed: every setting of LoRA, or of all others, diverged; `report.json` has the results so far.
     """
     console = lines_only(console)
+    programs = programs_of(run) if programs is None else programs
     with (
         open_executor(run, console) as executor,
         open_output_directory(run, console, fresh=fresh, allow_different=allow_different) as output,
     ):
-        return executor.finish([Sweep(run, output, output, executor)])[0]
+        return Sweep(run, programs, output, executor).train()
 
 
 class Sweep:
     """One sweep, from its start or its stored results to its report."""
 
-    labels: Mapping[str, str] = ARM_LABELS
-    title = ""
-    """What begins its lines, where several sweeps run at the same time."""
-    units_before: Sequence[Unit] = ()
-    """Those of the stage before."""
-    is_scored = False
-    """Whether its report also scores texts and measures costs."""
-
     def __init__(
-        self, run: SweepRun, output: OutputDirectory, home: OutputDirectory, executor: Executor
+        self, run: SweepRun, programs: Sequence[SharedProgram], output: OutputDirectory, executor: Executor
     ) -> None:
-        self.run, self.output, self.home, self.executor = run, output, home, executor
+        self.run, self.output, self.executor = run, output, executor
         self.directory, self.console = output.path, output.console
+        self.arms = [arm for program in programs for arm in program.arms]
+        self.is_several, self.tunings = len(programs) > 1, list[Tuning]()
+        # All is checked before the first program is compiled, on data that is loaded once.
+        for program in programs:
+            data = self.tunings[0].abstract.data if self.tunings else None
+            with self.named(program):
+                abstract = abstract_population(program.run, data)
+            self.tunings.append(Tuning(self, program, abstract))
+        self.data, self.steps = self.tunings[0].abstract.data, self.tunings[0].abstract.steps
+        self.has_begun = False
+        self.sizes: dict[str, Any] = {}
+        """The members at once and the group size of each program that has begun."""
+        # A measurement may choose another program on resuming, which rounds otherwise.
+        if not output.fresh and (path := self.directory / MEMBERS_FILE).exists():
+            found = {name: value for name, value in read_record(path).items() if name != DIGEST}
+            # Earlier versions wrote those of their one program.
+            self.sizes = {"lora": found} if "group_size" in found else found
+        if not output.fresh and (self.directory / "lora" / UNITS).exists():
+            raise ValueError(
+                f"{self.directory} has a comparison by an earlier version, which this one cannot resume; start "
+                "over with --fresh, or finish it with that version"
+            )
+
+    def named(self, program: SharedProgram) -> contextlib.AbstractContextManager[None]:
+        """Says in an error of which methods it is, if there are several programs."""
+        return named([arm.name for arm in program.arms]) if self.is_several else contextlib.nullcontext()
+
+    def train(self) -> dict[str, Any]:
+        """Runs all searches and reports; returns the report."""
+        self.executor.finish(self.tunings)
+        report = self.finish()
+        for tuning in self.tunings:
+            tuning.remove_checkpoints(tuning.units)
+        return report
+
+    def begin(self, origin: Origin) -> None:
+        """Takes over the directory, once something is ready to run, and compares base and data with those there."""
+        is_first, self.has_begun = not self.has_begun, True
+        if is_first:
+            self.output.claim()
+        self.output.check_origin(origin)
+        if is_first:
+            self.print_head()
+
+    # Output files.
+
+    def rows(self) -> list[ReportRow]:
+        """All evaluations so far, in an order that does not depend on when they were made."""
+        return [row for tuning in self.tunings for row in tuning.rows]
+
+    def report(self) -> dict[str, Any]:
+        """The report of all results so far."""
+        costs = dict[str, Any]()
+        for tuning in self.tunings:
+            costs |= measured(tuning.results, [arm.name for arm in tuning.program.arms])
+        return make_report(
+            self.run,
+            self.arms,
+            self.rows(),
+            {name: trial for tuning in self.tunings for name, trial in tuning.chosen.items()},
+            [name for tuning in self.tunings for name in tuning.diverged],
+            self.steps,
+            self.data,
+            costs,
+        )
+
+    def write(self) -> dict[str, Any]:
+        """Writes the rows and the report so far; returns the report."""
+        self.output.check()
+        write_text(self.directory / METRICS, "".join(to_json(row) + "\n" for row in self.rows()))
+        write_report(self.directory, report := self.report())
+        return report
+
+    def fail_if_nothing_is_left(self, step: int) -> None:
+        """Writes what there is and raises TrainingFailed if plain LoRA, or all else that is tuned, has diverged."""
+        diverged = [arm for tuning in self.tunings for arm in tuning.searched if arm.name in tuning.diverged]
+        others = [arm.name for arm in self.arms if arm.trials and arm.name != "lora"]
+        names = {arm.name for arm in diverged}
+        if "lora" not in names and not (others and names.issuperset(others)):
+            return
+        write_report(self.directory, report := self.report())
+        if self.run.sweep.methods is None and any(row["loss"] is not None for row in report["search"]):
+            draw_figures(self.directory, report, ("heat_map",))
+        methods = " and of ".join(arm.label for arm in diverged)
+        options = dict.fromkeys(widening_option(self.run, arm.name, "learning_rate") for arm in diverged)
+        raise TrainingFailed(
+            f"every setting of {methods} diverged by step {step}; set lower {' and '.join(options)}; the results "
+            f"so far are in {self.directory}"
+        )
+
+    def write_winners(self, report: Mapping[str, Any]) -> list[str]:
+        """Writes the config of a run with the best setting of each arm, and of the winner; returns their names."""
+        chosen = {
+            arm.name: (tuning.program.run, tuning.chosen[arm.name])
+            for tuning in self.tunings
+            for arm in tuning.searched
+            if arm.name in tuning.chosen
+        }
+        winner = report["winner"]
+        configs = ({} if winner is None else {"": chosen[winner["arm"]]}) | chosen
+        for name, (run, trial) in configs.items():
+            place = self.directory / name
+            place.mkdir(exist_ok=True)
+            settings = run.settings_of(trial, run.seed, str(place / "winner"))
+            write_text(place / WINNER, to_yaml(settings.to_json()))
+        return [str((self.directory / name / WINNER).relative_to(self.directory)) for name in configs]
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the report with its figures, the configs of the best settings and, last, the summary."""
+        report = self.write()
+        draw_figures(self.directory, report)
+        write_report(self.directory, report, page=True)
+        if report["decision"] is not None and report["winner"] is None:
+            raise TrainingFailed(f"{report['decision']} The results are in {PAGE} and {REPORT}")
+        configs = self.write_winners(report)
+        names = ("decision", "verdict", "winner", "command", "member_steps")
+        summary = {name: report[name] for name in names}
+        summary["seconds"] = round(sum(tuning.seconds for tuning in self.tunings), 1)
+        devices = {text for tuning in self.tunings for text in tuning.devices}
+        summary["devices"] = ", ".join(sorted(devices))
+        summary["versions"] = package_versions()
+        # The last file, as it marks the sweep as finished.
+        write_record(self.directory / SUMMARY, summary)
+        for edge in report["at_the_edge"]:
+            self.console.print(f"best value at the edge of the search range: {edge}")
+        if not report["protocol"]["equal_budgets"]:
+            self.console.print(f"unequal budgets: {self.counts(report['protocol']['settings'])}")
+        self.console.print(report["verdict"])
+        if report["decision"] is not None:
+            self.console.print(report["decision"], f"the winner's config: {report['command']}", sep="\n")
+        files = (PAGE, REPORT, SUMMARY, METRICS, *configs)
+        self.console.print(f"{self.directory}: {', '.join(files)}")
+        return report
+
+    # Console.
+
+    def counts(self, settings: Mapping[str, int]) -> str:
+        """Numbers of settings with the labels of their arms."""
+        parts = [f"{settings[arm.name]} settings of {arm.label}" for arm in self.arms if arm.trials]
+        return ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else parts[0]
+
+    def print_head(self) -> None:
+        """Prints what the sweep will try."""
+        steps, seeds = self.steps, self.run.report_seeds
+        stops = " and ".join(map(str, comparison_steps(self.run.sweep, steps)))
+        settings = self.counts({arm.name: len(arm.trials) for arm in self.arms})
+        self.console.print(
+            f"sweep: {settings} on seed {', '.join(map(str, self.run.seeds))}, compared after {stops} of "
+            f"{steps} steps; then the best of each on seeds {', '.join(map(str, seeds))}"
+        )
+        lines = [*data_lines(self.data)]
+        if (text := self.data.unrelated) is not None and text.truncated:
+            lines.append(
+                f"sweep.unrelated_text: {text.truncated:,} of {text.examples:,} texts truncated to "
+                f"data.max_length {self.run.data.max_length} tokens"
+            )
+        for tuning in self.tunings:
+            lines += ignored_lines(tuning.program.run, tuning.abstract.shapes)
+        for line in dict.fromkeys(lines):
+            self.console.print(line)
+        if names := ignored_fields(self.run):
+            self.console.print(f"ignored by the sweep, used when training the winner: {', '.join(names)}")
+
+
+class Tuning:
+    """The search and the report of the arms that share a program."""
+
+    def __init__(self, sweep: Sweep, program: SharedProgram, abstract: AbstractPopulation) -> None:
+        self.sweep, self.program, self.abstract = sweep, program, abstract
+        self.run, self.console, self.executor = program.run, sweep.console, sweep.executor
+        self.directory, self.output, self.steps = sweep.directory, sweep.output, abstract.steps
+        self.labels = {arm.name: arm.label for arm in program.arms}
+        self.searched = [arm for arm in program.arms if arm.trials]
+        self.name = program.arms[0].name
+        self.prefix = f"{self.name}-" if sweep.is_several else ""
+        """What begins the names of its units."""
+        self.title = f"{' and '.join(self.labels.values())}: " if sweep.is_several else ""
+        """What begins its lines."""
+        self.opened: Opened | None = None
+        self.group_size = 0
+        """Most members of a unit; 0 before it is known."""
         self.chosen: dict[str, Trial] = {}
-        self.rows: list[dict[str, Any]] = []
+        self.diverged: list[str] = []
+        """Arms of which every setting has."""
+        self.rows: list[ReportRow] = []
+        self.units: Sequence[Unit] = ()
+        self.units_before: Sequence[Unit] = ()
+        """Those of the stage before."""
         self.results: list[dict[str, Any]] = []
-        """Of the last stage."""
+        """Of the report, once it has ended."""
         self.is_timed = False
         """Whether a unit measures times for the estimate: the first one that runs."""
         self.done = Counter[str]()
@@ -137,59 +321,60 @@ class Sweep:
         self.seconds = 0.0
         """Of the units of the stages that have ended."""
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of a full run."""
-        return self.abstract.steps
+    async def train(self) -> None:
+        """Runs one stage after another."""
+        with self.sweep.named(self.program):
+            sizes = self.sweep.sizes.get(self.name)
+            if sizes is None:
+                # Nothing is written before everything has been checked, compiled and loaded.
+                await self.open(self.run.sweep.members_at_once, self.run.sweep.group_size)
+            else:
+                self.sweep.begin(origin_of(self.abstract, None))
+                self.at_once, self.group_size = sizes["members_at_once"], sizes["group_size"]
+            await self.search()
+            if self.chosen:
+                await self.report_stage()
+        self.opened = None  # the next program needs the memory
 
-    async def train(self) -> dict[str, Any]:
-        """Runs one stage after another; returns the report."""
-        await self.open()
-        self.print_head()
-        await self.search()
-        await self.report_stage()
-        report = self.finish()
-        self.remove_checkpoints(self.units)
-        return report
-
-    async def open(self) -> None:
-        """Checks, compiles and loads everything, then takes over the directory."""
-        run, members_file = self.run, self.directory / MEMBERS_FILE
-        recorded: dict[str, Any] = {"members_at_once": run.sweep.members_at_once}
-        recorded["group_size"] = run.sweep.group_size
-        # A measurement may choose another program on resuming, which rounds otherwise.
-        if not self.output.fresh and members_file.exists():
-            recorded = read_record(members_file)
-        most = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
-        opened = await self.executor.open(run, most, recorded["members_at_once"], recorded["group_size"])
-        self.abstract, origin, at_once, self.group_size = opened
-        # Nothing is written before everything has been checked, compiled and loaded.
-        self.output.claim()
-        self.home.check_origin(origin)
-        if recorded["group_size"] != self.group_size or not members_file.exists():
-            write_record(members_file, {"members_at_once": at_once, "group_size": self.group_size})
+    async def open(self, at_once: int | None, group_size: int | None) -> Opened:
+        """Compiles and loads, unless it has."""
+        if self.opened is None:
+            trials = sum(len(arm.trials) for arm in self.program.arms)
+            most = max(trials * len(self.run.seeds), len(self.program.arms) * self.run.sweep.report_seeds)
+            self.opened = opened = await self.executor.open(self.abstract, most, at_once, group_size)
+            self.sweep.begin(opened.origin)
+            if not self.group_size:
+                self.at_once, self.group_size = opened.members_at_once, opened.group_size
+                own = {"members_at_once": self.at_once, "group_size": self.group_size}
+                self.sweep.sizes[self.name] = own
+                write_record(self.directory / MEMBERS_FILE, self.sweep.sizes)
+        return self.opened
 
     # Stages.
 
     async def search(self) -> None:
         """Trains all settings, and drops some at each rung, until every arm has its best."""
-        trials, seeds = self.run.trials, self.run.seeds
-        members = [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in seeds]
+        left = {arm.name: list(arm.trials) for arm in self.searched}
         start, sources = 0, dict[MemberSpec, Source]()
         for stop in comparison_steps(self.run.sweep, self.steps):
+            members = [
+                MemberSpec(arm, trial, seed)
+                for arm, trials in left.items()
+                for trial in trials
+                for seed in self.run.seeds
+            ]
             if not members:
                 break
             units = self.make_units("search", f"search-{stop}", members, start, (stop,), sources)
             await self.run_stage(units)
-            remaining = self.choose(stop)
-            members = [member for member in members if member.trial in remaining]
+            left = self.choose(stop, left)
             start, sources = stop, _sources(units)
         await self.widen()
 
     async def widen(self) -> None:
         """Tries further learning rates of the arms whose best is the smallest or largest tried."""
         for number in range(self.run.sweep.widen):
-            added: dict[int, list[Trial]] = {}
+            added: dict[int, dict[str, Trial]] = {}
             for arm, best in self.chosen.items():
                 rows = [row for row in self.rows if row["arm"] == arm]
                 if (further := beyond(mean_losses(rows), best)) is not None:
@@ -199,30 +384,36 @@ class Sweep:
                     )
                     # To the step at which the best was selected, which is a rung if it alone was left.
                     last = max(row["step"] for row in rows if Trial(*row["trial"]) == best)
-                    added.setdefault(last, []).append(further)
+                    added.setdefault(last, {})[arm] = further
             for last, trials in added.items():
                 stops = tuple(stop for stop in comparison_steps(self.run.sweep, self.steps) if stop <= last)
-                members = [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in self.run.seeds]
+                members = [
+                    MemberSpec(arm, trial, seed) for arm, trial in trials.items() for seed in self.run.seeds
+                ]
                 units = self.make_units("search", f"wider-{number}-{last}", members, 0, stops, {})
                 self.added += Counter(steps=len(members) * last, validation=len(members) * len(stops))
                 self.added["units"] += len(units)
                 await self.run_stage(units)
-                scores = mean_losses(row for row in self.rows if row["step"] == last)
-                best = {trial.arm: best_trial(scores, trial.arm) for trial in trials}
-                self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
-                self.print_scores(last, scores, best)
-                write_report(self.directory, self.report())
+                for arm in trials:
+                    scores = self.scores(arm, last)
+                    best = best_trial(scores)
+                    self.chosen |= {arm: best} if best is not None else {}
+                    self.print_scores(arm, last, scores, best)
+                write_report(self.directory, self.sweep.report())
 
     async def report_stage(self) -> None:
         """Trains the selected settings and the control to the end, on the report's seeds."""
         trials = dict(self.chosen)
-        if "control" in self.run.arms:
+        if "control" in self.labels:
             trials["control"] = self.chosen["lora_plus"].control
         members = [
-            MemberSpec(arm, trials[arm], seed) for arm in self.run.arms for seed in self.run.report_seeds
+            MemberSpec(arm, trials[arm], seed)
+            for arm in self.labels
+            if arm in trials
+            for seed in self.run.report_seeds
         ]
         stops = tuple(curve_steps(self.steps, self.run.sweep.curve_points))
-        await self.run_stage(self.make_units("report", "report", members, 0, stops, {}))
+        self.results = await self.run_stage(self.make_units("report", "report", members, 0, stops, {}))
 
     def make_units(
         self,
@@ -237,21 +428,22 @@ class Sweep:
         split = "validation" if stage == "search" else "test"
         units = []
         for number, first in enumerate(range(0, len(members), self.group_size)):
-            group, place = tuple(members[first : first + self.group_size]), f"{name}-{number}"
+            group = tuple(members[first : first + self.group_size])
+            place = f"{self.prefix}{name}-{number}"
             runs = not (unit_directory(self.directory, place) / RESULT).exists()
             units.append(
                 Unit(
                     *(place, stage, group, start, stops, split),
                     sources=tuple(sources[member] for member in group) if sources else (),
                     is_timed=runs and not self.is_timed,
-                    is_scored=self.is_scored and stage == "report",
+                    is_scored=self.sweep.run.sweep.methods is not None and stage == "report",
                 )
             )
             self.is_timed |= runs
         return units
 
-    async def run_stage(self, units: Sequence[Unit]) -> None:
-        """Runs the units that have no result yet, and records the rows of all."""
+    async def run_stage(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
+        """Runs the units that have no result yet, and records the rows of all; returns the results."""
         self.units, self.progress = units, {unit: Progress(unit.start) for unit in units}
         self.earlier, self.reached, self.has_begun = self.rows, -1, False
         groups = f"{self.stage} of {len(units)} groups" if len(units) > 1 else self.stage
@@ -261,17 +453,22 @@ class Sweep:
         )
         stored = [self.stored_result(unit) for unit in units]
         left = [unit for unit, result in zip(units, stored, strict=True) if result is None]
-        computed = iter(await self.executor.run(self, left))
-        self.results = [next(computed) if result is None else result for result in stored]
+        if left:
+            opened = await self.open(self.at_once, self.group_size)
+            computed = iter(await self.executor.run(opened, self, left))
+        else:
+            computed = iter(())
+        results = [next(computed) if result is None else result for result in stored]
         # In the order of one unit with all members. What a lost worker told may be of another attempt.
-        rows = sorted((row for result in self.results for row in result["rows"]), key=lambda row: row["step"])
+        rows = sorted((row for result in results for row in result["rows"]), key=lambda row: row["step"])
         self.rows = [*self.earlier, *rows]
         self.done += self.work_so_far()
-        self.devices |= {result["devices"] for result in self.results}
-        self.seconds += sum(result["seconds"] for result in self.results)
+        self.devices |= {result["devices"] for result in results}
+        self.seconds += sum(result["seconds"] for result in results)
         # Their members have trained on, or were dropped.
         self.remove_checkpoints(self.units_before)
         self.units_before = units
+        return results
 
     def remove_checkpoints(self, units: Sequence[Unit]) -> None:
         """Removes the checkpoints of units from which none will continue; their results stay."""
@@ -333,28 +530,32 @@ class Sweep:
         """Writes the report so far; all members have been evaluated after this step."""
         if self.stage == "report" and step:
             self.print_means(step)
-        self.output.check()
-        write_text(self.directory / METRICS, "".join(to_json(row) + "\n" for row in self.rows))
-        write_report(self.directory, self.report())
+        self.sweep.write()
 
-    def choose(self, step: int) -> list[Trial]:
+    def scores(self, arm: str, step: int) -> dict[Trial, float]:
+        """The validation loss of each setting of an arm that was compared at a step."""
+        return mean_losses(row for row in self.rows if (row["arm"], row["step"]) == (arm, step))
+
+    def choose(self, step: int, left: Mapping[str, list[Trial]]) -> dict[str, list[Trial]]:
         """Compares the settings; selects an arm's best at the end, or earlier if only one is left.
 
         Returns:
-          The settings that train on.
+          The settings of each arm that train on.
         """
-        scores = mean_losses(row for row in self.rows if row["step"] == step)
-        best = {arm: best_trial(scores, arm) for arm in self.run.searched if arm not in self.chosen}
-        self.print_scores(step, scores, best)
-        if diverged := [arm for arm, trial in best.items() if trial is None]:
-            self.fail(step, diverged)
-        if step == self.steps:
-            self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
-            remaining = []
-        else:
-            selected, remaining = split_at_rung(scores, self.run.sweep.keep)
-            self.chosen |= selected
-        write_report(self.directory, self.report())
+        remaining = {}
+        for arm in left:
+            scores = self.scores(arm, step)
+            best, alive = best_trial(scores), survivors(scores, self.run.sweep.keep)
+            self.print_scores(arm, step, scores, best)
+            if best is None:
+                self.diverged.append(arm)
+            elif step == self.steps or len(alive) == 1:
+                # Of one alone, further training could not change the selection.
+                self.chosen[arm] = best
+            else:
+                remaining[arm] = alive
+        self.sweep.fail_if_nothing_is_left(step)
+        write_report(self.directory, self.sweep.report())
         return remaining
 
     def print_estimate(self, progress: Progress) -> None:
@@ -362,8 +563,9 @@ class Sweep:
         run, steps, data = self.run, self.steps, self.abstract.data
         assert progress.batch_seconds is not None
         step_seconds = progress.step_seconds or progress.step_work * progress.batch_seconds
-        stops, reported = comparison_steps(run.sweep, steps), len(run.arms) * len(run.report_seeds)
-        members = planned_members(run.trials, len(run.seeds), stops, run.sweep.keep)
+        stops, reported = comparison_steps(run.sweep, steps), len(self.labels) * len(run.report_seeds)
+        settings = [len(arm.trials) for arm in self.searched]
+        members = planned_members(settings, len(run.seeds), stops, run.sweep.keep)
         batches = {
             split: batches_of(data.splits[split], progress.eval_rows) for split in ("validation", "test")
         }
@@ -381,7 +583,7 @@ class Sweep:
         bound = "at least" if run.sweep.widen and self.stage == "search" else "about"
         workers = self.executor.workers
         also = f"waiting for the slowest of {workers} workers" if workers > 1 else ""
-        also += " and for other methods" if self.title else ""
+        also += " and for other methods" if len(self.sweep.tunings) > 1 and workers > 1 else ""
         self.console.print(f"{self.title}{Estimate(seconds / workers, progress.memory, counts, bound, also)}")
 
     def work_so_far(self) -> Counter[str]:
@@ -394,94 +596,16 @@ class Sweep:
             done[unit.split] += len(unit.members) * len({row["step"] for row in progress.rows})
         return done
 
-    def fail(self, step: int, diverged: Sequence[str]) -> None:
-        """Writes what there is and raises TrainingFailed: every setting of these arms diverged."""
-        write_report(self.directory, report := self.report())
-        if any(row["loss"] is not None for row in report["search"]):
-            draw_figures(self.directory, report, ("heat_map",))
-        methods = " and of ".join(self.labels[arm] for arm in diverged)
-        options = " and ".join(f"sweep.{RATE_OPTIONS[arm, 'learning_rate']}" for arm in diverged)
-        raise TrainingFailed(
-            f"every setting of {methods} diverged by step {step}; set lower {options}; the results "
-            f"so far are in {self.directory}"
-        )
-
-    # Output files.
-
-    def report(self) -> dict[str, Any]:
-        """The report of all results so far."""
-        data = self.abstract.data
-        curve = {
-            "curve_steps": curve_steps(self.steps, self.run.sweep.curve_points),
-            "test_rows": data.examples["test"],
-            "constant": dict(data.constant),
-        }
-        return make_report(self.run, self.rows, self.chosen, self.steps, data.task.metric, curve)
-
-    def write_winner(self, trial: Trial) -> None:
-        """Writes the config of a run with a chosen setting."""
-        winner = self.run.settings_of(trial, self.run.seed, str(self.directory / "winner"))
-        write_text(self.directory / WINNER, to_yaml(winner.to_json()))
-
-    def finish(self) -> dict[str, Any]:
-        """Writes the report with its figures, the winner's config and, last, the summary."""
-        report = self.report()
-        self.output.check()
-        draw_figures(self.directory, report)
-        write_report(self.directory, report, page=True)
-        if report["winner"] is None:
-            raise TrainingFailed(f"{report['decision']} The results are in {PAGE} and {REPORT}")
-        self.write_winner(self.chosen[report["winner"]["arm"]])
-        summary = {
-            name: report[name] for name in ("decision", "verdict", "winner", "command", "member_steps")
-        }
-        summary["seconds"] = round(self.seconds, 1)
-        summary["devices"] = ", ".join(sorted(self.devices))
-        summary["versions"] = package_versions()
-        # The last file, as it marks the sweep as finished.
-        write_record(self.directory / SUMMARY, summary)
-        for edge in report["at_the_edge"]:
-            self.console.print(f"best value at the edge of the search range: {edge}")
-        settings = report["protocol"]["settings"]
-        if not report["protocol"]["equal_budgets"]:
-            self.console.print(
-                f"unequal budgets: {settings['lora']} settings of LoRA, {settings['lora_plus']} of LoRA+"
-            )
-        self.console.print(
-            report["verdict"], report["decision"], f"the winner's config: {report['command']}", sep="\n"
-        )
-        self.console.print(f"{self.directory}: {PAGE}, {REPORT}, {WINNER}, {SUMMARY}, {METRICS}")
-        return report
-
     # Console.
 
-    def print_head(self) -> None:
-        """Prints what the sweep will try."""
-        counts = {arm: sum(trial.arm == arm for trial in self.run.trials) for arm in self.run.searched}
-        settings = " and ".join(f"{count} settings of {self.labels[arm]}" for arm, count in counts.items())
-        steps, seeds = self.steps, self.run.report_seeds
-        stops = " and ".join(map(str, comparison_steps(self.run.sweep, steps)))
+    def print_scores(self, arm: str, step: int, scores: Mapping[Trial, float], best: Trial | None) -> None:
+        """Prints the best setting of an arm and how many diverged."""
+        count = sum(not math.isfinite(score) for score in scores.values())
+        text = "none" if best is None else f"{best}: validation loss {scores[best]:.4f}"
+        diverged = f", {count} diverged" if count else ""
         self.console.print(
-            f"sweep: {settings} on seed {', '.join(map(str, self.run.seeds))}, compared after {stops} of "
-            f"{steps} steps; then the best of each on seeds {', '.join(map(str, seeds))}"
+            f"step {step}: {self.labels[arm]}, best of {len(scores)} settings{diverged}: {text}"
         )
-        for line in (*data_lines(self.abstract.data), *ignored_lines(self.run, self.abstract.shapes)):
-            self.console.print(line)
-        if names := ignored_fields(self.run):
-            self.console.print(f"ignored by the sweep, used when training the winner: {', '.join(names)}")
-
-    def print_scores(
-        self, step: int, scores: Mapping[Trial, float], best: Mapping[str, Trial | None]
-    ) -> None:
-        """Prints the best setting of each arm and how many diverged."""
-        for arm, trial in best.items():
-            arm_scores = [score for t, score in scores.items() if t.arm == arm]
-            count = sum(not math.isfinite(score) for score in arm_scores)
-            text = "none" if trial is None else f"{trial}: validation loss {scores[trial]:.4f}"
-            diverged = f", {count} diverged" if count else ""
-            self.console.print(
-                f"step {step}: {self.labels[arm]}, best of {len(arm_scores)} settings{diverged}: {text}"
-            )
 
     def print_means(self, step: int) -> None:
         """Prints each arm's mean test loss over the report seeds on which it did not diverge."""
@@ -492,8 +616,7 @@ class Sweep:
             if (row["stage"], row["step"]) == ("report", step) and row["seed"] in seeds
         ]
         losses = {
-            arm: [r["loss"] for r in rows if r["arm"] == arm and r["loss"] is not None]
-            for arm in self.run.arms
+            arm: [r["loss"] for r in rows if r["arm"] == arm and r["loss"] is not None] for arm in self.labels
         }
         means = ", ".join(
             f"{self.labels[arm]} {sum(v) / len(v):.4f}" if v else f"{self.labels[arm]} diverged"

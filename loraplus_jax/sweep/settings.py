@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -67,7 +68,8 @@ class SweepSettings:
         8 for a publishable result.
       curve_points: test evaluations of each report run after the one before its first step: one at a quarter of the
         steps, the others spread over the second half; steps to the target are interpolated linearly between them.
-      control: also compare a control: plain LoRA with alpha x lambda at the selected LoRA+ learning rate.
+      control: also compare a control, plain LoRA with alpha x lambda at the selected LoRA+ learning rate; not with
+        methods.
       rungs: fractions of the training steps after which halving drops settings, in increasing order.
       keep: fraction of each method's settings that halving keeps at a rung, at least one; if only one remains, it
         is selected without further training.
@@ -215,8 +217,9 @@ class SweepRun(Settings):
         if self.lora.init in BASE_INITS:
             self._check_start()
         self._check_size()
-        if self.sweep.methods is None:  # else each method's own run checks its rates
-            self._check_widen()
+        if self.sweep.methods is None:  # else of each method
+            for arm in self.searched:
+                check_widen(self.sweep, ARM_LABELS[arm], [trial for trial in self.trials if trial.arm == arm])
         for trial in self.trials:
             self.settings_of(trial, self.seed)
             if self.sweep.control:
@@ -233,15 +236,6 @@ class SweepRun(Settings):
                 f"a sweep trains at most {MOST_MEMBERS:,} runs, got {members:,} ({count:,} settings x {seeds:,} of "
                 "sweep.seeds); shorten the lists"
             )
-
-    def _check_widen(self) -> None:
-        for arm in self.searched if self.sweep.widen else ():
-            rates = {trial.learning_rate for trial in self.trials if trial.arm == arm}
-            if len(rates) == 1:
-                raise ValueError(
-                    f"sweep.widen continues the spacing of at least two learning rates, got {self.sweep.widen} and "
-                    f"only {rates.pop():g} for {ARM_LABELS[arm]}; try more rates or set it to 0"
-                )
 
     def _check_one_process(self) -> None:
         if (self.mesh.fsdp, self.mesh.tensor) != (1, 1) or self.distributed.coordinator is not None:
@@ -309,8 +303,9 @@ class SweepRun(Settings):
 
         An encoder's new head trains at the recipe's learning rate, for every eta_A that members try. For the same
         eta_B, eta_A is larger for LoRA than for LoRA+; a head at eta_A would confound its own rate with the method.
+        Full fine-tuning has one rate for all weights.
         """
-        if self.is_language or self.optimizer.head_learning_rate is not None:
+        if self.is_language or self.optimizer.head_learning_rate is not None or self.method == "full":
             return self.optimizer
         return dataclasses.replace(self.optimizer, head_learning_rate=self.optimizer.learning_rate)
 
@@ -331,6 +326,16 @@ class SweepRun(Settings):
         )
         values["optimizer"] = dataclasses.replace(self.shared_optimizer, learning_rate=trial.learning_rate)
         return Settings(**{**values, "seed": seed, "output_dir": output_dir or self.output_dir})
+
+
+def check_widen(sweep: SweepSettings, label: str, trials: Sequence[Trial]) -> None:
+    """Rejects `sweep.widen` where an arm has no spacing that could continue."""
+    rates = {trial.learning_rate for trial in trials}
+    if sweep.widen and len(rates) == 1:
+        raise ValueError(
+            f"sweep.widen continues the spacing of at least two learning rates, got {sweep.widen} and only "
+            f"{rates.pop():g} for {label}; try more rates or set it to 0"
+        )
 
 
 def _rates(run: SweepRun) -> tuple[float, ...]:

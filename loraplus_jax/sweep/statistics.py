@@ -5,7 +5,7 @@ seeds. Runs with the same seed share initial values and batches, so paired diffe
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -291,14 +291,14 @@ def decision(comparison: RunRow, chosen: Mapping[str, Trial]) -> str:
     return f"Train with {name}: {why}."
 
 
-def lora_label(counts: Mapping[str, int], edges: Sequence[str]) -> str:
+def lora_label(counts: Mapping[str, int], at_the_edge: Collection[str]) -> str:
     """How a verdict refers to LoRA.
 
     It is "tuned" only with at least as many settings as LoRA+ and a best learning rate that is not at the edge.
 
     Args:
       counts: number of settings tried, by arm.
-      edges: lines from `report.values_at_edge`.
+      at_the_edge: those of LoRA's best values that are smallest or largest tried.
 
     >>> lora_label({"lora": 4, "lora_plus": 4}, []), lora_label({"lora": 1, "lora_plus": 4}, [])
     ('tuned LoRA', 'LoRA (best of 1 setting, LoRA+ of 4)')
@@ -306,8 +306,8 @@ def lora_label(counts: Mapping[str, int], edges: Sequence[str]) -> str:
     if counts["lora"] < counts["lora_plus"]:
         settings = "setting" if counts["lora"] == 1 else "settings"
         return f"LoRA (best of {counts['lora']} {settings}, LoRA+ of {counts['lora_plus']})"
-    edge = next((e for e in edges if e.startswith(f"{ARM_LABELS['lora']}: learning_rate")), None)
-    return "tuned LoRA" if edge is None else "LoRA (best learning rate at the edge of the search range)"
+    is_tuned = "learning_rate" not in at_the_edge
+    return "tuned LoRA" if is_tuned else "LoRA (best learning rate at the edge of the search range)"
 
 
 def _loss_clause(comparison: RunRow, names: Mapping[str, str]) -> str:
@@ -321,3 +321,50 @@ def _loss_clause(comparison: RunRow, names: Mapping[str, str]) -> str:
         return text
     other = names["lora" if lower == "lora_plus" else "lora_plus"]
     return f"{names[lower]} ends with a significantly lower test loss than {other}: {text}"
+
+
+def verdict_of_methods(methods: Mapping[str, Any], comparisons: Sequence[RunRow], confidence: float) -> str:
+    """Which methods have a significantly lower, or higher, test loss than tuned LoRA, and what limits the answer.
+
+    A method that diverged on a seed has no result: those on which it did not are no fair sample.
+
+    Args:
+      methods: the numbers of each method, as in a report.
+      comparisons: each of them compared with LoRA.
+      confidence: of each interval.
+    """
+    others = {name: method for name, method in methods.items() if name != "lora"}
+    known = {comparison["first"]: comparison["test_loss"] for comparison in comparisons}
+    seeds = max((comparison["pairs"] for comparison in comparisons), default=0)
+    known = {n: i for n, i in known.items() if i["low"] is not None and i["pairs"] == seeds}
+    better = {name for name, interval in known.items() if interval["high"] < 0}
+    worse = [others[name]["label"] for name, interval in known.items() if interval["low"] > 0]
+    count = "1 comparison" if len(others) == 1 else f"{len(others)} comparisons"
+    evidence = f"{seeds} paired seeds, {count}, intervals of {100 * confidence:.1f} % each"
+    ranges = {
+        n: f"{i['mean']:+.4f} [{i['low']:+.4f}, {i['high']:+.4f}]"
+        for n, i in sorted(known.items(), key=lambda item: item[1]["mean"])
+    }
+    if better:
+        found = ", ".join(f"{others[n]['label']} {ranges[n]}" for n in ranges if n in better)
+        text = f"Lower test loss than tuned LoRA: {found} ({evidence})"
+    else:
+        text = "No method has a significantly lower test loss than tuned LoRA"
+        if ranges:
+            name, lowest = next(iter(ranges.items()))
+            text += f"; the lowest difference is that of {others[name]['label']}, {lowest}"
+        text += f" ({evidence})"
+    notes = {
+        "significantly higher": worse,
+        "diverged on a seed": [method["label"] for method in methods.values() if method["diverged"]],
+        "no result": [method["label"] for name, method in others.items() if name not in known],
+        "not significantly better than a constant answer": [
+            m["label"]
+            for m in methods.values()
+            if m["over_constant"] and not (m["over_constant"]["low"] or 0) > 0
+        ],
+        "not tuned to the end, best value at the edge of the search range": [
+            f"{m['label']} ({', '.join(m['at_the_edge'])})" for m in methods.values() if m["at_the_edge"]
+        ],
+    }
+    return "; ".join([text, *(f"{note}: {', '.join(names)}" for note, names in notes.items() if names)]) + "."

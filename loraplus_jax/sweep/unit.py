@@ -345,7 +345,7 @@ class _UnitRun:
             )
 
     def score_texts(self) -> list[dict[str, Any]]:
-        """The seed and the scores of the texts of each member (task generation); else empty."""
+        """Arm and seed of each member, and the scores of its texts (task generation); else empty."""
         run, parts, data = self.population.run, self.population.parts, self.population.data
         if not isinstance(data.task, LanguageTask) or data.task.kind != "generation":
             return []
@@ -355,22 +355,22 @@ class _UnitRun:
         rows = []
         for spec, member in self.alive_members():
             self.output.console.print(
-                f"seed {spec.seed}: generating texts for {len(texts.inputs)} test inputs"
+                f"{spec.arm}, seed {spec.seed}: generating texts for {len(texts.inputs)} test inputs"
             )
             frozen = add_scales(parts.frozen, parts.specs, member)
             variables = replicate(mesh, combine(member.state.trainable, frozen))
             _, scores = texts.generate(variables, self.end_if_stopped)
-            rows.append({"seed": spec.seed, **scores})
+            rows.append({"arm": spec.arm, "seed": spec.seed, **scores})
         return rows
 
     def unrelated_losses(self) -> list[dict[str, Any]]:
-        """The seed of each member and its loss on `sweep.unrelated_text` before and after training; else empty."""
+        """Arm and seed of each member, and its loss on `sweep.unrelated_text` before and after; else empty."""
         if (loss := make_unrelated_loss(self.population)) is None:
             return []
         # All members compute the same before their first step.
         before = loss(self.population.first(*self.unit.members[0][1:]))
         rows = [
-            {"seed": spec.seed, "before": before, "after": loss(member)}
+            {"arm": spec.arm, "seed": spec.seed, "before": before, "after": loss(member)}
             for spec, member in self.alive_members()
         ]
         return [row for row in rows if math.isfinite(row["after"])]

@@ -24,7 +24,7 @@ from ..training.console import LineConsole
 from ..training.run_files import OWNER
 from ..training.signals import Stopped
 from ..training.xla import use_compilation_cache
-from .population import Population, prepare_population
+from .population import Population, abstract_population, prepare_population
 from .settings import SweepRun
 from .unit import Progress, Unit, run_unit, unit_directory
 
@@ -171,8 +171,8 @@ def _prepare(job: Job) -> Population:
         _Prepared.key = _Prepared.population = None  # frees the memory first
         if job.cores is not None:
             use_cores(job.cores)
-        run = settings_from_json(values, kind)
-        _Prepared.population = prepare_population(run, job.group_size, job.members_at_once)
+        abstract = abstract_population(settings_from_json(values, kind))
+        _Prepared.population = prepare_population(abstract, job.group_size, job.members_at_once)
         _Prepared.key = key
     population = _Prepared.population
     here = population.origin

@@ -102,25 +102,19 @@ def _read_run(directory: Path) -> dict[str, Any]:
     methods = config.get("sweep", {}).get("methods")
     train, summary = config["train"], read_summary(directory)
     kind = "run" if "sweep" not in config else "comparison" if methods else "sweep"
-    if kind == "comparison":
-        members = [directory / name for name in dict.fromkeys(("lora", *methods))]
-        step, steps = sum(read_summary(member) is not None for member in members), len(members)
-        results = [result for member in members if (result := _best_member(member)[1]) is not None]
-        best: dict[str, Any] | None = min(results, key=lambda result: result["value"], default=None)
+    step, steps = max(saved_steps(directory), default=0), train.get("steps")
+    if kind != "run":
+        # Checkpoints of a sweep count evaluations too, after the first of which there are rows.
+        evaluated, best = _best_member(directory)
+        step = step if evaluated is None else evaluated
+    elif summary is not None:
+        step = steps = summary["steps"]
+        best = _pick(summary["after"]) | {
+            "split": summary["held_out"]["split"],
+            "step": summary["selected_step"],
+        }
     else:
-        step, steps = max(saved_steps(directory), default=0), train.get("steps")
-        if kind == "sweep":
-            # Checkpoints of a sweep count evaluations too, after the first of which there are rows.
-            evaluated, best = _best_member(directory)
-            step = step if evaluated is None else evaluated
-        elif summary is not None:
-            step = steps = summary["steps"]
-            best = _pick(summary["after"]) | {
-                "split": summary["held_out"]["split"],
-                "step": summary["selected_step"],
-            }
-        else:
-            best = best_row(read_rows(directory / METRICS))
+        best = best_row(read_rows(directory / METRICS))
     state, pid, problem = _state(directory) if summary is None else ("finished", None, None)
     return {
         "kind": kind,
@@ -212,13 +206,12 @@ def format_runs(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     if row["state"] == "unreadable":
         return [escape_controls(row["path"]), escape_controls(f"unreadable: {row['problem']}")]
-    unit = "methods" if row["kind"] == "comparison" else "steps"
     state = row["state"] + (f" (pid {row['pid']})" if row["pid"] else "")
     best = row["best"]
     result = f"{best['name']} {_number(best['value'])} ({best['split']}, step {best['step']})" if best else ""
     end = "; ".join(filter(None, (row["problem"], row["resume"] and f"resume: {row['resume']}")))
     epochs = f" ({float(row['epochs']):g} epochs)" if row["epochs"] else ""
-    progress = f"{row['step']} of {row['steps']} {unit}" if row["steps"] else f"step {row['step']}{epochs}"
+    progress = f"{row['step']} of {row['steps']} steps" if row["steps"] else f"step {row['step']}{epochs}"
     cells = row["path"], row["model"], row["method"], progress, state, result, end
     return [escape_controls(cell) for cell in cells]
 

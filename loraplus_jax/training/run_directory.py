@@ -377,7 +377,6 @@ def open_output_directory(
     *,
     fresh: bool = False,
     allow_different: Sequence[str] = (),
-    parts: Sequence[Path] = (),
 ) -> Iterator[OutputDirectory]:
     """Checks that a run may start or resume in its output directory, and uses the compilation cache.
 
@@ -388,7 +387,6 @@ def open_output_directory(
       console: where to print.
       fresh: whether to start over instead of resuming.
       allow_different: parts of the base model or data that may differ from those of what is there.
-      parts: directories of other runs, whose results are used too.
     """
     with raise_together():
         check_allowed(allow_different)
@@ -403,7 +401,7 @@ def open_output_directory(
     with raise_together():
         if is_lead():
             changed = check_directory(path, settings, fresh=fresh)
-            resumes = not fresh and any(map(has_progress, (path, *parts)))
+            resumes = not fresh and has_progress(path)
             if allow_different and settings.init_adapter is None and not resumes:
                 raise ValueError(
                     f"--allow_different {allow_different[0]} has no effect: {path} has nothing to resume from, and "

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from loraplus_jax.sweep.method_comparison import method_run
+from loraplus_jax.sweep.arms import programs_of
 
 
 @pytest.mark.slow
@@ -25,5 +25,6 @@ def test_the_settings_of_every_study_and_of_each_of_its_methods_are_valid(tmp_pa
         for title, study in studies.items():
             run = tables.settings_of(study, options, tmp_path / name / title)
             assert run.lora.init == ("lora_b" if "A zero" in title else "lora")
-            for method in () if name == "lambda" else run.sweep.methods:
-                assert method_run(run, method).sweep.widen > 0
+            programs = [tables.lambdas(run)] if name == "lambda" else programs_of(run)
+            assert run.sweep.widen > 0
+            assert all(len(arm.trials) > 2 for program in programs for arm in program.arms)

@@ -18,7 +18,7 @@ from loraplus_jax.inference.several_adapters import predict_several
 from loraplus_jax.interop import combine_adapters
 from loraplus_jax.interop.library_recipes import NAMES
 from loraplus_jax.settings.recipes import RECIPES
-from loraplus_jax.sweep.method_comparison import sweep_or_compare
+from loraplus_jax.sweep.run import sweep
 from loraplus_jax.training.list_runs import list_runs
 from loraplus_jax.training.trainer import train
 
@@ -27,7 +27,7 @@ from ..refusals import refusals
 TARGETS = {
     "train": [train],
     "inspect": [],
-    "sweep": [sweep_or_compare],
+    "sweep": [sweep],
     "plan": [],
     "eval": [evaluate_run, evaluate_tasks],
     "predict": [predict_run, predict_several],

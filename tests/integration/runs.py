@@ -1,6 +1,7 @@
 """Command lines of whole runs, what these leave and print, and how they are disturbed or run in another process."""
 
 import contextlib
+import html.parser
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from loraplus_jax.cli.commands import main
+from loraplus_jax.sweep.report import format_number, format_steps
 from loraplus_jax.training import trainer
 from loraplus_jax.training.metrics_log import RunLog
 from loraplus_jax.training.trainer import Trainer
@@ -243,3 +245,37 @@ def assert_one_error(ending, *words):
     assert (code, stderr.count("\n")) == (2, 1), stderr
     assert stderr.startswith("loraplus: error: ")
     assert_mentions(stderr, *words)
+
+
+class Page(html.parser.HTMLParser):
+    """The numbers of a page as `(path, value, text)`, and what it loads."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.numbers, self.loads, self.text, self._open = [], [], "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.loads += [attributes[name] for name in ("src", "href") if name in attributes]
+        if tag == "data":
+            self._open = [attributes["data-path"], json.loads(attributes["value"]), ""]
+
+    def handle_data(self, data):
+        self.text += data
+        if self._open:
+            self._open[2] += data
+
+    def handle_endtag(self, tag):
+        if tag == "data":
+            self.numbers.append(tuple(self._open))
+            self._open = None
+
+    def check(self, report):
+        """Every number is one of the report."""
+        for path, value, text in self.numbers:
+            found = report
+            for part in path.split("."):
+                found = found[int(part) if isinstance(found, list) else part]
+            assert value == found, path
+            assert text in (format_number(value), format_number(value, sign=True), format_steps(value)), path

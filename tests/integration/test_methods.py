@@ -1,6 +1,7 @@
 """`sweep.methods` on the tiny world: equal budgets, resuming, a report whose first line answers."""
 
 import signal
+from itertools import product
 
 import jax
 import numpy as np
@@ -9,15 +10,15 @@ from tokenizers import Tokenizer
 
 from loraplus_jax.cli.commands import main
 from loraplus_jax.inference.tuned_model import describe, load
-from loraplus_jax.sweep import method_comparison as comparing
 from loraplus_jax.sweep.report import WINNER
+from loraplus_jax.sweep.run import Tuning
 from loraplus_jax.tasks.held_out_generation import HeldOutTexts
 from loraplus_jax.training.list_runs import find_runs
 from loraplus_jax.training.place import look
 
 from ..marks import slow
 from ..messages import assert_mentions
-from .runs import NO_PROMPT, flags, report_of, summary_of
+from .runs import NO_PROMPT, Page, flags, report_of, summary_of
 
 FLAGS = flags(
     "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [4] --sweep.report_seeds 2 --sweep.rungs [0.5]"
@@ -52,17 +53,18 @@ def test_texts_of_each_method_are_those_of_its_single_runs(talk, monkeypatch, ca
     assert_mentions(
         capsys.readouterr().out, "seed 1: generating texts for 6 test inputs", "seed 2: generating"
     )
-    methods = report_of(talk.out)["methods"]
-    seed, chosen = methods["lora_plus"]["runs"][0]["seed"], methods["lora_plus"]["chosen"]
+    report = report_of(talk.out)
+    own = {name: [run for run in report["runs"] if run["arm"] == name] for name in report["methods"]}
+    seed, chosen = own["lora_plus"][0]["seed"], report["chosen"]["lora_plus"]
     args = ("--seed", seed, "--lora.lr_ratio", chosen["lr_ratio"])
     args += ("--optimizer.learning_rate", chosen["learning_rate"], "--train.steps", 8)
     single = summary_of(talk.trained(*map(str, args), out=talk.directory / "single"))["after"]
-    own = {method: report_of(talk.out / method)["text_scores"] for method in methods}
-    assert own["lora_plus"][0] == {"seed": seed} | {
+    assert own["lora_plus"][0]["text_scores"] == {
         n: pytest.approx(single[n]) for n in ("bleu", "chrf", "rouge_l", "nist")
     }
-    for name, score in methods["lora_plus"]["text_scores"].items():
-        gains = [a[name] - b[name] for a, b in zip(own["lora_plus"], own["lora"], strict=True)]
+    for name, score in report["methods"]["lora_plus"]["text_scores"].items():
+        pairs = zip(own["lora_plus"], own["lora"], strict=True)
+        gains = [a["text_scores"][name] - b["text_scores"][name] for a, b in pairs]
         assert score["gain"]["mean"] == pytest.approx(sum(gains) / 2)
 
 
@@ -77,11 +79,15 @@ def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk, capsys):
     methods = "[pissa]"
     assert compare(talk, *flags, methods=methods) == 0
     assert "1 of 3 texts truncated to data.max_length 32" in capsys.readouterr().out
-    report = report_of(talk.out)["methods"]
-    seeds = [run["seed"] for run in report["lora"]["runs"]]
-    losses = {name: report_of(talk.out / name)["unrelated"] for name in report}
-    assert all([row["seed"] for row in rows] == seeds for rows in losses.values())
-    first, chosen = losses["lora"][0], report["lora"]["chosen"]
+    report, seeds = report_of(talk.out), (1, 2)
+    losses = {
+        name: [
+            run["unrelated"] for run in report["runs"] if (run["arm"], run["seed"]) in product([name], seeds)
+        ]
+        for name in report["methods"]
+    }
+    assert [len(rows) for rows in losses.values()] == [2, 2]
+    first, chosen = losses["lora"][0], report["chosen"]["lora"]
     args = ("--seed", seeds[0], "--lora.lr_ratio", chosen["lr_ratio"], "--train.steps", 8)
     args += ("--optimizer.learning_rate", chosen["learning_rate"])
     out = talk.trained(*NO_PROMPT, *map(str, args), out=talk.directory / "single")
@@ -106,7 +112,7 @@ def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk, capsys):
     assert abs(after - base) > 0.01
     assert all(row["before"] == pytest.approx(base, rel=1e-5) for rows in losses.values() for row in rows)
     for name, rows in losses.items():
-        found = report[name]["unrelated"]
+        found = report["methods"][name]["unrelated"]
         assert found["perplexity_before"] == pytest.approx(np.exp(base), rel=1e-4)
         assert found["perplexity_after"] == pytest.approx(np.exp(np.mean([row["after"] for row in rows])))
         assert found["change"]["mean"] == pytest.approx(
@@ -129,17 +135,17 @@ def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk, capsys):
 
 @pytest.mark.slow
 def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
-    begin = comparing.MethodSweep.open
+    begin = Tuning.open
 
-    def interrupted(self):
-        if self.run.name == "full":
+    def interrupted(self, *args):
+        if self.name == "full":
             raise KeyboardInterrupt
-        return begin(self)
+        return begin(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparing.MethodSweep, "open", interrupted)
+        patch.setattr(Tuning, "open", interrupted)
         assert compare(world, methods=FEW) == 130
-    before = {p: p.stat().st_mtime_ns for p in world.out.glob("*/report.json")}
+    before = {p: p.stat().st_mtime_ns for p in world.out.glob("units/*/result.json")}
     # Settings are compared also where someone edited those of the directory.
     config = world.out / "config.yaml"
     settings = config.read_text()
@@ -148,38 +154,54 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
     assert compare(world, "--train.steps", "12", methods=FEW) == 2
     assert_mentions(capsys.readouterr().err, world.out, "settings.train.steps", 8, 12, "--fresh")
     config.write_text(settings)
-    # The methods left have no checkpoint; the finished ones are compared.
+    # What has finished is read back, without a program being compiled.
+    opened = []
+
+    def noted(self, *args):
+        opened.append(self.name)
+        return begin(self, *args)
+
+    monkeypatch.setattr(Tuning, "open", noted)
     assert compare(world, "--allow_different", "data", methods=FEW) == 0
+    assert {*opened} == {"full"}
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert len(before) == 2
+    assert {path.parent.name for path in before} == {
+        f"{name}-{stage}-0"
+        for name in ("lora", "lora_rite")
+        for stage in ("search-4", "search-8", "report")
+        if stage != "search-8"  # one of two settings is left at the rung
+    }
     report = report_of(world.out)
     assert list(report["methods"]) == ["lora", "lora_rite", "full"]
-    assert {m["settings"] for m in report["methods"].values()} == {2}
-    assert "on\n2 settings with seed" in (world.out / "report.html").read_text()
+    assert report["protocol"]["settings"] == {"lora": 2, "lora_rite": 2, "full": 2}
     full, lora = (report["methods"][name] for name in ("full", "lora"))
     assert full["cost"]["trainable"] > 5 * lora["cost"]["trainable"] > 0
     assert lora["cost"]["step_seconds"] > 0
     assert report["protocol"]["confidence"] == pytest.approx(1 - 0.05 / 2)
+    losses = {
+        name: {run["seed"]: run["test"]["loss"] for run in report["runs"] if run["arm"] == name}
+        for name in report["methods"]
+    }
     for name, method in report["methods"].items():
-        losses = {run["seed"]: run["test"]["loss"] for run in method["runs"]}
-        assert method["loss"] == pytest.approx(sum(losses.values()) / 2)
-        if name != "lora":
-            paired = [losses[run["seed"]] - run["test"]["loss"] for run in lora["runs"]]
-            assert method["against_lora"]["test_loss"]["mean"] == pytest.approx(sum(paired) / 2)
+        assert method["loss"] == pytest.approx(sum(losses[name].values()) / 2)
+    for row in report["comparisons"]:
+        paired = [loss - losses["lora"][seed] for seed, loss in losses[row["first"]].items()]
+        assert row["test_loss"]["mean"] == pytest.approx(sum(paired) / 2)
     out = capsys.readouterr().out
     assert report["verdict"] in out
-    page = (world.out / "report.html").read_text()
-    assert page.index("tuned LoRA") < page.index("<h1>")
-    row = page.partition("<td>before training</td>")[2].partition("</tr>")[0]
-    assert all(f"<td>{value:.4g}</td>" in row for value in report["protocol"]["untrained"].values())
+    page = Page((world.out / "report.html").read_text())
+    assert report["verdict"] in page.text
+    page.check(report)
+    assert {f"protocol.untrained.{name}" for name in ("loss", "accuracy")} <= {
+        path for path, *_ in page.numbers
+    }
     # The config of a method's chosen setting trains the run that was compared.
     assert f"lora/{WINNER}" in out
     seed = report["protocol"]["report_seeds"][0]
     args = ("--seed", str(seed), "--train.select", "last")
     assert main(["train", str(world.out / "lora_rite" / WINNER), *args]) == 0
-    member = next(run for run in report["methods"]["lora_rite"]["runs"] if run["seed"] == seed)
     loss = summary_of(world.out / "lora_rite/winner")["after"]["loss"]
-    assert loss == pytest.approx(member["test"]["loss"], rel=1e-4)
+    assert loss == pytest.approx(losses["lora_rite"][seed], rel=1e-4)
     assert {*find_runs(world.out)} == {world.out, world.out / "lora_rite/winner"}
 
 

@@ -11,7 +11,7 @@ from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import shard_batch
 from loraplus_jax.sweep import population as populations
 from loraplus_jax.sweep.device_members import DeviceMembers, stored_members
-from loraplus_jax.sweep.population import prepare_population
+from loraplus_jax.sweep.population import abstract_population, prepare_population
 from loraplus_jax.sweep.settings import SweepRun, Trial
 from loraplus_jax.training.setup import prepare
 
@@ -40,7 +40,7 @@ def swept(world, *overrides):
 
 def taken(run, entries, steps=STEPS, at_once=None):
     """A population after some steps."""
-    population = prepare_population(run, len(entries), at_once)
+    population = prepare_population(abstract_population(run), len(entries), at_once)
     members = DeviceMembers(population, [population.first(*entry) for entry in entries])
     split, size = population.data.splits["train"], run.train.batch_size
     streams = {
@@ -129,7 +129,7 @@ def test_members_continue_on_any_number_of_devices(home, members):
     assert {len(leaf) for leaf in jax.tree.leaves((saved.trainable, saved.opt_state, saved.rng))} == {4}
     numbers = (0, 2, 3)
     first = [members.population.first(*ENTRIES[n]) for n in numbers]
-    population = prepare_population(swept(home, "--mesh.data", "8"), len(ENTRIES))
+    population = prepare_population(abstract_population(swept(home, "--mesh.data", "8")), len(ENTRIES))
     other = DeviceMembers(population, stored_members(saved, first, numbers))
     assert len(other.stacked.alive) == 8
     for n, number in enumerate(numbers):
@@ -176,7 +176,7 @@ def test_where_there_is_no_cpu_a_short_measurement_chooses_the_members_at_once(h
 
     monkeypatch.setattr(populations, "_measured", stand_in)
     run = swept(home, "--train.max_skipped", "1")
-    population = prepare_population(run, 4)
+    population = prepare_population(abstract_population(run), 4)
     assert asked == [1, 2, 4]
     programs = population.programs
     assert (programs.at_once, programs.size) == (2, 2)

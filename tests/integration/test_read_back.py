@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.sweep import method_comparison
-from loraplus_jax.sweep.run import Sweep
+from loraplus_jax.sweep.run import Tuning
 
 from ..marks import long
 from . import language_world as language
-from .runs import NO_PROMPT, SHORT_TALK, flags, interrupt_at, interrupted, report_of
+from .runs import NO_PROMPT, SHORT_TALK, interrupt_at, interrupted, report_of
 from .test_methods import compare
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
@@ -26,10 +25,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
 SHORT = (*SHORT_TALK, "--lora.rank", "4")
 PISSA = (*SHORT, "--lora.init", "pissa")
 NF4 = (*SHORT, "--model.quantize", "nf4")
-SWEEP = flags(
-    "--sweep.learning_rates [2e-3,5e-3] --sweep.lr_ratios [4] --sweep.report_seeds 2 --sweep.rungs [0.5]"
-    " --sweep.keep 0.5 --train.steps 8 --train.eval_every 4"
-)
 NOT_READ = {"checkpoints", "tensorboard", ".lock"}
 """Parts of a run without a change here: tests/fuzz/test_checkpoints.py has the checkpoints."""
 
@@ -65,46 +60,31 @@ def train(*flags, stop, prepare=lambda world: None):
 
 
 def sweep(world):
-    return main(["sweep", str(world.config), "--output_dir", str(world.out), *SWEEP, *NO_PROMPT])
+    return compare(world, *NO_PROMPT, methods="[lora_plus,pissa]")
 
 
 def numbers(world):
     """The report without seconds and digest."""
-    report = report_of(world.out)
-    if "runs" in report:
-        return report["runs"]
-    return {name: method["runs"] for name, method in report["methods"].items()}
+    return report_of(world.out)["runs"]
 
 
 def stopped_sweep(world, patch):
-    def stop(self):
-        raise KeyboardInterrupt
-
-    patch.setattr(Sweep, "report_stage", stop)
-    assert sweep(world) == 130
-
-
-def stopped_methods(world, patch):
-    begin = method_comparison.MethodSweep.open
+    """With all results of one program, and the search's of another."""
+    report_stage = Tuning.report_stage
 
     def stop(self):
-        if self.run.name == "lora_plus":
+        if self.name == "pissa":
             raise KeyboardInterrupt
-        return begin(self)
+        return report_stage(self)
 
-    patch.setattr(method_comparison.MethodSweep, "open", stop)
-    assert resume_methods(world) == 130
-
-
-def resume_methods(world):
-    return compare(world, *NO_PROMPT, methods="[lora_plus]")
+    patch.setattr(Tuning, "report_stage", stop)
+    assert sweep(world) == 130
 
 
 KINDS = {
     "pissa, before a checkpoint": train(*PISSA, stop=2),
     "texts": train(*SHORT, stop=6, prepare=describe),
     "sweep": Kind(stopped_sweep, sweep, numbers),
-    "methods": Kind(stopped_methods, resume_methods, numbers),
     "full": train(*SHORT_TALK[:-2], "--method", "full", stop=6),
     "nf4": train(*NF4, stop=6),
 }
@@ -191,7 +171,7 @@ def edit_a_projection(world):
     world.change_tensors(change)
 
 
-@pytest.mark.parametrize("stopped", cases("pissa, before a checkpoint", "texts", "methods"), indirect=True)
+@pytest.mark.parametrize("stopped", cases("pissa, before a checkpoint", "texts", "sweep"), indirect=True)
 def test_what_is_behind_a_stopped_run_is_the_same_when_it_resumes(stopped, capsys):
     kind, world, restore = stopped
     changes = {"base.weights": edit_a_projection, "data": swap_answers, "tokenizer": edit_tokenizer}

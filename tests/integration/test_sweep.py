@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import html.parser
 import json
 import re
 import signal
@@ -13,12 +12,10 @@ import yaml
 
 from loraplus_jax.cli.commands import main
 from loraplus_jax.sweep.device_members import DeviceMembers
-from loraplus_jax.sweep.figures import PICTURES
-from loraplus_jax.sweep.report import format_number, format_steps
 from loraplus_jax.training import console
 
 from ..messages import assert_mentions
-from .runs import flags, lines_of, report_of, summary_of
+from .runs import Page, flags, lines_of, report_of, summary_of
 
 pytestmark = pytest.mark.slow
 
@@ -70,37 +67,6 @@ def test_output_files_of_a_sweep(swept):
     assert summary_of(swept)["verdict"] == report["verdict"]
 
 
-class Page(html.parser.HTMLParser):
-    """The numbers of a page as `(path, value, text)`, and what it loads."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.numbers, self.loads, self.text, self._open = [], [], "", None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.loads += [attributes[name] for name in ("src", "href") if name in attributes]
-        if tag == "data":
-            self._open = [attributes["data-path"], json.loads(attributes["value"]), ""]
-
-    def handle_data(self, data):
-        self.text += data
-        if self._open:
-            self._open[2] += data
-
-    def handle_endtag(self, tag):
-        if tag == "data":
-            self.numbers.append(tuple(self._open))
-            self._open = None
-
-
-def value_at(report, path):
-    for part in path.split("."):
-        report = report[int(part) if isinstance(report, list) else part]
-    return report
-
-
 def test_a_sweep_prints_lines_between_its_comparisons(swept):
     text = (swept.parent / "printed.txt").read_text()
     names = re.findall(r"^((?:search|report) step \d+ of \d+): .* left$", text, flags=re.M)
@@ -118,9 +84,7 @@ def test_a_sweep_prints_lines_between_its_comparisons(swept):
 def test_the_pages_numbers_are_the_reports_and_it_needs_no_network(swept):
     report, page = report_of(swept), Page((swept / "report.html").read_text())
     assert len(page.numbers) > 100
-    for path, value, text in page.numbers:
-        assert value == value_at(report, path), path
-        assert text in (format_number(value), format_number(value, sign=True), format_steps(value)), path
+    page.check(report)
     shown = {path for path, *_ in page.numbers}
     assert {f"runs.{n}.test.loss" for n in range(6)} <= shown
     starts = [run["curve"][0][1] for run in report["runs"] if run["arm"] == "lora"]
@@ -129,7 +93,7 @@ def test_the_pages_numbers_are_the_reports_and_it_needs_no_network(swept):
     assert {f"comparisons.{n}.steps_ratio.{k}" for n in range(2) for k in ("mean", "low", "high")} <= shown
     assert report["verdict"] in page.text
     assert report["command"] in page.text
-    pictures = [(swept / f"{name}.png").read_bytes() for name in PICTURES]
+    pictures = [(swept / f"{name}.png").read_bytes() for name in ("heat_map", "curves")]
     found = [base64.b64decode(load.removeprefix("data:image/png;base64,")) for load in page.loads]
     assert found == pictures
 
@@ -268,7 +232,7 @@ def test_diverged_runs_and_a_target_never_reached_are_reported(world, undrawn, c
     assert gone == [(1e30, None)] * 2
     assert_mentions(report["verdict"], "verdict on steps", "1e-06", "none of 2 seeds")
     printed = capsys.readouterr().out
-    assert_mentions(printed, "2 diverged", "unequal", "2 settings of LoRA", "4 of LoRA+")
+    assert_mentions(printed, "2 diverged", "unequal", "2 settings of LoRA", "4 settings of LoRA+")
     assert "diverged" in (world.out / "report.html").read_text()
     assert not report["protocol"]["equal_budgets"]
 

@@ -7,10 +7,10 @@ import types
 import pytest
 
 from loraplus_jax.sweep import executor as module
-from loraplus_jax.sweep.executor import InProcess
-from loraplus_jax.sweep.method_comparison import MethodSweep
+from loraplus_jax.sweep.arms import Arm, SharedProgram
+from loraplus_jax.sweep.executor import InProcess, Opened
 from loraplus_jax.sweep.ray_tasks import RayTasks
-from loraplus_jax.sweep.run import Sweep
+from loraplus_jax.sweep.run import Sweep, Tuning
 from loraplus_jax.sweep.unit import Unit
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.signals import Stopped, StopSignal
@@ -24,25 +24,23 @@ async def nothing():
     pass
 
 
-def sweeps(events, pause):
-    """Two that await something twice, as stages do; the report is their name."""
+def programs(events, pause):
+    """The stages of two, which await something twice."""
 
-    def sweep(name):
+    def stages(name):
         async def train():
             for stage in (1, 2):
                 events.append((name, stage))
                 await pause()
-            return {"of": name}
 
         return types.SimpleNamespace(train=train)
 
-    return [sweep("a"), sweep("b")]
+    return [stages("a"), stages("b")]
 
 
-def test_in_this_process_one_sweep_ends_before_the_next_begins():
+def test_in_this_process_one_program_ends_before_the_next_begins():
     events = []
-    reports = InProcess.finish(None, sweeps(events, nothing))  # pyright: ignore
-    assert reports == [{"of": "a"}, {"of": "b"}]
+    InProcess.finish(None, programs(events, nothing))  # pyright: ignore
     assert events == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
 
 
@@ -54,10 +52,9 @@ def on_ray():
     return executor
 
 
-def test_on_ray_all_sweeps_run_at_the_same_time_and_an_error_of_one_ends_all(on_ray):
+def test_on_ray_all_programs_run_at_the_same_time_and_an_error_of_one_ends_all(on_ray):
     events = []
-    reports = on_ray.finish(sweeps(events, lambda: asyncio.sleep(0)))
-    assert reports == [{"of": "a"}, {"of": "b"}]
+    on_ray.finish(programs(events, lambda: asyncio.sleep(0)))
     assert events == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
 
     async def fail():
@@ -66,33 +63,39 @@ def test_on_ray_all_sweeps_run_at_the_same_time_and_an_error_of_one_ends_all(on_
         await asyncio.sleep(60)
 
     with pytest.raises(ValueError, match="another base"):
-        on_ray.finish(sweeps(events, fail))
+        on_ray.finish(programs(events, fail))
     assert len(events) == 6
 
 
 def test_on_ray_a_notebook_may_have_a_loop_and_a_signal_is_not_lost(on_ray):
-    async def cell():
-        return on_ray.finish(sweeps([], nothing))
+    events = []
 
-    assert asyncio.run(cell()) == [{"of": "a"}, {"of": "b"}]
+    async def cell():
+        on_ray.finish(programs(events, nothing))
+
+    asyncio.run(cell())
+    assert len(events) == 4
     on_ray.stop._received = signal.SIGINT
     with pytest.raises(Stopped):
-        on_ray.finish(sweeps([], nothing))
+        on_ray.finish(programs([], nothing))
 
 
-def test_an_error_of_a_unit_names_its_method(tmp_path, monkeypatch):
+def test_an_error_of_a_unit_names_its_methods(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ValueError("its base differs")
 
     monkeypatch.setattr(module, "run_unit", fail)
     executor = InProcess(LineConsole(quiet=True))
-    executor.population = object()  # pyright: ignore
+    arms = (Arm("pissa", "PiSSA", ()),)
+    tuning = object.__new__(Tuning)
+    tuning.name, tuning.directory, tuning.program = "pissa", tmp_path, SharedProgram(None, arms)  # pyright: ignore
+    tuning.sweep = object.__new__(Sweep)
+    tuning.sweep.is_several, tuning.sweep.sizes = True, {}
 
-    async def one_unit(self):
-        return await executor.run(self, [unit("a1")])
+    async def one_unit(*_):
+        await executor.run(Opened(None, {}, 1, 1), tuning, [unit("a1")])  # pyright: ignore
 
-    monkeypatch.setattr(Sweep, "train", one_unit)
-    sweep = object.__new__(MethodSweep)
-    sweep.run, sweep.directory = types.SimpleNamespace(name="pissa"), tmp_path  # pyright: ignore
+    monkeypatch.setattr(Tuning, "open", one_unit)
+    tuning.run = types.SimpleNamespace(sweep=types.SimpleNamespace(members_at_once=1, group_size=1))  # pyright: ignore
     with pytest.raises(ValueError, match=r"^sweep\.methods pissa: its base differs$"):
-        executor.finish([sweep])
+        executor.finish([tuning])

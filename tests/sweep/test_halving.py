@@ -9,7 +9,7 @@ from loraplus_jax.sweep.halving import (
     curve_steps,
     mean_losses,
     member_steps,
-    split_at_rung,
+    planned_members,
     survivors,
 )
 from loraplus_jax.sweep.settings import SweepSettings, Trial
@@ -25,21 +25,14 @@ def plus(rate, ratio):
     return Trial(rate, ratio, 16.0, 8)
 
 
-SCORES = {
-    lora(1.0): 0.9,
-    lora(2.0): 0.8,
-    lora(3.0): math.nan,
-    lora(4.0): 0.7,
-    plus(1.0, 2.0): 0.65,
-    plus(1.0, 4.0): 0.60,
-    plus(2.0, 2.0): 0.61,
-    plus(2.0, 4.0): 0.62,
-}
+SCORES = {lora(1.0): 0.9, lora(2.0): 0.8, lora(3.0): math.nan, lora(4.0): 0.7}
+PLUS = {plus(1.0, 2.0): 0.65, plus(1.0, 4.0): 0.60, plus(2.0, 2.0): 0.61, plus(2.0, 4.0): 0.62}
 
 
-def test_each_arm_keeps_its_share():
-    assert survivors(SCORES, 0.5) == [lora(2.0), lora(4.0), plus(1.0, 4.0), plus(2.0, 2.0)]
-    assert survivors(SCORES, 0.25) == [lora(4.0), plus(1.0, 4.0)]
+def test_an_arm_keeps_its_share():
+    assert survivors(SCORES, 0.5) == [lora(2.0), lora(4.0)]
+    assert survivors(PLUS, 0.5) == [plus(1.0, 4.0), plus(2.0, 2.0)]
+    assert survivors(SCORES, 0.25) == [lora(4.0)]
     assert survivors(SCORES, 0.3) == survivors(SCORES, 0.5)  # 1.2 of 4 is rounded up
     assert survivors(SCORES, 0.01) == survivors(SCORES, 0.25)  # at least one
 
@@ -51,9 +44,9 @@ def test_of_equals_the_first_is_kept_and_what_diverged_never_is():
 
 
 def test_the_best_of_an_arm():
-    assert best_trial(SCORES, "lora") == lora(4.0)
-    assert best_trial(SCORES, "lora_plus") == plus(1.0, 4.0)
-    assert best_trial({lora(1.0): math.nan}, "lora") is None
+    assert best_trial(SCORES) == lora(4.0)
+    assert best_trial(PLUS) == plus(1.0, 4.0)
+    assert best_trial({lora(1.0): math.nan}) is None
 
 
 def test_a_setting_is_judged_by_all_its_seeds():
@@ -102,17 +95,14 @@ test_rungs_within_the_warm_up_or_on_one_step = refusals(
 )
 
 
-def test_the_only_remaining_setting_of_an_arm_is_selected():
-    assert split_at_rung(SCORES, 0.5) == ({}, [lora(2.0), lora(4.0), plus(1.0, 4.0), plus(2.0, 2.0)])
-    scores = {lora(4.0): 0.7, plus(1.0, 4.0): 0.60, plus(2.0, 2.0): 0.61, plus(2.0, 4.0): 0.62}
-    assert split_at_rung(scores, 0.5) == ({"lora": lora(4.0)}, [plus(1.0, 4.0), plus(2.0, 2.0)])
-    assert split_at_rung(SCORES, 0.25) == ({"lora": lora(4.0), "lora_plus": plus(1.0, 4.0)}, [])
-    assert split_at_rung({}, 0.5) == ({}, [])
+def test_members_of_each_stage():
+    # An arm of which one is left is selected, and trains no further.
+    assert planned_members([16, 16], 1, [38, 300], 0.125) == [32, 4]
+    assert planned_members([4, 8], 3, [10, 20, 40], 0.25) == [36, 6, 0]
 
 
 def test_the_defaults_take_less_than_a_quarter_of_the_grid():
     # 16 settings of each arm: all to 38, two of each to the end.
-    settings = [make(n) for make in (lora, lambda n: plus(n, 4.0)) for n in range(1, 17)]
-    left = survivors({trial: float(n) for n, trial in enumerate(settings)}, SweepSettings().keep)
-    taken = member_steps([len(settings), len(left)], comparison_steps(SweepSettings(), 300))
+    stops = comparison_steps(SweepSettings(), 300)
+    taken = member_steps(planned_members([16, 16], 1, stops, SweepSettings().keep), stops)
     assert taken == 32 * 38 + 4 * 262 == 2264 <= 32 * 300 / 4

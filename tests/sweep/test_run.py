@@ -5,6 +5,8 @@ import types
 
 import pytest
 
+from loraplus_jax.sweep import run as module
+from loraplus_jax.sweep.arms import programs_of
 from loraplus_jax.sweep.executor import InProcess, Opened
 from loraplus_jax.sweep.run import Sweep
 from loraplus_jax.sweep.unit import Progress, unit_directory
@@ -19,25 +21,21 @@ SLOPES = {"validation": 1.0, "test": -1.0}
 class GivenLosses:
     """Executor of units that train nothing; the last of a stage finishes first."""
 
-    is_concurrent, workers = False, 3
+    workers = 3
     finish = InProcess.finish
 
     def __init__(self, group_size=None):
         self.group_size, self.units = group_size, []
 
-    async def open(self, run, most, members_at_once, group_size):
-        task = types.SimpleNamespace(metric="loss", derived=lambda values: {})
-        splits = {name: {"x": [0.0] * 4} for name in ("validation", "test")}
-        data = types.SimpleNamespace(task=task, examples={"test": 4}, summary=(), constant={}, splits=splits)
-        abstract = types.SimpleNamespace(data=data, steps=8, shapes=None)
-        return Opened(abstract, {"base": None, "identity": {}}, 1, self.group_size or most)  # pyright: ignore
+    async def open(self, abstract, most, members_at_once, group_size):
+        return Opened(None, {"base": None, "identity": {}}, 1, self.group_size or most)
 
     def loss(self, split, trial):
         return 9.0 + SLOPES[split] * trial.learning_rate * trial.lr_ratio
 
-    async def run(self, sweep, units):
+    async def run(self, opened, stages, units):
         self.units += units
-        return [self.result(sweep, unit) for unit in reversed(units)][::-1]
+        return [self.result(stages, unit) for unit in reversed(units)][::-1]
 
     def result(self, sweep, unit):
         rows = []
@@ -52,14 +50,19 @@ class GivenLosses:
 @pytest.fixture
 def ended(tmp_path, monkeypatch, parsed):
     """A sweep on an executor, to its end but for figures and winner."""
+    task = types.SimpleNamespace(metric="loss", mode="min", derived=lambda values: {})
+    splits = {name: {"x": [0.0] * 4} for name in ("validation", "test")}
+    data = types.SimpleNamespace(task=task, examples={"test": 4}, summary=(), constant={}, splits=splits)
+    abstract = types.SimpleNamespace(data=data, steps=8, shapes=None)
+    monkeypatch.setattr(module, "abstract_population", lambda run, data: abstract)
     monkeypatch.setattr(Sweep, "print_head", lambda self: None)
     monkeypatch.setattr(Sweep, "finish", lambda self: self.report())
 
     def end(executor, *options):
         run = parsed(*options, f"--output_dir={tmp_path / 'out'}", "--train.compilation_cache=false")
         with open_output_directory(run, LineConsole(quiet=True), fresh=True) as output:
-            sweep = Sweep(run, output, output, executor)
-            return sweep, executor.finish([sweep])[0]
+            sweep = Sweep(run, programs_of(run), output, executor)
+            return sweep, sweep.train()
 
     return end
 
@@ -68,12 +71,12 @@ def ended(tmp_path, monkeypatch, parsed):
 def test_the_search_selects_on_validation_and_the_report_tests(ended, option):
     sweep, _ = ended(GivenLosses(), f"--sweep.{option}")
     run = sweep.run
-    splits = {(row["stage"], row["split"]) for row in sweep.rows}
+    splits = {(row["stage"], row["split"]) for row in sweep.rows()}
     assert splits == {("search", "validation"), ("report", "test")}
-    for row in sweep.rows:
+    for row in sweep.rows():
         rate, ratio, *_ = row["trial"]
         assert row["loss"] == 9.0 + SLOPES[row["split"]] * rate * ratio
-    for arm, chosen in sweep.chosen.items():
+    for arm, chosen in sweep.tunings[0].chosen.items():
         rates = [t.learning_rate * t.lr_ratio for t in run.trials if t.arm == arm]
         assert chosen.learning_rate * chosen.lr_ratio == min(rates)
 
@@ -96,7 +99,7 @@ def test_the_report_does_not_depend_on_groups_on_which_ends_first_nor_on_lost_at
     assert [unit.name for unit in whole.units] == ["search-1-0", "search-8-0", "report-0"]
     for split, size in ((GivenLosses(1), 1), (Told(3), 3)):
         again, same = ended(split, "--sweep.keep=0.5")
-        assert (again.rows, same) == (sweep.rows, report)
+        assert (again.rows(), same) == (sweep.rows(), report)
         assert [len(unit.members) for unit in split.units[: 32 // size]] == [size] * (32 // size)
 
 
@@ -166,7 +169,7 @@ def test_rates_beyond_the_list_are_tried_until_the_best_is_inside(ended, option,
         for seed in (0, 1)
     ]
     assert {(unit.start, unit.stops) for unit in added} == {(0, stops)}
-    chosen = {arm: trial.learning_rate for arm, trial in sweep.chosen.items()}
+    chosen = {arm: trial.learning_rate for arm, trial in sweep.tunings[0].chosen.items()}
     assert chosen == {"lora": 2.5e-4, "lora_plus": 4e-3}
     # Two more rates are the most, and LoRA's best is still an end.
     assert [line.partition(":")[0] for line in report["at_the_edge"]] == ["LoRA"]
@@ -183,7 +186,7 @@ def test_a_further_rate_has_the_best_ratio_and_rank_and_may_be_of_one_method(end
     (added,) = [member for unit in executor.units for member in unit.members if unit.name.startswith("wider")]
     # The first of equal losses.
     assert tuple(added.trial) == (4e-3, 2.0, 16.0, 4)
-    assert sweep.chosen["lora_plus"] == added.trial
+    assert sweep.tunings[0].chosen["lora_plus"] == added.trial
     assert report["protocol"]["settings"] == {"lora": 6, "lora_plus": 9}
     assert report["protocol"]["equal_budgets"] is False
 
@@ -191,5 +194,31 @@ def test_a_further_rate_has_the_best_ratio_and_rank_and_may_be_of_one_method(end
 def test_a_rate_that_diverges_ends_the_range(ended):
     sweep, report = ended(BestRates(lora=1.5e-3, lora_plus=9.0), *LISTED, "--sweep.widen=10")
     # 0.002 doubled until 1.024 diverges.
-    assert sweep.chosen["lora_plus"].learning_rate == 0.512
+    assert sweep.tunings[0].chosen["lora_plus"].learning_rate == 0.512
     assert report["at_the_edge"] == []
+
+
+def test_methods_share_stages_and_one_that_diverges_is_left_out(ended):
+    """Two programs: LoRA with LoRA+, and DoRA, whose smallest rates are the same settings."""
+
+    class Diverging(GivenLosses):
+        def result(self, sweep, unit):
+            result = super().result(sweep, unit) | {"cost": {}, "text_scores": [], "unrelated": []}
+            for row in result["rows"]:
+                row["loss"] = None if row["arm"] == "dora" else row["loss"]
+            sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
+            return result | {"members": unit.members}
+
+        def loss(self, split, trial):
+            return super().loss(split, trial)
+
+    executor = Diverging()
+    sweep, report = ended(executor, "--sweep.methods=[lora_plus,dora]", "--sweep.keep=0.5")
+    names = ["lora-search-1-0", "lora-search-8-0", "lora-report-0", "dora-search-1-0"]
+    assert [unit.name for unit in executor.units] == names
+    assert {member.arm for unit in executor.units[:3] for member in unit.members} == {"lora", "lora_plus"}
+    assert list(report["chosen"]) == ["lora", "lora_plus"]
+    assert {row["arm"] for row in report["runs"]} == {"lora", "lora_plus"}
+    assert report["protocol"]["settings"] == {"lora": 16, "lora_plus": 16, "dora": 16}
+    assert "no result: DoRA" in report["verdict"]
+    assert not sweep.tunings[1].chosen

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from loraplus_jax.cli.commands import main
+from loraplus_jax.sweep.arms import programs_of
 from loraplus_jax.sweep.halving import comparison_steps, curve_steps, survivors
-from loraplus_jax.sweep.method_comparison import method_run
 from loraplus_jax.sweep.run import ignored_fields
 from loraplus_jax.sweep.settings import SweepSettings, Trial
 from loraplus_jax.sweep.statistics import report_runs
@@ -37,7 +37,7 @@ def target(run):
 
 
 def pissa(run):
-    return method_run(run, "pissa").trials
+    return programs_of(run)[1].arms[0].trials
 
 
 RATES = [1e-5 * n for n in range(1, 17)]
@@ -53,7 +53,7 @@ EFFECTS = [  # field, another value, what shows it, and what else must be set
     ("seeds", "[3,4]", lambda run: run.seeds, ()),
     ("report_seeds", "4", lambda run: run.report_seeds, ()),
     ("curve_points", "10", lambda run: curve_steps(300, run.sweep.curve_points), ()),
-    ("control", "false", lambda run: run.arms, ()),
+    ("control", "false", programs_of, ()),
     ("rungs", "[0.5]", stops, ()),
     ("keep", "0.5", kept, ()),
     ("target", "0.4", target, ()),
@@ -169,7 +169,7 @@ def with_options(line):
 NARROW = ("--sweep.widen=1", "--sweep.learning_rates=[1e-3]", "--sweep.methods=[pissa,lora_plus]")
 test_bad_settings = refusals(
     *((with_options(line), *words) for line, words in BAD.items()),
-    (lambda parsed: method_run(parsed(*NARROW), "lora_plus"), "lora_plus", "0.001"),
+    (lambda parsed: programs_of(parsed(*NARROW)), "sweep.methods lora, lora_plus: sweep.widen", "0.001"),
     error=ValueError,
 )
 

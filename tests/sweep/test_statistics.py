@@ -174,8 +174,8 @@ def test_where_both_always_diverge_nothing_wins():
 def test_lora_is_called_tuned_only_where_it_was():
     comparison = one_sided("lora_plus", "lora")
     even = {"lora": 4, "lora_plus": 4}
-    assert lora_label(even, ["LoRA+: learning_rate 0.01 is the largest tried"]) == "tuned LoRA"
-    at_edge = lora_label(even, ["LoRA: learning_rate 0.01 is the largest tried"])
+    assert lora_label(even, ["lr_ratio"]) == "tuned LoRA"
+    at_edge = lora_label(even, ["learning_rate"])
     assert_mentions(at_edge, "LoRA", "edge")
     assert at_edge in verdict(comparison, CHOSEN, None, at_edge)
     few = lora_label({"lora": 1, "lora_plus": 4}, [])

@@ -56,6 +56,7 @@ def test_an_error_of_any_kind_names_its_host_and_is_a_line(job, monkeypatch):
 def test_the_base_and_the_data_are_compared_with_the_drivers(job, monkeypatch):
     origin = {"base": "a1", "identity": {"data": {"train": "d1"}}}
     monkeypatch.setattr(worker, "settings_from_json", lambda values, kind: None)
+    monkeypatch.setattr(worker, "abstract_population", lambda run: None)
     monkeypatch.setattr(worker, "prepare_population", lambda *_: types.SimpleNamespace(origin=origin))
     monkeypatch.setattr(worker, "run_unit", lambda population, unit, directory, **_: {"rows": []})
     monkeypatch.setattr(worker._Prepared, "key", None)

@@ -122,18 +122,16 @@ def test_a_sweep_shows_its_lowest_mean_loss_and_its_winner_s_run(tmp_path):
     assert (row["best"]["split"], row["best"]["setting"]["arm"]) == ("test", "lora")
 
 
-def test_a_comparison_is_one_line_and_counts_its_methods(tmp_path):
+def test_a_comparison_is_one_line_and_lists_the_runs_with_its_winners(tmp_path):
     values = PLAIN | {"sweep": {"methods": ["lora_plus", "dora"]}}
-    comparison = run_of(tmp_path / "c", values, SweepRun)
-    run_of(comparison / "lora", kind=SweepRun, rows=sweep_rows({"lora": [0.5]}), summary={"method": "lora"})
-    run_of(comparison / "lora_plus", kind=SweepRun, rows=sweep_rows({"lora_plus": [0.4]}))
-    assert [*find_runs(tmp_path)] == [comparison]
+    rows = sweep_rows({"lora": [0.5], "dora": [0.4]})
+    comparison = run_of(tmp_path / "c", values, SweepRun, rows=rows)
     winner = run_of(comparison / "lora/winner", steps=[3])
     (tmp_path / "linked").symlink_to(comparison / "lora")
     (comparison / "link").symlink_to(comparison / "lora")
     assert [*find_runs(comparison)] == [comparison, winner]
     row = describe_run(comparison)
-    assert (row["kind"], row["step"], row["steps"], row["best"]["value"]) == ("comparison", 1, 3, 0.4)
+    assert (row["kind"], row["step"], row["best"]["setting"]["arm"]) == ("comparison", 40, "dora")
 
 
 def test_an_unreadable_directory_does_not_end_the_list(tmp_path):
