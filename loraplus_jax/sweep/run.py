@@ -11,7 +11,7 @@ import contextlib
 import math
 import shutil
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from .._utils.atomic import remove_leftovers, to_json, write_text
@@ -153,7 +153,7 @@ class Sweep:
         self.executor.finish(self.tunings)
         report = self.finish()
         for tuning in self.tunings:
-            tuning.remove_checkpoints(tuning.units)
+            tuning.remove_checkpoints(tuning.stages[-1])
         return report
 
     def begin(self, origin: Origin) -> None:
@@ -169,7 +169,7 @@ class Sweep:
 
     def rows(self) -> list[ReportRow]:
         """All evaluations so far, in an order that does not depend on when they were made."""
-        return [row for tuning in self.tunings for row in tuning.rows]
+        return [row for tuning in self.tunings for row in tuning.rows()]
 
     def report(self) -> dict[str, Any]:
         """The report of all results so far."""
@@ -238,9 +238,9 @@ class Sweep:
         configs = self.write_winners(report)
         names = ("decision", "verdict", "winner", "command", "member_steps")
         summary = {name: report[name] for name in names}
-        summary["seconds"] = round(sum(tuning.seconds for tuning in self.tunings), 1)
-        devices = {text for tuning in self.tunings for text in tuning.devices}
-        summary["devices"] = ", ".join(sorted(devices))
+        results = [result for tuning in self.tunings for result in tuning.results]
+        summary["seconds"] = round(sum(result["seconds"] for result in results), 1)
+        summary["devices"] = ", ".join(sorted({result["devices"] for result in results}))
         summary["versions"] = package_versions()
         # The last file, as it marks the sweep as finished.
         write_record(self.directory / SUMMARY, summary)
@@ -305,21 +305,14 @@ class Tuning:
         self.chosen: dict[str, Trial] = {}
         self.diverged: list[str] = []
         """Arms of which every setting has."""
-        self.rows: list[ReportRow] = []
-        self.units: Sequence[Unit] = ()
-        self.units_before: Sequence[Unit] = ()
-        """Those of the stage before."""
+        self.stages: list[dict[Unit, Progress]] = []
+        """How far the units of each stage are."""
         self.results: list[dict[str, Any]] = []
-        """Of the report, once it has ended."""
+        """Of the units of the stages that have ended."""
         self.is_timed = False
         """Whether a unit measures times for the estimate: the first one that runs."""
-        self.done = Counter[str]()
-        """Training steps and evaluation batches of the stages that have ended."""
         self.added = Counter[str]()
         """Training steps and evaluations of the settings that `widen` has added."""
-        self.devices: set[str] = set()
-        self.seconds = 0.0
-        """Of the units of the stages that have ended."""
 
     async def train(self) -> None:
         """Runs one stage after another."""
@@ -376,7 +369,7 @@ class Tuning:
         for number in range(self.run.sweep.widen):
             added: dict[int, dict[str, Trial]] = {}
             for arm, best in self.chosen.items():
-                rows = [row for row in self.rows if row["arm"] == arm]
+                rows = [row for row in self.rows() if row["arm"] == arm]
                 if (further := beyond(mean_losses(rows), best)) is not None:
                     self.console.print(
                         f"{self.labels[arm]}: the best learning rate {best.learning_rate:g} is at the edge of the "
@@ -413,7 +406,7 @@ class Tuning:
             for seed in self.run.report_seeds
         ]
         stops = tuple(curve_steps(self.steps, self.run.sweep.curve_points))
-        self.results = await self.run_stage(self.make_units("report", "report", members, 0, stops, {}))
+        await self.run_stage(self.make_units("report", "report", members, 0, stops, {}))
 
     def make_units(
         self,
@@ -442,35 +435,33 @@ class Tuning:
             self.is_timed |= runs
         return units
 
-    async def run_stage(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
-        """Runs the units that have no result yet, and records the rows of all; returns the results."""
-        self.units, self.progress = units, {unit: Progress(unit.start) for unit in units}
-        self.earlier, self.reached, self.has_begun = self.rows, -1, False
+    async def run_stage(self, units: Sequence[Unit]) -> None:
+        """Runs the units that have no result yet, and follows all."""
+        self.stages.append({unit: Progress(unit.start) for unit in units})
+        self.reached, self.has_begun = -1, False
         groups = f"{self.stage} of {len(units)} groups" if len(units) > 1 else self.stage
         total, done = len(units) * units[0].stops[-1], len(units) * units[0].start
         self.lines = ProgressLines(
             self.console, f"{self.title}{groups}{',' if len(units) > 1 else ''} step", total, done
         )
         stored = [self.stored_result(unit) for unit in units]
-        left = [unit for unit, result in zip(units, stored, strict=True) if result is None]
-        if left:
+        if left := [unit for unit, result in zip(units, stored, strict=True) if result is None]:
             opened = await self.open(self.at_once, self.group_size)
-            computed = iter(await self.executor.run(opened, self, left))
-        else:
-            computed = iter(())
-        results = [next(computed) if result is None else result for result in stored]
-        # In the order of one unit with all members. What a lost worker told may be of another attempt.
-        rows = sorted((row for result in results for row in result["rows"]), key=lambda row: row["step"])
-        self.rows = [*self.earlier, *rows]
-        self.done += self.work_so_far()
-        self.devices |= {result["devices"] for result in results}
-        self.seconds += sum(result["seconds"] for result in results)
+            self.results += await self.executor.run(opened, self, left)
+        self.results += [result for result in stored if result is not None]
         # Their members have trained on, or were dropped.
-        self.remove_checkpoints(self.units_before)
-        self.units_before = units
-        return results
+        self.remove_checkpoints(self.stages[-2] if len(self.stages) > 1 else ())
 
-    def remove_checkpoints(self, units: Sequence[Unit]) -> None:
+    def rows(self) -> list[ReportRow]:
+        """The evaluations that all units of a stage have reached, in the order of one unit with all members."""
+        found = []
+        for stage in self.stages:
+            step = _reached(stage)
+            rows = [row for progress in stage.values() for row in progress.rows if row["step"] <= step]
+            found += sorted(rows, key=lambda row: row["step"])  # which keeps the order of members
+        return found
+
+    def remove_checkpoints(self, units: Iterable[Unit]) -> None:
         """Removes the checkpoints of units from which none will continue; their results stay."""
         for unit in units:
             path = unit_directory(self.directory, unit.name)
@@ -480,7 +471,7 @@ class Tuning:
     @property
     def stage(self) -> str:
         """The stage in training."""
-        return self.units[0].stage
+        return next(iter(self.stages[-1])).stage
 
     def stored_result(self, unit: Unit) -> dict[str, Any] | None:
         """The result of a unit that has finished, of the same members."""
@@ -491,18 +482,19 @@ class Tuning:
         if not is_result_of(result, unit):
             raise ValueError(f"{path} is of other members; start over with --fresh")
         # Work of before, which says nothing about the speed from now on.
-        self.progress[unit] = self.progress[unit]._replace(step=unit.stops[-1])
+        self.stages[-1][unit] = self.stages[-1][unit]._replace(step=unit.stops[-1])
         self.lines.restart(self.steps_done())
         self.follow(unit, Progress(unit.stops[-1], result["rows"]))
         return result
 
     def steps_done(self) -> int:
         """Steps of all units of the stage so far."""
-        return sum(each.step for each in self.progress.values())
+        return sum(each.step for each in self.stages[-1].values())
 
     def follow(self, unit: Unit, progress: Progress) -> None:
         """Learns how far a unit is: prints progress and estimates, and reports what all units have evaluated."""
-        before, self.progress[unit] = self.progress[unit], progress
+        stage = self.stages[-1]
+        before, stage[unit] = stage[unit], progress
         is_resumed = progress.resumed is not None and before.resumed is None
         if is_resumed:
             self.console.print(f"{self.title}resuming from step {progress.resumed} of the {unit.stage}")
@@ -518,12 +510,8 @@ class Tuning:
         )
         if is_new and progress.batch_seconds is not None:
             self.print_estimate(progress)
-        evaluated = [max((row["step"] for row in p.rows), default=-1) for p in self.progress.values()]
-        if (step := min(evaluated)) > self.reached:
+        if (step := _reached(stage)) > self.reached:
             self.reached = step
-            rows = [row for p in self.progress.values() for row in p.rows if row["step"] <= step]
-            # In the order of one unit with all members, and a sort keeps the order of members.
-            self.rows = [*self.earlier, *sorted(rows, key=lambda row: row["step"])]
             self.at_stop(step)
 
     def at_stop(self, step: int) -> None:
@@ -534,7 +522,7 @@ class Tuning:
 
     def scores(self, arm: str, step: int) -> dict[Trial, float]:
         """The validation loss of each setting of an arm that was compared at a step."""
-        return mean_losses(row for row in self.rows if (row["arm"], row["step"]) == (arm, step))
+        return mean_losses(row for row in self.rows() if (row["arm"], row["step"]) == (arm, step))
 
     def choose(self, step: int, left: Mapping[str, list[Trial]]) -> dict[str, list[Trial]]:
         """Compares the settings; selects an arm's best at the end, or earlier if only one is left.
@@ -571,7 +559,7 @@ class Tuning:
         }
         evaluations = (sum(members) + self.added["validation"]) * batches["validation"]
         evaluations += reported * len(curve_steps(steps, run.sweep.curve_points)) * batches["test"]
-        done = self.done + self.work_so_far()
+        done = self.work_so_far()
         total = member_steps(members, stops) + self.added["steps"] + reported * steps - done["steps"]
         evaluations -= sum(done[split] * count for split, count in batches.items())
         # Each unit that has not begun will be prepared, about as long as the one that was timed.
@@ -587,10 +575,9 @@ class Tuning:
         self.console.print(f"{self.title}{Estimate(seconds / workers, progress.memory, counts, bound, also)}")
 
     def work_so_far(self) -> Counter[str]:
-        """What the units of this stage have done: `units` that have begun, and, summed over members, `steps` and
-        evaluations by split."""
+        """The `units` that have begun and, summed over members, their `steps` and evaluations by split."""
         done = Counter[str]()
-        for unit, progress in self.progress.items():
+        for unit, progress in (item for stage in self.stages for item in stage.items()):
             done["units"] += progress != Progress(unit.start)
             done["steps"] += len(unit.members) * (progress.step - unit.start)
             done[unit.split] += len(unit.members) * len({row["step"] for row in progress.rows})
@@ -609,12 +596,7 @@ class Tuning:
 
     def print_means(self, step: int) -> None:
         """Prints each arm's mean test loss over the report seeds on which it did not diverge."""
-        seeds = {member.seed for unit in self.units for member in unit.members}
-        rows = [
-            row
-            for row in self.rows
-            if (row["stage"], row["step"]) == ("report", step) and row["seed"] in seeds
-        ]
+        rows = [row for row in self.rows() if (row["stage"], row["step"]) == ("report", step)]
         losses = {
             arm: [r["loss"] for r in rows if r["arm"] == arm and r["loss"] is not None] for arm in self.labels
         }
@@ -622,7 +604,7 @@ class Tuning:
             f"{self.labels[arm]} {sum(v) / len(v):.4f}" if v else f"{self.labels[arm]} diverged"
             for arm, v in losses.items()
         )
-        numbers = ", ".join(map(str, sorted(seeds)))
+        numbers = ", ".join(map(str, self.run.report_seeds))
         self.console.print(f"step {step}: mean test loss on seeds {numbers}: {means}")
 
 
@@ -633,3 +615,8 @@ def _sources(units: Sequence[Unit]) -> dict[MemberSpec, Source]:
         for unit in units
         for number, member in enumerate(unit.members)
     }
+
+
+def _reached(stage: Mapping[Unit, Progress]) -> int:
+    """The last step after which all units have evaluated; -1 if there is none."""
+    return min(max((row["step"] for row in progress.rows), default=-1) for progress in stage.values())
