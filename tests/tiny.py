@@ -7,10 +7,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from loraplus_jax.adapter.tree import flatten
-from loraplus_jax.models.bert import model as bert
-from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.checkpoints.name_table import expand, shape_in_file
-from loraplus_jax.models.families import family_of
+from loraplus_jax.models.families import ENCODER_TYPES, encoder_of, family_of
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 24, "max_position_embeddings": 64}
@@ -22,6 +20,8 @@ GEMMA = {"sliding_window": 6, "sliding_window_pattern": 2, "query_pre_attn_scala
 OPTIONS = {
     "bert": ENCODER,
     "roberta": ENCODER | {"pad_token_id": 1},
+    # A window of two tokens on either side in the second of two layers.
+    "modernbert": {"local_attention": 4, "pad_token_id": 0},
     "gpt2": {"layer_norm_epsilon": 1e-5},
     "gemma2": DECODER | GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 9.0},
     "gemma3_text": DECODER | GEMMA,
@@ -40,9 +40,10 @@ def tensors(content, seed=0):
     """Random weights for a config, as its checkpoint names them; norms change nothing yet."""
     kind, rng, found = content["model_type"], np.random.default_rng(seed), {}
     ids = jax.ShapeDtypeStruct((1, 2), np.int32)
-    if kind in ("bert", "roberta"):
-        model, table = bert.BertForSequence(BertConfig.from_hf(content), 2), bert.name_table()
-        inputs, prefix = (ids, ids), ""
+    if kind in ENCODER_TYPES:
+        family = encoder_of(kind)
+        ours = family.config.from_hf(content)
+        model, table, inputs, prefix = family.model(ours, 2), family.name_table(ours), (ids, ids), ""
     else:
         family = family_of(kind)
         ours = family.config.from_hf(content)

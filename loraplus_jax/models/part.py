@@ -38,10 +38,17 @@ class Part(nn.Module):
         return nn.Embed(rows, width, self.dtype, self.param_dtype, embedding_init=init, name=name)
 
     @nn.nowrap
-    def layer_norm(self, epsilon: float, name: str | None = None) -> nn.LayerNorm:
+    def layer_norm(self, epsilon: float, name: str | None = None, *, bias: bool = True) -> nn.LayerNorm:
         """A LayerNorm that computes in float32."""
         # Not with Flax's fast variance, E[x²] - E[x]², which loses precision.
-        return nn.LayerNorm(epsilon, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
+        return nn.LayerNorm(
+            epsilon, self.dtype, self.param_dtype, use_bias=bias, use_fast_variance=False, name=name
+        )
+
+    @nn.nowrap
+    def drop(self, x: jax.Array, rate: float) -> jax.Array:
+        """Applies dropout if a `dropout` rng is given."""
+        return nn.Dropout(rate, deterministic=not self.has_rng("dropout"))(x)
 
 
 def check_inputs(input_ids: jax.Array, **others: jax.Array | None) -> None:

@@ -25,9 +25,10 @@ from ..data.splits import LabelledText, limit_splits, load_rows, load_splits
 from ..data.text_rows import TextRows, text_lengths
 from ..data.tokenize import encode_texts, truncating_tokenizer
 from ..models.bert.config import BertConfig
-from ..models.bert.model import SHARDING, BertForSequence, name_table
 from ..models.checkpoints.model_files import ModelFiles, check_ids
 from ..models.checkpoints.quantized import choose_formats
+from ..models.families import encoder_of
+from ..models.modernbert.config import ModernBertConfig
 from ..settings.schema import DataSettings, ModelSettings, Settings
 from ..step.sharding import batch_parts
 from ..step.train_step import LossFn, Rows
@@ -243,25 +244,30 @@ class EncoderTask(Task):
     def make_base(self, settings: Settings, files: ModelFiles) -> BaseModel:
         model_settings = settings.model
         config = model_config(model_settings, files)
-        # Unpacked weights of all layers at once, as XLA on CPU keeps them in an unrolled program, are not small.
-        unroll = (
-            False
-            if model_settings.unroll is None and model_settings.quantize != "none"
-            else model_settings.unroll
-        )
-        model = BertForSequence(
+        family, loop = encoder_of(config.model_type), dict[str, Any]()
+        if isinstance(config, BertConfig):
+            loop["unroll"] = model_settings.unroll
+            # Unpacked weights of all layers, as XLA on CPU keeps them in an unrolled program, are not small.
+            if model_settings.unroll is None and model_settings.quantize != "none":
+                loop["unroll"] = False
+        elif model_settings.unroll is not None:
+            raise ValueError(
+                f"model.unroll must be null with {config.model_type}, whose layers are no loop; got "
+                f"{model_settings.unroll}"
+            )
+        model = family.model(
             config,
             self.num_outputs,
             model_settings.pooling,
             dtype=jnp.dtype(model_settings.dtype),
             param_dtype=jnp.dtype(model_settings.param_dtype),
-            unroll=unroll,
             head_dropout=model_settings.head_dropout,
+            **loop,
         )
         inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-        table = name_table(model_settings.pooling)
+        table = family.name_table(config, model_settings.pooling)
         formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, files)
-        return BaseModel(model, table, ("head",), inputs, SHARDING, config.tensor_sizes, formats)
+        return BaseModel(model, table, ("head",), inputs, family.sharding, config.tensor_sizes, formats)
 
     def plan_batches(
         self, settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
@@ -346,11 +352,7 @@ def tokenizer_for(settings: Settings, files: ModelFiles) -> Tokenizer:
     return tokenizer
 
 
-def model_config(settings: ModelSettings, files: ModelFiles) -> BertConfig:
+def model_config(settings: ModelSettings, files: ModelFiles) -> BertConfig | ModernBertConfig:
     """Loads the encoder's config; `dropout`, if set, replaces its dropout rates."""
-    config = BertConfig.from_hf(files.config)
-    if settings.dropout is None:
-        return config
-    return dataclasses.replace(
-        config, hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout
-    )
+    config = encoder_of(files.config.get("model_type")).config.from_hf(files.config)
+    return config if settings.dropout is None else config.with_dropout(settings.dropout)

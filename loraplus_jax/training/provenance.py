@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .._utils.validation import check_choice, join_first, to_plain
-from ..models.bert.config import BertConfig
 from ..models.checkpoints.model_files import ModelFiles
-from ..models.families import FAMILIES
+from ..models.families import ENCODERS, FAMILIES, encoder_of
 from ..settings.schema import Settings
 from ..step.run_metadata import field_differences
 from ..tasks import causal_lm, encoder
@@ -48,7 +47,7 @@ def model_identity(settings: Settings, files: ModelFiles, task: Any) -> Identity
         names = {"bos": template.bos_token, "eos": template.eos_token, "stop": list(files.stop_ids)}
         more = {"special_tokens": names, "chat_template": _digest(template.source)}
     else:
-        config = BertConfig.from_hf(files.config)
+        config = encoder_of(files.config.get("model_type")).config.from_hf(files.config)
         tokenizer = encoder.tokenizer_for(settings, files)
     config = to_plain(dataclasses.asdict(config))
     return {"base": {"config": config}, "tokenizer": _digest(tokenizer.to_str()), **more}
@@ -56,7 +55,7 @@ def model_identity(settings: Settings, files: ModelFiles, task: Any) -> Identity
 
 def check_allowed(allow: Sequence[str]) -> None:
     """Raises ValueError if a name is not a part of an identity, or a field of one."""
-    kinds = (BertConfig, *(family.config for family in FAMILIES))
+    kinds = [family.config for family in (*ENCODERS, *FAMILIES)]
     configs = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     fields = {
         "base.config": configs,

@@ -93,7 +93,7 @@ def test_a_file_of_tensors_is_read_back(tmp_path):
 def test_an_encoder_goes_to_the_class_that_has_its_head(kind, pooling, architecture, theirs):
     config = BertConfig.from_hf(json.loads(str(np.load(GOLDEN / f"{kind}.npz")["config"])))
     form = encoder_class(config, pooling)
-    names = dict(rule[:2] for rule in path_map(bert.name_table(pooling), form))
+    names = dict(rule[:2] for rule in path_map(bert.name_table(config, pooling), form))
     assert (form.architecture, names.get("head")) == (architecture, theirs)
     prefix = "" if theirs is None else f"{kind}."
     assert names["encoder/layers/mlp/up"] == f"{prefix}encoder.layer.{{layer}}.intermediate.dense"

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 import transformers as tf
 
-from loraplus_jax.models.bert import model as bert
 from loraplus_jax.models.checkpoints import transformers_class
 from loraplus_jax.models.checkpoints.params import load_params
-from loraplus_jax.models.families import family_of
+from loraplus_jax.models.families import encoder_of, family_of
 from loraplus_jax.models.files import open_files
 
 
@@ -40,6 +39,7 @@ LINEAR = {
     "encoder": ("query", "key", "value", "out", "up", "down"),
     "gpt2": ("c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"),
     "gpt2_split": ("q_attn", "mlp/c_fc", "v_attn", "k_attn", "mlp/c_proj"),
+    "modernbert": ("query", "key", "value", "out", "up", "gate", "down"),
     "phi3_split": ("q_proj", "down_proj", "v_proj", "up_proj", "gate_proj", "k_proj"),
 }
 # Three kinds of modules and the embedding, in PyTorch's names.
@@ -48,6 +48,7 @@ THEIRS = {
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "embed_tokens"),
     "encoder": ("query", "value", "intermediate.dense", "word_embeddings"),
     "gpt2": ("c_attn", "attn.c_proj", "c_fc", "wte"),
+    "modernbert": ("Wqkv", "attn.Wo", "Wi", "tok_embeddings"),
 }
 SIZES = {
     "vocab_size": 90,
@@ -91,12 +92,11 @@ class Pair:
             self.model, self.table = family.model(config), family.name_table(config)
             self.form, new = transformers_class.causal_lm_class(config), ()
         else:
-            config = bert.BertConfig.from_hf(open_files(folder).config)
-            self.model = bert.BertForSequence(config, 3, pooling)
-            self.table, self.form = (
-                bert.name_table(pooling),
-                transformers_class.encoder_class(config, pooling),
-            )
+            entries = open_files(folder).config
+            family = encoder_of(entries["model_type"])
+            config = family.config.from_hf(entries)
+            self.model, self.table = family.model(config, 3, pooling), family.name_table(config, pooling)
+            self.form = transformers_class.encoder_class(config, pooling)
             new = ("head",)
         self.inputs = inputs(self.is_causal)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), *self.inputs)["params"]
@@ -142,8 +142,10 @@ def encoder(name):
     config = {
         "bert": lambda: tf.BertConfig(**SIZES, type_vocab_size=2, pad_token_id=1),
         "roberta": lambda: tf.RobertaConfig(**SIZES, type_vocab_size=1, layer_norm_eps=1e-5),
+        # A window of three tokens on either side, and of its layers the second and third have one.
+        "modernbert": lambda: tf.ModernBertConfig(**SIZES, pad_token_id=1, local_attention=6),
     }[name]()
-    model = (tf.BertModel if name == "bert" else tf.RobertaModel)(config)
+    model = {"bert": tf.BertModel, "roberta": tf.RobertaModel}.get(name, tf.ModernBertForMaskedLM)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.2)

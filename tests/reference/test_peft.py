@@ -25,7 +25,7 @@ def options(pair):
     """Options that PEFT has too, by name."""
     names = pair.linear
     some = (names[0], names[2])
-    embedding = "embed_tokens" if pair.is_causal else "embeddings/word"
+    embedding = "embed_tokens" if pair.is_causal else "word"
     patterns = {"rank_pattern": {names[0]: 2, f".*/{names[-1]}": 5}, "alpha_pattern": {names[2]: 3.0}}
     return {
         "all_linear": {"target_modules": names},
@@ -94,6 +94,7 @@ CELLS = {
     "gpt2_split": "dora",
     "bert": "all_biases",
     "roberta": "embedding",
+    "modernbert": "rslora",
 }
 
 

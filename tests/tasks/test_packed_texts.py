@@ -1,5 +1,7 @@
 """Several texts in a row give what one text in a row gives: loss, gradients, training and predictions."""
 
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,7 @@ from loraplus_jax.data.batches import eval_batches, first_batches, train_batches
 from loraplus_jax.data.packed_rows import ragged
 from loraplus_jax.data.text_rows import TextRows, text_lengths
 from loraplus_jax.linen.wrap import apply_lora_plus, init_lora
-from loraplus_jax.models.bert.config import BertConfig
-from loraplus_jax.models.bert.model import BertForSequence
+from loraplus_jax.models.families import encoder_of
 from loraplus_jax.step.sharding import batch_sharding, make_mesh
 from loraplus_jax.step.train_step import init_state, jit_step, make_eval
 from loraplus_jax.tasks.encoder import EncoderTask, apply_model
@@ -52,11 +53,11 @@ def padded(data):
 class Subject:
     """A small encoder with adapters, its loss and its data."""
 
-    def __init__(self, kind, pooling, count=37, *, unroll=False, **sizes):
+    def __init__(self, kind, pooling, count=37, *, fields=MappingProxyType({}), **sizes):
         sizes |= {"max_position_embeddings": MAX_LENGTH + PAD + 1, "pad_token_id": PAD}
-        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        config = BertConfig.from_hf(tiny.config(kind, **sizes, **off))
-        model = BertForSequence(config, 3, pooling, unroll=unroll, head_dropout=0.0)
+        family = encoder_of(kind)
+        config = family.config.from_hf(tiny.config(kind, **sizes)).with_dropout(0.0)
+        model = family.model(config, 3, pooling, head_dropout=0.0, **fields)
         self.data = texts(count)
         self.padded = padded(self.data)
         inputs = [jnp.asarray(self.padded[name][:1]) for name in list(self.padded)[:3]]
@@ -79,9 +80,9 @@ class Subject:
         return train_batches(data, batch_size=8, seed=0, **arrange)
 
 
-@pytest.fixture(scope="module")
-def subject():
-    return Subject("roberta", "cls")
+@pytest.fixture(scope="module", params=[("roberta", "cls"), ("modernbert", "pooler")], ids=str)
+def subject(request):
+    return Subject(*request.param)
 
 
 def close(found, expected, tolerance=1e-5):
@@ -139,7 +140,7 @@ def test_eight_devices_train_as_one_does():
 
 def test_flops_follow_the_tokens_of_text():
     # XLA counts the body of a loop once, so there is none.
-    it = Subject("bert", "mean", unroll=True, hidden_size=64, intermediate_size=256)
+    it = Subject("bert", "mean", fields={"unroll": True}, hidden_size=64, intermediate_size=256)
     devices, mesh, tx = 8, make_mesh(8), optax.sgd(0.1)
     step, state = jit_step(it.loss, tx, mesh=mesh), init_state(it.trainable, tx, jax.random.key(0))
 

@@ -1,7 +1,8 @@
 """An encoder's sizes and options, read from Hugging Face's `config.json`."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
@@ -63,3 +64,7 @@ class BertConfig(ModelConfig):
         """The longest sequence, in tokens."""
         unused = 0 if self.model_type == "bert" else self.pad_token_id + 1
         return self.max_position_embeddings - unused
+
+    def with_dropout(self, rate: float) -> Self:
+        """The same with one rate everywhere."""
+        return dataclasses.replace(self, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate)

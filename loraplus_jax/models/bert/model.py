@@ -1,12 +1,10 @@
-"""BERT, MiniLM (a BERT) and RoBERTa encoders, with a sequence classification or regression head.
+"""BERT, MiniLM (a BERT) and RoBERTa encoders.
 
 Axes in the comments: B sequences, T tokens, D hidden, N heads, H = D / N.
 """
 
-import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import flax.linen as nn
 import jax
@@ -17,12 +15,10 @@ from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
 from ..attention_common import target_platform
 from ..checkpoints.name_table import NameTable, embedding_rules, linear_rules, norm_rules
+from ..encoder import ForSequence, Pooling
 from ..part import Part, check_inputs
-from .attention import text_attention, text_mask
+from ..text_attention import text_attention
 from .config import BertConfig
-
-Pooling = Literal["mean", "cls", "pooler"]
-_Map = Callable[[jax.Array], jax.Array]
 
 
 class BertPart(Part):
@@ -34,13 +30,9 @@ class BertPart(Part):
         return self.layer_norm(self.config.layer_norm_eps, name)
 
     @nn.nowrap
-    def drop(self, x: jax.Array) -> jax.Array:
+    def drop_hidden(self, x: jax.Array) -> jax.Array:
         """Applies hidden dropout if a `dropout` rng is given."""
-        return _dropout(self, x, self.config.hidden_dropout_prob)
-
-
-def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
-    return nn.Dropout(rate, deterministic=not module.has_rng("dropout"))(x)
+        return self.drop(x, self.config.hidden_dropout_prob)
 
 
 class BertEmbeddings(BertPart):
@@ -55,7 +47,7 @@ class BertEmbeddings(BertPart):
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         x = self.embed(c.vocab_size, "word")(input_ids) + self.embed(c.type_vocab_size, "token_type")(types)
         x = x + self.embed(c.max_position_embeddings, "position")(_positions(c, input_ids, attention_mask))
-        return self.drop(self.norm("norm")(x))
+        return self.drop_hidden(self.norm("norm")(x))
 
 
 def _positions(config: BertConfig, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
@@ -86,21 +78,9 @@ class BertAttention(BertPart):
             self.dense(c.hidden_size, n)(x).reshape(heads) for n in ("query", "key", "value")
         )
         rate = c.attention_probs_dropout_prob
-        if rate > 0.0 and self.has_rng("dropout"):
-            mask = text_mask(segments)[:, None]
-            y = _attend(query, key, value, mask, partial(_dropout, self, rate=rate))
-        else:
-            y = text_attention(query, key, value, segments)
+        drop = partial(self.drop, rate=rate) if rate > 0.0 and self.has_rng("dropout") else None
+        y = text_attention(query, key, value, segments, drop=drop)
         return self.dense(c.hidden_size, "out")(y.reshape(x.shape))
-
-
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, drop: _Map) -> jax.Array:
-    # Written out, as `text_attention` has no dropout of the probabilities (B, N, T, T).
-    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
-    scores = scores / math.sqrt(query.shape[-1])
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = drop(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
 
 
 class BertMLP(BertPart):
@@ -121,9 +101,9 @@ class BertLayer(BertPart):
         """Hidden states (B, T, D) to hidden states; None is the scan's empty output."""
         x = constrain_rows(x)
         args = (self.config, self.dtype, self.param_dtype)
-        y = self.drop(BertAttention(*args, name="attention")(x, segments))
+        y = self.drop_hidden(BertAttention(*args, name="attention")(x, segments))
         x = self.norm("attention_norm")(x + y)
-        y = self.drop(BertMLP(*args, name="mlp")(x))
+        y = self.drop_hidden(BertMLP(*args, name="mlp")(x))
         return self.norm("mlp_norm")(x + y), None
 
 
@@ -176,105 +156,25 @@ class BertEncoder(BertPart):
         return constrain_rows(layers(*args, name="layers")(x, segments)[0])
 
 
-class BertForSequence(nn.Module):
-    """An encoder with pooling and a linear head, for classification or regression.
-
-    Attributes:
-      config, dtype, param_dtype, unroll: as in `BertEncoder`.
-      num_outputs: number of outputs of the head.
-      pooling: `"mean"` over unmasked tokens, `"cls"` for the first token, `"pooler"` for BERT's own tanh layer
-        on the first token.
-      head_dropout: dropout rate before the head, active if a `dropout` rng is given.
-    """
+class BertForSequence(ForSequence):
+    """A BERT or RoBERTa with a head; its pooler is a dense layer with tanh on the first token."""
 
     config: BertConfig
-    num_outputs: int
-    pooling: Pooling = "mean"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
     unroll: bool | None = None
-    head_dropout: float = 0.1
 
     def setup(self) -> None:
-        """Encoder, optional pooler, and head. The head is float32: bf16 would lose small updates of a new layer."""
-        check_choice("pooling", self.pooling, get_args(Pooling))
-        init = nn.initializers.normal(self.config.initializer_range)
+        """Encoder, optional pooler, and head."""
         self.encoder = BertEncoder(self.config, self.dtype, self.param_dtype, self.unroll)
         if self.pooling == "pooler":
+            init = nn.initializers.normal(self.config.initializer_range)
             self.pooler = nn.Dense(
                 self.config.hidden_size, True, self.dtype, self.param_dtype, kernel_init=init
             )
-        self.dropout = nn.Dropout(self.head_dropout)
-        self.head = nn.Dense(self.num_outputs, dtype=jnp.float32, kernel_init=init)
+        self.make_head()
 
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array,
-        token_type_ids: jax.Array | None = None,
-        texts: int | None = None,
-    ) -> jax.Array:
-        """The head's outputs.
-
-        Args:
-          input_ids, attention_mask, token_type_ids: as for `BertEncoder`.
-          texts: S, the most texts in a row; None if every row is one text.
-
-        Returns:
-          float32 (B, num_outputs), or (B, S, num_outputs) with `texts`, of which those beyond the number of a row's
-          texts are meaningless.
-        """
-        hidden = self.encode(input_ids, attention_mask, token_type_ids)
-        if texts is not None:
-            pooled = pool_texts(hidden, attention_mask, texts, first=self.pooling != "mean")
-        else:
-            pooled = masked_mean(hidden, attention_mask) if self.pooling == "mean" else hidden[:, 0]
-        if self.pooling == "pooler":
-            pooled = jnp.tanh(self.pooler(pooled))
-        return self.head(self.dropout(pooled, deterministic=not self.has_rng("dropout")))
-
-    def encode(
-        self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
-    ) -> jax.Array:
-        """The encoder's last hidden states, (B, T, D) in `dtype`."""
-        return self.encoder(input_ids, attention_mask, token_type_ids)
-
-
-def masked_mean(hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    """Mean over unmasked tokens, float32 (B, D); zeros for a row without any.
-
-    >>> masked_mean(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]]))
-    Array([[2.]], dtype=float32)
-    """
-    keep = attention_mask.astype(bool)[:, :, None]
-    total = jnp.sum(jnp.where(keep, hidden.astype(jnp.float32), 0.0), axis=1)
-    return total / jnp.maximum(jnp.sum(keep, axis=1), 1)
-
-
-def pool_texts(hidden: jax.Array, attention_mask: jax.Array, texts: int, *, first: bool) -> jax.Array:
-    """The mean over the tokens of each text of a row, or the first token; zeros beyond the last text.
-
-    Args:
-      hidden: (B, T, D).
-      attention_mask: int (B, T), the number of each token's text, from 1, and 0 at padding.
-      texts: S, the most texts in a row.
-      first: whether to take the first token instead of the mean.
-
-    Returns:
-      float32 (B, S, D).
-
-    >>> hidden = jnp.array([[[1.0], [3.0], [9.0], [5.0]]])
-    >>> pool_texts(hidden, jnp.array([[1, 1, 2, 0]]), 3, first=False).ravel()
-    Array([2., 9., 0.], dtype=float32)
-    """
-    share = (attention_mask[:, None] == jnp.arange(1, texts + 1)[None, :, None]).astype(jnp.float32)
-    if first:
-        share *= jnp.cumsum(share, axis=2) == 1
-    else:
-        share /= jnp.maximum(jnp.sum(share, axis=2, keepdims=True), 1)
-    # A product, whose gradient is one too: gathers of rows that are split over devices would move them. At full
-    # precision, which an accelerator would not give a float32 product.
-    return jnp.einsum("bst,btd->bsd", share, hidden.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    def apply_pooler(self, pooled: jax.Array) -> jax.Array:
+        """See `ForSequence`."""
+        return jnp.tanh(self.pooler(pooled))
 
 
 _LAYER, _LAYERS = "encoder.layer.{layer}", "encoder/layers"
@@ -298,7 +198,7 @@ _RENAMES = ((r"^(bert|roberta)\.", ""), (r"Norm\.gamma$", "Norm.weight"), (r"Nor
 _IGNORE = (r"embeddings\.position_ids", r"(pooler|cls|lm_head|classifier|qa_outputs)\..*")
 
 
-def name_table(pooling: Pooling = "mean") -> NameTable:
+def name_table(config: BertConfig, pooling: Pooling = "mean") -> NameTable:
     """Maps the tensors of a BERT or RoBERTa checkpoint to a `BertForSequence`, except its `head`.
 
     The checkpoint's pooler is loaded with `pooling="pooler"` and ignored otherwise.

@@ -1,16 +1,14 @@
 """The transformers class of a model, and the names of its modules there, from the model's name table."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...interop.path_map import PathMap
-from ..bert.config import BertConfig
-from ..bert.model import Pooling
 from ..decoder import Config
-from ..families import KINDS, family_of
+from ..encoder import Pooling
+from ..families import KINDS, encoder_of, family_of
 from .name_table import NameTable
 
-_HEADS = ("lm_head", "classifier")
-_ENCODERS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
+_HEADS = ("lm_head", "classifier", "head")
 
 
 class TransformersClass(NamedTuple):
@@ -38,21 +36,15 @@ def causal_lm_class(config: Config) -> TransformersClass:
     return TransformersClass(KINDS[config.model_type].architecture, family.prefix, (), "CAUSAL_LM", tied)
 
 
-def encoder_class(config: BertConfig, pooling: Pooling) -> TransformersClass:
+def encoder_class(config: Any, pooling: Pooling) -> TransformersClass:
     """The class of an encoder with a head: for sequences if transformers has the same head, else the bare encoder.
 
-    In transformers, BERT's head follows the pooler and RoBERTa's contains a layer like a pooler. Neither supports
-    mean pooling or the bare first token.
+    transformers has no class with mean pooling alone or the bare first token.
     """
-    name = _ENCODERS[config.model_type]
+    name, prefix, heads = encoder_of(config.model_type).classes[config.model_type]
     if pooling != "pooler":
         return TransformersClass(f"{name}Model", "", (), "FEATURE_EXTRACTION")
-    if config.model_type == "bert":
-        return TransformersClass(
-            f"{name}ForSequenceClassification", "bert.", (("head", "classifier"),), "SEQ_CLS"
-        )
-    heads = (("pooler", "classifier.dense"), ("head", "classifier.out_proj"))
-    return TransformersClass(f"{name}ForSequenceClassification", "roberta.", heads, "SEQ_CLS")
+    return TransformersClass(f"{name}ForSequenceClassification", prefix, heads, "SEQ_CLS")
 
 
 def path_map(table: NameTable, form: TransformersClass, *, prefix: str | None = None) -> PathMap:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from loraplus_jax.models.bert import attention
-from loraplus_jax.models.bert.attention import text_attention, text_mask
+from loraplus_jax.models import text_attention as attention
+from loraplus_jax.models.text_attention import text_attention
+
+from ..marks import slow
 
 B, T, N, H = 3, 7, 2, 8
 SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 3, 0], [1] * 7, [0] * 7], jnp.int32)
@@ -19,8 +21,10 @@ def inputs(dtype=jnp.float32, scale=1.0):
     return tuple(jnp.asarray(values, dtype))
 
 
-def reference(query, key, value, segments):
-    return jax.nn.dot_product_attention(query, key, value, mask=text_mask(segments)[:, None])
+def reference(query, key, value, segments, window=None):
+    near = np.abs(np.subtract.outer(np.arange(T), np.arange(T))) <= (T if window is None else window)
+    mask = (segments[:, :, None] == segments[:, None, :]) & near[None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -36,9 +40,12 @@ def assert_near(result, expected, **tolerance):
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (left, right)), **tolerance)
 
 
-@pytest.mark.slow
-def test_values_and_gradients_equal_jax():
-    assert_near(run(text_attention, *inputs()), run(reference, *inputs()), atol=1e-5)
+@pytest.mark.parametrize("window", [slow(None), 2])
+@pytest.mark.parametrize("drop", [None, slow(lambda x: x)], ids=["recomputed", "with dropout"])
+def test_values_and_gradients_equal_jax(window, drop):
+    ours = functools.partial(text_attention, window=window, drop=drop)
+    expected = run(functools.partial(reference, window=window), *inputs())
+    assert_near(run(ours, *inputs()), expected, atol=1e-5)
 
 
 def test_large_scores_overflow_nowhere():
