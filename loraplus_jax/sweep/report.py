@@ -60,14 +60,24 @@ def make_report(
       data: data of the sweep.
       measurements: what `measured` found of each arm whose report has ended.
     """
-    metric, confidence = data.task.metric, _confidence(run, arms)
+    metric, confidence = data.task.metric, REPORT_CONFIDENCE
+    if run.sweep.methods is not None:
+        # Bonferroni's inequality: the intervals of test loss of all comparisons hold together.
+        confidence = 1 - (1 - CONFIDENCE) / max(1, len(arms) - 1)
     of_arm = {arm.name: [row for row in rows if row["arm"] == arm.name] for arm in arms}
-    # With those that `sweep.widen` added.
-    tried = {
-        arm.name: list(dict.fromkeys([*arm.trials, *mean_losses(_search_rows(of_arm[arm.name]))]))
-        for arm in arms
-        if arm.trials
-    }
+    tried, search, runs = dict[str, list[Trial]](), list[ReportRow](), dict[str, list[ReportRow]]()
+    for arm in arms:
+        searched = [row for row in of_arm[arm.name] if row["stage"] == "search"]
+        if arm.trials:
+            # With those that `sweep.widen` added.
+            tried[arm.name] = list(dict.fromkeys([*arm.trials, *mean_losses(searched)]))
+        for stop in {row["step"] for row in searched}:
+            for trial, loss in mean_losses(row for row in searched if row["step"] == stop).items():
+                key = {"step": stop, "arm": arm.name, **trial._asdict()}
+                search.append({**key, "loss": loss if math.isfinite(loss) else None})
+        # Two arms have a target in common, which decides the steps of both. The control has that of LoRA+.
+        other = "lora_plus" if arm.name in ("lora", "control") and "lora_plus" in of_arm else arm.name
+        runs[arm.name] = report_runs(rows, steps, run.sweep.target, ("lora", other))
     counts = {name: len(trials) for name, trials in tried.items()}
     report: dict[str, Any] = {
         "complete": False,
@@ -92,9 +102,7 @@ def make_report(
             "unrelated_text": run.sweep.unrelated_text,
         },
         "member_steps": _member_steps(rows, sum(counts.values()) * len(run.seeds) * steps),
-        "search": sorted(
-            (row for arm in arms for row in _search(arm.name, of_arm[arm.name])), key=lambda row: row["step"]
-        ),
+        "search": sorted(search, key=lambda row: row["step"]),
         "chosen": {arm: trial._asdict() for arm, trial in chosen.items()},
         "at_the_edge": [
             line
@@ -106,7 +114,8 @@ def make_report(
             one | {name: values[one["seed"]] for name, values in texts.items() if one["seed"] in values}
             for arm in arms
             for texts in [measurements.get(arm.name, {}).get("texts", {})]
-            for one in _runs(run, rows, steps, arm.name)
+            for one in runs[arm.name]
+            if one["arm"] == arm.name
         ],
         "methods": {},
         "comparisons": [],
@@ -116,7 +125,7 @@ def make_report(
         return report
     if any(arm.name not in ended and arm.name not in diverged for arm in arms):
         return report
-    methods = report["methods"]
+    methods, comparisons = report["methods"], report["comparisons"]
     for arm in arms:
         best = edges(tried[arm.name], chosen[arm.name]) if arm.name in chosen else {}
         methods[arm.name] = {
@@ -125,10 +134,10 @@ def make_report(
             **_results([one for one in report["runs"] if one["arm"] == arm.name], data, confidence),
             **_measurements(measurements.get(arm.name, {}), measurements.get("lora", {}), confidence),
         }
-    report["comparisons"] = comparisons = [
-        compare_arms(report_runs(rows, steps, run.sweep.target, pair), *two, metric, confidence)
-        for pair, two in _pairs(arms)
-    ]
+        if arm.name != "lora":
+            # All are compared with LoRA but the control, which is expected to do what LoRA+ does.
+            pair = ("lora_plus", "control") if arm.name == "control" else (arm.name, "lora")
+            comparisons.append(compare_arms(runs[arm.name], *pair, metric, confidence))
     report |= {"complete": True, "decision": None, "winner": None, "command": None}
     if run.sweep.methods is not None:
         return report | {"verdict": verdict_of_methods(methods, comparisons, confidence)}
@@ -142,35 +151,6 @@ def make_report(
         "winner": None if best is None else {"arm": best, **chosen[best]._asdict()},
         "command": None if best is None else f"loraplus train {shlex.quote(str(path))}",
     }
-
-
-def _confidence(run: SweepRun, arms: Sequence[Arm]) -> float:
-    """Of each interval. With k methods it is 1 - 0.05 / k, so that those of test loss hold together with 95 %."""
-    if run.sweep.methods is None:
-        return REPORT_CONFIDENCE
-    return 1 - (1 - CONFIDENCE) / max(1, len(arms) - 1)
-
-
-def _pairs(arms: Sequence[Arm]) -> list[tuple[tuple[str, str], tuple[str, str]]]:
-    """The comparisons: two arms whose final losses give the target, and the two that are compared.
-
-    All are compared with LoRA but the control, which is expected to do what LoRA+ does.
-    """
-    pairs = []
-    for arm in arms:
-        if arm.name == "control":
-            pairs.append((("lora", "lora_plus"), ("lora_plus", "control")))
-        elif arm.name != "lora":
-            pairs.append((("lora", arm.name), (arm.name, "lora")))
-    return pairs
-
-
-def _runs(run: SweepRun, rows: Sequence[ReportRow], steps: int, name: str) -> list[ReportRow]:
-    """The runs of an arm's report, with the target that its comparison has; LoRA's is that of LoRA+."""
-    other = name if name not in ("lora", "control") else "lora_plus"
-    if other not in {row["arm"] for row in rows if row["stage"] == "report"}:
-        other = "lora"
-    return [one for one in report_runs(rows, steps, run.sweep.target, ("lora", other)) if one["arm"] == name]
 
 
 def _results(runs: Sequence[ReportRow], data: TaskData, confidence: float) -> ReportRow:
@@ -308,7 +288,7 @@ def widening_option(run: SweepRun, arm: str, name: str) -> str:
 
 def _member_steps(rows: Sequence[ReportRow], grid: int) -> ReportRow:
     """Training steps of all members so far: the search, the full grid that it replaces, and the report."""
-    search = _search_rows(rows)
+    search = [row for row in rows if row["stage"] == "search"]
     stops = sorted({row["step"] for row in search})
     counts = [sum(row["step"] == stop for row in search) for stop in stops]
     ends: dict[tuple[str, int], int] = {}
@@ -320,17 +300,3 @@ def _member_steps(rows: Sequence[ReportRow], grid: int) -> ReportRow:
         "grid": grid,
         "report": sum(ends.values()),
     }
-
-
-def _search_rows(rows: Sequence[ReportRow]) -> list[ReportRow]:
-    return [row for row in rows if row["stage"] == "search"]
-
-
-def _search(arm: str, rows: Sequence[ReportRow]) -> list[ReportRow]:
-    """Each setting at each comparison it reached: mean loss over the seeds, null if one of them diverged."""
-    results = []
-    for stop in sorted({row["step"] for row in _search_rows(rows)}):
-        for trial, loss in mean_losses(row for row in _search_rows(rows) if row["step"] == stop).items():
-            value = loss if math.isfinite(loss) else None
-            results.append({"step": stop, "arm": arm, **trial._asdict(), "loss": value})
-    return results

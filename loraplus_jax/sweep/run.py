@@ -512,13 +512,9 @@ class Tuning:
             self.print_estimate(progress)
         if (step := _reached(stage)) > self.reached:
             self.reached = step
-            self.at_stop(step)
-
-    def at_stop(self, step: int) -> None:
-        """Writes the report so far; all members have been evaluated after this step."""
-        if self.stage == "report" and step:
-            self.print_means(step)
-        self.sweep.write()
+            if unit.stage == "report" and step:
+                self.print_means(step)
+            self.sweep.write()
 
     def scores(self, arm: str, step: int) -> dict[Trial, float]:
         """The validation loss of each setting of an arm that was compared at a step."""
