@@ -351,7 +351,7 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         protocol = report["protocol"] | {"batch": [run.train.batch_size, run.data.max_length], "data": title}
         protocol["dtype"] = run.model.dtype
         # Those of all its units, also of those that an earlier command ran.
-        units = done.glob(f"{unit_directory(Path(), '*') / RESULT}")
+        units = done.glob(f"**/{unit_directory(Path(), '*') / RESULT}")
         seconds = [read_record(unit, limit=MAX_ROWS_BYTES)["seconds"] for unit in units]
         protocol["hours"] = round(sum(seconds) / 3600, 3)
         if run.task == "generation":
@@ -363,7 +363,12 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def by_method(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A sweep's report with all that is of one method together."""
+    """A sweep's report with all that is of one method together, as those of earlier versions have it."""
+    if "comparisons" not in report:
+        return {name: report[name] for name in ("verdict", "protocol", "methods")}
+    # Each setting at its last comparison.
+    search = {(row["arm"], *(row[name] for name in Trial._fields)): row for row in report["search"]}
+    report = {**report, "search": list(search.values())}
     protocol, differences = report["protocol"], {row["first"]: row for row in report["comparisons"]}
     methods = {
         name: method

@@ -81,7 +81,7 @@ class ModelSettings:
 
     Attributes:
       path: Hugging Face directory or GGUF file, name listed by `loraplus fetch`, or Hub id, tried in this order.
-      pooling: pooling of an encoder's hidden states: mean, cls (first token) or pooler (BERT's own).
+      pooling: pooling of an encoder's hidden states: mean, cls (first token) or pooler (the model's own).
       dtype: compute dtype.
       param_dtype: dtype of the frozen weights; trained parameters stay float32.
       quantize: format in which the frozen weights stay packed: none; nf4, 4.13 bits; int8, 8 bits; file, the blocks

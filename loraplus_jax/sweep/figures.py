@@ -174,7 +174,7 @@ def draw_curves(axes: Any, report: Report) -> None:
             axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.18, linewidth=0)
         style = {
             "color": color,
-            "linestyle": LINES.get(arm, "-"),
+            "linestyle": LINES.get(arm, ["-", "--", "-.", ":"][number // 10 % 4]),
             "marker": MARKERS.get(arm),
             "markersize": 4,
         }

@@ -75,8 +75,9 @@ def make_report(
             for trial, loss in mean_losses(row for row in searched if row["step"] == stop).items():
                 key = {"step": stop, "arm": arm.name, **trial._asdict()}
                 search.append({**key, "loss": loss if math.isfinite(loss) else None})
-        # Two arms have a target in common, which decides the steps of both. The control has that of LoRA+.
-        other = "lora_plus" if arm.name in ("lora", "control") and "lora_plus" in of_arm else arm.name
+        # Two arms have a target in common, which decides the steps of both. The control has that of LoRA+, as has
+        # LoRA if it is compared with nothing else.
+        other = arm.name if run.sweep.methods is not None or arm.name == "lora_plus" else "lora_plus"
         runs[arm.name] = report_runs(rows, steps, run.sweep.target, ("lora", other))
     counts = {name: len(trials) for name, trials in tried.items()}
     report: dict[str, Any] = {
@@ -193,7 +194,10 @@ def measured(results: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[
         }
         for arm in arms
         # Arms that share a program take the same time.
-        for one in [result for result in scored if arm in {name for name, *_ in result["members"]}][:1]
+        for one in sorted(
+            (result for result in scored if arm in {name for name, *_ in result["members"]}),
+            key=lambda result: result["cost"]["step_seconds"] is None,  # of members that have all diverged
+        )[:1]
     }
 
 

@@ -19,6 +19,7 @@ from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import DIGEST, read_record, write_record
 from ..settings.schema import GENERATION
 from ..settings.yaml_files import to_yaml
+from ..step.fingerprints import fingerprint
 from ..step.run_metadata import package_versions
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
@@ -40,7 +41,7 @@ from .halving import (
     planned_members,
     survivors,
 )
-from .population import AbstractPopulation, abstract_population, origin_of
+from .population import AbstractPopulation, abstract_population, load_weights, origin_of
 from .report import PAGE, REPORT, WINNER, ReportRow, make_report, measured, widening_option, write_report
 from .settings import SweepRun, Trial
 from .unit import MemberSpec, Progress, Source, Unit, is_result_of, unit_directory
@@ -57,10 +58,12 @@ WINNER_ONLY_FIELDS = (
 
 
 def ignored_fields(run: SweepRun) -> list[str]:
-    """Names of the fields of `WINNER_ONLY_FIELDS` that are set."""
+    """Names of the fields of `WINNER_ONLY_FIELDS` that are set; with `sweep.methods` the report generates texts."""
     found = []
     for name in WINNER_ONLY_FIELDS:
         section, field = name.split(".")
+        if section == "generation" and run.sweep.methods is not None:
+            continue
         settings = getattr(run, section)
         if getattr(settings, field) != getattr(type(settings), field):
             found.append(name)
@@ -100,7 +103,8 @@ def sweep(
       The content of `report.json`.
 
     Raises:
-      ValueError, OSError: bad input, detected before anything is written.
+      ValueError, OSError: bad input, detected before anything is written, but for the memory of a second and
+        later program.
       Stopped: SIGTERM or Ctrl-C, after saving the progress.
       TrainingFailed: every setting of LoRA, or of all others, diverged; `report.json` has the results so far.
     """
@@ -130,7 +134,8 @@ class Sweep:
                 abstract = abstract_population(program.run, data)
             self.tunings.append(Tuning(self, program, abstract))
         self.data, self.steps = self.tunings[0].abstract.data, self.tunings[0].abstract.steps
-        self.has_begun = False
+        self.has_begun = self.has_compared = False
+        """Whether the directory is taken over, and whether weights were compared."""
         self.sizes: dict[str, Any] = {}
         """The members at once and the group size of each program that has begun."""
         # A measurement may choose another program on resuming, which rounds otherwise.
@@ -138,7 +143,7 @@ class Sweep:
             found = {name: value for name, value in read_record(path).items() if name != DIGEST}
             # Earlier versions wrote those of their one program.
             self.sizes = {"lora": found} if "group_size" in found else found
-        if not output.fresh and (self.directory / "lora" / UNITS).exists():
+        if not output.fresh and any(self.directory.glob(f"*/{UNITS}")):
             raise ValueError(
                 f"{self.directory} has a comparison by an earlier version, which this one cannot resume; start "
                 "over with --fresh, or finish it with that version"
@@ -151,6 +156,9 @@ class Sweep:
     def train(self) -> dict[str, Any]:
         """Runs all searches and reports; returns the report."""
         self.executor.finish(self.tunings)
+        if not self.has_compared:  # as all was read back
+            abstract = self.tunings[0].abstract
+            self.begin(origin_of(abstract, fingerprint(load_weights(abstract))))
         report = self.finish()
         for tuning in self.tunings:
             tuning.remove_checkpoints(tuning.stages[-1])
@@ -159,6 +167,7 @@ class Sweep:
     def begin(self, origin: Origin) -> None:
         """Takes over the directory, once something is ready to run, and compares base and data with those there."""
         is_first, self.has_begun = not self.has_begun, True
+        self.has_compared |= origin["base"] is not None
         if is_first:
             self.output.claim()
         self.output.check_origin(origin)
@@ -316,17 +325,16 @@ class Tuning:
 
     async def train(self) -> None:
         """Runs one stage after another."""
-        with self.sweep.named(self.program):
-            sizes = self.sweep.sizes.get(self.name)
-            if sizes is None:
-                # Nothing is written before everything has been checked, compiled and loaded.
-                await self.open(self.run.sweep.members_at_once, self.run.sweep.group_size)
-            else:
-                self.sweep.begin(origin_of(self.abstract, None))
-                self.at_once, self.group_size = sizes["members_at_once"], sizes["group_size"]
-            await self.search()
-            if self.chosen:
-                await self.report_stage()
+        sizes = self.sweep.sizes.get(self.name)
+        if sizes is None:
+            # Nothing is written before all is checked, and the first program is compiled and loaded.
+            await self.open(self.run.sweep.members_at_once, self.run.sweep.group_size)
+        else:
+            self.sweep.begin(origin_of(self.abstract, None))
+            self.at_once, self.group_size = sizes["members_at_once"], sizes["group_size"]
+        await self.search()
+        if self.chosen:
+            await self.report_stage()
         self.opened = None  # the next program needs the memory
 
     async def open(self, at_once: int | None, group_size: int | None) -> Opened:
@@ -334,7 +342,8 @@ class Tuning:
         if self.opened is None:
             trials = sum(len(arm.trials) for arm in self.program.arms)
             most = max(trials * len(self.run.seeds), len(self.program.arms) * self.run.sweep.report_seeds)
-            self.opened = opened = await self.executor.open(self.abstract, most, at_once, group_size)
+            with self.sweep.named(self.program):
+                self.opened = opened = await self.executor.open(self.abstract, most, at_once, group_size)
             self.sweep.begin(opened.origin)
             if not self.group_size:
                 self.at_once, self.group_size = opened.members_at_once, opened.group_size
@@ -445,10 +454,13 @@ class Tuning:
             self.console, f"{self.title}{groups}{',' if len(units) > 1 else ''} step", total, done
         )
         stored = [self.stored_result(unit) for unit in units]
+        computed = iter(())
         if left := [unit for unit, result in zip(units, stored, strict=True) if result is None]:
             opened = await self.open(self.at_once, self.group_size)
-            self.results += await self.executor.run(opened, self, left)
-        self.results += [result for result in stored if result is not None]
+            with self.sweep.named(self.program):
+                computed = iter(await self.executor.run(opened, self, left))
+        # In their order, whichever were read back: sums of floats depend on it.
+        self.results += [next(computed) if result is None else result for result in stored]
         # Their members have trained on, or were dropped.
         self.remove_checkpoints(self.stages[-2] if len(self.stages) > 1 else ())
 

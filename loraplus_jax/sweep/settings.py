@@ -128,7 +128,7 @@ class SweepSettings:
         if self.worker is not None and self.ray is None:
             raise ValueError(f"worker must be null without ray, got {dict(self.worker)}; set sweep.ray")
         for name in self.method_learning_rates:
-            if name not in (self.methods or ()):
+            if self.methods is None or name not in ("lora", *self.methods):
                 raise ValueError(f"method_learning_rates must be of sweep.methods, got {name}; add it there")
         if self.unrelated_text is not None and self.methods is None:
             raise ValueError(

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from .run_files import (
     CHECKPOINTS,
     CONFIG,
     FAILURE,
+    UNITS,
     owner_pid,
     read_lines,
     read_summary,
@@ -107,6 +107,9 @@ def _read_run(directory: Path) -> dict[str, Any]:
         # Checkpoints of a sweep count evaluations too, after the first of which there are rows.
         evaluated, best = _best_member(directory)
         step = step if evaluated is None else evaluated
+        # Earlier versions have the evaluations of a comparison in a directory for each method.
+        is_earlier = evaluated is None and any(directory.glob(f"*/{UNITS}"))
+        step, steps = (None, None) if is_earlier else (step, steps)
     elif summary is not None:
         step = steps = summary["steps"]
         best = _pick(summary["after"]) | {
@@ -115,6 +118,7 @@ def _read_run(directory: Path) -> dict[str, Any]:
         }
     else:
         best = best_row(read_rows(directory / METRICS))
+    resumes = step is not None
     state, pid, problem = _state(directory) if summary is None else ("finished", None, None)
     return {
         "kind": kind,
@@ -128,7 +132,7 @@ def _read_run(directory: Path) -> dict[str, Any]:
         "problem": problem,
         "best": best,
         "verdict": None if summary is None else summary.get("verdict"),
-        "resume": resume_command(directory, config) if state in ("stopped", "failed") else None,
+        "resume": resume_command(directory, config) if resumes and state in ("stopped", "failed") else None,
     }
 
 
@@ -173,7 +177,8 @@ def _pick(values: Mapping[str, float]) -> dict[str, Any]:
 def _best_member(directory: Path) -> tuple[int | None, dict[str, Any] | None]:
     """The step of a sweep's last evaluation and the lowest mean loss of a setting there, if any."""
     path = directory / METRICS
-    end = next(iter(deque(read_rows(path), maxlen=1)), None)
+    # Rows are ordered by program, of which the last may be behind.
+    end = max(read_rows(path), key=lambda row: (row["stage"] == "report", row["step"]), default=None)
     if end is None:
         return None, None
     losses: dict[Any, list[float]] = {}
@@ -212,6 +217,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     end = "; ".join(filter(None, (row["problem"], row["resume"] and f"resume: {row['resume']}")))
     epochs = f" ({float(row['epochs']):g} epochs)" if row["epochs"] else ""
     progress = f"{row['step']} of {row['steps']} steps" if row["steps"] else f"step {row['step']}{epochs}"
+    progress = progress if row["step"] is not None else "by an earlier version"
     cells = row["path"], row["model"], row["method"], progress, state, result, end
     return [escape_controls(cell) for cell in cells]
 

@@ -220,17 +220,16 @@ def saved_record(directory: Path) -> dict[str, Any]:
             return read_record(path)
         except ValueError as error:
             raise ValueError(f"{error}; without it, start over with --fresh") from None
-    # Earlier versions saved it with each checkpoint, result and start, those of a method with its own settings.
+    # Earlier versions saved it with each checkpoint, result and start.
     kinds = f"{CHECKPOINTS}/*/metadata/metadata", f"{UNITS}/*/{CHECKPOINTS}/*/metadata/metadata"
     kinds = *kinds, f"{UNITS}/*/{RESULT}", f"{START}/{DESCRIPTION_FILE}"
-    files = [file for below in ("", "*/") for kind in kinds for file in directory.glob(below + kind)]
+    files = [file for kind in kinds for file in directory.glob(kind)]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         with contextlib.suppress(ValueError):  # of a checkpoint that was damaged, or not yet written
             record = read_json(file, limit=MAX_ROWS_BYTES)
             if "identity" not in record:
                 break
-            is_own = file.relative_to(directory).parts[0] in (CHECKPOINTS, UNITS, START)
-            return record if is_own else {name: record[name] for name in record if name != "settings"}
+            return record
     raise ValueError(f"{path} is missing; restore it, or start over with --fresh")
 
 

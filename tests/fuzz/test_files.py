@@ -33,6 +33,7 @@ from loraplus_jax.models.checkpoints.params import load_params
 from loraplus_jax.models.files import open_files
 from loraplus_jax.models.gpt2.config import GPT2Config
 from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.models.modernbert.config import ModernBertConfig
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.tasks.causal_lm import LanguageTask
@@ -119,7 +120,9 @@ def weights(folder):
 
 
 HUGE = (*words("1000000000 1000000000000 18446744073709551615 1e9 3 16 true"), "9" * 30, '"silu"')
-KINDS = words('"linear" "yarn" "longrope" "llama3" "mistral" "qwen3" "olmo3" "smollm3" "bert" "roberta"')
+KINDS = words(
+    '"linear" "yarn" "longrope" "llama3" "mistral" "qwen3" "olmo3" "smollm3" "bert" "roberta" "modernbert"'
+)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA = {"hidden_act": "silu", "num_key_value_heads": 2, "rope_theta": 1e4, "attention_bias": False}
 LLAMA |= {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8}, "sliding_window": 4}
@@ -129,10 +132,14 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
 GEMMA3 = {"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 1e4, "rope_scaling": None}
 GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "final_logit_softcapping": 30.0}
 BERT = {"hidden_act": "gelu", "is_decoder": False, "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1}
+MODERNBERT = {"hidden_activation": "gelu", "layer_types": ["full_attention", "sliding_attention"] * 2}
+MODERNBERT |= {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}, "norm_bias": False}
+MODERNBERT |= {"classifier_pooling": "mean", "global_attn_every_n_layers": 3, "num_attention_heads": 2}
 GPT2 = {"activation_function": "gelu_new", "scale_attn_weights": True, "tie_word_embeddings": True}
 GPT2 |= {"scale_attn_by_inverse_layer_idx": False, "eos_token_id": 2}
 CONFIGS = {
     "bert": (BertConfig, BERT),
+    "modernbert": (ModernBertConfig, MODERNBERT),
     "llama": (LlamaConfig, LLAMA),
     "gemma3_text": (LlamaConfig, LLAMA | GEMMA3),
     "phi3": (LlamaConfig, LLAMA | {"original_max_position_embeddings": 8, "rope_scaling": LONG}),

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from loraplus_jax import load_adapter
 from loraplus_jax.cli.commands import main
 from loraplus_jax.training import console, trainer
 
+from .. import tiny
 from ..messages import assert_mentions
 from .gpt2_world import write_gpt2
 from .language_world import FUSED, PRODUCTS, write_family
@@ -319,6 +320,15 @@ def family(name):
     return make
 
 
+def modernbert(world):
+    """The recipe of BERT's world, whose words it keeps."""
+    names = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "max_position_embeddings")
+    sizes = json.loads((world.model / "config.json").read_text())
+    content = tiny.config("modernbert", **{name: sizes[name] for name in names})
+    (world.model / "config.json").write_text(json.dumps(content))
+    save_file(tiny.tensors(content, seed=1), world.model / "model.safetensors")
+
+
 def names_its_targets(run):
     options = json.loads((run.export("peft") / "adapter_config.json").read_text())
     names = {name.rpartition(".")[2] for name in options["target_modules"]}
@@ -390,6 +400,7 @@ KINDS = {
     "olmo3": Kind(make=family("olmo3"), answers=BOTH),
     "smollm3": Kind(make=family("smollm3"), answers=BOTH),
     "phi3": Kind(make=family("phi3"), answers=BOTH, extra=names_its_targets),
+    "modernbert": bert("", make=modernbert, otherwise=flags("--mesh.data 8 --train.accumulate 4"), rel=1e-5),
     "describe": Kind(
         ("--train.steps", "60"),
         make=lambda world: world.describe(

@@ -1,4 +1,4 @@
-"""Whole runs with other families of language models: GPT-2 on its own files, tiny Gemmas, OLMos and Phi-3s."""
+"""Whole runs with other families: GPT-2 on its own files, tiny Gemmas, OLMos and Phi-3s, and ModernBERT."""
 
 import json
 
@@ -21,6 +21,7 @@ gemma3      long    -        -        long     -
 olmo3       long    -        -        long     -
 smollm3     long    -        -        long     -
 phi3        long    -        -        long     -
+modernbert  slow    long     slow     slow     long
 """
 
 

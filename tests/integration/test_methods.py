@@ -165,12 +165,9 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
     assert compare(world, "--allow_different", "data", methods=FEW) == 0
     assert {*opened} == {"full"}
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert {path.parent.name for path in before} == {
-        f"{name}-{stage}-0"
-        for name in ("lora", "lora_rite")
-        for stage in ("search-4", "search-8", "report")
-        if stage != "search-8"  # one of two settings is left at the rung
-    }
+    # One of two settings is left at the rung.
+    names = [f"{name}-{stage}-0" for name in ("lora", "lora_rite") for stage in ("search-4", "report")]
+    assert sorted(path.parent.name for path in before) == sorted(names)
     report = report_of(world.out)
     assert list(report["methods"]) == ["lora", "lora_rite", "full"]
     assert report["protocol"]["settings"] == {"lora": 2, "lora_rite": 2, "full": 2}

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from loraplus_jax.models.bert.config import BertConfig
+from loraplus_jax.models.modernbert.config import ModernBertConfig
 
+from .. import tiny
 from ..messages import mentions
 from ..refusals import refusals
 from .golden import GOLDEN
@@ -27,6 +29,34 @@ def test_config_reads_what_transformers_writes():
 
 def bert(**changes):
     return lambda: BertConfig.from_hf(hf_config(**changes))
+
+
+def modernbert(**changes):
+    return lambda: ModernBertConfig.from_hf(tiny.config("modernbert", **changes))
+
+
+LINEAR = {"full_attention": {"rope_type": "linear", "factor": 2.0}}
+test_unsupported_modernberts = refusals(
+    (modernbert(model_type="bert"), "model_type", "'bert'", "modernbert"),
+    (
+        modernbert(rope_parameters=LINEAR, norm_bias=1, quantization_config={"bits": 4}),
+        *("rope_parameters", "full_attention", "linear", "norm_bias", "quantization_config"),
+    ),
+    (modernbert(layer_types=["full_attention"]), "layer_types", 2, 1),
+    (modernbert(num_attention_heads=16), "num_attention_heads", "even", 16),
+    (modernbert(classifier_pooling="max"), "classifier_pooling", "'cls'", "'mean'", "'max'"),
+)
+
+
+def test_a_modernbert_of_transformers_4_and_of_5_are_the_same():
+    older = {"global_attn_every_n_layers": 3, "global_rope_theta": 16e4, "local_rope_theta": 1e4}
+    newer = {"layer_types": ["full_attention", "sliding_attention"], "rope_parameters": {}}
+    for kind, theta in (("full_attention", 16e4), ("sliding_attention", 1e4)):
+        newer["rope_parameters"][kind] = {"rope_type": "default", "rope_theta": theta}
+    configs = [modernbert(**changes)() for changes in (older, newer, {})]
+    assert configs[0] == configs[1] == configs[2]
+    other = modernbert(**newer | {"rope_parameters": {"full_attention": {"rope_theta": 8e4}}})()
+    assert other.rope_thetas == (8e4, 1e4)
 
 
 test_unsupported_configs = refusals(

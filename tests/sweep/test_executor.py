@@ -6,18 +6,9 @@ import types
 
 import pytest
 
-from loraplus_jax.sweep import executor as module
-from loraplus_jax.sweep.arms import Arm, SharedProgram
-from loraplus_jax.sweep.executor import InProcess, Opened
+from loraplus_jax.sweep.executor import InProcess
 from loraplus_jax.sweep.ray_tasks import RayTasks
-from loraplus_jax.sweep.run import Sweep, Tuning
-from loraplus_jax.sweep.unit import Unit
-from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.signals import Stopped, StopSignal
-
-
-def unit(name):
-    return Unit(name, "search", (), 0, (8,), "validation")
 
 
 async def nothing():
@@ -78,24 +69,3 @@ def test_on_ray_a_notebook_may_have_a_loop_and_a_signal_is_not_lost(on_ray):
     on_ray.stop._received = signal.SIGINT
     with pytest.raises(Stopped):
         on_ray.finish(programs([], nothing))
-
-
-def test_an_error_of_a_unit_names_its_methods(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise ValueError("its base differs")
-
-    monkeypatch.setattr(module, "run_unit", fail)
-    executor = InProcess(LineConsole(quiet=True))
-    arms = (Arm("pissa", "PiSSA", ()),)
-    tuning = object.__new__(Tuning)
-    tuning.name, tuning.directory, tuning.program = "pissa", tmp_path, SharedProgram(None, arms)  # pyright: ignore
-    tuning.sweep = object.__new__(Sweep)
-    tuning.sweep.is_several, tuning.sweep.sizes = True, {}
-
-    async def one_unit(*_):
-        await executor.run(Opened(None, {}, 1, 1), tuning, [unit("a1")])  # pyright: ignore
-
-    monkeypatch.setattr(Tuning, "open", one_unit)
-    tuning.run = types.SimpleNamespace(sweep=types.SimpleNamespace(members_at_once=1, group_size=1))  # pyright: ignore
-    with pytest.raises(ValueError, match=r"^sweep\.methods pissa: its base differs$"):
-        executor.finish([tuning])

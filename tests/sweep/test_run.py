@@ -1,10 +1,12 @@
 """Which split decides at each stage of a sweep, on units whose losses are given."""
 
 import math
+import shutil
 import types
 
 import pytest
 
+from loraplus_jax._utils.records import read_record, write_record
 from loraplus_jax.sweep import run as module
 from loraplus_jax.sweep.arms import programs_of
 from loraplus_jax.sweep.executor import InProcess, Opened
@@ -12,7 +14,9 @@ from loraplus_jax.sweep.run import Sweep
 from loraplus_jax.sweep.unit import Progress, unit_directory
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.run_directory import open_output_directory
-from loraplus_jax.training.run_files import CHECKPOINTS
+from loraplus_jax.training.run_files import CHECKPOINTS, RESULT
+
+from ..messages import mentions
 
 # Loss is this times the rate of B: validation favors the smallest rate, test the largest.
 SLOPES = {"validation": 1.0, "test": -1.0}
@@ -28,7 +32,7 @@ class GivenLosses:
         self.group_size, self.units = group_size, []
 
     async def open(self, abstract, most, members_at_once, group_size):
-        return Opened(None, {"base": None, "identity": {}}, 1, self.group_size or most)
+        return Opened(None, {"base": "b", "identity": {}}, 1, self.group_size or most)
 
     def loss(self, split, trial):
         return 9.0 + SLOPES[split] * trial.learning_rate * trial.lr_ratio
@@ -55,12 +59,15 @@ def ended(tmp_path, monkeypatch, parsed):
     data = types.SimpleNamespace(task=task, examples={"test": 4}, summary=(), constant={}, splits=splits)
     abstract = types.SimpleNamespace(data=data, steps=8, shapes=None)
     monkeypatch.setattr(module, "abstract_population", lambda run, data: abstract)
+    monkeypatch.setattr(module, "origin_of", lambda abstract, base: {"base": base, "identity": {}})
+    monkeypatch.setattr(module, "load_weights", lambda abstract: "weights")
+    monkeypatch.setattr(module, "fingerprint", lambda weights: "b")
     monkeypatch.setattr(Sweep, "print_head", lambda self: None)
     monkeypatch.setattr(Sweep, "finish", lambda self: self.report())
 
-    def end(executor, *options):
+    def end(executor, *options, fresh=True):
         run = parsed(*options, f"--output_dir={tmp_path / 'out'}", "--train.compilation_cache=false")
-        with open_output_directory(run, LineConsole(quiet=True), fresh=True) as output:
+        with open_output_directory(run, LineConsole(quiet=True), fresh=fresh) as output:
             sweep = Sweep(run, programs_of(run), output, executor)
             return sweep, sweep.train()
 
@@ -203,14 +210,11 @@ def test_methods_share_stages_and_one_that_diverges_is_left_out(ended):
 
     class Diverging(GivenLosses):
         def result(self, sweep, unit):
-            result = super().result(sweep, unit) | {"cost": {}, "text_scores": [], "unrelated": []}
+            result = super().result(sweep, unit)
             for row in result["rows"]:
                 row["loss"] = None if row["arm"] == "dora" else row["loss"]
             sweep.follow(unit, Progress(unit.stops[-1], result["rows"]))
-            return result | {"members": unit.members}
-
-        def loss(self, split, trial):
-            return super().loss(split, trial)
+            return result
 
     executor = Diverging()
     sweep, report = ended(executor, "--sweep.methods=[lora_plus,dora]", "--sweep.keep=0.5")
@@ -222,3 +226,63 @@ def test_methods_share_stages_and_one_that_diverges_is_left_out(ended):
     assert report["protocol"]["settings"] == {"lora": 16, "lora_plus": 16, "dora": 16}
     assert "no result: DoRA" in report["verdict"]
     assert not sweep.tunings[1].chosen
+
+
+class Keeping(GivenLosses):
+    """Leaves each result where it is read back; its numbers add up to other bits in another order."""
+
+    def result(self, sweep, unit):
+        result = super().result(sweep, unit)
+        if unit.is_scored:
+            rows = [{"arm": m.arm, "seed": m.seed, "bleu": 0.1 + 0.7 / m.seed} for m in unit.members]
+            result |= {"cost": {"trainable": 1, "step_seconds": unit.members[0].seed / 7}}
+            result |= {"text_scores": rows, "unrelated": []}
+        path = unit_directory(sweep.directory, unit.name)
+        path.mkdir(parents=True)
+        write_record(path / RESULT, result | {"members": unit.members})
+        return read_record(path / RESULT)
+
+
+METHODS = ("--sweep.methods=[lora_plus]", "--sweep.report_seeds=5")
+
+
+def test_what_is_read_back_in_part_or_whole_gives_the_same_report(ended, monkeypatch):
+    first = Keeping(2)
+    sweep, straight = ended(first, *METHODS)
+    lost = [unit.name for unit in first.units if unit.stage == "report"][1]
+    shutil.rmtree(unit_directory(sweep.directory, lost))
+    again = Keeping(2)
+    assert ended(again, *METHODS, fresh=False)[1] == straight
+    assert [unit.name for unit in again.units] == [lost]
+    # Weights are compared also where nothing is left to train.
+    whole = Keeping(2)
+    assert ended(whole, *METHODS, fresh=False)[1] == straight
+    assert not whole.units
+    monkeypatch.setattr(module, "fingerprint", lambda weights: "c")
+    with pytest.raises(ValueError, match=mentions("base.weights", "b", "c")):
+        ended(whole, *METHODS, fresh=False)
+
+
+def test_directories_of_earlier_versions_are_resumed_or_refused(ended):
+    sweep, _ = ended(Keeping(3))
+    sizes = {"members_at_once": 1, "group_size": 3}
+    assert sweep.sizes == {"lora": sizes}
+    write_record(sweep.directory / module.MEMBERS_FILE, sizes)
+    again = Keeping(9)
+    assert ended(again, fresh=False)[0].sizes == {"lora": sizes}
+    assert not again.units
+    (sweep.directory / "dora/units").mkdir(parents=True)
+    with pytest.raises(ValueError, match=mentions(sweep.directory, "earlier version", "--fresh")):
+        ended(again, fresh=False)
+
+
+@pytest.mark.parametrize("method", ["open", "run"])
+def test_an_error_of_a_program_names_its_methods(ended, monkeypatch, method):
+    async def fail(*_):
+        raise ValueError("it does not fit")
+
+    monkeypatch.setattr(GivenLosses, method, fail)
+    with pytest.raises(ValueError, match=r"^sweep\.methods lora, lora_plus: it does not fit$"):
+        ended(GivenLosses(), "--sweep.methods=[lora_plus,dora]")
+    with pytest.raises(ValueError, match=r"^it does not fit$"):
+        ended(GivenLosses())

@@ -95,11 +95,13 @@ class ModernBertConfig(ModelConfig):
             kinds = ("full_attention", "sliding_attention")
             # Bounded, as files of others may state any number.
             values["layer_types"] = [kinds[n % max(every, 1) > 0] for n in range(min(layers, 1000))]
-        thetas = []
+        thetas, parameters = [], values.get("rope_parameters", {})
         for kind, (name, default) in _THETAS.items():
-            options = values.get("rope_parameters", {}).get(kind) or values.get("rope_scaling") or {}
-            if scaling_options(options) is not None:
+            options = parameters.get(kind) if isinstance(parameters, Mapping) else parameters
+            options = options or values.get("rope_scaling") or {}
+            if not isinstance(options, Mapping) or scaling_options(options) is not None:
                 problems.append(f"rope_parameters: {kind} must be of type default, got {options!r:.80}")
+                options = {}
             thetas.append(options.get("rope_theta", values.get(name, default)))
         return values | {"rope_thetas": tuple(thetas)}, problems
 
