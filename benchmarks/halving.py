@@ -12,7 +12,6 @@ and grid choose on one seed is also compared on the others.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from sweep import CONFIG, SIXTEEN, SMALL
 from loraplus_jax.data.batches import train_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.device_members import DeviceMembers
-from loraplus_jax.sweep.halving import best_trial, comparison_steps, member_steps, survivors
+from loraplus_jax.sweep.halving import comparison_steps, member_steps, survivors
 from loraplus_jax.sweep.population import abstract_population, prepare_population
 from loraplus_jax.sweep.settings import ARM_LABELS, METHODS, SweepRun, SweepSettings, Trial
 
@@ -62,22 +61,19 @@ def key(trial: Trial, seed: int) -> str:
 
 def compare(name: str, run: SweepRun, losses: dict[int, dict[str, float]], seed: int) -> dict[str, Any]:
     """One seed: the best setting of the grid, and the one that halving comes to."""
-    left = {arm: [trial for trial in run.trials if trial.arm == arm] for arm in METHODS}
-    counts, steps, stops = [], max(losses), comparison_steps(run.sweep, max(losses))
-    grid, halved = dict[str, Trial](), dict[str, Trial]()
-
-    def scores(trials: Sequence[Trial], stop: int) -> dict[Trial, float]:
-        return {trial: losses[stop][key(trial, seed)] for trial in trials}
-
-    for arm, trials in left.items():
-        grid |= {} if (best := best_trial(scores(trials, steps))) is None else {arm: best}
-    for stop in stops:
-        counts.append(sum(map(len, left.values())))
-        for arm, trials in [*left.items()]:
-            best, kept = best_trial(found := scores(trials, stop)), survivors(found, run.sweep.keep)
-            left[arm] = kept if len(kept) > 1 and stop < steps else []
-            halved |= {arm: best} if trials and not left[arm] and best is not None else {}
-    final, row = scores(run.trials, steps), dict[str, Any](task=name, seed=seed)
+    steps, stops = max(losses), comparison_steps(run.sweep, max(losses))
+    counts, halved, grid = dict.fromkeys(stops, 0), dict[str, Trial](), dict[str, Trial]()
+    final = {trial: losses[steps][key(trial, seed)] for trial in run.trials}
+    for arm in METHODS:
+        left = [trial for trial in run.trials if trial.arm == arm]
+        grid[arm] = min(left, key=final.__getitem__)
+        for stop in stops:
+            counts[stop] += len(left)
+            left = survivors({trial: losses[stop][key(trial, seed)] for trial in left}, run.sweep.keep)
+            if len(left) == 1:
+                halved[arm], left = left[0], []
+        halved |= {arm: min(left, key=final.__getitem__)} if left else {}
+    row: dict[str, Any] = {"task": name, "seed": seed}
     for arm in METHODS:
         for way, chosen in (("grid", grid), ("halving", halved)):
             row[f"{ARM_LABELS[arm]}, {way}"] = f"{final[chosen[arm]]:.4f}"
@@ -89,7 +85,7 @@ def compare(name: str, run: SweepRun, losses: dict[int, dict[str, float]], seed:
         "best less grid's": f"{final[ours] - final[best]:+.4f}",
         "the same on the other seeds": f"{np.mean(elsewhere):+.4f}",
         "noise": f"{noise:.4f}",
-        "member-steps / grid's": f"{member_steps(counts, stops) / (len(run.trials) * steps):.3f}",
+        "member-steps / grid's": f"{member_steps([*counts.values()], stops) / (len(run.trials) * steps):.3f}",
     }
 
 
