@@ -111,7 +111,8 @@ def _run_command(arguments: list[str]) -> int:
 
 def _is_input(error: Exception) -> bool:
     """Whether an error is about the input or the system; a bug is often a ValueError or TypeError too."""
-    if isinstance(error, OSError | ImportError):
+    # Orbax tells a full disk as a ValueError with the system's code.
+    if isinstance(error, OSError | ImportError) or "os_error_code=" in str(error):
         return True
     # What is wrong with input, a `raise` of this package says. Python and libraries raise at other places.
     last: Any = error.__traceback__

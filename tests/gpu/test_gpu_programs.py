@@ -223,7 +223,9 @@ def test_a_population_shares_its_base_without_collectives(tmp_path):
     run = SweepRun(**fields, sweep=SweepSettings(learning_rates=(1e-4,), lr_ratios=(4.0,)))
     mesh = Mesh(gpus(f"h100:{count}"), (population.MEMBER_AXIS,))
     step = lower(single, tmp_path, gpus(f"h100:{count}")[:1])
-    abstract = population.AbstractPopulation(tmp_path, parts_of(single, tmp_path)[1], 10, run, step.run.parts)
+    abstract = population.AbstractPopulation(
+        run, tmp_path, parts_of(single, tmp_path)[1], 10, run, step.run.parts
+    )
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.run.parts.trainable)  # noqa: E731
     first = lambda: jax.tree.map(jnp.asarray, population._first_member(abstract, run.trials[0], 0, zeros()))  # noqa: E731
     stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((2 * count, *x.shape), x.dtype))
