@@ -98,8 +98,9 @@ def programs_of(run: SweepRun) -> list[SharedProgram]:
       ValueError: a method and the settings contradict each other; the message names the method.
     """
     if run.sweep.methods is None:
-        trials = {name: tuple(t for t in run.trials if t.arm == name) for name in run.searched}
-        arms = (Arm(name, ARM_LABELS[name], trials.get(name, ())) for name in run.arms)
+        # The control has none: a trial without a ratio is plain LoRA's.
+        trials = {name: tuple(trial for trial in run.trials if trial.arm == name) for name in run.arms}
+        arms = (Arm(name, ARM_LABELS[name], trials[name]) for name in run.arms)
         return [SharedProgram(run, tuple(arms))]
     names = dict.fromkeys(("lora", *run.sweep.methods))
     plain = [name for name in names if not TABLE[name].changes]

@@ -25,7 +25,7 @@ Report = Mapping[str, Any]
 
 
 def pictures_of(report: Report) -> list[str]:
-    """The figures of a complete report: with a control or alone, LoRA and LoRA+ have a map of their rates."""
+    """The figures of a complete report: a sweep of lambda has the map of rates, one of methods the differences."""
     is_of_lambda = report["decision"] is not None
     return [name for name in PICTURES if name != ("differences" if is_of_lambda else "heat_map")]
 

@@ -300,7 +300,7 @@ class Tuning:
     def __init__(self, sweep: Sweep, program: SharedProgram, abstract: AbstractPopulation) -> None:
         self.sweep, self.program, self.abstract = sweep, program, abstract
         self.run, self.console, self.executor = program.run, sweep.console, sweep.executor
-        self.directory, self.output, self.steps = sweep.directory, sweep.output, abstract.steps
+        self.directory, self.steps = sweep.directory, abstract.steps
         self.labels = {arm.name: arm.label for arm in program.arms}
         self.searched = [arm for arm in program.arms if arm.trials]
         self.name = program.arms[0].name

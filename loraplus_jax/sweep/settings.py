@@ -13,7 +13,7 @@ from ..adapter.config import BASE_INITS
 from ..settings.field_types import SECTION, Count, Distinct, Fraction, Index, Int, Number, Rate, Switch
 from ..settings.schema import INVARIANT, OptimizerSettings, Settings
 
-Arm = Literal["lora", "lora_plus", "control"]
+ArmName = Literal["lora", "lora_plus", "control"]
 METHODS = ("lora", "lora_plus")
 ARM_LABELS: dict[str, str] = {"lora": "LoRA", "lora_plus": "LoRA+", "control": "LoRA(alpha x lambda)"}
 """Display names of the arms."""
@@ -158,7 +158,7 @@ class Trial(NamedTuple):
     rank: int
 
     @property
-    def arm(self) -> Arm:
+    def arm(self) -> ArmName:
         """The method it belongs to: plain LoRA if lr_ratio is 1, else LoRA+."""
         return "lora" if self.lr_ratio == 1.0 else "lora_plus"
 
@@ -218,7 +218,7 @@ class SweepRun(Settings):
             self._check_start()
         self._check_size()
         if self.sweep.methods is None:  # else of each method
-            for arm in self.searched:
+            for arm in METHODS:
                 check_widen(self.sweep, ARM_LABELS[arm], [trial for trial in self.trials if trial.arm == arm])
         for trial in self.trials:
             self.settings_of(trial, self.seed)
@@ -274,14 +274,9 @@ class SweepRun(Settings):
         return tuple(range(first, first + self.sweep.report_seeds))
 
     @property
-    def arms(self) -> tuple[Arm, ...]:
+    def arms(self) -> tuple[ArmName, ...]:
         """Arms that the report compares."""
         return ("lora", "lora_plus", "control") if self.sweep.control else METHODS
-
-    @property
-    def searched(self) -> tuple[Arm, ...]:
-        """Arms that the search tunes."""
-        return tuple(arm for arm in self.arms if arm != "control")
 
     @property
     def ranks(self) -> tuple[int, ...]:

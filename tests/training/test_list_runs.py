@@ -132,6 +132,18 @@ def test_a_comparison_is_one_line_and_lists_the_runs_with_its_winners(tmp_path):
     assert [*find_runs(comparison)] == [comparison, winner]
     row = describe_run(comparison)
     assert (row["kind"], row["step"], row["best"]["setting"]["arm"]) == ("comparison", 40, "dora")
+    # A program that is still searching comes last; what has ended is shown.
+    rows += sweep_rows({"pissa": [0.3]}, 5, "search")
+    later = run_of(tmp_path / "l", values, SweepRun, rows=rows)
+    assert describe_run(later)["best"]["setting"]["arm"] == "dora"
+
+
+def test_a_comparison_by_an_earlier_version_is_told_as_such(tmp_path):
+    earlier = run_of(tmp_path / "e", PLAIN | {"sweep": {"methods": ["dora"]}}, SweepRun)
+    (earlier / "lora/units").mkdir(parents=True)
+    row = describe_run(earlier)
+    assert (row["step"], row["resume"]) == (None, None)
+    assert "by an earlier version" in list_runs(tmp_path)
 
 
 def test_an_unreadable_directory_does_not_end_the_list(tmp_path):
