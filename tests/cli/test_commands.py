@@ -135,6 +135,15 @@ def test_a_bug_is_not_told_as_invalid_input(monkeypatch, run):
         main(["fetch"])
 
 
+def test_a_full_disk_that_a_library_tells_is_no_bug(monkeypatch, capsys):
+    def fail(*_):
+        int("No space left on device [os_error_code='28']")  # raised by Python, not by this package
+
+    monkeypatch.setitem(COMMANDS, "fetch", COMMANDS["fetch"]._replace(run=fail))
+    assert main(["fetch"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
 def test_a_very_long_line_of_an_error_is_shortened(capsys):
     assert main(["recipes", "x" * 10**6]) == 2
     (line,) = capsys.readouterr().err.splitlines()

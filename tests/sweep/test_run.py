@@ -76,8 +76,10 @@ def ended(tmp_path, monkeypatch, parsed):
 
 @pytest.mark.parametrize("option", ["method=halving", "method=grid", "learning_rates=[1e-3]"])
 def test_the_search_selects_on_validation_and_the_report_tests(ended, option):
-    sweep, _ = ended(GivenLosses(), f"--sweep.{option}")
+    sweep, report = ended(GivenLosses(), f"--sweep.{option}")
     run = sweep.run
+    pairs = [(row["first"], row["second"]) for row in report["comparisons"]]
+    assert pairs == [("lora_plus", "lora"), ("lora_plus", "control")]
     splits = {(row["stage"], row["split"]) for row in sweep.rows()}
     assert splits == {("search", "validation"), ("report", "test")}
     for row in sweep.rows():
