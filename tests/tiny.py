@@ -17,6 +17,7 @@ NAMES_IN_GPT2 |= {"intermediate_size": "n_inner", "max_position_embeddings": "n_
 ENCODER = {"type_vocab_size": 2, "pad_token_id": 0}
 DECODER = {"num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 GEMMA = {"sliding_window": 6, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12}
+MIXTURE = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
 OPTIONS = {
     "bert": ENCODER,
     "roberta": ENCODER | {"pad_token_id": 1},
@@ -25,6 +26,8 @@ OPTIONS = {
     "gpt2": {"layer_norm_epsilon": 1e-5},
     "gemma2": DECODER | GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 9.0},
     "gemma3_text": DECODER | GEMMA,
+    "qwen3_moe": DECODER | MIXTURE | {"moe_intermediate_size": 12, "norm_topk_prob": True},
+    "mixtral": DECODER | MIXTURE,
     "phi3": DECODER | {"partial_rotary_factor": 0.5},
 }
 

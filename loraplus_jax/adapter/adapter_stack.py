@@ -24,8 +24,9 @@ from .spec import AdapterSpec, Specs, form_differences
 from .target_rules import config_of
 from .tree import combine, factors_by_module, flatten, replace_leaves, unflatten
 
-ROW_AXES: Any = jax.make_user_context(())
-"""The mesh axes that split the rows of `apply_rows`, inside of which a row must not be split over them again."""
+ROW_AXES: Any = jax.make_user_context(None)
+"""The mesh axes that split the rows of `apply_rows`, inside of which a row must not be split over them again; None
+outside."""
 Room = tuple[tuple[str, AdapterSpec], ...]
 
 

@@ -16,7 +16,7 @@ from ..adapter.lora import adapted_weight
 from ..adapter.spec import AdapterSpec, Specs
 from ..adapter.tree import flatten
 from ..models.checkpoints.model_files import ModelFiles
-from ..models.checkpoints.name_table import NameTable, Rule, expand, is_stacked
+from ..models.checkpoints.name_table import NameTable, Place, Rule, expand
 from ..models.checkpoints.params import read_pieces
 from ..models.checkpoints.quantized import in_rows
 from ..quantization.formats import packed_values
@@ -67,12 +67,14 @@ class CheckpointMerge:
         self._squares = np.zeros(2)  # of the rounding, and of the checkpoint's values
         self.table, self.factors, self.extras = table, flatten(lora), flatten(extras)
         self.specs = {spec.leaf: (key, spec) for key, spec in specs.items()}
-        self.locations: dict[str, list[tuple[Rule, int | None]]] = {}
+        self.locations: dict[str, list[tuple[Rule, Place]]] = {}
+        self.joined: dict[tuple[str, tuple[int, ...]], list[str]] = {}  # the tensors of each matrix
         for rule in table.rules:
-            if is_stacked(rule) and f"params/{rule.path}" in self.specs:
-                _check_layers(self.specs[f"params/{rule.path}"][1])
-            for i, name in enumerate(expand(rule, leaves[rule.path])):
-                self.locations.setdefault(name, []).append((rule, None if name == rule.name else i))
+            if f"params/{rule.path}" in self.specs:
+                _check_stack(self.specs[f"params/{rule.path}"][1], rule)
+            for name, place in expand(rule, leaves[rule.path]).items():
+                self.locations.setdefault(name, []).append((rule, place))
+                self.joined.setdefault((rule.path, place.stack), []).append(name)
         self.locations |= {name: self.locations[original] for name, original in table.copies}
 
     @property
@@ -86,38 +88,45 @@ class CheckpointMerge:
         leaves = (*self.specs, *self.extras)
         return any(path in self.packed or f"params/{path}" in leaves for path in paths)
 
-    def value(self, name: str, base: Callable[[], np.ndarray]) -> np.ndarray:
-        """The merged tensor in the file's layout, float32; calls `base` to read the base's only if needed."""
+    def value(self, name: str, base: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The merged tensor in the file's layout, float32; `base` reads a tensor of the base, only if needed."""
         first, *others = self.locations[name]
         if first[0].part is None:
-            return self._value(*first, base)
+            return self._value(name, *first, base)
         # A copy: the base may be a view of the mapped file.
-        result = base().astype(np.float32)
-        for rule, layer in (first, *others):
-            result[rule.index] = self._value(rule, layer, lambda index=rule.index: result[index])
+        result = base(name).astype(np.float32)
+        for rule, place in (first, *others):
+            result[rule.index] = self._value(name, rule, place, lambda _, index=rule.index: result[index])
         return result
 
-    def _value(self, rule: Rule, layer: int | None, base: Callable[[], np.ndarray]) -> np.ndarray:
+    def _value(self, name: str, rule: Rule, place: Place, base: Callable[[str], np.ndarray]) -> np.ndarray:
         leaf = f"params/{rule.path}"
         if leaf in self.extras:
-            value = np.asarray(self.extras[leaf] if layer is None else self.extras[leaf][layer], np.float32)
+            value = np.asarray(self.extras[leaf][place.index], np.float32)
             return value.T if rule.transposed else value
-        result = base().astype(np.float32)
+        result = base(name).astype(np.float32)
         if rule.path in self.packed:
-            result = in_rows(rule, self._packed(in_rows(rule, result), self.packed[rule.path]))
+            # A matrix is packed as a whole, with the tensors that it is joined of.
+            names = self.joined[rule.path, place.stack]
+            joined = [in_rows(rule, result if n == name else base(n).astype(np.float32)) for n in names]
+            packed = self._packed(np.concatenate(joined), self.packed[rule.path])
+            result = in_rows(rule, packed[place.outputs or slice(None)])
         if leaf in self.specs:
             key, spec = self.specs[leaf]
-            factors = [self.factors[path] for path in spec.factor_paths(key)]
-            if layer is not None:
-                first = spec.base_letters[0]  # of the layers: a stacked axis, or a batch axis of a parameter
-                # np.take of a JAX array would call its method, which does not know the default mode.
-                factors = [
-                    np.take(np.asarray(values), layer, factor.letters.index(first))
-                    for values, factor in zip(factors, spec.factors_of(key), strict=True)
+            whole = (*place.stack, *(slice(None) for _ in spec.shape[rule.stacked :]))
+            index = dict(zip(spec.base_letters, whole, strict=True))
+            if place.outputs is not None:
+                index[spec.base_letters[-1]] = place.outputs
+            factors = [
+                np.asarray(self.factors[factor.path])[
+                    tuple(index.get(c, slice(None)) for c in factor.letters)
                 ]
-                axes = spec.axes if spec.stacked else spec.axes[1:]
-                spec = dataclasses.replace(spec, axes=axes, shape=spec.shape[1:], stacked=(), layers=None)
-            merged = np.asarray(adapted_weight(result.T if rule.transposed else result, factors, spec))
+                for factor in spec.factors_of(key)
+            ]
+            matrix = result.T if rule.transposed else result
+            axes = spec.axes[rule.stacked - len(spec.stacked) :]
+            spec = dataclasses.replace(spec, axes=axes, shape=matrix.shape, stacked=(), layers=None)
+            merged = np.asarray(adapted_weight(matrix, factors, spec))
             result = merged.T if rule.transposed else merged
         return result
 
@@ -127,12 +136,13 @@ class CheckpointMerge:
         return rounded
 
 
-def _check_layers(spec: AdapterSpec) -> None:
-    """Raises ValueError unless each layer of a stack, on its first axis, has an A and a B of its own."""
-    if spec.stacked not in ((), (0,)) or (not spec.stacked and spec.axes[0] in "io"):
+def _check_stack(spec: AdapterSpec, rule: Rule) -> None:
+    """Raises ValueError unless each tensor that a leaf stacks has an A and a B of its own."""
+    if not set(spec.base_letters[: rule.stacked]) <= set.intersection(*map(set, spec.factor_letters)):
+        what, example = ("layer", "lio") if rule.stacked == 1 else ("layer and expert", "leio")
         raise ValueError(
-            f"{spec.leaf}: the files have one tensor for each layer, but axes {spec.axes!r} share A or B between "
-            "layers, which are the first axis: give it a letter of its own in lora.target_parameters, such as 'lio'"
+            f"{spec.leaf}: the files have one tensor for each {what}, but axes {spec.axes!r} share A or B between "
+            f"them: give each of the first axes a letter of its own in lora.target_parameters, such as {example!r}"
         )
 
 
@@ -141,18 +151,19 @@ def merged_tensors(source: ModelFiles, merge: CheckpointMerge) -> Iterator[tuple
 
     Tensors keep the file's names; those of a GGUF file get Hugging Face's.
     """
+    views = {merge.table.canonical(name): view for name, view in source.tensors.items()}
     for name, view in source.tensors.items():
         canonical, shape = merge.table.canonical(name), tuple(view.get_shape())
         # Called later: bound to this tensor by arguments, since the loop's variables change.
         if merge.changes(canonical):
-            rows = functools.partial(_merged_rows, merge, canonical, view)
+            rows = functools.partial(_merged_rows, merge, canonical, views)
         else:
             rows = functools.partial(read_pieces, view)
         yield OutputTensor(name, shape, dtype_of(view.get_dtype()), rows), canonical
 
 
-def _merged_rows(merge: CheckpointMerge, canonical: str, view: Any) -> Iterator[np.ndarray]:
-    yield merge.value(canonical, lambda: view[:])
+def _merged_rows(merge: CheckpointMerge, canonical: str, views: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    yield merge.value(canonical, lambda name: views[name][:])
 
 
 def dtype_of(name: str) -> np.dtype:

@@ -279,7 +279,7 @@ def _convert_named(
             lines.append("its head, tied to the embedding in the base, has a weight of its own now")
             if "lm_head.weight" not in base.files.tensors:
                 head = base.tensors["lm_head.weight"]
-                value = merge.value("lm_head.weight", lambda: head[:]).astype(dtype_of(head.get_dtype()))
+                value = merge.value("lm_head.weight", lambda _: head[:]).astype(dtype_of(head.get_dtype()))
                 new = {"params": {"lm_head": {"kernel": value.T}}}
         write_hf(partial, base.files, merge, form, new=new, config=config, dtype=weights_dtype)
     else:

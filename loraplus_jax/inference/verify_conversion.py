@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..models.checkpoints.name_table import expand, is_stacked
+from ..models.checkpoints.name_table import expand
 from ..models.checkpoints.params import load_params
 from ..models.families import MODEL_TYPES, family_of
 from ..tasks.causal_lm import model_config
@@ -112,12 +112,12 @@ def our_logits(base: NamedBase, changed: Weights = {}) -> np.ndarray:  # noqa: B
 
     def replace(path: str, leaf: np.ndarray) -> jax.Array:
         rule, leaf = rules[path], np.array(leaf, np.float32)
-        for n, name in enumerate(expand(rule, leaf)):  # pyright: ignore[reportArgumentType]
+        for name, place in expand(rule, leaf).items():  # pyright: ignore[reportArgumentType]
             if name in by_name:
                 unused.discard(name)
                 value = by_name[name][rule.index]
                 value = value.T if rule.transposed else value
-                leaf[n if is_stacked(rule) else ...] = value
+                leaf[place.index] = value
         return jnp.asarray(leaf)
 
     params = load_params(base.files, table, shapes, param_dtype=np.float32, place=replace)

@@ -65,7 +65,7 @@ def _read_merged(file: Gguf, weights: Mapping[str, View], merge: CheckpointMerge
     view, canonical = weights[ours], merge.table.canonical(ours)
     if not merge.changes(canonical):
         return view.restored(view[:])
-    return view.restored(merge.value(canonical, lambda: view[:]))
+    return view.restored(merge.value(canonical, lambda _: view[:]))
 
 
 def storage_type(shape: tuple[int, ...], dtype: str) -> Any:

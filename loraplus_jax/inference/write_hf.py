@@ -135,10 +135,10 @@ def _named_tensors(
             if canonical not in dict(merge.table.copies):
                 yield tensor
         elif canonical in merge.locations:
-            (rule, layer), *_ = merge.locations[canonical]
+            (rule, place), *_ = merge.locations[canonical]
             location = torch_module_of(rules, rule.path.rpartition("/")[0])
             assert location is not None
-            name = location.at(() if layer is None else (layer,))
+            name = location.at(place.stack)
             yield dataclasses.replace(tensor, name=f"{name}.{canonical.rpartition('.')[2]}")
     tensors, _, problems = leaves_to_torch(flatten(new), (), rules)
     raise_problems(f"{form.architecture} has no module for some new parameters", problems)

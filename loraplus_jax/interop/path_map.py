@@ -127,7 +127,8 @@ def torch_module_of(path_map: PathMap, module: str) -> TorchModule | None:
 def modules_of(path_map: PathMap, name: str) -> list[tuple[str, Index]]:
     """Path and index (`()` if whole) of our modules that have outputs of a PyTorch module.
 
-    A `Parameter` is looked up by the module that owns it, since PEFT stores its factors under that name.
+    A `Parameter` is looked up by the module that owns it, since PEFT stores its factors under that name: of several
+    in one module, the last one's are under the module itself, and each other's within one `base_layer` more.
 
     Example:
       >>> modules_of([("layers/{name}", "model.layers.{layer}.{name}")], "model.layers.3.up")
@@ -136,11 +137,17 @@ def modules_of(path_map: PathMap, name: str) -> list[tuple[str, Index]]:
       [('q', ()), ('k', ()), ('v', ())]
     """
     modules: list[tuple[str, Index]] = []
-    for rule in path_map:
+    for n, rule in enumerate(path_map):
         theirs, outputs = _split_name(rule[1])
-        if _kind(rule) == "Parameter":  # one that is not the module's last is inside its wrappers
-            theirs, name = theirs.rpartition(".")[0], re.sub(r"(\.base_layer)+$", "", name)
-        shared, values = _HOLE.findall(rule[0]), _match(theirs, "[^.]+", name)
+        wanted = name
+        if _kind(rule) == "Parameter":
+            owner, wanted = theirs.rpartition(".")[0], re.sub(r"(\.base_layer)+$", "", name)
+            later = path_map[n + 1 :]
+            inside = sum(_kind(r) == "Parameter" and r[1].rpartition(".")[0] == owner for r in later)
+            if name != wanted + ".base_layer" * inside:
+                continue
+            theirs = owner
+        shared, values = _HOLE.findall(rule[0]), _match(theirs, "[^.]+", wanted)
         if values is None or (modules and outputs is None):
             continue
         module = rule[0]
@@ -286,10 +293,13 @@ def _kind_of(spec: AdapterSpec, torch_module: TorchModule) -> str:
         raise ValueError(
             f"{spec.leaf} is {what}, for which PEFT does not support DoRA; merge the adapter instead"
         )
-    if kind == "Parameter" and (spec.axes.count("i") > 1 or spec.axes.count("o") > 1 or len(spec.axes) > 3):
+    indices = max(0, len(torch_module.holes) - len(spec.stacked))
+    if kind == "Parameter" and (
+        spec.axes.count("i") > 1 or spec.axes.count("o") > 1 or len(spec.axes) > 3 + indices
+    ):
         raise ValueError(
-            f"{spec.leaf} must have one input axis, one output axis and at most one more for PEFT, "
-            f"got {spec.axes!r}"
+            f"{spec.leaf} must have one input axis, one output axis and at most one more for PEFT, besides "
+            f"{indices} that {torch_module.name} has indices for, got {spec.axes!r}"
         )
     if spec.kind != "parameter" and kind != "Parameter" and _SAME_LAYOUT.get(kind, kind) != default:
         raise ValueError(
@@ -308,7 +318,9 @@ def _index_letters(spec: AdapterSpec, torch_module: TorchModule, kind: str) -> s
     stacked = "".join(sorted((c for c in spec.base_letters if c.isupper()), reverse=True))
     unstacked = "".join(c for c in spec.base_letters if c.islower())
     batch = "".join(c for c, axis in zip(unstacked, spec.axes, strict=True) if axis not in "io")
-    letters = stacked if kind == "Parameter" else stacked + batch
+    letters = stacked + batch
+    if kind == "Parameter":  # what has no index is PEFT's axis of experts
+        letters = letters[: max(len(stacked), len(torch_module.holes))]
     if torch_module.parts:
         size = spec.sizes[unstacked[0]]
         # Of a single output axis each part would have one feature, and the parts of an input axis are added.

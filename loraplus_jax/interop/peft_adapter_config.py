@@ -15,6 +15,7 @@ from .._utils.json_files import read_json
 from .._utils.untrusted import run_job
 from .._utils.validation import check_choice, check_int, check_number
 from ..adapter.config import Bias, LoRAPlusConfig
+from .path_map import PathMap
 
 # Options that change the model beyond W + s A B; null, false and empty turn them off.
 _UNSUPPORTED = (
@@ -121,6 +122,20 @@ class PeftOptions:
         options |= {name: "layers_to_transform" for name in names if name in other_layers - targeted}
         options |= {n: "modules_to_save" for n in names if any(f".{m}." in f".{n}." for m in saved)}
         return options | dict.fromkeys(self._selected("exclude_modules", names), "exclude_modules")
+
+    def adapted_parameters(self, path_map: PathMap) -> PathMap:
+        """The path map without the rules for parameters that `target_parameters` does not name."""
+        ends = [end.split(".") for end in self.target_parameters]
+
+        def is_adapted(theirs: str) -> bool:
+            segments = theirs.split(".")
+            return any(
+                len(end) <= len(segments)
+                and all("{" in s or s == wanted for s, wanted in zip(segments[-len(end) :], end, strict=True))
+                for end in ends
+            )
+
+        return tuple(rule for rule in path_map if rule[2:] != ("Parameter",) or is_adapted(rule[1]))
 
     def _selected(self, option: str, names: Sequence[str]) -> set[str]:
         """The names that `target_modules` or `exclude_modules` matches."""

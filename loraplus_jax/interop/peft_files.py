@@ -237,6 +237,7 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
     if (config := _saved_config(Path(directory))) is not None:
         check_ranks(f"{Path(directory) / NOTES_FILE}", config, tensors)
         return config
+    path_map = options.adapted_parameters(path_map)
     numbers = {index[0] for name in tensors for _, index in _find_modules(name, path_map) if index}
     if layers is not None and (extra := sorted(n for n in numbers if n >= layers)):
         raise ValueError(
@@ -304,7 +305,7 @@ def _config(
 ) -> LoRAPlusConfig:
     """Converts PEFT's options and tensor names to our config."""
     modules: dict[str, dict[Index, str]] = {}
-    saved, problems = {}, []
+    saved, problems, path_map = {}, [], options.adapted_parameters(path_map)
     for name in names:
         locations = _find_modules(name, path_map)
         if not locations:

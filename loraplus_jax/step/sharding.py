@@ -207,7 +207,7 @@ def automatic_axes() -> list[str]:
     return [
         axis
         for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == jax.sharding.AxisType.Auto and axis not in ROW_AXES.value
+        if kind == jax.sharding.AxisType.Auto and axis not in (ROW_AXES.value or ())
     ]
 
 

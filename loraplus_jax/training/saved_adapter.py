@@ -1,6 +1,8 @@
 """Loads adapters in our format or PEFT's, to use them or to start training from them (`init_adapter`)."""
 
 import dataclasses
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,28 @@ def path_map_of(directory: Path, parts: AdaptedModel) -> PathMap:
 def adapter_config(directory: Path, parts: AdaptedModel) -> LoRAPlusConfig:
     """The config of a PEFT adapter as a `LoRAPlusConfig`."""
     model: Any = parts.base.model
-    return peft_config(directory, path_map_of(directory, parts), layers=model.config.num_hidden_layers)
+    config = peft_config(directory, path_map_of(directory, parts), layers=model.config.num_hidden_layers)
+    if config.target_parameters:  # of our own export
+        return config
+    # PEFT adapts experts as parameters, and so do we.
+    mixtures = {
+        rule.path.rpartition("/")[0]: "le"[: rule.stacked] + "io"
+        for rule in parts.base.table.rules
+        if rule.stacked > 1
+    }
+    found = [module for module in config.target_modules if module in mixtures]
+    leaves = {re.escape(module): re.escape(f"{module}/kernel") for module in found}
+
+    def of_leaves(patterns: Mapping[str, Any]) -> dict[str, Any]:
+        return {leaves.get(pattern, pattern): value for pattern, value in patterns.items()}
+
+    return dataclasses.replace(
+        config,
+        target_modules=tuple(module for module in config.target_modules if module not in found),
+        target_parameters={leaves[re.escape(module)]: mixtures[module] for module in found},
+        rank_pattern=of_leaves(config.rank_pattern),
+        alpha_pattern=of_leaves(config.alpha_pattern),
+    )
 
 
 def merged_table(parts: AdaptedModel) -> NameTable:
@@ -169,7 +192,8 @@ def _lora_differences(settings: Settings, place: Place, parts: AdaptedModel) -> 
     else:
         config = adapter_config(place.directory, parts)
         is_dora = config.variant == "dora"
-        theirs = {p: (config.rank_of(p), config.scale_of(p), is_dora) for p in config.target_modules}
+        targets = (*config.target_modules, *config.target_parameters)
+        theirs = {p: (config.rank_of(p), config.scale_of(p), is_dora) for p in targets}
         their_layers = config.layers_to_transform
     if config is None:
         return ["it is a fully trained model without adapters"]
@@ -181,9 +205,12 @@ def _lora_differences(settings: Settings, place: Place, parts: AdaptedModel) -> 
         return []
     applied, differences = settings.applied, []
     if theirs.keys() != ours.keys():
-        flag = f"--lora.target_modules '[{', '.join(sorted(theirs))}]'"
+        parameters = to_plain(config.target_parameters)
+        modules = sorted(path for path in theirs if path not in parameters)
+        flags = f"--lora.target_modules '[{', '.join(modules)}]'"
+        flags += f" --lora.target_parameters '{json.dumps(parameters)}'" if parameters else ""
         differences.append(
-            f"it adapts {', '.join(sorted(theirs))}, the settings adapt {', '.join(sorted(ours))}: set {flag}"
+            f"it adapts {', '.join(sorted(theirs))}, the settings adapt {', '.join(sorted(ours))}: set {flags}"
         )
     names = ("rank", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "variant", "layers_to_transform")
     for name in names:

@@ -63,6 +63,11 @@ CASES = {
         "smollm3",
         {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "rope": {"rope_theta": 1e3}},
     ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 3, "sliding_window": 5}),
     "phi3": ("phi3", {"sliding_window": 7}),
     "phi3_long": ("phi3", {"rope": _LONG | _SHORT, "max_position_embeddings": 4 * ORIGINAL} | _SHORT),
 }
@@ -117,6 +122,7 @@ def randomized(config, seed):
     import transformers as tf
 
     torch.manual_seed(seed)
+    config._experts_implementation = "eager"  # the others know no float64
     model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():

@@ -41,9 +41,7 @@ def merged(source, base):
     table, leaves = base.table()
     merge = CheckpointMerge(table, leaves, named.adapter.specs, named.adapter.lora, named.adapter.extras)
     return {
-        name: merge.value(name, lambda n=name: base.tensors[n][:])
-        for name in base.tensors
-        if merge.changes(name)
+        name: merge.value(name, lambda n: base.tensors[n][:]) for name in base.tensors if merge.changes(name)
     }
 
 

@@ -320,6 +320,20 @@ def family(name):
     return make
 
 
+def mixture(name):
+    """The experts are adapted as parameters, their router too."""
+
+    def make(world):
+        write_family(world.model, name)
+        world.change_config(
+            "lora",
+            target_modules=[f"{letter}_proj" for letter in "qkvo"] + ["mlp/gate"],
+            target_parameters={".*/experts/.*": "leio"},
+        )
+
+    return make
+
+
 def modernbert(world):
     """The recipe of BERT's world, whose words it keeps."""
     names = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "max_position_embeddings")
@@ -399,6 +413,9 @@ KINDS = {
     "gemma3": Kind(make=family("gemma3_text"), answers=BOTH),
     "olmo3": Kind(make=family("olmo3"), answers=BOTH),
     "smollm3": Kind(make=family("smollm3"), answers=BOTH),
+    "qwen3_moe": Kind(make=mixture("qwen3_moe"), answers=BOTH),
+    "mixtral": Kind(make=mixture("mixtral"), answers=BOTH),
+    "mixtral_nf4": Kind((*SHORT_TALK, *NF4), make=mixture("mixtral"), exports=("peft", "same")),
     "phi3": Kind(make=family("phi3"), answers=BOTH, extra=names_its_targets),
     "modernbert": bert("", make=modernbert, otherwise=flags("--mesh.data 8 --train.accumulate 4"), rel=1e-5),
     "describe": Kind(

@@ -1,4 +1,4 @@
-"""Whole runs with other families: GPT-2 on its own files, tiny Gemmas, OLMos and Phi-3s, and ModernBERT."""
+"""Whole runs with other families: GPT-2 on its own files, tiny decoders of other kinds, and ModernBERT."""
 
 import json
 
@@ -20,6 +20,9 @@ gpt2_loftq  slow    -        -        slow     -
 gemma3      long    -        -        long     -
 olmo3       long    -        -        long     -
 smollm3     long    -        -        long     -
+qwen3_moe   slow    slow     slow     slow     long
+mixtral     long    long     -        long     -
+mixtral_nf4 slow    -        -        slow     -
 phi3        long    -        -        long     -
 modernbert  slow    long     slow     slow     long
 """

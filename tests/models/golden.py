@@ -22,6 +22,7 @@ LLAMAS = (
     *("llama2", "llama3", "linear", "yarn", "biases", "smollm2"),
     *("mistral", "mistral_full", "qwen2", "qwen2_tied", "qwen3"),
     *("gemma2", "gemma3", "olmo2", "olmo3", "smollm3", "phi3", "phi3_long"),
+    *("qwen3_moe", "mixtral"),
 )
 GPT2S = ("tied", "scaled", "untied")
 CASES = (*(f"llama_{name}" for name in LLAMAS), *(f"gpt2_{name}" for name in GPT2S))

@@ -54,6 +54,15 @@ LLAMAS = {
     "olmo2_one_key_head": ("olmo2", {"num_key_value_heads": 1, "attention_bias": True} | TIED),
     "olmo3_window": ("olmo3", {"num_hidden_layers": 5, "sliding_window": 40}),
     "smollm3_every_fourth": ("smollm3", {"num_hidden_layers": 5, "mlp_bias": True, "rope": LLAMA31}),
+    "qwen3_moe_most_experts": (
+        "qwen3_moe",
+        {"num_experts": 5, "num_experts_per_tok": 4, "moe_intermediate_size": 20, "norm_topk_prob": True}
+        | TIED,
+    ),
+    "mixtral_one_expert_each": (
+        "mixtral",
+        {"num_local_experts": 6, "num_experts_per_tok": 1, "rope": YARN | {"factor": 8.0}},
+    ),
     "phi3_partial": (
         "phi3",
         {"rope": {"partial_rotary_factor": 0.5}, "num_key_value_heads": 1, "sliding_window": 70},
@@ -73,6 +82,7 @@ CASES = {
 }
 FOR_GRADIENTS = ("mlp_bias_and_yarn", "gemma2_one_key_head", "gpt2_quick_gelu")
 FOR_GRADIENTS += ("olmo2_one_key_head", "olmo3_window", "smollm3_every_fourth")
+FOR_GRADIENTS += ("qwen3_moe_most_experts", "mixtral_one_expert_each")
 
 
 def both(make, folder, seed=1, **fields):
@@ -117,12 +127,14 @@ def check_gradients(reference, model, params):
 
     gradient = jax.jit(jax.grad(loss))(params)
     table = family_of(model.config.model_type).name_table(model.config)
-    rules = {rule.name: rule for rule in table.rules}
+    rules = {rule.parameter or rule.name: rule for rule in table.rules}
     for key, parameter in reference.named_parameters():
         name = table.canonical(key)
         stacked = re.sub(r"\.(\d+)\.", ".{layer}.", name, count=1)
         rule = rules.get(name) or rules[stacked]
         leaf = functools.reduce(lambda tree, part: tree[part], rule.path.split("/"), gradient)
-        leaf = leaf[int(re.search(r"\d+", name)[0])] if rule.name == stacked != name else leaf
+        leaf = (
+            leaf[int(re.search(r"\d+", name)[0])] if rules.get(stacked) is rule and stacked != name else leaf
+        )
         expected = parameter.grad.numpy()
-        assert llama.error(leaf.T if rule.transposed else leaf, expected) <= 1e-4, key
+        assert llama.error(leaf.swapaxes(-1, -2) if rule.transposed else leaf, expected) <= 1e-4, key

@@ -30,7 +30,7 @@ def golden_maker(name):
 maker, gpt2_maker = golden_maker("make_llama"), golden_maker("make_gpt2")
 CAUSAL = (
     *("llama3", "smollm2", "qwen2", "qwen3", "biases", "gemma2", "gemma3", "phi3"),
-    *("olmo2", "olmo3", "smollm3"),
+    *("olmo2", "olmo3", "smollm3", "qwen3_moe", "mixtral"),
     *("gpt2", "gpt2_split", "phi3_split"),
 )
 LINEAR = {

@@ -1,16 +1,18 @@
 """Maps a checkpoint's tensor names to a model's parameters; each model has a table, and `hf` loads with it."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ...interop.path_map import Outputs
 
-_LAYER = "{layer}"
+_HOLE = re.compile(r"\{([^}]+)\}")
 
 
 @dataclass(frozen=True)
@@ -18,17 +20,31 @@ class Rule:
     """Maps one tensor of the file, or a part of it, to a parameter.
 
     Attributes:
-      name: name in the file, after the table's renames. A name with `{layer}` stands for one tensor per layer;
-        the leaf stacks them on axis 0.
+      name: name in the file, after the table's renames. A name with `{layer}` stands for one tensor per layer, and
+        one with `{layer}` and `{expert}` for one per layer and expert; the leaf stacks them on its first axes.
+        `{gate_proj|up_proj}` stands for tensors whose outputs follow each other in the leaf.
       path: path of the leaf in our parameters, `"encoder/layers/mlp/up/kernel"`.
       transposed: whether to transpose: torch stores Linear weights as (out, in), ours are (in, out).
       part: the outputs of the tensor that the leaf holds; None for all. Outputs are the leaf's last axis.
+      parameter: the name in transformers, after the class's prefix, of what is a parameter there; None for the
+        weight of a layer.
     """
 
     name: str
     path: str
     transposed: bool = False
     part: Outputs | None = None
+    parameter: str | None = None
+
+    @property
+    def stacked(self) -> int:
+        """The number of the leaf's first axes that stack tensors of the file."""
+        return sum("|" not in hole for hole in _HOLE.findall(self.name))
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """The segment of each tensor whose outputs follow each other in the leaf; empty for one tensor."""
+        return next((tuple(hole.split("|")) for hole in _HOLE.findall(self.name) if "|" in hole), ())
 
     @property
     def is_conv1d(self) -> bool:
@@ -109,21 +125,43 @@ def embedding_rules(name: str, path: str) -> tuple[Rule, ...]:
     return (Rule(f"{name}.weight", f"{path}/embedding"),)
 
 
-def is_stacked(rule: Rule) -> bool:
-    """Whether a rule stands for one tensor per layer."""
-    return _LAYER in rule.name
+class Place(NamedTuple):
+    """Where a leaf has the values of a tensor of the file.
+
+    Attributes:
+      stack: the index on the leaf's stacked axes, such as (layer, expert).
+      outputs: the leaf's outputs that are the tensor's; None for all.
+    """
+
+    stack: tuple[int, ...]
+    outputs: slice | None
+
+    @property
+    def index(self) -> tuple[Any, ...]:
+        """The index of these values in the leaf."""
+        return (*self.stack, ...) if self.outputs is None else (*self.stack, ..., self.outputs)
 
 
-def expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[str]:
-    """The tensor names that a rule stands for: one per layer, or a single one."""
-    if not is_stacked(rule):
-        return [rule.name]
-    return [rule.name.replace(_LAYER, str(layer)) for layer in range(leaf.shape[0])]
+def expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> dict[str, Place]:
+    """The tensors that a rule stands for, by name: one per index of the stacked axes, or a single one."""
+    found = {}
+    for stack in itertools.product(*map(range, leaf.shape[: rule.stacked])):
+        name = rule.name
+        for number in stack:
+            name = re.sub(r"\{\w+\}", str(number), name, count=1)
+        size = leaf.shape[-1] // len(rule.joined) if rule.joined else 0
+        for n, segment in enumerate(rule.joined):
+            found[_HOLE.sub(segment, name)] = Place(stack, slice(n * size, (n + 1) * size))
+        if not rule.joined:
+            found[name] = Place(stack, None)
+    return found
 
 
 def shape_in_file(rule: Rule, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     """The shape in the file of each tensor that a rule stands for."""
-    shape = leaf.shape[1:] if is_stacked(rule) else leaf.shape
+    shape = leaf.shape[rule.stacked :]
+    if rule.joined:
+        shape = (*shape[:-1], shape[-1] // len(rule.joined))
     if rule.part is not None:
         shape = (*shape[:-1], rule.part.size)
     return tuple(reversed(shape)) if rule.transposed else tuple(shape)

@@ -5,7 +5,6 @@ Nothing is guessed: before reading any weight, one error lists every missing, ex
 
 import functools
 import hashlib
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from flax import traverse_util
 from ..._utils.validation import raise_problems
 from ...quantization.packed_array import is_packed
 from .model_files import ModelFiles, View
-from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
+from .name_table import NameTable, Rule, expand, shape_in_file
 from .quantized import read_packed
 
 _THREADS = 4
@@ -87,7 +86,7 @@ def load_params(
     def load(rule: Rule) -> Any:
         leaf, sharding = leaves[rule.path], (shardings or {}).get(rule.path)
         if is_packed(leaf):
-            views = [tensors[name].view for name in expand(rule, leaf)]
+            views = {name: tensors[name].view for name in expand(rule, leaf)}
             packed = read_packed(rule, leaf, views, functools.partial(to_device, rule.path))
             return packed if place is None else place(rule.path, packed)
         read = functools.partial(_read, rule, leaf, tensors, param_dtype)
@@ -274,30 +273,38 @@ def _read(
     """Reads a window of one leaf in pieces into the final array, without a second copy."""
     shape = tuple(s.stop - s.start for s in window)
     out = _empty_aligned(shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
-    names = expand(rule, leaf)
-    slots, names, window = (
-        (out, names[window[0]], window[1:]) if is_stacked(rule) else (out[None], names, window)
-    )
-    if rule.part is not None:
-        *inputs, outputs = window
-        window = [*inputs, slice(rule.part.start + outputs.start, rule.part.start + outputs.stop)]
-    # From here on in the file's layout.
-    window = window[::-1] if rule.transposed else window
+    stack, window = window[: rule.stacked], window[rule.stacked :]
+    jobs: list[tuple[View, list[slice], np.ndarray, Any]] = []
+    for name, place in expand(rule, leaf).items():
+        if not all(s.start <= n < s.stop for n, s in zip(place.stack, stack, strict=True)):
+            continue
+        # The ellipsis makes a view of a leaf without axes too.
+        slot = out[(*(n - s.start for n, s in zip(place.stack, stack, strict=True)), ...)]
+        own = window
+        if window:
+            *inputs, outputs = window
+            # Of the leaf's outputs, those that are wanted and the tensor has, and their numbers in the tensor.
+            has = slice(0, leaf.shape[-1]) if place.outputs is None else place.outputs
+            start, stop = max(outputs.start, has.start), min(outputs.stop, has.stop)
+            slot = slot[..., start - outputs.start : max(start, stop) - outputs.start]
+            shift = has.start - (0 if rule.part is None else rule.part.start)
+            own = [*inputs, slice(start - shift, max(start, stop) - shift)]
+        if slot.size:
+            # From here on in the file's layout.
+            own, slot = (own[::-1], slot.T) if rule.transposed else (own, slot)
+            jobs += [(tensors[name].view, own, slot, part) for part in _pieces(slot.shape)]
 
-    def fill(job: tuple[int, Any]) -> None:
-        index, part = job
-        tensor = tensors[names[index]]
-        if not window:
-            slots[index] = tensor.view[()]
+    def fill(job: tuple[View, list[slice], np.ndarray, Any]) -> None:
+        view, own, slot, part = job
+        if not own:
+            slot[()] = view[()]
             return
-        rows = slice(window[0].start + part.start, window[0].start + part.stop)
-        slot = slots[index].T if rule.transposed else slots[index]
-        _copy(tensor.view[(rows, *window[1:])], slot[part])
+        rows = slice(own[0].start + part.start, own[0].start + part.stop)
+        _copy(view[(rows, *own[1:])], slot[part])
 
-    parts = _pieces(tuple(s.stop - s.start for s in window))
     # Most of the time is spent in copies by NumPy, which other threads need not wait for.
     with ThreadPoolExecutor(min(_THREADS, 1 + out.nbytes // _PIECE)) as pool:
-        list(pool.map(fill, itertools.product(range(len(names)), parts)))
+        list(pool.map(fill, jobs))
     return out
 
 

@@ -12,7 +12,7 @@ from ...quantization.formats import BLOCK_BYTES, FormatName, pack_matrix
 from ...quantization.packed_array import PackedArray, packed_shape
 from ...settings.choices import Quantize
 from .model_files import ModelFiles
-from .name_table import NameTable, Rule, is_stacked
+from .name_table import NameTable, Rule, expand
 
 HEADS = ("lm_head", "pooler", "head")
 """Modules whose kernels stay as they are unless the user says otherwise; so do embeddings."""
@@ -89,7 +89,7 @@ def pack_shapes(
             formats[path],
             leaf.shape,
             transposed=path.endswith("/kernel"),
-            stacked=int(is_stacked(rules[path])),
+            stacked=rules[path].stacked,
             dtype=leaf.dtype,
         )
         if path in formats
@@ -99,25 +99,28 @@ def pack_shapes(
 
 
 def read_packed(
-    rule: Rule, leaf: PackedArray, tensors: Sequence[Any], place: Callable[[str, np.ndarray], Any]
+    rule: Rule, leaf: PackedArray, tensors: Mapping[str, Any], place: Callable[[str, np.ndarray], Any]
 ) -> PackedArray:
-    """Reads a weight layer by layer; the host holds one layer's values and the packed weight.
+    """Reads a weight matrix by matrix; the host holds one matrix's values and the packed weight.
 
     Args:
       rule: the weight's rule.
       leaf: its shapes.
-      tensors: lazy views of its tensors, rows first: one per layer, or a single one.
+      tensors: lazy views of its tensors by canonical name, rows first.
       place: makes an array on the devices, of a part's name and its values on the host.
     """
     parts = {name: np.empty(part.shape, part.dtype) for name, part in leaf.parts.items()}
-    slots = {name: part if is_stacked(rule) else part[None] for name, part in parts.items()}
-    for n, tensor in enumerate(tensors):
+    matrices: dict[tuple[int, ...], list[Any]] = {}
+    for name, (stack, _) in expand(rule, leaf).items():  # pyright: ignore[reportArgumentType]
+        matrices.setdefault(stack, []).append(tensors[name])
+    for stack, joined in matrices.items():
         if leaf.kind in BLOCK_BYTES:
-            values = tensor.packed_rows()[rule.outputs]
+            rows = [tensor.packed_rows()[rule.outputs] for tensor in joined]
         else:
-            values = in_rows(rule, tensor[rule.index])
+            rows = [in_rows(rule, tensor[rule.index]) for tensor in joined]
+        values = rows[0] if len(rows) == 1 else np.concatenate(rows)
         for name, part in pack_matrix(leaf.kind, values).items():
-            slots[name][n] = part
+            parts[name][stack] = part
     # Popped one by one, so that the host frees a part once it is on the devices.
     return dataclasses.replace(leaf, parts={name: place(name, parts.pop(name)) for name in list(parts)})
 

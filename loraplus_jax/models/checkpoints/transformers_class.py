@@ -64,7 +64,10 @@ def path_map(table: NameTable, form: TransformersClass, *, prefix: str | None = 
     for rule in table.rules:
         (ours, _, leaf), name = rule.path.rpartition("/"), rule.name.rpartition(".")[0]
         theirs = name if name.split(".")[0] in _HEADS else prefix + name
-        if leaf == "embedding":
+        if rule.parameter is not None:
+            theirs = prefix + rule.parameter
+            rules[ours, theirs] = (ours, theirs, "Parameter")
+        elif leaf == "embedding":
             rules[ours, theirs] = (ours, theirs, "TiedEmbedding" if ours in form.tied else "Embedding")
         elif ours not in head_modules:
             if rule.part is not None:

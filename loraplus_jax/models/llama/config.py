@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field
+from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 
 from ..config import (
@@ -65,6 +65,8 @@ class LlamaKind(Kind):
         type has a `sliding_window_pattern` n, or all.
       reads: options that transformers reads from the config; it ignores them for other types.
       activation: the config's name of the activation function.
+      expert_size: the config's name of the width of an expert, in types whose MLP is a mixture of experts.
+      renames: see `NameTable`; to the names of this table's other types.
       defaults: options that a file may leave out, as transformers' config class has them.
       gguf_options: the key in a GGUF file of options that only some types have.
     """
@@ -76,6 +78,8 @@ class LlamaKind(Kind):
     windows: bool = False
     reads: tuple[str, ...] = ()
     activation: str = "hidden_act"
+    expert_size: str | None = None
+    renames: tuple[tuple[str, str], ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gguf_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -140,6 +144,34 @@ KINDS: Mapping[str, LlamaKind] = {
         qk_norm="head",
         reads=("attention_bias", "layer_types"),
         defaults={"head_dim": 128},
+    ),
+    "qwen3_moe": LlamaKind(
+        architecture="Qwen3MoeForCausalLM",
+        qk_norm="head",
+        expert_size="moe_intermediate_size",
+        reads=("attention_bias", "norm_topk_prob"),
+        defaults={
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+    ),
+    "mixtral": LlamaKind(
+        architecture="MixtralForCausalLM",
+        qkv_bias=False,
+        windows=True,
+        expert_size="intermediate_size",
+        # The names of the files are older than those in transformers.
+        renames=(
+            (r"\.block_sparse_moe\.", ".mlp."),
+            *(
+                (rf"(\.experts\.\d+)\.w{n}\.", rf"\1.{name}_proj.")
+                for n, name in ((1, "gate"), (2, "down"), (3, "up"))
+            ),
+        ),
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8, "num_experts_per_tok": 2},
     ),
     "gemma2": dataclasses.replace(
         _GEMMA,
@@ -213,10 +245,19 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False,),
     # Qwen's, which no released model sets.
     "use_sliding_window": (False,),
+    # Of mixtures: layers without experts, noise and a second loss in training.
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
+    "router_jitter_noise": (0.0, 0),
+    "output_router_logits": (False,),
 }
 _SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # Fields that only some types read, see `LlamaKind.reads`.
-_OPTIONAL = ("attention_bias", "mlp_bias", "query_pre_attn_scalar", *_SOFTCAPS, "partial_rotary_factor")
+_OPTIONAL = (
+    *("attention_bias", "mlp_bias", "query_pre_attn_scalar", *_SOFTCAPS, "partial_rotary_factor"),
+    "norm_topk_prob",
+)
+_EXPERTS = ("num_experts", "num_experts_per_tok")
 # Options that a null switches off; elsewhere it stands for the default.
 _NULLABLE = ("sliding_window", *_SOFTCAPS)
 
@@ -243,6 +284,9 @@ class LlamaConfig(ModelConfig):
       query_pre_attn_scalar: attention scores are divided by its square root; None for `head_dim`.
       attn_logit_softcapping, final_logit_softcapping: bounds c of attention scores and of logits,
         `c * tanh(x / c)` (arXiv 2408.00118, section 2).
+      num_experts: number of experts in each layer's mixture, each of `intermediate_size`; 0 for a dense MLP.
+      num_experts_per_tok: number of experts that a token is sent to.
+      norm_topk_prob: whether the shares of a token's experts are scaled to a sum of 1.
       initializer_range: standard deviation of initial weights.
       split_fused: whether the layers of `projections` are split into their parts where the type has them fused; not
         an option of a file.
@@ -275,6 +319,9 @@ class LlamaConfig(ModelConfig):
     query_pre_attn_scalar: Positive | None = None
     attn_logit_softcapping: Positive | None = None
     final_logit_softcapping: Positive | None = None
+    num_experts: Annotated[int, Strict(), Field(ge=0, le=1024)] = 0
+    num_experts_per_tok: Size = 1
+    norm_topk_prob: Switch = True
     initializer_range: Deviation = 0.02
     split_fused: Switch = False
 
@@ -304,6 +351,11 @@ class LlamaConfig(ModelConfig):
                 "head_dim and partial_rotary_factor must give an even size, "
                 f"got {self.head_dim} and {self.partial_rotary_factor}"
             )
+        if self.num_experts and self.num_experts_per_tok > self.num_experts:
+            problems.append(
+                f"num_experts_per_tok must be at most num_experts, got {self.num_experts_per_tok} and "
+                f"{self.num_experts}"
+            )
         for name in ("factors", "short_factor", "long_factor"):
             divisors = getattr(self.rope_scaling, name, None)
             if divisors is not None and len(divisors) != rotary // 2:
@@ -317,8 +369,14 @@ class LlamaConfig(ModelConfig):
         given = {key: value for key, value in config.items() if value is not None or key in _NULLABLE}
         entries = {key: value for key, value in {**kind.defaults, **given}.items() if value is not None}
         ignored = {"split_fused", "rope_scaling", *(name for name in _OPTIONAL if name not in kind.reads)}
+        ignored |= set(_EXPERTS if kind.expert_size is None else ())
         values = {name: value for name, value in entries.items() if name not in ignored}
         values["hidden_act"] = entries.get(kind.activation, "silu")
+        if kind.expert_size is not None:
+            # transformers 5 calls the number of experts by Mixtral's name.
+            values["num_experts"] = given.get("num_local_experts", entries["num_experts"])
+            if kind.expert_size in entries:
+                values["intermediate_size"] = entries[kind.expert_size]
         problems = unsupported(entries, {key: only for key, only in _ONLY.items() if key not in kind.reads})
         for fields in (_rope_fields, _layer_fields):
             try:
@@ -331,6 +389,15 @@ class LlamaConfig(ModelConfig):
     def kind(self) -> LlamaKind:
         """What is the same in all models of this type."""
         return KINDS[self.model_type]
+
+    @property
+    def tensor_sizes(self) -> dict[str, int]:
+        """See `ModelConfig.tensor_sizes`; a mixture is split by expert."""
+        sizes = super().tensor_sizes
+        if self.num_experts:
+            sizes["num_experts"] = self.num_experts
+            del sizes["intermediate_size"]
+        return sizes
 
     @property
     def fused(self) -> bool:

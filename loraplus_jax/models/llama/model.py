@@ -8,6 +8,7 @@ with transformers' torch models (`tests/golden/make_llama.py`).
 Axes in the comments: B sequences, T tokens, D hidden, N heads, K key heads, H head size, L layers, S cache slots.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
 from ..checkpoints.name_table import NameTable, Rule, embedding_rules, linear_rules, norm_rules, split_rules
 from ..decoder import Cache, CausalLM, Shared, attend, project
+from ..mixture import mix
 from ..part import Part
 from ..rope import apply_rope
 from .config import LlamaConfig
@@ -114,6 +116,43 @@ class LlamaMLP(LlamaPart):
         return self.dense(c.hidden_size, "down_proj", bias=c.mlp_bias)(ACTIVATIONS[c.hidden_act](gate) * up)
 
 
+class LlamaExpert(LlamaPart):
+    """One linear layer of each expert: a kernel only, which `LlamaExperts` multiplies with."""
+
+    @nn.compact
+    def __call__(self, inputs: int, outputs: int) -> jax.Array:
+        """The kernels (E, inputs, outputs)."""
+        shape = (self.config.num_experts, inputs, outputs)
+        init = nn.initializers.normal(self.config.initializer_range)
+        return jnp.asarray(self.param("kernel", init, shape, self.param_dtype), self.dtype)
+
+
+class LlamaExperts(LlamaPart):
+    """The kernels of all experts, gate and up joined, as in transformers."""
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """(E, D, 2 I) and (E, I, D)."""
+        c, args = self.config, (self.config, self.dtype, self.param_dtype)
+        up = LlamaExpert(*args, name="gate_up_proj")(c.hidden_size, 2 * c.intermediate_size)
+        return up, LlamaExpert(*args, name="down_proj")(c.intermediate_size, c.hidden_size)
+
+
+class LlamaMixture(LlamaPart):
+    """A mixture of gated MLPs, of which each token has some, chosen by a router (arXiv 2401.04088, section 2.1)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, T, D) from (B, T, D)."""
+        c = self.config
+        scores = self.dense(c.num_experts, "gate", bias=False)(x)
+        shares, chosen = jax.lax.top_k(jax.nn.softmax(scores.astype(jnp.float32)), c.num_experts_per_tok)
+        if c.norm_topk_prob:
+            shares /= jnp.sum(shares, axis=-1, keepdims=True)
+        kernels = LlamaExperts(c, self.dtype, self.param_dtype, name="experts")()
+        return mix(x, shares.astype(x.dtype), chosen, *kernels, activation=ACTIVATIONS[c.hidden_act])
+
+
 class LlamaLayer(LlamaPart):
     """Attention and MLP, each with norms and a residual connection; the body of an `nn.scan`."""
 
@@ -131,13 +170,14 @@ class LlamaLayer(LlamaPart):
             before(x), shared, cache, layer
         )
         x = checkpoint_name(x + after(y), "attended")
-        x = x + after_mlp(LlamaMLP(*args, name="mlp")(before_mlp(x)))
+        mlp = LlamaMixture if self.config.num_experts else LlamaMLP
+        x = x + after_mlp(mlp(*args, name="mlp")(before_mlp(x)))
         return (x, cache), None
 
 
 class Llama(CausalLM):
     """A causal language model (arXiv 2302.13971, 2407.21783; 2310.06825; 2407.10671, 2505.09388; 2408.00118,
-    2503.19786; 2404.14219; 2501.00656).
+    2503.19786; 2404.14219; 2501.00656; 2401.04088).
 
     Attributes:
       config: sizes and options; the other fields are those of `CausalLM`.
@@ -184,11 +224,19 @@ def name_table(config: LlamaConfig) -> NameTable:
         return linear_rules(f"{layer}.{block}.{name}", f"{layers}/{block}/{name}", bias=bias)
 
     rules += dense_rules("self_attn", "o_proj", config.attention_bias)
-    rules += dense_rules("mlp", "down_proj", config.mlp_bias)
-    for block, name, bias in (
-        ("self_attn", "qkv_proj", config.qkv_bias),
-        ("mlp", "gate_up_proj", config.mlp_bias),
-    ):
+    projections = [("self_attn", "qkv_proj", config.qkv_bias)]
+    if config.num_experts:
+        for name, theirs, parameter in (
+            ("gate", "gate", "gate.weight"),
+            ("experts/gate_up_proj", "experts.{expert}.{gate_proj|up_proj}", "experts.gate_up_proj"),
+            ("experts/down_proj", "experts.{expert}.down_proj", "experts.down_proj"),
+        ):
+            (rule,) = linear_rules(f"{layer}.mlp.{theirs}", f"{layers}/mlp/{name}", bias=False)
+            rules.append(dataclasses.replace(rule, parameter=f"{layer}.mlp.{parameter}"))
+    else:
+        rules += dense_rules("mlp", "down_proj", config.mlp_bias)
+        projections.append(("mlp", "gate_up_proj", config.mlp_bias))
+    for block, name, bias in projections:
         parts = config.projections[name]
         for each in (name,) if config.kind.fused else parts:
             made = dense_rules(block, each, bias)
@@ -199,8 +247,9 @@ def name_table(config: LlamaConfig) -> NameTable:
         copies = (("lm_head.weight", "embed_tokens.weight"),)
     else:
         rules += linear_rules("lm_head", "lm_head", bias=False)
+    renames = ((r"^model\.", ""), *config.kind.renames)
     ignore = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
-    return NameTable(rules=tuple(rules), renames=((r"^model\.", ""),), ignore=ignore, copies=copies)
+    return NameTable(rules=tuple(rules), renames=renames, ignore=ignore, copies=copies)
 
 
 SHARDING: Rules = (
@@ -209,6 +258,8 @@ SHARDING: Rules = (
     (r"layers/(self_attn/([qkv]|qkv)|mlp/(gate|up|gate_up))_proj/kernel", (None, "fsdp", "tensor")),
     (r"layers/(self_attn/([qkv]|qkv)|mlp/(gate|up|gate_up))_proj/bias", (None, "tensor")),
     (r"layers/(self_attn/o|mlp/down)_proj/kernel", (None, "tensor", "fsdp")),
+    (r"layers/mlp/experts/gate_up_proj/kernel", (None, "tensor", "fsdp", None)),
+    (r"layers/mlp/experts/down_proj/kernel", (None, "tensor", None, "fsdp")),
     (r".*", ()),  # replicated: norms, and biases added to unsharded features
 )
-"""Shards heads, MLP width and vocabulary over `"tensor"`, and hidden size over `"fsdp"`."""
+"""Shards heads, MLP width or experts, and vocabulary over `"tensor"`, and hidden size over `"fsdp"`."""

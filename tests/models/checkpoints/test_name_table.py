@@ -29,8 +29,8 @@ def test_a_rule_says_which_tensors_of_which_shape_make_a_leaf():
     query, *_ = split_rules(conv1d_rules("h.{layer}.qkv", "layers/qkv"), {"q": 4, "k": 2, "v": 2})
     leaf = jax.ShapeDtypeStruct((2, 3, 4), jnp.float32)
     assert (linear.name, linear.path, linear.transposed) == ("h.{layer}.up.weight", "layers/up/kernel", True)
-    assert expand(linear, leaf) == ["h.0.up.weight", "h.1.up.weight"]
-    assert expand(Rule("a.weight", "a/kernel"), leaf) == ["a.weight"]
+    assert [*expand(linear, leaf)] == ["h.0.up.weight", "h.1.up.weight"]
+    assert [*expand(Rule("a.weight", "a/kernel"), leaf)] == ["a.weight"]
     assert (shape_in_file(linear, leaf), shape_in_file(query, leaf)) == ((4, 3), (3, 8))
     assert (query.path, query.index, query.is_conv1d) == ("layers/q/kernel", (slice(None), slice(0, 4)), True)
     assert (linear.is_conv1d, bias.is_conv1d, bias.index) == (False, False, (slice(None),))
