@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,27 +65,7 @@ def adapter_config(directory: Path, parts: AdaptedModel) -> LoRAPlusConfig:
     """The config of a PEFT adapter as a `LoRAPlusConfig`."""
     model: Any = parts.base.model
     config = peft_config(directory, path_map_of(directory, parts), layers=model.config.num_hidden_layers)
-    if config.target_parameters:  # of our own export
-        return config
-    # PEFT adapts experts as parameters, and so do we.
-    mixtures = {
-        rule.path.rpartition("/")[0]: "le"[: rule.stacked] + "io"
-        for rule in parts.base.table.rules
-        if rule.stacked > 1
-    }
-    found = [module for module in config.target_modules if module in mixtures]
-    leaves = {re.escape(module): re.escape(f"{module}/kernel") for module in found}
-
-    def of_leaves(patterns: Mapping[str, Any]) -> dict[str, Any]:
-        return {leaves.get(pattern, pattern): value for pattern, value in patterns.items()}
-
-    return dataclasses.replace(
-        config,
-        target_modules=tuple(module for module in config.target_modules if module not in found),
-        target_parameters={leaves[re.escape(module)]: mixtures[module] for module in found},
-        rank_pattern=of_leaves(config.rank_pattern),
-        alpha_pattern=of_leaves(config.alpha_pattern),
-    )
+    return transformers_class.with_parameters(config, parts.base.table)
 
 
 def merged_table(parts: AdaptedModel) -> NameTable:

@@ -67,7 +67,7 @@ CASES = {
         "qwen3_moe",
         {"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     ),
-    "mixtral": ("mixtral", {"num_local_experts": 3, "sliding_window": 5}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": 5}),
     "phi3": ("phi3", {"sliding_window": 7}),
     "phi3_long": ("phi3", {"rope": _LONG | _SHORT, "max_position_embeddings": 4 * ORIGINAL} | _SHORT),
 }

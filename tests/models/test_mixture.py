@@ -1,4 +1,4 @@
-"""A mixture of experts against the sum over all of them in float64: alone, on a mesh, and with rows' own adapters."""
+"""A mixture of experts against the sum over all of them in float64: alone, on a mesh, with adapters of each row."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,18 @@ import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
 from loraplus_jax.adapter import apply_rows, select_adapters, stack_adapters
+from loraplus_jax.adapter.tree import flatten, unflatten
 from loraplus_jax.interop import Adapter
 from loraplus_jax.models.families import family_of
 from loraplus_jax.models.mixture import mix
-from loraplus_jax.step.sharding import make_mesh, replicate, with_mesh
+from loraplus_jax.step.sharding import (
+    adapter_shardings,
+    base_shardings,
+    make_mesh,
+    replicate,
+    shard_batch,
+    with_mesh,
+)
 
 from .. import tiny
 
@@ -68,3 +76,68 @@ def test_devices_share_rows_and_experts(sizes, inputs, expected):
     """Also where the rows or the experts do not divide."""
     mesh = make_mesh(*sizes)
     check(jax.jit(with_mesh(outputs, mesh))(*replicate(mesh, inputs)), expected)
+
+
+IDS = np.array([[5, 9, 2, 7], [1, 8, 3, 3], [4, 4, 6, 0]], np.int32)
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "mixtral"])
+def model(request):
+    """A model with adapters of attention, router and experts, and its variables, the adapters' random."""
+    kind = family_of(request.param)
+    net = kind.model(kind.config.from_hf(tiny.config(request.param)))
+    config = LoRAPlusConfig(
+        target_modules=["q_proj", "mlp/gate"], target_parameters={".*/experts/.*": "leio"}, rank=2, alpha=4
+    )
+    adapted = apply_lora_plus(net, config)
+    base = net.init(jax.random.key(0), IDS)
+    lora, specs = init_lora(adapted, jax.random.key(1), IDS, base=base)
+    rng = np.random.default_rng(1)
+    loras = [
+        jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), lora) for _ in range(2)
+    ]
+    return net, adapted, config, base, specs, loras
+
+
+def test_adapters_of_experts_are_their_merged_weights(model):
+    net, adapted, _, base, specs, (lora, _) = model
+    found = adapted.apply({**base, "lora": lora}, IDS)
+    wanted = net.apply(merge(base, lora, specs), IDS)
+    assert np.abs(found - net.apply(base, IDS)).max() > 1e-2, "the adapter does nothing"
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_rows_with_adapters_of_their_own(model):
+    """Every expert is computed for every token, as JAX cannot group the tokens of rows."""
+    _, adapted, config, base, specs, loras = model
+    stack = stack_adapters([Adapter(lora, specs, config, {}) for lora in loras], slots=2)
+    own = select_adapters(stack, jnp.array([1, 0, 1]))
+    found = apply_rows(apply_lora_plus(model[0], stack.config).apply, base, own, IDS)
+    for row, n in enumerate((1, 0, 1)):
+        wanted = adapted.apply({**base, "lora": loras[n]}, IDS[row : row + 1])
+        np.testing.assert_allclose(found[row], wanted[0], rtol=0, atol=1e-5)
+
+
+def test_adapters_of_split_experts_have_the_gradients_of_one_device(model):
+    _, adapted, _, base, specs, (lora, _) = model
+    ids = np.concatenate([IDS, IDS[:1]])
+
+    def gradients(lora, base, ids):
+        return jax.grad(lambda lora: jnp.sum(jnp.sin(adapted.apply({**base, "lora": lora}, ids))))(lora)
+
+    wanted = jax.jit(gradients)(lora, base, ids)
+    mesh = make_mesh(2, 1, 4)
+    split = base_shardings(mesh, base, family_of("mixtral").sharding, specs=specs)
+    split |= adapter_shardings(specs, split)
+    variables = flatten({**base, "lora": lora})
+    given = unflatten({path: jax.device_put(x, split[path]) for path, x in variables.items()})
+    given = given.pop("lora"), given
+    for path in (
+        "params/layers/mlp/experts/down_proj/kernel",
+        "lora/layers/mlp/experts/down_proj/kernel/lora_a",
+    ):
+        assert split[path].spec[1] == "tensor", "experts are not split"
+    found = jax.jit(with_mesh(gradients, mesh))(*given, shard_batch(ids, mesh))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * np.abs(y).max()), found, wanted
+    )

@@ -39,6 +39,7 @@ LINEAR = {
     "encoder": ("query", "key", "value", "out", "up", "down"),
     "gpt2": ("c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"),
     "gpt2_split": ("q_attn", "mlp/c_fc", "v_attn", "k_attn", "mlp/c_proj"),
+    "mixture": ("q_proj", "k_proj", "v_proj", "o_proj", "mlp/gate"),
     "modernbert": ("query", "key", "value", "out", "up", "gate", "down"),
     "phi3_split": ("q_proj", "down_proj", "v_proj", "up_proj", "gate_proj", "k_proj"),
 }
@@ -48,6 +49,7 @@ THEIRS = {
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "embed_tokens"),
     "encoder": ("query", "value", "intermediate.dense", "word_embeddings"),
     "gpt2": ("c_attn", "attn.c_proj", "c_fc", "wte"),
+    "mixture": ("q_proj", "v_proj", "o_proj", "embed_tokens"),
     "modernbert": ("Wqkv", "attn.Wo", "Wi", "tok_embeddings"),
 }
 SIZES = {
@@ -74,6 +76,7 @@ class Pair:
     def __init__(self, name, folder, pooling="pooler"):
         self.name, self.folder, self.is_causal = name, folder, name in CAUSAL
         kind = name if name in LINEAR else "causal" if self.is_causal else "encoder"
+        kind = "mixture" if name in ("qwen3_moe", "mixtral") else kind
         self.linear, self.theirs = LINEAR[kind], THEIRS[kind.removesuffix("_split")]
         name, split_fused = name.removesuffix("_split"), name.endswith("_split")
         torch.manual_seed(0)

@@ -13,6 +13,7 @@ from loraplus_jax.inference.checkpoint_merge import CheckpointMerge
 from loraplus_jax.inference.write_hf import write_hf
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
 from loraplus_jax.models.checkpoints.params import check_params
+from loraplus_jax.models.checkpoints.transformers_class import with_parameters
 from loraplus_jax.models.files import open_files
 
 from .families import Pair, off, random
@@ -35,6 +36,7 @@ def options(pair):
         "layers": {"target_modules": names, "layers_to_transform": (1,)},
         "modules_to_save": {"target_modules": some, "modules_to_save": (names[1],)},
         "parameters": {"target_parameters": {rf".*/{names[1]}/kernel": "lio"}},
+        "experts": {"target_modules": names, "target_parameters": {".*/experts/.*": "leio"}},
         "init_b": {"target_modules": names, "init": "lora_b"},
         "dora": {"target_modules": names, "variant": "dora"},
         "bias": {"target_modules": names, "bias": "lora_only"},
@@ -88,6 +90,8 @@ CELLS = {
     "olmo2": "all_linear",
     "olmo3": "rslora",
     "smollm3": "layers",
+    "qwen3_moe": "experts",
+    "mixtral": "experts",
     "phi3": "rslora",
     "phi3_split": "patterns",
     "gpt2": "all_linear",
@@ -178,6 +182,12 @@ THEIRS = {
     "gpt2": {"embedding": True, "ensure_weight_tying": True},
     "gpt2_split": {"use_dora": True},
     "bert": {"bias": "all"},
+    # Of a mixture the parameters within one module are wrapped around each other.
+    "qwen3_moe": {"target_parameters": ["mlp.experts.gate_up_proj"], "rank_pattern": {"mlp.experts": 2}},
+    "mixtral": {
+        "target_parameters": ["mlp.gate.weight", "mlp.experts.down_proj", "mlp.experts.gate_up_proj"],
+        "target_modules": [],
+    },
 }
 
 
@@ -206,6 +216,7 @@ def test_adapters_that_peft_made_give_the_same_logits_here(name, pairs, tmp_path
     pair = pairs(name)
     theirs = made_by_peft(pair, THEIRS[name], tmp_path / "a")
     config = peft_config(tmp_path / "a", pair.path_map, layers=pair.model.config.num_hidden_layers)
+    config = with_parameters(config, pair.table)
     model = apply_lora_plus(pair.model, config)
     _, specs = init_lora(model, jax.random.key(0), *pair.inputs, base={"params": pair.params})
     adapter = load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
