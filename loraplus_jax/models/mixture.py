@@ -30,7 +30,8 @@ def mix(
     """The sum of each token's experts, (B, T, D) in the dtype of x; no token is dropped.
 
     On a mesh each device computes its own rows, with its own experts where `"tensor"` divides them, and sums over
-    `"tensor"`. GSPMD would sort the tokens of all devices, and gather all kernels.
+    `"tensor"`. GSPMD would sort the tokens of all devices, and gather all kernels. The rows of `apply_rows` are
+    left to it, and compute every expert for all their tokens.
 
     Args:
       x: (B, T, D).
@@ -40,11 +41,14 @@ def mix(
       down: kernels (E, I, D).
       activation: of the gate.
     """
-    compute = functools.partial(_sum_of_experts, activation=activation)
-    free = automatic_axes()
-    if not free:
+    mesh, free = jax.sharding.get_abstract_mesh(), automatic_axes()
+    # JAX cannot batch a ragged product over rows with sizes of their own.
+    is_one_by_one = ROW_AXES.value is not None
+    compute = functools.partial(
+        _sum_of_experts, activation=activation, form=_one_by_one if is_one_by_one else _grouped
+    )
+    if is_one_by_one or not free:
         return compute(0, x, shares, chosen, gate_up, down)
-    mesh = jax.sharding.get_abstract_mesh()
     rows: tuple[str, ...] = mesh_axes_of_rows()
     if x.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
         rows = ()
@@ -77,12 +81,11 @@ def _sum_of_experts(
     down: jax.Array,
     *,
     activation: Activation,
+    form: Callable[..., jax.Array],
 ) -> jax.Array:
     """The part of the sum that is of the experts whose kernels are given, from number `first` on."""
     shape, chosen = x.shape, chosen - first
     x, shares, chosen = (value.reshape(-1, value.shape[-1]) for value in (x, shares, chosen))
-    # JAX cannot batch a ragged product over rows with sizes of their own.
-    form = _grouped if ROW_AXES.value is None else _one_by_one
     return form(x, shares, chosen, gate_up, down, activation).reshape(shape)
 
 

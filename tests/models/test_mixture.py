@@ -116,6 +116,16 @@ def test_rows_with_adapters_of_their_own(model):
     for row, n in enumerate((1, 0, 1)):
         wanted = adapted.apply({**base, "lora": loras[n]}, IDS[row : row + 1])
         np.testing.assert_allclose(found[row], wanted[0], rtol=0, atol=1e-5)
+    mesh = make_mesh(2, 1, 4)
+
+    def on_mesh(base, adapters, ids):
+        net = apply_lora_plus(model[0], stack.config)
+        return apply_rows(net.apply, base, adapters, ids, mesh_axes=("data", "fsdp"))
+
+    four = select_adapters(stack, jnp.array([1, 0, 1, 0]))
+    given = replicate(mesh, (base, four)), shard_batch(np.concatenate([IDS, IDS[:1]]), mesh)
+    split = jax.jit(with_mesh(on_mesh, mesh))(*given[0], given[1])
+    np.testing.assert_allclose(split[:3], found, rtol=0, atol=1e-5)
 
 
 def test_adapters_of_split_experts_have_the_gradients_of_one_device(model):
