@@ -102,7 +102,7 @@ class CheckpointMerge:
     def _value(self, name: str, rule: Rule, place: Place, base: Callable[[str], np.ndarray]) -> np.ndarray:
         leaf = f"params/{rule.path}"
         if leaf in self.extras:
-            value = np.asarray(self.extras[leaf][place.index], np.float32)
+            value = np.asarray(self.extras[leaf][place.in_leaf], np.float32)
             return value.T if rule.transposed else value
         result = base(name).astype(np.float32)
         if rule.path in self.packed:
@@ -117,7 +117,7 @@ class CheckpointMerge:
             index = dict(zip(spec.base_letters, whole, strict=True))
             if place.outputs is not None:
                 index[spec.base_letters[-1]] = place.outputs
-            factors = [
+            factors: Any = [
                 np.asarray(self.factors[factor.path])[
                     tuple(index.get(c, slice(None)) for c in factor.letters)
                 ]

@@ -117,7 +117,7 @@ def our_logits(base: NamedBase, changed: Weights = {}) -> np.ndarray:  # noqa: B
                 unused.discard(name)
                 value = by_name[name][rule.index]
                 value = value.T if rule.transposed else value
-                leaf[place.index] = value
+                leaf[place.in_leaf] = value
         return jnp.asarray(leaf)
 
     params = load_params(base.files, table, shapes, param_dtype=np.float32, place=replace)

@@ -137,7 +137,7 @@ class Place(NamedTuple):
     outputs: slice | None
 
     @property
-    def index(self) -> tuple[Any, ...]:
+    def in_leaf(self) -> tuple[Any, ...]:
         """The index of these values in the leaf."""
         return (*self.stack, ...) if self.outputs is None else (*self.stack, ..., self.outputs)
 

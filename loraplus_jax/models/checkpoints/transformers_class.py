@@ -90,11 +90,12 @@ def with_parameters(config: LoRAPlusConfig, table: NameTable) -> LoRAPlusConfig:
     def of_leaves(patterns: Mapping[str, Any]) -> dict[str, Any]:
         return {leaves.get(pattern, pattern): value for pattern, value in patterns.items()}
 
+    of_parameters: Any = config.target_parameters or {}
     return dataclasses.replace(
         config,
         target_modules=tuple(name for module, name in modules.items() if module not in leaves),
         target_parameters={
-            **dict(config.target_parameters),
+            **of_parameters,
             **{leaf: "le"[: rules[module].stacked] + "io" for module, leaf in sorted(leaves.items())},
         },
         rank_pattern=of_leaves(config.rank_pattern),
