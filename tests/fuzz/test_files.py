@@ -120,8 +120,9 @@ def weights(folder):
 
 
 HUGE = (*words("1000000000 1000000000000 18446744073709551615 1e9 3 16 true"), "9" * 30, '"silu"')
-KINDS = words(
-    '"linear" "yarn" "longrope" "llama3" "mistral" "qwen3" "olmo3" "smollm3" "bert" "roberta" "modernbert"'
+KINDS = (
+    *words('"linear" "yarn" "longrope" "llama3" "mistral" "qwen3" "olmo3" "smollm3" "mixtral"'),
+    *words('"bert" "roberta" "modernbert"'),
 )
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA = {"hidden_act": "silu", "num_key_value_heads": 2, "rope_theta": 1e4, "attention_bias": False}
@@ -142,6 +143,7 @@ CONFIGS = {
     "modernbert": (ModernBertConfig, MODERNBERT),
     "llama": (LlamaConfig, LLAMA),
     "gemma3_text": (LlamaConfig, LLAMA | GEMMA3),
+    "qwen3_moe": (LlamaConfig, LLAMA | {"mlp_only_layers": [], "num_experts": 4}),
     "phi3": (LlamaConfig, LLAMA | {"original_max_position_embeddings": 8, "rope_scaling": LONG}),
     "gpt2": (GPT2Config, GPT2),
 }

@@ -37,6 +37,14 @@ def test_names_go_both_ways():
     assert modules_of(rules, "outer") == []
 
 
+def test_parameters_of_one_module_are_wrapped_around_each_other():
+    rules = [(f"mlp/{x}", f"h.{{layer}}.experts.{x}", "Parameter") for x in ("up", "down")]
+    assert modules_of(rules, "h.1.experts") == [("mlp/down", (1,))]
+    assert modules_of(rules, "h.1.experts.base_layer") == [("mlp/up", (1,))]
+    assert modules_of(rules, "h.1.experts.base_layer.base_layer") == []
+    assert modules_of(rules[:1], "h.1.experts") == [("mlp/up", (1,))]
+
+
 def test_parts_go_both_ways():
     rules = [("{layer}/kv", "h.{layer}.{k_proj|v_proj}"), ("h/{name}", "h.{layer}.{name}")]
     module = torch_module_of(rules, "7/kv")

@@ -36,6 +36,31 @@ def test_a_rule_says_which_tensors_of_which_shape_make_a_leaf():
     assert (linear.is_conv1d, bias.is_conv1d, bias.index) == (False, False, (slice(None),))
 
 
+def test_a_leaf_may_stack_layers_and_experts_and_join_outputs():
+    (rule,) = linear_rules("h.{layer}.e.{expert}.{gate|up}", "layers/up", bias=False)
+    leaf = jax.ShapeDtypeStruct((2, 2, 3, 8), jnp.float32)
+    found = expand(rule, leaf)
+    assert list(found)[:3] == ["h.0.e.0.gate.weight", "h.0.e.0.up.weight", "h.0.e.1.gate.weight"]
+    assert found["h.1.e.0.up.weight"].in_leaf == (1, 0, ..., slice(4, 8))
+    assert (len(found), rule.stacked, shape_in_file(rule, leaf)) == (8, 2, (4, 3))
+
+
+def test_parts_of_a_leaf_are_read_from_the_tensors_that_have_them(tmp_path):
+    """As each device of a mesh reads its own."""
+    (rule,) = linear_rules("h.{layer}.e.{expert}.{gate|up}", "up", bias=False)
+    leaf, rng = jax.ShapeDtypeStruct((2, 2, 3, 8), jnp.float32), np.random.default_rng(0)
+    weights = {name: rng.normal(size=(4, 3)).astype(np.float32) for name in expand(rule, leaf)}
+    save_file(weights, tmp_path / "model.safetensors")
+    table, expected = NameTable(rules=(rule,)), {"up": {"kernel": leaf}}
+    mesh = jax.make_mesh((2, 4), ("a", "b"))
+    sharding = jax.NamedSharding(mesh, jax.P(None, "a", None, "b"))
+    for shardings in (None, {"up/kernel": sharding}):
+        loaded = load_params(open_files(tmp_path), table, expected, shardings=shardings)
+        kernel = np.asarray(loaded["up"]["kernel"])
+        for name, place in expand(rule, leaf).items():
+            np.testing.assert_array_equal(kernel[place.in_leaf].T, weights[name])
+
+
 def test_names_are_renamed_in_order_and_ignored_whole():
     table = NameTable(rules=(), renames=((r"^model\.", ""), (r"gamma$", "weight")), ignore=(r"head\..*",))
     assert table.canonical("model.norm.gamma") == "norm.weight"
