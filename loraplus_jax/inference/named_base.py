@@ -111,6 +111,11 @@ class NamedBase(NamedTuple):
             spellings = [prefix + name for prefix in PREFIXES]
             spellings += [name.removeprefix(prefix) for prefix in PREFIXES]
             if (module := next((each for each in spellings if each in modules), None)) is None:
+                if ".experts." in name:
+                    raise ValueError(
+                        f"{name} is a parameter of experts, whose adapters convert only to loraplus; then "
+                        "loraplus export writes PEFT's format, and with --merged the model"
+                    )
                 close = suggest(name, modules, fallback=False)
                 raise ValueError(f"{self.files} is not the adapter's base: it has no module {name}{close}")
             found[name] = module

@@ -334,6 +334,16 @@ def mixture(name):
     return make
 
 
+def converts_to_ours_alone(run):
+    """Experts are parameters, which have no module of their own in the base's file."""
+    peft, out = run.export("peft"), run.directory / "converted"
+    arguments = ["convert", str(peft), "--base", str(run.world.model), "--out"]
+    assert "differ by at most 0 " in said(*arguments, out / "ours", "--to", "loraplus")
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert main([*arguments, str(out / "theirs"), "--to", "merged"]) == 2
+    assert_mentions(err.getvalue(), "experts", "loraplus export", "--merged")
+
+
 def modernbert(world):
     """The recipe of BERT's world, whose words it keeps."""
     names = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "max_position_embeddings")
@@ -414,7 +424,7 @@ KINDS = {
     "olmo3": Kind(make=family("olmo3"), answers=BOTH),
     "smollm3": Kind(make=family("smollm3"), answers=BOTH),
     "qwen3_moe": Kind(make=mixture("qwen3_moe"), answers=BOTH),
-    "mixtral": Kind(make=mixture("mixtral"), answers=BOTH),
+    "mixtral": Kind(make=mixture("mixtral"), answers=BOTH, extra=converts_to_ours_alone),
     "mixtral_nf4": Kind((*SHORT_TALK, *NF4), make=mixture("mixtral"), exports=("peft", "same")),
     "phi3": Kind(make=family("phi3"), answers=BOTH, extra=names_its_targets),
     "modernbert": bert("", make=modernbert, otherwise=flags("--mesh.data 8 --train.accumulate 4"), rel=1e-5),

@@ -21,7 +21,7 @@ gemma3      long    -        -        long     -
 olmo3       long    -        -        long     -
 smollm3     long    -        -        long     -
 qwen3_moe   slow    slow     slow     slow     long
-mixtral     long    long     -        long     -
+mixtral     slow    long     -        long     -
 mixtral_nf4 slow    -        -        slow     -
 phi3        long    -        -        long     -
 modernbert  slow    long     slow     slow     long
