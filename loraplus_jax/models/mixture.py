@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from ..adapter.adapter_stack import ROW_AXES
 from ..step.sharding import automatic_axes, mesh_axes_of_rows
+from .attention_common import target_platform
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -30,8 +31,7 @@ def mix(
     """The sum of each token's experts, (B, T, D) in the dtype of x; no token is dropped.
 
     On a mesh each device computes its own rows, with its own experts where `"tensor"` divides them, and sums over
-    `"tensor"`. GSPMD would sort the tokens of all devices, and gather all kernels. The rows of `apply_rows` are
-    left to it, and compute every expert for all their tokens.
+    `"tensor"`. GSPMD would sort the tokens of all devices, and gather all kernels.
 
     Args:
       x: (B, T, D).
@@ -41,13 +41,12 @@ def mix(
       down: kernels (E, I, D).
       activation: of the gate.
     """
-    mesh, free = jax.sharding.get_abstract_mesh(), automatic_axes()
-    # JAX cannot batch a ragged product over rows with sizes of their own.
-    is_one_by_one = ROW_AXES.value is not None
-    compute = functools.partial(
-        _sum_of_experts, activation=activation, form=_one_by_one if is_one_by_one else _grouped
-    )
-    if is_one_by_one or not free:
+    mesh, free, is_row = jax.sharding.get_abstract_mesh(), automatic_axes(), ROW_AXES.value is not None
+    # Elsewhere XLA computes a ragged product as that of every row with every kernel, and JAX cannot batch one over
+    # the rows of `apply_rows`.
+    form = _grouped if target_platform() == "tpu" and not is_row else _in_blocks
+    compute = functools.partial(_sum_of_experts, activation=activation, form=form)
+    if is_row or not free:
         return compute(0, x, shares, chosen, gate_up, down)
     rows: tuple[str, ...] = mesh_axes_of_rows()
     if x.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
@@ -110,10 +109,10 @@ def _grouped(
     gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
     y = jax.lax.ragged_dot(activation(gate) * up, down, sizes)
     y = jnp.where(is_own, y, 0)[jnp.argsort(order)].reshape(tokens, count, -1)
-    return jnp.einsum("nkd,nk->nd", y, shares)
+    return jnp.einsum("tkd,tk->td", y, shares)
 
 
-def _one_by_one(
+def _in_blocks(
     x: jax.Array,
     shares: jax.Array,
     chosen: jax.Array,
@@ -121,12 +120,33 @@ def _one_by_one(
     down: jax.Array,
     activation: Activation,
 ) -> jax.Array:
-    """Computes every expert for all tokens, and leaves out what a token has not chosen."""
+    """The same by batched products: the rows of each expert fill whole blocks, the last one with zeros.
 
-    def add(total: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        number, into, out = expert
-        gate, up = jnp.split(x @ into, 2, axis=-1)
-        share = jnp.sum(jnp.where(chosen == number, shares, 0), axis=-1, keepdims=True)
-        return total + share * ((activation(gate) * up) @ out), None
+    Computes with at most twice the rows, and twice the kernels, that the tokens choose, whatever they choose.
+    """
+    (tokens, count), experts = chosen.shape, len(down)
+    size = -(-tokens * count // experts)
+    blocks = (tokens * count + experts * (size - 1)) // size
+    chosen = jnp.where((chosen >= 0) & (chosen < experts), chosen, experts).reshape(-1)
+    order = jnp.argsort(chosen, stable=True)
+    sizes = jnp.bincount(chosen, length=experts + 1)
+    ends = jnp.cumsum(-(-sizes // size))  # of each expert's blocks; those of other devices' rows go last
+    first_row, first_slot = jnp.cumsum(sizes) - sizes, size * jnp.append(0, ends[:-1])
+    # Where a row goes: beyond the last slot if it is for another device.
+    slots = (first_slot - first_row)[chosen] + jnp.argsort(order)
+    slots = jnp.where(chosen < experts, slots, blocks * size)
+    token = jnp.full(blocks * size, tokens).at[slots].set(jnp.arange(len(slots)) // count, mode="drop")
+    rows = x.at[token].get(mode="fill", fill_value=0).reshape(blocks, size, -1)
+    expert = jnp.minimum(jnp.searchsorted(ends[:-1], jnp.arange(blocks), side="right"), experts - 1)
 
-    return jax.lax.scan(add, jnp.zeros_like(x), (jnp.arange(len(down)), gate_up, down))[0]
+    # Else the backward pass would keep a copy of the kernels for each layer.
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("gate", "up"))
+    def products(rows: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        into, out = (w.at[expert].get(mode="promise_in_bounds") for w in (gate_up, down))
+        gate, up = jnp.split(rows @ into, 2, axis=-1)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        return (activation(gate) * up) @ out
+
+    y = products(rows, gate_up, down).reshape(blocks * size, -1)
+    y = y.at[slots].get(mode="fill", fill_value=0).reshape(tokens, count, -1)
+    return jnp.einsum("tkd,tk->td", y, shares)

@@ -67,6 +67,12 @@ def check(found, expected):
         np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-6 * np.abs(value).max(), err_msg=name)
 
 
+@pytest.fixture(autouse=True, params=["cpu", "tpu"])
+def platform(request, monkeypatch):
+    """Products by blocks, and by `ragged_dot`, which CPUs can compute too."""
+    monkeypatch.setattr("loraplus_jax.models.mixture.target_platform", lambda: request.param)
+
+
 def test_every_token_gets_the_sum_of_its_experts(inputs, expected):
     check(jax.jit(outputs)(*inputs), expected)
 
@@ -108,7 +114,6 @@ def test_adapters_of_experts_are_their_merged_weights(model):
 
 
 def test_rows_with_adapters_of_their_own(model):
-    """Every expert is computed for every token, as JAX cannot group the tokens of rows."""
     _, adapted, config, base, specs, loras = model
     stack = stack_adapters([Adapter(lora, specs, config, {}) for lora in loras], slots=2)
     own = select_adapters(stack, jnp.array([1, 0, 1]))
