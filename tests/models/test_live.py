@@ -59,9 +59,9 @@ LLAMAS = {
         {"num_experts": 5, "num_experts_per_tok": 4, "moe_intermediate_size": 20, "norm_topk_prob": True}
         | TIED,
     ),
-    "mixtral_one_expert_each": (
+    "mixtral_and_yarn": (
         "mixtral",
-        {"num_local_experts": 6, "num_experts_per_tok": 1, "rope": YARN | {"factor": 8.0}},
+        {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 8, "rope": YARN | {"factor": 8.0}},
     ),
     "phi3_partial": (
         "phi3",
@@ -82,7 +82,7 @@ CASES = {
 }
 FOR_GRADIENTS = ("mlp_bias_and_yarn", "gemma2_one_key_head", "gpt2_quick_gelu")
 FOR_GRADIENTS += ("olmo2_one_key_head", "olmo3_window", "smollm3_every_fourth")
-FOR_GRADIENTS += ("qwen3_moe_most_experts", "mixtral_one_expert_each")
+FOR_GRADIENTS += ("qwen3_moe_most_experts", "mixtral_and_yarn")
 
 
 def both(make, folder, seed=1, **fields):

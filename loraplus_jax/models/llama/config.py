@@ -151,7 +151,6 @@ KINDS: Mapping[str, LlamaKind] = {
         expert_size="moe_intermediate_size",
         reads=("attention_bias", "norm_topk_prob"),
         defaults={
-            "head_dim": 128,
             "num_experts": 128,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
