@@ -353,7 +353,7 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         # Those of all its units, also of those that an earlier command ran.
         units = done.glob(f"**/{unit_directory(Path(), '*') / RESULT}")
         seconds = [read_record(unit, limit=MAX_ROWS_BYTES)["seconds"] for unit in units]
-        protocol["hours"] = round(sum(seconds) / 3600, 3)
+        protocol["hours"] = sum(seconds) / 3600
         if run.task == "generation":
             protocol["texts"] = run.generation.inputs
         if run.sweep.unrelated_text:
