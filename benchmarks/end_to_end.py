@@ -39,7 +39,6 @@ from common import arguments, machine, median_ratio, parse_options, read_json, r
 from end_to_end_peer import fingerprint
 
 from loraplus_jax import save_adapter
-from loraplus_jax.data.batches import train_batches
 from loraplus_jax.data.fetch import resolve
 from loraplus_jax.data.glue import load_glue
 from loraplus_jax.data.labels import class_labels, label_names
@@ -198,7 +197,7 @@ def count_tokens(settings: Settings, data: TaskData, steps: int) -> list[tuple[i
     """Tokens of text, and with padding, of each batch that a run of ours trains on."""
     columns, size, seed = data.splits["train"], settings.train.batch_size, settings.seed
     plan = data.task.plan_batches(settings, data, steps, (seed,), make_mesh(1))
-    batches = train_batches(columns, batch_size=size, seed=seed, arrange=plan.arrange)
+    batches = plan.draw(columns, batch_size=size, seed=seed)
     name = "segment_ids" if "segment_ids" in columns else "attention_mask"
     return [(int((b[name] > 0).sum()), b[name].size) for b in itertools.islice(batches, steps)]
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from common import Steps, interleaved, median_ratio, parse_options, report, use_cpu
 
-from loraplus_jax.data.batches import eval_batches, train_batches
+from loraplus_jax.data.batches import eval_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import Settings
 from loraplus_jax.step.sharding import distribute, shard_batch
@@ -38,7 +38,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     split, size = run.data.splits[held_out_split(run.data.splits)], run.batches.eval_rows
     held_out = shard_batch(next(eval_batches(split, size)), run.mesh)
     rows, size, seed = run.data.splits["train"], settings.train.batch_size, settings.seed
-    batches = train_batches(rows, batch_size=size, seed=seed, arrange=run.batches.arrange)
+    batches = run.batches.draw(rows, batch_size=size, seed=seed)
     step = Steps(lambda state: run.programs.step(state, frozen, shard_batch(next(batches), run.mesh)), state)
     evaluate = lambda: run.programs.evaluate(step.state.trainable, frozen, held_out)  # noqa: E731
     times = interleaved({"step": step, "evaluation": evaluate}, rounds)

@@ -11,6 +11,7 @@ and grid choose on one seed is also compared on the others.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -19,7 +20,6 @@ import numpy as np
 from common import parse_options, read_json, report
 from sweep import CONFIG, SIXTEEN, SMALL
 
-from loraplus_jax.data.batches import train_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.device_members import DeviceMembers
 from loraplus_jax.sweep.halving import comparison_steps, member_steps, survivors
@@ -41,8 +41,8 @@ def train(run: SweepRun) -> dict[str, dict[str, float]]:
     population = prepare_population(abstract_population(run), len(entries))
     members = DeviceMembers(population, [population.first(*entry) for entry in entries])
     losses, data = {}, population.data.splits
-    how = {"batch_size": run.train.batch_size, "arrange": population.batches.arrange}
-    batches = {seed: train_batches(data["train"], seed=seed, **how) for seed in run.seeds}
+    draw = functools.partial(population.batches.draw, data["train"], batch_size=run.train.batch_size)
+    batches = {seed: draw(seed=seed) for seed in run.seeds}
     stops = {math.ceil(share * population.steps) for share in EVALUATED}
     for step in range(1, population.steps + 1):
         by_seed = {seed: next(stream) for seed, stream in batches.items()}

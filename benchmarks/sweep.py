@@ -24,7 +24,7 @@ import numpy as np
 from common import Steps, interleaved, median_ratio, parse_options, read_json, report, table
 
 from loraplus_jax import init_state
-from loraplus_jax.data.batches import eval_batches, train_batches
+from loraplus_jax.data.batches import eval_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step import replicate, shard_batch
 from loraplus_jax.sweep.arms import programs_of
@@ -72,9 +72,9 @@ def timing(rounds: int) -> None:
     run = parse_settings(CONFIG, [*options, "1"], SweepRun)
     single = prepare(run.settings_of(run.trials[-1], 0))
     data, frozen, count = single.data, replicate(single.mesh, single.parts.frozen), len(run.trials)
-    arrange, rows = single.batches.arrange, single.batches.eval_rows
+    rows = single.batches.eval_rows
     train, size = data.splits["train"], run.train.batch_size
-    batch = next(train_batches(train, batch_size=size, seed=0, arrange=arrange))
+    batch = next(single.batches.draw(train, batch_size=size, seed=0))
     two_batches = {n: column[: 2 * rows] for n, column in data.splits["validation"].items()}
     state = replicate(single.mesh, init_state(single.parts.trainable, single.tx, jax.random.key(0)))
     step = Steps(lambda state: single.programs.step(state, frozen, shard_batch(batch, single.mesh)), state)
@@ -166,8 +166,8 @@ def sizes(rounds: int) -> None:
         for size in SIZES:
             ways[name, size] = DeviceMembers(population, [population.first(t, 0) for t in run.trials[:size]])
     population = next(iter(ways.values())).population
-    train, arrange = population.data.splits["train"], population.batches.arrange
-    batch = next(train_batches(train, batch_size=run.train.batch_size, seed=0, arrange=arrange))
+    train, size = population.data.splits["train"], run.train.batch_size
+    batch = next(population.batches.draw(train, batch_size=size, seed=0))
 
     steps = {way: functools.partial(population_step, members, batch) for way, members in ways.items()}
     seconds = interleaved(steps, rounds)

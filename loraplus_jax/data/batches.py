@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ def train_batches(
     seed: int,
     arrange: Callable[[Mapping[str, np.ndarray], np.ndarray], Batch] = take_rows,
     rows: Callable[[int], Sequence[int] | np.ndarray] | None = None,
+    lengths: np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Returns an endless iterator over batches, in the order of `batch_order`.
 
@@ -42,6 +44,7 @@ def train_batches(
       arrange: makes a global batch of the columns and the indices of its examples.
       rows: maps the number of rows of a global batch to the rows to keep, as `sharding.local_rows` returns them;
         all by default.
+      lengths: the length of each example, for batches of even length; see `batch_order`.
 
     Returns:
       A grain iterator over batches of these columns, plus a float32 `weight` column of ones.
@@ -57,25 +60,83 @@ def train_batches(
         kept = rows(len(batch["weight"]))
         return {name: column[kept] for name, column in batch.items()}
 
-    order = batch_order(_row_count(arrays, batch_size), batch_size=batch_size, seed=seed)
+    order = batch_order(_row_count(arrays, batch_size), batch_size=batch_size, seed=seed, lengths=lengths)
     # A prefetching iterator's state would be ahead of the batch that it returned last.
     return iter(order.map(take).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def batch_order(size: int, *, batch_size: int, seed: int) -> grain.MapDataset[np.ndarray]:
+def batch_order(
+    size: int, *, batch_size: int, seed: int, lengths: np.ndarray | None = None
+) -> grain.MapDataset[np.ndarray]:
     """The endless sequence of batches, each as the indices of its examples, int `(batch_size,)`.
 
-    Examples are reshuffled every epoch; each epoch's incomplete batch is dropped.
+    Examples are reshuffled every epoch; each epoch's incomplete batch is dropped. With `lengths`, int `(size,)`,
+    all batches of an epoch have nearly the same sum of lengths, and each has short and long examples.
     """
     if batch_size > size:
         raise ValueError(f"batch_size must be at most {size}, the number of training rows, got {batch_size}")
     check_int("seed", seed, at_least=0)
+    if lengths is not None:
+        return grain.MapDataset.source(_EvenBatches(lengths, batch_size, seed))
     return grain.MapDataset.range(size).seed(seed).shuffle().batch(batch_size, drop_remainder=True).repeat()
 
 
-def first_batches(size: int, *, batch_size: int, seeds: Sequence[int], count: int) -> np.ndarray:
+class _EvenBatches:
+    """The batches of `batch_order` by length, without end."""
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.count = len(lengths) // batch_size
+        self.epoch, self.batches = -1, np.empty(0, int)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        epoch, batch = divmod(index, self.count)
+        if epoch != self.epoch:
+            self.epoch, self.batches = epoch, even_batches(self.shuffled(epoch), self.lengths, self.count)
+        return self.batches[batch]
+
+    def shuffled(self, epoch: int) -> np.ndarray:
+        # Of NumPy's random numbers only the raw ones are the same in every version (NEP 19).
+        keys = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.lengths))
+        return np.argsort(keys, kind="stable")[: self.count * self.batch_size]
+
+
+def even_batches(order: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
+    """Deals examples to batches of nearly the same sum of lengths.
+
+    The examples are sorted by length, and each batch gets one of the `count` longest, one of the next, and so on;
+    of these the longest goes to the batch with the smallest sum so far. Equal lengths stay in the given order.
+
+    Args:
+      order: the indices of the examples, a multiple of `count`, in random order.
+      lengths: the length of each example.
+      count: the number of batches.
+
+    Returns:
+      The indices in each batch, int `(count, len(order) / count)`; first comes the batch of the first example.
+
+    >>> even_batches(np.array([2, 0, 3, 1]), np.array([5, 1, 2, 4]), 2)
+    array([[3, 2],
+           [0, 1]])
+    """
+    by_length = np.argsort(-lengths[order], kind="stable")  # positions in the order
+    sums, batches = np.zeros(count, int), np.empty((count, len(order) // count), int)
+    for column, positions in enumerate(by_length.reshape(-1, count)):
+        smallest = np.argsort(sums, kind="stable")
+        batches[smallest, column] = positions
+        sums[smallest] += lengths[order[positions]]
+    # The sums are made from the longest to the shortest: which batch had which says something of its lengths.
+    return order[batches[np.argsort(batches.min(axis=1))]]
+
+
+def first_batches(
+    size: int, *, batch_size: int, seeds: Sequence[int], count: int, lengths: np.ndarray | None = None
+) -> np.ndarray:
     """The first batches of `batch_order` for each of the seeds, int `(seeds * count, batch_size)`."""
-    orders = [batch_order(size, batch_size=batch_size, seed=seed) for seed in seeds]
+    orders = [batch_order(size, batch_size=batch_size, seed=seed, lengths=lengths) for seed in seeds]
     return np.array([order[n] for order in orders for n in range(count)])
 
 

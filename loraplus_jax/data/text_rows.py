@@ -1,8 +1,7 @@
 """Packs the texts of a batch into rows of tokens, so that few tokens are padding."""
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,8 +10,11 @@ from .packed_rows import fill, lengths_of, plan_packing
 
 TOKENS = ("input_ids", "token_type_ids")
 """The columns with a value for each token; all others have one for each text."""
-MOST_SHAPES = 4
-"""The most numbers of rows that are chosen beforehand."""
+TOKENS_DOUBLING = 600
+"""Tokens by which a row has to be longer to double the time of a step for each token, as attention is between all
+tokens of a row: measured with MiniLM on a CPU; larger models spend less of their time on it."""
+TRIED_BATCHES = 50
+"""Batches for which all lengths of rows are tried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,44 +22,66 @@ class TextRows:
     """The shape of the rows that the texts of a batch are packed into.
 
     Attributes:
-      length: tokens in a row, as many as the longest text has.
+      length: tokens in a row.
       texts: the most texts in a row, as many as fit of the shortest.
-      counts: the numbers of rows of a batch, ascending; a batch that needs more has as many as it needs.
+      count: rows of a batch; one that needs more has as many as it needs.
       multiple: what divides every number of rows: parts of the mesh times micro-batches.
-      full: share of a batch's tokens that are text, in the batches for which the numbers were chosen.
+      full: share of a batch's tokens that are text, in the batches for which the shape was chosen.
     """
 
     length: int
     texts: int
-    counts: tuple[int, ...] = ()
+    count: int = 1
     multiple: int = 1
     full: float = 1.0
 
     @classmethod
-    def fitting(cls, lengths: np.ndarray) -> "TextRows":
-        """The rows for texts with these numbers of tokens, `(N,)`."""
-        longest = int(lengths.max())
-        return cls(longest, longest // int(lengths.min()))
+    def fitting(cls, lengths: np.ndarray, most: int) -> "TextRows":
+        """The shortest rows for texts with these numbers of tokens, `(N,)`, of at most so many tokens."""
+        # Of eight: an odd length makes steps on a CPU a few per cent slower.
+        length = min(round_up(int(lengths.max()), 8), most)
+        return cls(length, length // int(lengths.min()))
 
-    def for_batches(
-        self, lengths: np.ndarray, batches: Iterable[np.ndarray], multiple: int, least_saving: float
-    ) -> "TextRows":
-        """The same rows, in numbers chosen for batches of these indices of texts; see `choose_counts`."""
-        tokens, needed = 0, Counter()
-        for indices in batches:
-            rows = plan_packing(lengths[indices], self.length)
-            needed[round_up(len(rows), multiple)] += 1
-            tokens += lengths[indices].sum()
-        counts = choose_counts(needed, least_saving)
-        total = sum(min(n for n in counts if n >= need) * times for need, times in needed.items())
-        full = float(tokens / (total * self.length))
-        return dataclasses.replace(self, counts=counts, multiple=multiple, full=full)
+    @classmethod
+    def for_batches(cls, lengths: np.ndarray, batches: np.ndarray, most: int, multiple: int) -> "TextRows":
+        """The rows with the least time of a step that all of these batches fit into.
+
+        Longer rows are fuller, and have more pairs of tokens to compute and to mask.
+
+        Args:
+          lengths: the number of tokens of each text, `(N,)`.
+          batches: the indices of the texts of each batch.
+          most: the most tokens in a row.
+          multiple: what has to divide the number of rows.
+        """
+        shortest = cls.fitting(lengths, most)
+
+        def chosen(length: int, batches: np.ndarray) -> TextRows:
+            count = round_up(max(len(plan_packing(lengths[texts], length)) for texts in batches), multiple)
+            full = float(lengths[batches].sum() / (len(batches) * count * length))
+            return cls(length, length // int(lengths.min()), count, multiple, full)
+
+        longest = max(shortest.length, min(3 * shortest.length, most))
+        tried = [chosen(length, batches[:TRIED_BATCHES]) for length in range(shortest.length, longest + 1, 8)]
+        best: TextRows | None = None
+        for rows in sorted(tried, key=lambda rows: rows.cost):
+            if best is not None and best.cost <= rows.cost:
+                break
+            # All batches may need more rows than the first ones, never fewer.
+            best = min(filter(None, (best, chosen(rows.length, batches))), key=lambda rows: rows.cost)
+        assert best is not None
+        return best
+
+    @property
+    def cost(self) -> float:
+        """The time of a step, but for a factor."""
+        return self.count * self.length * (1 + self.length / TOKENS_DOUBLING)
 
     def arrange(self, columns: Mapping[str, np.ndarray], indices: np.ndarray) -> Batch:
         """Packs the texts with these indices into R rows of T tokens and up to S texts each; see `fill_rows`."""
         batch = {name: column[indices] for name, column in columns.items()}
         rows = plan_packing(text_lengths(batch), self.length)
-        count = next((n for n in self.counts if n >= len(rows)), round_up(len(rows), self.multiple))
+        count = max(self.count, round_up(len(rows), self.multiple))
         return fill_rows(batch, rows, count, self.length, self.texts)[0]
 
     def arrange_all(self, columns: Mapping[str, np.ndarray]) -> tuple[Batch, np.ndarray]:
@@ -72,31 +96,6 @@ class TextRows:
 def text_lengths(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """The number of tokens of each text, `(N,)`."""
     return lengths_of(columns["input_ids"])
-
-
-def choose_counts(needed: Mapping[int, int], least_saving: float) -> tuple[int, ...]:
-    """Chooses numbers of rows, ascending: the largest, and up to `MOST_SHAPES` in all that are worth a program.
-
-    Args:
-      needed: how many batches of a sample need each number of rows.
-      least_saving: what another number has to save, as a share of the rows if all batches had the largest.
-
-    >>> choose_counts({6: 50, 8: 40, 12: 10}, 0.05), choose_counts({6: 50, 8: 40, 12: 10}, 0.1)
-    ((6, 8, 12), (8, 12))
-    """
-    chosen = (max(needed),)
-
-    def share(counts: Sequence[int]) -> float:
-        """Rows of all batches, as a share of the most."""
-        rows = sum(min(n for n in counts if n >= need) * times for need, times in needed.items())
-        return rows / (sum(needed.values()) * max(needed))
-
-    while len(chosen) < MOST_SHAPES and (others := [n for n in needed if n not in chosen]):
-        best = min((tuple(sorted((*chosen, n))) for n in others), key=share)
-        if share(chosen) - share(best) < least_saving:
-            break
-        chosen = best
-    return chosen
 
 
 def fill_rows(

@@ -22,7 +22,7 @@ from ..settings.schema import Settings
 from ..step.sharding import batch_parts, local_rows, mesh_axes_of_rows, shard_batch, with_mesh
 from ..step.train_step import make_eval
 from ..tasks.causal_lm import most_scored
-from ..tasks.encoder import apply_model, has_pairs, read_texts, tokenizer_for
+from ..tasks.encoder import apply_model, has_pairs, model_config, read_texts, tokenizer_for
 from ..tasks.held_out_generation import HeldOutTexts
 from ..tasks.interface import Scored, row_count
 from ..training.distributed import raise_together
@@ -171,7 +171,8 @@ def compute_outputs(
             print(message, file=sys.stderr)
         # Texts of one row share their adapter.
         slots = np.zeros(len(texts), np.int32) if adapters is None else np.array(adapters[1], np.int32)
-        shape, groups = TextRows.fitting(text_lengths(arrays)), []
+        most = model_config(tuned.settings.model, tuned.base).max_length
+        shape, groups = TextRows.fitting(text_lengths(arrays), most), []
         places, count = np.zeros((len(texts), 2), np.int64), 0
         for slot in np.unique(slots):
             members = np.flatnonzero(slots == slot)

@@ -46,7 +46,7 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
     tx = make_optimizer(settings.optimizer, settings.lr_ratio, steps, parts.specs)
     check_rates(settings.optimizer, parts.trainable)
     batches = full_batches(data.splits["train"], train.batch_size, train.eval_batch_size)
-    (batch,) = batches.train
+    batch = batches.train
     run = AbstractRun(settings, data, mesh, steps, batches, parts, tx)
     state, shardings = run.state, run.shardings
     held = {

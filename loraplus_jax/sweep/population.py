@@ -367,10 +367,9 @@ def _compile_programs(
     @functools.cache
     def compile_step(size: int, rounds: int) -> ProgramByShape:
         one, places = make_member_step(run, losses, shapes.specs, steps), mesh.size * size * rounds
-        stacked = [
-            {name: jax.ShapeDtypeStruct((places, *x.shape), x.dtype) for name, x in batch.items()}
-            for batch in batches.train
-        ]
+        stacked = {
+            name: jax.ShapeDtypeStruct((places, *x.shape), x.dtype) for name, x in batches.train.items()
+        }
         return ProgramByShape(functools.partial(compiled, one, size, places, own_batch=True), stacked)
 
     @functools.cache

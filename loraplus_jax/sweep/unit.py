@@ -19,7 +19,7 @@ from .._utils.atomic import add_path_to_errors, to_json
 from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import read_record, write_record
 from ..adapter.tree import combine, count
-from ..data.batches import Batch, train_batches
+from ..data.batches import Batch
 from ..data.fetch import resolve
 from ..models.files import open_files
 from ..step.checkpoint import DamagedCheckpoint, open_manager, save_checkpoint
@@ -175,10 +175,9 @@ class _UnitRun:
         self.seconds, self.started, self.timed_step = 0.0, time.perf_counter(), TIMED_STEP
         self.began = self.started if began is None else began
         split, size = population.data.splits["train"], population.run.train.batch_size
-        arrange = population.batches.arrange
         # Those of a single run with each seed.
         self.batches = {
-            seed: train_batches(split, batch_size=size, seed=seed, arrange=arrange)
+            seed: population.batches.draw(split, batch_size=size, seed=seed)
             for seed in dict.fromkeys(member.seed for member in unit.members)
         }
 

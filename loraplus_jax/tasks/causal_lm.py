@@ -249,7 +249,7 @@ class LanguageTask(Task):
         full, share = 100 * tokens / columns["segment_ids"].size, 100 * counts.sum() / tokens
         rows_line = f"{packed}{len(counts):,} training rows of {length} tokens, {full:.0f} % full"
         summary = (f"{rows_line}; the loss is of {share:.0f} % of the tokens",)
-        return BatchPlan((batch_shapes(columns, size),), evaluate, scored=scored, summary=summary)
+        return BatchPlan(batch_shapes(columns, size), evaluate, scored=scored, summary=summary)
 
     def make_losses(
         self, settings: Settings, parts: AdaptedModel, mesh: Mesh | None = None, scored: Scored = ANY_POSITION

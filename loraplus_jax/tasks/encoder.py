@@ -54,10 +54,8 @@ METRICS = {
     "regression": ("mse", "mae", "pearson", "spearman"),
 }
 """The metrics of each kind of task; the first is the default."""
-STEPS_PER_SHAPE = {"cpu": 20, "accelerator": 500}
-"""Steps of a run that another number of rows must save to be worth a program of its own."""
 SAMPLED_BATCHES = 1000
-"""The most batches for which `plan_batches` chooses numbers of rows."""
+"""The most batches for which `plan_batches` chooses the rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,14 +206,16 @@ class EncoderTask(Task):
         splits = {name: arrays | {"label": labels[name]} for name, (arrays, _) in encoded.items()}
         evaluated = {name: columns for name, columns in splits.items() if name != "train"}
         # Of all of them, since one program evaluates every split.
-        shape = TextRows.fitting(np.concatenate([text_lengths(columns) for columns in evaluated.values()]))
+        lengths = np.concatenate([text_lengths(columns) for columns in evaluated.values()])
+        most = model_config(settings.model, files).max_length
+        shape = TextRows.fitting(lengths, most)
         splits |= {name: shape.arrange_all(columns)[0] for name, columns in evaluated.items()}
         sizes = {name: len(split) for name, split in rows.items()}
         truncated = {name: count for name, (_, count) in encoded.items()}
         digests = {name: _digest(split) for name, split in rows.items()}
         classes = label_summary(rows, task.names) if task.names else ()
         summary = (*limited, *classes, *duplicates)
-        return TaskData(task, splits, sizes, truncated, digests, summary, constant=constant)
+        return TaskData(task, splits, sizes, truncated, digests, summary, constant=constant, longest_row=most)
 
     @classmethod
     def placeholder(cls, settings: Settings) -> TaskData:
@@ -238,7 +238,8 @@ class EncoderTask(Task):
             [row.texts for row in rows], tokenizer_for(settings, files), settings.data.max_length
         )
         columns = arrays | {"label": self.labels(rows)}
-        columns, _ = TextRows.fitting(text_lengths(columns)).arrange_all(columns)
+        most = model_config(settings.model, files).max_length
+        columns, _ = TextRows.fitting(text_lengths(columns), most).arrange_all(columns)
         return Split(columns, len(rows), _digest(rows), truncated=truncated)
 
     def make_base(self, settings: Settings, files: ModelFiles) -> BaseModel:
@@ -275,20 +276,15 @@ class EncoderTask(Task):
         columns, train, parts = data.splits["train"], settings.train, batch_parts(mesh)
         lengths, size = text_lengths(columns), train.batch_size
         count = min(steps, max(1, SAMPLED_BATCHES // len(seeds)))
-        batches = first_batches(len(lengths), batch_size=size, seeds=seeds, count=count)
-        kind = "cpu" if mesh.devices.flat[0].platform == "cpu" else "accelerator"
-        least_saving = STEPS_PER_SHAPE[kind] / steps
-        rows = TextRows.fitting(lengths).for_batches(lengths, batches, parts * train.accumulate, least_saving)
-        first = rows.arrange(columns, batches[0])
-        counts = " or ".join(map(str, rows.counts))
-        summary = (
-            f"{size} texts a step in {counts} rows of {rows.length} tokens, {100 * rows.full:.0f} % full"
-        )
+        batches = first_batches(len(lengths), batch_size=size, seeds=seeds, count=count, lengths=lengths)
+        rows = TextRows.for_batches(lengths, batches, data.longest_row, parts * train.accumulate)
+        full = f"{100 * rows.full:.0f} % full"
         return BatchPlan(
-            train=tuple(batch_shapes(first, count) for count in rows.counts),
+            train=batch_shapes(rows.arrange(columns, batches[0]), rows.count),
             evaluate=eval_shapes(data.splits, train.eval_batch_size, parts),
             arrange=rows.arrange,
-            summary=(summary,),
+            lengths=lengths,
+            summary=(f"{size} texts a step in {rows.count} rows of {rows.length} tokens, {full}",),
         )
 
     def make_losses(

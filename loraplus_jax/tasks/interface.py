@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
+import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from .._utils.validation import to_plain
 from ..adapter.spec import Specs
 from ..adapter.tree import combine
-from ..data.batches import Batch, even_batch_size, take_rows
+from ..data.batches import Batch, even_batch_size, take_rows, train_batches
 from ..data.data_to_text import Input
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.name_table import NameTable
@@ -46,6 +47,7 @@ class TaskData(NamedTuple):
       inputs: the distinct inputs of the held-out split with their references (task generation).
       constant: the metrics on the held-out split of the constant answer that is best on the train split; empty for
         tasks without one.
+      longest_row: the most tokens in a row of packed texts.
       unrelated: a text unlike the data, whose loss a sweep of methods measures (`sweep.unrelated_text`); its digest
         is among the others.
     """
@@ -58,6 +60,7 @@ class TaskData(NamedTuple):
     summary: tuple[str, ...] = ()
     inputs: tuple[Input, ...] = ()
     constant: Mapping[str, float] = {}
+    longest_row: int = 0
     unrelated: Split | None = None
 
 
@@ -141,23 +144,29 @@ class BatchPlan(NamedTuple):
     """The static shapes of a run's batches.
 
     Attributes:
-      train: shapes of training batches with a column `weight`, ascending; the largest is the last.
+      train: shapes of a training batch, with a column `weight`.
       evaluate: shapes of an evaluation batch.
       arrange: makes a training batch of the columns of the split and the indices of its examples.
+      lengths: the length of each training example, where all batches are to be of the same length.
       scored: positions of language models that have a loss.
       summary: lines about how full the rows are, to print before training.
     """
 
-    train: tuple[Shapes, ...]
+    train: Shapes
     evaluate: Shapes
     arrange: Callable[[Mapping[str, np.ndarray], np.ndarray], Batch] = take_rows
+    lengths: np.ndarray | None = None
     scored: Scored = ANY_POSITION
     summary: tuple[str, ...] = ()
 
+    def draw(self, columns: Batch, **options: Any) -> grain.DatasetIterator[Batch]:
+        """The batches of these training examples; see `train_batches` for the options."""
+        return train_batches(columns, arrange=self.arrange, lengths=self.lengths, **options)
+
     @property
-    def fewest_rows(self) -> int:
-        """Rows of the smallest training batch."""
-        return self.train[0]["weight"].shape[0]
+    def train_rows(self) -> int:
+        """Rows of a training batch."""
+        return self.train["weight"].shape[0]
 
     @property
     def eval_rows(self) -> int:
@@ -173,7 +182,7 @@ def batch_shapes(columns: Mapping[str, np.ndarray], rows: int) -> Shapes:
 
 def full_batches(columns: Mapping[str, np.ndarray], batch_size: int, eval_batch_size: int) -> BatchPlan:
     """Batches of so many full rows, each an example: the most that data of such columns may need."""
-    return BatchPlan((batch_shapes(columns, batch_size),), batch_shapes(columns, eval_batch_size))
+    return BatchPlan(batch_shapes(columns, batch_size), batch_shapes(columns, eval_batch_size))
 
 
 def eval_shapes(splits: Mapping[str, Mapping[str, np.ndarray]], at_most: int, parts: int) -> Shapes:

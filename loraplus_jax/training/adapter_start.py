@@ -14,7 +14,6 @@ from .._utils.multihost import gather_to_host
 from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.spec import Specs
 from ..adapter.tree import combine, factors_by_module, flatten, replace_leaves
-from ..data.batches import train_batches
 from ..inits.from_weights import as_difference, make_factors, subtract_start
 from ..interop.adapter_directory import load_adapter, save_adapter
 from ..models.checkpoints.model_files import ModelFiles
@@ -126,15 +125,8 @@ def first_gradients(run: AbstractRun, parts: AdaptedModel, loss_fn: LossFn) -> d
     init = BASE_INITS.get(settings.lora.init)
     if init is None or init.source != "gradients":
         return {}
-    batch = next(
-        train_batches(
-            run.data.splits["train"],
-            batch_size=settings.train.batch_size,
-            seed=settings.seed,
-            arrange=run.batches.arrange,
-            rows=functools.partial(local_rows, mesh),
-        )
-    )
+    options = {"batch_size": settings.train.batch_size, "rows": functools.partial(local_rows, mesh)}
+    batch = next(run.batches.draw(run.data.splits["train"], seed=settings.seed, **options))
     count = len(batch["weight"]) // settings.train.accumulate
     batch = shard_batch({name: column[:count] for name, column in batch.items()}, mesh)
     flat, places = flatten(parts.frozen), flatten(run.shardings.frozen)

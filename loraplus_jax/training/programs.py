@@ -91,21 +91,14 @@ def compile_programs(run: AbstractRun) -> Programs:
         theory = lower_theory(unbounded.train, parts.specs, run.state, parts.frozen, rows, **layout).compile()
     options = compiler_options(mesh, unrolled=bool(settings.model.unroll))
 
-    flops: list[float] = []
-
-    def compile_step(batch: Shapes) -> jax.stages.Compiled:
-        traced = trace_step(run, batch)
-        flops.append(count_flops(traced.jaxpr))
-        return traced.lower().compile(options)
-
-    step = ProgramByShape(compile_step, batches.train)
+    step = ProgramByShape(lambda batch: trace_step(run, batch).lower().compile(options), batches.train)
     traced = evaluate.trace(run.state.trainable, parts.frozen, batches.evaluate)
-    step_work = sum(flops) / len(flops) / count_flops(traced.jaxpr)
+    step_work = count_flops(trace_step(run).jaxpr) / count_flops(traced.jaxpr)
     return Programs(step, traced.lower().compile(), theory, step_work)
 
 
 def trace_step(run: AbstractRun, batch: Shapes | None = None) -> jax.stages.Traced:
-    """Traces the training step for a batch of these shapes, by default the largest of the run."""
+    """Traces the training step for a batch of these shapes, by default the run's."""
     losses = run.data.task.make_losses(run.settings, run.parts, run.mesh, run.batches.scored)
     step = jit_step(
         losses.train,
@@ -115,11 +108,10 @@ def trace_step(run: AbstractRun, batch: Shapes | None = None) -> jax.stages.Trac
         accumulate=run.settings.train.accumulate,
         skip_nonfinite=True,
     )
-    return step.trace(run.state, run.parts.frozen, batch or run.batches.train[-1])
+    return step.trace(run.state, run.parts.frozen, batch or run.batches.train)
 
 
 def theory_rows(batches: BatchPlan, mesh: Mesh) -> Shapes:
-    """The shapes of the rows of a batch, of the smallest if there are several shapes, to measure for the theory."""
-    batch = batches.train[0]
-    count = count_rows(batch["weight"].shape[0], mesh)
-    return {name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    """The shapes of the rows of a batch to measure for the theory."""
+    count = count_rows(batches.train_rows, mesh)
+    return {name: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for name, x in batches.train.items()}

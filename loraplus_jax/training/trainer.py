@@ -15,7 +15,6 @@ from .._utils.atomic import to_json, write_text
 from .._utils.multihost import allgather, gather_to_host, is_lead
 from .._utils.records import check_digests, file_digests, write_record
 from ..adapter.tree import combine, count
-from ..data.batches import train_batches
 from ..interop.adapter_directory import save_adapter
 from ..optim.trained_ranks import final_ranks
 from ..settings.schema import Settings
@@ -111,13 +110,9 @@ class Trainer:
         self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
         self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
         self.state: TrainState = distribute(init_state(self.initial, run.tx, key), run.shardings.state)
-        self.batches = train_batches(
-            run.data.splits["train"],
-            batch_size=self.settings.batch_size,
-            seed=run.settings.seed,
-            arrange=run.batches.arrange,
-            rows=functools.partial(local_rows, run.mesh),
-        )
+        rows = functools.partial(local_rows, run.mesh)
+        size, seed = self.settings.batch_size, run.settings.seed
+        self.batches = run.batches.draw(run.data.splits["train"], batch_size=size, seed=seed, rows=rows)
         self.held_out = held_out_split(run.data.splits)
         self.answers: dict[str, str] = {}
         self.ranks: dict[str, Any] = {}
@@ -315,7 +310,7 @@ class Trainer:
                 self.step = step = step + 1
                 stopping = self.stop.is_due(step)
                 if is_measured:
-                    part = first_rows(batch, self.run.mesh, self.run.batches.fewest_rows)
+                    part = first_rows(batch, self.run.mesh, self.run.batches.train_rows)
                     rows = shard_batch(part, self.run.mesh)
                     terms = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
                     self.log.write(step, to_metrics(terms, self.run.parts.specs))

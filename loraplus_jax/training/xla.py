@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,10 @@ class ProgramByShape:
       programs: the compiled programs, by the shape of `weight`.
     """
 
-    def __init__(self, compile_for: Callable[[Any], Any], shapes: Sequence[Any]) -> None:
+    def __init__(self, compile_for: Callable[[Any], Any], batch: Any) -> None:
         """Compiles `compile_for(batch)` for these shapes, and for others when the first such batch comes."""
         self._compile_for = compile_for
-        self.programs = {batch["weight"].shape: compile_for(batch) for batch in shapes}
+        self.programs = {batch["weight"].shape: compile_for(batch)}
 
     def __call__(self, *args: Any) -> Any:
         """Calls the program for the batch."""

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from loraplus_jax.data.batches import eval_batches, train_batches
+from loraplus_jax.data.batches import batch_order, eval_batches, even_batches, train_batches
 
 from ..refusals import refusals
 
@@ -67,16 +67,55 @@ def test_processes_share_each_batch_of_an_evaluation():
 
 
 @pytest.mark.parametrize("position", [0, 1, 4, 5, 13])
-def test_the_position_is_restored_exactly(position):
-    iterator = train_batches(_columns(23), batch_size=4, seed=5)
+@pytest.mark.parametrize("lengths", [None, np.arange(23)])
+def test_the_position_is_restored_exactly(position, lengths):
+    iterator = train_batches(_columns(23), batch_size=4, seed=5, lengths=lengths)
     _taken(iterator, position)
     state = json.loads(json.dumps(iterator.get_state()))
     following = _taken(iterator, 12)
-    fresh = train_batches(_columns(23), batch_size=4, seed=5)
+    fresh = train_batches(_columns(23), batch_size=4, seed=5, lengths=lengths)
     fresh.set_state(state)
     assert _taken(fresh, 12) == following
     iterator.set_state(state)
     assert _taken(iterator, 12) == following
+
+
+def test_batches_of_even_length_by_hand():
+    lengths, order = np.array([1, 9, 2, 8, 3, 7]), np.array([2, 5, 0, 3, 1, 4])
+    # 9 to the first batch and 8 to the second; 7 to the second, 3 to the first; 2 to the first, 1 to the second.
+    # Theirs are the texts 1, 4, 2 and 3, 5, 0; that of the first text in the order comes first.
+    assert even_batches(order, lengths, 2).tolist() == [[1, 4, 2], [3, 5, 0]]
+    assert even_batches(order[1:5], lengths, 2).tolist() == [[3, 5], [1, 0]]
+
+
+def test_batches_of_even_length_hold_each_example_once_an_epoch():
+    lengths = 1 + np.random.default_rng(0).permutation(203)
+    order = batch_order(203, batch_size=10, seed=4, lengths=lengths)
+    epochs = np.array([order[n] for n in range(60)]).reshape(3, 200)
+    assert all(len({*epoch.tolist()}) == 200 for epoch in epochs)
+    assert (np.sort(epochs) != np.sort(epochs[0])).any()  # another three are left out
+    sums = lengths[epochs.reshape(60, 10)].sum(axis=1).reshape(3, 20)
+    assert (np.ptp(sums, axis=1) < 0.03 * sums.mean()).all()
+    # Each batch has one of the longest, one of the next, and so on.
+    ranks = np.argsort(np.argsort(-lengths[epochs[0]], kind="stable"))
+    assert (np.sort(ranks.reshape(20, 10) // 20) == np.arange(10)).all()
+    again = batch_order(203, batch_size=10, seed=5, lengths=lengths)
+    assert [set(again[n]) for n in range(20)] != [set(order[n]) for n in range(20)]
+
+
+def test_the_order_of_even_batches_says_nothing_of_their_lengths():
+    lengths = np.arange(1, 101)
+    # The batch with the longest example of all: anywhere in the epoch.
+    orders = [batch_order(100, batch_size=5, seed=seed, lengths=lengths) for seed in range(60)]
+    at = [next(n for n in range(20) if 99 in order[n]) for order in orders]
+    assert 7 < np.mean(at) < 12
+    assert len({*at}) > 15
+
+
+def test_the_order_of_even_batches_does_not_change_with_versions():
+    # By hand from NumPy's Philox and SeedSequence, whose streams are fixed: a resumed run continues its order.
+    order = batch_order(6, batch_size=2, seed=0, lengths=np.array([4, 4, 4, 2, 2, 2]))
+    assert [order[n].tolist() for n in range(6)] == [[0, 3], [1, 5], [2, 4], [2, 3], [1, 4], [0, 5]]
 
 
 test_batches_that_are_rejected = refusals(

@@ -3,7 +3,7 @@ import pytest
 
 from loraplus_jax.data.batches import add_rows, even_batch_size, first_batches, train_batches
 from loraplus_jax.data.packed_rows import ragged
-from loraplus_jax.data.text_rows import TextRows, choose_counts, fill_rows, text_lengths
+from loraplus_jax.data.text_rows import TextRows, fill_rows
 
 
 def columns(lengths):
@@ -43,17 +43,16 @@ def test_every_text_of_a_batch_stands_in_it_once(seed):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 20, 60)
     data = columns(lengths)
-    rows = TextRows.fitting(text_lengths(data))
-    assert (rows.length, rows.texts) == (lengths.max(), lengths.max() // lengths.min())
-    batches = first_batches(60, batch_size=8, seeds=[seed], count=7)
-    rows = rows.for_batches(lengths, batches, multiple=2, least_saving=0.01)
+    batches = first_batches(60, batch_size=8, seeds=[seed], count=7, lengths=lengths)
+    rows = TextRows.for_batches(lengths, batches, 40, multiple=2)
+    assert rows.length in (24, 32, 40)
+    assert (rows.texts, rows.count % 2) == (rows.length // lengths.min(), 0)
+    assert rows.full == lengths[batches].sum() / (7 * rows.count * rows.length)
     alone = {n: (data["input_ids"][n].tolist(), [0] + [1] * (t - 1)) for n, t in enumerate(lengths)}
-    for batch, indices in zip(
-        train_batches(data, batch_size=8, seed=seed, arrange=rows.arrange), batches, strict=False
-    ):
-        assert len(batch["weight"]) in rows.counts
-        assert batch["input_ids"].shape == (len(batch["weight"]), rows.length)
-        assert batch["label"].shape == batch["weight"].shape == (len(batch["weight"]), rows.texts)
+    drawn = train_batches(data, batch_size=8, seed=seed, arrange=rows.arrange, lengths=lengths)
+    for batch, indices in zip(drawn, batches, strict=False):
+        assert batch["input_ids"].shape == (rows.count, rows.length)
+        assert batch["label"].shape == batch["weight"].shape == (rows.count, rows.texts)
         assert texts_of(batch) == {n: alone[n] for n in indices}
     filled, places = rows.arrange_all(data)
     assert texts_of(filled) == alone
@@ -63,25 +62,33 @@ def test_every_text_of_a_batch_stands_in_it_once(seed):
 
 
 def test_a_batch_that_needs_more_rows_than_were_chosen_has_a_multiple_of_them():
-    rows = TextRows(length=4, texts=4, counts=(2, 4), multiple=2)
+    rows = TextRows(length=4, texts=4, count=2, multiple=2)
     counts = [len(rows.arrange(columns([4] * n + [1]), np.arange(n + 1))["weight"]) for n in (0, 1, 3, 4, 7)]
     assert counts == [2, 2, 4, 6, 8]
 
 
-def test_numbers_of_rows_are_worth_their_programs():
-    needed = {6: 50, 8: 40, 12: 10}
-    # With 8: 90 of 100 batches save a third of the rows, 0.3; with 6 too: 50 save 2 rows of 12 more, 1/12.
-    assert choose_counts(needed, 0.31) == (12,)
-    assert choose_counts(needed, 0.29) == (8, 12)
-    assert choose_counts(needed, 0.08) == (6, 8, 12)
-    assert choose_counts({7: 3}, 0.0) == (7,)
-    assert len(choose_counts(dict.fromkeys(range(1, 20), 1), 0.0)) == 4
+def test_the_shortest_rows_are_of_eight_tokens_or_the_most():
+    assert TextRows.fitting(np.array([3, 17]), 100) == TextRows(length=24, texts=8)
+    assert TextRows.fitting(np.array([3, 17]), 20) == TextRows(length=20, texts=6)
 
 
-def test_the_share_of_text_is_that_of_the_batches():
-    lengths = np.array([3, 1, 4, 2])
-    rows = TextRows.fitting(lengths).for_batches(lengths, [np.array([0, 1]), np.array([2, 3])], 1, 0.0)
-    assert (rows.counts, rows.full) == ((1, 2), 10 / 12)
+def test_rows_are_as_long_as_makes_a_step_cheapest():
+    lengths = np.array([9, 9, 9, 5, 4, 9])
+    batches = np.array([[0, 1, 2, 3], [4, 5, 0, 1]])  # 32 and 31 tokens
+    # Rows of 16 tokens: 9 and 5 or 4 fit into one, so 3; of 24: two of 9 and 5 or 4, so 2; of 32 one.
+    # Their cost: 48 (1 + 16 / 600), 48 (1 + 24 / 600), 32 (1 + 32 / 600).
+    chosen = TextRows.for_batches(lengths, batches, 512, 1)
+    assert (chosen.length, chosen.texts, chosen.count, chosen.full) == (32, 8, 1, 63 / 64)
+    assert TextRows.for_batches(lengths, batches, 24, 1).length == 16
+    assert TextRows.for_batches(lengths, batches, 24, 2).count == 2  # rows of 24, as those of 16 would be 4
+    assert TextRows.for_batches(lengths, batches, 12, 1) == TextRows(12, 3, 4, 1, 63 / 96)
+
+
+def test_a_later_batch_counts_too():
+    lengths = np.repeat([8, 16], [80, 2])
+    batches = np.arange(80).reshape(40, 2).repeat(2, axis=0)  # more than are tried, each of one row of 16
+    assert TextRows.for_batches(lengths, batches, 16, 1).count == 1
+    assert TextRows.for_batches(lengths, np.concatenate([batches, [[80, 81]]]), 16, 1).count == 2
 
 
 def test_rows_are_added_and_batches_even():

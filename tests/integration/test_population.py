@@ -6,7 +6,6 @@ import pytest
 
 from loraplus_jax import init_state
 from loraplus_jax.adapter.tree import leaves_by_path
-from loraplus_jax.data.batches import train_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import shard_batch
 from loraplus_jax.sweep import population as populations
@@ -43,10 +42,7 @@ def taken(run, entries, steps=STEPS, at_once=None):
     population = prepare_population(abstract_population(run), len(entries), at_once)
     members = DeviceMembers(population, [population.first(*entry) for entry in entries])
     split, size = population.data.splits["train"], run.train.batch_size
-    streams = {
-        seed: train_batches(split, batch_size=size, seed=seed, arrange=population.batches.arrange)
-        for _, seed in entries
-    }
+    streams = {seed: population.batches.draw(split, batch_size=size, seed=seed) for _, seed in entries}
     for _ in range(steps):
         by_seed = {seed: next(stream) for seed, stream in streams.items()}
         members.step([by_seed[seed] for _, seed in entries])
@@ -63,7 +59,7 @@ def alone(run, trial, seed, steps=STEPS):
     single = prepare(run.settings_of(trial, seed))
     state = init_state(single.parts.trainable, single.tx, jax.random.fold_in(jax.random.key(seed), 1))
     split, size = single.data.splits["train"], run.train.batch_size
-    batches = train_batches(split, batch_size=size, seed=seed, arrange=single.batches.arrange)
+    batches = single.batches.draw(split, batch_size=size, seed=seed)
     for _ in range(steps):
         state, _ = single.programs.step(state, single.parts.frozen, shard_batch(next(batches), single.mesh))
     return {path: np.asarray(leaf) for path, leaf in leaves_by_path(state.trainable).items()}

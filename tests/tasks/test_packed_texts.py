@@ -74,7 +74,7 @@ class Subject:
         self.loss = self.task.loss_fn(self.model)
         lengths = text_lengths(self.data)
         batches = first_batches(count, batch_size=8, seeds=[0], count=count // 8)
-        self.rows = TextRows.fitting(lengths).for_batches(lengths, batches, 1, 1.0)
+        self.rows = TextRows.for_batches(lengths, batches, MAX_LENGTH, 1)
 
     def batches(self, data, **arrange):
         return train_batches(data, batch_size=8, seed=0, **arrange)
@@ -125,9 +125,7 @@ def test_eight_devices_train_as_one_does():
     batches, lengths = first_batches(70, batch_size=32, seeds=[0], count=2), text_lengths(it.data)
 
     def arranged(parts):
-        return (
-            TextRows.fitting(lengths).for_batches(lengths, batches, parts, 0.0).arrange(it.data, batches[0])
-        )
+        return TextRows.for_batches(lengths, batches, MAX_LENGTH, parts).arrange(it.data, batches[0])
 
     def state():
         return init_state(it.trainable, tx, jax.random.key(0))
@@ -147,8 +145,8 @@ def test_flops_follow_the_tokens_of_text():
     def flops_per_token(longest):
         data = texts(2048, longest=longest)
         lengths = text_lengths(data)
-        batches = first_batches(2048, batch_size=512, seeds=[0], count=4)
-        rows = TextRows.fitting(lengths).for_batches(lengths, batches, devices, 1.0)
+        batches = first_batches(2048, batch_size=512, seeds=[0], count=4, lengths=lengths)
+        rows = TextRows.for_batches(lengths, batches, MAX_LENGTH, devices)
         batch = jax.device_put(rows.arrange(data, batches[0]), batch_sharding(mesh))
         work = step.lower(state, it.frozen, batch).compile().cost_analysis()["flops"]
         return devices * work / lengths[batches].sum() * len(batches)
