@@ -1,9 +1,9 @@
 """Runs a model whose layers have stacked weights as straight code that reads each layer's weights in place.
 
 XLA's CPU backend has no product that reads a slice: in a loop over layers it first copies each layer's weights out
-of the stack, so that every generated token moves them three times. Arrays on a CPU can share memory, so here each
-layer gets arrays of its own that are views of the stack. On other devices, and for sharded variables, the loop
-stays: it compiles sooner.
+of the stack, so that every generated token moves them three times; a training step of unrolled layers copies them
+too. Arrays on a CPU can share memory, so here each layer gets arrays of its own that are views of the stack. On
+other devices, and for sharded variables, the loop stays: it compiles sooner.
 """
 
 import functools
@@ -50,6 +50,42 @@ def unstack(variables: Any, layers: int) -> list[Layers]:
                 # Both steps share memory on a CPU where a slice is aligned to 64 bytes; elsewhere each call copies.
                 views[-1] = tuple(jax.device_put(view, device) for view in np.asarray(leaf))
     return views
+
+
+class OnLayers:
+    """A compiled program whose second argument, variables, has each layer's arrays instead of stacks."""
+
+    def __init__(self, program: Any, layers: int) -> None:
+        """Takes a program whose second argument is like `split_layers` of the variables."""
+        self.program, self.layers = program, layers
+        self._seen = self._views = None
+
+    def __call__(self, first: Any, variables: Any, *args: Any) -> Any:
+        """Calls the program with views of the variables, made anew if these are others than in the last call."""
+        if variables is not self._seen:
+            self._seen, self._views = variables, split_layers(variables, self.layers)
+        return self.program(first, self._views, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.program, name)
+
+
+def split_layers(variables: Any, layers: int) -> Any:
+    """The tree with a tuple of each layer's array or shape for every leaf that is stacked; see `unstack`."""
+    leaves, structure = jax.tree.flatten(variables)
+
+    def split(leaf: Any, views: Layers) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.shape[:1] == (layers,):
+            return layers * (jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),)
+        return views or leaf
+
+    return jax.tree.unflatten(structure, map(split, leaves, unstack(variables, layers)))
+
+
+def join_layers(variables: Any) -> Any:
+    """Stacks each layer's arrays again, inside a program, where XLA reads slices of the stack from these arrays."""
+    is_split = lambda x: isinstance(x, tuple)  # noqa: E731
+    return jax.tree.map(lambda x: jnp.stack(x) if is_split(x) else x, variables, is_leaf=is_split)
 
 
 def run_unstacked(fn: Callable[..., Any], variables: Any, layers: Sequence[Layers], *args: Any) -> Any:

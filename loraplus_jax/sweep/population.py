@@ -21,6 +21,7 @@ from ..adapter.config import BASE_INITS
 from ..adapter.lora import SCALE, scale_variables
 from ..adapter.spec import Specs
 from ..data.fetch import resolve
+from ..interpreter.unstack import OnLayers, split_layers
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.params import load_params
 from ..models.files import open_files
@@ -35,6 +36,7 @@ from ..training.adapter_start import begin_from, make_start
 from ..training.estimate import count_flops
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
+from ..training.programs import reads_layers, with_layers
 from ..training.provenance import Origin, model_identity
 from ..training.setup import build_model, count_steps, params_of, set_weights, start_magnitudes, task_class
 from ..training.xla import ProgramByShape, one_thread_per_device
@@ -342,7 +344,8 @@ def _compile_programs(
 ) -> tuple[Programs, Callable[[int], Programs]]:
     """Compiles, from shapes, the programs for all members; also returns a function that does for fewer."""
     run, (_, _, data, steps, _, shapes) = abstract.widest, abstract
-    losses = data.task.make_losses(run, shapes, scored=batches.scored)
+    losses = Losses(*map(with_layers, data.task.make_losses(run, shapes, scored=batches.scored)))
+    layers = shapes.base.layers if reads_layers(mesh) else 0
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)  # noqa: E731
     # eval_shape traces without computing; asarray, as NumPy's scalars have no place in a trace's outputs.
     member = jax.eval_shape(
@@ -360,9 +363,9 @@ def _compile_programs(
         # A step gives each member a batch and donates the members; an evaluation has one batch for all.
         axes, donate = ((0, None, 0), 0) if own_batch else ((0, None, None), ())
         mapped = map_members(one, axes, at_once=size, mesh=mesh, donate=donate)
-        traced = mapped.trace(members, shapes.frozen, batch)
+        traced = mapped.trace(members, split_layers(shapes.frozen, layers), batch)
         flops[own_batch].append(count_flops(traced.jaxpr) / places)
-        return traced.lower().compile(one_thread_per_device(mesh))
+        return OnLayers(traced.lower().compile(one_thread_per_device(mesh)), layers)
 
     @functools.cache
     def compile_step(size: int, rounds: int) -> ProgramByShape:

@@ -87,6 +87,7 @@ class BaseModel(NamedTuple):
       tensor_sizes: sizes that the mesh's tensor axis must divide, by name.
       formats: format of each packed weight, by path.
       hint: what to know about the names of its layers if `lora` does not fit them.
+      layers: the number of stacked layers, if on a CPU a program computes them without a loop.
     """
 
     model: nn.Module
@@ -97,6 +98,7 @@ class BaseModel(NamedTuple):
     tensor_sizes: Mapping[str, int]
     formats: Mapping[str, FormatName] = {}
     hint: str = ""
+    layers: int = 0
 
 
 class AdaptedModel(NamedTuple):

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..interpreter.unstack import OnLayers, join_layers, split_layers
 from ..settings.schema import Settings
 from ..step.sharding import Shardings, make_shardings
-from ..step.train_step import TrainState, init_state, jit_step, make_eval
+from ..step.train_step import LossFn, TrainState, init_state, jit_step, make_eval
 from ..tasks.interface import AdaptedModel, BatchPlan, Shapes, TaskData
 from .estimate import count_flops
 from .theory_metrics import count_rows, lower_theory
@@ -56,6 +57,20 @@ class AbstractRun:
         parts = self.parts
         return make_shardings(self.mesh, self.state, parts.frozen, specs=parts.specs, rules=parts.base.rules)
 
+    @property
+    def layers(self) -> int:
+        """The number of stacked layers whose arrays step and evaluation take one by one, or 0; see `OnLayers`."""
+        return self.parts.base.layers if reads_layers(self.mesh) else 0
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """The mesh, and the shardings of step and evaluation."""
+        shardings, whole = self.shardings, NamedSharding(self.mesh, PartitionSpec())
+        split = split_layers(self.parts.frozen, self.layers)
+        of_leaf = lambda place, leaf: len(leaf) * (whole,) if isinstance(leaf, tuple) else place  # noqa: E731
+        frozen = jax.tree.map(of_leaf, shardings.frozen, split)
+        return {"mesh": self.mesh, "shardings": Shardings(shardings.state, frozen)}
+
 
 class Programs(NamedTuple):
     """The compiled programs of a run.
@@ -81,34 +96,48 @@ class Programs(NamedTuple):
 def compile_programs(run: AbstractRun) -> Programs:
     """Compiles step, evaluation and, if enabled, theory measurement from shapes."""
     settings, task, parts, batches, mesh = run.settings, run.data.task, run.parts, run.batches, run.mesh
-    layout = {"mesh": mesh, "shardings": run.shardings}
-    evaluate = make_eval(task.make_losses(settings, parts, mesh, batches.scored).evaluate, **layout)
+    losses = task.make_losses(settings, parts, mesh, batches.scored)
+    evaluate = make_eval(with_layers(losses.evaluate), **run.layout)
     theory = None
     if settings.train.theory_every is not None:
         rows = theory_rows(batches, mesh)
         # Its rows are no micro-batch of a step, so they may have more positions with a loss.
         unbounded = task.make_losses(settings, parts, mesh)
+        layout = {"mesh": mesh, "shardings": run.shardings}
         theory = lower_theory(unbounded.train, parts.specs, run.state, parts.frozen, rows, **layout).compile()
     options = compiler_options(mesh, unrolled=bool(settings.model.unroll))
 
-    step = ProgramByShape(lambda batch: trace_step(run, batch).lower().compile(options), batches.train)
-    traced = evaluate.trace(run.state.trainable, parts.frozen, batches.evaluate)
-    step_work = count_flops(trace_step(run).jaxpr) / count_flops(traced.jaxpr)
-    return Programs(step, traced.lower().compile(), theory, step_work)
+    traced = trace_step(run)
+
+    def compile_step(batch: Shapes) -> OnLayers:
+        lowered = (traced if batch is batches.train else trace_step(run, batch)).lower()
+        return OnLayers(lowered.compile(options), run.layers)
+
+    step = ProgramByShape(compile_step, batches.train)
+    evaluation = evaluate.trace(run.state.trainable, split_layers(parts.frozen, run.layers), batches.evaluate)
+    step_work = count_flops(traced.jaxpr) / count_flops(evaluation.jaxpr)
+    return Programs(step, OnLayers(evaluation.lower().compile(), run.layers), theory, step_work)
 
 
 def trace_step(run: AbstractRun, batch: Shapes | None = None) -> jax.stages.Traced:
     """Traces the training step for a batch of these shapes, by default the run's."""
     losses = run.data.task.make_losses(run.settings, run.parts, run.mesh, run.batches.scored)
+    accumulate = run.settings.train.accumulate
     step = jit_step(
-        losses.train,
-        run.tx,
-        mesh=run.mesh,
-        shardings=run.shardings,
-        accumulate=run.settings.train.accumulate,
-        skip_nonfinite=True,
+        with_layers(losses.train), run.tx, accumulate=accumulate, skip_nonfinite=True, **run.layout
     )
-    return step.trace(run.state, run.parts.frozen, batch or run.batches.train)
+    frozen = split_layers(run.parts.frozen, run.layers)
+    return step.trace(run.state, frozen, batch or run.batches.train)
+
+
+def reads_layers(mesh: Mesh) -> bool:
+    """Whether programs on this mesh may take each layer's arrays instead of stacks: on a single CPU device."""
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+
+def with_layers(loss_fn: LossFn) -> LossFn:
+    """The loss function, also for variables from `split_layers`."""
+    return lambda variables, batch, rng: loss_fn(join_layers(variables), batch, rng)
 
 
 def theory_rows(batches: BatchPlan, mesh: Mesh) -> Shapes:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from .._utils.allocator import keep_memory
+from .._utils.allocator import keep_memory, release_memory
 from .._utils.validation import expand_path
 from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.dora import set_magnitudes
@@ -142,6 +142,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         # Compiled from shapes: a program that does not fit is an error before the weights are read, which takes
         # minutes.
         programs = compile_programs(abstract)
+        release_memory()  # the compiler's
         check_memory(programs.compiled, mesh.local_devices[0], len(mesh.local_devices))
         parts = load_model(settings, files, shapes, mesh)
         inputs = {

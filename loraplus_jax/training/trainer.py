@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._utils.allocator import release_memory
 from .._utils.atomic import to_json, write_text
 from .._utils.multihost import allgather, gather_to_host, is_lead
 from .._utils.records import check_digests, file_digests, write_record
@@ -500,5 +501,7 @@ class Trainer:
         arrays, size = self.run.data.splits[split], self.run.batches.eval_rows
         program = self.run.programs.evaluate
         between = self.between_batches(f"{split} batch", row_count(arrays), size)
+        release_memory()  # a step's, as evaluation needs other blocks
         values = evaluate(program, trainable, self.frozen, arrays, size, self.run.mesh, between=between)
+        release_memory()
         return finish_metrics(self.task, values)

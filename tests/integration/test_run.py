@@ -236,7 +236,9 @@ def test_regression_in_units_of_the_labels_stops_early_with_the_best_state(world
     assert set(summary["before"]) == {"loss", "mse", "mae"}
     assert summary["after"]["mse"] < 2 < 6 < summary["before"]["mse"]  # the ratings are 3 and -3
     assert summary["after"]["mse"] == pytest.approx(9 * summary["after"]["loss"], rel=0.02)
-    lines = printed(capsys, "predict", out, "--text", "a good film", "--text", "a bad film").splitlines()
+    lines = printed(
+        capsys, "predict", out, "--text", "the film was good", "--text", "the film was bad"
+    ).splitlines()
     high, low = [json.loads(line)["prediction"] for line in lines]
     assert low < -1 < 1 < high
 

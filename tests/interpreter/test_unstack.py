@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
-from loraplus_jax.interpreter.unstack import run_unstacked, unstack
+from loraplus_jax.interpreter.unstack import OnLayers, join_layers, run_unstacked, split_layers, unstack
 from loraplus_jax.linen import quantize_base
 from loraplus_jax.models.decoding.generate import Sampling, make_generate, pad_left
 from loraplus_jax.models.llama.config import LlamaConfig
@@ -120,3 +120,32 @@ def test_a_loop_that_slices_no_stack_stays_a_loop():
     variables = {"a": jnp.ones((4, 2))}
     views = unstack(variables, 4)
     assert "scan" in str(jax.make_jaxpr(lambda: run_unstacked(fn, variables, views))())
+
+
+@pytest.mark.parametrize("layers", [LAYERS, 0])
+def test_a_program_on_layers_copies_no_weight(layers):
+    """Its gradients are those on stacks; the slices are gone, forward and backward through unrolled layers."""
+    rng = np.random.default_rng(0)
+    width = 4 * LAYERS
+    variables = {
+        "w": jnp.asarray(rng.normal(size=(LAYERS, width, width)), jnp.float32),
+        "bias": jnp.ones(width),
+    }
+
+    def fn(x, variables):
+        body = lambda x, w: (jnp.tanh(x @ w + variables["bias"]), None)  # noqa: E731
+        return jax.lax.scan(body, x, variables["w"], unroll=LAYERS)[0].sum()
+
+    of_layers = lambda x, variables: jax.grad(fn)(x, join_layers(variables))  # noqa: E731
+    shapes = split_layers(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables), layers)
+    assert isinstance(shapes["w"], tuple) == (layers > 0)
+    assert shapes["bias"].shape == (1, width)
+    x = jnp.ones((3, width))
+    compiled = jax.jit(of_layers).lower(x, shapes).compile()
+    program = OnLayers(compiled, layers)
+    np.testing.assert_allclose(program(x, variables), jax.grad(fn)(x, variables), rtol=1e-6)
+    others = variables | {"w": -variables["w"]}
+    np.testing.assert_allclose(program(x, others), jax.grad(fn)(x, others), rtol=1e-6)
+    made = [op for ops in parse_hlo(program.as_text()).values() for op in ops if op.opcode != "parameter"]
+    copied = sum(op.shape.startswith(f"f32[{width},{width}]") for op in made)
+    assert (copied == 0) == (layers > 0)
