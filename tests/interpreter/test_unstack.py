@@ -129,7 +129,7 @@ def test_a_program_on_layers_copies_no_weight(layers):
     width = 4 * LAYERS
     variables = {
         "w": jnp.asarray(rng.normal(size=(LAYERS, width, width)), jnp.float32),
-        "bias": jnp.ones(width),
+        "bias": jnp.ones((1, width)),
     }
 
     def fn(x, variables):
