@@ -5,7 +5,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,7 +14,7 @@ from .batches import Batch, round_up
 from .chat_template import ChatTemplate
 from .chat_tokens import Tokens, find_answers, tokenize
 from .conversations import Chat, Turn, choose_columns, take_list
-from .packed_rows import fill, ragged
+from .packed_rows import fill, lengths_of, plan_packing, ragged
 from .readers import Problems, read_records, take_text
 from .splits import comparable
 
@@ -27,6 +27,8 @@ LAYOUTS: Sequence[tuple[Mapping[str, str], Sequence[str]]] = (
 )
 _ALLOWED = "prompt (or question, instruction), choices and answer, or instruction and output"
 ANSWER_PREFIX = "the correct answer is "
+CHOICE = ("question", "choice", "right", "byte_lengths", "tokens", "last")
+"""What `Sequences` has of each choice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,61 +90,84 @@ def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -
     return questions
 
 
+class Sequences(NamedTuple):
+    """Tokens before the last of N choices; choices that differ in the last token only share a sequence.
+
+    Attributes:
+      columns: ragged `input_ids` and `loss_mask` of the sequences, 1 at their tokens of a choice.
+      choices: for each sequence its choices, each with what `CHOICE` names.
+    """
+
+    columns: dict[str, np.ndarray]
+    choices: list[list[tuple[int, int, bool, int, int, int]]]
+
+
 def encode_choices(
     questions: Sequence[Question], tokenizer: Tokenizer, template: ChatTemplate, max_length: int
-) -> Batch:
-    """Encodes every choice of N questions as the answer to its prompt, up to the last token of the choice.
-
-    Only the tokens of the choice are scored: its log-likelihood is the sum of their log-probabilities over
-    `loss_mask`, and the choice with the highest sum is the usual prediction. Longer choices have lower sums. So a
-    second metric divides the sum by `byte_lengths`, which do not depend on the tokenizer, or by the token count
-    `loss_mask.sum(-1)`. Padded choices have no tokens to score: exclude them by `n_choices` before the argmax.
+) -> Sequences:
+    """Encodes every choice of the questions as the answer to its prompt, up to the last token of the choice.
 
     Args:
-      questions: N questions with at most C choices.
+      questions: the questions.
       tokenizer: the model's tokenizer.
       template: the chat template.
       max_length: most tokens of a choice with its prompt.
-
-    Returns:
-      int32 `input_ids` and `segment_ids` and float32 `loss_mask`, each `(N, C, T)`: a choice is a row from `fill`,
-      and a padded choice an empty one; T is the most tokens in a row, rounded up to 32, 64, 96 or a multiple of
-      128, but at most `max_length`. int32 `answer` and `n_choices`, each `(N,)`; and int32 `byte_lengths` `(N, C)`,
-      the UTF-8 bytes of each choice, 1 for padded choices.
 
     Raises:
       ValueError: the template fails or does not write a choice verbatim, or a question with a choice has more than
         `max_length` tokens (nothing is truncated).
     """
-    width = max((len(q.choices) for q in questions), default=0)
-    problems, ids, masks, rows = Problems(), [], [], []
-    for question, choices in zip(questions, tokenize_choices(questions, tokenizer, template), strict=True):
-        for number, (tokens, first) in enumerate(choices, 1):
+    problems, members = Problems(), dict[tuple[bytes, int], list[Any]]()
+    for n, choices in enumerate(tokenize_choices(questions, tokenizer, template)):
+        question = questions[n]
+        for k, (tokens, first) in enumerate(choices):
             if len(tokens) > max_length:
                 problem = (
-                    f"{len(tokens)} tokens up to the end of choice {number}, above max_length {max_length}: "
+                    f"{len(tokens)} tokens up to the end of choice {k + 1}, above max_length {max_length}: "
                     "increase it or remove the row"
                 )
                 problems.add(question.place, problem)
-            rows.append([len(ids)])
-            ids.append(tokens)
-            masks.append((np.arange(len(tokens)) >= first).astype(np.float32))
-        rows += [[]] * (width - len(choices))
+            size, scored = len(question.choices[k].encode()), len(tokens) - first
+            choice = (n, k, k == question.answer, size, scored, int(tokens[-1]))
+            members.setdefault((tokens[:-1].tobytes(), first), []).append(choice)
     problems.report()
-    longest = max(map(len, ids), default=0)
-    # Rows of `max_length`, which may be that of packed training, would be mostly padding. From 128 tokens on,
-    # attention kernels want multiples of 128.
+    ids = [np.frombuffer(data, np.int32) for data, _ in members]
+    masks = [np.arange(len(x)) >= first for x, (_, first) in zip(ids, members, strict=True)]
+    columns = {"input_ids": ragged(ids), "loss_mask": ragged(mask.astype(np.float32) for mask in masks)}
+    return Sequences(columns, list(members.values()))
+
+
+def pack_choices(splits: Sequence[Sequences], max_length: int) -> list[Batch]:
+    """Packs the sequences of each split into rows of one shape, so that one compiled program scores all splits.
+
+    Returns:
+      For each split R rows of T tokens, with up to S sequences of up to V choices. int32 `input_ids` and
+      `segment_ids` and float32 `loss_mask`, each `(R, T)`: see `fill`. int32 `end` `(R, S)`: the position of a
+      sequence's last token. `(R, S, V)`, what `CHOICE` names: int32 `question` and `choice`, their numbers;
+      float32 `right`, 1 for the right choice; int32 `byte_lengths`, UTF-8 bytes; `tokens`, those with a
+      log-likelihood, 0 where there is no choice; and `last`, the last token. T is the most tokens of a sequence,
+      rounded up to 32, 64, 96 or a multiple of 128, but at most `max_length`.
+    """
+    lengths = [lengths_of(split.columns["input_ids"]) for split in splits]
+    longest = max((int(own.max()) for own in lengths if len(own)), default=1)
+    # From 128 tokens on, attention kernels want multiples of 128.
     length = min(round_up(longest, 32 if longest <= 128 else 128), max_length)
-    batch, _ = fill({"input_ids": ragged(ids), "loss_mask": ragged(masks)}, rows, len(rows), length)
-    sizes = [
-        len(choice.encode()) for q in questions for choice in (*q.choices, *["-"] * (width - len(q.choices)))
-    ]
-    return {
-        **{name: column.reshape(len(questions), width, length) for name, column in batch.items()},
-        "answer": np.array([q.answer for q in questions], np.int32),
-        "n_choices": np.array([len(q.choices) for q in questions], np.int32),
-        "byte_lengths": np.array(sizes, np.int32).reshape(len(questions), width),
-    }
+    plans = [plan_packing(own, length) for own in lengths]
+    slots = max((len(row) for plan in plans for row in plan), default=1)
+    width = max((len(choices) for split in splits for choices in split.choices), default=1)
+    packed = []
+    for split, own, plan in zip(splits, lengths, plans, strict=True):
+        batch, places = fill(split.columns, plan, len(plan), length)
+        order = [index for row in plan for index in row]
+        table = np.zeros((len(plan), slots, width, len(CHOICE)), np.int32)
+        batch["end"] = np.zeros((len(plan), slots), np.int32)
+        for (row, slot), index in zip(places.tolist(), order, strict=True):
+            choices = split.choices[index]
+            table[row, slot, : len(choices)] = choices
+            batch["end"][row, slot] = own[plan[row][: slot + 1]].sum() - 1
+        batch |= {name: table[..., n] for n, name in enumerate(CHOICE)}
+        packed.append(batch | {"right": batch["right"].astype(np.float32)})
+    return packed
 
 
 def tokenize_choices(

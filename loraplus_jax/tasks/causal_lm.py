@@ -22,7 +22,7 @@ from ..data.conversations import Chat, Turn, describe_dropped, read_chats
 from ..data.data_to_text import group_references, read_descriptions, select_inputs
 from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
-from ..data.multiple_choice import Question, encode_choices, read_questions
+from ..data.multiple_choice import Question, encode_choices, pack_choices, read_questions
 from ..data.packed_rows import fill, lengths_of, plan_packing
 from ..data.splits import limit_splits, split_files
 from ..models.checkpoints.model_files import ModelFiles
@@ -32,7 +32,7 @@ from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
 from ..settings.schema import Settings
 from ..step.losses import chunked_cross_entropy
 from ..step.sharding import batch_parts, constrain_rows, gather_over_fsdp
-from ..step.train_step import LossFn
+from ..step.train_step import LossFn, Rows
 from .interface import (
     ANY_POSITION,
     AdaptedModel,
@@ -78,9 +78,22 @@ class LanguageTask(Task):
         return "accuracy" if self.kind == "multiple_choice" else "perplexity"
 
     def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """The perplexity, and with choices the shares of questions whose right choice is the likeliest.
+
+        `accuracy` compares log-likelihoods, of which longer choices have lower ones; `accuracy_per_byte` those per
+        UTF-8 byte, which do not depend on the tokenizer. Of equally likely choices the first counts.
+        """
         # math.exp raises for what overflows.
         loss = values["loss"]
-        return {"perplexity": math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan}
+        found = {"perplexity": math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan}
+        if "log_likelihood" in values:
+            likelihood = np.asarray(values["log_likelihood"], np.float64)
+            scores = {"accuracy": likelihood, "accuracy_per_byte": likelihood / values["byte_lengths"]}
+            for name, score in scores.items():
+                order = np.lexsort((values["choice"], -score, values["question"]))
+                _, best = np.unique(values["question"][order], return_index=True)
+                found[name] = float(values["right"][order][best].mean())
+        return found
 
     def loss_fn(
         self,
@@ -101,11 +114,14 @@ class LanguageTask(Task):
             if there are more. None: it computes all positions.
           parts: number of parts of the rows, by the devices of a mesh that hold them.
         """
-        token_losses = functools.partial(_token_losses, model, chunk, label_smoothing, scored, parts)
+        states = functools.partial(_hidden, model)
+        token_losses = functools.partial(_scored_losses, model, chunk, label_smoothing, scored, parts)
 
         def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
-            mask = _shift_mask(batch["loss_mask"]) * batch["weight"][:, None]
-            losses = token_losses(variables, batch["input_ids"], batch["segment_ids"], mask, rng)
+            ids, mask = batch["input_ids"], _shift_mask(batch["loss_mask"]) * batch["weight"][:, None]
+            losses = token_losses(
+                variables, states(variables, ids, batch["segment_ids"], rng), ids, mask, rng
+            )
             return (jnp.sum(losses * mask), jnp.sum(mask)), {}
 
         return loss_fn
@@ -113,39 +129,32 @@ class LanguageTask(Task):
     def choice_fn(
         self, model: nn.Module, *, chunk: int | None, scored: int | None = None, parts: int = 1
     ) -> LossFn:
-        """Returns the loss and metrics on batches from `encode_choices`, with `weight` (B,); see `loss_fn`.
+        """Returns the loss and `Rows` on batches from `pack_choices`, with `weight` (R,); see `loss_fn`.
 
-        The loss is that of the correct choices' tokens. `accuracy` is the share of questions whose correct choice
-        has the largest log-likelihood; `accuracy_per_byte` compares the log-likelihood per byte of text.
+        The loss is that of the right choices' tokens. The rows are each choice's log-likelihood and what `derived`
+        needs beside it.
         """
-        token_losses = functools.partial(_token_losses, model, chunk, 0.0, scored, parts)
+        states = functools.partial(_hidden, model)
+        head_losses = functools.partial(_scored_losses, model, chunk, 0.0, scored, parts)
 
         def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
-            ids = batch["input_ids"]
-            rows, choices, length = ids.shape
-            ids, segments = (x.reshape(rows * choices, length) for x in (ids, batch["segment_ids"]))
+            ids, segments, end = batch["input_ids"], batch["segment_ids"], batch["end"]
             # Without the rows that fill up a batch, whose weight is 0: of these there may be any number.
-            mask = _shift_mask(batch["loss_mask"]) * (batch["weight"] > 0)[:, None, None]
-            losses = token_losses(variables, ids, segments, mask.reshape(ids.shape), rng)
-            losses = losses.reshape(mask.shape) * mask
-            weight, answer = batch["weight"], batch["answer"]
-            total = -jnp.sum(losses, axis=-1)
-            # A choice that pads has no tokens, so its log-likelihood is 0, above that of all others.
-            padded = jnp.arange(choices)[None] >= batch["n_choices"][:, None]
-
-            def accuracy(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-                best = jnp.argmax(jnp.where(padded, -jnp.inf, scores), axis=-1)
-                return jnp.sum((best == answer) * weight), jnp.sum(weight)
-
-            def sum_of_correct(values: jax.Array) -> jax.Array:
-                picked = jnp.take_along_axis(values, answer[:, None], axis=1)[:, 0]
-                return jnp.sum(picked * weight)
-
-            loss = (sum_of_correct(-total), sum_of_correct(jnp.sum(mask, axis=-1)))
-            return loss, {
-                "accuracy": accuracy(total),
-                "accuracy_per_byte": accuracy(total / batch["byte_lengths"]),
-            }
+            mask = _shift_mask(batch["loss_mask"]) * (batch["weight"] > 0)[:, None]
+            hidden = states(variables, ids, segments, rng)
+            losses = head_losses(variables, hidden, ids, mask, rng) * mask
+            of_sequence = jax.nn.one_hot(segments - 1, end.shape[1], dtype=losses.dtype)
+            before = jnp.einsum("rt,rts->rs", losses, of_sequence)[..., None]
+            last = jnp.take_along_axis(hidden, end[..., None], axis=1)
+            last = jnp.repeat(last, batch["last"].shape[-1], axis=1)
+            labels = batch["last"].reshape(len(ids), -1)
+            at_last = _head_losses(model, chunk, 0.0, variables, None, last, labels)
+            total = before + at_last.reshape(batch["last"].shape)
+            weight = batch["weight"][:, None, None] * (batch["tokens"] > 0)
+            right = batch["right"] * weight
+            loss = (jnp.sum(total * right), jnp.sum(batch["tokens"] * right))
+            kept = {name: batch[name] for name in ("question", "choice", "right", "byte_lengths")}
+            return loss, {name: Rows(x, weight) for name, x in ({"log_likelihood": -total} | kept).items()}
 
         return loss_fn
 
@@ -155,21 +164,13 @@ class LanguageTask(Task):
         custom_template = None if settings.data.template in TEMPLATES else tools[1].source
         task = cls(kind=settings.task, template=custom_template)
         rows, duplicates = _load_splits(settings)
-        splits, truncated = {}, {}
+        splits, truncated, choices, length = {}, {}, {}, settings.data.max_length
         for name, examples in rows.items():
             if task.kind == "multiple_choice" and name != "train":
-                splits[name], truncated[name] = encode_choices(examples, *tools, settings.data.max_length), 0
+                choices[name], truncated[name] = encode_choices(examples, *tools, length), 0
             else:
                 splits[name], truncated[name] = _encode(settings, files, tools, examples)
-        # The same shape of all questions, so that one compiled program evaluates every split.
-        questions = [columns for columns in splits.values() if "answer" in columns]
-        widest = np.max([columns["input_ids"].shape[1:] for columns in questions], axis=0, initial=0)
-        for columns in questions:
-            for name in ("input_ids", "segment_ids", "loss_mask", "byte_lengths"):
-                array = columns[name]
-                missing = widest[: array.ndim - 1] - array.shape[1:]
-                padding = [(0, 0), *((0, count) for count in missing)]
-                columns[name] = np.pad(array, padding, constant_values=1 if name == "byte_lengths" else 0)
+        splits |= zip(choices, pack_choices([*choices.values()], length), strict=True)
         sizes = {name: len(examples) for name, examples in rows.items()}
         digests = {name: _digest(examples) for name, examples in rows.items()}
         dropped = describe_dropped(x for examples in rows.values() for x in examples if isinstance(x, Chat))
@@ -193,7 +194,8 @@ class LanguageTask(Task):
         examples = _load_splits(settings)[0][split or "test"] if data is None else _read(settings, data)
         tools = tokenizer_and_template(settings, files, self)
         if self.kind == "multiple_choice":
-            columns, truncated = encode_choices(examples, *tools, settings.data.max_length), 0
+            length, truncated = settings.data.max_length, 0
+            (columns,) = pack_choices([encode_choices(examples, *tools, length)], length)
         else:
             columns, truncated = _encode(settings, files, tools, examples)
         inputs = group_references(examples) if self.kind == "generation" else ()
@@ -270,21 +272,27 @@ def _shift_mask(mask: jax.Array) -> jax.Array:
     return jnp.pad(mask[..., 1:], [(0, 0)] * (mask.ndim - 1) + [(0, 1)])
 
 
-def _token_losses(
+def _hidden(model: nn.Module, variables: Any, ids: jax.Array, segments: jax.Array, rng: Any) -> jax.Array:
+    """The inputs of the head (B, T, D)."""
+    rngs = None if rng is None else {"dropout": rng}
+    hidden: Any = model.apply(variables, ids, segments, rngs=rngs, method="hidden")
+    return hidden
+
+
+def _scored_losses(
     model: nn.Module,
     chunk: int | None,
     label_smoothing: float,
     scored: int | None,
     parts: int,
     variables: Any,
+    hidden: jax.Array,
     input_ids: jax.Array,
-    segment_ids: jax.Array,
     mask: jax.Array,
     rng: Any,
 ) -> jax.Array:
     """The cross-entropy of the next token at each position, float32 (B, T); meaningless where the mask is 0."""
     rngs = None if rng is None else {"dropout": rng}
-    hidden: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs, method="hidden")
     # The last position gets the first token as its label, but the shifted mask is 0 there.
     labels = jnp.roll(input_ids, -1, axis=1)
     head_losses = functools.partial(_head_losses, model, chunk, label_smoothing, variables, rngs)

@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from loraplus_jax.data.chat_template import PLAIN
-from loraplus_jax.data.multiple_choice import Question, encode_choices, read_questions
+from loraplus_jax.data.multiple_choice import Question, encode_choices, pack_choices, read_questions
 
 from ..messages import mentions
 from ..refusals import refusals
@@ -92,43 +93,66 @@ def test_only_the_choice_is_scored(tokenizer, source):
         Question("the \u4e16 user?", ("yes", "the answers are no", "\U0001f680"), 1),
         Question("b", ("no", "b"), 0),
     ]
-    arrays = encode_choices(questions, tokenizer, template(source), 64)
-    assert arrays["input_ids"].shape == arrays["segment_ids"].shape == arrays["loss_mask"].shape
-    assert arrays["input_ids"].shape[:2] == (2, 3)
-    assert (arrays["answer"].tolist(), arrays["n_choices"].tolist()) == ([1, 0], [3, 2])
-    assert arrays["byte_lengths"].tolist() == [[3, 18, 4], [2, 1, 1]]
-    for n, question in enumerate(questions):
-        for c, choice in enumerate(question.choices):
-            ids, mask = arrays["input_ids"][n, c], arrays["loss_mask"][n, c]
-            assert tokenizer.decode(ids[mask == 1].tolist()).strip() == choice
-            assert mask[(arrays["segment_ids"][n, c] == 1).sum() - 1] == 1  # nothing stands behind it
-    assert not arrays["segment_ids"][1, 2].any()
-    assert not arrays["loss_mask"][1, 2].any()
+    sequences = encode_choices(questions, tokenizer, template(source), 64)
+    found = {}
+    for ids, mask, choices in zip(*sequences.columns.values(), sequences.choices, strict=True):
+        for n, k, right, size, tokens, last in choices:
+            scored = [*ids[mask == 1].tolist(), last]
+            assert len(scored) == tokens
+            assert right == (questions[n].answer == k)
+            assert size == len(questions[n].choices[k].encode())
+            found[n, k] = tokenizer.decode(scored).strip()
+            assert mask.tolist() == sorted(mask)  # nothing stands behind it
+    assert found == {(n, k): text for n, q in enumerate(questions) for k, text in enumerate(q.choices)}
+
+
+def test_choices_that_differ_in_the_last_token_share_a_row_by_hand(tokenizer):
+    questions = [Question("ab", ("ca", "cb", "d"), 1), Question("a", ("b", "c"), 0)]
+    first, second, long = (
+        encode_choices([q], tokenizer, template(), 128)
+        for q in (*questions, Question("x" * 80, ("b", "c"), 0))
+    )
+    assert [[choice[1] for choice in own] for own in first.choices] == [[0, 1], [2]]
+    assert [[choice[1] for choice in own] for own in second.choices] == [[0, 1]]
+    own = [x.tolist() for x in (*first.columns["input_ids"], *second.columns["input_ids"])]
+    batch, other = pack_choices([encode_choices(questions, tokenizer, template(), 128), long], 128)
+    assert batch["input_ids"].shape[1:] == other["input_ids"].shape[1:]
+    assert batch["last"].shape[1:] == other["last"].shape[1:] == (3, 2)
+    (row,), (end,), (segments,) = batch["input_ids"], batch["end"], batch["segment_ids"]
+    assert [row[segments == n].tolist() for n in (1, 2, 3)] == own
+    assert end.tolist() == (np.cumsum([*map(len, own)]) - 1).tolist()
+    assert batch["question"].tolist() == [[[0, 0], [0, 0], [1, 1]]]
+    assert batch["choice"].tolist() == [[[0, 1], [2, 0], [0, 1]]]
+    assert batch["right"].tolist() == [[[0, 1], [0, 0], [1, 0]]]
+    assert batch["tokens"].tolist() == [[[2, 2], [1, 0], [1, 1]]]
+    assert batch["byte_lengths"].tolist() == [[[2, 2], [1, 0], [1, 1]]]
+    assert [tokenizer.decode([n]) for n in batch["last"].reshape(-1)[[0, 1, 2, 4, 5]]] == [*"abdbc"]
 
 
 def test_spaces_at_the_end_of_a_choice_are_scored(tokenizer):
     """Trimmed offsets would leave them out."""
-    arrays = encode_choices([Question("a", ("  yes  ", "no"), 0)], tokenizer, template(), 64)
-    ids = arrays["input_ids"][0, 0][arrays["loss_mask"][0, 0] == 1]
-    assert tokenizer.decode(ids.tolist()) == "  yes  "
+    columns, (choices, _) = encode_choices([Question("a", ("  yes  ", "no"), 0)], tokenizer, template(), 64)
+    scored = columns["input_ids"][0][columns["loss_mask"][0] == 1].tolist()
+    assert tokenizer.decode([*scored, choices[0][-1]]) == "  yes  "
 
 
 def test_a_question_that_is_too_long_is_rejected(tokenizer):
     question = Question("a", ("b", "b" * 30), 0, "f:3")
-    need = int(encode_choices([question], tokenizer, template(), 99)["segment_ids"].sum(-1).max())
+    need = 1 + max(map(len, encode_choices([question], tokenizer, template(), 99).columns["input_ids"]))
     encode_choices([question], tokenizer, template(), need)
     with pytest.raises(
         ValueError, match=mentions("f:3", f"{need} tokens", "choice 2", f"max_length {need - 1}")
     ):
         encode_choices([question], tokenizer, template(), need - 1)
-    assert encode_choices([], tokenizer, template(), 9)["input_ids"].shape == (0, 0, 0)
+    (batch,) = pack_choices([encode_choices([], tokenizer, template(), 9)], 9)
+    assert batch["input_ids"].shape == (0, 9)
 
 
 @pytest.mark.parametrize(
     ("letters", "most", "row"), [(1, 500, 32), (60, 500, 96), (60, 90, 90), (200, 500, 256), (200, 240, 240)]
 )
 def test_rows_are_hardly_longer_than_the_longest_choice(tokenizer, letters, most, row):
-    arrays = encode_choices([Question("a", ("b", "b" * letters), 0)], tokenizer, template(), most)
-    need = int(arrays["segment_ids"].sum(-1).max())
-    assert arrays["input_ids"].shape == (1, 2, row)
-    assert need <= row
+    sequences = encode_choices([Question("a", ("b", "b" * letters), 0)], tokenizer, template(), most)
+    (batch,) = pack_choices([sequences], most)
+    assert batch["input_ids"].shape[1] == row
+    assert max(map(len, sequences.columns["input_ids"])) <= row

@@ -22,6 +22,7 @@ from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import batch_sharding, make_mesh
 from loraplus_jax.step.train_step import make_eval
 from loraplus_jax.tasks.causal_lm import LanguageTask, _digest, constant_choice
+from loraplus_jax.training.evaluation import finish_metrics, join_rows
 
 from .. import tiny
 from ..integration.language_world import STOP
@@ -94,40 +95,64 @@ def test_the_mean_is_over_tokens_and_rows_without_weight_are_left_out():
 
 
 def choices():
-    """Two questions, of three choices and of two; the first choice of the second has the longer text."""
-    ids = [[[0, 1, 2], [0, 1, 1], [0, 0, 0]], [[1, 2, 3], [1, 3, 0], [0, 0, 0]]]
-    mask = [[[0, 1, 1], [0, 1, 1], [0, 1, 1]], [[0, 1, 1], [0, 0, 1], [0, 0, 0]]]
-    return {
-        "input_ids": jnp.array(ids),
-        "segment_ids": jnp.ones((2, 3, 3), jnp.int32).at[1, 2].set(0),
-        "loss_mask": jnp.array(mask, jnp.float32),
-        "byte_lengths": jnp.array([[2, 2, 2], [9, 1, 1]]),
-        "answer": jnp.array([0, 1]),
-        "n_choices": jnp.array([3, 2]),
-        "weight": jnp.array([1.0, 1.0]),
+    """Two questions, of three choices and of two; the first choice of the second has the longer text.
+
+    The first question's are 0, 1, 2 and 0, 1, 1, which share all but the last token, and 0, 0, 0; the second's are
+    1, 2, 3 and 1, 3, 0, of which only the 0 is scored.
+    """
+    row = {
+        "input_ids": [[0, 1, 0, 0, 0], [1, 2, 1, 3, 0]],
+        "segment_ids": [[1, 1, 2, 2, 0], [1, 1, 2, 2, 0]],
+        "loss_mask": [[0, 1, 0, 1, 0], [0, 1, 0, 0, 0]],
+        "end": [[1, 3], [1, 3]],
+        "question": [[[0, 0], [0, 0]], [[1, 0], [1, 0]]],
+        "choice": [[[0, 1], [2, 0]], [[0, 0], [1, 0]]],
+        "right": [[[1, 0], [0, 0]], [[0, 0], [1, 0]]],
+        "byte_lengths": [[[2, 2], [2, 0]], [[9, 0], [1, 0]]],
+        "tokens": [[[2, 2], [2, 0]], [[2, 0], [1, 0]]],
+        "last": [[[2, 1], [0, 0]], [[3, 0], [0, 0]]],
+        "weight": [1, 1],
     }
+    floats = ("loss_mask", "right", "weight")
+    return {name: jnp.array(x, jnp.float32 if name in floats else jnp.int32) for name, x in row.items()}
+
+
+def scores(batch):
+    """The loss with its tokens, the log-likelihoods, and what follows from them."""
+    found, rows = chosen(batch)
+    values = join_rows([rows]) | {"loss": float(found[0] / found[1])}
+    return both(found), values["log_likelihood"].tolist(), finish_metrics(CHOICE, values)
 
 
 # Log-likelihoods: of the first question's choices -2R, -R-W and -2W, of the second's -2R and -R.
-@pytest.mark.slow
 def test_the_likeliest_choice_and_the_likeliest_by_byte():
-    found, metrics = chosen(choices())
-    assert both(found) == pytest.approx((2 * RIGHT + RIGHT, 3), rel=1e-6)
-    assert both(metrics["accuracy"]) == (2, 2)
-    assert both(metrics["accuracy_per_byte"]) == (1, 2)  # -2R / 9 is more than -R / 1
+    found, likelihoods, metrics = scores(choices())
+    assert likelihoods == pytest.approx(
+        [-2 * RIGHT, -RIGHT - WRONG, -2 * WRONG, -2 * RIGHT, -RIGHT], rel=1e-6
+    )
+    assert found == pytest.approx((2 * RIGHT + RIGHT, 3), rel=1e-6)
+    assert (metrics["accuracy"], metrics["accuracy_per_byte"]) == (1, 0.5)  # -2R / 9 is more than -R / 1
+    assert metrics["perplexity"] == pytest.approx(2, rel=1e-6)
 
 
-def test_an_absent_choice_is_never_chosen_and_a_question_without_weight_never_counts():
-    data = choices() | {"answer": jnp.array([1, 0])}
-    _, metrics = chosen(data)
-    # The absent third choice of the second question has the log-likelihood 0, above all others.
-    assert both(metrics["accuracy"]) == (0, 2)
-    assert both(metrics["accuracy_per_byte"]) == (1, 2)
-    data |= {"weight": jnp.array([0.0, 1.0]), "answer": jnp.array([0, 0])}
-    found, metrics = chosen(data)
-    assert both(found) == pytest.approx((2 * RIGHT, 2), rel=1e-6)
-    assert both(metrics["accuracy"]) == (0, 1)
-    assert both(metrics["accuracy_per_byte"]) == (1, 1)
+def test_rows_without_weight_and_absent_choices_never_count():
+    # An absent choice would have the log-likelihood 0, above all others.
+    wrong = choices() | {"right": jnp.array([[[0.0, 1], [0, 0]], [[1, 0], [0, 0]]])}
+    assert [scores(wrong)[2][name] for name in ("accuracy", "accuracy_per_byte")] == [0, 0.5]
+    found, likelihoods, metrics = scores(wrong | {"weight": jnp.array([0.0, 1.0])})
+    assert found == pytest.approx((2 * RIGHT, 2), rel=1e-6)
+    assert len(likelihoods) == 2
+    assert (metrics["accuracy"], metrics["accuracy_per_byte"]) == (0, 1)
+
+
+def test_of_equally_likely_choices_the_first_counts_wherever_it_is():
+    values = {"loss": 1.0, "log_likelihood": np.array([-2.0, -3.0, -2.0]), "byte_lengths": np.ones(3)}
+    values |= {
+        "question": np.zeros(3, int),
+        "choice": np.array([2, 0, 1]),
+        "right": np.array([0.0, 0.0, 1.0]),
+    }
+    assert CHOICE.derived(values)["accuracy"] == 1
 
 
 def test_training_on_choices_takes_rows_like_any_conversation():
@@ -197,30 +222,6 @@ def test_chunks_and_the_head_at_scored_positions_give_the_loss_and_gradients_of_
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other, expected)
     if chunk:
         assert np.isnan(run(most - 1)[0])
-
-
-@pytest.mark.slow
-def test_choices_at_scored_positions_have_the_metrics_of_all():
-    model, rng = Llama(SIZES), np.random.default_rng(1)
-    ids = rng.integers(0, 11, (4, 3, 10))
-    mask = np.zeros(ids.shape, np.float32)
-    mask[..., 7:9] = 1
-    batch = {
-        "input_ids": jnp.array(ids),
-        "segment_ids": jnp.ones_like(ids),
-        "loss_mask": jnp.array(mask),
-        "answer": jnp.array([0, 1, 2, 1]),
-        "n_choices": jnp.array([3, 2, 3, 3]),
-        "byte_lengths": jnp.array(rng.integers(1, 9, (4, 3))),
-        "weight": jnp.array([1.0, 0.0, 1.0, 0.0]),
-    }
-    shapes = jax.eval_shape(model.init, jax.random.key(0), batch["input_ids"][0])
-    variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-    all_positions, scored = (
-        jax.jit(CHOICE.choice_fn(model, chunk=chunk, scored=count, parts=2))(variables, batch, None)
-        for chunk, count in ((8, None), (8, 6))  # rows of weight 0 do not count
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), scored, all_positions)
 
 
 @pytest.mark.slow
