@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from .batches import Batch, round_up
+from .batches import Batch
 from .chat_template import ChatTemplate
 from .chat_tokens import Tokens, find_answers, tokenize
 from .conversations import Chat, Turn, choose_columns, take_list
-from .packed_rows import fill, lengths_of, plan_packing, ragged
+from .packed_rows import fill, lengths_of, plan_packing, ragged, row_cost
 from .readers import Problems, read_records, take_text
 from .splits import comparable
 
@@ -145,14 +145,19 @@ def pack_choices(splits: Sequence[Sequences], max_length: int) -> list[Batch]:
       `segment_ids` and float32 `loss_mask`, each `(R, T)`: see `fill`. int32 `end` `(R, S)`: the position of a
       sequence's last token. `(R, S, V)`, what `CHOICE` names: int32 `question` and `choice`, their numbers;
       float32 `right`, 1 for the right choice; int32 `byte_lengths`, UTF-8 bytes; `tokens`, those with a
-      log-likelihood, 0 where there is no choice; and `last`, the last token. T is the most tokens of a sequence,
-      rounded up to 32, 64, 96 or a multiple of 128, but at most `max_length`.
+      log-likelihood, 0 where there is no choice; and `last`, the last token. T is `max_length`, 32, 64, 96 or a
+      multiple of 128: that with which all rows take the least time.
     """
     lengths = [lengths_of(split.columns["input_ids"]) for split in splits]
     longest = max((int(own.max()) for own in lengths if len(own)), default=1)
     # From 128 tokens on, attention kernels want multiples of 128.
-    length = min(round_up(longest, 32 if longest <= 128 else 128), max_length)
-    plans = [plan_packing(own, length) for own in lengths]
+    tried = {max_length, 32, 64, 96, *range(128, min(max_length, 4 * longest), 128)}
+    planned = {
+        length: [plan_packing(own, length) for own in lengths]
+        for length in tried
+        if longest <= length <= max_length
+    }
+    length, plans = min(planned.items(), key=lambda item: sum(map(len, item[1])) * row_cost(item[0]))
     slots = max((len(row) for plan in plans for row in plan), default=1)
     width = max((len(choices) for split in splits for choices in split.choices), default=1)
     packed = []

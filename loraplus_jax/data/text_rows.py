@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .batches import Batch, round_up
-from .packed_rows import fill, lengths_of, plan_packing
+from .packed_rows import fill, lengths_of, plan_packing, row_cost
 
 TOKENS = ("input_ids", "token_type_ids")
 """The columns with a value for each token; all others have one for each text."""
-TOKENS_DOUBLING = 600
-"""Tokens by which a row has to be longer to double the time of a step for each token, as attention is between all
-tokens of a row: measured with MiniLM on a CPU; larger models spend less of their time on it."""
 TRIED_BATCHES = 50
 """Batches for which all lengths of rows are tried."""
 
@@ -75,7 +72,7 @@ class TextRows:
     @property
     def cost(self) -> float:
         """The time of a step, but for a factor."""
-        return self.count * self.length * (1 + self.length / TOKENS_DOUBLING)
+        return self.count * row_cost(self.length)
 
     def arrange(self, columns: Mapping[str, np.ndarray], indices: np.ndarray) -> Batch:
         """Packs the texts with these indices into R rows of T tokens and up to S texts each; see `fill_rows`."""

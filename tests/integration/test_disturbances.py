@@ -63,8 +63,8 @@ class Run:
 def spikes():
     """So that sound runs have some."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(anomalies, "MIN_SPIKE_RATIO", 0.9)
-        patch.setattr(anomalies, "NOISE", 0.0)
+        patch.setattr(anomalies, "MIN_SPIKE_RATIO", 0.7)
+        patch.setattr(anomalies, "NOISE", -99.0)
         yield
 
 
@@ -320,7 +320,7 @@ def test_the_same_command_ends_with_the_bits_of_the_straight_run(run, straight, 
     for row in spikes:
         if chain == "signals":  # in the other a start's stdout is lost, or it ends before it prints
             assert_mentions(" ".join(printed.split()), f"step {row['step']}", f"{row['spike/loss']:.4f}")
-        assert row["spike/loss"] > 0.9 * row["spike/median"]
+        assert row["spike/loss"] > 0.7 * row["spike/median"]
         assert {f"spike/grad_norm/{role}" for role in ("a", "b", "extra")} <= row.keys()
     if service:
         assert printed.count("before:") == 1
