@@ -104,10 +104,9 @@ def timed_texts(generate: Generate, tokens: int) -> Callable[[], dict[str, Any]]
     return run
 
 
-def rows_of(case: str, runs: Mapping[str, list[dict[str, Any]]], size: int) -> list[dict[str, str]]:
-    """The table's lines of one case, from what each round of its runs measured and the bytes of our weights."""
+def rows_of(case: str, runs: Mapping[str, list[dict[str, Any]]], limit: float) -> list[dict[str, str]]:
+    """The table's lines of one case, from what each round of its runs measured; `limit` is ours, in tokens/s."""
     rows, (batch, _, variant) = [], case.partition("+")
-    limit = int(batch) * read_bandwidth() / size
     decode = {name: [one["decode"] for one in rounds] for name, rounds in runs.items()}
     for name, rounds in runs.items():
         texts, others = rounds[-1]["texts"], runs["here"][-1]["texts"]
@@ -155,7 +154,8 @@ def main() -> None:
             here, size = ours(directory, ids, options.new, variant)
             made = {"here": here, "transformers": theirs(directory, ids, variant)}
             runs = {who: timed_texts(generate, options.new) for who, generate in made.items()}
-            rows += rows_of(case, take_turns(runs, options.rounds), size)
+            measured = take_turns(runs, options.rounds)
+            rows += rows_of(case, measured, int(batch) * read_bandwidth() / size)
             report(options.name, rows, settings=vars(options))
 
 

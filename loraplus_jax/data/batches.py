@@ -33,7 +33,7 @@ def train_batches(
     """Returns an endless iterator over batches, in the order of `batch_order`.
 
     Every process draws the same global batches and keeps the rows for its own devices, so training does not depend
-    on the number of processes. There is no prefetch (a batch takes less than a millisecond). So the iterator's
+    on the number of processes. There is no prefetch (most batches take less than a millisecond). So the iterator's
     `get_state()`, a small JSON-serializable dictionary, is exactly the position after the last batch, and
     `set_state()` restores that position.
 
@@ -108,7 +108,8 @@ def even_batches(order: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarr
     """Deals examples to batches of nearly the same sum of lengths.
 
     The examples are sorted by length, and each batch gets one of the `count` longest, one of the next, and so on;
-    of these the longest goes to the batch with the smallest sum so far. Equal lengths stay in the given order.
+    of these the longest goes to the batch with the smallest sum so far. Batches, and the examples in them, are in
+    the given order.
 
     Args:
       order: the indices of the examples, a multiple of `count`, in random order.
@@ -116,10 +117,10 @@ def even_batches(order: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarr
       count: the number of batches.
 
     Returns:
-      The indices in each batch, int `(count, len(order) / count)`; first comes the batch of the first example.
+      The indices in each batch, int `(count, len(order) / count)`.
 
     >>> even_batches(np.array([2, 0, 3, 1]), np.array([5, 1, 2, 4]), 2)
-    array([[3, 2],
+    array([[2, 3],
            [0, 1]])
     """
     by_length = np.argsort(-lengths[order], kind="stable")  # positions in the order
@@ -128,8 +129,9 @@ def even_batches(order: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarr
         smallest = np.argsort(sums, kind="stable")
         batches[smallest, column] = positions
         sums[smallest] += lengths[order[positions]]
-    # The sums are made from the longest to the shortest: which batch had which says something of its lengths.
-    return order[batches[np.argsort(batches.min(axis=1))]]
+    # So that neither a batch's number nor an example's place in it says something of lengths.
+    batches.sort(axis=1)
+    return order[batches[np.argsort(batches[:, 0])]]
 
 
 def first_batches(

@@ -187,7 +187,7 @@ def _find_blocks(
     text, spans = [turn for turn in answered if turn.trained][-1].text.strip(), []
     for start, end in blocks:
         if end > start:
-            # Only `encode_choices` uses the bounds of the text, and its conversations have a single answer.
+            # Only `tokenize_choices` uses the bounds of the text, and its conversations have a single answer.
             offset = rendered.find(text, start, end)
             bounds = (offset, offset + len(text)) if offset >= 0 else (start, end)
             spans.append(AnswerSpan(start, *bounds, end, marked=True))

@@ -91,7 +91,7 @@ def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -
 
 
 class Sequences(NamedTuple):
-    """Tokens before the last of N choices; choices that differ in the last token only share a sequence.
+    """Tokens of choices before the last; choices of a question that differ in the last token only share a sequence.
 
     Attributes:
       columns: ragged `input_ids` and `loss_mask` of the sequences, 1 at their tokens of a choice.
@@ -114,12 +114,12 @@ def encode_choices(
       max_length: most tokens of a choice with its prompt.
 
     Raises:
-      ValueError: the template fails or does not write a choice verbatim, or a question with a choice has more than
-        `max_length` tokens (nothing is truncated).
+      ValueError: the template fails or does not write a choice verbatim, a choice has no token to score, or a
+        question with a choice has more than `max_length` tokens (nothing is truncated).
     """
-    problems, members = Problems(), dict[tuple[bytes, int], list[Any]]()
-    for n, choices in enumerate(tokenize_choices(questions, tokenizer, template)):
-        question = questions[n]
+    problems, members = Problems(), dict[tuple[int, bytes, int], list[Any]]()
+    tokenized = tokenize_choices(questions, tokenizer, template)
+    for n, (question, choices) in enumerate(zip(questions, tokenized, strict=True)):
         for k, (tokens, first) in enumerate(choices):
             if len(tokens) > max_length:
                 problem = (
@@ -128,11 +128,15 @@ def encode_choices(
                 )
                 problems.add(question.place, problem)
             size, scored = len(question.choices[k].encode()), len(tokens) - first
+            if not scored:
+                problems.add(
+                    question.place, f"choice {k + 1} is one token with none before it, so it has no score"
+                )
             choice = (n, k, k == question.answer, size, scored, int(tokens[-1]))
-            members.setdefault((tokens[:-1].tobytes(), first), []).append(choice)
+            members.setdefault((n, tokens[:-1].tobytes(), first), []).append(choice)
     problems.report()
-    ids = [np.frombuffer(data, np.int32) for data, _ in members]
-    masks = [np.arange(len(x)) >= first for x, (_, first) in zip(ids, members, strict=True)]
+    ids = [np.frombuffer(data, np.int32) for _, data, _ in members]
+    masks = [np.arange(len(x)) >= first for x, (*_, first) in zip(ids, members, strict=True)]
     columns = {"input_ids": ragged(ids), "loss_mask": ragged(mask.astype(np.float32) for mask in masks)}
     return Sequences(columns, list(members.values()))
 
@@ -143,9 +147,9 @@ def pack_choices(splits: Sequence[Sequences], max_length: int) -> list[Batch]:
     Returns:
       For each split R rows of T tokens, with up to S sequences of up to V choices. int32 `input_ids` and
       `segment_ids` and float32 `loss_mask`, each `(R, T)`: see `fill`. int32 `end` `(R, S)`: the position of a
-      sequence's last token. `(R, S, V)`, what `CHOICE` names: int32 `question` and `choice`, their numbers;
-      float32 `right`, 1 for the right choice; int32 `byte_lengths`, UTF-8 bytes; `tokens`, those with a
-      log-likelihood, 0 where there is no choice; and `last`, the last token. T is `max_length`, 32, 64, 96 or a
+      sequence's last token. int32 `(R, S, V)`, what `CHOICE` names: `question` and `choice`, their numbers;
+      `right`, 1 for the right choice; `byte_lengths`, UTF-8 bytes; `tokens`, those with a log-likelihood, 0 where
+      there is no choice; and `last`, the last token. T is `max_length`, 32, 64, 96 or a
       multiple of 128: that with which all rows take the least time.
     """
     lengths = [lengths_of(split.columns["input_ids"]) for split in splits]
@@ -154,7 +158,7 @@ def pack_choices(splits: Sequence[Sequences], max_length: int) -> list[Batch]:
     tried = {max_length, 32, 64, 96, *range(128, min(max_length, 4 * longest), 128)}
     planned = {
         length: [plan_packing(own, length) for own in lengths]
-        for length in tried
+        for length in sorted(tried)
         if longest <= length <= max_length
     }
     length, plans = min(planned.items(), key=lambda item: sum(map(len, item[1])) * row_cost(item[0]))
@@ -171,7 +175,7 @@ def pack_choices(splits: Sequence[Sequences], max_length: int) -> list[Batch]:
             table[row, slot, : len(choices)] = choices
             batch["end"][row, slot] = own[plan[row][: slot + 1]].sum() - 1
         batch |= {name: table[..., n] for n, name in enumerate(CHOICE)}
-        packed.append(batch | {"right": batch["right"].astype(np.float32)})
+        packed.append(batch)
     return packed
 
 

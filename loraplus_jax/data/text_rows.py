@@ -58,8 +58,13 @@ class TextRows:
             full = float(lengths[batches].sum() / (len(batches) * count * length))
             return cls(length, length // int(lengths.min()), count, multiple, full)
 
-        longest = max(shortest.length, min(3 * shortest.length, most))
-        tried = [chosen(length, batches[:TRIED_BATCHES]) for length in range(shortest.length, longest + 1, 8)]
+        tried: list[TextRows] = []
+        tokens = lengths[batches[:TRIED_BATCHES]].sum(axis=1).max()
+        for length in range(shortest.length, min(3 * shortest.length, most) + 1, 8):
+            # No rows are fuller than full.
+            if tried and min(rows.cost for rows in tried) <= row_cost(length) * tokens / length:
+                break
+            tried.append(chosen(length, batches[:TRIED_BATCHES]))
         best: TextRows | None = None
         for rows in sorted(tried, key=lambda rows: rows.cost):
             if best is not None and best.cost <= rows.cost:

@@ -72,6 +72,8 @@ class OnLayers:
 
 def split_layers(variables: Any, layers: int) -> Any:
     """The tree with a tuple of each layer's array or shape for every leaf that is stacked; see `unstack`."""
+    if not layers:
+        return variables
     leaves, structure = jax.tree.flatten(variables)
 
     def split(leaf: Any, views: Layers) -> Any:

@@ -386,7 +386,7 @@ def replace_depth(base: BaseModel, layers: int) -> BaseModel:
     # Unrolled, since XLA's cost analysis counts the body of a loop once.
     model: Any = base.model
     config = dataclasses.replace(model.config, num_hidden_layers=layers)
-    return base._replace(model=model.clone(config=config, unroll=True))
+    return base._replace(model=model.clone(config=config, unroll=True), layers=layers if base.layers else 0)
 
 
 def head_bytes(settings: Settings, parts: AdaptedModel, mesh: Mesh) -> float:

@@ -10,10 +10,9 @@ from jax.sharding import Mesh
 
 from ..settings.schema import Settings
 from ..step.sharding import batch_sharding
-from ..step.train_step import make_eval
 from ..tasks.interface import BaseModel, TaskData, full_batches
 from ..training.optimizer import check_rates, make_optimizer
-from ..training.programs import AbstractRun, theory_rows, trace_step
+from ..training.programs import AbstractRun, theory_rows, trace_evaluation, trace_step
 from ..training.setup import add_adapters, count_steps
 from ..training.theory_metrics import lower_theory
 
@@ -63,13 +62,11 @@ def bytes_between_steps(step: LoweredStep, workspace: int = 0) -> dict[str, tupl
     """What the programs need that run between steps: `"evaluation"`, `"theory"` (`train.theory_every`).
 
     Each is the total bytes, optimizer state and `workspace` included, and the compiler's message if it ran out of
-    memory. The bytes are None if theory is not set, and for the evaluation of multiple choice: the number of
-    choices per question, each a row, depends on the data.
+    memory. The bytes are None if theory is not set, and for the evaluation of multiple choice, whose rows depend on
+    the data.
     """
     run = step.run
     settings, frozen = run.settings, run.parts.frozen
-    losses = run.data.task.make_losses(settings, run.parts, run.mesh)
-    layout = {"mesh": run.mesh, "shardings": run.shardings}
     weights, trained, optimizer = (
         local_bytes(*step.held[name]) for name in ("frozen weights", "trained", "optimizer")
     )
@@ -81,9 +78,10 @@ def bytes_between_steps(step: LoweredStep, workspace: int = 0) -> dict[str, tupl
         needed[name] = size, problem and f"{name}: {problem}"
 
     if settings.task != "multiple_choice":
-        evaluate = make_eval(losses.evaluate, **layout)
-        add("evaluation", evaluate.lower(run.state.trainable, frozen, run.batches.evaluate))
+        add("evaluation", trace_evaluation(run).lower())
     if settings.train.theory_every is not None:
+        losses = run.data.task.make_losses(settings, run.parts, run.mesh)
+        layout = {"mesh": run.mesh, "shardings": run.shardings}
         rows = theory_rows(run.batches, run.mesh)
         add("theory", lower_theory(losses.train, run.parts.specs, run.state, frozen, rows, **layout))
     return needed

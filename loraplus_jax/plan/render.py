@@ -221,7 +221,7 @@ def _reserve(fraction: float) -> str:
 
 
 _UNCOUNTED = {
-    "multiple_choice": "; evaluation is not counted, as the number of choices per question depends on the data",
+    "multiple_choice": "; evaluation is not counted, as its rows depend on the data",
     "generation": "; the beam search of an evaluation is not counted",
 }
 """What a plan leaves out, by task."""

@@ -316,8 +316,7 @@ class TrainSettings:
       epochs: passes over the training data; 3 if steps is not set either.
       batch_size: examples per optimizer step, over all devices and micro-batches; of packed conversations, rows.
       accumulate: gradient accumulation, micro-batches per step; must divide batch_size.
-      eval_batch_size: maximum rows per evaluation batch; texts of encoders share rows. For multiple choice,
-        questions.
+      eval_batch_size: maximum rows per evaluation batch; texts of encoders share rows, and choices do.
       eval_every: steps between evaluations on the validation split; each evaluation saves a checkpoint.
       log_every: steps between rows of metrics.jsonl.
       early_stopping: stop after this many consecutive evaluations worse than the best; null never stops early.

@@ -23,10 +23,10 @@ SumAndWeight = tuple[jax.Array, jax.Array]
 
 
 class Rows(NamedTuple):
-    """Values to keep, without a sum: one for each row of a batch, or for each text in its rows.
+    """Values to keep, without a sum: one for each row of a batch, or for each text or choice in its rows.
 
     Attributes:
-      values: values, `(B,)`, or `(B, S)` for texts.
+      values: values, `(B,)`, `(B, S)` for texts or `(B, S, V)` for choices.
       weights: their weights, of the same shape.
     """
 

@@ -389,7 +389,7 @@ def _compile_programs(
         at_once = 1
     if at_once is None:
         at_once = fastest_batch_size(
-            lambda size: _measured(compile_step(size, rounds(1, size)).largest, mesh, size), each
+            lambda size: _measured(compile_step(size, rounds(1, size)).largest.program, mesh, size), each
         )
     most = at_once
 

@@ -92,7 +92,8 @@ class LanguageTask(Task):
             for name, score in scores.items():
                 order = np.lexsort((values["choice"], -score, values["question"]))
                 _, best = np.unique(values["question"][order], return_index=True)
-                found[name] = float(values["right"][order][best].mean())
+                # A member of a sweep that stopped has no rows.
+                found[name] = float(values["right"][order][best].mean()) if len(best) else math.nan
         return found
 
     def loss_fn(
@@ -114,14 +115,12 @@ class LanguageTask(Task):
             if there are more. None: it computes all positions.
           parts: number of parts of the rows, by the devices of a mesh that hold them.
         """
-        states = functools.partial(_hidden, model)
         token_losses = functools.partial(_scored_losses, model, chunk, label_smoothing, scored, parts)
 
         def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
             ids, mask = batch["input_ids"], _shift_mask(batch["loss_mask"]) * batch["weight"][:, None]
-            losses = token_losses(
-                variables, states(variables, ids, batch["segment_ids"], rng), ids, mask, rng
-            )
+            hidden = _hidden(model, variables, ids, batch["segment_ids"], rng)
+            losses = token_losses(variables, hidden, ids, mask, rng)
             return (jnp.sum(losses * mask), jnp.sum(mask)), {}
 
         return loss_fn
@@ -134,22 +133,21 @@ class LanguageTask(Task):
         The loss is that of the right choices' tokens. The rows are each choice's log-likelihood and what `derived`
         needs beside it.
         """
-        states = functools.partial(_hidden, model)
-        head_losses = functools.partial(_scored_losses, model, chunk, 0.0, scored, parts)
+        scored_losses = functools.partial(_scored_losses, model, chunk, 0.0, scored, parts)
 
         def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
             ids, segments, end = batch["input_ids"], batch["segment_ids"], batch["end"]
             # Without the rows that fill up a batch, whose weight is 0: of these there may be any number.
             mask = _shift_mask(batch["loss_mask"]) * (batch["weight"] > 0)[:, None]
-            hidden = states(variables, ids, segments, rng)
-            losses = head_losses(variables, hidden, ids, mask, rng) * mask
+            hidden = _hidden(model, variables, ids, segments, rng)
+            losses = scored_losses(variables, hidden, ids, mask, rng) * mask
             of_sequence = jax.nn.one_hot(segments - 1, end.shape[1], dtype=losses.dtype)
-            before = jnp.einsum("rt,rts->rs", losses, of_sequence)[..., None]
-            last = jnp.take_along_axis(hidden, end[..., None], axis=1)
-            last = jnp.repeat(last, batch["last"].shape[-1], axis=1)
-            labels = batch["last"].reshape(len(ids), -1)
-            at_last = _head_losses(model, chunk, 0.0, variables, None, last, labels)
-            total = before + at_last.reshape(batch["last"].shape)
+            # A sum, as a product of float32 is less precise on accelerators.
+            before = jnp.sum(losses[..., None] * of_sequence, axis=1)[..., None]
+            last = constrain_rows(jnp.take_along_axis(hidden, end[..., None], axis=1))
+            at_last = functools.partial(_head_losses, model, chunk, 0.0, variables, None, last)
+            # The logits are of no label, so vmap computes them once for all choices of a sequence.
+            total = before + jax.vmap(at_last, in_axes=-1, out_axes=-1)(batch["last"])
             weight = batch["weight"][:, None, None] * (batch["tokens"] > 0)
             right = batch["right"] * weight
             loss = (jnp.sum(total * right), jnp.sum(batch["tokens"] * right))
@@ -268,8 +266,8 @@ class LanguageTask(Task):
 
 
 def _shift_mask(mask: jax.Array) -> jax.Array:
-    # To the predicting token: `mask[..., t]` then says whether token t + 1 counts.
-    return jnp.pad(mask[..., 1:], [(0, 0)] * (mask.ndim - 1) + [(0, 1)])
+    # To the predicting token: `mask[:, t]` then says whether token t + 1 counts.
+    return jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
 
 
 def _hidden(model: nn.Module, variables: Any, ids: jax.Array, segments: jax.Array, rng: Any) -> jax.Array:
@@ -360,13 +358,12 @@ def most_scored(splits: Sequence[Batch], rows: int) -> int | None:
         np.add.reduceat(counts, np.arange(0, len(counts), rows)).max()
         for counts in map(_scored_positions, splits)
     ]
-    return _worth_choosing(int(max(sums)), rows * math.prod(splits[0]["input_ids"].shape[1:]))
+    return _worth_choosing(int(max(sums)), rows * splits[0]["input_ids"].shape[1])
 
 
 def _scored_positions(columns: Batch) -> np.ndarray:
     """The number of tokens with a loss, in each row of the columns."""
-    mask = columns["loss_mask"][..., 1:]
-    return np.count_nonzero(mask.reshape(len(mask), -1), axis=1)
+    return np.count_nonzero(columns["loss_mask"][:, 1:], axis=1)
 
 
 def _worth_choosing(scored: int, positions: int) -> int | None:

@@ -268,9 +268,10 @@ class EncoderTask(Task):
         inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
         table = family.name_table(config, model_settings.pooling)
         formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, files)
-        unrolled = config.num_hidden_layers if loop and loop["unroll"] is not False else 0
-        base = BaseModel(model, table, ("head",), inputs, family.sharding, config.tensor_sizes, formats)
-        return base._replace(layers=unrolled)
+        is_unrolled = model_settings.quantize == "none" and loop.get("unroll", False) is not False
+        layers = config.num_hidden_layers if is_unrolled else 0
+        sizes = config.tensor_sizes
+        return BaseModel(model, table, ("head",), inputs, family.sharding, sizes, formats, layers=layers)
 
     def plan_batches(
         self, settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh

@@ -47,7 +47,7 @@ class TaskData(NamedTuple):
       inputs: the distinct inputs of the held-out split with their references (task generation).
       constant: the metrics on the held-out split of the constant answer that is best on the train split; empty for
         tasks without one.
-      longest_row: the most tokens in a row of packed texts.
+      longest_row: the most tokens in an encoder's row of packed texts.
       unrelated: a text unlike the data, whose loss a sweep of methods measures (`sweep.unrelated_text`); its digest
         is among the others.
     """
@@ -87,7 +87,7 @@ class BaseModel(NamedTuple):
       tensor_sizes: sizes that the mesh's tensor axis must divide, by name.
       formats: format of each packed weight, by path.
       hint: what to know about the names of its layers if `lora` does not fit them.
-      layers: the number of stacked layers, if on a CPU a program computes them without a loop.
+      layers: the number of an encoder's stacked layers, if on a CPU a program computes them without a loop.
     """
 
     model: nn.Module

@@ -96,8 +96,6 @@ class Programs(NamedTuple):
 def compile_programs(run: AbstractRun) -> Programs:
     """Compiles step, evaluation and, if enabled, theory measurement from shapes."""
     settings, task, parts, batches, mesh = run.settings, run.data.task, run.parts, run.batches, run.mesh
-    losses = task.make_losses(settings, parts, mesh, batches.scored)
-    evaluate = make_eval(with_layers(losses.evaluate), **run.layout)
     theory = None
     if settings.train.theory_every is not None:
         rows = theory_rows(batches, mesh)
@@ -114,7 +112,7 @@ def compile_programs(run: AbstractRun) -> Programs:
         return OnLayers(lowered.compile(options), run.layers)
 
     step = ProgramByShape(compile_step, batches.train)
-    evaluation = evaluate.trace(run.state.trainable, split_layers(parts.frozen, run.layers), batches.evaluate)
+    evaluation = trace_evaluation(run)
     step_work = count_flops(traced.jaxpr) / count_flops(evaluation.jaxpr)
     return Programs(step, OnLayers(evaluation.lower().compile(), run.layers), theory, step_work)
 
@@ -128,6 +126,15 @@ def trace_step(run: AbstractRun, batch: Shapes | None = None) -> jax.stages.Trac
     )
     frozen = split_layers(run.parts.frozen, run.layers)
     return step.trace(run.state, frozen, batch or run.batches.train)
+
+
+def trace_evaluation(run: AbstractRun) -> jax.stages.Traced:
+    """Traces the evaluation of a batch."""
+    losses = run.data.task.make_losses(run.settings, run.parts, run.mesh, run.batches.scored)
+    evaluate = make_eval(with_layers(losses.evaluate), **run.layout)
+    return evaluate.trace(
+        run.state.trainable, split_layers(run.parts.frozen, run.layers), run.batches.evaluate
+    )
 
 
 def reads_layers(mesh: Mesh) -> bool:

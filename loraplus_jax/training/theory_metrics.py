@@ -50,7 +50,7 @@ def copy_adapters(trainable: Mapping[str, Any]) -> Any:
 
 
 def first_rows(batch: Batch, mesh: Mesh, rows: int) -> Batch:
-    """The rows to measure of this process's part of a batch; `rows` are those of the smallest batch."""
+    """The rows to measure of this process's part of a batch; `rows` are those of the run's batches."""
     count = len(local_rows(mesh, count_rows(rows, mesh)))
     return {name: column[:count] for name, column in batch.items()}
 

@@ -29,3 +29,26 @@ def test_a_program_writes_into_the_memory_of_the_one_before():
     """Ten results of 64 MiB, which are 16,384 pages each: without it all of them fault."""
     run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, check=True)
     assert int(run.stdout) < 16384
+
+
+RELEASED = """
+import numpy as np, psutil
+from loraplus_jax._utils.allocator import keep_memory, release_memory
+keep_memory()
+resident = lambda: psutil.Process().memory_info().rss // 2**20
+blocks = [np.ones(2**23) for _ in range(4)]
+last = np.ones(1000)
+full = resident()
+del blocks
+kept = resident()
+release_memory()
+print(full - kept, full - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_what_is_kept_is_given_back_between_programs():
+    """256 MiB below a block that is in use."""
+    run = subprocess.run([sys.executable, "-c", RELEASED], capture_output=True, check=True)
+    kept, released = map(int, run.stdout.split())
+    assert kept < 64 < 200 < released

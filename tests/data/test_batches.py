@@ -83,9 +83,9 @@ def test_the_position_is_restored_exactly(position, lengths):
 def test_batches_of_even_length_by_hand():
     lengths, order = np.array([1, 9, 2, 8, 3, 7]), np.array([2, 5, 0, 3, 1, 4])
     # 9 to the first batch and 8 to the second; 7 to the second, 3 to the first; 2 to the first, 1 to the second.
-    # Theirs are the texts 1, 4, 2 and 3, 5, 0; that of the first text in the order comes first.
-    assert even_batches(order, lengths, 2).tolist() == [[1, 4, 2], [3, 5, 0]]
-    assert even_batches(order[1:5], lengths, 2).tolist() == [[3, 5], [1, 0]]
+    # Theirs are the texts 1, 4, 2 and 3, 5, 0, in the given order, which also is that of the batches.
+    assert even_batches(order, lengths, 2).tolist() == [[2, 1, 4], [5, 0, 3]]
+    assert even_batches(order[1:5], lengths, 2).tolist() == [[5, 3], [0, 1]]
 
 
 def test_batches_of_even_length_hold_each_example_once_an_epoch():
@@ -110,6 +110,10 @@ def test_the_order_of_even_batches_says_nothing_of_their_lengths():
     at = [next(n for n in range(20) if 99 in order[n]) for order in orders]
     assert 7 < np.mean(at) < 12
     assert len({*at}) > 15
+    # And its place in it, as the first rows are taken to measure and to start from.
+    places = [order[n].tolist().index(99) for order, n in zip(orders, at, strict=True)]
+    assert 1 < np.mean(places) < 3
+    assert len({*places}) == 5
 
 
 def test_the_order_of_even_batches_does_not_change_with_versions():

@@ -156,3 +156,30 @@ def test_rows_are_hardly_longer_than_the_longest_choice(tokenizer, letters, most
     (batch,) = pack_choices([sequences], most)
     assert batch["input_ids"].shape[1] == row
     assert max(map(len, sequences.columns["input_ids"])) <= row
+
+
+def test_rows_of_choices_are_as_long_as_takes_the_least_time(tokenizer):
+    """Of 46 tokens one fits into a row of 64, and two into one of 96."""
+
+    def rows(size, most):
+        sequences = encode_choices(
+            [Question("a" * size, ("b", "c"), 0) for _ in range(12)], tokenizer, template(), most
+        )
+        (batch,) = pack_choices([sequences], most)
+        return max(map(len, sequences.columns["input_ids"])), batch["input_ids"].shape
+
+    before, _ = rows(1, 500)
+    assert rows(47 - before, 500) == (46, (6, 96))
+    assert rows(47 - before, 90) == (46, (12, 64))
+
+
+def test_choices_of_other_questions_share_no_sequence(tokenizer):
+    """A prompt that many questions repeat would make one of thousands of choices."""
+    sequences = encode_choices([Question("a", (x, "bb"), 0) for x in "cde"], tokenizer, template(), 64)
+    assert [len(choices) for choices in sequences.choices] == 6 * [1]
+
+
+def test_a_choice_without_a_token_to_score_is_rejected(tokenizer):
+    bare = template("{% for m in messages %}{{ m.content if m.role == 'assistant' else '' }}{% endfor %}")
+    with pytest.raises(ValueError, match=mentions("f:3", "choice 1")):
+        encode_choices([Question("a", ("b", "cd"), 0, "f:3")], tokenizer, bare, 64)

@@ -153,6 +153,8 @@ def test_of_equally_likely_choices_the_first_counts_wherever_it_is():
         "right": np.array([0.0, 0.0, 1.0]),
     }
     assert CHOICE.derived(values)["accuracy"] == 1
+    empty = {name: value[:0] for name, value in values.items() if name != "loss"} | {"loss": math.nan}
+    assert math.isnan(CHOICE.derived(empty)["accuracy_per_byte"])
 
 
 def test_training_on_choices_takes_rows_like_any_conversation():

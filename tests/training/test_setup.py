@@ -25,11 +25,13 @@ from loraplus_jax.settings.schema import (
     Settings,
     TrainSettings,
 )
+from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.tasks.interface import AdaptedModel
 from loraplus_jax.training import setup as module
 from loraplus_jax.training.adapter_start import make_start, read_start, saved_form
 from loraplus_jax.training.inspect import inspect
-from loraplus_jax.training.setup import count_steps, prepare
+from loraplus_jax.training.programs import trace_evaluation, trace_step
+from loraplus_jax.training.setup import abstract_run, count_steps, prepare, task_class
 
 from ..integration.language_world import write_gguf_of
 from ..marks import slow
@@ -225,3 +227,22 @@ test_adapters_that_cannot_start_from_the_base = refusals(
 def test_a_run_without_a_start_of_its_own_saves_what_it_trained(tmp_path):
     assert read_start(tmp_path, {}) is None
     assert saved_form({"lora": {}}, {}, None, None) == ({"lora": {}}, {}, None, None)
+
+
+@pytest.mark.parametrize(
+    ("more", "devices", "split"),
+    [
+        ((), 1, True),
+        ((), 2, False),
+        (("--model.quantize", "int8"), 1, False),
+        (("--model.unroll", "false"), 1, False),
+    ],
+)
+def test_programs_take_each_layers_weights_on_one_cpu_device(world, more, devices, split):
+    settings = parse_settings(world.config, more.split())
+    files, mesh = open_files(world.model), make_mesh(devices)
+    run = abstract_run(settings, files, task_class(settings).load(settings, files), mesh)
+    for traced in (trace_step(run), trace_evaluation(run)):
+        _, frozen, _ = traced.args_info[0]
+        kernel = frozen["params"]["encoder"]["layers"]["mlp"]["up"]["kernel"]
+        assert (isinstance(kernel, tuple) and len(kernel) == 2) == split
