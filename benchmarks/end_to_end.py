@@ -11,8 +11,9 @@ Ours is `loraplus train` with the case's config. Peers are PEFT's LoRA+ in trans
 to their longest text, drawn at random or grouped by length; and in TRL's SFTTrainer, with its packing or without.
 All have the same weights, examples, split, truncation, batch size, schedule and rates, in float32 without dropout;
 the tokens of the training split are compared. All evaluate the test split, train, evaluate the validation split
-every so many steps, and evaluate the test split at the end. Packed batches hold more examples, so the other runs
-take more steps, to train on as many.
+every so many steps, and evaluate the test split at the end. A peer scores choices as scripts do, each with its
+prompt, in batches by length. Packed batches hold more examples, so the other runs take more steps, to train on as
+many.
 
 Each run is a process of its own; a round does each once, in random order, and ratios are medians over the rounds'
 own. Steps are timed by rows of the log, without the first; their ratio is of seconds per 1,000 tokens of text. Ours
@@ -42,6 +43,7 @@ from loraplus_jax import save_adapter
 from loraplus_jax.data.fetch import resolve
 from loraplus_jax.data.glue import load_glue
 from loraplus_jax.data.labels import class_labels, label_names
+from loraplus_jax.data.multiple_choice import Question
 from loraplus_jax.data.splits import limit_splits, load_splits, split_files
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.models.files import open_files
@@ -113,12 +115,16 @@ TRL = {
 }
 GLUE = {"data.root": "{data}/glue", "data.max_length": 128, "train.steps": 100}
 SST2 = {"data.path": "glue/sst2", "data.validation_fraction": 0.01}
+BOOLQ = {"data.train": None, "data.test": None, "data.path": "{data}/commonsense/boolq/test.json"}
+BOOLQ |= {"data.limit": 128, "data.validation_fraction": 0.1, "train.eval_batch_size": 16}
+BOOLQ |= {"train.epochs": None, "train.steps": 8, "train.eval_every": 8}
 CASES = {
     "quickstart": Case("quickstart.yaml", {}, ENCODERS),
     "cola": Case("quickstart.yaml", GLUE | {"data.path": "glue/cola"}, ENCODERS),
     "sst2": Case("quickstart.yaml", GLUE | SST2, ENCODERS),
     "mrpc": Case("quickstart.yaml", GLUE | {"data.path": "glue/mrpc"}, ENCODERS),
     "chat": Case("smollm2_chat.yaml", {"train.prompt": None}, TRL),
+    "boolq": Case("smollm2_commonsense.yaml", BOOLQ, {"PEFT, TRL, by length": Peer(by_length=True)}),
 }
 
 
@@ -164,7 +170,13 @@ def examples_of(settings: Settings) -> tuple[dict[str, list[Any]], int]:
         reader, names = causal_lm.READERS[settings.task], settings.data.column_names
         splits = split_files(settings.data, lambda file: reader(resolve(file, "data"), names))
         splits, _ = limit_splits(splits, settings.data)
-        return {name: list(map(as_chat, rows)) for name, rows in splits.items()}, 0
+        return {
+            name: [
+                as_question(row) if isinstance(row, Question) and name != "train" else as_chat(row)
+                for row in rows
+            ]
+            for name, rows in splits.items()
+        }, 0
     read = functools.partial(resolve, kind="data")
     splits = load_glue(settings.data)[0] if settings.data.glue else load_splits(settings.data, read)
     names = label_names(splits)
@@ -177,8 +189,17 @@ def examples_of(settings: Settings) -> tuple[dict[str, list[Any]], int]:
     return {name: triples(rows) for name, rows in splits.items()}, len(names)
 
 
+def as_question(question: Question) -> dict[str, Any]:
+    """A question whose choices are to be scored."""
+    prompt = [{"role": "user", "content": question.prompt}]
+    return {"prompt": prompt, "choices": question.choices, "answer": question.answer}
+
+
 def as_chat(example: Any) -> dict[str, Any]:
-    """A conversation as messages for TRL."""
+    """A conversation, or a question with its answer, as messages for TRL."""
+    if isinstance(example, Question):
+        answer = {"role": "assistant", "content": example.choices[example.answer]}
+        return {"prompt": as_question(example)["prompt"], "completion": [answer]}
     messages = [turn.message for turn in example.turns]
     if [message["role"] for message in messages].count("assistant") > 1:
         raise ValueError(f"{example.place}: one answer expected")

@@ -197,6 +197,41 @@ def classification(job: dict[str, Any]) -> tuple[list[dict[str, Any]], Callable[
     return callback.rows, lambda: [row["input_ids"] for row in splits["train"]]
 
 
+def score(
+    model: Any, tokenizer: Any, questions: list[dict[str, Any]], batch_size: int
+) -> tuple[float, float]:
+    """The loss of the right choices' tokens, and the share of questions whose right choice is the likeliest."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    rows = []
+    for n, question in enumerate(questions):
+        prompt = tokenizer.apply_chat_template(question["prompt"], add_generation_prompt=True, tokenize=False)
+        first = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        for k, choice in enumerate(question["choices"]):
+            rows.append((tokenizer(prompt + choice, add_special_tokens=False)["input_ids"], first, n, k))
+    rows.sort(key=lambda row: len(row[0]))
+    likelihoods: dict[int, dict[int, float]] = {n: {} for n in range(len(questions))}
+    loss = tokens = 0.0
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        ids = torch.zeros((len(batch), len(batch[-1][0])), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, (row, *_) in enumerate(batch):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        with torch.no_grad():
+            found = torch.log_softmax(model(input_ids=ids, attention_mask=mask).logits[:, :-1], -1)
+        found = found.gather(-1, ids[:, 1:, None])[..., 0]
+        for i, (row, first, n, k) in enumerate(batch):
+            likelihoods[n][k] = float(found[i, first - 1 : len(row) - 1].sum())
+            if questions[n]["answer"] == k:
+                loss, tokens = loss - likelihoods[n][k], tokens + len(row) - first
+    right = [
+        max(x, key=x.__getitem__) == q["answer"] for x, q in zip(likelihoods.values(), questions, strict=True)
+    ]
+    return loss / tokens, sum(right) / len(right)
+
+
 def language(job: dict[str, Any]) -> tuple[list[dict[str, Any]], Callable[[], Sequences]]:
     """SmolLM2 in TRL's SFTTrainer, with its packing or without; the loss is that of the answers."""
     import torch  # pyright: ignore[reportMissingImports]
@@ -205,7 +240,12 @@ def language(job: dict[str, Any]) -> tuple[list[dict[str, Any]], Callable[[], Se
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
     splits = json.loads(Path(job["examples"]).read_text())
-    chats = {name: Dataset.from_list(rows) for name, rows in splits.items()}
+    is_scored = job["settings"]["task"] == "multiple_choice"
+    # Trainer wants texts to evaluate, also where choices are scored instead.
+    chats = {
+        name: Dataset.from_list(splits["train"][:1] if is_scored else rows) for name, rows in splits.items()
+    }
+    chats["train"] = Dataset.from_list(splits["train"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     tokenizer.chat_template = job["template"]
     torch.manual_seed(job["settings"]["seed"])
@@ -213,10 +253,24 @@ def language(job: dict[str, Any]) -> tuple[list[dict[str, Any]], Callable[[], Se
     model, tx = adapt(job, base, task_type="CAUSAL_LM")
     counting, callback = recorder(job["settings"]["train"]["log_every"])
 
+    class Choices:
+        """Evaluates by the log-likelihoods of choices."""
+
+        def evaluate(
+            self: Any, questions: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        ) -> Any:
+            questions = questions or splits["validation"]
+            size = self.args.per_device_eval_batch_size
+            loss, accuracy = score(self.model, tokenizer, questions, size)
+            metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_accuracy": accuracy}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
     # In float32, and without recomputing activations, as TRL by default does: both would make it slower on a CPU.
     own = {"bf16": False, "gradient_checkpointing": False}
     own["max_length"] = job["settings"]["data"]["max_length"]
-    trainer = type("Counted", (counting, SFTTrainer), {})(
+    bases = (counting, Choices, SFTTrainer) if is_scored else (counting, SFTTrainer)
+    trainer = type("Counted", bases, {})(
         model,
         SFTConfig(**arguments(job), **own, packing=job["packing"]),
         train_dataset=chats["train"],
@@ -225,7 +279,7 @@ def language(job: dict[str, Any]) -> tuple[list[dict[str, Any]], Callable[[], Se
         optimizers=(tx, None),
         callbacks=[callback],
     )
-    run(trainer, chats["test"])
+    run(trainer, splits["test"] if is_scored else chats["test"])
 
     def sequences() -> Iterator[list[int]]:
         for row in trainer.train_dataset:

