@@ -44,7 +44,7 @@ def train_batches(
       arrange: makes a global batch of the columns and the indices of its examples.
       rows: maps the number of rows of a global batch to the rows to keep, as `sharding.local_rows` returns them;
         all by default.
-      lengths: the length of each example, for batches of even length; see `batch_order`.
+      lengths: the length of each example, for batches of nearly the same total length; see `batch_order`.
 
     Returns:
       A grain iterator over batches of these columns, plus a float32 `weight` column of ones.
@@ -129,7 +129,7 @@ def even_batches(order: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarr
         smallest = np.argsort(sums, kind="stable")
         batches[smallest, column] = positions
         sums[smallest] += lengths[order[positions]]
-    # So that neither a batch's number nor an example's place in it says something of lengths.
+    # So that neither the index of a batch nor an example's position in it depends on lengths.
     batches.sort(axis=1)
     return order[batches[np.argsort(batches[:, 0])]]
 

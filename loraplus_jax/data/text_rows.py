@@ -35,7 +35,7 @@ class TextRows:
     @classmethod
     def fitting(cls, lengths: np.ndarray, most: int) -> "TextRows":
         """The shortest rows for texts with these numbers of tokens, `(N,)`, of at most so many tokens."""
-        # Of eight: an odd length makes steps on a CPU a few per cent slower.
+        # A multiple of eight: with other lengths, steps on a CPU are a few per cent slower.
         length = min(round_up(int(lengths.max()), 8), most)
         return cls(length, length // int(lengths.min()))
 

@@ -149,7 +149,7 @@ class BatchPlan(NamedTuple):
       train: shapes of a training batch, with a column `weight`.
       evaluate: shapes of an evaluation batch.
       arrange: makes a training batch of the columns of the split and the indices of its examples.
-      lengths: the length of each training example, where all batches are to be of the same length.
+      lengths: the length of each training example, if all batches are to have nearly the same total length.
       scored: positions of language models that have a loss.
       summary: lines about how full the rows are, to print before training.
     """
