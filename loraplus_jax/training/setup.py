@@ -313,15 +313,19 @@ def set_weights(settings: Settings, parts: AdaptedModel, params: Mapping[str, An
     Magnitudes of variant dora stay zero until `start_magnitudes`.
     """
     base = parts.base
-    new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
     zeros = [jnp.zeros(x.shape, x.dtype) for x in base.inputs]
-    new = {
-        # Under jit XLA drops all of the model's init that this part does not need.
-        name: jax.jit(lambda key, name=name: base.model.init(key, *zeros)["params"][name])(new_key)
-        for name in base.new
-    }
+
+    def draw(key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+        new_key, lora_key = jax.random.split(key)
+        # XLA drops all of the model's init that the new parameters do not need.
+        made = base.model.init(new_key, *zeros)["params"] if base.new else {}
+        return {name: made[name] for name in base.new}, {} if parts.draw is None else parts.draw(lora_key)
+
+    # It runs once: to compile it for speed would take longer than to run it.
+    drawn_by = jax.jit(draw, compiler_options={"xla_backend_optimization_level": 1})
+    new, lora = drawn_by(jax.random.key(settings.seed))
     values, trained = flatten({"params": combine(params, new)}), flatten(parts.trainable)
-    drawn = values if parts.draw is None else values | flatten({"lora": parts.draw(lora_key)})
+    drawn = values | flatten({"lora": lora})
     trainable = {path: drawn[path] for path in trained}
     frozen = {path: leaf for path, leaf in values.items() if path not in trained}
     return parts._replace(trainable=_float32(unflatten(trainable)), frozen=unflatten(frozen))

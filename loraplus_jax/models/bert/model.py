@@ -151,7 +151,8 @@ class BertEncoder(BertPart):
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.config.num_hidden_layers,
-            unroll=self.config.num_hidden_layers if unroll else 1,
+            # An init is run once, if at all, and one layer of it is quicker to trace and to compile.
+            unroll=self.config.num_hidden_layers if unroll and not self.is_initializing() else 1,
         )
         return constrain_rows(layers(*args, name="layers")(x, segments)[0])
 
