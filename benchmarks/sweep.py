@@ -15,7 +15,7 @@ devices with one thread each.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,10 @@ from loraplus_jax.sweep.device_members import DeviceMembers
 from loraplus_jax.sweep.halving import comparison_steps, curve_steps, member_steps, planned_members
 from loraplus_jax.sweep.population import abstract_population, prepare_population
 from loraplus_jax.sweep.settings import SweepRun
+from loraplus_jax.tasks.interface import row_count
 from loraplus_jax.training.setup import prepare
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
-EXAMPLES = {"train": 7031, "validation": 1004, "test": 2008}
-"""Of the quickstart."""
 RATES = "[1.25e-4,2.5e-4,5e-4,1e-3]"
 SIXTEEN = (
     *("--sweep.lr_ratios", "[2,4,8]"),
@@ -72,15 +71,15 @@ def timing(rounds: int) -> None:
     run = parse_settings(CONFIG, [*options, "1"], SweepRun)
     single = prepare(run.settings_of(run.trials[-1], 0))
     data, frozen, count = single.data, replicate(single.mesh, single.parts.frozen), len(run.trials)
-    rows = single.batches.eval_rows
+    rows_at_once = single.batches.eval_rows
     train, size = data.splits["train"], run.train.batch_size
     batch = next(single.batches.draw(train, batch_size=size, seed=0))
-    two_batches = {n: column[: 2 * rows] for n, column in data.splits["validation"].items()}
+    two_batches = {n: column[: 2 * rows_at_once] for n, column in data.splits["validation"].items()}
     state = replicate(single.mesh, init_state(single.parts.trainable, single.tx, jax.random.key(0)))
     step = Steps(lambda state: single.programs.step(state, frozen, shard_batch(batch, single.mesh)), state)
 
     def single_evaluation() -> Any:
-        batches = [shard_batch(b, single.mesh) for b in eval_batches(two_batches, rows)]
+        batches = [shard_batch(b, single.mesh) for b in eval_batches(two_batches, rows_at_once)]
         return [single.programs.evaluate(step.state.trainable, frozen, b) for b in batches]
 
     # By what is measured and who does it: a call, and how many steps or batches of a member it does.
@@ -109,28 +108,26 @@ def timing(rounds: int) -> None:
         for name in DEVICES
     ]
     kept = {f"{what}, {name}": values for (what, name), values in seconds.items()}
-    report("sweep_time", rows, members=count, rounds=rounds, unprinted={"seconds": kept})
+    batches = {name: -(-row_count(data.splits[name]) // rows_at_once) for name in ("validation", "test")}
+    report("sweep_time", rows, members=count, rounds=rounds, batches=batches, unprinted={"seconds": kept})
 
 
-def batches_of(run: SweepRun, split: str) -> int:
-    """Evaluation batches of a split of the quickstart."""
-    return -(-EXAMPLES[split] // run.train.eval_batch_size)
+def single_count(run: SweepRun, steps: int, batches: Mapping[str, int]) -> tuple[int, int]:
+    """Steps and evaluation batches of a single run of the recipe: the test split before and after training.
+
+    `batches` are those of each split.
+    """
+    return steps, steps // run.train.eval_every * batches["validation"] + 2 * batches["test"]
 
 
-def single_count(run: SweepRun, steps: int) -> tuple[int, int]:
-    """Steps and evaluation batches of a single run of the recipe: the test split before and after training."""
-    evaluations = steps // run.train.eval_every
-    return steps, evaluations * batches_of(run, "validation") + 2 * batches_of(run, "test")
-
-
-def sweep_count(run: SweepRun, steps: int, members: int) -> tuple[int, int]:
+def sweep_count(run: SweepRun, steps: int, members: int, batches: Mapping[str, int]) -> tuple[int, int]:
     """The same of a whole sweep with this many members in the report."""
     stops = comparison_steps(run.sweep, steps)
     settings = [len(arm.trials) for program in programs_of(run) for arm in program.arms if arm.trials]
     searched = planned_members(settings, len(run.seeds), stops, run.sweep.keep)
     points = len(curve_steps(steps, run.sweep.curve_points))
-    batches = sum(searched) * batches_of(run, "validation") + members * points * batches_of(run, "test")
-    return member_steps(searched, stops) + members * steps, batches
+    evaluated = sum(searched) * batches["validation"] + members * points * batches["test"]
+    return member_steps(searched, stops) + members * steps, evaluated
 
 
 def costs() -> None:
@@ -141,8 +138,9 @@ def costs() -> None:
     seconds = {name: float(np.median(values)) for name, values in found["seconds"].items()}
     members = len(run.arms) * len(run.report_seeds)
     outputs = {**OUTPUTS, f"on {len(run.report_seeds)}, and the control": members}
-    counts = {single: np.multiply(single_count(run, steps), len(run.trials))}
-    counts |= {output: sweep_count(run, steps, count) for output, count in outputs.items()}
+    batches = found["batches"]
+    counts = {single: np.multiply(single_count(run, steps, batches), len(run.trials))}
+    counts |= {output: sweep_count(run, steps, count, batches) for output, count in outputs.items()}
     rows = []
     for output, (trained, batches) in counts.items():
         row = {"output": output, "training steps": f"{trained:,}", "evaluation batches": f"{batches:,}"}
