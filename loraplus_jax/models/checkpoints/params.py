@@ -6,6 +6,7 @@ Nothing is guessed: before reading any weight, one error lists every missing, ex
 import functools
 import hashlib
 import math
+import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from .quantized import read_packed
 
 _THREADS = 4
 _PIECE = 2**22  # bytes per read, counted as float32
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _ROWS = 128  # of a tensor, copied at a time: transposing more leaves a core's cache
 
 
@@ -272,7 +274,7 @@ def _read(
 ) -> np.ndarray:
     """Reads a window of one leaf in pieces into the final array, without a second copy."""
     shape = tuple(s.stop - s.start for s in window)
-    out = _empty_aligned(shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
+    out = _empty(shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
     stack, window = window[: rule.stacked], window[rule.stacked :]
     jobs: list[tuple[View, list[slice], np.ndarray, Any]] = []
     for name, place in expand(rule, leaf).items():
@@ -308,12 +310,15 @@ def _read(
     return out
 
 
-def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    # XLA's CPU client takes a host array over without a copy only if it is aligned to 64 bytes.
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array in pages of its own.
+
+    XLA's CPU client takes it over without a copy, as it is aligned. NumPy would ask for huge pages, which a virtual
+    machine that has given free ones back to its host gets ten times as slowly as small ones.
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    spare = np.empty(size + 63, np.uint8)
-    start = -spare.ctypes.data % 64
-    return spare[start : start + size].view(dtype).reshape(shape)
+    pages = mmap.mmap(-1, max(1, size), **_PRIVATE)
+    return np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)
 
 
 def _copy(values: np.ndarray, target: np.ndarray) -> None:
