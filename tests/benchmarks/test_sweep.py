@@ -12,12 +12,13 @@ def test_the_whole_answer_takes_less_than_half_of_sixteen_single_runs():
     from sweep import CONFIG, SIXTEEN, single_count, sweep_count
 
     run = parse_settings(CONFIG, SIXTEEN, SweepRun)
-    single = single_count(run, 300)
-    # 1,004 rows are 16 batches, 2,008 are 32: six evaluations while training, the test split twice.
-    assert single == (300, 6 * 16 + 2 * 32)
+    batches = {"validation": 10, "test": 19}
+    single = single_count(run, 300, batches)
+    # Six evaluations while training, the test split twice.
+    assert single == (300, 6 * 10 + 2 * 19)
     # 16 settings to step 38, two of LoRA+ to the end; LoRA and LoRA+ on two seeds, at eight steps.
-    found = sweep_count(run, 300, 4)
-    assert found == (16 * 38 + 2 * 262 + 4 * 300, (16 + 2) * 16 + 4 * 8 * 32)
+    found = sweep_count(run, 300, 4, batches)
+    assert found == (16 * 38 + 2 * 262 + 4 * 300, (16 + 2) * 10 + 4 * 8 * 19)
     assert found[0] < 0.49 * 16 * single[0]
     assert found[1] < 0.52 * 16 * single[1]
 
