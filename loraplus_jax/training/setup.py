@@ -1,11 +1,13 @@
 """Prepares a run from its settings: data, model, adapters, optimizer, compiled programs. Writes no files."""
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -313,22 +315,35 @@ def set_weights(settings: Settings, parts: AdaptedModel, params: Mapping[str, An
     Magnitudes of variant dora stay zero until `start_magnitudes`.
     """
     base = parts.base
-    zeros = [jnp.zeros(x.shape, x.dtype) for x in base.inputs]
-
-    def draw(key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
-        new_key, lora_key = jax.random.split(key)
-        # XLA drops all of the model's init that the new parameters do not need.
-        made = base.model.init(new_key, *zeros)["params"] if base.new else {}
-        return {name: made[name] for name in base.new}, {} if parts.draw is None else parts.draw(lora_key)
-
-    # It runs once: to compile it for speed would take longer than to run it.
-    drawn_by = jax.jit(draw, compiler_options={"xla_backend_optimization_level": 1})
-    new, lora = drawn_by(jax.random.key(settings.seed))
+    key = jax.random.key(settings.seed)
+    new, lora = _draw(key, model=base.model, inputs=base.inputs, new=base.new, factors=parts.draw)
     values, trained = flatten({"params": combine(params, new)}), flatten(parts.trainable)
     drawn = values | flatten({"lora": lora})
     trainable = {path: drawn[path] for path in trained}
     frozen = {path: leaf for path, leaf in values.items() if path not in trained}
     return parts._replace(trainable=_float32(unflatten(trainable)), frozen=unflatten(frozen))
+
+
+# It runs once a seed: to compile it for speed would take longer than to run it.
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "inputs", "new", "factors"),
+    compiler_options={"xla_backend_optimization_level": 1},
+)
+def _draw(
+    key: jax.Array,
+    *,
+    model: nn.Module,
+    inputs: tuple[jax.ShapeDtypeStruct, ...],
+    new: tuple[str, ...],
+    factors: Callable[[jax.Array], dict[str, Any]] | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters that the files lack, by module, and the factors."""
+    new_key, lora_key = jax.random.split(key)
+    # XLA drops all of the model's init that these parameters do not need.
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in inputs]
+    params = model.init(new_key, *zeros)["params"] if new else {}
+    return {name: params[name] for name in new}, {} if factors is None else factors(lora_key)
 
 
 def start_magnitudes(parts: AdaptedModel) -> AdaptedModel:
