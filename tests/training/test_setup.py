@@ -1,5 +1,6 @@
 """From settings to parts, optimizer and number of steps, nothing trained; what `loraplus inspect` shows."""
 
+import dataclasses
 import types
 from collections import Counter
 from pathlib import Path
@@ -31,7 +32,14 @@ from loraplus_jax.training import setup as module
 from loraplus_jax.training.adapter_start import make_start, read_start, saved_form
 from loraplus_jax.training.inspect import inspect
 from loraplus_jax.training.programs import trace_evaluation, trace_step
-from loraplus_jax.training.setup import abstract_run, count_steps, prepare, task_class
+from loraplus_jax.training.setup import (
+    abstract_run,
+    build_model,
+    count_steps,
+    load_model,
+    prepare,
+    task_class,
+)
 
 from ..integration.language_world import write_gguf_of
 from ..marks import slow
@@ -241,3 +249,22 @@ def test_programs_take_each_layers_weights_on_one_cpu_device(world, more, device
         _, frozen, _ = traced.args_info[0]
         kernel = frozen["params"]["encoder"]["layers"]["mlp"]["up"]["kernel"]
         assert (isinstance(kernel, tuple) and len(kernel) == 2) == split
+
+
+def test_starts_of_all_seeds_are_drawn_by_one_program_of_one_layer(world):
+    settings, files = parse_settings(world.config, ["--model.unroll", "true"]), open_files(world.model)
+    parts = build_model(settings, files, task_class(settings).load(settings, files).task, settings.applied)
+    before, drawn = module._draw._cache_size(), []
+    for seed in (1, 2, 1):
+        model = load_model(dataclasses.replace(settings, seed=seed), files, parts)
+        drawn.append(leaves_by_path(model.trainable))
+    assert module._draw._cache_size() == before + 1
+    first, other, again = drawn
+    assert all(np.array_equal(first[path], again[path]) for path in first)
+    differs = {path for path in first if not np.array_equal(first[path], other[path])}
+    assert {path.rpartition("/")[2] for path in differs} == {"lora_a", "kernel"}  # B and biases are zeros
+    program = jax.make_jaxpr(parts.base.model.init)(
+        jax.random.key(0), np.ones((1, 4), np.int32), np.ones((1, 4), np.int32)
+    )
+    (loop,) = [eqn for eqn in program.eqns if eqn.primitive.name == "scan" and eqn.params["length"] == 2]
+    assert loop.params["unroll"] == 1
