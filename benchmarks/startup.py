@@ -71,7 +71,7 @@ def python(*arguments: str) -> Callable[[], float]:
 
 
 def loading(directory: Path) -> dict[str, Callable[[], float]]:
-    """Runs that load the weights in a directory, to which this writes them, by their names."""
+    """Writes random weights to a directory, and returns, by name, functions that time loading them."""
     from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
     runs: dict[str, Callable[[], float]] = {}

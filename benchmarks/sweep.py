@@ -24,6 +24,7 @@ import numpy as np
 from common import Steps, interleaved, median_ratio, parse_options, read_json, report, table
 
 from loraplus_jax import init_state
+from loraplus_jax._utils.allocator import run_on_main_thread
 from loraplus_jax.data.batches import eval_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step import replicate, shard_batch
@@ -67,6 +68,7 @@ def population_step(members: DeviceMembers, batch: Any) -> Any:
 
 def timing(rounds: int) -> None:
     """Writes results/sweep_time.json."""
+    run_on_main_thread()  # as the command does
     options = [*SIXTEEN, *UNCACHED, "--mesh.data"]
     run = parse_settings(CONFIG, [*options, "1"], SweepRun)
     single = prepare(run.settings_of(run.trials[-1], 0))
@@ -142,11 +144,11 @@ def costs() -> None:
     counts = {single: np.multiply(single_count(run, steps, batches), len(run.trials))}
     counts |= {output: sweep_count(run, steps, count, batches) for output, count in outputs.items()}
     rows = []
-    for output, (trained, batches) in counts.items():
-        row = {"output": output, "training steps": f"{trained:,}", "evaluation batches": f"{batches:,}"}
+    for output, (trained, evaluated) in counts.items():
+        row = {"output": output, "training steps": f"{trained:,}", "evaluation batches": f"{evaluated:,}"}
         for name in DEVICES:
             way = "single" if output == single else name
-            total = trained * seconds[f"step, {way}"] + batches * seconds[f"evaluation batch, {way}"]
+            total = trained * seconds[f"step, {way}"] + evaluated * seconds[f"evaluation batch, {way}"]
             row[f"minutes on {name}"] = f"{total / 60:.0f}"
         rows.append(row)
     print(table(rows))

@@ -204,7 +204,7 @@ class CausalLM(Part):
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
-            # An init is run once, if at all, and one layer of it is quicker to trace and to compile.
+            # init runs at most once, and a loop over one layer is faster to trace and to compile.
             unroll=c.num_hidden_layers if self.unroll and not self.is_initializing() else 1,
         )
         return stack(c, self.dtype, self.param_dtype, attention=self.attention)

@@ -81,7 +81,7 @@ def init_state(trainable: Any, tx: optax.GradientTransformation, rng: jax.Array)
       A `TrainState` with `step` 0 and the new state of `tx`.
     """
     trainable = jax.tree.map(jnp.array, trainable)
-    # The optimizer may hold arrays of its own, such as a learning rate. One leaf at a time, to limit peak memory.
+    # The optimizer may hold arrays of its own, such as a learning rate. Outside jit one at a time, to limit memory.
     leaves, structure = jax.tree.flatten(tx.init(trainable))
     for n, leaf in enumerate(leaves):
         leaves[n] = jnp.array(leaf)

@@ -324,7 +324,7 @@ def set_weights(settings: Settings, parts: AdaptedModel, params: Mapping[str, An
     return parts._replace(trainable=_float32(unflatten(trainable)), frozen=unflatten(frozen))
 
 
-# It runs once a seed: to compile it for speed would take longer than to run it.
+# Runs once per seed: optimizing the program would take longer than running it.
 @functools.partial(
     jax.jit,
     static_argnames=("model", "inputs", "new", "factors"),

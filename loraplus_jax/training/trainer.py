@@ -110,11 +110,11 @@ class Trainer:
         # No copy: the weights were loaded into these shardings.
         self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
         self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
-        # One program instead of many small ones, each of which would be compiled.
-        begin = jax.jit(
+        # One program: eager operations would each be compiled.
+        make_state = jax.jit(
             lambda trainable: init_state(trainable, run.tx, key), out_shardings=run.shardings.state
         )
-        self.state: TrainState = begin(self.initial)
+        self.state: TrainState = make_state(self.initial)
         rows = functools.partial(local_rows, run.mesh)
         size, seed = self.settings.batch_size, run.settings.seed
         self.batches = run.batches.draw(run.data.splits["train"], batch_size=size, seed=seed, rows=rows)

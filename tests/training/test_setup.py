@@ -251,7 +251,7 @@ def test_programs_take_each_layers_weights_on_one_cpu_device(world, more, device
         assert (isinstance(kernel, tuple) and len(kernel) == 2) == split
 
 
-def test_starts_of_all_seeds_are_drawn_by_one_program_of_one_layer(world):
+def test_inits_of_all_seeds_share_one_program_of_one_layer(world):
     settings, files = parse_settings(world.config, ["--model.unroll", "true"]), open_files(world.model)
     parts = build_model(settings, files, task_class(settings).load(settings, files).task, settings.applied)
     before, drawn = module._draw._cache_size(), []

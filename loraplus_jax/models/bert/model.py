@@ -151,7 +151,7 @@ class BertEncoder(BertPart):
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.config.num_hidden_layers,
-            # An init is run once, if at all, and one layer of it is quicker to trace and to compile.
+            # init runs at most once, and a loop over one layer is faster to trace and to compile.
             unroll=self.config.num_hidden_layers if unroll and not self.is_initializing() else 1,
         )
         return constrain_rows(layers(*args, name="layers")(x, segments)[0])

@@ -311,13 +311,16 @@ def _read(
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array in pages of its own.
+    """An uninitialized array in memory pages of its own.
 
-    XLA's CPU client takes it over without a copy, as it is aligned. NumPy would ask for huge pages, which a virtual
-    machine that has given free ones back to its host gets ten times as slowly as small ones.
+    They are aligned, so XLA's CPU client takes it over without a copy. NumPy would ask for huge pages, which can be
+    ten times slower to get on a virtual machine that has given free memory back to its host.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    pages = mmap.mmap(-1, max(1, size), **_PRIVATE)
+    try:
+        pages = mmap.mmap(-1, max(1, size), **_PRIVATE)
+    except OSError as error:
+        raise MemoryError(f"cannot allocate {size:,} bytes for weights") from error
     return np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)
 
 

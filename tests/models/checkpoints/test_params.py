@@ -222,6 +222,11 @@ def test_a_read_of_floats_makes_no_copy(tmp_path, given):
         assert read.tobytes() == content[name][1:].tobytes()
 
 
+def test_memory_that_is_too_small_is_not_an_error_of_the_file():
+    with pytest.raises(MemoryError, match="weights"):
+        loading._empty((2**61,), np.uint8)
+
+
 def test_place_gets_each_leaf_on_the_host(tmp_path):
     seen = {}
     result = load(write(tmp_path, tensors()), place=lambda path, array: seen.setdefault(path, array).shape)
