@@ -48,8 +48,8 @@ SMALL = (
 )
 UNCACHED = ("--train.compilation_cache", "false")
 OUTPUTS = {
-    "the choice alone": 0,
-    "with LoRA and LoRA+ on 2 other seeds": 4,
+    "the selection only": 0,
+    "and LoRA and LoRA+ on 2 other seeds": 4,
     "on 3": 6,
     "on 3, and the control": 9,
 }
