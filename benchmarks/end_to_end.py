@@ -216,11 +216,11 @@ def sequences(columns: Mapping[str, np.ndarray]) -> Iterator[list[int]]:
 
 def count_tokens(settings: Settings, data: TaskData, steps: int) -> list[tuple[int, int]]:
     """Tokens of text, and with padding, of each batch that a run of ours trains on."""
-    columns, size, seed = data.splits["train"], settings.train.batch_size, settings.seed
+    seed = settings.seed
     plan = data.task.plan_batches(settings, data, steps, (seed,), make_mesh(1))
-    batches = plan.draw(columns, batch_size=size, seed=seed)
-    name = "segment_ids" if "segment_ids" in columns else "attention_mask"
-    return [(int((b[name] > 0).sum()), b[name].size) for b in itertools.islice(batches, steps)]
+    name = "segment_ids" if "segment_ids" in data.splits["train"] else "attention_mask"
+    masks = [plan.batch(seed, step)[name] for step in range(steps)]
+    return [(int((mask > 0).sum()), mask.size) for mask in masks]
 
 
 def load(settings: Settings) -> TaskData:

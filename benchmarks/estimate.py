@@ -5,6 +5,7 @@
 Evaluation batches and training steps of a prepared run take turns, so that a machine whose speed drifts slows both.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,9 +38,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     state = distribute(init_state(trainable, run.tx, key), run.shardings.state)
     split, size = run.data.splits[held_out_split(run.data.splits)], run.batches.eval_rows
     held_out = shard_batch(next(eval_batches(split, size)), run.mesh)
-    rows, size, seed = run.data.splits["train"], settings.train.batch_size, settings.seed
-    batches = run.batches.draw(rows, batch_size=size, seed=seed)
-    step = Steps(lambda state: run.programs.step(state, frozen, shard_batch(next(batches), run.mesh)), state)
+    steps = itertools.count()
+    draw = lambda: shard_batch(run.batches.batch(settings.seed, next(steps)), run.mesh)  # noqa: E731
+    step = Steps(lambda state: run.programs.step(state, frozen, draw()), state)
     evaluate = lambda: run.programs.evaluate(step.state.trainable, frozen, held_out)  # noqa: E731
     times = interleaved({"step": step, "evaluation": evaluate}, rounds)
     estimated = np.multiply(times["evaluation"], run.programs.step_work)

@@ -58,8 +58,7 @@ def kind_of(name: str, kinds: dict[str, str]) -> str:
 def ours(steps: int) -> tuple[dict[str, float], int, int]:
     """Milliseconds of a step by kind; tokens of text of the batch, and its texts."""
     run = prepare(parse_settings(CONFIG, ["--output_dir", "unused"], Settings))
-    size, seed = run.settings.train.batch_size, run.settings.seed
-    batch = next(run.batches.draw(run.data.splits["train"], batch_size=size, seed=seed))
+    batch = run.batches.batch(run.settings.seed, 0)
     state = init_state(run.parts.trainable, run.tx, jax.random.key(0))
     step = Steps(run.programs.step, state, run.parts.frozen, shard_batch(batch, run.mesh))
     names = {
@@ -80,7 +79,11 @@ def ours(steps: int) -> tuple[dict[str, float], int, int]:
                 if event.name in names:
                     found[kind_of(names[event.name], OURS)] += event.duration_ns
     scale = 1000 * seconds / sum(found.values())
-    return {kind: scale * n for kind, n in found.items()}, int((batch["attention_mask"] > 0).sum()), size
+    return (
+        {kind: scale * n for kind, n in found.items()},
+        int((batch["attention_mask"] > 0).sum()),
+        run.settings.train.batch_size,
+    )
 
 
 def peft(steps: int, tokens: int, texts: int) -> dict[str, float]:

@@ -74,8 +74,7 @@ def timing(rounds: int) -> None:
     single = prepare(run.settings_of(run.trials[-1], 0))
     data, frozen, count = single.data, replicate(single.mesh, single.parts.frozen), len(run.trials)
     rows_at_once = single.batches.eval_rows
-    train, size = data.splits["train"], run.train.batch_size
-    batch = next(single.batches.draw(train, batch_size=size, seed=0))
+    batch = single.batches.batch(0, 0)
     two_batches = {n: column[: 2 * rows_at_once] for n, column in data.splits["validation"].items()}
     state = replicate(single.mesh, init_state(single.parts.trainable, single.tx, jax.random.key(0)))
     step = Steps(lambda state: single.programs.step(state, frozen, shard_batch(batch, single.mesh)), state)
@@ -166,8 +165,7 @@ def sizes(rounds: int) -> None:
         for size in SIZES:
             ways[name, size] = DeviceMembers(population, [population.first(t, 0) for t in run.trials[:size]])
     population = next(iter(ways.values())).population
-    train, size = population.data.splits["train"], run.train.batch_size
-    batch = next(population.batches.draw(train, batch_size=size, seed=0))
+    batch = population.batches.batch(0, 0)
 
     steps = {way: functools.partial(population_step, members, batch) for way, members in ways.items()}
     seconds = interleaved(steps, rounds)

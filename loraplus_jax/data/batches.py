@@ -1,5 +1,6 @@
 """Batches token arrays into one static shape."""
 
+import functools
 import hashlib
 import json
 import sys
@@ -25,44 +26,33 @@ def train_batches(
     arrays: Mapping[str, np.ndarray],
     *,
     batch_size: int,
-    seed: int,
     arrange: Callable[[Mapping[str, np.ndarray], np.ndarray], Batch] = take_rows,
-    rows: Callable[[int], Sequence[int] | np.ndarray] | None = None,
     lengths: np.ndarray | None = None,
-) -> grain.DatasetIterator[Batch]:
-    """Returns an endless iterator over batches, in the order of `batch_order`.
+) -> Callable[[int, int], Batch]:
+    """Returns `batch(seed, step)`: the batches of a run with that seed, in the order of `batch_order`.
 
-    Every process draws the same global batches and keeps the rows for its own devices, so training does not depend
-    on the number of processes. There is no prefetch (most batches take less than a millisecond). So the iterator's
-    `get_state()`, a small JSON-serializable dictionary, is exactly the position after the last batch, and
-    `set_state()` restores that position.
+    It depends on nothing else, so a run resumes by its step alone. Every process draws the same global batches and
+    takes the rows for its own devices (`sharding.take_local`), so training does not depend on the number of
+    processes.
 
     Args:
       arrays: columns of N examples each.
-      batch_size: examples in a global batch.
-      seed: seed of the shuffles.
-      arrange: makes a global batch of the columns and the indices of its examples.
-      rows: maps the number of rows of a global batch to the rows to keep, as `sharding.local_rows` returns them;
-        all by default.
+      batch_size: examples in a batch.
+      arrange: makes a batch of the columns and the indices of its examples.
       lengths: the length of each example, for batches of nearly the same total length; see `batch_order`.
 
     Returns:
-      A grain iterator over batches of these columns, plus a float32 `weight` column of ones.
+      A function of a seed and a number of completed steps. A batch has the columns, and a float32 `weight` of ones.
 
     Raises:
       ValueError: the columns differ in length, or the batch is larger than the data.
     """
-
-    def take(indices: np.ndarray) -> Batch:
-        batch = arrange(arrays, indices)
-        if rows is None:
-            return batch
-        kept = rows(len(batch["weight"]))
-        return {name: column[kept] for name, column in batch.items()}
-
-    order = batch_order(_row_count(arrays, batch_size), batch_size=batch_size, seed=seed, lengths=lengths)
-    # A prefetching iterator's state would be ahead of the batch that it returned last.
-    return iter(order.map(take).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    size = _row_count(arrays, batch_size)
+    if batch_size > size:
+        raise ValueError(f"batch_size must be at most {size}, the number of training rows, got {batch_size}")
+    # A seed's order is made once; it keeps the shuffle of the newest epoch.
+    order = functools.cache(lambda seed: batch_order(size, batch_size=batch_size, seed=seed, lengths=lengths))
+    return lambda seed, step: arrange(arrays, np.asarray(order(seed)[step]))
 
 
 def batch_order(
@@ -73,8 +63,6 @@ def batch_order(
     Examples are reshuffled every epoch; each epoch's incomplete batch is dropped. With `lengths`, int `(size,)`,
     all batches of an epoch have nearly the same sum of lengths, and each has short and long examples.
     """
-    if batch_size > size:
-        raise ValueError(f"batch_size must be at most {size}, the number of training rows, got {batch_size}")
     check_int("seed", seed, at_least=0)
     if lengths is not None:
         return grain.MapDataset.source(_EvenBatches(lengths, batch_size, seed))

@@ -161,7 +161,7 @@ def save_checkpoint(
       manager: from `open_manager`; its `wait_until_finished()` and `close()` wait for the writing.
       state: what to save.
       metadata: from `describe_run`.
-      input_position: JSON-serializable state of the input iterator at the last consumed batch.
+      input_position: JSON value that resuming needs beside the state, such as the position in the data.
       metrics: numbers by which the manager may select the best checkpoint.
 
     Raises:

@@ -171,6 +171,11 @@ def local_rows(mesh: Mesh, size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(size)[index] for index in indices.values()]))
 
 
+def take_local(batch: Any, mesh: Mesh) -> Any:
+    """A process's rows of a global batch, for `shard_batch`."""
+    return jax.tree.map(lambda x: x[local_rows(mesh, len(x))], batch)
+
+
 def with_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """The function, for positional arguments, traced with the mesh that `constrain_rows` and others see."""
 

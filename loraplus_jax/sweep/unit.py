@@ -174,12 +174,6 @@ class _UnitRun:
         self.progress = Progress(unit.start)
         self.seconds, self.started, self.timed_step = 0.0, time.perf_counter(), TIMED_STEP
         self.began = self.started if began is None else began
-        split, size = population.data.splits["train"], population.run.train.batch_size
-        # Those of a single run with each seed.
-        self.batches = {
-            seed: population.batches.draw(split, batch_size=size, seed=seed)
-            for seed in dict.fromkeys(member.seed for member in unit.members)
-        }
 
     def run(self) -> dict[str, Any]:
         """Runs everything that is left, and writes and returns the result."""
@@ -233,7 +227,6 @@ class _UnitRun:
         if restored is not None:
             position = restored.input_position
             members = stored_members(restored.state, members, range(len(members)))
-            self.set_batches(position["batches"])
             self.seconds, step = position["seconds"], int(restored.state.step)
             self.tell(step=step, rows=position["rows"], resumed=step)
         else:
@@ -260,14 +253,7 @@ class _UnitRun:
             stored = stored_members(restored.state, [first[n] for n in own], numbers)
             for n, member in zip(own, stored, strict=True):
                 members[n] = member
-            self.set_batches(restored.input_position["batches"])
         return members
-
-    def set_batches(self, states: dict[str, Any]) -> None:
-        """Restores the position of the batches of each of the unit's seeds."""
-        for seed, batches in self.batches.items():
-            if str(seed) in states:
-                batches.set_state(states[str(seed)])
 
     def measure(self) -> None:
         """Measures an evaluation batch."""
@@ -302,7 +288,8 @@ class _UnitRun:
 
     def next_batches(self) -> list[Batch]:
         """The next batch of each member."""
-        by_seed = {seed: next(batches) for seed, batches in self.batches.items()}
+        seeds = dict.fromkeys(member.seed for member in self.unit.members)
+        by_seed = {seed: self.population.batches.batch(seed, self.step) for seed in seeds}
         return [by_seed[member.seed] for member in self.unit.members]
 
     def record(self) -> None:
@@ -323,7 +310,6 @@ class _UnitRun:
     def save(self) -> None:
         """Saves a checkpoint with all rows so far."""
         position = {
-            "batches": {str(seed): batches.get_state() for seed, batches in self.batches.items()},
             "rows": self.progress.rows,
             "seconds": self.seconds + time.perf_counter() - self.started,
         }

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from ..adapter.tree import leaves_by_path
-from ..data.batches import Batch, digest, first_batches, round_up
+from ..data.batches import Batch, digest, first_batches, round_up, train_batches
 from ..data.chat_template import BUILT_IN, ChatTemplate, load_template
 from ..data.chat_tokens import end_of_turn, leading_ids, tokenize_chats
 from ..data.conversations import Chat, Turn, describe_dropped, read_chats
@@ -249,7 +249,8 @@ class LanguageTask(Task):
         full, share = 100 * tokens / columns["segment_ids"].size, 100 * counts.sum() / tokens
         rows_line = f"{packed}{len(counts):,} training rows of {length} tokens, {full:.0f} % full"
         summary = (f"{rows_line}; the loss is of {share:.0f} % of the tokens",)
-        return BatchPlan(batch_shapes(columns, size), evaluate, scored=scored, summary=summary)
+        batch = train_batches(columns, batch_size=size)
+        return BatchPlan(batch_shapes(columns, size), evaluate, batch, scored=scored, summary=summary)
 
     def make_losses(
         self, settings: Settings, parts: AdaptedModel, mesh: Mesh | None = None, scored: Scored = ANY_POSITION

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from .._utils.validation import check_choice
-from ..data.batches import Batch, digest, first_batches
+from ..data.batches import Batch, digest, first_batches, train_batches
 from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.glue import find_task, load_glue, read_glue, read_glue_texts
@@ -285,8 +285,7 @@ class EncoderTask(Task):
         return BatchPlan(
             train=batch_shapes(rows.arrange(columns, batches[0]), rows.count),
             evaluate=eval_shapes(data.splits, train.eval_batch_size, parts),
-            arrange=rows.arrange,
-            lengths=lengths,
+            batch=train_batches(columns, batch_size=size, arrange=rows.arrange, lengths=lengths),
             summary=(f"{size} texts a step in {rows.count} rows of {rows.length} tokens, {full}",),
         )
 

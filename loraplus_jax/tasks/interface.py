@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 from .._utils.validation import to_plain
 from ..adapter.spec import Specs
 from ..adapter.tree import combine
-from ..data.batches import Batch, even_batch_size, take_rows, train_batches
+from ..data.batches import Batch, even_batch_size
 from ..data.data_to_text import Input
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.name_table import NameTable
@@ -148,22 +147,16 @@ class BatchPlan(NamedTuple):
     Attributes:
       train: shapes of a training batch, with a column `weight`.
       evaluate: shapes of an evaluation batch.
-      arrange: makes a training batch of the columns of the split and the indices of its examples.
-      lengths: the length of each training example, if all batches are to have nearly the same total length.
+      batch: `batch(seed, step)`, the training batches; see `train_batches`. None if only shapes are planned.
       scored: positions of language models that have a loss.
       summary: lines about how full the rows are, to print before training.
     """
 
     train: Shapes
     evaluate: Shapes
-    arrange: Callable[[Mapping[str, np.ndarray], np.ndarray], Batch] = take_rows
-    lengths: np.ndarray | None = None
+    batch: Any = None
     scored: Scored = ANY_POSITION
     summary: tuple[str, ...] = ()
-
-    def draw(self, columns: Batch, **options: Any) -> grain.DatasetIterator[Batch]:
-        """The batches of these training examples; see `train_batches` for the options."""
-        return train_batches(columns, arrange=self.arrange, lengths=self.lengths, **options)
 
     @property
     def train_rows(self) -> int:

@@ -1,6 +1,5 @@
 """Adapters that start from the base: made once, kept in the run, and subtracted from it if the init says so."""
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.params import check_params, read_leaf
 from ..quantization.packed_array import PackedArray, is_packed
 from ..settings.schema import Settings
-from ..step.sharding import local_rows, shard_batch
+from ..step.sharding import shard_batch, take_local
 from ..tasks.interface import AdaptedModel, LossFn
 from .programs import AbstractRun
 from .run_files import START
@@ -125,8 +124,7 @@ def first_gradients(run: AbstractRun, parts: AdaptedModel, loss_fn: LossFn) -> d
     init = BASE_INITS.get(settings.lora.init)
     if init is None or init.source != "gradients":
         return {}
-    options = {"batch_size": settings.train.batch_size, "rows": functools.partial(local_rows, mesh)}
-    batch = next(run.batches.draw(run.data.splits["train"], seed=settings.seed, **options))
+    batch = take_local(run.batches.batch(settings.seed, 0), mesh)
     count = len(batch["weight"]) // settings.train.accumulate
     batch = shard_batch({name: column[:count] for name, column in batch.items()}, mesh)
     flat, places = flatten(parts.frozen), flatten(run.shardings.frozen)

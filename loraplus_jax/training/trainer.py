@@ -1,6 +1,5 @@
 """The training loop: steps, evaluations, checkpoints, resuming, and the files in the output directory."""
 
-import functools
 import itertools
 import math
 import time
@@ -21,7 +20,7 @@ from ..optim.trained_ranks import final_ranks
 from ..settings.schema import Settings
 from ..step.checkpoint import add_metrics, save_checkpoint
 from ..step.run_metadata import package_versions
-from ..step.sharding import distribute, local_rows, shard_batch
+from ..step.sharding import distribute, shard_batch, take_local
 from ..step.train_step import TrainState, init_state
 from ..tasks.chat_generation import prompt_chat
 from ..tasks.interface import held_out_split, row_count
@@ -115,9 +114,6 @@ class Trainer:
             lambda trainable: init_state(trainable, run.tx, key), out_shardings=run.shardings.state
         )
         self.state: TrainState = make_state(self.initial)
-        rows = functools.partial(local_rows, run.mesh)
-        size, seed = self.settings.batch_size, run.settings.seed
-        self.batches = run.batches.draw(run.data.splits["train"], batch_size=size, seed=seed, rows=rows)
         self.held_out = held_out_split(run.data.splits)
         self.answers: dict[str, str] = {}
         self.ranks: dict[str, Any] = {}
@@ -183,7 +179,6 @@ class Trainer:
         if restored is None:
             return 0, None
         self.state, position = restored.state, restored.input_position
-        self.batches.set_state(position["batches"])
         self.pending = position["pending"]
         self.history = SpikeHistory(tuple(position["losses"]), position["skipped"])
         self.evaluation_pending = position["due"]
@@ -304,7 +299,8 @@ class Trainer:
             self.clock, lines = time.perf_counter(), ProgressLines(self.console, "step", self.run.steps, step)
             ends = self.should_stop()
             while step < self.run.steps and not ends:
-                batch, every = next(self.batches), self.settings.theory_every
+                batch = take_local(self.run.batches.batch(self.run.settings.seed, step), self.run.mesh)
+                every = self.settings.theory_every
                 is_measured = every is not None and (step + 1) % every == 0
                 before = copy_adapters(self.state.trainable) if is_measured else None
                 rows = shard_batch(batch, self.run.mesh)
@@ -404,11 +400,10 @@ class Trainer:
         self.console.print(f"step {step}: {format_metrics(values)} (validation)")
 
     def save(self, metrics: Mapping[str, float] | None, *, evaluation_pending: bool = False) -> None:
-        """Saves a checkpoint with the input position and the metrics that are not logged yet."""
+        """Saves a checkpoint with the position in the log and the metrics that are not logged yet."""
         self.log.sync()  # resuming needs the rows, so they are on disk before the checkpoint
         texts = [TEXTS["before"]] if self.run.held_out_texts is not None else []
         position = {
-            "batches": self.batches.get_state(),
             "pending": metrics_to_host(self.pending),
             "rows": len(self.log.rows),
             "digest": self.log.digest(),

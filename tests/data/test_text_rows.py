@@ -49,8 +49,9 @@ def test_every_text_of_a_batch_stands_in_it_once(seed):
     assert (rows.texts, rows.count % 2) == (rows.length // lengths.min(), 0)
     assert rows.full == lengths[batches].sum() / (7 * rows.count * rows.length)
     alone = {n: (data["input_ids"][n].tolist(), [0] + [1] * (t - 1)) for n, t in enumerate(lengths)}
-    drawn = train_batches(data, batch_size=8, seed=seed, arrange=rows.arrange, lengths=lengths)
-    for batch, indices in zip(drawn, batches, strict=False):
+    drawn = train_batches(data, batch_size=8, arrange=rows.arrange, lengths=lengths)
+    for step, indices in enumerate(batches):
+        batch = drawn(seed, step)
         assert batch["input_ids"].shape == (rows.count, rows.length)
         assert batch["label"].shape == batch["weight"].shape == (rows.count, rows.texts)
         assert texts_of(batch) == {n: alone[n] for n in indices}

@@ -165,20 +165,16 @@ def at_step(patch, step, act, *, saved=False):
     loop = Trainer.loop
 
     def with_act(self, first):
-        batches, fetched, manager = self.batches, [], self.manager
+        run, manager = self.run, self.manager
 
-        class Batches:
-            get_state = batches.get_state
+        def batch(seed, before):
+            if before + 1 == step:
+                if saved:
+                    manager.wait_until_finished()
+                act()
+            return run.batches.batch(seed, before)
 
-            def __next__(self):
-                fetched.append(1)
-                if first + len(fetched) == step:
-                    if saved:
-                        manager.wait_until_finished()
-                    act()
-                return next(batches)
-
-        self.batches = Batches()
+        self.run = run._replace(batches=run.batches._replace(batch=batch))
         return loop(self, first)
 
     patch.setattr(Trainer, "loop", with_act)

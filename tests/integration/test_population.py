@@ -41,11 +41,8 @@ def taken(run, entries, steps=STEPS, at_once=None):
     """A population after some steps."""
     population = prepare_population(abstract_population(run), len(entries), at_once)
     members = DeviceMembers(population, [population.first(*entry) for entry in entries])
-    split, size = population.data.splits["train"], run.train.batch_size
-    streams = {seed: population.batches.draw(split, batch_size=size, seed=seed) for _, seed in entries}
-    for _ in range(steps):
-        by_seed = {seed: next(stream) for seed, stream in streams.items()}
-        members.step([by_seed[seed] for _, seed in entries])
+    for step in range(steps):
+        members.step([population.batches.batch(seed, step) for _, seed in entries])
     return members
 
 
@@ -58,10 +55,9 @@ def alone(run, trial, seed, steps=STEPS):
     """The single run that `loraplus train` makes of it."""
     single = prepare(run.settings_of(trial, seed))
     state = init_state(single.parts.trainable, single.tx, jax.random.fold_in(jax.random.key(seed), 1))
-    split, size = single.data.splits["train"], run.train.batch_size
-    batches = single.batches.draw(split, batch_size=size, seed=seed)
-    for _ in range(steps):
-        state, _ = single.programs.step(state, single.parts.frozen, shard_batch(next(batches), single.mesh))
+    for step in range(steps):
+        batch = shard_batch(single.batches.batch(seed, step), single.mesh)
+        state, _ = single.programs.step(state, single.parts.frozen, batch)
     return {path: np.asarray(leaf) for path, leaf in leaves_by_path(state.trainable).items()}
 
 

@@ -1,7 +1,6 @@
 """Losses, labels and predictions of an encoder by hand, and its data."""
 
 import dataclasses
-import itertools
 import math
 
 import flax.linen as nn
@@ -203,8 +202,7 @@ def test_every_batch_of_all_epochs_and_the_largest_split_have_a_shape(world):
     full = lengths[first_batches(112, batch_size=16, seeds=(0, 1), count=100, lengths=lengths)].sum()
     assert full / (200 * math.prod(plan.train["input_ids"].shape)) > 0.9
     for seed in (0, 1):
-        batches = plan.draw(columns, batch_size=16, seed=seed)
-        shapes = {batch["weight"].shape for batch in itertools.islice(batches, 100)}
+        shapes = {plan.batch(seed, step)["weight"].shape for step in range(100)}
         assert shapes == {plan.train["weight"].shape}
     assert len(plan.evaluate["weight"].shape) == 2
     assert plan.evaluate["weight"].shape[0] == min(32, len(data.splits["test"]["weight"]))

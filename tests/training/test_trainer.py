@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from loraplus_jax.data.batches import train_batches
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
 from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.step.train_step import Rows, jit_step, make_eval
@@ -82,15 +83,12 @@ def test_without_early_stopping_no_row_is_looked_at():
 
 
 def test_seconds_of_earlier_starts_count(tmp_path):
-    position = {"batches": 0, "pending": [], "losses": [], "skipped": 0, "due": False, "files": {}}
+    position = {"pending": [], "losses": [], "skipped": 0, "due": False, "files": {}}
     position |= {"rows": 3, "digest": "d", "seconds": 40.0}
     restored = types.SimpleNamespace(state="saved", input_position=position)
     output = types.SimpleNamespace(restore=lambda *_: restored)
-    batches = types.SimpleNamespace(set_state=lambda state: None)
     run = types.SimpleNamespace(metadata={})
-    one = types.SimpleNamespace(
-        output=output, run=run, batches=batches, state=None, directory=tmp_path, started=100.0
-    )
+    one = types.SimpleNamespace(output=output, run=run, state=None, directory=tmp_path, started=100.0)
     assert Trainer.resume(one) == (3, "d")  # pyright: ignore
     assert (one.state, one.started) == ("saved", 60.0)
 
@@ -150,6 +148,7 @@ def make_run(tmp_path, monkeypatch):
         step = jit_step(_descend, tx, mesh=mesh, skip_nonfinite=True)
         programs = Programs(step, make_eval(_distance, mesh=mesh))
         batches, notes = full_batches(splits["train"], 2, 64), {"base": None, "task": {}}
+        batches = batches._replace(batch=train_batches(splits["train"], batch_size=2))
         shardings = AbstractRun(settings, data, mesh, 5, batches, parts, tx).shardings
         made = settings, data, parts, 5, batches, tx, mesh, shardings, programs
         run = Run(*made, None, None, {"base": None, "identity": {}}, notes, None)
