@@ -58,7 +58,6 @@ def randomised(lora):
     return jax.tree.map(lambda x: jnp.asarray(x + 0.3 * random.normal(size=x.shape), x.dtype), lora)
 
 
-@pytest.mark.slow
 def test_a_layer_of_two_inputs_and_two_outputs_by_hand():
     """W + 2 A B = [[3, 0], [4, 1]], whose columns have the norms 5 and 1; their magnitudes are 10 and 3."""
     model = apply_lora_plus(nn.Dense(2), CONFIG)

@@ -24,8 +24,6 @@ from loraplus_jax.linen import quantize_base
 from ..messages import mentions
 from .nets import Net
 
-pytestmark = pytest.mark.slow
-
 NET = Net(40, 12, 16, convolution=True)
 IDS = jnp.arange(6).reshape(2, 3)
 
@@ -61,6 +59,7 @@ STARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STARTS)
 def test_the_model_starts_as_the_base(parts, name):
     base, model, specs, grads = parts
@@ -76,6 +75,7 @@ def test_the_model_starts_as_the_base(parts, name):
     jax.tree.map(np.testing.assert_array_equal, base, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pissa, random", "lora_ga"])
 def test_the_difference_is_an_adapter_for_the_untouched_base(parts, name, tmp_path):
     base, model, specs, grads = parts
@@ -122,11 +122,14 @@ def test_the_equations_in_float64(parts):
     )
     np.testing.assert_allclose(np.abs(a.T @ u[:, :4]), 2 / 3 * np.eye(4), atol=1e-3)  # 16^(1/4) / 3
     np.testing.assert_allclose(np.abs(b @ v[4:8].T), 2 / 3 * np.eye(4), atol=1e-3)
+    usual = lora_ga(base, grads, specs)[1]["heads"]["lora_a"].reshape(12, 4)
+    np.testing.assert_allclose(usual, a * 3 / 4, atol=1e-5)  # gamma is 16, as PEFT's
     rest, lora = lora_ga(base, grads, specs, variant="lora_one", gamma=4.0)
     np.testing.assert_allclose(product(lora), -(u[:, :4] * s[:4]) @ v[:4] / s[0] / 4, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, rest, base)
 
 
+@pytest.mark.slow
 def test_the_rest_of_the_base_keeps_its_dtype_and_sharding(parts):
     base, _, specs, _ = parts
     sharding = jax.NamedSharding(jax.make_mesh((4,), ("x",)), jax.P(None, "x"))
@@ -140,6 +143,7 @@ def test_the_rest_of_the_base_keeps_its_dtype_and_sharding(parts):
     assert norms[0] < 0.9 * norms[1]
 
 
+@pytest.mark.slow
 def test_matrices(parts):
     _, _, specs, _ = parts
     conv, fc = specs["conv"], specs["layers/fc"]
@@ -149,6 +153,7 @@ def test_matrices(parts):
     assert to_matrix(np.zeros(fc.shape), fc).shape == (3, 16, 16)
 
 
+@pytest.mark.slow
 def test_bad_input(parts):
     base, _, specs, grads = parts
     one = {"heads": specs["heads"]}
@@ -182,6 +187,7 @@ def test_bad_input(parts):
             call()
 
 
+@pytest.mark.slow
 def test_the_difference_keeps_the_scale_of_rslora():
     config = LoRAPlusConfig(
         target_modules=["q"], rank=2, alpha=6.0, use_rslora=True, alpha_pattern={"v": 3.0}

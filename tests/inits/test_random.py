@@ -89,6 +89,14 @@ def test_a_is_uniform_by_fan_in_and_b_zero(init, bound, layers):
             np.testing.assert_allclose(abs(values).mean(), bound / 2, rtol=0.04, err_msg=name)
 
 
+def test_orthogonal_factors_have_the_sizes_of_peft_and_no_product():
+    """As in PEFT: normal combinations of half of 8 orthonormal rows, over 10, so a variance of 1/200."""
+    lora = linen(nn.Dense(400), ROW, init="orthogonal")
+    a, b = np.asarray(lora["lora_a"]), np.asarray(lora["lora_b"])
+    np.testing.assert_allclose([a.std(), b.std()], 200**-0.5, rtol=0.05)
+    np.testing.assert_allclose(a @ b, 0, atol=1e-7)
+
+
 @pytest.mark.parametrize(("init", "changes_a"), [("lora", True), ("lora_b", False), ("orthogonal", True)])
 def test_integer_weights_get_float32_factors(init, changes_a):
     layer = nn.Dense(16, param_dtype=jnp.int8, kernel_init=nn.initializers.ones, use_bias=False)

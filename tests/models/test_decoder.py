@@ -16,7 +16,7 @@ BF16 = 0.05
 VALUES, GRADIENTS = 5e-6, 2e-5
 
 
-TELLING = ("llama_llama3", "llama_gemma2")
+TELLING = ("gpt2_scaled", "llama_llama3", "llama_gemma2")
 
 
 @pytest.mark.parametrize("name", [name if name in TELLING else slow(name) for name in CASES])

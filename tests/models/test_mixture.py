@@ -12,6 +12,8 @@ from loraplus_jax.adapter import apply_rows, select_adapters, stack_adapters
 from loraplus_jax.adapter.tree import flatten, unflatten
 from loraplus_jax.interop import Adapter
 from loraplus_jax.models.families import family_of
+from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.models.llama.model import LlamaMixture
 from loraplus_jax.models.mixture import mix
 from loraplus_jax.step.sharding import (
     adapter_shardings,
@@ -74,6 +76,29 @@ def platform(request, monkeypatch):
     """Products by blocks, and by `ragged_dot`, which CPUs can compute too."""
     monkeypatch.setattr("loraplus_jax.models.mixture.target_platform", lambda: request.param)
     return request.param
+
+
+def test_a_router_is_computed_in_float32(monkeypatch):
+    """Shares of bfloat16 models are those of float64, rounded once: transformers' router computes in float32."""
+    found = {}
+
+    def taken(x, shares, chosen, *kernels, activation):
+        found.update(shares=shares, chosen=chosen)
+        return x
+
+    monkeypatch.setattr("loraplus_jax.models.llama.model.mix", taken)
+    config = LlamaConfig.from_hf(tiny.config("mixtral", num_local_experts=16, num_experts_per_tok=4))
+    model = LlamaMixture(config, jnp.bfloat16, jnp.bfloat16)
+    x = jnp.eye(config.hidden_size, dtype=jnp.bfloat16)[None]  # so that scores are the kernel's rows
+    params = model.init(jax.random.key(0), x)["params"]
+    scores = jax.random.normal(jax.random.key(1), (config.hidden_size, 16)).astype(jnp.bfloat16)
+    model.apply({"params": {**params, "gate": {"kernel": scores}}}, x)
+    exact = np.exp(np.asarray(scores, np.float64))
+    order = np.argsort(-exact, axis=1, kind="stable")[:, :4]
+    shares = np.take_along_axis(exact, order, axis=1)
+    shares /= shares.sum(axis=1, keepdims=True)
+    np.testing.assert_array_equal(found["chosen"][0], order)
+    np.testing.assert_array_equal(found["shares"][0], shares.astype(jnp.bfloat16))
 
 
 def test_every_token_gets_the_sum_of_its_experts(inputs, expected):

@@ -138,7 +138,6 @@ class Reference:
         return s[1] + s[0].sum(0) / len(p) + s[2].sum(1) / q.shape[1]
 
 
-@pytest.mark.slow
 def test_thirty_steps_are_the_papers_in_float64():
     """A and B after every step, through all phases; ranks differ in the end, and the reference's masks change."""
     with jax.enable_x64(True):

@@ -11,6 +11,7 @@ from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.optim.keep_float32 import keep_float32
 
+from ..marks import slow
 from ..messages import mentions
 from ..refusals import refusals
 
@@ -123,14 +124,13 @@ METHODS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "method", "rates"),
     [
-        ("lora_plus", "plain", {"decay": "equal"}),
+        slow("lora_plus", "plain", {"decay": "equal"}),
         ("peft", "chain", SCHEDULE),
-        ("peft", "inject", {"embedding_learning_rate": 0.003}),
-        ("lora_plus", "lora", {"head_learning_rate": 0.02, "max_grad_norm": 1e9}),
+        slow("peft", "inject", {"embedding_learning_rate": 0.003}),
+        slow("lora_plus", "lora", {"head_learning_rate": 0.02, "max_grad_norm": 1e9}),
     ],
 )
 def test_what_describe_says_is_what_a_step_does(policy, method, rates):

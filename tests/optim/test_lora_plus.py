@@ -19,6 +19,7 @@ from loraplus_jax.optim.diagnostics import describe, probe
 from loraplus_jax.optim.keep_float32 import keep_float32
 from loraplus_jax.optim.roles import lr_ratio_of
 
+from ..marks import slow
 from ..messages import mentions
 from ..refusals import refusals
 from .toy import ONES, PARAMS, SCHEDULES, gradients, leaves, run
@@ -131,10 +132,9 @@ def is_matrix(tree):
     return traverse_util.path_aware_map(kept, tree)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mask", "decay"),
-    [("kernels", "coupled"), (is_decayed, "equal"), (is_matrix, "coupled")],
+    [slow("kernels", "coupled"), slow(is_decayed, "equal"), (is_matrix, "coupled")],
 )
 def test_a_mask_says_which_leaves_decay_and_the_table_shows_it(mask, decay):
     tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, decay=decay, decay_mask=mask)

@@ -38,6 +38,29 @@ def test_a_spec_names_the_card_its_capability_and_its_memory():
     assert "major: 12 minor: 0" in gpu_spec(GPUS["rtx6000pro"])
 
 
+PUBLISHED = {
+    # Dense bfloat16 TFLOP/s, GB/s of memory and of links in both directions, by NVIDIA's data sheets ("H100 Tensor
+    # Core GPU", SXM; "H200", "A100" of 40 and 80 GB, "L4", "DGX B200" by 8) and cloud.google.com/tpu/docs.
+    "l4": (242 / 2, 300, 64),
+    "a100-40": (312, 1555, 600),
+    "a100-80": (312, 2039, 600),
+    "h100": (1979 / 2, 3350, 900),
+    "h200": (1979 / 2, 4800, 900),
+    "b200": (36_000 / 2 / 8, 64_000 / 8, 1800),
+    "v5e": (197, 819, 400),
+    "v5p": (459, 2765, 1200),
+    "v6e": (918, 1638, 800),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_rates_of_a_card_are_the_published_ones(name):
+    card = GPUS.get(name) or TPUS[name]
+    flops, memory, links = PUBLISHED[name]
+    rates = card.flops / 1e12, card.memory_rate / 1e9, card.link_rate / 1e9
+    assert rates == pytest.approx((flops, memory, links / 2), rel=2e-3)
+
+
 def test_what_jax_reserves(monkeypatch):
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     assert GPUS["h100"].available == int(0.75 * 84.9e9)

@@ -352,7 +352,6 @@ def test_changed_metrics_do_not_decide_the_best(tmp_path, change):
         assert manager.metrics(1) == {"loss": 1}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("value", "mode"), [("nan", "max"), ("-inf", "min")])
 def test_a_metric_that_is_not_finite_is_never_the_best_and_null_in_the_file(tmp_path, mode, value):
     how = {"best": "m", "mode": mode, "keep": 3}

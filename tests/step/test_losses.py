@@ -10,6 +10,7 @@ import pytest
 
 from loraplus_jax.step.losses import chunked_cross_entropy
 
+from ..marks import slow
 from ..refusals import refusals
 
 ROWS, LENGTH, HIDDEN, WORDS = 3, 10, 8, 23
@@ -47,10 +48,9 @@ def value_and_gradient(hidden, kernel, labels, weights, **options):
     return losses, gradient
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "cap", "smoothing"),
-    [(7, None, 0.0), (30, 5.0, 0.2), (512, None, 0.1)],
+    [slow(7, None, 0.0), (30, 5.0, 0.2), slow(512, None, 0.1)],
 )
 def test_every_chunk_size_and_option_gives_the_float64_values_and_gradients(chunk, cap, smoothing):
     data, tolerance = inputs(scale=3.0 if cap or smoothing else 1.0), 2e-5 if cap or smoothing else 1e-5

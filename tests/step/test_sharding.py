@@ -188,7 +188,6 @@ def subject():
     return Subject()
 
 
-@pytest.mark.slow
 def test_a_step_is_the_same_on_a_mesh_of_all_axes(subject):
     one = jit_step(subject.loss, subject.tx)
     step, shardings, placed = subject.on((2, 2, 2))

@@ -264,6 +264,11 @@ def test_the_balance_and_the_rates_that_restore_it(delta1, delta2, init, share, 
     assert moves[1] is None or f": {'A' if share < 1 else 'B'} is" in line
 
 
+def test_the_balance_of_layers_is_their_geometric_mean():
+    layers = {"q": {"delta1": 0.8, "delta2": 0.1}, "v": {"delta1": 0.1, "delta2": 0.4}}
+    assert balance(layers, 16.0, "lora").ratio == pytest.approx(2**0.5)  # of 8 and 1/4
+
+
 @pytest.mark.parametrize("init", ["lora", "lora_b", None])
 def test_no_lr_ratio_below_one_is_ever_suggested(init):
     assert balance_of(0.0, 0.2, 16.0, init) == Balance(None)  # of a factor that moved nothing, nothing is

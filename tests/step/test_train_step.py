@@ -209,7 +209,6 @@ def test_steps_share_one_compilation():
     assert (len(traces), int(state.step)) == (1, 3)
 
 
-@pytest.mark.slow
 def test_every_step_device_and_part_has_a_key_of_its_own():
     def loss_fn(variables, batch, rng):
         one = jnp.ones(())
@@ -319,6 +318,17 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(bad, pmapped):
     state, metrics = step(state, {}, lift(jnp.ones(2)))
     assert np.all(metrics["skipped"] == 0)
     assert np.all(np.asarray(state.trainable["params"]["w"]) < 0.85)
+
+
+def test_a_step_whose_loss_alone_is_not_finite_is_skipped_too():
+    def loss_fn(variables, batch, rng):
+        return (jnp.sum(variables["params"]["w"]) + jax.lax.stop_gradient(batch), jnp.float32(1.0)), {}
+
+    tx = optax.sgd(0.5)
+    state = init_state({"params": {"w": jnp.ones(2)}}, tx, KEY)
+    state, metrics = jit_step(loss_fn, tx, skip_nonfinite=True)(state, {}, jnp.array(jnp.inf))
+    assert (metrics["skipped"], metrics["grad_norm/extra"]) == (1, np.float32(np.sqrt(2)))
+    np.testing.assert_array_equal(state.trainable["params"]["w"], [1, 1])
 
 
 def test_a_step_whose_update_is_not_finite_is_skipped_too():

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
+import types
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +24,7 @@ from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import batch_sharding, make_mesh
 from loraplus_jax.step.train_step import make_eval
 from loraplus_jax.tasks.causal_lm import LanguageTask, _digest, constant_choice
+from loraplus_jax.tasks.interface import TaskData
 from loraplus_jax.training.evaluation import finish_metrics, join_rows
 
 from .. import tiny
@@ -245,6 +248,27 @@ def test_flops_of_the_head_follow_the_scored_positions():
     per_position = 2 * sizes.hidden_size * sizes.vocab_size
     assert head == pytest.approx((positions - 8) * per_position, rel=0.35)
     assert (flops(128) - flops(64)) / 64 == pytest.approx(head / (positions - 8), rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [30, 10_001])
+def test_no_batch_scores_more_positions_than_the_head_computes(steps):
+    """Up to 10,000 batches by drawing them; beyond, by the rows that have most."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 12, 40)
+    mask = np.zeros((40, 60), np.float32)
+    for row, count in enumerate(counts):
+        mask[row, 1 : count + 1] = 1
+    ones = np.ones((40, 60), np.int32)
+    columns = {"input_ids": ones, "segment_ids": ones, "loss_mask": mask}
+    train: Any = types.SimpleNamespace(batch_size=8, accumulate=2, eval_batch_size=4)
+    splits = {"train": columns, "validation": columns}
+    settings: Any = types.SimpleNamespace(train=train)
+    data = TaskData(TALK, splits, dict.fromkeys(splits, 40), {}, {})
+    plan = TALK.plan_batches(settings, data, steps, (0,), make_mesh(2))
+    drawn = [plan.batch(0, step)["loss_mask"].reshape(2, 2, 2, 60) for step in range(40)]
+    most = int(max(batch.sum(axis=(1, 3)).max() for batch in drawn))
+    assert most <= plan.scored.train
+    assert plan.scored.train <= (most + 8 if steps == 30 else 24)
 
 
 def test_the_constant_choice_is_the_position_that_is_most_often_right():

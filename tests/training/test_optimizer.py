@@ -51,13 +51,12 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "lr_ratio", "transform"),
     [
-        (EVERY, 1.5, lora_plus_adamw(1e-2, 1.5, **EVERY)),
+        slow(EVERY, 1.5, lora_plus_adamw(1e-2, 1.5, **EVERY)),
         *(
-            (slow if name == "lora_rite" else pytest.param)(
+            (slow if name != "riemannian" else pytest.param)(
                 DECAY | {"name": name}, 4.0 if name == "riemannian" else 1.0, transform
             )
             for name, transform in TRANSFORMS.items()

@@ -165,6 +165,14 @@ def _rows(run):
     return [json.loads(line) for line in lines]
 
 
+def test_dropout_has_a_key_of_its_own_as_in_a_sweep(make_run):
+    """Not the seed's own key, of which the adapters and the head are drawn; a sweep's members have the same."""
+    output: Any = types.SimpleNamespace(path=None, manager=None, console=None)
+    state = Trainer(make_run(), output).state
+    expected = jax.random.fold_in(jax.random.key(make_run().settings.seed), 1)
+    np.testing.assert_array_equal(jax.random.key_data(state.rng), jax.random.key_data(expected))
+
+
 @pytest.mark.parametrize(("select", "selected"), [("best", 2), slow("last", 5)])
 def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(make_run, select, selected):
     run = make_run(eval_every=1, select=select)

@@ -59,7 +59,6 @@ def outputs(params, ids=IDS, mask=MASK, config=TINY, rngs=None, **fields):
     return run(BertForSequence(config, 3, **fields), params, ids, mask, rngs=rngs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "pooling"), [("bert", "pooler"), slow("roberta", "mean")])
 def test_tiny_models_equal_transformers(name, pooling, tmp_path):
     golden, (model, params) = write_golden(name, tmp_path), load_model(tmp_path, pooling)

@@ -17,6 +17,7 @@ from loraplus_jax.models.decoding.generate import NONFINITE_LOGITS, PAD_AFTER_EN
 from loraplus_jax.models.llama.model import SHARDING, Llama
 from loraplus_jax.step.sharding import base_shardings, distribute, make_mesh
 
+from ...marks import slow
 from ...refusals import refusals
 from ..golden import GOLDEN as FILES
 from .tiny import CONFIG, PROMPTS, WORDS
@@ -24,8 +25,7 @@ from .tiny import CONFIG, PROMPTS, WORDS
 GOLDEN = json.loads((FILES / "beams.json").read_text())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("n", range(4))
+@pytest.mark.parametrize("n", [slow(0), 1, slow(2), slow(3)])
 def test_sequences_and_scores_equal_transformers(models, n):
     _, gpt2, params = models("gpt2_tied")
     beams, penalty, ngram, early = GOLDEN["cases"][n]

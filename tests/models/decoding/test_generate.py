@@ -53,13 +53,20 @@ def greedy_by_hand(model, variables, prompts, count):
     return found
 
 
-@pytest.mark.slow
 def test_greedy_is_the_argmax_over_growing_sequences(model, variables, generate):
     found = generate(variables, *padded(PROMPTS), Sampling(), KEYS)
     expected = greedy_by_hand(model, variables, PROMPTS, NEW)
     assert found.dtype == jnp.int32
     assert np.asarray(found).tolist() == expected
     assert len({tuple(row) for row in expected}) == len(PROMPTS)
+
+
+def test_every_token_is_drawn_with_a_key_of_its_own(variables, generate):
+    # Of equal logits a key alone decides; the same key for all steps would draw one token again and again.
+    equal = jax.tree.map(jnp.zeros_like, variables)
+    rows = np.asarray(generate(equal, *padded(PROMPTS), Sampling(1.0, 1.0), KEYS))
+    assert min(len({*row.tolist()}) for row in rows) > 1
+    assert len({tuple(row) for row in rows.tolist()}) == len(rows)
 
 
 @pytest.mark.slow
@@ -104,7 +111,6 @@ def test_longrope_goes_by_each_row_s_own_length(variables, beams):
         assert together[0].tolist() == greedy_by_hand(model, variables, prompts[:1], NEW)[0]
 
 
-@pytest.mark.slow
 def test_a_stop_token_ends_a_row(model, variables):
     rows = greedy_by_hand(model, variables, PROMPTS, NEW)
     stop = rows[0][2]
