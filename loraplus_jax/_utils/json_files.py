@@ -1,35 +1,63 @@
 """Reads untrusted files: only regular files, and JSON with limits on size and depth."""
 
 import json
+import os
 import re
 import stat
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal
+
+Links = Literal["none", "inside", "any"]
+"""Which symbolic links count as a file: none, those that `check_link` allows, or any, where users name the path."""
 
 
-def check_file(path: Path, *, follow_links: bool = True) -> None:
-    """Raises ValueError unless a path is a regular file; without `follow_links` a symbolic link is none either."""
+def check_file(path: Path, *, links: Links = "inside") -> None:
+    """Raises ValueError unless a path is a regular file, or one of the `links` to such a file."""
     # Opening a FIFO can block forever, a device may not end, and writing to a link changes its target.
     try:
-        kind = stat.S_IFMT(path.stat(follow_symlinks=follow_links).st_mode)
+        kind = stat.S_IFMT(path.stat(follow_symlinks=links != "none").st_mode)
     except OSError as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         raise ValueError(f"{path} {reason}") from None
     if kind != stat.S_IFREG:
         kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFLNK: "symbolic link"}
         raise ValueError(f"{path} is a {kinds.get(kind, 'device or socket')}: use a regular file")
+    if links == "inside":
+        check_link(path)
+
+
+def check_link(path: Path) -> None:
+    """Raises ValueError if a path is a symbolic link out of its directory: its author may not see what is there.
+
+    The files of a snapshot in the Hub's cache are links to the blobs of their repository.
+    """
+    if not path.is_symlink():
+        return
+    directory, target = path.parent.resolve(), path.resolve()
+    blobs = [parent.parent / "blobs" for parent in directory.parents if parent.name == "snapshots"]
+    if not any(target.is_relative_to(root) for root in (directory, *blobs)):
+        raise ValueError(
+            f"{path} is a symbolic link to {os.readlink(path)}, outside its directory; if you trust it, put a copy "
+            "in its place"
+        )
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a value from a file can only name something in the file's own directory."""
+    # By Windows' rules, which also split at a backslash and after a drive.
+    is_part = isinstance(name, str) and PureWindowsPath(name).name == name
+    return is_part and name.isprintable() and name not in ("", "..")
 
 
 def check_directory_files(directory: Path) -> None:
     """Raises ValueError unless all files in a directory are regular, for a library that opens them itself."""
     for path in directory.rglob("*"):
-        if not path.is_dir():
-            check_file(path)
+        (check_link if path.is_dir() else check_file)(path)
 
 
-def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """The text of an untrusted file; a ValueError if it is no regular file or not UTF-8."""
-    check_file(path)
+def read_text(path: Path, encoding: str = "utf-8", *, links: Links = "inside") -> str:
+    """The text of an untrusted file; a ValueError if `check_file` rejects it or it is not UTF-8."""
+    check_file(path, links=links)
     try:
         return path.read_text(encoding)
     except UnicodeDecodeError as error:
@@ -38,13 +66,13 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def read_json(path: Path, *, limit: int | None = None) -> dict[str, Any]:
+def read_json(path: Path, *, limit: int | None = None, links: Links = "inside") -> dict[str, Any]:
     """Reads a JSON object from an untrusted file of at most `limit` bytes, by default `MAX_JSON_BYTES`.
 
     Raises:
       ValueError: the file is missing, too large, not a JSON object, too deeply nested, or contains invalid text.
     """
-    check_file(path)
+    check_file(path, links=links)
     if (size := path.stat().st_size) > (limit := limit or MAX_JSON_BYTES):
         raise ValueError(f"{path} is too large: {size} bytes, the limit is {limit}")
     try:

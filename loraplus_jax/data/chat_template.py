@@ -183,7 +183,7 @@ def load_template(choice: str, files: ModelFiles, source: str | None = None) -> 
         return ChatTemplate(BUILT_IN[choice], choice, bos, eos)
     if choice != "model":
         try:
-            source = read_text(expand_path("template", choice), "utf-8-sig")
+            source = read_text(expand_path("template", choice), "utf-8-sig", links="any")
         except ValueError as error:
             allowed = f"use model, {', '.join(BUILT_IN)} or the path of a file"
             raise ValueError(

@@ -322,7 +322,7 @@ def resolve(
     if value and os.path.exists(path):
         if kind == "data":
             try:
-                check_file(path)
+                check_file(path, links="any")
             except ValueError as error:
                 raise ValueError(f"data must be one file: {error}") from None
         return path

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from .._utils.atomic import atomic_write
-from .._utils.json_files import check_file
+from .._utils.json_files import Links, check_file
 from .._utils.records import check_files, read_record, record_text
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.spec import AdapterSpec, Specs, specs_from_json
@@ -173,8 +173,10 @@ def read_description(path: Path) -> dict[str, Any]:
     return read_record(path, check)
 
 
-def read_tensors(path: Path, form: Literal["flax", "numpy"] = "flax") -> dict[str, Any]:
-    """Reads a safetensors file.
+def read_tensors(
+    path: Path, form: Literal["flax", "numpy"] = "flax", *, links: Links = "inside"
+) -> dict[str, Any]:
+    """Reads a safetensors file; `links` is for `check_file`.
 
     Returns:
       A dict from names to JAX arrays in their stored dtypes; with `form` numpy, to numpy arrays.
@@ -183,7 +185,7 @@ def read_tensors(path: Path, form: Literal["flax", "numpy"] = "flax") -> dict[st
       ValueError: the file is damaged.
     """
     library = _safetensors(form)
-    check_file(path)
+    check_file(path, links=links)
     try:
         return library.load_file(path)
     except Exception as error:  # the error class of safetensors is not public

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .._utils.json_files import check_directory_files, check_file
+from .._utils.json_files import Links, check_directory_files, check_file
 from .._utils.untrusted import run_job
 from .adapter_directory import read_tensors
 from .library_recipes import clean_paths
@@ -36,8 +36,9 @@ def read_tree(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    links: Links = "inside" if path.is_dir() else "any"  # a single file is one that the user names
     if not path.is_dir():
-        check_file(path)
+        check_file(path, links=links)
     if path.name.endswith(_KERAS):
         raise ValueError(
             f"{path} names no layers, only their numbers in keras-hub's own list: load it into the model, and call "
@@ -52,7 +53,7 @@ def read_tree(path: str | Path) -> dict[str, np.ndarray]:
     if files:
         tree: dict[str, Any] = {}
         for file in files:
-            for name, tensor in _read_file(file).items():
+            for name, tensor in _read_file(file, links).items():
                 if name in tree:
                     raise ValueError(f"{file}: {name} is in another file of {path}, too")
                 tree[name] = tensor
@@ -65,11 +66,11 @@ def read_tree(path: str | Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf, order="C") for name, leaf in clean_paths(tree).items()}
 
 
-def _read_file(file: Path) -> dict[str, Any]:
+def _read_file(file: Path, links: Links) -> dict[str, Any]:
     if file.suffix == ".safetensors":
-        return read_tensors(file, "numpy")  # JAX takes minutes for 100,000 small tensors
+        return read_tensors(file, "numpy", links=links)  # JAX takes minutes for 100,000 small tensors
     if file.suffix == ".npz":
-        check_file(file)
+        check_file(file, links=links)
         arrays = run_job(f"{file} cannot be read", "read_npz", files=[file], path=str(file))
         # NumPy saves a bfloat16 as two bytes of no type.
         return {n: x.view(ml_dtypes.bfloat16) if x.dtype == "V2" else x for n, x in arrays.items()}
@@ -77,7 +78,7 @@ def _read_file(file: Path) -> dict[str, Any]:
 
 
 def _read_orbax(path: Path) -> dict[str, Any]:
-    found = list(_checkpoints(path, _DEPTH, set()))
+    found = list(_checkpoints(path, _DEPTH))
     if not found:
         raise FileNotFoundError(
             f"{path} contains no adapter, no .safetensors or .npz file and no orbax checkpoint"
@@ -91,13 +92,10 @@ def _read_orbax(path: Path) -> dict[str, Any]:
     return run_job(what, "read_orbax", files=files, path=str(found[0].resolve()))
 
 
-def _checkpoints(path: Path, depth: int, seen: set[Path]) -> Iterator[Path]:
-    if (resolved := path.resolve()) in seen:  # by a symbolic link, which may lead back
-        return
-    seen.add(resolved)
+def _checkpoints(path: Path, depth: int) -> Iterator[Path]:
     if (path / "_METADATA").exists() or (path / "manifest.ocdbt").exists():
         yield path
     elif depth:
         for child in sorted(path.iterdir()):
-            if child.is_dir():
-                yield from _checkpoints(child, depth - 1, seen)
+            if child.is_dir() and not child.is_symlink():  # which may lead back, or out of the directory
+                yield from _checkpoints(child, depth - 1)

@@ -342,7 +342,7 @@ MAX_GPUS = 4096
 def _read_gpu(file: Path) -> Gpu:
     """A GPU from a YAML file with the fields of `Gpu`; raises ValueError for any other content."""
     try:
-        return TypeAdapter(Gpu).validate_python(read_yaml(file))
+        return TypeAdapter(Gpu).validate_python(read_yaml(file, links="any"))
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, x['loc'])) or 'content'}: {x['msg']}"

@@ -52,7 +52,7 @@ def parse_settings(
       ValueError: the file cannot be read, a key is unknown (the message suggests the closest one), or a value has
         the wrong type or is out of range.
     """
-    values = {} if config is None else read_yaml(config := find_config(config))
+    values = {} if config is None else read_yaml(config := find_config(config), links="any")
     if not isinstance(values, Mapping):
         raise ValueError(f"{config} must contain a mapping of settings, got {values!r:.80}")
     values, fields = dict(values), {field.name: field for field in setting_fields(kind)}

@@ -6,17 +6,17 @@ from typing import Any
 
 import yaml
 
-from .._utils.json_files import check_file, find_problem, parse_int
+from .._utils.json_files import Links, check_file, find_problem, parse_int
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, *, links: Links = "inside") -> Any:
     """Returns the contents of a YAML file as plain values.
 
     Raises:
       ValueError: the file is not valid YAML, has a duplicate key or an alias, or is too large or too deeply nested;
         the message names the file.
     """
-    check_file(path)
+    check_file(path, links=links)
     if (size := path.stat().st_size) > LARGEST_YAML:
         raise ValueError(f"{path} is too large: {size} bytes, the limit is {LARGEST_YAML}")
     content = path.read_bytes()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from .._utils.json_files import check_link
 from ..interop.adapter_directory import DESCRIPTION_FILE, read_adapter_json
 from ..interop.peft_files import NOTES_FILE, OPTIONS, peft_notes
 from .run_directory import describe_unfinished
@@ -85,6 +86,7 @@ def look(path: Path) -> Place:
     Raises:
       ValueError, FileNotFoundError: the metadata is damaged, or an adapter has no tensors.
     """
+    check_link(path / ADAPTER)
     for directory in (path / ADAPTER, path):
         # By our own file: an adapter that we export for PEFT has PEFT's files only.
         is_ours = (directory / DESCRIPTION_FILE).is_file()

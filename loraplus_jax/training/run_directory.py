@@ -95,7 +95,7 @@ def _lock(directory: Path, wait: float = 1.0) -> Iterator[None]:
     lock, owner = filelock.FileLock(directory / LOCK), directory / OWNER
     for path in (directory / LOCK, owner):  # through a link another file would be written; a FIFO would block
         if os.path.lexists(path):
-            check_file(path, follow_links=False)
+            check_file(path, links="none")
     try:
         lock.acquire(timeout=wait)
     except filelock.Timeout:

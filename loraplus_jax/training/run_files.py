@@ -89,7 +89,7 @@ def owner_pid(directory: Path) -> str | None:
     paths = lock, owner = directory / LOCK, directory / OWNER
     try:
         for path in paths:
-            check_file(path, follow_links=False)
+            check_file(path, links="none")
         try:
             # Another `loraplus runs` may hold it for a moment.
             with filelock.FileLock(lock).acquire(timeout=0.1):

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from loraplus_jax import LoRAPlusConfig, load_adapter, save_adapter
+from loraplus_jax._utils import json_files
 from loraplus_jax._utils.json_files import read_json
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.adapter.target_rules import try_rules
@@ -23,8 +24,9 @@ from loraplus_jax.data.chat_template import load_template
 from loraplus_jax.data.conversations import read_chats
 from loraplus_jax.data.fetch import resolve
 from loraplus_jax.data.readers import read_rows
+from loraplus_jax.interop.factor_trees import read_tree
 from loraplus_jax.interop.peft_adapter_config import read_options
-from loraplus_jax.interop.peft_files import peft_config
+from loraplus_jax.interop.peft_files import peft_config, peft_notes, read_peft
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.checkpoints.name_table import NameTable
 from loraplus_jax.models.checkpoints.params import load_params
@@ -221,6 +223,48 @@ def test_what_is_no_file_is_not_read(reject, tmp_path, name):
         words = (path, kind) if name != "m.gguf" else (path,)
         with contextlib.suppress(FileNotFoundError):
             reject(lambda path=path: READERS[name](path), *words)
+
+
+NAMED = ("train.yaml", "data.csv", "data.parquet", "data.tsv", "data.jsonl", "own.jinja")
+"""Files whose path the user gives, who may keep them elsewhere."""
+DIRECTORIES = {
+    **{name: read for name, read in READERS.items() if name not in (*NAMED, "m.gguf")},
+    "only.gguf": lambda p: open_files(p.parent),
+    "vocab.txt": lambda p: open_files(p.parent).copy_tokenizer(p.parents[1]),
+    "adapter.json": lambda p: load_adapter(p.parent),
+    "adapter.safetensors": lambda p: load_adapter(p.parent),
+    "adapter_config.json": lambda p: read_peft(p.parent),
+    "adapter_model.safetensors": lambda p: read_peft(p.parent),
+    "loraplus.json": lambda p: peft_notes(p.parent),
+    "arrays.npz": lambda p: read_tree(p.parent),
+    "adapter": lambda p: look(p.parent),
+}
+"""A file of a directory that is named as a whole, and a reader of the directory."""
+
+
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_a_link_out_of_an_untrusted_directory_is_not_followed(reject, tmp_path, name):
+    (path := tmp_path / "a" / name).parent.mkdir()
+    if name.startswith("adapter_"):
+        peft()(path.parent)
+    elif name.startswith("adapter."):
+        ours(read=lambda _: None)(tmp_path)
+    path.unlink(missing_ok=True)
+    secret = tmp_path / "secret"
+    secret.mkdir() if name == "adapter" else secret.write_text("{}")
+    path.symlink_to("../secret")
+    reject(lambda: DIRECTORIES[name](path), path, "symbolic link", "../secret")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_link_that_the_user_names_is_followed(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(json_files, "check_link", None)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "mine").write_text("")
+    (path := tmp_path / "theirs" / name).symlink_to("../mine")
+    with contextlib.suppress(ValueError):  # of an empty file
+        READERS[name](path)
 
 
 def test_a_template_path_of_an_adapter_is_not_opened(reject, tmp_path):

@@ -3,18 +3,19 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 
 from ..._utils.atomic import to_json
-from ..._utils.json_files import MAX_LIST_BYTES, check_file, read_json, read_text
+from ..._utils.json_files import MAX_LIST_BYTES, check_file, is_plain_name, read_json, read_text
 from ..._utils.untrusted import run_job
 from .model_files import ModelFiles, View
 
@@ -31,6 +32,8 @@ TOKENIZER_FILES = (
 """The files of a tokenizer and of generation's defaults that are copied."""
 _PLACES = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 """Fields that say where the files were on someone's machine; nothing reads them."""
+_VOCABULARY = re.compile(rb"\n[\x02-\x7f]\n[\x00-\x7d]|[A-Za-z0-9+/]+=* [0-9]+\n")
+"""How a .model file begins: SentencePiece's with the message of a piece, tiktoken's with a token in base64."""
 _tried: set[bytes] = set()
 """Digests of valid tokenizers: a sweep opens the model once per unit."""
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -132,10 +135,24 @@ class HubDirectory(ModelFiles):
         """See `ModelFiles.copy_tokenizer`."""
         for name in TOKENIZER_FILES:
             source = self.path / name
-            if name in ("tokenizer_config.json", "generation_config.json") and source.is_file():
+            if not source.exists():
+                continue
+            check_file(source)
+            if name in ("tokenizer_config.json", "generation_config.json"):
                 write_json(target / name, without_places(read_json(source, limit=MAX_LIST_BYTES)))
-            elif source.is_file():
-                shutil.copyfile(source, target / name)
+                continue
+            # Unless it is what its name says, it may be a file of the user that must not get into an export.
+            if name == "tokenizer.json":
+                _ = self._tokenizer_json
+            elif source.suffix == ".json":
+                read_json(source, limit=MAX_LIST_BYTES)
+            elif source.suffix != ".model":
+                read_text(source)
+            else:
+                with source.open("rb") as file:
+                    if not _VOCABULARY.match(file.read(512)):
+                        raise ValueError(f"{source} is no vocabulary of SentencePiece or tiktoken")
+            shutil.copyfile(source, target / name)
 
 
 def without_places(content: Any) -> Any:
@@ -170,10 +187,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
             f"got {weight_map!r:.80}"
         )
     for file_name in weight_map.values():
-        # Checks only the name: the hub's cache consists of links that point out of the directory.
-        # By Windows' rules, which also split at a backslash and after a drive.
-        plain = isinstance(file_name, str) and PureWindowsPath(file_name).name == file_name
-        if not plain or not file_name.isprintable() or not file_name.endswith(".safetensors"):
+        if not is_plain_name(file_name) or not file_name.endswith(".safetensors"):
             raise ValueError(
                 f"{directory / INDEX_FILE}: files must be plain .safetensors names in the same directory, "
                 f"got {file_name!r}"

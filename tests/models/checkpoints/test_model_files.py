@@ -41,6 +41,36 @@ def test_a_directory_gives_the_same_three_things(directory):
     assert open_files(directory).chat_template == "{{ two }}"
 
 
+COPIED = {
+    "vocab.txt": "[PAD]\na\n",
+    "vocab.json": '{"a": 0}',
+    "merges.txt": "#version: 0.2\n",
+    "special_tokens_map.json": "{}",
+    "generation_config.json": "{}",
+    "spiece.model": "\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02",
+    "tokenizer.model": "IQ== 0\nIg== 1\n",
+}
+
+
+def test_a_snapshot_of_the_hub_s_cache_is_copied(directory, tmp_path):
+    snapshot, target = tmp_path / "hub/snapshots/0123", tmp_path / "out"
+    for path in (snapshot, tmp_path / "hub/blobs", target):
+        path.mkdir(parents=True)
+    for name, content in COPIED.items():
+        (tmp_path / "hub/blobs" / name).write_text(content)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    open_files(snapshot).copy_tokenizer(target)
+    assert {p.name: p.read_text() for p in target.iterdir()} == COPIED | {"generation_config.json": "{}\n"}
+    assert not any(p.is_symlink() for p in target.iterdir())
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", *COPIED])
+def test_what_is_not_what_its_name_says_is_not_copied(directory, tmp_path, name):
+    (directory / name).write_bytes(b"-----BEGIN\xff")
+    with pytest.raises(ValueError, match=mentions(directory / name)):
+        open_files(directory).copy_tokenizer(tmp_path)
+
+
 def test_of_several_templates_the_default_one_is_taken(directory):
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))

@@ -153,10 +153,16 @@ def test_sharded_equals_single(tmp_path):
 
 def test_shards_may_be_links_out_of_the_directory_as_in_the_hub_cache(tmp_path):
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshots/0123").mkdir(parents=True)
     write(tmp_path / "blobs", tensors())
-    (tmp_path / "snapshot" / SINGLE_FILE).symlink_to(tmp_path / "blobs" / SINGLE_FILE)
-    assert set(load(tmp_path / "snapshot")) == {"embed", "layers"}
+    (tmp_path / "snapshots/0123" / SINGLE_FILE).symlink_to(f"../../blobs/{SINGLE_FILE}")
+    assert set(load(tmp_path / "snapshots/0123")) == {"embed", "layers"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / SINGLE_FILE).symlink_to(f"../blobs/{SINGLE_FILE}")
+    with pytest.raises(
+        ValueError, match=mentions(tmp_path / "other" / SINGLE_FILE, "symbolic link", "blobs")
+    ):
+        load(tmp_path / "other")
 
 
 @pytest.mark.parametrize("given", [ml_dtypes.bfloat16, np.float16, np.float64])

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from ...._utils.json_files import check_file
 from ...families import KINDS
 
 ARCHITECTURES = tuple(dict.fromkeys(kind.gguf for kind in KINDS.values() if kind.gguf))
@@ -96,7 +97,10 @@ def find(path: Path) -> Path | None:
     if len(files) > 1:
         names = ", ".join(p.name for p in files)
         raise ValueError(f"{path} contains {len(files)} GGUF files; pass the path of one: {names}")
-    return files[0] if files else None
+    if not files:
+        return None
+    check_file(files[0])
+    return files[0]
 
 
 def read(path: Path) -> Gguf:
