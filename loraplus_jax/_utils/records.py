@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import to_json, write_text
-from .json_files import check_file, read_json
+from .json_files import check_file, is_plain_name, read_json
 
 DIGEST, FILES = "digest", "files"
 PATHS = {"model": ("path",), "data": ("path", "root", "train", "validation", "test")}
@@ -56,15 +56,24 @@ def file_digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
     """The digest of each file, by name."""
     digests = {}
     for name in names:
+        check_file(directory / name)
         with (directory / name).open("rb") as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
-def check_digests(directory: Path, digests: Mapping[str, str], remedy: str) -> None:
-    """Raises ValueError, which ends in the remedy, if a file is missing or does not have its digest."""
+def check_digests(directory: Path, digests: Any, remedy: str) -> None:
+    """Raises ValueError, which ends in the remedy, if a file is missing or does not have its digest.
+
+    The digests may be from an untrusted file: unless they map plain names to text, nothing is read.
+    """
+    if not isinstance(digests, Mapping) or not all(
+        is_plain_name(name) and isinstance(digest, str) for name, digest in digests.items()
+    ):
+        raise ValueError(
+            f"{directory}: {FILES} must map plain names of files to digests, got {digests!r:.80}; {remedy}"
+        )
     for name, digest in digests.items():
-        check_file(directory / name)
         if file_digests(directory, [name])[name] != digest:
             raise ValueError(f"{directory / name} has changed since it was saved; restore it, or {remedy}")
 

@@ -79,3 +79,32 @@ def test_files_of_a_record_are_compared(tmp_path):
     (tmp_path / "x.bin").unlink()
     with pytest.raises(ValueError, match=mentions("x.bin", "missing")):
         check_files(path, read_record(path))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        *(
+            {name: "0"}
+            for name in ("../secret", "a/b", "a\\b", "..", "", "x\0", "\n", "/proc/kmsg", "C:x", "link")
+        ),
+        ["secret"],
+        "secret",
+        None,
+        {"here": 1},
+        {"here": None},
+        {"here": ["0"]},
+        {"x" * 5000: "0"},
+    ],
+    ids=lambda files: f"{files!r:.20}",
+)
+def test_files_of_a_record_are_plain_names_beside_it(tmp_path, files):
+    directory = tmp_path / "theirs"
+    directory.mkdir()
+    for path in (tmp_path / "secret", directory / "here"):
+        path.write_text("")
+    (directory / "link").symlink_to("../secret")
+    write_record(directory / "r.json", {"files": files})
+    with pytest.raises(ValueError, match=mentions(directory)) as caught:
+        check_files(directory / "r.json", read_record(directory / "r.json"))
+    assert "changed" not in str(caught.value)
