@@ -69,28 +69,32 @@ class RunLog:
                 "checkpoint was saved with; restore the original file, or start over with --fresh"
             )
         self.rows = [_parse_row(line) for line in lines]
+        self._reports, self._finished, self._open = None, False, contextlib.ExitStack()
         if not writes:
             return
-        self._reports = None
-        if open_reports is not None:
-            logged = [*self.rows]
-            with contextlib.suppress(ValueError):  # the checkpoint's digest is not of these
-                logged += [_parse_row(line) for line in later]
-            # Before the file is cut: what it had says what was sent.
-            self._reports = open_reports([(row["step"], _tags(row)) for row in logged])
-        write_text(self.path, kept.decode())
-        self._file = self.path.open("a", encoding="utf-8")
-        writer, self._types = _load_tensorboard()
-        (directory / EVENTS).mkdir(exist_ok=True)
-        # Writes synchronously. On a full disk, the thread of SummaryWriter blocks forever.
-        self._events = writer.EventsWriter(str(directory / EVENTS / "events"))
-        if self.rows:  # tell TensorBoard to drop the events after the step that the run resumes from
-            start = {"status": self._types.SessionLog.SessionStatus.START}
-            self._write_event(self.rows[-1]["step"] + 1, session_log=start)
-        for row in self.rows:
-            self._report(row)
-        if self._reports is not None:
-            self._reports.catch_up()
+        with contextlib.ExitStack() as stack:  # if one cannot be opened, the others are closed
+            if open_reports is not None:
+                logged = [*self.rows]
+                with contextlib.suppress(ValueError):  # the checkpoint's digest is not of these
+                    logged += [_parse_row(line) for line in later]
+                # Before the file is cut: what it had says what was sent.
+                self._reports = reports = open_reports([(row["step"], _tags(row)) for row in logged])
+                stack.callback(lambda: reports.close(self._finished))
+            write_text(self.path, kept.decode())
+            self._file = stack.enter_context(self.path.open("a", encoding="utf-8"))
+            writer, self._types = _load_tensorboard()
+            (directory / EVENTS).mkdir(exist_ok=True)
+            # Writes synchronously. On a full disk, the thread of SummaryWriter blocks forever.
+            self._events = writer.EventsWriter(str(directory / EVENTS / "events"))
+            stack.callback(self._events.close)
+            if self.rows:  # tell TensorBoard to drop the events after the step that the run resumes from
+                start = {"status": self._types.SessionLog.SessionStatus.START}
+                self._write_event(self.rows[-1]["step"] + 1, session_log=start)
+            for row in self.rows:
+                self._report(row)
+            if self._reports is not None:
+                self._reports.catch_up()
+            self._open = stack.pop_all()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a row."""
@@ -135,12 +139,8 @@ class RunLog:
 
     def close(self, *, finished: bool = False) -> None:
         """Closes the files, and ends what rows are reported to, as finished or as interrupted."""
-        if not self._writes:
-            return
-        self._file.close()
-        self._events.close()
-        if self._reports is not None:
-            self._reports.close(finished)
+        self._finished = finished
+        self._open.close()
 
 
 def _tags(row: LogRow) -> dict[str, float]:

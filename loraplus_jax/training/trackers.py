@@ -9,7 +9,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -182,6 +182,7 @@ class Reports:
       config: the run's settings as plain values.
       logged: `(step, values)` of the rows so far, those after the checkpoint included.
       console: where to print.
+      check: called before every write; raises if the directory is not there any more.
     """
 
     def __init__(
@@ -191,8 +192,9 @@ class Reports:
         config: Mapping[str, Any],
         logged: Iterable[tuple[int, Mapping[str, float]]],
         console: Console,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._console, self._path = console, directory / FILE
+        self._console, self._path, self._check = console, directory / FILE, check
         self._running: dict[str, Tracker] = {}
         self._known: dict[str, dict[str, Any]] = {}
         self._saved: float | None = time.monotonic()
@@ -208,15 +210,19 @@ class Reports:
             if old["used"]:
                 old["rows"].update(in_file)
             old["used"] = False
-        for name in names:
-            with self._or_left_out(name):
-                tracker, old = TRACKERS[name](), self._known.get(name, {"id": None, "rows": set()})
-                run_id = tracker.start(directory, config, old["id"])
-                self._known[name] = {"id": run_id, "used": False, "rows": old["rows"]}
-                self._running[name] = tracker
-                if tracker.address is not None:
-                    console.print(f"{name}: {tracker.address}")
-        self._save()
+        try:
+            for name in names:
+                with self._or_left_out(name):
+                    tracker, old = TRACKERS[name](), self._known.get(name, {"id": None, "rows": set()})
+                    run_id = tracker.start(directory, config, old["id"])
+                    self._known[name] = {"id": run_id, "used": False, "rows": old["rows"]}
+                    self._running[name] = tracker
+                    if tracker.address is not None:
+                        console.print(f"{name}: {tracker.address}")
+            self._save()
+        except BaseException:  # without an end, a service shows a run as running forever
+            self._finish(False)
+            raise
 
     def catch_up(self) -> None:
         """Says that the rows of before are sent: from now on, all in the file are."""
@@ -227,25 +233,32 @@ class Reports:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Sends a row to the trackers that lack it."""
-        for name, tracker in [*self._running.items()]:
+        running = [*self._running.items()]
+        for name, tracker in running:
             rows, key = self._known[name]["rows"], _key(step, values)
             if key not in rows:
                 with self._or_left_out(name):
                     tracker.log(step, values)
                     rows.add(key)
-        if self._saved is not None and time.monotonic() > self._saved + SAVE_SECONDS:
-            self._save()
+        is_due = self._saved is not None and time.monotonic() > self._saved + SAVE_SECONDS
+        if is_due:
             self._saved = time.monotonic()
+        if is_due or len(self._running) < len(running):
+            self._save()
 
     def close(self, finished: bool) -> None:
         """Ends the trackers' runs, as finished or as interrupted."""
+        self._finish(finished)
+        self._save()
+
+    def _finish(self, finished: bool) -> None:
         for name, tracker in [*self._running.items()]:
             with self._or_left_out(name):
                 tracker.finish(finished)
-        self._save()
 
     def _save(self) -> None:
         if self._known:
+            self._check()
             known = {name: old | {"rows": sorted(old["rows"])} for name, old in self._known.items()}
             write_record(self._path, {"services": known})
 
@@ -257,7 +270,6 @@ class Reports:
             self._running.pop(name, None)
             if name in self._known:
                 self._known[name]["used"] = False
-                self._save()
             self._print_failure(name, error)
 
     def _print_failure(self, name: str, error: Exception) -> None:

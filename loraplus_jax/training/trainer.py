@@ -162,9 +162,8 @@ class Trainer:
 
     def open_reports(self, logged: list[tuple[int, dict[str, float]]]) -> Reports:
         """Opens the trackers of `train.report_to`."""
-        return Reports(
-            self.settings.report_to, self.directory, self.run.settings.to_json(), logged, self.console
-        )
+        config, check = self.run.settings.to_json(), self.output.check
+        return Reports(self.settings.report_to, self.directory, config, logged, self.console, check)
 
     def check_stop(self) -> None:
         """Raises Stopped if a signal was received, once running saves are done."""

@@ -1,5 +1,6 @@
 """Trackers get every row once, over interruptions too, and end no run; with modules in place of the services'."""
 
+import errno
 import importlib
 import importlib.util
 import io
@@ -11,9 +12,10 @@ import types
 
 import pytest
 
-from loraplus_jax.training import trackers
+from loraplus_jax.training import metrics_log, trackers
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.metrics_log import RunLog
+from loraplus_jax.training.run_directory import lock_directory
 from loraplus_jax.training.trackers import TRACKERS, Reports, check_trackers
 
 from ..messages import assert_mentions, mentions
@@ -163,6 +165,49 @@ def test_one_that_fails_while_logging_does_not_stop_the_others(tmp_path, service
     (line,) = logged(tmp_path, [1, 2], names=("wandb", "mlflow"))
     assert_mentions(line, "wandb", "ZeroDivisionError")
     assert (steps_of(other.runs["id0"]), service.closed, other.closed) == ([1, 2], 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(metrics_log, "_load_tensorboard"), (metrics_log, "write_text"), (trackers, "write_record")],
+)
+def test_a_log_that_cannot_be_opened_ends_the_runs_of_the_services(
+    tmp_path, service, monkeypatch, module, name
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, name, full)
+    with pytest.raises(OSError, match="No space left"):
+        logged(tmp_path, [1])
+    assert (service.closed, service.finished) == (1, False)
+
+
+def test_a_log_that_cannot_be_closed_ends_the_runs_of_the_services(tmp_path, service, monkeypatch):
+    writer, _ = metrics_log._load_tensorboard()
+    close = writer.EventsWriter.close
+    monkeypatch.setattr(writer.EventsWriter, "close", lambda self: (close(self), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        logged(tmp_path, [1], finished=True)
+    assert (service.closed, service.finished) == (1, True)
+
+
+def test_a_directory_that_is_lost_is_named_and_the_runs_of_the_services_end(tmp_path, service):
+    directory, file = tmp_path / "run", io.StringIO()
+    directory.mkdir()
+    with lock_directory(directory) as check:
+        log = RunLog(
+            directory,
+            check=check,
+            open_reports=lambda rows: Reports(
+                ["wandb"], directory, CONFIG, rows, LineConsole(file=file), check
+            ),
+        )
+        directory.rename(tmp_path / "moved")
+        for end in (lambda: log.write(1, {"loss": 1.0}), log.close):
+            with pytest.raises(ValueError, match="was renamed, deleted or replaced"):
+                end()
+    assert (service.closed, service.finished, directory.exists()) == (1, False, False)
 
 
 def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch):
