@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -70,8 +71,9 @@ def connect(settings: SweepSettings, console: LineConsole) -> Generator["RayTask
         ray.init(address=LOCAL, num_cpus=cores, **quiet)
     else:
         _join_cluster(ray, str(settings.ray))
-    # Ray replaces both.
-    signal.signal(signal.SIGTERM, handler)
+    # Ray replaces both; the handler only in the main thread. One that was set in C is None.
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
     sys.excepthook = hook
     try:
         with StopSignal() as stop:

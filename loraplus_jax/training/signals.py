@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 
@@ -30,12 +31,19 @@ class StopSignal:
 
     Schedulers and impatient users send more than one: within `GRACE_SECONDS` of the first, further signals change
     nothing; a later one acts as usual. A stdout that can no longer be written counts as SIGPIPE.
+
+    Signals act as before outside the main thread, which alone may set handlers, and where a handler was set in C, which
+    Python could not set again.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._wakeup_fd: int | None = None
 
     def __enter__(self) -> "StopSignal":
+        self._previous_handlers = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
         # Stop waking the listener thread of `cli.__main__`, which could end the process on a recorded signal.
         self._wakeup_fd = signal.set_wakeup_fd(-1)
         # Of several processes, JAX's preemption service handles a SIGTERM to any and chooses a step that all reach.
@@ -44,8 +52,11 @@ class StopSignal:
         # Windows has no SIGHUP, and nohup ignores it.
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             handled.add(signal.SIGHUP)
-        self._previous_handlers = {number: signal.getsignal(number) for number in handled}
-        for number in handled:
+        known = {number: signal.getsignal(number) for number in handled}  # None of one that was set in C
+        self._previous_handlers = {
+            number: handler for number, handler in known.items() if handler is not None
+        }
+        for number in self._previous_handlers:
             signal.signal(number, self._record)
         return self
 
@@ -66,7 +77,8 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
-        signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
+        if self._wakeup_fd is not None:
+            signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self._received is None:

@@ -3,6 +3,7 @@
 import signal
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -52,3 +53,26 @@ def test_a_stdout_that_cannot_be_written_counts_as_a_broken_pipe(monkeypatch):
         assert stop.is_due(1)
         monkeypatch.undo()
         assert stop.received == signal.SIGPIPE
+
+
+def test_outside_the_main_thread_a_run_trains_and_the_handlers_stay(number):
+    """Only the main thread may set handlers."""
+    handler = signal.getsignal(number)
+
+    def train():
+        with StopSignal() as stop:
+            assert signal.getsignal(number) is handler
+            return stop.is_due(1)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(train).result()
+
+
+def test_a_handler_that_was_set_in_c_stays(number, monkeypatch):
+    """Python does not know it, and could not set it again."""
+    handler, getsignal = signal.getsignal(number), signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda n: None if n == number else getsignal(n))
+    with StopSignal():
+        assert getsignal(number) is handler
+    assert getsignal(number) is handler
+    monkeypatch.undo()
