@@ -3,13 +3,17 @@
 import contextlib
 import dis
 import errno
+import importlib.util
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
+from importlib.metadata import requires
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, TextIO
 
 from .._utils.atomic import to_json
@@ -92,10 +96,7 @@ def _run_command(arguments: list[str]) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK) or not _is_input(error):
             raise
-        is_missing = isinstance(error, ModuleNotFoundError)
-        message = (
-            f"{error.name} is not installed; run pip install 'loraplus_jax[train]'" if is_missing else error
-        )
+        message = _explain_missing(error) if isinstance(error, ModuleNotFoundError) else error
         return _report(f"error: {message}", 2)
     except (MemoryError, RuntimeError) as error:
         # XLA raises a RuntimeError whose text says that memory ran out.
@@ -107,6 +108,21 @@ def _run_command(arguments: list[str]) -> int:
         return _report(f"error: out of memory; {MEMORY_ADVICE}", 2)
     except KeyboardInterrupt:
         return _report("interrupted", 130)
+
+
+def _explain_missing(error: ModuleNotFoundError) -> str:
+    """Names the extra of this package that installs a missing module, or else the package that requires it."""
+    package = (error.name or "").partition(".")[0]
+    if not package or importlib.util.find_spec(package) is not None:  # which lacks a part, in another version
+        return str(error)
+    distribution = {"yaml": "pyyaml"}.get(package, package.lower().replace("_", "-"))
+    needed = re.compile(rf"{re.escape(distribution)}\b(?!-).*; extra == ['\"](.+)['\"]")
+    extras = [match[1] for text in requires("loraplus_jax") or () if (match := needed.fullmatch(text))]
+    if extras := [extra for extra in extras if extra not in ("docs", "others", "test")]:
+        return f"{error.name} is not installed; run pip install 'loraplus_jax[{extras[0]}]'"
+    importers = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    importer = next(name for name in reversed(importers) if name != "importlib")
+    return f"{error}" if importer == "loraplus_jax" else f"{error}, which {importer} requires; install it"
 
 
 def _is_input(error: Exception) -> bool:

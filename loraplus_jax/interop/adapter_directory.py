@@ -240,7 +240,7 @@ def host_array(leaf: Any) -> Any:
 def _safetensors(module: str) -> Any:
     try:
         return importlib.import_module(f"safetensors.{module}")
-    except ImportError:
+    except ModuleNotFoundError:
         raise ImportError(
             "adapter files require safetensors: pip install 'loraplus_jax[train]' or pip install safetensors"
         ) from None

@@ -62,7 +62,9 @@ def connect(settings: SweepSettings, console: LineConsole) -> Generator["RayTask
     jax.config.update("jax_platforms", "cpu")
     try:
         import ray  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "ray":  # but a package that Ray requires
+            raise
         raise ImportError("sweep.ray requires Ray; run pip install 'loraplus_jax[ray]'") from None
     handler, hook = signal.getsignal(signal.SIGTERM), sys.excepthook
     quiet = {"log_to_driver": False, "logging_level": "CRITICAL", "include_dashboard": False}

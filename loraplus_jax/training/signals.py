@@ -32,8 +32,8 @@ class StopSignal:
     Schedulers and impatient users send more than one: within `GRACE_SECONDS` of the first, further signals change
     nothing; a later one acts as usual. A stdout that can no longer be written counts as SIGPIPE.
 
-    Signals act as before outside the main thread, which alone may set handlers, and where a handler was set in C, which
-    Python could not set again.
+    Signals act as before outside the main thread, which alone may set handlers, and where a handler was set in C,
+    which Python could not set again.
     """
 
     def __init__(self) -> None:

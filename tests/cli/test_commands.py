@@ -1,7 +1,10 @@
 """The table of commands fits the functions that they run."""
 
+import importlib
 import inspect
 import re
+import sys
+from functools import partial
 
 import jax.numpy as jnp
 import pytest
@@ -22,6 +25,7 @@ from loraplus_jax.sweep.run import sweep
 from loraplus_jax.training.list_runs import list_runs
 from loraplus_jax.training.trainer import train
 
+from ..messages import assert_mentions
 from ..refusals import refusals
 
 TARGETS = {
@@ -133,6 +137,40 @@ def test_a_bug_is_not_told_as_invalid_input(monkeypatch, run):
     monkeypatch.setitem(COMMANDS, "fetch", COMMANDS["fetch"]._replace(run=run))
     with pytest.raises((TypeError, AttributeError)):
         main(["fetch"])
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("pydantic", ["pydantic", "pip install 'loraplus_jax[train]'"]),
+        ("yaml", ["yaml", "pip install 'loraplus_jax[train]'"]),
+        ("lm_eval", ["lm_eval", "pip install 'loraplus_jax[lm-eval]'"]),
+        ("pyarrow", ["pyarrow", "pip install 'loraplus_jax[hub]'"]),
+        ("jax.missing", ["No module named 'jax.missing'"]),
+        ("loraplus_jax.missing", ["No module named 'loraplus_jax.missing'"]),
+    ],
+)
+def test_a_missing_module_names_the_extra_that_installs_it(monkeypatch, capsys, module, words):
+    if "." not in module:
+        monkeypatch.setitem(sys.modules, module, None)
+    run = partial(importlib.import_module, module)
+    monkeypatch.setitem(COMMANDS, "fetch", COMMANDS["fetch"]._replace(run=run))
+    assert main(["fetch"]) == 2
+    error = capsys.readouterr().err
+    assert_mentions(error, *words)
+    assert ("pip install" in error) == (len(words) > 1)
+
+
+def test_a_module_that_another_package_lacks_is_not_told_as_ours(monkeypatch, capsys, tmp_path):
+    (tmp_path / "stub_peft").mkdir()
+    (tmp_path / "stub_peft/__init__.py").write_text("import stub_accelerate")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = partial(importlib.import_module, "stub_peft")
+    monkeypatch.setitem(COMMANDS, "fetch", COMMANDS["fetch"]._replace(run=run))
+    assert main(["fetch"]) == 2
+    error = capsys.readouterr().err
+    assert_mentions(error, "No module named 'stub_accelerate'", "stub_peft")
+    assert "pip install" not in error
 
 
 def test_a_full_disk_that_a_library_tells_is_no_bug(monkeypatch, capsys):

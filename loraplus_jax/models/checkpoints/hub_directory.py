@@ -198,7 +198,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
 def _open(path: Path) -> "_SafetensorsFile":
     try:
         import safetensors
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError("reading weights needs safetensors: pip install 'loraplus_jax[train]'") from error
     # Path.exists raises for a name that is too long for the file system.
     if not os.path.exists(path):

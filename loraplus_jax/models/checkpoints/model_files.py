@@ -84,7 +84,7 @@ class ModelFiles(abc.ABC):
         """
         try:
             import tokenizers  # noqa: F401
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise ImportError(
                 "reading a tokenizer needs tokenizers: pip install 'loraplus_jax[train]'"
             ) from error

@@ -205,7 +205,7 @@ def _read_metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
 def _read_tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, TensorInfo]:
     try:
         import gguf
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError("reading GGUF files needs gguf: pip install 'loraplus_jax[train]'") from error
     # Type number to name, values per block, and bytes per block.
     types = {kind.value: (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
