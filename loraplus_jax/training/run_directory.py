@@ -343,7 +343,8 @@ class OutputDirectory:
     ) -> Restored | None:
         """Restores the newest readable checkpoint, or the one with the best metric; None if there is none.
 
-        Moves a damaged checkpoint to `damaged_checkpoints/` and tries the next. The result is sharded as `like`.
+        Moves a damaged checkpoint to `damaged_checkpoints/` and tries the next. The result is sharded as `like`,
+        whose arrays are deleted before it is read.
 
         Raises:
           ValueError: the checkpoint is of another run, or the last one is damaged. It stays where it is, so that
@@ -351,6 +352,9 @@ class OutputDirectory:
         """
         manager = self.manager
         while (step := allgather(manager.best_step() if best else manager.latest_step())[0]) is not None:
+            for leaf in jax.tree.leaves((like.trainable, like.opt_state)):
+                if isinstance(leaf, jax.Array):  # there may be no memory for two states
+                    leaf.delete()
             try:
                 return restore_step(manager, like, metadata, step)
             except DamagedCheckpoint as error:

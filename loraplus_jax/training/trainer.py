@@ -108,12 +108,13 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
         # No copy: the weights were loaded into these shardings.
         self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
-        self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
-        # One program: eager operations would each be compiled.
+        # One program: eager operations would each be compiled. The state takes the memory of the initial values.
         make_state = jax.jit(
-            lambda trainable: init_state(trainable, run.tx, key), out_shardings=run.shardings.state
+            lambda trainable: init_state(trainable, run.tx, key),
+            out_shardings=run.shardings.state,
+            donate_argnums=0,
         )
-        self.state: TrainState = make_state(self.initial)
+        self.state: TrainState = make_state(distribute(run.parts.trainable, run.shardings.state.trainable))
         self.held_out = held_out_split(run.data.splits)
         self.answers: dict[str, str] = {}
         self.ranks: dict[str, Any] = {}
@@ -124,6 +125,8 @@ class Trainer:
 
     def run_to_end(self) -> dict[str, Any]:
         """Resumes if possible, trains, evaluates and writes the results; returns the summary."""
+        if allgather(self.manager.latest_step())[0] is not None:  # it will replace the initial values
+            self.ask_prompt("before", self.state.trainable)
         rows, digest = self.resume()
         self.step = step = int(self.state.step)
         if changed := self.output.changed:  # only now is it known that the run can resume
@@ -212,6 +215,7 @@ class Trainer:
                 )
             values |= self.score_texts(self.state.trainable, "before")
             self.log.write(0, {f"before/{prefix}{name}": value for name, value in values.items()})
+            self.ask_prompt("before", self.state.trainable)
             row = self.log.rows[-1]
         elif (remaining := self.run.steps - self.step) and (speeds := self.log.values("steps_per_second")):
             self.console.print(
@@ -221,7 +225,6 @@ class Trainer:
         before = {
             name.removeprefix("before/").removeprefix(prefix): row[name] for name in row if name != "step"
         }
-        self.ask_prompt("before", self.initial)
         if not is_resumed:
             self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
             self.print_answer("before")

@@ -139,7 +139,9 @@ PREPARED = {}
 def trainer(settings):
     """A trainer with these settings; none of them changes how a run is prepared."""
     output = SimpleNamespace(path=Path("unused"), manager=None, console=QUIET)
-    return Trainer(PREPARED["run"]._replace(settings=settings), output)
+    run = PREPARED["run"]._replace(settings=settings)
+    own = jax.tree.map(jnp.array, run.parts.trainable)  # a trainer takes their memory
+    return Trainer(run._replace(parts=run.parts._replace(trainable=own)), output)
 
 
 def first_batch(settings):

@@ -17,6 +17,7 @@ from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, 
 from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.step.train_step import Rows, jit_step, make_eval
 from loraplus_jax.tasks.interface import AdaptedModel, TaskData, full_batches
+from loraplus_jax.training import run_directory
 from loraplus_jax.training import trainer as training
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.evaluation import evaluate, finish_metrics
@@ -119,11 +120,11 @@ TARGETS = {"train": 9.0, "validation": 2.0, "test": 4.0}
 
 
 def _descend(variables, batch, rng):
-    return (-jnp.sum(variables["params"]["w"] * batch["weight"]), jnp.sum(batch["weight"])), {}
+    return (-jnp.sum(jnp.mean(variables["params"]["w"]) * batch["weight"]), jnp.sum(batch["weight"])), {}
 
 
 def _distance(variables, batch, rng):
-    losses = jnp.square(variables["params"]["w"] - batch["target"]) * batch["weight"]
+    losses = jnp.square(jnp.mean(variables["params"]["w"]) - batch["target"]) * batch["weight"]
     return (jnp.sum(losses), jnp.sum(batch["weight"])), {}
 
 
@@ -187,3 +188,23 @@ def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(make
     assert (summary["held_out"]["split"], summary["examples"]) == ("test", run.data.examples)
     assert (summary["before"]["loss"], summary["selected_step"]) == (16.0, selected)
     assert summary["after"]["loss"] == (selected - 4.0) ** 2
+
+
+def test_initial_values_take_no_memory_beside_the_state(make_run, monkeypatch):
+    """In full fine-tuning they are as large as the weights; the check of memory counts only the state."""
+    run = make_run(eval_every=5, select="best")
+    run = run._replace(parts=run.parts._replace(trainable={"params": {"w": jnp.zeros(1234)}}))
+    counts = []
+
+    def counting(function):
+        def call(*args, **kwargs):
+            counts.append(sum(x.shape == (1234,) for x in jax.live_arrays()))
+            return function(*args, **kwargs)
+
+        return call
+
+    programs = Programs(counting(run.programs.step), counting(run.programs.evaluate))
+    monkeypatch.setattr(training, "prepare", lambda *_, **__: run._replace(programs=programs))
+    monkeypatch.setattr(run_directory, "restore_step", counting(run_directory.restore_step))
+    training.train(run.settings, console=LineConsole(quiet=True))
+    assert counts == [1] * 7 + [0, 1]  # before the best checkpoint is read, the last state is freed
