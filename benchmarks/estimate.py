@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from common import Steps, interleaved, median_ratio, parse_options, report, use_cpu
 
+from loraplus_jax._utils.allocator import keep_memory
 from loraplus_jax.data.batches import eval_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import Settings
@@ -57,7 +58,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 def main() -> None:
     options = parse_options(__doc__, rounds=9)
     use_cpu()
-    report("estimate", [measure(name, options.rounds) for name in CASES], rounds=options.rounds)
+    with keep_memory():  # as training does
+        rows = [measure(name, options.rounds) for name in CASES]
+    report("estimate", rows, rounds=options.rounds)
 
 
 if __name__ == "__main__":

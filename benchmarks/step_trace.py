@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from common import Steps, parse_options, report, use_cpu
 
-from loraplus_jax._utils.allocator import run_on_main_thread
+from loraplus_jax._utils.allocator import keep_memory, run_on_main_thread
 from loraplus_jax.data.fetch import resolve
 from loraplus_jax.plan.hlo import parse_hlo
 from loraplus_jax.settings.parsing import parse_settings
@@ -133,7 +133,8 @@ def main() -> None:
     options = parse_options(__doc__, steps=20, name="step_trace")
     use_cpu()
     run_on_main_thread()  # as the command does
-    found, tokens, texts = ours(options.steps)
+    with keep_memory():  # as training does
+        found, tokens, texts = ours(options.steps)
     length = round(tokens / texts)
     measured = {"here": (found, tokens), "PEFT": (peft(options.steps, length, texts), texts * length)}
     rows = []

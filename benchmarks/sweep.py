@@ -24,7 +24,7 @@ import numpy as np
 from common import Steps, interleaved, median_ratio, parse_options, read_json, report, table
 
 from loraplus_jax import init_state
-from loraplus_jax._utils.allocator import run_on_main_thread
+from loraplus_jax._utils.allocator import keep_memory, run_on_main_thread
 from loraplus_jax.data.batches import eval_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step import replicate, shard_batch
@@ -66,6 +66,7 @@ def population_step(members: DeviceMembers, batch: Any) -> Any:
     return members.stacked
 
 
+@keep_memory()  # as a single run does
 def timing(rounds: int) -> None:
     """Writes results/sweep_time.json."""
     run_on_main_thread()  # as the command does

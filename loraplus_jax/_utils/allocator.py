@@ -7,8 +7,14 @@ would be kept too, so between programs it is given back.
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+DEFAULTS = {M_TRIM_THRESHOLD: 2**17, M_MMAP_MAX: 2**16}
+"""What glibc has for these options of `mallopt`; it cannot be asked."""
 
 
 def run_on_main_thread() -> None:
@@ -16,11 +22,24 @@ def run_on_main_thread() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def keep_memory() -> None:
-    """Keeps what was freed for later blocks, where the allocator is glibc's."""
-    if libc := _glibc():
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block in a mapping of its own
+@contextmanager
+def keep_memory() -> Iterator[None]:
+    """Keeps what is freed for later blocks until the context ends, where JAX computes on a CPU and glibc allocates.
+
+    Where other devices compute, the host should not keep the weights.
+    """
+    libc = _glibc() if jax.default_backend() == "cpu" else None
+    if libc is None:
+        yield
+        return
+    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never give the end of the heap back
+    libc.mallopt(M_MMAP_MAX, 0)  # no block in a mapping of its own
+    try:
+        yield
+    finally:
+        for option, default in DEFAULTS.items():
+            libc.mallopt(option, default)
+        release_memory()
 
 
 def release_memory() -> None:

@@ -230,14 +230,15 @@ def _plan(
 
 
 def _search(settings: Any, words: Sequence[str], topology: str, json: Path | None) -> int:
-    from ..plan.devices import target_devices
+    from ..plan.devices import restore_targets, target_devices
     from ..plan.render import explain_no_fit, format_plan, format_search, write_search
     from ..plan.search import Search
 
     # The search leaves a setting on the command line unchanged.
     fixed = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    search, code = Search(settings, *target_devices(topology), fixed), 0
-    search.run(_show_progress)
+    with restore_targets():
+        search, code = Search(settings, *target_devices(topology), fixed), 0
+        search.run(_show_progress)
     command = ["loraplus", "train", *words]
     _print(format_search(search, settings, command))
     if search.best is not None and search.best.plan is not None:

@@ -1,5 +1,6 @@
 """TPUs and NVIDIA GPUs: their figures, topologies, and devices to compile for on a machine that has none."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -7,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from .._utils.validation import join_first, suggest
 from ..models.attention_common import COMPILED_FOR, target_capability
 from ..settings.yaml_files import read_yaml
+from ..training.xla import restore_platforms
 
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Number = Annotated[int, Field(gt=0)]
@@ -180,11 +182,27 @@ _TPU_ENVIRONMENT = {
 }
 
 
+@contextlib.contextmanager
+def restore_targets() -> Iterator[None]:
+    """Undoes at its end what `target_devices` changes in this process, which may then use its own devices."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    checks, known = {name: getattr(fused, name) for name in _CHECKS}, {*COMPILED_FOR}
+    with restore_platforms(*_TPU_ENVIRONMENT, "TF_CPP_MIN_LOG_LEVEL"):
+        try:
+            yield
+        finally:
+            for name, check in checks.items():
+                setattr(fused, name, check)
+            for kind in {*COMPILED_FOR} - known:
+                del COMPILED_FOR[kind]
+
+
 def target_devices(topology: str) -> tuple[Chip, list[Any]]:
     """The chip of a topology such as `"h100:8"` or `"v5e:16x16"`, and its devices to compile for.
 
     A GPU topology is `GPU:COUNT` or `GPU:HOSTSxCOUNT`, where GPU is a name in `GPUS` or a YAML file with the fields
-    of `Gpu`. Only for machines that compile and do not train: switches JAX to the CPU platform.
+    of `Gpu`. Switches JAX to the CPU platform, until a `restore_targets` ends.
 
     Raises:
       ValueError: the chip or shape is unknown, or the installed compiler does not know the chip.
@@ -283,9 +301,15 @@ def _answer_for_targets(gpu: Gpu) -> None:
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     COMPILED_FOR[gpu.kind] = gpu.capability
-    fused.check_cudnn_version = lambda: 91001
-    fused.check_compute_capability = lambda least: target_capability() >= float(least)
-    fused.is_cuda_compute_capability_equal = lambda same: target_capability() == float(same)
+    for name, check in _CHECKS.items():
+        setattr(fused, name, check)
+
+
+_CHECKS: dict[str, Callable[..., Any]] = {
+    "check_cudnn_version": lambda: 91001,
+    "check_compute_capability": lambda least: target_capability() >= float(least),
+    "is_cuda_compute_capability_equal": lambda same: target_capability() == float(same),
+}
 
 
 def _parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:

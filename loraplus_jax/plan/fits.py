@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..settings.schema import MeshSettings, Settings
 from ..step.sharding import make_mesh
 from ..training.setup import batch_sizes_for
-from .devices import GPUS, MAX_FRACTION, Gpu, target_devices
+from .devices import GPUS, MAX_FRACTION, Gpu, restore_targets, target_devices
 from .plan import check_layout, compile_step, make_model, matmul_workspace
 from .programs import bytes_between_steps
 
@@ -81,12 +81,13 @@ def find_fits(settings: Settings, say: Callable[[str], None]) -> Fits:
       ImportError: the GPU compiler is not installed.
     """
     start = time.perf_counter()
-    fits = [
-        fit
-        for variant in _variants(settings)
-        for count in COUNTS
-        for fit in _fits_on(split_over(variant, count), count, say)
-    ]
+    with restore_targets():
+        fits = [
+            fit
+            for variant in _variants(settings)
+            for count in COUNTS
+            for fit in _fits_on(split_over(variant, count), count, say)
+        ]
     return Fits({count: split_over(settings, count) for count in COUNTS}, fits, time.perf_counter() - start)
 
 

@@ -27,7 +27,7 @@ from ..tasks.interface import AdaptedModel, BaseModel, TaskData
 from ..training.memory import free_bytes
 from ..training.setup import check_mesh, params_of, task_class
 from ..training.xla import compiler_options
-from .devices import Chip, Gpu, target_devices
+from .devices import Chip, Gpu, restore_targets, target_devices
 from .hlo import Collective, collectives, count_looped_matmuls
 from .kernel_costs import kernel_work
 from .programs import LoweredStep, bytes_between_steps, local_bytes, memory_sizes, plan_step, try_compile
@@ -151,8 +151,10 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
             f"plan runs in one process, got distributed.coordinator {address}; pass --topology, or "
             "--distributed.coordinator null to plan for local devices"
         )
-    chip, devices = (None, jax.devices()) if topology is None else target_devices(topology)
-    return plan_for(settings, chip, devices)
+    if topology is None:
+        return plan_for(settings, None, jax.devices())
+    with restore_targets():
+        return plan_for(settings, *target_devices(topology))
 
 
 def plan_for(

@@ -39,6 +39,14 @@ RETRY_SECONDS = 10.0
 """How long Ray waits before it does. It notices only after some 15 s that a node is lost, and gives it tasks."""
 SAVE_SECONDS = 120.0
 """How long to wait for workers that save when the sweep is stopped."""
+VARIABLES = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_COLOR_PREFIX": "0",  # its lines about lost workers may go to a log file
+    "RAY_task_retry_delay_ms": f"{1000 * RETRY_SECONDS:.0f}",
+}
+"""Environment variables of Ray that have these values unless the user sets them."""
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch for computers whose firewalls ask about every open port: it uses the loopback interface only."""
 POLL_SECONDS = 0.5
 CONNECT_SECONDS = 10.0
 
@@ -51,13 +59,11 @@ def connect(settings: SweepSettings, console: LineConsole) -> Generator["RayTask
       ImportError: Ray is not installed.
       ValueError: there is no such cluster, or no node of it has what a worker needs.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # its lines about lost workers may go to a log file
-    os.environ.setdefault("RAY_task_retry_delay_ms", f"{1000 * RETRY_SECONDS:.0f}")
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
     is_local = settings.ray == LOCAL
     if is_local:
-        # Ray's switch for computers whose firewalls ask about every open port: it uses the loopback interface only.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        os.environ[LOOPBACK] = "0"
     # The driver computes nothing; it must not take the devices of the workers on its host.
     jax.config.update("jax_platforms", "cpu")
     try:

@@ -28,6 +28,7 @@ from ..training.metrics_log import METRICS, SUMMARY
 from ..training.provenance import Origin
 from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.run_files import CHECKPOINTS, RESULT, UNITS
+from ..training.xla import restore_platforms
 from .arms import SharedProgram, named, programs_of
 from .edges import beyond
 from .executor import Executor, InProcess, Opened
@@ -76,9 +77,9 @@ def open_executor(run: SweepRun, console: LineConsole) -> Generator[Executor]:
     if run.sweep.ray is None:
         yield InProcess(console)
         return
-    from .ray_tasks import connect  # Ray is an extra
+    from .ray_tasks import LOOPBACK, VARIABLES, connect  # Ray is an extra
 
-    with connect(run.sweep, console) as executor:
+    with restore_platforms(*VARIABLES, LOOPBACK), connect(run.sweep, console) as executor:
         yield executor
 
 

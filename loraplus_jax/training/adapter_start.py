@@ -143,6 +143,7 @@ def first_gradients(run: AbstractRun, parts: AdaptedModel, loss_fn: LossFn) -> d
 
 def begin_from(parts: AdaptedModel, start: Mapping[str, Any], config: LoRAPlusConfig) -> AdaptedModel:
     """The model with its adapters at the start, which is subtracted from the base if the init says so."""
-    trainable = parts.trainable | {"lora": jax.tree.map(jnp.asarray, dict(start))}
+    # A copy: training takes the memory of these, and the start is saved with the adapter.
+    trainable = parts.trainable | {"lora": jax.tree.map(jnp.array, dict(start))}
     frozen = subtract_start(config.init, parts.frozen, start, parts.specs)
     return parts._replace(trainable=trainable, frozen=frozen)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from .._utils.allocator import keep_memory, release_memory
+from .._utils.allocator import release_memory
 from .._utils.validation import expand_path
 from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.dora import set_magnitudes
@@ -112,10 +112,6 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     with raise_together():
         mesh = make_mesh(**dataclasses.asdict(settings.mesh))
         check_mesh(settings, mesh)
-        if (
-            mesh.devices.flat[0].platform == "cpu"
-        ):  # where others compute, the host should not keep the weights
-            keep_memory()
         init = find_init_adapter(settings)
         files = open_files(resolve(settings.model.path, "model"))
         data = task_class(settings).load(settings, files)

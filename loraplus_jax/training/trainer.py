@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._utils.allocator import release_memory
+from .._utils.allocator import keep_memory, release_memory
 from .._utils.atomic import to_json, write_text
 from .._utils.multihost import allgather, gather_to_host, is_lead
 from .._utils.records import check_digests, file_digests, write_record
@@ -78,7 +78,7 @@ def train(
       TrainingFailed: training produced non-finite values.
       LostProcess: another process of the run is gone.
     """
-    with join_processes(settings.distributed):
+    with join_processes(settings.distributed), keep_memory():
         console = lines_only(console) if is_lead() else LineConsole(quiet=True)
         with raise_together():
             if is_lead():  # which alone reports

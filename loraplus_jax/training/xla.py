@@ -4,12 +4,15 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax._src import xla_bridge  # no public function says whether JAX has devices yet
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -61,9 +64,8 @@ class ProgramByShape:
 @contextmanager
 def use_compilation_cache(directory: Path, console: Console) -> Iterator[None]:
     """Caches compiled programs in a directory; prints warnings when they come, and removes damaged entries."""
-    jax.config.update("jax_compilation_cache_dir", str(directory))
     # By default only programs that take a second; a start compiles dozens of small ones, together as slow.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    options = {"jax_compilation_cache_dir": str(directory), "jax_persistent_cache_min_compile_time_secs": 0.0}
 
     def show(message: Warning | str, *_: Any) -> None:
         entry = re.search(r"persistent compilation cache entry for '(.*?)'", str(message))
@@ -73,7 +75,39 @@ def use_compilation_cache(directory: Path, console: Console) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        warnings.showwarning = show
+    before = {name: jax.config.values[name] for name in options}
+    try:
+        _set_cache(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = show
+            yield
+    finally:
+        _set_cache(before)
+
+
+def _set_cache(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        jax.config.update(name, value)
+    reset_cache()  # JAX opens a cache once; this makes it forget the one before
+
+
+@contextmanager
+def restore_platforms(*variables: str) -> Iterator[None]:
+    """Restores at its end which platforms JAX may use, with environment variables that it read.
+
+    If JAX had no devices before, it has none after, and finds them anew.
+    """
+    environment = {name: os.environ.get(name) for name in variables}
+    platforms = jax.config.values["jax_platforms"]
+    had_devices = xla_bridge.backends_are_initialized()
+    try:
         yield
+    finally:
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        jax.config.update("jax_platforms", platforms)
+        if not had_devices:
+            clear_backends()

@@ -269,7 +269,8 @@ def _cached(directory):
     old = {name: jax.config.values[name] for name in CACHE_OPTIONS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAPLUS_CACHE", str(directory))
-        _set_options(CACHE_OPTIONS)
+        # Where a run's own cache is, so that commands without one use it too.
+        _set_options(CACHE_OPTIONS | {"jax_compilation_cache_dir": str(directory / "xla")})
         yield
     _set_options(old)
 

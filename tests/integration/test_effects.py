@@ -162,15 +162,17 @@ def evaluation_batches(settings):
 def cache_in_use(settings):
     """Where compiled programs are kept when a run has come to its preparation."""
 
+    def prepare(*_, **__):
+        raise Found(jax.config.values["jax_compilation_cache_dir"])
+
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "prepare", ending())
-        with pytest.raises(Found):
+        patch.setattr(training, "prepare", prepare)
+        with pytest.raises(Found) as found:
             train(settings, console=QUIET)
-    found = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", before)
-    return found
+    return found.value.args[0]
 
 
 def searched(settings):

@@ -1,11 +1,14 @@
 """Topologies of TPUs and GPUs: shapes, names and files."""
 
 import dataclasses
+import os
 import re
 
 import jax
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as fused
 
+from loraplus_jax.models.attention_common import COMPILED_FOR
 from loraplus_jax.plan.devices import (
     GPUS,
     TPUS,
@@ -14,6 +17,9 @@ from loraplus_jax.plan.devices import (
     memory_fraction,
     target_devices,
 )
+from loraplus_jax.plan.fits import find_fits
+from loraplus_jax.plan.plan import make_plan
+from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 
 from ..messages import assert_mentions, mentions
 from ..refusals import refusals
@@ -124,6 +130,35 @@ def test_a_file_of_a_card(tmp_path, monkeypatch):
     assert_mentions(
         asked["target_config"], "Tesla T4", "major: 7 minor: 5", "device_memory_size: 16000000000"
     )
+
+
+def test_a_process_that_has_planned_may_train(tmp_path, monkeypatch):
+    """Platforms, environment and JAX's checks are as before, also after an error."""
+
+    def reject(**_):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: too old")
+
+    def state():
+        checks = [getattr(fused, name) for name in ("check_cudnn_version", "check_compute_capability")]
+        return jax.config.values["jax_platforms"], dict(os.environ), checks, dict(COMPILED_FOR)
+
+    settings = Settings(
+        model=ModelSettings(path="-"), data=DataSettings(train="-"), task="instruction", output_dir="-"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(TOPOLOGY, reject)
+    platforms = jax.config.values["jax_platforms"]
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "1")
+    jax.config.update("jax_platforms", "")  # JAX has its devices already
+    try:
+        before = state()
+        plans = [lambda name=name: make_plan(settings, name) for name in (write_card(tmp_path), "v5e:2x2")]
+        for plan in (*plans, lambda: find_fits(settings, print)):
+            with pytest.raises(ValueError, match="too old"):
+                plan()
+            assert state() == before
+    finally:
+        jax.config.update("jax_platforms", platforms)
 
 
 class _Two:

@@ -1,13 +1,17 @@
 """Compiler options by platform, and the persistent cache of compiled programs."""
 
+import contextlib
 import io
 import os
+import subprocess
+import sys
 import types
 import warnings
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
 from loraplus_jax.training.xla import compiler_options, one_thread_per_device, use_compilation_cache
@@ -17,14 +21,10 @@ from ..messages import assert_mentions
 
 @pytest.fixture
 def cache(tmp_path):
-    """A cache directory with two entries; JAX's own setting is restored."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: jax.config.values[name] for name in names}
+    """A cache directory with two entries."""
     for name in ("jit_step-0a-cache", "jit_evaluate-0b-cache"):
         (tmp_path / name).write_text("program")
-    yield tmp_path
-    for name, value in before.items():
-        jax.config.update(name, value)
+    return tmp_path
 
 
 def test_a_damaged_entry_is_reported_and_removed(cache):
@@ -45,6 +45,67 @@ def test_other_warnings_are_printed_and_nothing_is_removed(cache):
         warnings.warn("something else", stacklevel=1)
         assert text.getvalue() == "something else\n"  # not at the end of a run of hours
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_cache_is_used_until_its_context_ends(tmp_path):
+    """Also if JAX has opened another before, which it does only once by itself."""
+    options = {"jax_compilation_cache_dir": str(tmp_path / "own"), "jax_enable_compilation_cache": True}
+    options |= {"jax_persistent_cache_min_compile_time_secs": 0.0}
+
+    def entries():
+        return [len([*(tmp_path / name).glob("*-cache")]) for name in ("own", "run")]
+
+    def compile_for(size):
+        jax.jit(lambda x: x + size).lower(np.float32(size)).compile()
+
+    def state():
+        return jax.config.values["jax_compilation_cache_dir"], warnings.filters[:], warnings.showwarning
+
+    with config_options(options):
+        compile_for(1)
+        before = state()
+        with contextlib.suppress(ZeroDivisionError), use_compilation_cache(tmp_path / "run", Console()):
+            compile_for(2)
+            raise ZeroDivisionError
+        assert state() == before
+        compile_for(3)
+        assert entries() == [2, 1]
+
+
+@contextlib.contextmanager
+def config_options(options):
+    before = {name: jax.config.values[name] for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        reset_cache()
+        if values is options:
+            yield
+
+
+RESTORED = """
+import os
+import jax
+from loraplus_jax.training.xla import restore_platforms
+with restore_platforms("NEW", "OLD"):
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.update(NEW="1", OLD="1")
+    assert len(jax.devices()) == 1
+assert jax.config.jax_platforms is None and os.environ["OLD"] == "0" and "NEW" not in os.environ
+jax.config.update("jax_num_cpu_devices", 3)  # an error once JAX has devices
+assert len(jax.devices()) == 3
+with restore_platforms():
+    jax.config.update("jax_platforms", "cpu")
+    array = jax.numpy.ones(3)
+assert array.sum() == 3
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_has_planned_finds_its_devices_anew():
+    dropped = "JAX_PLATFORMS", "XLA_FLAGS"
+    environment = {name: value for name, value in os.environ.items() if name not in dropped} | {"OLD": "0"}
+    subprocess.run([sys.executable, "-c", RESTORED], env=environment, check=True)
 
 
 @pytest.mark.parametrize(
