@@ -6,6 +6,7 @@ import re
 import sys
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -193,3 +194,25 @@ def test_a_very_long_line_of_an_error_is_shortened(capsys):
 def test_the_version(capsys):
     assert main(["--version"]) == 0
     assert re.fullmatch(r"loraplus_jax \S+, jax \S+, flax \S+, Python \S+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "function"),
+    [
+        ("predict run --text a", "inference.predict.predict_run"),
+        ("eval run", "inference.predict.evaluate_run"),
+        ("eval run --tasks mmlu --data_root root", "inference.eval_tasks.evaluate_tasks"),
+        ("generate run --prompt a", "inference.generate.generate_answers"),
+    ],
+)
+def test_what_a_command_compiles_is_kept_for_the_next(monkeypatch, tmp_path, words, function):
+    def look(*_, **__):
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "xla")
+        raise ValueError("looked")
+
+    monkeypatch.setenv("LORAPLUS_CACHE", str(tmp_path))
+    monkeypatch.setattr(f"loraplus_jax.{function}", look)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    with pytest.raises(ValueError, match="looked"):  # raised here, and so no input error
+        main(words.split())
+    assert jax.config.values["jax_compilation_cache_dir"] == before

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from loraplus_jax.cli.commands import main
 from loraplus_jax.inference.predict import evaluate_run, predict_run, write_predictions
 from loraplus_jax.inference.tuned_model import describe, load, settings_and_task
 from loraplus_jax.training.place import look
@@ -78,3 +79,14 @@ def test_predictions_replace_no_file(tmp_path):
     assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == '{"text": "ä", "loss": null}\n'
     with pytest.raises(ValueError, match=mentions("a.jsonl", "exists")):
         write_predictions(tmp_path / "a.jsonl", [])
+
+
+@pytest.mark.slow
+def test_the_next_command_reads_the_programs_from_the_cache(untrained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LORAPLUS_CACHE", str(tmp_path))
+    kept = []
+    for _ in range(2):
+        assert main(["predict", str(untrained.out), "--text", TEXTS[0]]) == 0
+        kept.append({path.name for path in (tmp_path / "xla").glob("*-cache")})
+    assert kept[0] == kept[1] != set()
+    assert not capsys.readouterr().err
