@@ -15,7 +15,7 @@ from ..training.place import ADAPTERS, Place, look
 from ..training.provenance import check_allowed, check_identity
 from ..training.run_files import ADAPTER
 from ..training.saved_adapter import read_adapter
-from .tuned_model import NO_DATA, describe
+from .tuned_model import NO_DATA, TrainingConfig, describe, read_config
 
 KEPT = ("settings", "task", "identity")
 """What `eval`, `generate` and `export` need of the first adapter that has it."""
@@ -67,7 +67,8 @@ def combine_runs(
         listed.append((name, place, weight))
     if config is not None and not any(place.kind == "peft" for _, place, _ in listed):
         raise ValueError("--config requires a PEFT adapter; these have their own training settings")
-    sources = {name: _read(name, place, weight, config, allow_different) for name, place, weight in listed}
+    read = None if config is None else read_config(config)
+    sources = {name: _read(name, place, weight, read, allow_different) for name, place, weight in listed}
     # Of an adapter that PEFT made the base's fingerprint is not known.
     first = next(
         (s for s in sources.values() if s.notes.get("base") is not None), next(iter(sources.values()))
@@ -132,7 +133,9 @@ def _split(text: str) -> tuple[str, float]:
     return name, value
 
 
-def _read(name: str, place: Place, weight: float, config: str | None, allow: Sequence[str]) -> Source:
+def _read(
+    name: str, place: Place, weight: float, config: TrainingConfig | None, allow: Sequence[str]
+) -> Source:
     if not place.is_peft:
         return Source(name, place, weight, load_adapter(place.directory), place.notes)
     # Only the model says where the tensors of PEFT's file belong.

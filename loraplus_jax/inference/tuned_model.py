@@ -82,7 +82,7 @@ class TunedModel(NamedTuple):
 def describe(
     place: Place,
     *,
-    config: str | None = None,
+    config: "str | TrainingConfig | None" = None,
     template: str | None = None,
     dtype: Dtype | None = None,
     base: str | None = None,
@@ -92,7 +92,8 @@ def describe(
 
     Args:
       place: what is there.
-      config: a training config, for a PEFT adapter; supplies the model, the data and the task.
+      config: a training config, for a PEFT adapter, or what `read_config` made of it; supplies the model, the data
+        and the task.
       template, dtype: chat template and dtype of the weights, for a language model or a PEFT adapter without
         `config`, whose file names its base.
       base: where the base of a run is now, instead of `model.path` in its settings.
@@ -109,7 +110,8 @@ def describe(
     if is_own and (template is not None or dtype is not None):
         raise ValueError(OWN_TEMPLATE)
     if config is not None:
-        settings, task, files = _of_config(place, config)
+        settings, task, files = read_config(config) if isinstance(config, str) else config
+        settings = _with_adapter(place, settings, files, task)
     elif is_own:
         settings, task = settings_and_task(place, base)
         files = open_files(resolve(settings.model.path, "model"))
@@ -239,12 +241,19 @@ def settings_and_task(place: Place, base: str | None = None) -> tuple[Settings, 
     return dataclasses.replace(settings, model=model, lora=lora), task
 
 
-def _of_config(place: Place, config: str) -> tuple[Settings, Any, ModelFiles]:
-    """Settings, task and base of a PEFT adapter by a training config."""
+class TrainingConfig(NamedTuple):
+    """What a training config says of a PEFT adapter: its settings, task and base."""
+
+    settings: Settings
+    task: Any
+    files: ModelFiles
+
+
+def read_config(config: str) -> TrainingConfig:
+    """Reads a training config, and of its data at most the labels."""
     settings = parse_settings(config)
     files = open_files(resolve(settings.model.path, "model"))
-    task = task_class(settings).load(settings, files).task
-    return _with_adapter(place, settings, files, task), task, files
+    return TrainingConfig(settings, task_class(settings).from_settings(settings, files), files)
 
 
 def _without_run(

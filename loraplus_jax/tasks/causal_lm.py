@@ -157,10 +157,15 @@ class LanguageTask(Task):
         return loss_fn
 
     @classmethod
+    def from_settings(cls, settings: Settings, files: ModelFiles) -> "LanguageTask":
+        _, template = tokenizer_and_template(settings, files, None)
+        custom_template = None if settings.data.template in TEMPLATES else template.source
+        return cls(kind=settings.task, template=custom_template)
+
+    @classmethod
     def load(cls, settings: Settings, files: ModelFiles) -> TaskData:
-        tools = tokenizer_and_template(settings, files, None)
-        custom_template = None if settings.data.template in TEMPLATES else tools[1].source
-        task = cls(kind=settings.task, template=custom_template)
+        task = cls.from_settings(settings, files)
+        tools = tokenizer_and_template(settings, files, task)
         rows, duplicates = _load_splits(settings)
         splits, truncated, choices, length = {}, {}, {}, settings.data.max_length
         for name, examples in rows.items():

@@ -190,12 +190,20 @@ class EncoderTask(Task):
         ]
 
     @classmethod
-    def load(cls, settings: Settings, files: ModelFiles) -> TaskData:
-        tokenizer = tokenizer_for(settings, files)
+    def from_settings(cls, settings: Settings, files: ModelFiles) -> "EncoderTask":
+        return cls._load_rows(settings)[0]
+
+    @classmethod
+    def _load_rows(cls, settings: Settings) -> tuple["EncoderTask", dict[str, list[LabelledText]], list[str]]:
         glue = find_task(settings.data, settings.task)
         rows, duplicates = _load_splits(settings.data)
         # Of all rows: a trial on a few must have all classes, or its head would have another shape.
-        task = cls.from_splits(settings.task, rows, glue.metrics if glue else ())
+        return cls.from_splits(settings.task, rows, glue.metrics if glue else ()), rows, duplicates
+
+    @classmethod
+    def load(cls, settings: Settings, files: ModelFiles) -> TaskData:
+        tokenizer = tokenizer_for(settings, files)
+        task, rows, duplicates = cls._load_rows(settings)
         rows, limited = limit_splits(rows, settings.data)
         encoded = {
             name: encode_texts([row.texts for row in split], tokenizer, settings.data.max_length)

@@ -234,6 +234,11 @@ class Task(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
+    def from_settings(cls, settings: Settings, files: ModelFiles) -> "Task":
+        """Returns the task alone; reads the splits if it follows from their labels, and tokenizes nothing."""
+
+    @classmethod
+    @abc.abstractmethod
     def load(cls, settings: Settings, files: ModelFiles) -> TaskData:
         """Reads, checks and tokenizes the splits with the tokenizer of a model."""
 

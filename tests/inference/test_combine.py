@@ -14,6 +14,7 @@ from loraplus_jax.inference import combine
 from loraplus_jax.interop import combine_adapters
 from loraplus_jax.interop.adapter_directory import read_adapter_json
 from loraplus_jax.interop.combination import OPTIONS, How, get_args
+from loraplus_jax.tasks import causal_lm, encoder
 
 from ..integration.runs import evaluated, near, printed, rejected
 from ..interop.models import spec_of
@@ -81,6 +82,28 @@ def test_parts_of_one_adapter_in_either_format_make_the_adapter(run, tmp_path, c
     printed(capsys, "combine", f"{bare}=0.25", f"{twin}=0.75", *svd, "--out", tmp_path / "no_config")
     found, wanted = (load_adapter(place).lora for place in (tmp_path / "no_config", again))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "reads"), [("run", 0), ("untrained", 1)])
+def test_of_a_training_config_only_labels_are_read_and_once(
+    request, tmp_path, capsys, monkeypatch, kind, reads
+):
+    """Not its texts, once for each adapter: nothing is tokenized."""
+    source = request.getfixturevalue(kind)
+    printed(capsys, "export", source.out, "--to", tmp_path / "peft")
+    bare = [
+        shutil.copytree(tmp_path / "peft", tmp_path / name, ignore=lambda *_: ("loraplus.json", "README.md"))
+        for name in ("a", "b", "c")
+    ]
+    loaded, tasks = [], {"run": causal_lm, "untrained": encoder}
+    load = tasks[kind]._load_splits
+    monkeypatch.setattr(tasks[kind], "_load_splits", lambda *x: loaded.append(1) or load(*x))
+    for module, name in ((causal_lm, "_encode"), (encoder, "encode_texts")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("tokenized"))
+    printed(capsys, "combine", *bare, "--how", "linear", "--config", source.config, "--out", tmp_path / "out")
+    assert len(loaded) == reads
+    assert read_adapter_json(tmp_path / "out")["task"] == read_adapter_json(source.out / "adapter")["task"]
 
 
 def saved(directory, base=None, seed=0):
