@@ -144,6 +144,6 @@ def first_gradients(run: AbstractRun, parts: AdaptedModel, loss_fn: LossFn) -> d
 def begin_from(parts: AdaptedModel, start: Mapping[str, Any], config: LoRAPlusConfig) -> AdaptedModel:
     """The model with its adapters at the start, which is subtracted from the base if the init says so."""
     # A copy: training takes the memory of these, and the start is saved with the adapter.
-    trainable = parts.trainable | {"lora": jax.tree.map(jnp.array, dict(start))}
+    trainable = parts.trainable | {"lora": jax.tree.map(lambda x: jnp.array(np.asarray(x)), dict(start))}
     frozen = subtract_start(config.init, parts.frozen, start, parts.specs)
     return parts._replace(trainable=trainable, frozen=frozen)
