@@ -98,8 +98,8 @@ def init_lora(
       `save_adapter` and `save_peft` take `{"params": params}`.
 
     Raises:
-      ValueError: a rule matches nothing or has another number of letters than the weight has axes, or a rank is
-        above min(in, out).
+      ValueError: a rule matches nothing or has another number of letters than the weight has axes, a weight holds
+        integers, or a rank is above min(in, out).
     """
     rules = _config(config)
     specs = _specs(params, rules)
@@ -228,17 +228,17 @@ def _arrays(params: Any) -> dict[str, Any]:
 
 
 def _specs(params: Any, config: LoRAPlusConfig) -> dict[str, AdapterSpec]:
-    return _specs_of(config, tuple((path, tuple(x.shape)) for path, x in _arrays(params).items()))
+    return _specs_of(config, tuple((path, tuple(x.shape), x.dtype) for path, x in _arrays(params).items()))
 
 
 # A config's regular expressions and a tree's paths are the same in every call.
 @functools.lru_cache(maxsize=256)
 def _specs_of(
-    config: LoRAPlusConfig, shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    config: LoRAPlusConfig, arrays: tuple[tuple[str, tuple[int, ...], Any], ...]
 ) -> dict[str, AdapterSpec]:
-    check_coverage(config, {}, [path for path, _ in shapes], {})
+    check_coverage(config, {}, [path for path, _, _ in arrays], {})
     return {
-        path: parameter_spec(config, path, rule, shape, f"params/{path}".rstrip("/"))
-        for path, shape in shapes
+        path: parameter_spec(config, path, rule, shape, dtype, f"params/{path}".rstrip("/"))
+        for path, shape, dtype in arrays
         if (rule := parameter_rule(config, path)) is not None
     }

@@ -183,8 +183,30 @@ def test_variant_dora_starts_as_the_base():
 
 
 SHAPES = {"target_parameters": {"w": "io"}, "rank": 2}
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_weights_of_8_bits_are_used_as_they_merge(variant):
+    params = {"w": jnp.asarray(DRAW.normal(size=(8, 4)).astype("f")).astype(jnp.float8_e4m3fn)}
+    config = LoRAPlusConfig(target_parameters={"w": "io"}, rank=2, variant=variant)
+    lora, specs = init_lora(KEY, params, config)
+    lora = drawn(lora)
+    merged = merge({"params": params}, lora, specs)["params"]
+    found = apply_lora_plus(lambda p: p["w"], config)(params, lora)
+    assert found.dtype == params["w"].dtype
+    np.testing.assert_array_equal(found.astype("f"), merged["w"].astype("f"))
+    assert not np.array_equal(found.astype("f"), params["w"].astype("f"))
+
+
+INTEGERS = {"w": jnp.ones((8, 4), jnp.int8)}
+
 test_refused = refusals(
     (lambda: init_lora(KEY, PARAMS, {"blocks/./upp": "io"}), "target_parameters", "upp", "did you mean"),
+    (lambda: init_lora(KEY, INTEGERS, {"w": "io"}), "'w'", "int8", "floating", "quantize_base"),
+    (
+        lambda: apply_lora_plus(lambda p, x: x @ p["w"].astype("f"), {"w": "io"})(INTEGERS, {}, X),
+        *("'w'", "int8", "quantize_base"),
+    ),
     (lambda: init_lora(KEY, PARAMS, {"blocks/./up": "eio"}), "needs 2 letters", "blocks/0/up", "eio"),
     (lambda: init_lora(KEY, PARAMS, LoRAPlusConfig(target_parameters=RULES, rank=9)), "rank", "9"),
     (lambda: apply_lora_plus(model, LoRAPlusConfig(target_modules=["up"])), "target_modules", "up"),

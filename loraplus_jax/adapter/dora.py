@@ -22,7 +22,7 @@ def output_norms(weight: Any, letters: str, factor_letters: tuple[str, str]) -> 
 
     `weight` is an array or `PackedArray`; the letters are those of its `AdapterSpec`.
     """
-    return jnp.sqrt(_output_squares(_wide(weight), letters, factor_letters[1]))
+    return jnp.sqrt(_output_squares(widen(weight), letters, factor_letters[1]))
 
 
 def output_scale(
@@ -51,7 +51,7 @@ def output_scale(
     """
     left, right = factor_letters
     # ||W|| is computed again in every pass: stored, it could disagree with the base.
-    w, a, b = (jax.lax.stop_gradient(_wide(x)) for x in (weight, a, b))
+    w, a, b = (jax.lax.stop_gradient(widen(x)) for x in (weight, a, b))
     batch = "".join(c for c in left if c in right and c != "r")
     axes = dict(zip(left, jax.typeof(a).sharding.spec, strict=False)) | dict(
         zip(right, jax.typeof(b).sharding.spec, strict=False)
@@ -69,7 +69,7 @@ def output_scale(
     rank = right.index("r")
     squares = _output_squares(w, letters, right) + scale * jnp.sum(b * change, rank, keepdims=True)
     norms = jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny))
-    return jnp.squeeze(jnp.where(magnitude == 0, 1, _wide(magnitude) / norms), rank)
+    return jnp.squeeze(jnp.where(magnitude == 0, 1, widen(magnitude) / norms), rank)
 
 
 def _output_squares(w: jax.Array, letters: str, right: str) -> jax.Array:
@@ -78,9 +78,11 @@ def _output_squares(w: jax.Array, letters: str, right: str) -> jax.Array:
     return jnp.expand_dims(sums.transpose([kept.index(c) for c in right if c != "r"]), right.index("r"))
 
 
-def _wide(x: Any) -> jax.Array:
+def widen(x: Any) -> jax.Array:
+    """The values of an array or `PackedArray`, float32 or wider."""
     x = x.dequantize() if is_packed(x) else x
-    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+    # JAX promotes no floats of 8 bits.
+    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32) if x.dtype.itemsize > 1 else jnp.float32)
 
 
 def set_magnitudes(lora: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .dora import output_scale
+from .dora import output_scale, widen
 from .spec import AdapterSpec, Specs
 from .tree import unflatten
 
@@ -68,8 +68,8 @@ def weight_delta(
     highest = jax.lax.Precision.HIGHEST
     product = jnp.einsum(
         f"{left},{right}->{spec.base_letters}",
-        a.astype(jnp.promote_types(a.dtype, jnp.float32)),
-        b.astype(jnp.promote_types(b.dtype, jnp.float32)),
+        widen(a),
+        widen(b),
         precision=highest,
     )
     return product * (spec.scale if scale is None else scale)
@@ -87,7 +87,7 @@ def adapted_weight(weight: Any, factors: Sequence[jax.Array], spec: AdapterSpec)
       float32 or wider, in the shape of the base leaf.
     """
     a, b, *magnitude = factors
-    total = weight + weight_delta(a, b, spec)
+    total = widen(weight) + weight_delta(a, b, spec)
     if not magnitude:
         return total
     letters, outputs = spec.base_letters, spec.factor_letters[1].replace("r", "")

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..quantization.packed_array import is_packed
 from .lora import adapted_weight
-from .spec import Specs
+from .spec import Specs, check_floating_weight
 from .tree import factors_by_module, flatten, rebox, replace_leaves, weight_of
 
 
@@ -37,6 +38,8 @@ def merge(
     """
     if "params" not in base:
         raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
+    if dtype is not None:
+        check_floating_weight("dtype: merged weights", jnp.dtype(dtype))
     flat, factors = flatten(base), factors_by_module("lora", lora, specs)
     for module, spec in specs.items():
         leaf = weight_of("the base", flat, spec)

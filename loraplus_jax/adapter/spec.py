@@ -10,6 +10,7 @@ import string
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
+import jax.numpy as jnp
 import numpy as np
 
 from .._utils.validation import check_choice, check_int, check_number, suggest, to_plain
@@ -218,6 +219,15 @@ def check_rank(spec: AdapterSpec, where: str) -> None:
     """Raises ValueError if the rank is above one of the sizes; `where` describes the weight."""
     if spec.rank > min(spec.sides):
         raise ValueError(f"rank must be at most the least of {spec.sides} of {where}, got {spec.rank}")
+
+
+def check_floating_weight(where: str, dtype: Any) -> None:
+    """Raises ValueError for a weight of integers, which would round W + s A B; `where` describes the weight."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"{where} must be floating to have an adapter, got {dtype}; for a base of fewer bits pass its floating "
+            "weights to quantize_base"
+        )
 
 
 def check_layers_of(where: str, spec: AdapterSpec) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from .._utils.untrusted import run_job
 from .._utils.validation import suggest
 from .config import ALL_LINEAR, LoRAPlusConfig, matches, pattern_of
-from .spec import LAYER_KINDS, LEAVES, LINEAR_KINDS, AdapterSpec
+from .spec import LAYER_KINDS, LEAVES, LINEAR_KINDS, AdapterSpec, check_floating_weight
 
 
 def config_of(specs: Mapping[str, AdapterSpec]) -> LoRAPlusConfig:
@@ -117,7 +117,7 @@ def parameter_rule(config: LoRAPlusConfig, path: str) -> str | None:
 
 
 def parameter_spec(
-    config: LoRAPlusConfig, path: str, rule: str, shape: tuple[int, ...], leaf: str
+    config: LoRAPlusConfig, path: str, rule: str, shape: tuple[int, ...], dtype: Any, leaf: str
 ) -> AdapterSpec:
     """Makes the spec of a parameter at `path` that a rule of `target_parameters` matches; `leaf` is the spec's.
 
@@ -125,7 +125,7 @@ def parameter_spec(
       The spec, of kind `parameter`, with the axes of the rule and the config's rank and scale for `path`.
 
     Raises:
-      ValueError: the rule has another number of letters than the parameter has axes.
+      ValueError: the rule has another number of letters than the parameter has axes, or its dtype is an integer.
     """
     rules: Any = config.target_parameters
     axes = rules[rule]
@@ -133,6 +133,7 @@ def parameter_spec(
         raise ValueError(
             f"target_parameters: {rule!r} needs {len(shape)} letters for {path!r} {shape}, got {axes!r}"
         )
+    check_floating_weight(f"{path!r} (target_parameters: {rule!r})", dtype)
     sizes: Any = {"rank": config.rank_of(path), "scale": config.scale_of(path)}
     magnitude = config.variant == "dora"
     return AdapterSpec(leaf=leaf, kind="parameter", axes=axes, shape=shape, magnitude=magnitude, **sizes)

@@ -12,7 +12,7 @@ from jax import tree_util
 from .._utils.validation import check_choice, suggest
 from ..quantization.packed_array import is_from_qwix, is_packed
 from .config import Bias, LoRAPlusConfig, matches
-from .spec import AdapterSpec, Specs
+from .spec import AdapterSpec, Specs, check_floating_weight
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:
@@ -187,12 +187,13 @@ def weight_of(where: str, flat: Mapping[str, Any], spec: AdapterSpec) -> Any:
     """The weight of a spec among flattened variables, without its box; `where` names them in messages.
 
     Raises:
-      ValueError: the weight is missing or has another shape.
+      ValueError: the weight is missing, has another shape or holds integers.
     """
     weight = meta.unbox(flat.get(spec.leaf))
     if (shape := getattr(weight, "shape", None)) != spec.shape:
         problem = "but is missing" if shape is None else f"got {shape}"
         raise ValueError(f"{spec.leaf} in {where} must have shape {spec.shape}, {problem}")
+    check_floating_weight(f"{spec.leaf} in {where}", weight.dtype)
     return weight
 
 

@@ -73,6 +73,52 @@ def trace_dataflow(program: ClosedJaxpr) -> Dataflow:
     return flow
 
 
+def rounds(eqn: Any, program: Jaxpr) -> bool:
+    """Whether an equation of a program rounds a value: casts it to 8 bits, or to fewer bits and then to more.
+
+    A cast to 16 bits alone is for a product of that precision.
+    """
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+    return _bits(after) < _bits(before) and (after.itemsize == 1 or _is_widened(program, eqn.outvars[0]))
+
+
+def _bits(dtype: Any) -> int:
+    """The bits of a float's mantissa; 0 for an integer."""
+    return jnp.finfo(dtype).nmant if jnp.issubdtype(dtype, jnp.inexact) else 0
+
+
+def _is_widened(program: Jaxpr, value: Any) -> bool:
+    """Whether a program casts a value, or moves of it, to more bits."""
+    for eqn, n in _users(program).get(value, ()):
+        outputs, name = eqn.outvars, eqn.primitive.name
+        if name == "convert_element_type" and _bits(outputs[0].aval.dtype) > _bits(value.aval.dtype):
+            return True
+        if name in _KEEPS_VALUES and any(_is_widened(program, out) for out in outputs):
+            return True
+        for inner in jax.tree.leaves(
+            tuple(eqn.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr)
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            # The inputs of a branch are the last ones, behind its index.
+            m = n - len(eqn.invars) + len(inner.invars) if isinstance(inner, Jaxpr) else -1
+            if m >= 0 and _is_widened(inner, inner.invars[m]):
+                return True
+    return False
+
+
+@functools.lru_cache(maxsize=16)  # each cast asks
+def _users(program: Jaxpr) -> dict[Any, list[tuple[Any, int]]]:
+    """The equations of a program that use each value, with its position among their inputs."""
+    users: dict[Any, list[tuple[Any, int]]] = {}
+    for eqn in program.eqns:
+        for n, atom in enumerate(eqn.invars):
+            if not isinstance(atom, Literal):
+                users.setdefault(atom, []).append((eqn, n))
+    return users
+
+
 def warn_of_whole(path: str, shape: Sequence[int], users: str) -> None:
     """Warns the caller's caller that operations need an adapted weight as one array, and what that costs."""
     warnings.warn(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
 from ..quantization.packed_array import PackedArray, dense_shapes
+from .dataflow import rounds
 from .equations import run_equation, scan_counts
 from .moves import base_values, move
 from .products import RULES, Use
@@ -91,7 +92,7 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
     if len(weights) == 1:
         (weight,) = weights
         w = weight.w
-        if _is_passed(eqn, weight):
+        if _is_passed(eqn, weight) and not rounds(eqn, jaxpr):
             if not isinstance(w, PackedArray):
                 (w,) = base_values(eqn, [w if x is weight else x for x in inputs], run)
             elif name == "convert_element_type":
@@ -108,7 +109,9 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
             return [dataclasses.replace(weight, w=w, letters="".join(weight.letters[n] for n in order))]
         if weight.a is None:
             return _base_product(inputs, weight, run)
-        use = RULES[name](eqn, inputs, weight) if name in RULES else None
+        # A result of integers would round the low-rank term away.
+        is_thin = name in RULES and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
+        use = RULES[name](eqn, inputs, weight) if is_thin else None
         if use is not None:
             return [_use(use, inputs, weight, run)]
     if (moved := move(eqn, inputs, run)) is not None:

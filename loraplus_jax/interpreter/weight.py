@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..adapter.dora import output_scale
+from ..adapter.dora import output_scale, widen
 from ..adapter.lora import is_explicit
 from ..adapter.taps import inject_gradient, update_squares
 from .dataflow import mark_weight
@@ -90,7 +90,7 @@ class LowRankWeight:
             return base
         # On TPU a product of float32 arrays rounds them to bfloat16 unless the precision is HIGHEST, and a sum in
         # bfloat16 would lose a small s A B beside W.
-        a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (self.a, self.b))
+        a, b = widen(self.a), widen(self.b)
         left, right = self.factor_letters
         delta = jnp.einsum(
             f"{left},{right}->{self.letters}",
@@ -98,7 +98,7 @@ class LowRankWeight:
             precision=jax.lax.Precision.HIGHEST,
             out_sharding=jax.typeof(base).sharding if is_explicit(base, a, b) else None,
         ) * jnp.asarray(self.scale, a.dtype)
-        total = base + delta
+        total = widen(base) + delta
         return self.scale_outputs(total, self.letters).astype(base.dtype)
 
     def base(self, *, whole: str = "") -> jax.Array:

@@ -91,7 +91,7 @@ class Discovery:
             "name the weight in target_parameters, or the layer in exclude_modules",
         )
         weight = meta.unbox(scope.get_variable("params", call.leaf))
-        adapter = adapter_of(self.config, path, call.kind, call.leaf, call.axes, weight.shape)
+        adapter = adapter_of(self.config, path, call.kind, call.leaf, call.axes, weight.shape, weight.dtype)
         assert adapter is not None
         if self._norms:
             raise ValueError(

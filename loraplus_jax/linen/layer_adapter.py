@@ -15,7 +15,7 @@ from flax.core.scope import LazyRng
 from ..adapter.config import Init, LoRAPlusConfig, Variant
 from ..adapter.dora import output_norms
 from ..adapter.lora import SCALE
-from ..adapter.spec import MAGNITUDE, AdapterSpec, check_rank
+from ..adapter.spec import MAGNITUDE, AdapterSpec, check_floating_weight, check_rank
 from ..adapter.taps import PREVIOUS_FACTORS, TAP
 from ..adapter.target_rules import is_adapted, is_target, matching_rule
 from ..inits.random import factor_dtype, factor_inits
@@ -145,7 +145,13 @@ def check_reads_own_weight(module: nn.Module, where: str, advice: str) -> None:
 # A model is traced many times, and a config and its regular expressions are the same each time.
 @functools.lru_cache(maxsize=4096)
 def adapter_of(
-    config: LoRAPlusConfig, path: str | None, kind: str, leaf: str, axes: str, shape: tuple[int, ...]
+    config: LoRAPlusConfig,
+    path: str | None,
+    kind: str,
+    leaf: str,
+    axes: str,
+    shape: tuple[int, ...],
+    dtype: Any,
 ) -> LayerAdapter | None:
     """Makes the adapter of a layer by the rules of a config.
 
@@ -154,15 +160,20 @@ def adapter_of(
       path: path of the layer; None matches every rule.
       kind, leaf, axes: as in `LayerCall`.
       shape: shape of the weight in the call, without stacked axes.
+      dtype: its dtype.
 
     Returns:
       The adapter, or None if the config does not adapt the layer.
+
+    Raises:
+      ValueError: the dtype is an integer.
     """
     where = "a layer that the model runs with its own apply"
     if path is not None:
         if not is_target(config, path) or not is_adapted(config, path, kind):
             return None
         where = f"{path or 'the model'!r} (target_modules: {matching_rule(config, path)!r})"
+    check_floating_weight(f"the {leaf} of {where}", dtype)
     spec = AdapterSpec(
         leaf=leaf,
         kind=kind,

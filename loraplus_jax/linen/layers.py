@@ -38,7 +38,7 @@ def _add_term(y: jax.Array, layer: LoRAPlusLayer, method: Any, *args: Any, modul
     call = METHODS[inspect.unwrap(method)](module, *args)
     weight = meta.unbox(scope.get_variable("params", call.leaf))
     path = "/".join(module.path) or type(module).__name__
-    adapter: Any = adapter_of(config, path, call.kind, call.leaf, call.axes, weight.shape)
+    adapter: Any = adapter_of(config, path, call.kind, call.leaf, call.axes, weight.shape, weight.dtype)
     adapter = adapter._replace(where=repr(path))  # the rule is not the user's
     if scope.is_mutable_collection("lora"):
         add_factors(scope, adapter, "lora", weight)

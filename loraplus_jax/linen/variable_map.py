@@ -158,7 +158,7 @@ class VariableMap:
                 f"target_parameters: {rule!r} matches {name!r}, which must be a single array, got a "
                 f"{type(value).__name__} of arrays; let the model store each under its own name"
             )
-        spec = parameter_spec(self.config, name, str(rule), tuple(value.shape), "")
+        spec = parameter_spec(self.config, name, str(rule), tuple(value.shape), value.dtype, "")
         return LayerAdapter.of(spec, self.config, f"{name!r} (target_parameters: {rule!r})")
 
     def _factors_of(self, path: Path, leaf: Any) -> dict[Path, Any]:

@@ -221,7 +221,7 @@ class _Call:
         if path is not None and not is_adapted(config, path, call.kind):
             return y
         weight = meta.unbox(scope.get_variable("params", call.leaf))
-        adapter = adapter_of(config, path, call.kind, call.leaf, call.axes, weight.shape)
+        adapter = adapter_of(config, path, call.kind, call.leaf, call.axes, weight.shape, weight.dtype)
         assert adapter is not None
         has_factors = scope.has_variable("params", next(iter(adapter.shapes)))
         # Without a path a layer has an adapter if the model took its variables from an adapted layer.

@@ -13,7 +13,7 @@ from flax import nnx
 from ..adapter.config import ALL_LINEAR, LoRAPlusConfig, matches
 from ..adapter.dora import output_norms
 from ..adapter.einsum_letters import layer_axis
-from ..adapter.spec import AdapterSpec, check_rank
+from ..adapter.spec import AdapterSpec, check_floating_weight, check_rank
 from ..adapter.target_rules import (
     TracedModule,
     check_coverage,
@@ -157,7 +157,8 @@ def _find(
             if config.target_parameters and (rule := parameter_rule(config, name)) is not None:
                 # The rule has no letters for the axes that `stacked` names.
                 shape, axes = _shape(module, leaf), _given_axes(stacked, name) or ()
-                spec = parameter_spec(config, name, rule, _without(shape, axes), leaf)
+                dtype = getattr(module, leaf).get_value().dtype
+                spec = parameter_spec(config, name, rule, _without(shape, axes), dtype, leaf)
                 specs.append(dataclasses.replace(spec, shape=shape, stacked=axes))
                 check_rank(specs[-1], repr(name))
         if specs:
@@ -228,7 +229,8 @@ def _layer_spec(
         stacked=axes,
         magnitude=config.variant == "dora",
     )
-    check_rank(spec, repr(path or "the model"))
+    check_rank(spec, where := repr(path or "the model"))
+    check_floating_weight(f"the {weight.leaf} of {where}", getattr(module, weight.leaf).get_value().dtype)
     if (layers := config.layers_to_transform) is None:
         return spec
     if not axes:

@@ -15,9 +15,9 @@ import numpy as np
 import optax
 
 from .._utils.validation import check_int, check_number
+from ..adapter.dora import widen
 from ..adapter.spec import Factor, Specs
 from ..adapter.tree import leaves_by_path, replace_paths
-from .keep_float32 import widen
 from .pair_state import pair_factors
 
 _Q_STD = 0.02

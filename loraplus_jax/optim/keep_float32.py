@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..adapter.dora import widen
+
 
 class KeepFloat32State(NamedTuple):
     """The state of `keep_float32`: float32 copies of the parameters, and the state of the wrapped optimizer."""
@@ -44,8 +46,3 @@ def keep_float32(tx: optax.GradientTransformation) -> optax.GradientTransformati
         return moved, KeepFloat32State(masters, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def widen(x: Any) -> Any:
-    """The array in float32, or in its own dtype if that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..adapter.dora import widen
 from ..adapter.spec import Factor, Specs
 from ..adapter.tree import leaves_by_path, replace_paths
 from .find_pairs import factor_pairs, spec_paths
-from .keep_float32 import widen
 
 
 def pair_factors(leaves: Mapping[str, Any], specs: Specs | None = None) -> list[tuple[Factor, Factor]]:

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import optax
 
 from .._utils.validation import check_number
+from ..adapter.dora import widen
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path, replace_paths
-from .keep_float32 import widen
 from .pair_state import pair_factors
 
 

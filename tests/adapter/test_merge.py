@@ -49,6 +49,16 @@ def test_merge_sums_in_float32_and_stores_the_base_dtype():
     assert kernel.item() == 2.0**-8
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_merge_of_weights_of_8_bits(dtype):
+    base = {"params": {"q": {"kernel": KERNEL.astype(dtype)}}}
+    kernel = merge(base, LORA, {"q": spec()})["params"]["q"]["kernel"]
+    assert kernel.dtype == dtype
+    # 13 lies between 12 and 14 of e5m2, and rounds to even.
+    assert kernel.astype("f").tolist() == [[6.0, 12.0], [12.0 if dtype == jnp.float8_e5m2 else 13.0, 24.0]]
+
+
+INTEGERS = {"params": {"q": {"kernel": KERNEL.astype(jnp.int8)}}}
 PACKED = {"params": {"q": {"kernel": quantize(KERNEL, "int8")}}}
 
 
@@ -70,6 +80,8 @@ test_merge_rejects_what_does_not_fit = refusals(
         "(1, 2)",
     ),
     (lambda: merge(BASE, LORA, {"q": spec(rank=2)}), "q", "(2, 1)", "(2, 2)"),
+    (lambda: merge(INTEGERS, LORA, {"q": spec()}), "params/q/kernel", "int8", "floating", "quantize_base"),
+    (lambda: merge(BASE, LORA, {"q": spec()}, dtype="int8"), "dtype", "int8", "floating"),
     (lambda: merge({"q": KERNEL}, LORA, {"q": spec()}), "params", "q"),
     (lambda: merge(PACKED, LORA, {"q": spec()}), "params/q/kernel", "int8", "dequantize=True"),
     (lambda: unmerge(BASE, {}, {"q": spec()}), "params/q/kernel", "base", "(2, 2)", "missing"),

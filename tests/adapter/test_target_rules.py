@@ -61,7 +61,13 @@ test_every_rule_must_match_something_once = refusals(
     (lambda: check_up(target_parameters=[".*/v"]), "target_parameters", "'.*/v'"),
     (lambda: check_up(target_parameters=[".*_0/up/kernel"]), "kernel", "'up'", "already"),
     (lambda: parameter_rule(PARAMETERS, "a/w"), "'.*/w'", "'a/.*'", "'a/w'"),
-    (lambda: parameter_spec(PARAMETERS, "b/w", ".*/w", (4, 5), ""), "'.*/w'", "(4, 5)", 2, "'eio'"),
+    (
+        lambda: parameter_spec(PARAMETERS, "b/w", ".*/w", (4, 5), "float32", ""),
+        "'.*/w'",
+        "(4, 5)",
+        2,
+        "'eio'",
+    ),
     (lambda: layer_index("layers_3/sub_1/up"), "'layers_3/sub_1/up'", "[3, 1]"),
     (lambda: EINSUM.record("einsum", "oi", "q"), "'q'", "'io'", "'oi'", "target_parameters"),
     error=ValueError,
@@ -70,7 +76,7 @@ test_every_rule_must_match_something_once = refusals(
 
 def test_a_parameter_is_matched_by_one_rule_with_a_letter_an_axis():
     assert parameter_rule(PARAMETERS, "b/w") == ".*/w"
-    spec = parameter_spec(PARAMETERS, "b/w", ".*/w", (3, 4, 5), "params/b/w")
+    spec = parameter_spec(PARAMETERS, "b/w", ".*/w", (3, 4, 5), "bfloat16", "params/b/w")
     assert (spec.kind, spec.axes, spec.rank, spec.scale) == ("parameter", "eio", 1, 16.0)
 
 

@@ -97,14 +97,6 @@ def test_orthogonal_factors_have_the_sizes_of_peft_and_no_product():
     np.testing.assert_allclose(a @ b, 0, atol=1e-7)
 
 
-@pytest.mark.parametrize(("init", "changes_a"), [("lora", True), ("lora_b", False), ("orthogonal", True)])
-def test_integer_weights_get_float32_factors(init, changes_a):
-    layer = nn.Dense(16, param_dtype=jnp.int8, kernel_init=nn.initializers.ones, use_bias=False)
-    lora = linen(layer, ROW, init=init)
-    assert {leaf.dtype for leaf in jax.tree.leaves(lora)} == {jnp.dtype("float32")}
-    assert bool(lora["lora_a"].any()) == changes_a
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
 def test_linen_and_nnx_give_a_weight_factors_of_one_dtype_and_one_output(dtype):

@@ -109,9 +109,36 @@ USES = {
     "scaled": (lambda p: X @ (2 * p["up"]), U),
     "mixed by a reshape": (lambda p: jnp.tile(X, 2) @ p["up"].reshape(OUT, IN), U),
     "rows": (lambda p: p["up"][jnp.arange(3)], U),
+    "in 8 bits": (lambda p: X @ p["up"].astype(jnp.float8_e4m3fn).astype(X.dtype), U),
+    "in 8 bits, by a product of them": (
+        lambda p: jnp.matmul(X, p["up"].astype(jnp.float8_e5m2), preferred_element_type=X.dtype),
+        U,
+    ),
+    "in 16 bits and back": (lambda p: X @ p["up"].astype(jnp.bfloat16).astype(X.dtype), U),
+    "in 16 bits and back in a scan": (
+        lambda p: jax.lax.scan(
+            lambda y, w: (y + jnp.sin(X @ jnp.squeeze(w[None], 0).astype(X.dtype)), None),
+            *(Y, p["experts"].astype(jnp.float16).swapaxes(1, 2).swapaxes(1, 2)),
+        )[0],
+        E,
+    ),
+    "in 16 bits and back in a branch": (
+        lambda p: jax.lax.cond(
+            X[0, 0] > 9, *(lambda w, s=s: X @ w.astype(X.dtype) * s for s in (1, 2)), p["up"].astype("f")
+        ),
+        U,
+    ),
+    "whole numbers": (
+        lambda p: (
+            jnp.matmul((9 * X).astype(np.int8), p["up"], preferred_element_type=jnp.int32) + X @ p["gate"]
+        ),
+        BOTH,
+    ),
     "returned": (lambda p: p["up"], U),
 }
 WHOLE = {"scaled": "mul", "mixed by a reshape": "reshape", "returned": "output", "nothing": "reshape"}
+WHOLE |= dict.fromkeys([name for name in USES if name.startswith("in ")], "convert_element_type")
+WHOLE |= {"whole numbers": "dot_general"}
 WHOLE_DORA = WHOLE | {"inputs in one": "concatenate", "experts beyond the last": "gather"}
 QUICK = ("grouped rows", "one expert", "heads", "gate and up in one")
 

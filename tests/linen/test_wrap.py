@@ -80,6 +80,9 @@ def start(base):
     return init_lora(apply_lora_plus(Setup(), CONFIG), KEY, X, base=base)
 
 
+INTEGERS = {"up": {"kernel": jnp.zeros((4, 6), jnp.int8)}}
+LETTERS = LoRAPlusConfig(target_parameters={"kernel": "io"})
+WHOLE_NUMBERS = nn.Dense(6, param_dtype=jnp.int8, kernel_init=nn.initializers.ones, use_bias=False)
 NARROW, BARE = {"up": {"kernel": jnp.zeros((4, 5))}}, {"up": {"kernel": jnp.zeros((4, 6))}}
 
 test_models_and_bases_that_do_not_fit = refusals(
@@ -87,6 +90,17 @@ test_models_and_bases_that_do_not_fit = refusals(
     (lambda: start({"params": NARROW}), "params/up/kernel", "(4, 6)", "(4, 5)"),
     (lambda: start({"params": {}}), "params/up/kernel", "(4, 6)", "missing"),
     (lambda: start(BARE), "params", "'up'"),
+    (lambda: start({"params": INTEGERS}), "params/up/kernel", "int8", "quantize_base"),
+    (
+        lambda: init_lora(apply_lora_plus(WHOLE_NUMBERS, LoRAPlusConfig(target_modules=".*")), KEY, X),
+        "kernel",
+        "int8",
+        "quantize_base",
+    ),
+    (
+        lambda: init_lora(apply_lora_plus(WHOLE_NUMBERS, LETTERS), KEY, X),
+        *("'kernel'", "int8", "quantize_base"),
+    ),
     (
         lambda: init_lora(apply_lora_plus(Unbound(), config("up", alpha_pattern={"up": 50.0})), KEY, X),
         "alpha_pattern",

@@ -133,6 +133,10 @@ LAYER = {"target_modules": ["layer"], "rank": 1}
 DROPS = LAYER | {"dropout": 0.1}
 
 
+def integers(rngs):
+    return One(nnx.Linear(8, 6, param_dtype=jnp.int8, kernel_init=nnx.initializers.ones, rngs=rngs))
+
+
 def dense(rngs):
     return One(nnx.Linear(8, 6, rngs=rngs))
 
@@ -152,6 +156,13 @@ def dense(rngs):
             LAYER,
             {},
             ("'layer/lora/lora_a'", "specs_of"),
+        ),
+        (integers, LAYER, {}, ("kernel", "'layer'", "int8", "quantize_base")),
+        (
+            integers,
+            {"target_parameters": {".*kernel": "io"}},
+            {},
+            ("'layer/kernel'", "int8", "quantize_base"),
         ),
         (dense, DROPS, {"rngs": nnx.Rngs(params=1)}, ("rngs", "'dropout'", "params")),
         (dense, DROPS, {"rngs": jax.random.key(0)}, ("rngs", "Rngs")),
