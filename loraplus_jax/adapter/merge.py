@@ -36,11 +36,12 @@ def merge(
     Raises:
       ValueError: `base`, `lora` and `specs` do not match, or a weight is packed; the message names the path.
     """
-    if "params" not in base:
-        raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
     if dtype is not None:
         check_floating_weight("dtype: merged weights", jnp.dtype(dtype))
-    flat, factors = flatten(base), factors_by_module("lora", lora, specs)
+    flat = flatten(base)
+    if "params" not in base:
+        raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
+    factors = factors_by_module("lora", lora, specs)
     for module, spec in specs.items():
         leaf = weight_of("the base", flat, spec)
         if is_packed(leaf):

@@ -37,9 +37,17 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       A dict from path to leaf. A box of metadata or a packed weight is one leaf; empty dicts are dropped.
 
+    Raises:
+      TypeError: `tree` is no dict.
+
     >>> flatten({"layers": {0: {"kernel": 1.0}, 1: [2.0]}})
     {'layers/0/kernel': 1.0, 'layers/1/0': 2.0}
     """
+    if not isinstance(tree, Mapping):
+        raise TypeError(
+            f'variables must be a dict such as {{"params": tree}}, got a {type(tree).__name__}; any tree may stand '
+            "in it"
+        )
     flat = {}
     # Dicts not by jax.tree, which would sort their keys.
     for path, leaf in traverse_util.flatten_dict(dict(tree)).items():

@@ -36,11 +36,13 @@ class Dataflow(NamedTuple):
       read: inputs that reach an output.
       changed: inputs that are changed before they reach `mark_weight`.
       whole: inputs that reach `mark_weight` where W + s A B is needed as one array, and the operations there.
+      custom: inputs that reach `mark_weight` in a function with a gradient of its own, as `custom_vjp` makes.
     """
 
     read: set[int]
     changed: set[int]
     whole: dict[int, set[str]]
+    custom: set[int]
 
 
 def mark_weight(weight: jax.Array, *, whole: str = "") -> jax.Array:
@@ -67,7 +69,7 @@ def trace_dataflow(program: ClosedJaxpr) -> Dataflow:
     Assumes that every input of an operation reaches all its outputs, so an input counts as unread only if no output
     uses it. Effects such as printing do not count as outputs.
     """
-    flow = Dataflow(set(), set(), {})
+    flow = Dataflow(set(), set(), {}, set())
     outputs = _propagate(program, [frozenset({(n, True)}) for n in range(len(program.jaxpr.invars))], flow)
     flow.read.update(n for tags in outputs for n, _ in tags)
     return flow
@@ -161,6 +163,10 @@ def _propagate_eqn(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
             for n in {n for tags in inputs for n, _ in tags}:
                 flow.whole.setdefault(n, set()).add(called.removeprefix(_MARK_WHOLE))
     inner = [value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
+    if name.startswith("custom_") and len(inner) == 1:
+        marked = Dataflow(set(), set(), {}, set())
+        _propagate(inner[0], list(map(_as_changed, inputs)), marked)
+        flow.custom.update(marked.changed)
     if len(inner) == 1:
         jaxpr: Any = getattr(inner[0], "jaxpr", inner[0])
         # A call, whatever its name: jax has many, and users may add their own.

@@ -294,8 +294,8 @@ def init_lora(
 
     Raises:
       ValueError: the model has no adapters, a rule matches nothing, a rank is above min(in, out), `base` does not
-        match or is missing for variant dora, or the model uses the weight of an adapted layer outside the layer,
-        where the adapter has no effect.
+        match or is missing for variant dora, or the model uses the weight of an adapted layer outside the layer, or
+        the layer in `nn.custom_vjp`, where the adapter has no effect.
 
     Example:
       >>> model = apply_lora_plus(nn.Dense(4), LoRAPlusConfig(target_modules=".*", rank=2))
@@ -396,9 +396,9 @@ def _specs(variables: Mapping[str, Any]) -> dict[str, AdapterSpec]:
 
 
 def _check_base(base: Mapping[str, Any], specs: Mapping[str, AdapterSpec]) -> None:
+    flat = flatten(base)
     if "params" not in base:
         raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
-    flat = flatten(base)
     for spec in specs.values():
         if is_from_qwix(flat.get(spec.leaf)):
             raise ValueError(f"base: {spec.leaf} was quantized by qwix; pass what from_qwix makes of base")
@@ -429,13 +429,17 @@ def _check_reads(
         users = flow.whole.get(numbers[spec.leaf], set()) - {"output"}
         if spec.kind == "parameter" and users:
             warn_of_whole(path, spec.shape, ", ".join(sorted(users)))
-        if spec.kind == "parameter" or numbers[spec.leaf] not in flow.changed | flow.read:
+        problems = {
+            # Flax calls its functions again when jax differentiates, after the model's interceptors ended.
+            f"uses its weight {spec.leaf} in a function with a gradient of its own (nn.custom_vjp)": flow.custom,
+            f"changes its weight {spec.leaf} before the layer uses it (by nn.map_variables)": flow.changed,
+            f"also uses its weight {spec.leaf} outside the layer (by .embedding, .variables, get_variable)": (
+                flow.read
+            ),
+        }
+        problem = next((text for text, inputs in problems.items() if numbers[spec.leaf] in inputs), None)
+        if spec.kind == "parameter" or problem is None:
             continue
-        problem = (
-            f"changes its weight {spec.leaf} before the layer uses it (by nn.map_variables)"
-            if numbers[spec.leaf] in flow.changed
-            else f"also uses its weight {spec.leaf} outside the layer (by .embedding, .variables, get_variable)"
-        )
         rule = {spec.leaf.removeprefix("params/"): spec.rule_letters}
         raise ValueError(
             f"{path or 'the model'!r} has an adapter, but the model {problem}, where the adapter has no "

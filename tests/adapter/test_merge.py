@@ -1,11 +1,14 @@
 """Merging by hand: the sum is float32, the base stays, and what does not fit is rejected by name."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from loraplus_jax import merge, unmerge
+from loraplus_jax.adapter.quantize_base import quantize_base
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.quantization import quantize
 
@@ -59,6 +62,16 @@ def test_merge_of_weights_of_8_bits(dtype):
 
 
 INTEGERS = {"params": {"q": {"kernel": KERNEL.astype(jnp.int8)}}}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    """A tree that is no dict, as Equinox's modules are."""
+
+    q: jax.Array
+
+
 PACKED = {"params": {"q": {"kernel": quantize(KERNEL, "int8")}}}
 
 
@@ -83,6 +96,10 @@ test_merge_rejects_what_does_not_fit = refusals(
     (lambda: merge(INTEGERS, LORA, {"q": spec()}), "params/q/kernel", "int8", "floating", "quantize_base"),
     (lambda: merge(BASE, LORA, {"q": spec()}, dtype="int8"), "dtype", "int8", "floating"),
     (lambda: merge({"q": KERNEL}, LORA, {"q": spec()}), "params", "q"),
+    (lambda: merge([KERNEL], LORA, {"q": spec()}), '{"params": tree}', "list"),
+    (lambda: merge(Module(KERNEL), LORA, {"q": spec()}), '{"params": tree}', "Module"),
+    (lambda: unmerge(BASE, Module(KERNEL), {"q": spec()}), '{"params": tree}', "Module"),
+    (lambda: quantize_base(Module(KERNEL), "int8", {"q": "io"}), '{"params": tree}', "Module"),
     (lambda: merge(PACKED, LORA, {"q": spec()}), "params/q/kernel", "int8", "dequantize=True"),
     (lambda: unmerge(BASE, {}, {"q": spec()}), "params/q/kernel", "base", "(2, 2)", "missing"),
 )

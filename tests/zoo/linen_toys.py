@@ -450,7 +450,7 @@ MODELS = {
     ),
     "loops": Toy(Looping(), "d", modules("d"), gradients=False),
     "vjp inside": Toy(Inward(), "d", modules("d")),
-    "custom_vjp": Toy(Custom(), "d", modules("d"), gradients=False, options={"rngs": RNGS}),
+    "custom_vjp": Toy(Custom(), "d/kernel", parameters(d__kernel="io"), options={"rngs": RNGS}, whole=True),
     "collections": Toy(Keeping(), "d e", modules("d", "e"), options={"mutable": ["stats", "intermediates"]}),
     "a cache": Toy(
         nn.MultiHeadDotProductAttention(2, decode=True),
@@ -538,10 +538,7 @@ WEIGHTS = {
     "rows": used((7, 4), lambda x, w: jnp.take(w, x, axis=0), "io", IDS),
     "rows by index": used((7, 4), lambda x, w: w[x], "io", IDS),
     "columns": used((4, 7), lambda x, w: w[:, x], "io", IDS, whole=True),
-    # Rounds W, but not s A B.
-    "half": used(
-        (4, 5), lambda x, w: x @ w.astype(jnp.float16).astype(x.dtype), "io", close=1e-2, gradients=False
-    ),
+    "half": used((4, 5), lambda x, w: x @ w.astype(jnp.float16).astype(x.dtype), "io", whole=True),
     "kernel of a layer": Toy(nn.Dense(5), "kernel", parameters(kernel="io")),
     "convolution": Toy(nn.Conv(6, (3,)), "kernel", parameters(kernel="iio"), (np.ones((2, 5, 4)),)),
     "vmap": part(lifted(nn.vmap, variable_axes={"params": 0}, **STACKED), "eio", ROWS),
@@ -648,4 +645,5 @@ READ = {
     "scanned": (Scanned(body=Reading, remat=True), X, "layers/d/kernel"),
     "through an adapted layer": (PastAdapted(), X, "d/kernel"),
     "a choice": (Chosen(), X, "d/kernel"),
+    "custom_vjp": (Custom(), X, "d/kernel"),
 }
