@@ -184,7 +184,7 @@ def _states_at(tx: Any, params: Any, step: int) -> list[LoRAPlusState]:
 
 
 def probe(
-    tx: optax.GradientTransformation, opt_state: Any, params: Any, grads: Any = None
+    tx: optax.GradientTransformation, opt_state: Any, params: Any, grads: Any = None, **extra_args: Any
 ) -> dict[str, jax.Array]:
     """Computes the root mean square of each role's next update, and the ratio `"b/a"`, without changing anything.
 
@@ -198,13 +198,28 @@ def probe(
     Args:
       tx, opt_state: optimizer and its state.
       params: trainable variables.
-      grads: gradients, with the structure of `params`; by default all ones.
+      grads: gradients, with the structure of `params`; by default all ones. In the middle of `optax.MultiSteps`
+        they stand for all micro-batches that are left.
+      extra_args: what else the optimizer's `update` needs, such as `value=loss`.
 
     Returns:
       Scalars by role, for the roles that occur, and under `"b/a"` if both A and B occur.
     """
     grads = jax.tree.map(jnp.ones_like, params) if grads is None else grads
-    updates, _ = tx.update(grads, opt_state, params)
+
+    def update(_: Any, __: Any, state: Any) -> tuple[Any, Any, Any]:
+        updates, new = tx.update(grads, state, params, **extra_args)
+        return updates, state, new
+
+    def accumulates(carry: tuple[Any, Any, Any]) -> jax.Array:
+        before, after = (find_states(state, optax.MultiStepsState) for state in carry[1:])
+        pairs = zip(before, after, strict=True)  # after an update of parameters the count is 0 again
+        return jnp.stack([jnp.any(new.mini_step > old.mini_step) for old, new in pairs]).any()
+
+    carry = update(None, None, opt_state)
+    if find_states(opt_state, optax.MultiStepsState):
+        carry = jax.lax.while_loop(accumulates, lambda carry: update(*carry), carry)
+    updates, *_ = carry
     groups = leaves_by_role(updates, labels_of(opt_state, params))
     result = {role: optax.tree.norm(leaves) / math.sqrt(count(leaves)) for role, leaves in groups.items()}
     if "a" in result and "b" in result:

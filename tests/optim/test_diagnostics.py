@@ -183,6 +183,31 @@ def test_probe_with_gradients_takes_root_mean_squares():
 
 
 @pytest.mark.slow
+def test_probe_amid_micro_batches_shows_the_update_that_ends_them():
+    tx = optax.MultiSteps(lora_plus(optax.sgd(0.1), lr_ratio=4.0), 4)
+    state = tx.init(TRAINABLE)
+    assert float(probe(tx, state, TRAINABLE)["b/a"]) == pytest.approx(4.0)
+    threes = jax.tree.map(lambda x: jnp.full_like(x, 3.0), TRAINABLE)
+    for _ in range(2):
+        _, state = tx.update(threes, state, TRAINABLE)
+    found = jax.jit(lambda state: probe(tx, state, TRAINABLE))(state)
+    # The mean of 3, 3, 1 and 1 is 2.
+    assert (float(found["a"]), float(found["b"])) == pytest.approx((0.2, 0.8))
+    nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), TRAINABLE)
+    skipping = optax.MultiSteps(optax.sgd(0.1), 4, should_skip_update_fn=optax.skip_not_finite)
+    assert float(probe(skipping, skipping.init(TRAINABLE), TRAINABLE, nan)["a"]) == 0.0
+
+
+def test_probe_passes_on_what_an_optimizer_needs():
+    tx = lora_plus(optax.polyak_sgd(max_learning_rate=2.0), lr_ratio=4.0)
+    state, values = tx.init(TRAINABLE), sum(x.size for x in jax.tree.leaves(TRAINABLE))
+    # Polyak's step is the loss over the squared norm, here the number of values.
+    found = probe(tx, state, TRAINABLE, value=values / 2)
+    assert (float(found["a"]), float(found["b"])) == pytest.approx((0.5, 2.0))
+    with pytest.raises(TypeError, match="value"):
+        probe(tx, state, TRAINABLE)
+
+
 def test_probe_behind_float32_copies_shows_the_realised_rates():
     params = jax.tree.map(lambda x: jnp.full(x.shape, 0.3, jnp.bfloat16), TRAINABLE)
     inner = lora_plus_adamw(1e-4, 4.0)
