@@ -31,18 +31,35 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_record(
-    path: Path, check: Callable[[dict[str, Any]], None] | None = None, *, limit: int | None = None
+    path: Path,
+    check: Callable[[dict[str, Any]], object] | None = None,
+    *,
+    limit: int | None = None,
+    remedy: str | None = None,
 ) -> dict[str, Any]:
-    """Reads a record of at most `limit` bytes; `check_files` compares the files that belong to it.
+    """Reads a record; `check_files` compares the files that belong to it.
+
+    Args:
+      path: the file.
+      check: raises ValueError for the content of another kind of record, before the digest is compared.
+      limit: most bytes of the file.
+      remedy: what to do if the file cannot be restored; without one, removing the digest accepts a change.
 
     Raises:
-      ValueError: it cannot be read, or has changed since it was saved. Without a digest it is taken as it is.
+      ValueError: it cannot be read, or has changed since it was saved.
     """
-    content = read_json(path, limit=limit)
-    if check is not None:  # may raise an error that says more than that something changed
-        check(content)
-    if content.get(DIGEST, expected := _digest(content)) != expected:
-        raise ValueError(f"{path} has changed since it was saved; restore it, or {_accept(path)}")
+    try:
+        content = read_json(path, limit=limit)
+        if check is not None:  # may raise an error that says more than that something changed
+            check(content)
+        expected = _digest(content)
+        if content.get(DIGEST, None if remedy else expected) != expected:
+            accept = "" if remedy else f"; restore it, or {_accept(path)}"
+            raise ValueError(f"{path} has changed since it was saved{accept}")
+    except ValueError as error:
+        if remedy is None:
+            raise
+        raise ValueError(f"{error}; restore it, or {remedy}") from None
     return content
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 
-from .._utils.validation import join_first, suggest
+from .._utils.validation import suggest
 from ..models.attention_common import COMPILED_FOR, target_capability
+from ..settings.parsing import check_schema
 from ..settings.yaml_files import read_yaml
 from ..training.xla import restore_platforms
 
@@ -365,15 +366,7 @@ MAX_GPUS = 4096
 
 def _read_gpu(file: Path) -> Gpu:
     """A GPU from a YAML file with the fields of `Gpu`; raises ValueError for any other content."""
-    try:
-        return TypeAdapter(Gpu).validate_python(read_yaml(file, links="any"))
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, x['loc'])) or 'content'}: {x['msg']}"
-            + (f", got {x['input']!r:.80}" if x["type"] != "missing" else "")
-            for x in error.errors()
-        ]
-        raise ValueError(f"GPU file {file}: {join_first(problems)}") from None
+    return check_schema(Gpu, read_yaml(file, links="any"), f"GPU file {file}")
 
 
 def topology_shapes(chip: Tpu) -> list[tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """Parses settings from YAML files and the command line; errors name the key, the value and what is allowed."""
 
 import dataclasses
+import functools
 import inspect
 import re
 import textwrap
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 
 from pydantic import TypeAdapter, ValidationError
 
-from .._utils.validation import suggest
+from .._utils.validation import join_first, suggest
 from ..adapter.config import LoRAPlusConfig
 from .recipes import find_config
 from .schema import DEFAULT_LORA, DeviceSettings, Settings
@@ -259,6 +260,20 @@ def _format_value(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
+def check_schema(schema: Any, content: Any, name: object) -> Any:
+    """Returns what a file holds as a type that pydantic validates, or raises ValueError with the file's name."""
+    try:
+        return _type_adapter(schema).validate_python(content)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}"
+            + (f", got {problem['input']!r:.80}" if problem["type"] != "missing" else "")
+            for problem in error.errors(include_url=False)
+        ]
+        raise ValueError(f"{name}: {join_first(problems)}") from None
+
+
+_type_adapter = functools.cache(TypeAdapter)
 _KEY = "[key]"  # what pydantic adds to the path of a mapping's key that is not allowed
 
 

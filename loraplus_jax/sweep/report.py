@@ -47,6 +47,7 @@ def make_report(
     steps: int,
     data: TaskData,
     measurements: Mapping[str, Mapping[str, Any]],
+    allowed_differences: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All numbers of a sweep as plain JSON values; a non-finite loss is null.
 
@@ -59,6 +60,7 @@ def make_report(
       steps: optimizer steps of a full run.
       data: data of the sweep.
       measurements: what `measured` found of each arm whose report has ended.
+      allowed_differences: those of base and data between its units that `--allow_different` has accepted.
     """
     metric, confidence = data.task.metric, REPORT_CONFIDENCE
     if run.sweep.methods is not None:
@@ -101,6 +103,7 @@ def make_report(
             "constant": dict(data.constant),
             "untrained": untrained(of_arm["lora"], metric),
             "unrelated_text": run.sweep.unrelated_text,
+            "allowed_differences": list(allowed_differences),
         },
         "member_steps": _member_steps(rows, sum(counts.values()) * len(run.seeds) * steps),
         "search": sorted(search, key=lambda row: row["step"]),

@@ -12,11 +12,14 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from .._utils.atomic import remove_leftovers, to_json, write_text
-from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import DIGEST, read_record, write_record
+from ..settings.field_types import Count
+from ..settings.parsing import check_schema
 from ..settings.schema import GENERATION
 from ..settings.yaml_files import to_yaml
 from ..step.fingerprints import fingerprint
@@ -26,7 +29,7 @@ from ..training.console import LineConsole, ProgressLines, data_lines, ignored_l
 from ..training.estimate import Estimate, batches_of
 from ..training.metrics_log import METRICS, SUMMARY
 from ..training.provenance import Origin
-from ..training.run_directory import OutputDirectory, open_output_directory
+from ..training.run_directory import OutputDirectory, open_output_directory, origins_of, saved_record
 from ..training.run_files import CHECKPOINTS, RESULT, UNITS
 from ..training.xla import restore_platforms
 from .arms import SharedProgram, named, programs_of
@@ -44,8 +47,8 @@ from .halving import (
 )
 from .population import AbstractPopulation, abstract_population, load_weights, origin_of
 from .report import PAGE, REPORT, WINNER, ReportRow, make_report, measured, widening_option, write_report
-from .settings import SweepRun, Trial
-from .unit import MemberSpec, Progress, Source, Unit, is_result_of, unit_directory
+from .settings import MOST_MEMBERS, SweepRun, Trial
+from .unit import MemberSpec, Progress, Source, Unit, read_result, unit_directory
 
 MEMBERS_FILE = "members_at_once.json"
 """File with the numbers of members that a device computes in parallel and that a unit has, of each program, as
@@ -56,6 +59,19 @@ WINNER_ONLY_FIELDS = (
     *(name for name in GENERATION if name != "generation.inputs"),
 )
 """Fields that a sweep ignores; training the winner uses them."""
+
+
+class Sizes(BaseModel, strict=True, extra="forbid"):
+    """The schema of a program's numbers in `MEMBERS_FILE`."""
+
+    members_at_once: Annotated[Count, Field(le=MOST_MEMBERS)]
+    group_size: Annotated[Count, Field(le=MOST_MEMBERS)]
+
+
+def by_program(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `MEMBERS_FILE` by program; earlier versions wrote the numbers of their one program."""
+    sizes = {name: value for name, value in sizes.items() if name != DIGEST}
+    return {"lora": sizes} if "group_size" in sizes else sizes
 
 
 def ignored_fields(run: SweepRun) -> list[str]:
@@ -141,9 +157,13 @@ class Sweep:
         """The members at once and the group size of each program that has begun."""
         # A measurement may choose another program on resuming, which rounds otherwise.
         if not output.fresh and (path := self.directory / MEMBERS_FILE).exists():
-            found = {name: value for name, value in read_record(path).items() if name != DIGEST}
-            # Earlier versions wrote those of their one program.
-            self.sizes = {"lora": found} if "group_size" in found else found
+            self.sizes = by_program(
+                read_record(
+                    path,
+                    lambda content: check_schema(dict[str, Sizes], by_program(content), path),
+                    remedy="remove it to choose them again",
+                )
+            )
         if not output.fresh and any(self.directory.glob(f"*/{UNITS}")):
             raise ValueError(
                 f"{self.directory} has a comparison by an earlier version, which this one cannot resume; start "
@@ -195,6 +215,7 @@ class Sweep:
             self.steps,
             self.data,
             costs,
+            self.output.differences,
         )
 
     def write(self) -> dict[str, Any]:
@@ -248,6 +269,8 @@ class Sweep:
         configs = self.write_winners(report)
         names = ("decision", "verdict", "winner", "command", "member_steps")
         summary = {name: report[name] for name in names}
+        if differences := report["protocol"]["allowed_differences"]:
+            summary["allowed_differences"] = differences
         results = [result for tuning in self.tunings for result in tuning.results]
         summary["seconds"] = round(sum(result["seconds"] for result in results), 1)
         summary["devices"] = ", ".join(sorted({result["devices"] for result in results}))
@@ -454,7 +477,8 @@ class Tuning:
         self.lines = ProgressLines(
             self.console, f"{self.title}{groups}{',' if len(units) > 1 else ''} step", total, done
         )
-        stored = [self.stored_result(unit) for unit in units]
+        origins = origins_of(saved_record(self.directory))
+        stored = [self.stored_result(unit, origins) for unit in units]
         computed = iter(())
         if left := [unit for unit, result in zip(units, stored, strict=True) if result is None]:
             opened = await self.open(self.at_once, self.group_size)
@@ -486,14 +510,11 @@ class Tuning:
         """The stage in training."""
         return next(iter(self.stages[-1])).stage
 
-    def stored_result(self, unit: Unit) -> dict[str, Any] | None:
-        """The result of a unit that has finished, of the same members."""
-        path = unit_directory(self.directory, unit.name) / RESULT
-        if not path.exists():
+    def stored_result(self, unit: Unit, origins: Sequence[str | None]) -> dict[str, Any] | None:
+        """The result of a unit that has finished, or None."""
+        result = read_result(self.directory, unit, origins, self.abstract.data.task.metric)
+        if result is None:
             return None
-        result = read_record(path, limit=MAX_ROWS_BYTES)
-        if not is_result_of(result, unit):
-            raise ValueError(f"{path} is of other members; start over with --fresh")
         # Work of before, which says nothing about the speed from now on.
         self.stages[-1][unit] = self.stages[-1][unit]._replace(step=unit.stops[-1])
         self.lines.restart(self.steps_done())

@@ -8,12 +8,13 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from pydantic import BaseModel
 
 from .._utils.atomic import add_path_to_errors, to_json
 from .._utils.json_files import MAX_ROWS_BYTES
@@ -22,6 +23,7 @@ from ..adapter.tree import combine, count
 from ..data.batches import Batch
 from ..data.fetch import resolve
 from ..models.files import open_files
+from ..settings.parsing import check_schema
 from ..step.checkpoint import DamagedCheckpoint, open_manager, save_checkpoint
 from ..step.sharding import make_mesh, replicate
 from ..tasks.causal_lm import LanguageTask
@@ -29,7 +31,7 @@ from ..tasks.held_out_generation import HeldOutTexts
 from ..training.console import LineConsole
 from ..training.evaluation import finish_metrics
 from ..training.memory import expected_peak
-from ..training.run_directory import OutputDirectory, lock_directory, restore_step
+from ..training.run_directory import OutputDirectory, lock_directory, origins_of, restore_step, saved_record
 from ..training.run_files import CHECKPOINTS, RESULT, UNITS
 from ..training.signals import Stopped, StopSignal
 from .device_members import DeviceMembers, state_like, stored_members
@@ -86,6 +88,73 @@ class Unit(NamedTuple):
     sources: tuple[Source, ...] = ()
     is_timed: bool = False
     is_scored: bool = False
+
+    def row_keys(self, step: int) -> list[dict[str, Any]]:
+        """What identifies the rows of its members after a step, in order."""
+        rest = {"step": step, "split": self.split}
+        return [
+            {"stage": self.stage, "arm": arm, "trial": list(trial), "seed": seed, **rest}
+            for arm, trial, seed in self.members
+        ]
+
+
+class Row(BaseModel, strict=True, extra="allow"):
+    """The schema of an evaluation of a member; what is added are the task's metrics."""
+
+    __pydantic_extra__: dict[str, float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
+    stage: str
+    arm: str
+    trial: list[float]
+    seed: int
+    step: int
+    split: str
+    loss: float | None
+
+
+class Score(BaseModel, strict=True, extra="allow"):
+    """The schema of the scores of a member's texts."""
+
+    __pydantic_extra__: dict[str, float]  # pyright: ignore[reportIncompatibleVariableOverride]
+    arm: str
+    seed: int
+
+
+class Change(BaseModel, strict=True, extra="forbid"):
+    """The schema of a member's loss on `sweep.unrelated_text` before and after training."""
+
+    arm: str
+    seed: int
+    before: float
+    after: float
+
+
+class Cost(BaseModel, strict=True, extra="forbid"):
+    """The schema of what `_UnitRun.cost` measures."""
+
+    trainable: int
+    step_seconds: float | None
+
+
+class Result(BaseModel, strict=True, extra="forbid"):
+    """The schema of `result.json`.
+
+    Attributes:
+      origin: the digest of the sweep's `identity.json`; earlier versions have none.
+      members, rows: the unit's members, and their evaluations in order.
+      seconds, devices: how long they were trained, and on what.
+      text_scores, unrelated, cost: only of a unit that is scored.
+      digest: that of the record.
+    """
+
+    origin: str | None = None
+    members: list[Any]
+    rows: list[Row]
+    seconds: float
+    devices: str
+    text_scores: list[Score] | None = None
+    unrelated: list[Change] | None = None
+    cost: Cost | None = None
+    digest: str
 
 
 class Progress(NamedTuple):
@@ -149,12 +218,14 @@ def run_unit(
         stack.enter_context(add_path_to_errors(path))
         path.mkdir(parents=True, exist_ok=True)
         check = stack.enter_context(lock_directory(path, wait=LOCK_SECONDS))
-        if (path / RESULT).exists():  # by another process while this one waited
-            return read_record(path / RESULT, limit=MAX_ROWS_BYTES)
+        origins = origins_of(saved_record(directory))
+        # By another process while this one waited.
+        if (result := read_result(directory, unit, origins, population.data.task.metric)) is not None:
+            return result
         signal = stack.enter_context(StopSignal())
         output = OutputDirectory(path, population.run, console, False, (), True, (), stack, check)
         output.open_manager()
-        return _UnitRun(population, unit, output, tell, signal, began).run()
+        return _UnitRun(population, unit, output, tell, signal, began, origins).run()
 
 
 class _UnitRun:
@@ -168,8 +239,9 @@ class _UnitRun:
         tell: Callable[[Progress], None],
         signal: StopSignal,
         began: float | None,
+        origins: Sequence[str | None],
     ) -> None:
-        self.population, self.unit, self.output = population, unit, output
+        self.population, self.unit, self.output, self.origins = population, unit, output, origins
         self.signal, self._tell = signal, tell
         self.progress = Progress(unit.start)
         self.seconds, self.started, self.timed_step = 0.0, time.perf_counter(), TIMED_STEP
@@ -198,6 +270,7 @@ class _UnitRun:
         # The units that continue from here read the checkpoint.
         self.output.manager.wait_until_finished()
         result = {
+            "origin": self.origins[-1],
             "members": unit.members,
             "rows": self.progress.rows,
             "seconds": self.seconds + time.perf_counter() - self.started,
@@ -226,6 +299,7 @@ class _UnitRun:
         restored = self.output.restore(state_like(population, len(members)), population.metadata)
         if restored is not None:
             position = restored.input_position
+            self.check_source(self.output.path / CHECKPOINTS, position)
             members = stored_members(restored.state, members, range(len(members)))
             self.seconds, step = position["seconds"], int(restored.state.step)
             self.tell(step=step, rows=position["rows"], resumed=step)
@@ -249,11 +323,19 @@ class _UnitRun:
                     raise ValueError(
                         f"{error}; restore the original files, or remove {path} to train its members again"
                     ) from None
+            self.check_source(path, restored.input_position)
             numbers = [unit.sources[n].number for n in own]
             stored = stored_members(restored.state, [first[n] for n in own], numbers)
             for n, member in zip(own, stored, strict=True):
                 members[n] = member
         return members
+
+    def check_source(self, path: Path, position: Mapping[str, Any]) -> None:
+        """Raises ValueError if a checkpoint is of another sweep."""
+        if (origin := position.get("origin")) is not None and origin not in self.origins:
+            raise ValueError(
+                f"{path} is of another sweep; restore it, or remove it to train its members again"
+            )
 
     def measure(self) -> None:
         """Measures an evaluation batch."""
@@ -296,20 +378,20 @@ class _UnitRun:
         """Evaluates all members and tells the rows; stops members with a non-finite loss."""
         unit, data = self.unit, self.population.data
         diverged, rows, results = [], [*self.progress.rows], self.members.evaluate(data.splits[unit.split])
-        for number, ((arm, trial, seed), values) in enumerate(zip(unit.members, results, strict=True)):
+        for number, (key, values) in enumerate(zip(unit.row_keys(self.step), results, strict=True)):
             if not (finite := math.isfinite(values["loss"])):
                 diverged.append(number)
             values = finish_metrics(data.task, values)
             # JSON has no NaN, and the metrics of a diverged member say nothing.
             values = values if finite else dict.fromkeys(values)
-            key = {"stage": unit.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
-            rows.append({**key, "split": unit.split, **values})
+            rows.append(key | values)
         self.members.retire(diverged)
         self.tell(rows=rows)
 
     def save(self) -> None:
         """Saves a checkpoint with all rows so far."""
         position = {
+            "origin": self.origins[-1],
             "rows": self.progress.rows,
             "seconds": self.seconds + time.perf_counter() - self.started,
         }
@@ -387,6 +469,42 @@ class _UnitRun:
         }
 
 
-def is_result_of(result: dict[str, Any], unit: Unit) -> bool:
-    """Whether a result is of a unit's members."""
-    return result["members"] == json.loads(to_json(unit.members))
+def read_result(
+    directory: Path, unit: Unit, origins: Sequence[str | None], metric: str
+) -> dict[str, Any] | None:
+    """The result of a unit that has finished, or None.
+
+    Args:
+      directory: the output directory of the sweep.
+      unit: the unit.
+      origins: from `origins_of` the sweep's record.
+      metric: a name that its rows must have.
+
+    Raises:
+      ValueError: it is damaged, or of another sweep or other members.
+    """
+    path = unit_directory(directory, unit.name) / RESULT
+    if not path.exists():
+        return None
+
+    def check(content: dict[str, Any]) -> None:
+        result = check_schema(Result, content, path)
+        if result.origin is not None and result.origin not in origins:
+            raise ValueError(f"{path} is of another sweep")
+        if content["members"] != json.loads(to_json(unit.members)):
+            raise ValueError(f"{path} is of other members")
+        rows, keys = content["rows"], [key for stop in unit.stops for key in unit.row_keys(stop)]
+        if len(rows) != len(keys) or any(row | key != row for row, key in zip(rows, keys, strict=True)):
+            raise ValueError(
+                f"{path}: rows must be of all members on the {unit.split} split after steps "
+                f"{', '.join(map(str, unit.stops))}"
+            )
+        lists = rows, *(content.get(name) or [] for name in ("text_scores", "unrelated"))
+        if metric not in rows[0] or any(row.keys() != part[0].keys() for part in lists for row in part):
+            raise ValueError(f"{path}: every row must have the same fields, among them {metric}")
+        if (result.cost is not None) != unit.is_scored:
+            raise ValueError(f"{path}: cost must be of a unit that is scored")
+
+    return read_record(
+        path, check, limit=MAX_ROWS_BYTES, remedy=f"remove {path.parent} to train its members again"
+    )

@@ -18,7 +18,7 @@ from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import DIGEST, read_record, write_record
 from .._utils.validation import join_first
 from ..data.fetch import cache_dir
-from ..settings.parsing import settings_from_json
+from ..settings.parsing import check_schema, settings_from_json
 from ..step.run_metadata import field_differences, numeric_options, package_versions, version_of
 from ..training.console import LineConsole
 from ..training.run_files import OWNER
@@ -26,7 +26,7 @@ from ..training.signals import Stopped
 from ..training.xla import use_compilation_cache
 from .population import Population, abstract_population, prepare_population
 from .settings import SweepRun
-from .unit import Progress, Unit, run_unit, unit_directory
+from .unit import Progress, Row, Unit, run_unit, unit_directory
 
 PROGRESS = "progress.json"
 SECONDS_PER_REPORT = 1.0
@@ -95,9 +95,12 @@ def run_on_worker(job: Job, unit: Unit) -> dict[str, Any]:
 
 def read_progress(directory: Path, unit: Unit) -> Progress | None:
     """What a worker last wrote about a unit; None if nothing, or nothing readable."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        record = read_record(unit_directory(directory, unit.name) / PROGRESS, limit=MAX_ROWS_BYTES)
-        return Progress(**{name: value for name, value in record.items() if name != DIGEST})
+    with contextlib.suppress(OSError, ValueError):
+        path = unit_directory(directory, unit.name) / PROGRESS
+        record = read_record(path, limit=MAX_ROWS_BYTES)
+        values = {name: value for name, value in record.items() if name != DIGEST}
+        check_schema(list[Row], values.get("rows"), path)
+        return check_schema(Progress, values, path)
     return None
 
 

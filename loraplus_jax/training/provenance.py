@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from .._utils.validation import check_choice, join_first, to_plain
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.families import ENCODERS, FAMILIES, encoder_of
@@ -23,6 +25,37 @@ Identity = dict[str, Any]
 
 Origin = dict[str, Any]
 """An identity as `identity`, and the weights' fingerprint as `base`."""
+
+
+class Allowed(BaseModel, strict=True):
+    """A difference that `--allow_different` has accepted.
+
+    Attributes:
+      digest: that of the record before; None if it was not a file of its own.
+      differences: the differences, as text.
+    """
+
+    digest: str | None
+    differences: list[str]
+
+
+class Record(BaseModel, strict=True):
+    """The schema of `identity.json`.
+
+    Attributes:
+      base: the weights' fingerprint.
+      identity: the parts of base and data.
+      settings: those that may not change.
+      jax_config: the options of JAX that change bits.
+      allowed: what differed from it before, in order.
+    """
+
+    base: str | None
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+    jax_config: dict[str, Any]
+    allowed: list[Allowed] = []
+
 
 SPLITS = ("train", "validation", "test")
 PARTS = (
@@ -75,8 +108,8 @@ def check_identity(
     *,
     weights: str | None = None,
     allow: Sequence[str] = (),
-) -> None:
-    """Raises ValueError if a base model or data differs from what a run, adapter or checkpoint was made with.
+) -> list[str]:
+    """Compares a base model and data with what a run, adapter or checkpoint was made with.
 
     Parts that only one of them has are not compared, such as those of an adapter that PEFT wrote.
 
@@ -86,6 +119,12 @@ def check_identity(
       identity: the current identity.
       weights: `fingerprint` of the current frozen variables, if they are loaded.
       allow: parts that may differ, as in `--allow_different`.
+
+    Returns:
+      The differences that `allow` accepts, as text.
+
+    Raises:
+      ValueError: there are others.
     """
     saved = metadata.get("identity", {})
     if not isinstance(saved, Mapping) or not isinstance(saved.get("base", {}), Mapping):
@@ -98,14 +137,11 @@ def check_identity(
     saved = {**saved, "base": base}
     if weights is not None:
         identity = {**identity, "base": {**identity.get("base", {}), "weights": weights}}
-    differences = [
-        line
-        for line in field_differences(
-            common_fields(saved, identity), common_fields(identity, saved), ("there", "here")
-        )
-        if not line.startswith(tuple(f"{name}{end}" for name in allow for end in " ."))
-    ]
-    if differences:
+    lines = field_differences(
+        common_fields(saved, identity), common_fields(identity, saved), ("there", "here")
+    )
+    allowed = [line for line in lines if line.startswith(tuple(f"{n}{end}" for n in allow for end in " ."))]
+    if differences := [line for line in lines if line not in allowed]:
         parts = [
             name for name in PARTS if any(line.startswith((f"{name} ", f"{name}.")) for line in differences)
         ]
@@ -114,23 +150,25 @@ def check_identity(
             f"{source} was made with another {join_first(parts)}: {join_first(differences)}; restore it, or accept "
             f"the difference with {flags}"
         )
+    return allowed
 
 
 def check_record(
     directory: Path, saved: Mapping[str, Any], current: Mapping[str, Any], *, allow: Sequence[str] = ()
-) -> None:
+) -> list[str]:
     """Raises ValueError if what is in a directory was made with another base, data, setting or option of JAX.
 
     Parts that only one record has are not compared, such as a setting that an earlier version did not have. `allow`
-    names parts of base and data that may differ.
+    names parts of base and data that may differ; returns those differences as text.
     """
-    check_identity(directory, saved, current["identity"], weights=current["base"], allow=allow)
+    allowed = check_identity(directory, saved, current["identity"], weights=current["base"], allow=allow)
     rest = [{n: record[n] for n in ("settings", "jax_config") if n in record} for record in (saved, current)]
     if differences := field_differences(common_fields(*rest), common_fields(*rest[::-1]), ("there", "here")):
         raise ValueError(
             f"{directory} does not match this run: {join_first(differences)}; resume with the same settings and "
             "options of JAX, or start over with --fresh"
         )
+    return allowed
 
 
 def common_fields(values: Any, others: Any) -> Any:

@@ -16,11 +16,11 @@ from rich.console import Console
 from .._utils.atomic import STAGING, add_path_to_errors, temporary_directory, write_text
 from .._utils.json_files import MAX_ROWS_BYTES, check_file, read_json, read_text
 from .._utils.multihost import allgather, is_lead
-from .._utils.records import read_record, write_record
+from .._utils.records import DIGEST, read_record, write_record
 from .._utils.validation import expand_path
 from ..data.fetch import cache_dir
 from ..interop.adapter_directory import DESCRIPTION_FILE
-from ..settings.parsing import settings_from_json
+from ..settings.parsing import check_schema, settings_from_json
 from ..settings.schema import STOP_FIELDS, Settings, split_settings
 from ..settings.yaml_files import to_yaml
 from ..step.checkpoint import (
@@ -35,7 +35,7 @@ from ..step.run_metadata import field_differences, numeric_options, package_vers
 from ..step.train_step import TrainState
 from .distributed import check_same_everywhere, raise_together
 from .metrics_log import METRICS, PICTURE, SUMMARY, TEXTS
-from .provenance import Origin, check_allowed, check_record, common_fields
+from .provenance import Origin, Record, check_allowed, check_record, common_fields
 from .run_files import (
     ADAPTER,
     CHECKPOINTS,
@@ -216,10 +216,9 @@ def first_free(path: Path) -> Path:
 def saved_record(directory: Path) -> dict[str, Any]:
     """What everything in a run's directory was made with: its `identity.json`."""
     if (path := directory / IDENTITY).exists():
-        try:
-            return read_record(path)
-        except ValueError as error:
-            raise ValueError(f"{error}; without it, start over with --fresh") from None
+        return read_record(
+            path, lambda content: check_schema(Record, content, path), remedy="start over with --fresh"
+        )
     # Earlier versions saved it with each checkpoint, result and start.
     kinds = f"{CHECKPOINTS}/*/metadata/metadata", f"{UNITS}/*/{CHECKPOINTS}/*/metadata/metadata"
     kinds = *kinds, f"{UNITS}/*/{RESULT}", f"{START}/{DESCRIPTION_FILE}"
@@ -229,8 +228,14 @@ def saved_record(directory: Path) -> dict[str, Any]:
             record = read_json(file, limit=MAX_ROWS_BYTES)
             if "identity" not in record:
                 break
+            record.pop(DIGEST, None)  # of another file than `identity.json`
             return record
     raise ValueError(f"{path} is missing; restore it, or start over with --fresh")
+
+
+def origins_of(record: Mapping[str, Any]) -> list[str | None]:
+    """The digests of a directory's `identity.json`: those before differences were allowed, and the current one."""
+    return [*(before["digest"] for before in record.get("allowed", ())), record.get(DIGEST)]
 
 
 def restore_step(
@@ -262,6 +267,8 @@ class OutputDirectory:
       check: raises ValueError if the claimed directory is no longer at its path; call it before writing. It does
         nothing on other processes than the lead.
       manager: the checkpoints, after `open_manager`.
+      differences: those of base and data that were allowed there so far, as text, after `check_origin`; empty on
+        other processes than the lead.
     """
 
     path: Path
@@ -274,6 +281,7 @@ class OutputDirectory:
     _stack: contextlib.ExitStack
     check: Callable[[], None] = lambda: None
     manager: ocp.CheckpointManager = dataclasses.field(init=False)
+    differences: Sequence[str] = ()
 
     def claim(self) -> None:
         """Creates the directory, or takes over an existing run's, and locks it until the context ends.
@@ -306,7 +314,9 @@ class OutputDirectory:
                 )
 
     def check_origin(self, origin: Origin) -> None:
-        """Compares base, data, settings and JAX's options with what is there was made with, and records them.
+        """Compares base, data, settings and JAX's options with what is there was made with, or records them.
+
+        Differences that are allowed are recorded, too.
 
         Raises:
           ValueError: they differ; the message says which of them `allow_different` may name.
@@ -318,8 +328,14 @@ class OutputDirectory:
                 fixed, _ = split_settings(self.settings.to_json(), "", self.settings.resumable_fields)
                 record = {**origin, "settings": fixed, "jax_config": numeric_options()}
                 record["base"] = origin["base"] or saved.get("base")
-                check_record(self.path, saved, record, allow=self.allow_different)
-                write_record(self.path / IDENTITY, record)
+                allowed = check_record(self.path, saved, record, allow=self.allow_different)
+                record["allowed"] = saved.get("allowed", [])
+                if allowed:
+                    record["allowed"] += [{"digest": saved.get(DIGEST), "differences": allowed}]
+                # Results hold the digest of this file, so it stays as it is where nothing differs.
+                if allowed or DIGEST not in saved:
+                    write_record(self.path / IDENTITY, record)
+                self.differences = [line for each in record["allowed"] for line in each["differences"]]
                 self.resumes = True
 
     @contextmanager

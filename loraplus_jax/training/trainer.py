@@ -463,6 +463,7 @@ class Trainer:
         trained, texts, settings = count(self.run.parts.trainable), self.run.held_out_texts, self.run.settings
         theory = read_metrics(self.log.rows, settings.applied, settings.init_adapter is not None)
         optional = {"answers": self.answers, "theory": theory, "ranks": self.ranks}
+        optional["allowed_differences"] = list(self.output.differences)
         held_out = {"split": self.held_out, "examples": self.run.data.examples[self.held_out]}
         summary = {
             "before": dict(before),

@@ -17,7 +17,7 @@ from ..marks import slow
 from ..messages import assert_mentions, mentions
 from ..refusals import refusals
 from .gpt2_world import write_gpt2
-from .runs import ASKED, printed, rejected
+from .runs import ASKED, printed, rejected, summary_of
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -148,6 +148,8 @@ def test_a_resumed_run_may_differ_in_what_it_is_allowed(run, tmp_path, capsys):
     error = rejected(capsys, *commands(run, tmp_path)["resume"])
     assert_mentions(error, "base.config.layer_norm_eps", 1e-12, 0.001, "--allow_different")
     run.trained("--train.steps", "44", "--allow_different", "base.config.layer_norm_eps")
+    (line,) = summary_of(run.out)["allowed_differences"]
+    assert_mentions(line, "base.config.layer_norm_eps", 1e-12, 0.001)
     # From its checkpoint on, the run is one of the changed model.
     run.trained("--train.steps", "48")
 

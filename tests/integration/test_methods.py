@@ -131,6 +131,10 @@ def test_what_a_method_forgets_is_the_change_of_the_loss_by_hand(talk, capsys):
     assert_mentions(capsys.readouterr().err, "sweep.unrelated_text", "texts.jsonl", "text")
     talk.write_rows("texts.jsonl", [{"text": "the sky is green"}])
     assert compare(talk, *flags, "--allow_different", "data.unrelated", methods=methods) == 0
+    (line,) = report_of(talk.out)["protocol"]["allowed_differences"]
+    assert_mentions(line, "data.unrelated")
+    assert summary_of(talk.out)["allowed_differences"] == [line]
+    assert line in Page((talk.out / "report.html").read_text()).text
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from loraplus_jax.sweep.executor import InProcess, Opened
 from loraplus_jax.sweep.run import Sweep
 from loraplus_jax.sweep.unit import Progress, unit_directory
 from loraplus_jax.training.console import LineConsole
-from loraplus_jax.training.run_directory import open_output_directory
+from loraplus_jax.training.run_directory import open_output_directory, origins_of, saved_record
 from loraplus_jax.training.run_files import CHECKPOINTS, RESULT
 
 from ..messages import mentions
@@ -65,9 +65,10 @@ def ended(tmp_path, monkeypatch, parsed):
     monkeypatch.setattr(Sweep, "print_head", lambda self: None)
     monkeypatch.setattr(Sweep, "finish", lambda self: self.report())
 
-    def end(executor, *options, fresh=True):
-        run = parsed(*options, f"--output_dir={tmp_path / 'out'}", "--train.compilation_cache=false")
-        with open_output_directory(run, LineConsole(quiet=True), fresh=fresh) as output:
+    def end(executor, *options, fresh=True, out="out", allow_different=()):
+        run = parsed(*options, f"--output_dir={tmp_path / out}", "--train.compilation_cache=false")
+        how = {"fresh": fresh, "allow_different": allow_different}
+        with open_output_directory(run, LineConsole(quiet=True), **how) as output:
             sweep = Sweep(run, programs_of(run), output, executor)
             return sweep, sweep.train()
 
@@ -233,6 +234,9 @@ def test_methods_share_stages_and_one_that_diverges_is_left_out(ended):
 class Keeping(GivenLosses):
     """Leaves each result where it is read back; its numbers add up to other bits in another order."""
 
+    async def open(self, *args):
+        return (await super().open(*args))._replace(origin=module.origin_of(None, "b"))  # pyright: ignore
+
     def result(self, sweep, unit):
         result = super().result(sweep, unit)
         if unit.is_scored:
@@ -241,7 +245,8 @@ class Keeping(GivenLosses):
             result |= {"text_scores": rows, "unrelated": []}
         path = unit_directory(sweep.directory, unit.name)
         path.mkdir(parents=True)
-        write_record(path / RESULT, result | {"members": unit.members})
+        origin = origins_of(saved_record(sweep.directory))[-1]
+        write_record(path / RESULT, result | {"members": unit.members, "origin": origin})
         return read_record(path / RESULT)
 
 
@@ -263,6 +268,68 @@ def test_what_is_read_back_in_part_or_whole_gives_the_same_report(ended, monkeyp
     monkeypatch.setattr(module, "fingerprint", lambda weights: "c")
     with pytest.raises(ValueError, match=mentions("base.weights", "b", "c")):
         ended(whole, *METHODS, fresh=False)
+
+
+def test_the_units_of_a_sweep_with_other_settings_are_errors(ended, tmp_path):
+    other, same = ended(Keeping(), "--train.batch_size=16")[0], ended(Keeping(), out="same")[0]
+    sweep, straight = ended(Keeping(), out="mine")
+    (path,) = sweep.directory.glob("units/search-8-0")
+    for source, error in ((same, None), (other, "another sweep")):
+        shutil.rmtree(path)
+        shutil.copytree(source.directory / "units/search-8-0", path)
+        if error is None:
+            assert ended(Keeping(), fresh=False, out="mine")[1] == straight
+            continue
+        with pytest.raises(ValueError, match=mentions(error, path / RESULT, "remove", path)):
+            ended(Keeping(), fresh=False, out="mine")
+    shutil.rmtree(path)
+    assert ended(Keeping(), fresh=False, out="mine")[1] == straight
+
+
+def test_differences_that_are_allowed_are_reported_for_ever(ended, monkeypatch):
+    def of(data):
+        origin = {"identity": {"data": {"train": data}}}
+        monkeypatch.setattr(module, "origin_of", lambda abstract, base: origin | {"base": base})
+        return Keeping(1)
+
+    sweep, report = ended(of("d1"))
+    assert report["protocol"]["allowed_differences"] == []
+    shutil.rmtree(unit_directory(sweep.directory, "report-0"))
+    with pytest.raises(ValueError, match=mentions("data.train", "d1", "d2", "--allow_different data")):
+        ended(of("d2"), fresh=False)
+    # What is read back is of one or the other, and every later command says so.
+    lines = ['data.train is "d1" there and "d2" here']
+    for allow in (("data",), ()):
+        report = ended(of("d2"), fresh=False, allow_different=allow)[1]
+        assert report["protocol"]["allowed_differences"] == lines
+    record = saved_record(sweep.directory)
+    assert record["identity"] == {"data": {"train": "d2"}}
+    paths = {path.parent.name: path for path in sweep.directory.glob(f"units/*/{RESULT}")}
+    before, now = origins_of(record)
+    assert read_record(paths.pop("report-0"))["origin"] == now
+    assert {read_record(path)["origin"] for path in paths.values()} == {before}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"lora": {"members_at_once": 0, "group_size": 3}},
+        {"lora": {"members_at_once": 1, "group_size": -3}},
+        {"lora": {"members_at_once": 1, "group_size": "3"}},
+        {"lora": {"members_at_once": 1}},
+        {"lora": 7},
+        {"group_size": 3},
+    ],
+)
+def test_edited_numbers_of_members_are_an_error(ended, content):
+    sweep, _ = ended(Keeping(3))
+    path = sweep.directory / module.MEMBERS_FILE
+    write_record(path, content)
+    with pytest.raises(ValueError, match=mentions(path, "remove")):
+        ended(Keeping(3), fresh=False)
+    path.write_text('{"lora": {"members_at_once": 1, "group_size": 3}}')
+    with pytest.raises(ValueError, match=mentions(path, "changed", "remove")):
+        ended(Keeping(3), fresh=False)
 
 
 def test_directories_of_earlier_versions_are_resumed_or_refused(ended):

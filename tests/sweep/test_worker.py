@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from loraplus_jax._utils.records import write_record
 from loraplus_jax.sweep import worker
 from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.sweep.unit import Progress, Unit, unit_directory
@@ -74,5 +75,10 @@ def test_unreadable_progress_is_none(tmp_path):
     for text in ("", "{", "[]", '{"steps": 1}', '{"step": 1, "digest": "0"}'):
         path.write_text(text)
         assert read_progress(tmp_path, UNIT) is None
-    worker._Reporter(path).tell(Progress(3, [{"loss": 1.0}]))
-    assert read_progress(tmp_path, UNIT) == Progress(3, [{"loss": 1.0}])
+    row = {"stage": "search", "arm": "lora", "trial": [1e-3, 1.0, 16.0, 8], "seed": 0, "step": 3}
+    row |= {"split": "validation", "loss": None, "accuracy": 0.5}
+    for rows in ({}, [{"loss": 1.0}], [row | {"step": "3"}], [row | {"accuracy": "high"}]):
+        write_record(path, {"step": 3, "rows": rows})
+        assert read_progress(tmp_path, UNIT) is None
+    worker._Reporter(path).tell(Progress(3, [row]))
+    assert read_progress(tmp_path, UNIT) == Progress(3, [row])

@@ -36,7 +36,9 @@ from loraplus_jax.training.run_directory import (
     describe_unfinished,
     lock_directory,
     open_output_directory,
+    origins_of,
     rename_run,
+    saved_record,
 )
 from loraplus_jax.training.run_files import TrainingFailed
 
@@ -417,6 +419,30 @@ def test_what_a_directory_was_made_with_is_compared_or_missed(tmp_path, place, r
             output.check_origin(ORIGIN)
 
 
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda content: content.clear(), ["jax_config"]),
+        (lambda content: content.update(identity=[]), ["identity"]),
+        (lambda content: content.update(allowed=[{"digest": 1}]), ["allowed.0.differences"]),
+        (lambda content: content.pop("digest"), ["changed"]),
+        (lambda content: content["identity"].clear(), ["changed"]),
+    ],
+)
+def test_a_record_that_was_edited_is_an_error(tmp_path, edit, words):
+    with opened(tmp_path) as output:
+        output.claim()
+        output.check_origin(ORIGIN)
+        before = (tmp_path / "identity.json").read_text()
+        output.check_origin(ORIGIN)
+        # Results have its digest.
+        assert (tmp_path / "identity.json").read_text() == before
+        edit(content := json.loads(before))
+        (tmp_path / "identity.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=mentions("identity.json", *words, "--fresh")):
+            output.check_origin(ORIGIN)
+
+
 def test_a_difference_is_allowed_where_there_is_something_to_compare_with(tmp_path):
     new, out, part = (tmp_path / name for name in ("new", "out", "part"))
     changed = ORIGIN | {"identity": {"data": {"train": "y"}}}
@@ -429,6 +455,8 @@ def test_a_difference_is_allowed_where_there_is_something_to_compare_with(tmp_pa
     for allowed in (("data",), ()):  # accepted once
         with opened(out, allow_different=allowed) as output:
             output.check_origin({**changed, "base": None})  # weights that were not read
+            assert output.differences == ['data.train is "x" there and "y" here']
+            assert len(origins_of(saved_record(out))) == 2
     with opened(out) as output, pytest.raises(ValueError, match=mentions("base.weights", "b", "c")):
         output.check_origin({**changed, "base": "c"})
     with_file(run_of(part) / "units/search-8-0", "result.json")
