@@ -296,10 +296,11 @@ class _UnitRun:
         """Makes the members: from the newest checkpoint, from the units before, or before their first step."""
         unit, population = self.unit, self.population
         members = [population.first(member.trial, member.seed) for member in unit.members]
-        restored = self.output.restore(state_like(population, len(members)), population.metadata)
-        if restored is not None:
+        path = self.output.path / CHECKPOINTS
+        like, remedy = state_like(population, len(members)), f"remove {path} to train its members again"
+        if (restored := self.output.restore(like, population.metadata, remedy=remedy)) is not None:
             position = restored.input_position
-            self.check_source(self.output.path / CHECKPOINTS, position)
+            self.check_source(path, position)
             members = stored_members(restored.state, members, range(len(members)))
             self.seconds, step = position["seconds"], int(restored.state.step)
             self.tell(step=step, rows=position["rows"], resumed=step)

@@ -355,7 +355,12 @@ class OutputDirectory:
         self.manager = self._stack.enter_context(manager)
 
     def restore(
-        self, like: TrainState, metadata: Mapping[str, Any], *, best: bool = False
+        self,
+        like: TrainState,
+        metadata: Mapping[str, Any],
+        *,
+        best: bool = False,
+        remedy: str = "start over with --fresh",
     ) -> Restored | None:
         """Restores the newest readable checkpoint, or the one with the best metric; None if there is none.
 
@@ -364,7 +369,7 @@ class OutputDirectory:
 
         Raises:
           ValueError: the checkpoint is of another run, or the last one is damaged. It stays where it is, so that
-            the run never starts over unasked.
+            the run never starts over unasked; the message ends in the remedy.
         """
         manager = self.manager
         while (step := allgather(manager.best_step() if best else manager.latest_step())[0]) is not None:
@@ -376,8 +381,8 @@ class OutputDirectory:
             except DamagedCheckpoint as error:
                 if list(manager.all_steps()) == [step]:
                     raise ValueError(
-                        f"{error}; the run has no other checkpoint: restore the original files (those of other "
-                        f"checkpoints are in {DAMAGED}/), or start over with --fresh"
+                        f"{error}; there is no other checkpoint: restore the original files (those of other "
+                        f"checkpoints are in {DAMAGED}/), or {remedy}"
                     ) from None
                 destination = first_free(self.path / DAMAGED / str(step))
                 if is_lead():

@@ -4,18 +4,20 @@ import base64
 import contextlib
 import json
 import re
+import shutil
 import signal
 
 import jax
 import pytest
 import yaml
 
+from loraplus_jax._utils.records import read_record, write_record
 from loraplus_jax.cli.commands import main
 from loraplus_jax.sweep.device_members import DeviceMembers
 from loraplus_jax.training import console
 
 from ..messages import assert_mentions
-from .runs import Page, flags, lines_of, report_of, summary_of
+from .runs import Page, cut_short, flags, lines_of, report_of, saved_steps, summary_of
 
 pytestmark = pytest.mark.slow
 
@@ -166,6 +168,24 @@ def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept,
         ("protocol", "command", "digest"), 0
     )  # hold the paths of a run, or follow from them
     assert report_of(world.out) | paths == report_of(swept) | paths
+
+
+def test_a_damaged_or_foreign_checkpoint_of_a_unit_costs_only_its_own_steps(world, capsys, undrawn):
+    stopped_at(3, world)
+    checkpoints, record = world.out / "units/search-4-0/checkpoints", world.out / "identity.json"
+    identity = record.read_text()
+    write_record(record, {**read_record(record), "note": "of another sweep"})
+    assert run_sweep(world) == 2
+    assert_mentions(capsys.readouterr().err, "another sweep", checkpoints, "remove")
+    record.write_text(identity)
+    cut_short(checkpoints)
+    assert run_sweep(world) == 2
+    error = capsys.readouterr().err
+    assert_mentions(error, checkpoints, "remove")
+    assert "--fresh" not in error
+    shutil.rmtree(checkpoints)
+    stopped_at(1, world)
+    assert saved_steps(checkpoints.parent) == [1]
 
 
 def test_results_under_other_options_of_jax_are_not_mixed(world, capsys, undrawn):
