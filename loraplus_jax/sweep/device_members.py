@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -53,14 +53,20 @@ class DeviceMembers:
         # The step donates its members: the old arrays are gone once it is called.
         self.stacked = self.programs.step(self.stacked, self.population.parts.frozen, batch)
 
-    def evaluate(self, split: Batch) -> list[dict[str, Any]]:
-        """Mean loss and metrics of each member over all rows of a split, NaN if it is not alive, and its `Rows`."""
+    def evaluate(self, split: Batch, between: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+        """Mean loss and metrics of each member over all rows of a split, NaN if it is not alive, and its `Rows`.
+
+        `between` is called before each batch and may raise.
+        """
         program, total, kept = self.programs.evaluate, dict[str, Any](), list[dict[str, Rows]]()
         for batch in eval_batches(split, self.population.batches.eval_rows):
+            between()
             batch = jax.device_put(batch, program.input_shardings[0][2])
             pairs, rows = separate_rows(program(self.stacked, self.population.parts.frozen, batch))
             kept.append(rows)
-            # Sums stay on the devices; reading them here would wait for every call.
+            # Sums stay on the devices; reading them here would wait for every call. At most two are in flight, so
+            # that `between` is called regularly.
+            jax.block_until_ready(total)
             total = jax.tree.map(lambda a, b: a + b, total, pairs) if total else pairs
         values, alive, rows = jax.device_get((weighted_means(total), self.stacked.alive, kept))
         results = []

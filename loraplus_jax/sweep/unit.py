@@ -251,12 +251,12 @@ class _UnitRun:
         """Runs everything that is left, and writes and returns the result."""
         unit = self.unit
         self.begin()
-        resumed = self.progress.resumed
         self.timed_step = self.step + TIMED_STEP
         if unit.is_timed:
             self.measure()
+        evaluated = max((row["step"] for row in self.progress.rows), default=-1)
         for stop in unit.stops:
-            if stop > self.step or (stop == self.step and resumed is None):
+            if stop > evaluated:
                 self.train_to(stop)
                 self.record()
                 if stop < self.population.steps or unit.is_scored:
@@ -378,7 +378,16 @@ class _UnitRun:
     def record(self) -> None:
         """Evaluates all members and tells the rows; stops members with a non-finite loss."""
         unit, data = self.unit, self.population.data
-        diverged, rows, results = [], [*self.progress.rows], self.members.evaluate(data.splits[unit.split])
+
+        def between() -> None:
+            # The resumed unit evaluates: a large split may take longer than the grace period before a kill.
+            if self.signal.received is not None:
+                if self.step > unit.start:
+                    self.save()
+                self.end_if_stopped()
+
+        results = self.members.evaluate(data.splits[unit.split], between)
+        diverged, rows = [], [*self.progress.rows]
         for number, (key, values) in enumerate(zip(unit.row_keys(self.step), results, strict=True)):
             if not (finite := math.isfinite(values["loss"])):
                 diverged.append(number)
@@ -390,7 +399,9 @@ class _UnitRun:
         self.tell(rows=rows)
 
     def save(self) -> None:
-        """Saves a checkpoint with all rows so far."""
+        """Saves a checkpoint with all rows so far, unless the step has one, of a stopped evaluation."""
+        if self.step in self.output.manager.all_steps():
+            return
         position = {
             "origin": self.origins[-1],
             "rows": self.progress.rows,
@@ -433,7 +444,7 @@ class _UnitRun:
 
     def unrelated_losses(self) -> list[dict[str, Any]]:
         """Arm and seed of each member, and its loss on `sweep.unrelated_text` before and after; else empty."""
-        if (loss := make_unrelated_loss(self.population)) is None:
+        if (loss := make_unrelated_loss(self.population, self.end_if_stopped)) is None:
             return []
         # All members compute the same before their first step.
         before = loss(self.population.first(*self.unit.members[0][1:]))

@@ -9,8 +9,13 @@ from ..training.evaluation import evaluate
 from .population import Members, Population, add_scales
 
 
-def make_unrelated_loss(population: Population) -> Callable[[Members], float] | None:
-    """Returns a function from a member to its mean loss per token of the text; None if there is no text."""
+def make_unrelated_loss(
+    population: Population, between: Callable[[], None]
+) -> Callable[[Members], float] | None:
+    """Returns a function from a member to its mean loss per token of the text; None if there is no text.
+
+    It calls `between` before each batch, which may raise.
+    """
     run, parts, text = population.run, population.parts, population.data.unrelated
     if text is None:
         return None
@@ -24,6 +29,7 @@ def make_unrelated_loss(population: Population) -> Callable[[Members], float] | 
     def loss(member: Members) -> float:
         trainable = replicate(mesh, member.state.trainable)
         frozen = add_scales(parts.frozen, parts.specs, member)
-        return evaluate(evaluate_batch, trainable, frozen, text.columns, size, mesh)["loss"]
+        values = evaluate(evaluate_batch, trainable, frozen, text.columns, size, mesh, between=between)
+        return values["loss"]
 
     return loss

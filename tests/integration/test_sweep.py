@@ -13,6 +13,7 @@ import yaml
 
 from loraplus_jax._utils.records import read_record, write_record
 from loraplus_jax.cli.commands import main
+from loraplus_jax.sweep import device_members
 from loraplus_jax.sweep.device_members import DeviceMembers
 from loraplus_jax.training import console
 
@@ -168,6 +169,37 @@ def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept,
         ("protocol", "command", "digest"), 0
     )  # hold the paths of a run, or follow from them
     assert report_of(world.out) | paths == report_of(swept) | paths
+
+
+def stopped_in_evaluation(count, world):
+    """The batches that a sweep evaluates if SIGTERM comes during the one of this number."""
+    eval_batches, made = device_members.eval_batches, []
+
+    def counted(*arguments):
+        for batch in eval_batches(*arguments):
+            made.append(1)
+            if len(made) == count:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_members, "eval_batches", counted)
+        assert run_sweep(world) == 143
+    return len(made)
+
+
+def test_stopped_while_it_evaluates_it_has_saved_and_ends_bitwise_the_same(world, swept, capsys, undrawn):
+    # A timed batch, and one after step 4 of the search. Then a timed one, those of steps 4 and 16 and, of the
+    # report, two after each of the steps 0, 4 and 8.
+    for count, unit, step, left in ((2, "search-4-0", 4, 176), (1 + 2 + 6, "report-0", 8, 176 - 4 * 8)):
+        assert stopped_in_evaluation(count, world) == count
+        assert_mentions(capsys.readouterr().out, f"for {left} training steps")
+        assert max(saved_steps(world.out / "units" / unit)) == step
+        assert not (world.out / "units" / unit / "result.json").exists()
+    assert run_sweep(world) == 0
+    # Six members on two seeds less have 8 of 16 steps.
+    assert_mentions(capsys.readouterr().out, "for 48 training steps")
+    assert result_of(world.out)[1] == result_of(swept)[1]
 
 
 def test_a_damaged_or_foreign_checkpoint_of_a_unit_costs_only_its_own_steps(world, capsys, undrawn):
