@@ -10,8 +10,10 @@ its own: started again, it reads the results that exist and runs the other units
 import contextlib
 import math
 import shutil
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
@@ -151,8 +153,8 @@ class Sweep:
                 abstract = abstract_population(program.run, data)
             self.tunings.append(Tuning(self, program, abstract))
         self.data, self.steps = self.tunings[0].abstract.data, self.tunings[0].abstract.steps
-        self.has_begun = self.has_compared = False
-        """Whether the directory is taken over, and whether weights were compared."""
+        self.has_begun = self.has_compared = self.has_logged = False
+        """Whether the directory is taken over, whether weights were compared, and whether rows were written."""
         self.sizes: dict[str, Any] = {}
         """The members at once and the group size of each program that has begun."""
         # A measurement may choose another program on resuming, which rounds otherwise.
@@ -218,12 +220,16 @@ class Sweep:
             self.output.differences,
         )
 
-    def write(self) -> dict[str, Any]:
-        """Writes the rows and the report so far; returns the report."""
+    def log(self, rows: Iterable[ReportRow]) -> None:
+        """Appends rows to the file, which the first ones of this process begin anew."""
         self.output.check()
-        write_text(self.directory / METRICS, "".join(to_json(row) + "\n" for row in self.rows()))
-        write_report(self.directory, report := self.report())
-        return report
+        text = "".join(to_json(row) + "\n" for row in rows)
+        if self.has_logged:
+            with (self.directory / METRICS).open("a", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            write_text(self.directory / METRICS, text)
+        self.has_logged = True
 
     def fail_if_nothing_is_left(self, step: int) -> None:
         """Writes what there is and raises TrainingFailed if plain LoRA, or all else that is tuned, has diverged."""
@@ -261,7 +267,9 @@ class Sweep:
 
     def finish(self) -> dict[str, Any]:
         """Writes the report with its figures, the configs of the best settings and, last, the summary."""
-        report = self.write()
+        self.has_logged = False  # programs that ran at the same time have logged in turn
+        self.log(self.rows())
+        report = self.report()
         draw_figures(self.directory, report)
         write_report(self.directory, report, page=True)
         if report["decision"] is not None and report["winner"] is None:
@@ -472,10 +480,12 @@ class Tuning:
         """Runs the units that have no result yet, and follows all."""
         self.stages.append({unit: Progress(unit.start) for unit in units})
         self.reached, self.has_begun = -1, False
+        self.evaluated = Counter({-1: len(units)})
+        """How many units have last evaluated after each step."""
         groups = f"{self.stage} of {len(units)} groups" if len(units) > 1 else self.stage
-        total, done = len(units) * units[0].stops[-1], len(units) * units[0].start
+        total, self.steps_done = len(units) * units[0].stops[-1], len(units) * units[0].start
         self.lines = ProgressLines(
-            self.console, f"{self.title}{groups}{',' if len(units) > 1 else ''} step", total, done
+            self.console, f"{self.title}{groups}{',' if len(units) > 1 else ''} step", total, self.steps_done
         )
         origins = origins_of(saved_record(self.directory))
         stored = [self.stored_result(unit, origins) for unit in units]
@@ -491,12 +501,11 @@ class Tuning:
 
     def rows(self) -> list[ReportRow]:
         """The evaluations that all units of a stage have reached, in the order of one unit with all members."""
-        found = []
-        for stage in self.stages:
-            step = _reached(stage)
-            rows = [row for progress in stage.values() for row in progress.rows if row["step"] <= step]
-            found += sorted(rows, key=lambda row: row["step"])  # which keeps the order of members
-        return found
+        return [
+            row
+            for stage in self.stages
+            for row in _rows_between(stage, -1, min(map(_evaluated, stage.values())))
+        ]
 
     def remove_checkpoints(self, units: Iterable[Unit]) -> None:
         """Removes the checkpoints of units from which none will continue; their results stay."""
@@ -517,38 +526,40 @@ class Tuning:
             return None
         # Work of before, which says nothing about the speed from now on.
         self.stages[-1][unit] = self.stages[-1][unit]._replace(step=unit.stops[-1])
-        self.lines.restart(self.steps_done())
+        self.steps_done += unit.stops[-1] - unit.start
+        self.lines.restart(self.steps_done)
         self.follow(unit, Progress(unit.stops[-1], result["rows"]))
         return result
-
-    def steps_done(self) -> int:
-        """Steps of all units of the stage so far."""
-        return sum(each.step for each in self.stages[-1].values())
 
     def follow(self, unit: Unit, progress: Progress) -> None:
         """Learns how far a unit is: prints progress and estimates, and reports what all units have evaluated."""
         stage = self.stages[-1]
         before, stage[unit] = stage[unit], progress
+        # Counted, not summed over all units: each of them comes here at each of its steps.
+        self.steps_done += progress.step - before.step
+        self.evaluated.update({_evaluated(before): -1})
+        self.evaluated.update({_evaluated(progress): 1})
         is_resumed = progress.resumed is not None and before.resumed is None
         if is_resumed:
             self.console.print(f"{self.title}resuming from step {progress.resumed} of the {unit.stage}")
         # Also after a worker was lost, and when the first unit has been prepared: that is no step's time.
         if is_resumed or progress.step < before.step or not self.has_begun:
-            self.lines.restart(self.steps_done())
+            self.lines.restart(self.steps_done)
             self.has_begun |= before.step < unit.stops[-1]  # not a result that is read back
         elif progress.step != before.step:
-            self.lines.update(self.steps_done())
+            self.lines.update(self.steps_done)
         is_new = (before.batch_seconds, before.step_seconds) != (
             progress.batch_seconds,
             progress.step_seconds,
         )
         if is_new and progress.batch_seconds is not None:
             self.print_estimate(progress)
-        if (step := _reached(stage)) > self.reached:
+        if (step := min(step for step, units in self.evaluated.items() if units)) > self.reached:
+            rows = _rows_between(stage, self.reached, step)
             self.reached = step
             if unit.stage == "report" and step:
-                self.print_means(step)
-            self.sweep.write()
+                self.print_means(step, [row for row in rows if row["step"] == step])
+            self.sweep.log(rows)
 
     def scores(self, arm: str, step: int) -> dict[Trial, float]:
         """The validation loss of each setting of an arm that was compared at a step."""
@@ -624,9 +635,8 @@ class Tuning:
             f"step {step}: {self.labels[arm]}, best of {len(scores)} settings{diverged}: {text}"
         )
 
-    def print_means(self, step: int) -> None:
-        """Prints each arm's mean test loss over the report seeds on which it did not diverge."""
-        rows = [row for row in self.rows() if (row["stage"], row["step"]) == ("report", step)]
+    def print_means(self, step: int, rows: Sequence[ReportRow]) -> None:
+        """Prints each arm's mean test loss over the report seeds on which it did not diverge after a step."""
         losses = {
             arm: [r["loss"] for r in rows if r["arm"] == arm and r["loss"] is not None] for arm in self.labels
         }
@@ -647,6 +657,15 @@ def _sources(units: Sequence[Unit]) -> dict[MemberSpec, Source]:
     }
 
 
-def _reached(stage: Mapping[Unit, Progress]) -> int:
-    """The last step after which all units have evaluated; -1 if there is none."""
-    return min(max((row["step"] for row in progress.rows), default=-1) for progress in stage.values())
+def _evaluated(progress: Progress) -> int:
+    """The last step after which a unit has evaluated; -1 if there is none."""
+    return progress.rows[-1]["step"] if progress.rows else -1
+
+
+def _rows_between(stage: Mapping[Unit, Progress], after: int, last: int) -> list[ReportRow]:
+    """The rows of a stage after one step and up to another, in the order of one unit with all members."""
+    rows = []
+    for progress in stage.values():
+        start, end = (bisect_right(progress.rows, step, key=itemgetter("step")) for step in (after, last))
+        rows += progress.rows[start:end]
+    return sorted(rows, key=itemgetter("step"))  # which keeps the order of members

@@ -91,6 +91,44 @@ def test_the_search_selects_on_validation_and_the_report_tests(ended, option):
         assert chosen.learning_rate * chosen.lr_ratio == min(rates)
 
 
+class CountedRow(dict):
+    """Counts how often the step of a row is read."""
+
+    read = 0
+
+    def __getitem__(self, name):
+        CountedRow.read += name == "step"
+        return super().__getitem__(name)
+
+
+def test_files_and_bookkeeping_are_linear_in_units_and_evaluations(ended, monkeypatch):
+    class Counted(GivenLosses):
+        def result(self, sweep, unit):
+            result = super().result(types.SimpleNamespace(follow=lambda *_: None), unit)
+            # At each step, as a unit in training.
+            rows = [CountedRow(row) for row in result["rows"]]
+            for step in range(unit.start, unit.stops[-1] + 1):
+                told = [row for row in rows if dict.__getitem__(row, "step") <= step]
+                sweep.follow(unit, Progress(step, told))
+            return result | {"rows": rows}
+
+    written, reports = [], []
+    write, report = module.to_json, module.make_report
+    monkeypatch.setattr(module, "to_json", lambda row: written.append(1) or write(row))
+    monkeypatch.setattr(module, "make_report", lambda *args: reports.append(1) or report(*args))
+    reads = []
+    for seeds in (8, 16, 32):
+        CountedRow.read = 0
+        written.clear()
+        reports.clear()
+        sweep, _ = ended(Counted(1), f"--sweep.report_seeds={seeds}")
+        reads.append(CountedRow.read)
+        assert len(written) == len(sweep.rows())
+        # At the rung, at the last step of the search, and at the end.
+        assert len(reports) == 3
+    assert reads[2] - reads[1] < 2.2 * (reads[1] - reads[0])
+
+
 class Told(GivenLosses):
     """Tells losses of its own before each result, as an attempt that is lost."""
 
