@@ -23,7 +23,7 @@ from ..step.run_metadata import field_differences, numeric_options, package_vers
 from ..training.console import LineConsole
 from ..training.run_files import OWNER
 from ..training.signals import Stopped
-from ..training.xla import use_compilation_cache
+from ..training.xla import check_options, use_compilation_cache
 from .population import Population, abstract_population, prepare_population
 from .settings import SweepRun
 from .unit import Progress, Row, Unit, run_unit, unit_directory
@@ -143,6 +143,7 @@ def _guard(job: Job, run: Callable[[LineConsole], dict[str, Any]]) -> dict[str, 
 
 
 def _check_host(job: Job) -> None:
+    check_options()
     if differences := field_differences(
         {"packages": job.source["packages"]}, {"packages": packages()}, ("on the driver", "on this worker")
     ):

@@ -54,7 +54,7 @@ from .run_files import (
     saved_settings,
     saved_steps,
 )
-from .xla import use_compilation_cache
+from .xla import check_options, use_compilation_cache
 
 DAMAGED = "damaged_checkpoints"
 PER_PROCESS_PREFIXES = ("output_dir ", "distributed.")
@@ -414,6 +414,7 @@ def open_output_directory(
     """
     with raise_together():
         check_allowed(allow_different)
+        check_options()
         path = expand_path("output_dir", settings.output_dir)
     values = settings.to_json()
     for name in ("coordinator", "process_id"):  # each process has its own

@@ -17,6 +17,16 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 
+def check_options() -> None:
+    """Raises ValueError for an option of JAX with which no training step compiles or runs."""
+    for name, needed in (("jax_disable_jit", "False"), ("jax_numpy_dtype_promotion", "standard")):
+        if (value := str(getattr(jax.config, name))) != needed:
+            raise ValueError(
+                f"{name} must be {needed}, got {value}; training runs compiled programs of mixed dtypes: leave "
+                f"{name.upper()} unset"
+            )
+
+
 def compiler_options(mesh: Mesh, *, unrolled: bool) -> dict[str, Any] | None:
     """Options for a training step on TPUs with a loop over layers; None otherwise."""
     # They let one all-gather of a weight serve both recomputation and gradient. By default XLA gathers again if

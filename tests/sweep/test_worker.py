@@ -3,6 +3,7 @@
 import socket
 import types
 
+import jax
 import pytest
 
 from loraplus_jax._utils.records import write_record
@@ -42,6 +43,11 @@ def test_other_packages_and_storage_of_its_own_are_named(job):
     )
     error_of(job._replace(owner="8\n"), [job.directory, "storage", "does not see"])
     error_of(job._replace(directory=job.directory / "none"), ["none", "storage"])
+
+
+def test_options_of_jax_that_no_step_runs_with_are_named(job):
+    with jax.disable_jit():
+        error_of(job, ["jax_disable_jit", True])
 
 
 def test_an_error_of_any_kind_names_its_host_and_is_a_line(job, monkeypatch):

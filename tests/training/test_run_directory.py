@@ -443,6 +443,19 @@ def test_a_record_that_was_edited_is_an_error(tmp_path, edit, words):
             output.check_origin(ORIGIN)
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (jax.disable_jit(), ["jax_disable_jit", True, "JAX_DISABLE_JIT"]),
+        (jax.numpy_dtype_promotion("strict"), ["jax_numpy_dtype_promotion", "strict", "standard"]),
+    ],
+)
+def test_options_of_jax_that_no_step_runs_with_are_an_early_error(tmp_path, option, words):
+    with option, pytest.raises(ValueError, match=mentions(*words)), opened(tmp_path / "out"):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_difference_is_allowed_where_there_is_something_to_compare_with(tmp_path):
     new, out, part = (tmp_path / name for name in ("new", "out", "part"))
     changed = ORIGIN | {"identity": {"data": {"train": "y"}}}
