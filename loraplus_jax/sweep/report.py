@@ -26,6 +26,7 @@ from .statistics import (
     compare_arms,
     decision,
     lora_label,
+    not_above_constant,
     recommended_arm,
     report_runs,
     t_interval,
@@ -136,6 +137,7 @@ def make_report(
             "label": arm.label,
             "at_the_edge": list(best),
             **_results([one for one in report["runs"] if one["arm"] == arm.name], data, confidence),
+            **({"diverged": None} if arm.name in diverged else {}),
             **_measurements(measurements.get(arm.name, {}), measurements.get("lora", {}), confidence),
         }
         if arm.name != "lora":
@@ -148,9 +150,15 @@ def make_report(
     best, _ = recommended_arm(comparisons[0])
     lora = lora_label(counts, methods["lora"]["at_the_edge"])
     path = expand_path("output_dir", run.output_dir) / WINNER
+    said = decision(comparisons[0], chosen)
+    if best is not None and len(not_above_constant(methods)) == len(methods):
+        said += (
+            " But no method is significantly better than a constant answer, so a difference says little: first "
+            "train longer, or on more data."
+        )
     return {
         **report,
-        "decision": decision(comparisons[0], chosen),
+        "decision": said,
         "verdict": verdict(comparisons[0], chosen, run.sweep.target, lora),
         "winner": None if best is None else {"arm": best, **chosen[best]._asdict()},
         "command": None if best is None else f"loraplus train {shlex.quote(str(path))}",

@@ -291,6 +291,12 @@ def decision(comparison: RunRow, chosen: Mapping[str, Trial]) -> str:
     return f"Train with {name}: {why}."
 
 
+def not_above_constant(methods: Mapping[str, Any]) -> list[str]:
+    """Labels of the methods that are not significantly better than a constant answer, where there is one."""
+    intervals = ((method["label"], method["over_constant"]) for method in methods.values())
+    return [label for label, over in intervals if over is not None and not (over["low"] or 0) > 0]
+
+
 def lora_label(counts: Mapping[str, int], at_the_edge: Collection[str]) -> str:
     """How a verdict refers to LoRA.
 
@@ -356,13 +362,10 @@ def verdict_of_methods(methods: Mapping[str, Any], comparisons: Sequence[RunRow]
         text += f" ({evidence})"
     notes = {
         "significantly higher": worse,
+        "every setting diverged": [m["label"] for m in methods.values() if m["diverged"] is None],
         "diverged on a seed": [method["label"] for method in methods.values() if method["diverged"]],
         "no result": [method["label"] for name, method in others.items() if name not in known],
-        "not significantly better than a constant answer": [
-            m["label"]
-            for m in methods.values()
-            if m["over_constant"] and not (m["over_constant"]["low"] or 0) > 0
-        ],
+        "not significantly better than a constant answer": not_above_constant(methods),
         "not tuned to the end, best value at the edge of the search range": [
             f"{m['label']} ({', '.join(m['at_the_edge'])})" for m in methods.values() if m["at_the_edge"]
         ],

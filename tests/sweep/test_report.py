@@ -58,7 +58,7 @@ def test_cells_are_those_of_the_last_rung():
     assert dropped == {(1e-2, 1e-2): 5}
 
 
-LABELS = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA"}
+LABELS = {"lora": "LoRA", "lora_plus": "LoRA+", "dora": "DoRA", "pissa": "PiSSA"}
 
 
 def method(losses, chosen=2e-3, rates=(1e-3, 2e-3, 4e-3), accuracies=(0.5, 0.5, 0.5)):
@@ -80,8 +80,9 @@ def compare(parsed):
         run = parsed("--sweep.methods", "[dora,pissa]")
         arms = [Arm(name, LABELS[name], trials) for name, (trials, _, _) in methods.items()]
         rows = [row | {"arm": name} for name, (_, _, own) in methods.items() for row in own]
-        chosen = {name: best for name, (_, best, _) in methods.items()}
-        return make_report(run, arms, rows, chosen, [], 10, DATA, measured(results, list(methods)))
+        chosen = {name: best for name, (_, best, _) in methods.items() if best is not None}
+        diverged = [name for name in methods if name not in chosen]
+        return make_report(run, arms, rows, chosen, diverged, 10, DATA, measured(results, list(methods)))
 
     return report
 
@@ -133,6 +134,26 @@ def test_a_method_is_compared_with_a_constant_answer(compare):
     assert report["protocol"]["constant"] == {"accuracy": 0.4}
     # The mean of the seeds' 1/8, 2/8 and 3/8, and of 1, 2 and 3.
     assert report["protocol"]["untrained"] == {"accuracy": 0.25, "loss": 2.0}
+
+
+@pytest.mark.parametrize(("accuracies", "says"), [((0.4, 0.3, 0.41), True), ((0.69, 0.7, 0.71), False)])
+def test_a_sweep_of_lambda_says_that_no_method_is_better_than_a_constant_answer(parsed, accuracies, says):
+    run = parsed("--sweep.control=false")
+    trials, best, rows = method([0.5, 0.6, 0.7], accuracies=accuracies)
+    arms = [Arm(name, LABELS[name], trials) for name in ("lora", "lora_plus")]
+    rows = [row | {"arm": arm.name} for arm in arms for row in rows]
+    report = make_report(run, arms, rows, {arm.name: best for arm in arms}, [], 10, DATA, {})
+    assert report["complete"]
+    assert ("constant answer" in report["decision"]) == says
+
+
+def test_of_a_method_whose_settings_have_all_diverged_no_seed_did(compare):
+    trials, _, rows = method([0.5, 0.6, 0.7])
+    gone = [row | {"loss": None} for row in rows if row["stage"] == "search"]
+    report = compare({"lora": method([0.5, 0.6, 0.7]), "dora": (trials, None, gone)})
+    assert [method["diverged"] for method in report["methods"].values()] == [0, None]
+    assert_mentions(report["verdict"], "every setting diverged: DoRA", "no result: DoRA")
+    assert not re.search("diverged on a seed", report["verdict"])
 
 
 def test_scores_and_losses_of_texts_are_compared_seed_by_seed(compare):
