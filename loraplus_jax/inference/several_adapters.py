@@ -212,7 +212,7 @@ def _describe(place: Place, shared: TunedModel) -> TunedModel:
         )
     described = shared._replace(place=place, task=task)
     # With the template that all share: another one is an error here, and other weights are later.
-    described.check_identity(model_identity(settings, base, shared.task))
+    described.check_identity(model_identity(settings, base, shared.task, saved=place.notes))
     return described._replace(parts=build_model(settings, base, task, config))
 
 

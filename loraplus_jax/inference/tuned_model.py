@@ -125,7 +125,7 @@ def describe(
         # A fingerprint there is of a loop of one's own, whose parameters may have other names.
         place = place._replace(notes={})
     if is_own:
-        identity = model_identity(settings, files, task)
+        identity = model_identity(settings, files, task, saved=place.notes)
         check_identity(place.directory, place.notes, identity, allow=allow_different)
     if place.kind in ("run", "peft"):
         adapter = saved_config(place) if place.kind == "run" else settings.applied

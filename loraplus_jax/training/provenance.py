@@ -68,10 +68,17 @@ PARTS = (
     "data",
 )
 """The parts that `--allow_different` accepts, as well as their fields, such as base.config.rope_theta."""
+PAD_TOKENS = ("[PAD]", "<pad>", "</s>", "<|endoftext|>")
+"""What earlier versions padded with, where the model's files do not say it."""
 
 
-def model_identity(settings: Settings, files: ModelFiles, task: Any) -> Identity:
-    """The identity of a base model; the task may hold the user's own chat template."""
+def model_identity(
+    settings: Settings, files: ModelFiles, task: Any, *, saved: Mapping[str, Any] | None = None
+) -> Identity:
+    """The identity of a base model; the task may hold the user's own chat template.
+
+    With the metadata of an adapter to compare as `saved`, the digest of the tokenizer is made as there.
+    """
     more: Identity = {}
     if settings.is_language:
         config = causal_lm.model_config(files, split_fused=settings.model.split_fused)
@@ -82,8 +89,17 @@ def model_identity(settings: Settings, files: ModelFiles, task: Any) -> Identity
     else:
         config = encoder_of(files.config.get("model_type")).config.from_hf(files.config)
         tokenizer = encoder.tokenizer_for(settings, files)
+    digest, identity = _digest(tokenizer.to_str()), (saved or {}).get("identity")
+    if not settings.is_language and isinstance(identity, Mapping) and identity.get("tokenizer") != digest:
+        # Earlier versions padded texts, and digested an encoder's tokenizer with its padding.
+        length = settings.data.max_length
+        for token in dict.fromkeys((*files.special_tokens.values(), *PAD_TOKENS)):
+            if (pad_id := tokenizer.token_to_id(token)) is not None:
+                tokenizer.enable_padding(pad_id=pad_id, pad_token=token, length=length)
+                if (padded := _digest(tokenizer.to_str())) == identity.get("tokenizer"):
+                    digest = padded
     config = to_plain(dataclasses.asdict(config))
-    return {"base": {"config": config}, "tokenizer": _digest(tokenizer.to_str()), **more}
+    return {"base": {"config": config}, "tokenizer": digest, **more}
 
 
 def check_allowed(allow: Sequence[str]) -> None:

@@ -119,7 +119,8 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         shapes = abstract.parts
         identity = model_identity(settings, files, data.task) | {"data": data.digests}
         if init is not None:
-            check_init_identity(init, identity, None, allow_different)
+            as_saved = model_identity(settings, files, data.task, saved=init.notes)
+            check_init_identity(init, as_saved, None, allow_different)
         _, tensors = check_params(files, shapes.base.table, params_of(shapes), new=shapes.base.new)
         if settings.model.quantize in ("nf4", "int8"):
             # What an exported model is merged into. The quantized weights do not show a small change of these.

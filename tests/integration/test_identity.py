@@ -1,10 +1,12 @@
 """A run's identity: whatever changes the base model's function or the data is an error on every command."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
 import pytest
+from tokenizers import Tokenizer
 
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.files import open_files
@@ -17,7 +19,7 @@ from ..marks import slow
 from ..messages import assert_mentions, mentions
 from ..refusals import refusals
 from .gpt2_world import write_gpt2
-from .runs import ASKED, printed, rejected, summary_of
+from .runs import ASKED, SHORT, printed, rejected, summary_of
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -68,6 +70,25 @@ test_what_differs_and_what_cannot_be_compared_is_named = refusals(
     (lambda: check_allowed(["base.config.nosuch"]), "base.weights", "'base.config.nosuch'"),
     (lambda: check_allowed(["data.bogus"]), "base.weights", "'data.bogus'"),
 )
+
+
+def padded_digest(world):
+    """The digest of an encoder's tokenizer in adapters of versions that padded texts to `data.max_length`."""
+    tokenizer = Tokenizer.from_file(str(world.model / "tokenizer.json"))
+    tokenizer.enable_truncation(12)
+    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]", length=12)
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def test_the_digest_of_a_tokenizer_with_its_padding_is_that_of_earlier_versions(first_world):
+    saved = {"identity": {"tokenizer": padded_digest(first_world)}}
+    settings, files = parse_settings(first_world.config), open_files(first_world.model)
+    check_identity(first_world.out, saved, model_identity(settings, files, None, saved=saved))
+    today = model_identity(settings, files, None)
+    assert model_identity(settings, files, None, saved={"identity": today}) == today
+    other = {"identity": {"tokenizer": "0" * 16}}
+    with pytest.raises(ValueError, match=mentions("tokenizer", "0" * 16, today["tokenizer"])):
+        check_identity(first_world.out, other, model_identity(settings, files, None, saved=other))
 
 
 def change_json(path, entries):
@@ -152,6 +173,27 @@ def test_a_resumed_run_may_differ_in_what_it_is_allowed(run, tmp_path, capsys):
     assert_mentions(line, "base.config.layer_norm_eps", 1e-12, 0.001)
     # From its checkpoint on, the run is one of the changed model.
     run.trained("--train.steps", "48")
+
+
+@pytest.mark.slow
+@encoder
+def test_every_command_reads_the_adapter_of_a_version_that_padded_texts(run, tmp_path, capsys):
+    path = run.out / "adapter/adapter.json"
+    notes = json.loads(path.read_text())
+    del notes["digest"]
+    notes["identity"]["tokenizer"] = padded_digest(run)
+    path.write_text(json.dumps(notes))
+    alone = shutil.copytree(run.out / "adapter", tmp_path / "alone")
+    asked = ("--text", "the film was good")
+    printed(capsys, "eval", alone)
+    printed(capsys, "predict", alone, *asked)
+    printed(capsys, "predict", run.model, "--adapter", f"old={alone}", *asked)
+    printed(capsys, "export", alone, "--to", tmp_path / "peft")
+    printed(capsys, "export", alone, "--to", tmp_path / "merged", "--merged")
+    printed(capsys, "train", run.config, "--output_dir", tmp_path / "new", "--init_adapter", alone, *SHORT)
+    today = model_identity(parse_settings(run.config), open_files(run.model), None)["tokenizer"]
+    for name in ("peft/loraplus.json", "merged/loraplus.json", "new/adapter/adapter.json"):
+        assert json.loads((tmp_path / name).read_text())["identity"]["tokenizer"] == today
 
 
 @pytest.mark.slow
