@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..models.checkpoints.gguf.load import interleaved_heads
 from ..models.checkpoints.name_table import expand
 from ..models.checkpoints.params import load_params
 from ..models.families import MODEL_TYPES, family_of
@@ -198,8 +199,8 @@ def gguf_changes(file: Path, config: Mapping[str, Any], modules: Iterable[str]) 
     tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     kind = reader.fields["general.architecture"].contents()
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
-    layers = config["n_layer" if kind == "gpt2" else "num_hidden_layers"]
-    names = gguf.get_tensor_name_map(architecture, layers)
+    sizes: Any = family_of(config["model_type"]).config.from_hf(config)
+    names = gguf.get_tensor_name_map(architecture, sizes.num_hidden_layers)
     alpha, changes = float(reader.fields["adapter.lora.alpha"].contents()), {}
     for module in modules:
         name = names.get_name(module)
@@ -208,10 +209,7 @@ def gguf_changes(file: Path, config: Mapping[str, Any], modules: Iterable[str]) 
         b = tensors.pop(f"{name}.weight.lora_b")
         # Of the embedding, A is (vocab, r).
         change = alpha / b.shape[1] * (a @ b.T if name == "token_embd" else b @ a)
-        if kind == "llama" and module.endswith(("q_proj", "k_proj")):
-            heads = config["num_attention_heads"]
-            if module.endswith("k_proj"):
-                heads = config.get("num_key_value_heads") or heads
+        if heads := interleaved_heads(f"{name}.weight", kind, vars(sizes)):
             # Back from the order of its converter, which interleaves the halves of a head.
             change = change.reshape(heads, -1, 2, change.shape[1]).swapaxes(1, 2).reshape(change.shape)
         changes[module] = change

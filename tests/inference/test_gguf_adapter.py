@@ -12,15 +12,17 @@ from safetensors.numpy import load_file, save_file
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
 from loraplus_jax.inference.gguf_adapter import save_gguf_adapter
 from loraplus_jax.inference.verify_conversion import gguf_changes
-from loraplus_jax.interop.peft_files import save_peft
+from loraplus_jax.interop.peft_files import WEIGHTS, save_peft
 from loraplus_jax.models.checkpoints import transformers_class
 from loraplus_jax.models.families import family_of
 from loraplus_jax.models.files import open_files
+from loraplus_jax.models.llama.config import KINDS
 
 from .. import tiny
 from ..messages import mentions
 from ..models.checkpoints.gguf.files import gguf_of
 from ..models.golden import IDS, load, run, write_golden
+from .conversions import modules_of, write_peft
 
 TINY = tiny.config(vocab_size=6, hidden_size=4, head_dim=4, num_attention_heads=1, intermediate_size=3)
 Q, V, LAYER = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.0"
@@ -150,6 +152,27 @@ def test_scales_that_one_alpha_cannot_say_are_in_b(tmp_path, options, alpha, fac
         wanted = own / r ** (0.5 if options.get("use_rslora") else 1)
         out, inner = change.shape
         np.testing.assert_allclose(change, wanted * numbers(out, r) @ numbers(r, inner), rtol=3e-7)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].gguf])
+def test_heads_of_queries_and_keys_are_read_back_in_their_order(tmp_path, kind):
+    """Also of a config that leaves the number of keys' heads to its type."""
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": None,
+        "intermediate_size": 24,
+    }
+    folder = tiny.write(tmp_path / "base", kind, **sizes)
+    modules = modules_of(folder, "q_proj", "k_proj", "qkv_proj")
+    source = write_peft(tmp_path / "peft", modules, folder)
+    save_gguf_adapter(tmp_path / "a.gguf", source, open_files(folder), dtype="float32")
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(source / WEIGHTS)
+    changes = gguf_changes(tmp_path / "a.gguf", config, modules)
+    assert changes.keys() == modules.keys()
+    for module, change in changes.items():
+        a, b = (tensors[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
+        np.testing.assert_allclose(change, 1.5 * b @ a, rtol=0, atol=1e-6)
 
 
 CAUSAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
