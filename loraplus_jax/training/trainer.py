@@ -345,7 +345,8 @@ class Trainer:
         history, spikes = find_spikes(self.history, first, host)
         for spike in spikes:
             self.log.write(spike.step, spike.values())
-            self.console.print(str(spike))
+            tips = advice(self.run, ["grad_norm/a"])
+            self.console.print(f"{spike}; if the loss stays high, {tips}")
         now = time.perf_counter()
         speed = self.timed_steps / (now - self.clock)
         speeds = {"steps_per_second": speed} if self.timed_steps else {}

@@ -63,8 +63,8 @@ class Run:
 def spikes():
     """So that sound runs have some."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(anomalies, "MIN_SPIKE_RATIO", 0.7)
-        patch.setattr(anomalies, "NOISE", -99.0)
+        for name in ("SPIKE_RATIO", "SPIKE_STEPS", "HISTORY_STEPS"):
+            patch.setattr(anomalies, name, 1)  # any loss above the one before
         yield
 
 
@@ -319,8 +319,10 @@ def test_the_same_command_ends_with_the_bits_of_the_straight_run(run, straight, 
     assert spikes
     for row in spikes:
         if chain == "signals":  # in the other a start's stdout is lost, or it ends before it prints
-            assert_mentions(" ".join(printed.split()), f"step {row['step']}", f"{row['spike/loss']:.4f}")
-        assert row["spike/loss"] > 0.7 * row["spike/median"]
+            assert_mentions(
+                " ".join(printed.split()), f"step {row['step']}", f"{row['spike/loss']:.4f}", "try"
+            )
+        assert row["spike/loss"] > row["spike/median"]
         assert {f"spike/grad_norm/{role}" for role in ("a", "b", "extra")} <= row.keys()
     if service:
         assert printed.count("before:") == 1
