@@ -101,7 +101,7 @@ def model_card(
         paper=PAPER,
         combination=_combination(tuned.place.notes),
         versions=tuned.place.notes["versions"],
-        summary={"examples": {}, "after": {}, **summary},
+        summary={"examples": {}, "after": {}, "constant": {}, **summary},
     )
 
 

@@ -102,6 +102,8 @@ def evaluate_run(
     if evaluated.truncated:  # to data.max_length of the run
         results["truncated"] = evaluated.truncated
     results |= finish_metrics(tuned.task, values)
+    if evaluated.constant:
+        results["constant"] = evaluated.constant
     if texts is not None:
         rows, scores = texts.generate(tuned.variables)
         results |= {"inputs": len(rows), **scores}

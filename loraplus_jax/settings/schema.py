@@ -120,7 +120,8 @@ class ModelSettings:
 
 Files = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
 """A data file, or several."""
-GLUE_SETS = ("text", "text_pair", "label", "delimiter", "quoting", "header", "test_fraction")
+MetricName = Literal["accuracy", "f1", "macro_f1", "matthews", "mse", "mae", "pearson", "spearman"]
+GLUE_SETS = ("text", "text_pair", "label", "metrics", "delimiter", "quoting", "header", "test_fraction")
 """Fields of `DataSettings` that a GLUE task brings itself."""
 
 
@@ -147,6 +148,9 @@ class DataSettings:
       header: names of the columns of .csv and .tsv files without a header line (encoders), such as [label, text]; a
         file whose first line has the names of text and label has one.
       label: column with the label (encoders): a class name or integer, or a number for regression.
+      metrics: metrics beside the default ones, of which the first selects the best evaluation (encoders): accuracy
+        (the default), macro_f1 (mean F1 of the classes), and for two classes f1 (of the second in sorted order) and
+        matthews; for regression mse (the default), mae, pearson and spearman.
       max_length: sequence length in tokens, special tokens included; longer texts are truncated, longer
         multiple-choice questions are rejected.
       duplicates: if a text is in two splits, or equal texts have different labels: warn; error;
@@ -176,6 +180,7 @@ class DataSettings:
     text: Text = "text"
     text_pair: Text | None = None
     label: Text = "label"
+    metrics: Annotated[tuple[MetricName, ...], Distinct] = ()
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     quoting: Literal["minimal", "none"] = "minimal"
     header: Annotated[tuple[Text, ...], Distinct] | None = None
@@ -397,7 +402,7 @@ class GenerationSettings:
 GENERATION = tuple(f"generation.{field.name}" for field in dataclasses.fields(GenerationSettings))
 REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
-    (("data.text", "data.text_pair", "data.label"), "task", ENCODER_TASKS),
+    (("data.text", "data.text_pair", "data.label", "data.metrics"), "task", ENCODER_TASKS),
     (("data.delimiter", "data.quoting", "data.header", "data.root"), "task", ENCODER_TASKS),
     (("model.quantize",), "method", ("lora_plus", "lora")),
     (("model.quantize_exclude",), "model.quantize", ("int8", "nf4", "file")),

@@ -194,15 +194,20 @@ class LanguageTask(Task):
         return TaskData(cls(kind=settings.task), {"train": columns}, {"train": 1}, {"train": 0}, {})
 
     def load_split(self, settings: Settings, files: ModelFiles, split: str | None, data: str | None) -> Split:
-        examples = _load_splits(settings)[0][split or "test"] if data is None else _read(settings, data)
+        if data is None:
+            splits = _load_splits(settings)[0]
+            train, examples = splits["train"], splits[split or "test"]
+        else:
+            train = examples = _read(settings, data)
         tools = tokenizer_and_template(settings, files, self)
         if self.kind == "multiple_choice":
             length, truncated = settings.data.max_length, 0
             (columns,) = pack_choices([encode_choices(examples, *tools, length)], length)
+            constant = constant_choice(train, examples)
         else:
-            columns, truncated = _encode(settings, files, tools, examples)
+            (columns, truncated), constant = _encode(settings, files, tools, examples), {}
         inputs = group_references(examples) if self.kind == "generation" else ()
-        return Split(columns, len(examples), _digest(examples), tuple(inputs), truncated)
+        return Split(columns, len(examples), _digest(examples), tuple(inputs), truncated, constant)
 
     def make_base(self, settings: Settings, files: ModelFiles) -> BaseModel:
         model_settings = settings.model

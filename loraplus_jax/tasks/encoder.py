@@ -50,7 +50,7 @@ from .interface import (
 from .metrics import SPLIT_METRICS
 
 METRICS = {
-    "classification": ("accuracy", "f1", "matthews"),
+    "classification": ("accuracy", "f1", "macro_f1", "matthews"),
     "regression": ("mse", "mae", "pearson", "spearman"),
 }
 """The metrics of each kind of task; the first is the default."""
@@ -80,9 +80,11 @@ class EncoderTask(Task):
 
     def __post_init__(self) -> None:
         for name in self.metrics:
-            check_choice(f"a metric of task {self.kind}", name, METRICS[self.kind])
+            check_choice(f"data.metrics of task {self.kind}", name, METRICS[self.kind])
         if {"f1", "matthews"} & {*self.metrics} and len(self.names) != 2:
-            raise ValueError(f"f1 and matthews require two classes, got {', '.join(self.names)}")
+            raise ValueError(
+                f"data.metrics f1 and matthews require two classes, got {', '.join(self.names)}; use macro_f1"
+            )
 
     @classmethod
     def from_splits(
@@ -198,7 +200,8 @@ class EncoderTask(Task):
         glue = find_task(settings.data, settings.task)
         rows, duplicates = _load_splits(settings.data)
         # Of all rows: a trial on a few must have all classes, or its head would have another shape.
-        return cls.from_splits(settings.task, rows, glue.metrics if glue else ()), rows, duplicates
+        metrics = glue.metrics if glue else settings.data.metrics
+        return cls.from_splits(settings.task, rows, metrics), rows, duplicates
 
     @classmethod
     def load(cls, settings: Settings, files: ModelFiles) -> TaskData:
@@ -221,7 +224,9 @@ class EncoderTask(Task):
         sizes = {name: len(split) for name, split in rows.items()}
         truncated = {name: count for name, (_, count) in encoded.items()}
         digests = {name: _digest(split) for name, split in rows.items()}
-        classes = label_summary(rows, task.names) if task.names else ()
+        classes = label_summary(rows, task.names) if task.names else []
+        if glue is None and "f1" in task.metrics:
+            classes.append(f"f1 is that of class {task.names[1]}")
         summary = (*limited, *classes, *duplicates)
         return TaskData(task, splits, sizes, truncated, digests, summary, constant=constant, longest_row=most)
 
@@ -238,17 +243,19 @@ class EncoderTask(Task):
 
     def load_split(self, settings: Settings, files: ModelFiles, split: str | None, data: str | None) -> Split:
         if data is None:
-            rows = limit_splits(_load_splits(settings.data)[0], settings.data)[0][split or "test"]
+            splits = limit_splits(_load_splits(settings.data)[0], settings.data)[0]
+            train, rows = splits["train"], splits[split or "test"]
         else:
             glue, path = find_task(settings.data), resolve(data, "data")
-            rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
+            train = rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
         arrays, truncated = encode_texts(
             [row.texts for row in rows], tokenizer_for(settings, files), settings.data.max_length
         )
         columns = arrays | {"label": self.labels(rows)}
+        constant = self.constant(self.labels(train), columns["label"])
         most = model_config(settings.model, files).max_length
         columns, _ = TextRows.fitting(text_lengths(columns), most).arrange_all(columns)
-        return Split(columns, len(rows), _digest(rows), truncated=truncated)
+        return Split(columns, len(rows), _digest(rows), truncated=truncated, constant=constant)
 
     def make_base(self, settings: Settings, files: ModelFiles) -> BaseModel:
         model_settings = settings.model

@@ -24,13 +24,17 @@ from ..step.train_step import LossFn
 
 
 class Split(NamedTuple):
-    """A split to evaluate; its fields are those of `TaskData` for it."""
+    """A split to evaluate; its fields are those of `TaskData` for it.
+
+    The constant answer of a file of one's own is the best there.
+    """
 
     columns: Batch
     examples: int
     digest: str
     inputs: tuple[Input, ...] = ()
     truncated: int = 0
+    constant: Mapping[str, float] = {}
 
 
 class TaskData(NamedTuple):

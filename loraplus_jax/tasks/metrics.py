@@ -12,6 +12,12 @@ def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
     return float(2 * correct / total) if total else 0.0
 
 
+def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Mean F1 of the classes that are predicted or in the labels; 0 without any."""
+    classes = np.union1d(predicted, labels)
+    return float(np.mean([f1(predicted == c, labels == c) for c in classes])) if len(classes) else 0.0
+
+
 def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Pearson's correlation, from -1 to 1; 0 if either is constant.
 
@@ -36,5 +42,12 @@ def _correlation(name: str, predicted: np.ndarray, labels: np.ndarray) -> float:
     return float(getattr(scipy.stats, name)(*columns).statistic)
 
 
-SPLIT_METRICS = {"f1": f1, "matthews": pearson, "pearson": pearson, "spearman": spearman}
-"""Function `(predicted (N,), labels (N,)) -> value` by name; of class indices (two classes), or of numbers."""
+SPLIT_METRICS = {
+    "f1": f1,
+    "macro_f1": macro_f1,
+    "matthews": pearson,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+"""Function `(predicted (N,), labels (N,)) -> value` by name; of class indices (of two classes but for macro_f1) or
+of numbers."""

@@ -29,13 +29,19 @@ WINNER = "winner"
 BETTER = {
     "matthews": max,
     "f1": max,
+    "macro_f1": max,
     "pearson": max,
+    "spearman": max,
     "accuracy": max,
     "mse": min,
+    "mae": min,
     "perplexity": min,
     "loss": min,
 }
-"""Metrics that select the best evaluation, the decisive one of a run first, and which value of each is better."""
+"""Metrics that select the best evaluation, and which value of each is better.
+
+The decisive one of a run is the first that it has, unless its settings choose one.
+"""
 
 
 def list_runs(directory: Path, *, json: bool = False) -> str | None:
@@ -101,6 +107,7 @@ def _read_run(directory: Path) -> dict[str, Any]:
     config = saved_settings(directory, "start over with --fresh")
     methods = config.get("sweep", {}).get("methods")
     train, summary = config["train"], read_summary(directory)
+    metrics = config.get("data", {}).get("metrics", ())
     kind = "run" if "sweep" not in config else "comparison" if methods else "sweep"
     step, steps = max(saved_steps(directory), default=0), train.get("steps")
     if kind != "run":
@@ -112,12 +119,14 @@ def _read_run(directory: Path) -> dict[str, Any]:
         step, steps = (None, None) if is_earlier else (step, steps)
     elif summary is not None:
         step = steps = summary["steps"]
-        best = _pick(summary["after"]) | {
+        best = _pick(summary["after"], metrics) | {
             "split": summary["held_out"]["split"],
             "step": summary["selected_step"],
         }
+        if best["name"] in (constant := summary.get("constant", {})):
+            best["constant"] = constant[best["name"]]
     else:
-        best = best_row(read_rows(directory / METRICS))
+        best = best_row(read_rows(directory / METRICS), metrics)
     resumes = step is not None
     state, pid, problem = _state(directory) if summary is None else ("finished", None, None)
     return {
@@ -152,15 +161,15 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield {k: math.nan if v is None else v for k, v in json.loads(line).items()}
 
 
-def best_row(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The best validation after a step by the decisive metric, and its step."""
+def best_row(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str] = ()) -> dict[str, Any] | None:
+    """The best validation after a step by the decisive metric, and its step; `metrics` are of the settings."""
     best = None
     for row in rows:
         # Earlier versions logged the evaluation before training by the same name.
         if "validation/loss" not in row or row["step"] == 0:
             continue
         values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
-        found = _pick(values) | {"split": "validation", "step": row["step"]}
+        found = _pick(values, metrics) | {"split": "validation", "step": row["step"]}
         if math.isfinite(found["value"]):
             better = BETTER[found["name"]]
             # Among ties the latest, as the checkpoint that training selects.
@@ -168,9 +177,9 @@ def best_row(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     return best
 
 
-def _pick(values: Mapping[str, float]) -> dict[str, Any]:
+def _pick(values: Mapping[str, float], metrics: Sequence[str]) -> dict[str, Any]:
     """The decisive metric of an evaluation."""
-    name = next((name for name in BETTER if name in values), "loss")
+    name = next((name for name in (*metrics[:1], *BETTER) if name in values), "loss")
     return {"name": name, "value": values[name]}
 
 
@@ -213,7 +222,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         return [escape_controls(row["path"]), escape_controls(f"unreadable: {row['problem']}")]
     state = row["state"] + (f" (pid {row['pid']})" if row["pid"] else "")
     best = row["best"]
-    result = f"{best['name']} {_number(best['value'])} ({best['split']}, step {best['step']})" if best else ""
+    result = ""
+    if best:
+        constant = f"; constant answer {_number(best['constant'])}" if "constant" in best else ""
+        result = f"{best['name']} {_number(best['value'])} ({best['split']}, step {best['step']}{constant})"
     end = "; ".join(filter(None, (row["problem"], row["resume"] and f"resume: {row['resume']}")))
     epochs = f" ({float(row['epochs']):g} epochs)" if row["epochs"] else ""
     progress = f"{row['step']} of {row['steps']} steps" if row["steps"] else f"step {row['step']}{epochs}"

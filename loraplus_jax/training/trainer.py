@@ -226,7 +226,7 @@ class Trainer:
             name.removeprefix("before/").removeprefix(prefix): row[name] for name in row if name != "step"
         }
         if not is_resumed:
-            self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
+            self.console.print(f"before: {format_metrics(before)} ({self.held_out}{self.constant_answer})")
             self.print_answer("before")
         return before
 
@@ -238,6 +238,12 @@ class Trainer:
         seconds = (time.perf_counter() - began) / batches
         self.console.print(f"{estimate_run(run, self.held_out, seconds, memory)}")
         return values
+
+    @property
+    def constant_answer(self) -> str:
+        """What to print beside held-out metrics: the decisive one of the constant answer, if the task has one."""
+        metric, constant = self.task.metric, self.run.data.constant
+        return f"; constant answer: {format_metrics({metric: constant[metric]})}" if constant else ""
 
     def expected_peak(self) -> int:
         """The expected peak memory in bytes."""
@@ -463,7 +469,8 @@ class Trainer:
         """Writes `summary.json`, which marks the run as finished, and prints the results."""
         trained, texts, settings = count(self.run.parts.trainable), self.run.held_out_texts, self.run.settings
         theory = read_metrics(self.log.rows, settings.applied, settings.init_adapter is not None)
-        optional = {"answers": self.answers, "theory": theory, "ranks": self.ranks}
+        constant = dict(self.run.data.constant)
+        optional = {"constant": constant, "answers": self.answers, "theory": theory, "ranks": self.ranks}
         optional["allowed_differences"] = list(self.output.differences)
         held_out = {"split": self.held_out, "examples": self.run.data.examples[self.held_out]}
         summary = {
@@ -487,9 +494,8 @@ class Trainer:
             # Last of all files: with it the run counts as finished.
             write_record(self.directory / SUMMARY, summary)
         chosen = "" if summary["selected_step"] == summary["steps"] else f", step {summary['selected_step']}"
-        self.console.print(
-            f"after:  {format_metrics(after)} ({held_out['examples']:,} {self.held_out} examples{chosen})"
-        )
+        details = f"{held_out['examples']:,} {self.held_out} examples{chosen}{self.constant_answer}"
+        self.console.print(f"after:  {format_metrics(after)} ({details})")
         if theory:
             self.console.print(f"theory: {theory}")
         self.print_answer("after")

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 SUMMARY = {
     "before": {"accuracy": 0.5, "loss": None},
     "after": {"accuracy": 0.75, "loss": None, "f1": 0.25},
+    "constant": {"accuracy": 0.625},
     "examples": {"train": 1200, "validation": 30, "test": 40},
     "held_out": {"split": "test", "examples": 40},
     "selected_step": 3000,
@@ -57,9 +58,9 @@ def test_a_run_s_card_has_its_data_rates_lambda_and_evaluation(untrained, tmp_pa
     assert table["learning rates"][0].startswith(f"A {rate:g}, B {rate * config['lr_ratio']:g}, ")
     assert table["steps, batch size"][0].startswith("3,000, ")
     assert (table["accuracy"], table["loss"], table["f1"]) == (
-        ["0.5000", "0.7500"],
-        ["-", "-"],
-        ["-", "0.2500"],
+        ["0.5000", "0.7500", "0.6250"],
+        ["-", "-", "-"],
+        ["-", "0.2500", "-"],
     )
 
 

@@ -262,6 +262,7 @@ CHANGES = [
     Change("data.text", "text2", arrays, WIDE),
     Change("data.text_pair", "second", arrays, WIDE),
     Change("data.label", "label2", arrays, WIDE),
+    Change("data.metrics", "[f1]", arrays),
     Change("data.delimiter", ";", arrays, BOTH),
     Change("data.quoting", "none", arrays, ("--data.path", "{dir}/quoted.csv")),
     Change("data.header", "[second, text, label]", arrays, BARE),

@@ -141,12 +141,13 @@ def test_what_is_printed(finished):
     lines = finished.printed.read_text().splitlines()
     assert re.match(r"lora_plus \(rank 4, lr_ratio 4\): training 930 of [\d,]+ parameters \(\d", lines[0])
     assert "data: 112 train, 16 validation, 32 test" in lines
-    assert sum(line.startswith("before: accuracy 0.") and line.endswith("(test)") for line in lines) == 1
+    for start in ("before: accuracy 0.", "after:  accuracy "):
+        (line,) = (line for line in lines if line.startswith(start))
+        assert_mentions(line, "test", "constant", "0.3125")
     # The estimate comes before the first step.
     names = [line.split(":")[0] for line in lines if re.match(r"(estimate|before|step \d+):", line)]
     assert names == ["estimate", "before", "step 20", "step 40"]
     assert_mentions(next(line for line in lines if line.startswith("estimate:")), "40 steps", "3 evaluations")
-    assert sum(line.startswith("after:  accuracy ") for line in lines) == 1
     # A log file gets lines between and during evaluations.
     timed = [line for line in lines if re.search(r"/s, \d+:\d\d:\d\d left$", line)]
     steps = [f"step {step} of 40" for step in range(1, 41)]
@@ -162,6 +163,7 @@ def test_eval_repeats_the_summary(finished, capsys):
     after = summary_of(finished.out)["after"]
     found = evaluated(capsys, finished.out)
     assert (found.pop("data"), found.pop("examples")) == ("test", 32)
+    assert found.pop("constant") == summary_of(finished.out)["constant"]
     assert found == pytest.approx(after, abs=1e-6)
     alone = evaluated(capsys, finished.out / "adapter", "--split", "validation")
     assert alone["examples"] == 16

@@ -23,8 +23,8 @@ def idle(name, others, *words):
 
 TASKS = ("task", "instruction", "multiple_choice", "classification")
 OF_ENCODERS = ("model.pooling", "model.dropout", "model.head_dropout", "data.text_pair")
-OF_ENCODERS += ("data.delimiter", "data.quoting", "data.header")
-OF_GLUE = ("text", "text_pair", "label", "delimiter", "quoting", "header", "test_fraction")
+OF_ENCODERS += ("data.metrics", "data.delimiter", "data.quoting", "data.header")
+OF_GLUE = ("text", "text_pair", "label", "metrics", "delimiter", "quoting", "header", "test_fraction")
 SPLIT = {"data.path": None, "data.train": "a.csv", "data.validation": "b.csv"}
 TEXTS = {"task": "generation"}
 SCHEDULES = ("linear", "cosine", "wsd", "constant")

@@ -66,6 +66,7 @@ FIELDS = {
     **{name: (given, OTHER_PROCESSES) for name, given in PROCESSES.items()},
     **{name: (given, {"data.path": None, "data.train": "d.csv"}) for name, given in FILES.items()},
     "model.quantize_exclude": (["head"], {"model.quantize": "nf4"}),
+    "data.metrics": (["f1"], {}),
     "data.root": ("r", {"data.path": "glue/rte"}),
     "lora.init_iterations": (4, {"lora.init": "pissa"}),
     "optimizer.magnitude_learning_rate": (1e-3, {"lora.variant": "dora"}),

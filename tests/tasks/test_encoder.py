@@ -22,7 +22,7 @@ from loraplus_jax.tasks.encoder import (
 )
 from loraplus_jax.training.setup import task_class
 
-from ..messages import mentions
+from ..messages import assert_mentions, mentions
 from ..refusals import refusals
 
 CLASSES = EncoderTask(kind="classification", names=("no", "yes"))
@@ -215,7 +215,23 @@ def test_a_trial_on_few_texts_has_all_classes(world):
     assert data.examples == {"train": 1, "validation": 1, "test": 1}
     split = data.task.load_split(settings, open_files(world.model), "test", None)
     assert (split.examples, split.digest) == (1, data.digests["test"])
+    assert split.constant == data.constant
     assert data.task.load_split(settings, open_files(world.model), None, str(world.data)).examples == 160
+
+
+def test_own_data_chooses_its_metrics(world):
+    files = open_files(world.model)
+    settings = parse_settings(world.config, ["--data.metrics", "[f1, macro_f1]"])
+    data = EncoderTask.load(settings, files)
+    assert (data.task.metric, data.task.mode, data.task.names[1]) == ("f1", "max", "yes")
+    assert data.constant.keys() == {"loss", "accuracy", "f1", "macro_f1"}
+    assert_mentions(data.summary[-1], "f1", "yes")
+    split = data.task.load_split(settings, files, "test", None)
+    assert split.constant == data.constant
+    # Of another file it is the best constant answer there.
+    accuracy = data.task.load_split(settings, files, None, str(world.data)).constant["accuracy"]
+    labels = [row["label"] for row in world.rows()]
+    assert accuracy == max(map(labels.count, data.task.names)) / 160
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "instruction", "multiple_choice"])

@@ -57,6 +57,29 @@ def test_a_finished_run_shows_its_held_out_result_and_no_command(tmp_path):
     assert row["best"] == {"name": "accuracy", "value": 0.9, "split": "test", "step": 20}
 
 
+def test_the_constant_answer_stands_beside_the_metric_that_the_settings_choose(tmp_path):
+    own = PLAIN | {"data": {"path": "d", "metrics": ["macro_f1", "f1"]}}
+    values = {"accuracy": 0.97, "loss": 0.1, "macro_f1": 0.6, "f1": 0.2}
+    constant = {"accuracy": 0.9688, "loss": 0.14, "macro_f1": 0.4921, "f1": 0.0}
+    run = run_of(tmp_path / "a", own, summary=finished(values) | {"constant": constant})
+    best = {"name": "macro_f1", "value": 0.6, "split": "test", "step": 20, "constant": 0.4921}
+    assert describe_run(run)["best"] == best
+    assert_mentions(list_runs(tmp_path), "macro_f1", "0.6000", "constant", "0.4921")
+    rows = [
+        {
+            "step": n,
+            "validation/loss": 0.1,
+            "validation/mse": n,
+            "validation/mae": -n,
+            "validation/spearman": n,
+        }
+        for n in (1, 2)
+    ]
+    for metric, step in (("mse", 1), ("mae", 2), ("spearman", 2)):
+        found = best_row(rows, [metric])
+        assert (found["name"], found["step"]) == (metric, step)
+
+
 def test_a_stopped_run_shows_its_best_validation_and_the_command_that_resumes_it(tmp_path):
     run = run_of(tmp_path / "a b", steps=[20, 30], rows=validations(EVALUATIONS))
     row = describe_run(run)
