@@ -225,7 +225,7 @@ class EncoderTask(Task):
         truncated = {name: count for name, (_, count) in encoded.items()}
         digests = {name: _digest(split) for name, split in rows.items()}
         classes = label_summary(rows, task.names) if task.names else []
-        if glue is None and "f1" in task.metrics:
+        if settings.data.metrics and "f1" in task.metrics:
             classes.append(f"f1 is that of class {task.names[1]}")
         summary = (*limited, *classes, *duplicates)
         return TaskData(task, splits, sizes, truncated, digests, summary, constant=constant, longest_row=most)
