@@ -14,6 +14,9 @@ from .._utils.validation import check_int
 
 Batch = dict[str, np.ndarray]
 
+SWAPS = 4
+"""Rounds of swaps: with more, sums are hardly more equal."""
+
 
 def take_rows(arrays: Mapping[str, np.ndarray], indices: np.ndarray) -> Batch:
     """The rows with these indices, and a float32 `weight` of ones."""
@@ -61,7 +64,8 @@ def batch_order(
     """The endless sequence of batches, each as the indices of its examples, int `(batch_size,)`.
 
     Examples are reshuffled every epoch; each epoch's incomplete batch is dropped. With `lengths`, int `(size,)`,
-    all batches of an epoch have nearly the same sum of lengths, and each has short and long examples.
+    all batches of an epoch have nearly the same sum of lengths, and each has short and long examples: else they
+    are random, so that two examples meet again in other epochs and seeds hardly more often than by chance.
     """
     check_int("seed", seed, at_least=0)
     if lengths is not None:
@@ -83,40 +87,47 @@ class _EvenBatches:
     def __getitem__(self, index: int) -> np.ndarray:
         epoch, batch = divmod(index, self.count)
         if epoch != self.epoch:
-            self.epoch, self.batches = epoch, even_batches(self.shuffled(epoch), self.lengths, self.count)
+            # Of NumPy's random numbers only the raw ones are the same in every version (NEP 19).
+            numbers = np.random.Philox(np.random.SeedSequence([self.seed, epoch]))
+            keys = numbers.random_raw((3, len(self.lengths)))
+            self.epoch, self.batches = epoch, even_batches(keys, self.lengths, self.batch_size)
         return self.batches[batch]
 
-    def shuffled(self, epoch: int) -> np.ndarray:
-        # Of NumPy's random numbers only the raw ones are the same in every version (NEP 19).
-        keys = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self.lengths))
-        return np.argsort(keys, kind="stable")[: self.count * self.batch_size]
 
+def even_batches(keys: np.ndarray, lengths: np.ndarray, batch_size: int) -> np.ndarray:
+    """Deals examples to random batches of nearly the same sum of lengths.
 
-def even_batches(order: np.ndarray, lengths: np.ndarray, count: int) -> np.ndarray:
-    """Deals examples to batches of nearly the same sum of lengths.
-
-    The examples are sorted by length, and each batch gets one of the `count` longest, one of the next, and so on;
-    of these the longest goes to the batch with the smallest sum so far. Batches, and the examples in them, are in
-    the given order.
+    The examples are sorted by length, with noise, and cut into groups of similar length, as many as a batch has
+    examples. Each batch draws one of each group. Then the batch with the largest sum swaps its example of one group
+    with that of the batch with the smallest sum, the second largest with the second smallest, and so on.
 
     Args:
-      order: the indices of the examples, a multiple of `count`, in random order.
-      lengths: the length of each example.
-      count: the number of batches.
+      keys: random numbers, uint64 `(3, N)`: for the order, the noise and the draws.
+      lengths: the length of each example, `(N,)`.
+      batch_size: examples in a batch.
 
     Returns:
-      The indices in each batch, int `(count, len(order) / count)`.
-
-    >>> even_batches(np.array([2, 0, 3, 1]), np.array([5, 1, 2, 4]), 2)
-    array([[2, 3],
-           [0, 1]])
+      The indices in each batch, int `(N // batch_size, batch_size)`; the end of the order is left out.
     """
-    by_length = np.argsort(-lengths[order], kind="stable")  # positions in the order
-    sums, batches = np.zeros(count, int), np.empty((count, len(order) // count), int)
-    for column, positions in enumerate(by_length.reshape(-1, count)):
-        smallest = np.argsort(sums, kind="stable")
-        batches[smallest, column] = positions
-        sums[smallest] += lengths[order[positions]]
+    count = len(lengths) // batch_size
+    order = np.argsort(keys[0], kind="stable")[: count * batch_size]
+    # From here on examples are positions in the order. Nothing but the last lines depends on it: ties of length are
+    # broken by the noise.
+    lengths, noise, draws = lengths[order], keys[1, order], keys[2, order]
+    by_length = np.lexsort((noise, -lengths))
+    # Without noise examples of similar lengths would never meet; with more, rows are less full.
+    noisy = np.arange(len(order)) + (noise[by_length] % max(1, 2 * count // 3)).astype(int)
+    groups = by_length[np.argsort(noisy, kind="stable")].reshape(batch_size, count)
+    batches = np.take_along_axis(groups, np.argsort(draws[groups], axis=1, kind="stable"), axis=1).T
+    for _ in range(SWAPS):
+        sums = lengths[batches].sum(axis=1)
+        by_sum = np.argsort(sums, kind="stable")
+        short, long = by_sum[: count // 2], by_sum[::-1][: count // 2]
+        gap, moved = sums[long] - sums[short], lengths[batches[long]] - lengths[batches[short]]
+        left = np.abs(gap[:, None] - 2 * moved)
+        better = left.min(axis=1) < gap
+        short, long, group = short[better], long[better], left.argmin(axis=1)[better]
+        batches[short, group], batches[long, group] = batches[long, group], batches[short, group]
     # So that neither the index of a batch nor an example's position in it depends on lengths.
     batches.sort(axis=1)
     return order[batches[np.argsort(batches[:, 0])]]

@@ -58,19 +58,15 @@ class TextRows:
             full = float(lengths[batches].sum() / (len(batches) * count * length))
             return cls(length, length // int(lengths.min()), count, multiple, full)
 
-        tried: list[TextRows] = []
-        tokens = lengths[batches[:TRIED_BATCHES]].sum(axis=1).max()
+        best: TextRows | None = None
+        tokens = lengths[batches].sum(axis=1).max()
         for length in range(shortest.length, min(3 * shortest.length, most) + 1, 8):
             # No rows are fuller than full.
-            if tried and min(rows.cost for rows in tried) <= row_cost(length) * tokens / length:
-                break
-            tried.append(chosen(length, batches[:TRIED_BATCHES]))
-        best: TextRows | None = None
-        for rows in sorted(tried, key=lambda rows: rows.cost):
-            if best is not None and best.cost <= rows.cost:
+            if best is not None and best.cost <= row_cost(length) * tokens / length:
                 break
             # All batches may need more rows than the first ones, never fewer.
-            best = min(filter(None, (best, chosen(rows.length, batches))), key=lambda rows: rows.cost)
+            if best is None or chosen(length, batches[:TRIED_BATCHES]).cost < best.cost:
+                best = min(filter(None, (best, chosen(length, batches))), key=lambda rows: rows.cost)
         assert best is not None
         return best
 

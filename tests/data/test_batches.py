@@ -62,45 +62,81 @@ def test_a_batch_depends_on_seed_and_step_alone(lengths):
 
 
 def test_batches_of_even_length_by_hand():
-    lengths, order = np.array([1, 9, 2, 8, 3, 7]), np.array([2, 5, 0, 3, 1, 4])
-    # 9 to the first batch and 8 to the second; 7 to the second, 3 to the first; 2 to the first, 1 to the second.
-    # Theirs are the texts 1, 4, 2 and 3, 5, 0, in the given order, which also is that of the batches.
-    assert even_batches(order, lengths, 2).tolist() == [[2, 1, 4], [5, 0, 3]]
-    assert even_batches(order[1:5], lengths, 2).tolist() == [[5, 3], [0, 1]]
+    # The order is 2, 5, 0, 3, 1, 4, so the lengths 2, 7, 1, 8, 9, 4. Without noise the groups are 9 and 8, 7 and 4,
+    # 2 and 1. Drawn are 9, 7, 2 and 8, 4, 1, of 18 and 13: 7 and 4 are swapped, of 15 and 16, and no two after.
+    lengths = np.array([1, 9, 2, 8, 4, 7])
+    order, draws = [2, 4, 0, 3, 5, 1], [1, 0, 0, 1, 1, 0]
+    keys = np.array([order, np.zeros(6), draws], np.uint64)
+    assert even_batches(keys, lengths, 3).tolist() == [[2, 1, 4], [5, 0, 3]]
+    # Of equal lengths noise, not the order, decides which are in the first group: 9 and text 3. Drawn are 9, 7, 2
+    # and 7, 7, 1, of 18 and 15: 9 and text 3 are swapped.
+    lengths, keys[1] = np.array([1, 9, 2, 7, 7, 7]), [0, 0, 0, 3, 6, 9]
+    assert even_batches(keys, lengths, 3).tolist() == [[2, 5, 3], [0, 1, 4]]
 
 
-def test_batches_of_even_length_hold_each_example_once_an_epoch():
-    lengths = 1 + np.random.default_rng(0).permutation(203)
-    order = batch_order(203, batch_size=10, seed=4, lengths=lengths)
-    epochs = np.array([order[n] for n in range(60)]).reshape(3, 200)
-    assert all(len({*epoch.tolist()}) == 200 for epoch in epochs)
-    assert (np.sort(epochs) != np.sort(epochs[0])).any()  # another three are left out
-    sums = lengths[epochs.reshape(60, 10)].sum(axis=1).reshape(3, 20)
-    assert (np.ptp(sums, axis=1) < 0.03 * sums.mean()).all()
-    # Each batch has one of the longest, one of the next, and so on.
-    ranks = np.argsort(np.argsort(-lengths[epochs[0]], kind="stable"))
-    assert (np.sort(ranks.reshape(20, 10) // 20) == np.arange(10)).all()
-    again = batch_order(203, batch_size=10, seed=5, lengths=lengths)
-    assert [set(again[n]) for n in range(20)] != [set(order[n]) for n in range(20)]
+def spread_lengths(kind):
+    rng = np.random.default_rng(0)
+    if kind == "few lengths":  # as of film reviews
+        return rng.integers(4, 49, 2000)
+    if kind == "distinct":
+        return 20 + rng.permutation(320)
+    if kind == "long documents":
+        return rng.choice(np.arange(100, 2000), 640, replace=False)
+    return np.clip(np.exp(rng.normal(4, 0.6, 1200)).astype(int), 10, 256)  # a long tail, as of pairs of texts
 
 
-def test_the_order_of_even_batches_says_nothing_of_their_lengths():
-    lengths = np.arange(1, 101)
-    # The batch with the longest example of all: anywhere in the epoch.
-    orders = [batch_order(100, batch_size=5, seed=seed, lengths=lengths) for seed in range(60)]
-    at = [next(n for n in range(20) if 99 in order[n]) for order in orders]
-    assert 7 < np.mean(at) < 12
-    assert len({*at}) > 15
-    # And its place in it, as the first rows are taken to measure and to start from.
-    places = [order[n].tolist().index(99) for order, n in zip(orders, at, strict=True)]
-    assert 1 < np.mean(places) < 3
-    assert len({*places}) == 5
+KINDS = ["few lengths", "distinct", "long documents", "long tail"]
+
+
+def orders(lengths, batch_size, seeds):
+    return [batch_order(len(lengths), batch_size=batch_size, seed=seed, lengths=lengths) for seed in seeds]
+
+
+@pytest.mark.parametrize("batch_size", [16, 32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_meet_again_as_often_as_in_random_batches(kind, batch_size):
+    """Over epochs and seeds, while the sums of batches have a standard deviation of about 2 % at most."""
+    lengths = spread_lengths(kind)
+    size, count = len(lengths), len(lengths) // batch_size
+    labels, sums = [], []
+    for order in orders(lengths, batch_size, range(4)):
+        for epoch in range(5):
+            batches = np.array([order[epoch * count + n] for n in range(count)])
+            assert len(np.unique(batches)) == count * batch_size
+            labels.append(np.full(size, count))
+            labels[-1][batches] = np.arange(count)[:, None]
+            sums.append(lengths[batches].sum(axis=1) / lengths[batches].sum() * count)
+    assert np.std(sums) < 0.025
+    again = []
+    for n, a in enumerate(labels):
+        for b in labels[:n]:
+            together = np.bincount(a * (count + 1) + b, minlength=(count + 1) ** 2).reshape(count + 1, -1)
+            again.append((together * (together - 1) // 2)[:count, :count].sum())
+    pairs = count * batch_size * (batch_size - 1) / 2
+    assert 0.97 < np.mean(again) / (pairs**2 / (size * (size - 1) / 2)) < 1.06
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_place_in_an_epoch_says_nothing_of_a_length(kind):
+    lengths = spread_lengths(kind)
+    count = len(lengths) // 16
+    places: dict[str, list[float]] = {"short": [], "long": [], "slot": []}
+    for order in orders(lengths, 16, range(40)):
+        batches = np.array([order[n] for n in range(count)])
+        of = lengths[batches]
+        index = np.broadcast_to(np.arange(count)[:, None] / (count - 1), of.shape)
+        places["short"].append(index[of <= np.quantile(lengths, 0.1)].mean())
+        places["long"].append(index[of >= np.quantile(lengths, 0.9)].mean())
+        # The first rows of a batch are taken to measure and to start from.
+        places["slot"].append(of[:, 0].mean() / of.mean())
+    mean = {name: np.mean(values) for name, values in places.items()}
+    assert mean == pytest.approx({"short": 0.5, "long": 0.5, "slot": 1}, abs=0.03)
 
 
 def test_the_order_of_even_batches_does_not_change_with_versions():
-    # By hand from NumPy's Philox and SeedSequence, whose streams are fixed: a resumed run continues its order.
+    # From NumPy's Philox and SeedSequence, whose streams are fixed: a resumed run continues its order.
     order = batch_order(6, batch_size=2, seed=0, lengths=np.array([4, 4, 4, 2, 2, 2]))
-    assert [order[n].tolist() for n in range(6)] == [[0, 3], [5, 1], [2, 4], [3, 2], [4, 1], [5, 0]]
+    assert [order[n].tolist() for n in range(6)] == [[0, 4], [3, 2], [5, 1], [3, 1], [4, 2], [5, 0]]
 
 
 test_batches_that_are_rejected = refusals(
