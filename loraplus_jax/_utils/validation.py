@@ -124,13 +124,21 @@ def expand_path(name: str, path: str | Path) -> Path:
         ) from None
 
 
-def check_new_path(name: str, path: Path) -> None:
-    """Raises ValueError if the path exists, also as a symlink to nothing, or if a parent is not a directory."""
+def check_new_path(name: str, path: Path, *, outside: Sequence[Path] = ()) -> None:
+    """Raises ValueError unless a new directory can be written at a path, `outside` of some directories.
+
+    The path must not exist, also not as a symlink to nothing, and not be named as a file of tensors.
+    """
+    if path.suffix in (".gguf", ".safetensors"):
+        raise ValueError(f"{name} {path} is a directory to write; choose a name without {path.suffix}")
     for parent in path.parents:
         if os.path.lexists(parent) and not parent.is_dir():
             raise ValueError(f"{name} {path}: {parent} is not a directory; choose another path")
     if os.path.lexists(path):
         raise ValueError(f"{name} {path} already exists; choose another path")
+    for directory in outside:
+        if path.resolve().is_relative_to(directory.resolve()):
+            raise ValueError(f"{name} {path} is in the directory of {directory}; choose a path outside")
 
 
 def check_new_file(name: str, path: Path) -> None:

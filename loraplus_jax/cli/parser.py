@@ -182,11 +182,24 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     for name, (text, _, arguments, settings, *_) in commands.items():
         command = subparsers.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
         command.settings = settings
+        command.register("action", None, _Once)
         for argument, more in arguments.items():
             options: dict[str, Any] = {x: more[x] for x in more if x not in ("requires", "excludes")}
             options["help"] = describe(more)
             command.add_argument(argument, **options)
     return parser
+
+
+class _Once(argparse.Action):
+    """Stores a value, which may be passed once."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        """Raises ArgumentError if there is a value."""
+        if option_string is not None and hasattr(namespace, self.dest):
+            raise argparse.ArgumentError(self, "passed twice; leave one out")
+        setattr(namespace, self.dest, values)
 
 
 class _Parser(argparse.ArgumentParser):

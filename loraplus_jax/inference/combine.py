@@ -11,8 +11,9 @@ from ..data.fetch import resolve
 from ..interop import adapter_directory, peft_files
 from ..interop.adapter_directory import Adapter, load_adapter, save_adapter
 from ..interop.combination import combine_adapters
+from ..settings.yaml_files import read_word
 from ..training.place import ADAPTERS, Place, look
-from ..training.provenance import check_allowed, check_identity
+from ..training.provenance import MODEL_PARTS, check_allowed, check_identity
 from ..training.run_files import ADAPTER
 from ..training.saved_adapter import read_adapter
 from .tuned_model import NO_DATA, TrainingConfig, describe, read_config
@@ -55,8 +56,7 @@ def combine_runs(
     `adapter.json` of the result says what it was made from, under `combined`. `options` are those of
     `combine_adapters`.
     """
-    check_new_path("--out", out)
-    check_allowed(allow_different)
+    check_allowed(allow_different, MODEL_PARTS)
     listed: list[tuple[str, Place, float]] = []
     for text in adapters:
         name, weight = _split(text)
@@ -65,6 +65,7 @@ def combine_runs(
             if place.directory.samefile(other.directory):
                 raise ValueError(f"{earlier} is listed twice, also as {name}; add up its weights")
         listed.append((name, place, weight))
+    check_new_path("--out", out, outside=[place.directory for _, place, _ in listed])
     if config is not None and not any(place.kind == "peft" for _, place, _ in listed):
         raise ValueError("--config requires a PEFT adapter; these have their own training settings")
     read = None if config is None else read_config(config)
@@ -125,12 +126,12 @@ def _split(text: str) -> tuple[str, float]:
     name, equals, weight = text.rpartition("=")
     if not equals or expand_path("adapter", text).exists():  # a path may have a = of its own
         return text, 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        raise ValueError(f"{text}: the weight after = must be a number, got {weight!r}") from None
+    # As a setting, where other scripts' digits and 1_0 are text.
+    value = read_word(weight)
+    if type(value) not in (int, float):
+        raise ValueError(f"{text}: the weight after = must be a finite number, got {weight!r}")
     check_number(f"weight of {name}", value)
-    return name, value
+    return name, float(value)
 
 
 def _read(

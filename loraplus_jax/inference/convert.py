@@ -29,7 +29,7 @@ from ..step.fingerprints import fingerprint
 from ..step.run_metadata import describe_run
 from ..tasks.causal_lm import model_config
 from ..training.place import ADAPTERS, Place, look
-from ..training.provenance import check_allowed
+from ..training.provenance import MODEL_PARTS, check_allowed
 from ..training.saved_adapter import read_adapter, transformers_class_of
 from . import verify_conversion as verify_by
 from .checkpoint_merge import CheckpointMerge, dtype_of
@@ -89,11 +89,11 @@ def convert(
             re.compile(rule)
         except re.error as error:
             raise ValueError(f"--leave_out: invalid regular expression {rule!r:.80}: {error}") from None
-    check_allowed(allow_different)
-    check_new_path("--out", out)
+    check_allowed(allow_different, MODEL_PARTS)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
     place = look(source)
+    check_new_path("--out", out, outside=[place.directory])
     kind = _kind_of(place, library)
     options = {"--scale": scale, "--alpha": alpha, "--path_map": path_map, "--leave_out": leave_out or None}
     options["--allow_different"] = allow_different or None

@@ -26,7 +26,7 @@ from ..tasks.encoder import EncoderTask
 from ..tasks.interface import AdaptedModel
 from ..training.distributed import check_same_everywhere, raise_together
 from ..training.place import Place, look
-from ..training.provenance import Identity, check_allowed, check_identity, model_identity
+from ..training.provenance import MODEL_PARTS, Identity, check_allowed, check_identity, model_identity
 from ..training.saved_adapter import adapter_config, merged_table, read_adapter, saved_config
 from ..training.setup import base_parts, build_model, load_model, task_class
 from .devices import choose_mesh, to_mesh
@@ -150,6 +150,7 @@ def describe_language(
     place: Place, config: str | None = None, allow_different: Sequence[str] = (), **options: Any
 ) -> TunedModel:
     """Describes a language model from `look_model`; see `describe`."""
+    check_allowed(allow_different, MODEL_PARTS)
     if allow_different and config is None and place.kind in ("peft", "base"):
         raise ValueError(
             f"--allow_different {allow_different[0]} requires a run or merged model, got {place.name}"

@@ -502,11 +502,16 @@ def _missing_modules(
         for name in sorted(names.keys() - trained)
         if any(name.endswith(end) for end in options.modules_to_save)  # as PEFT finds it
     ]
-    if options.target_modules is None:
-        return problems
     adapted = {name.removesuffix(end) for name in tensors for end in _ENDS if name.endswith(end)}
     adapted |= {name for target in targets.values() for name in target.names.values()}
     adapted |= {head for head, name in tied_heads(path_map).items() if name in adapted}
+    problems += [
+        f"target_parameters: {rule!r:.80} has no factors"
+        for rule in options.target_parameters
+        if not any(f".{name}".endswith((f".{rule}", f".{rule}".removesuffix(".weight"))) for name in adapted)
+    ]
+    if options.target_modules is None:
+        return problems
     others = {name: is_embedding for name, is_embedding in names.items() if name not in adapted}
     missing = others.keys() - options.left_out(others).keys()
     idle = options.missing_targets(adapted) if params is None else []

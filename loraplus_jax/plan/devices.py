@@ -173,7 +173,7 @@ _MULTIPROCESSORS = {8.0: (64, 2048, 164, 163), 9.0: (128, 2048, 228, 227), 10.0:
 (CUDA programming guide, technical specifications per compute capability)."""
 _OTHER_MULTIPROCESSORS = (128, 1536, 100, 99)
 
-_TOPOLOGY = re.compile(r"(.+):(\d+(?:x\d+)*)")
+_TOPOLOGY = re.compile(r"(.+):([0-9]+(?:x[0-9]+)*)")
 # Keeps libtpu from querying a TPU's metadata server and workers, and from taking the lock of another process.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import sys
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,7 +127,7 @@ def _attribute_texts(section: Any) -> dict[str, str]:
 def _parse_overrides(
     arguments: Sequence[str], fields: Mapping[str, SettingField]
 ) -> Iterator[tuple[str, Any]]:
-    remaining = list(arguments)
+    remaining, passed = list(arguments), dict[str, str]()
     while remaining:
         argument = remaining.pop(0)
         name, equals, text = argument.removeprefix("--").partition("=")
@@ -138,6 +139,9 @@ def _parse_overrides(
             if not remaining:
                 raise ValueError(f"--{name} requires a value: {describe_type(fields[name].type)}")
             text = remaining.pop(0)
+        if passed.setdefault(name, text) != text:  # a script's own values may stand before the user's
+            print(f"loraplus: --{name} is passed twice; {text} replaces {passed[name]}", file=sys.stderr)
+            passed[name] = text
         yield name, _parse_value(fields[name].type, text)
 
 
@@ -268,6 +272,7 @@ def check_schema(schema: Any, content: Any, name: object) -> Any:
         problems = [
             f"{'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}"
             + (f", got {problem['input']!r:.80}" if problem["type"] != "missing" else "")
+            + ("; put it in quotes" if problem["type"] == "string_type" else "")  # YAML's numbers and dates
             for problem in error.errors(include_url=False)
         ]
         raise ValueError(f"{name}: {join_first(problems)}") from None

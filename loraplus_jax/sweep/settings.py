@@ -10,7 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ..adapter.config import BASE_INITS
-from ..settings.field_types import SECTION, Count, Distinct, Fraction, Index, Int, Number, Rate, Switch
+from ..settings.field_types import SECTION, Count, Distinct, Fraction, Index, Int, Rate, Switch
 from ..settings.schema import INVARIANT, OptimizerSettings, Settings
 
 ArmName = Literal["lora", "lora_plus", "control"]
@@ -106,7 +106,7 @@ class SweepSettings:
     control: Switch = True
     rungs: Annotated[tuple[Fraction, ...], Field(min_length=1), Distinct] = (0.125,)
     keep: Fraction = 0.125
-    target: Number | None = None
+    target: Rate | None = None
     members_at_once: Annotated[Count, Field(le=MOST_MEMBERS)] | None = None
     methods: Annotated[tuple[MethodName, ...], Field(min_length=1), Distinct] | None = None
     method_learning_rates: dict[MethodName, Rates] = dataclasses.field(default_factory=dict)

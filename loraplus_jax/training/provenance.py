@@ -68,6 +68,8 @@ PARTS = (
     "data",
 )
 """The parts that `--allow_different` accepts, as well as their fields, such as base.config.rope_theta."""
+MODEL_PARTS = PARTS[:-1]
+"""Those of a command that compares no data."""
 PAD_TOKENS = ("[PAD]", "<pad>", "</s>", "<|endoftext|>")
 """What earlier versions padded with, where the model's files do not say it."""
 
@@ -102,8 +104,8 @@ def model_identity(
     return {"base": {"config": config}, "tokenizer": digest, **more}
 
 
-def check_allowed(allow: Sequence[str]) -> None:
-    """Raises ValueError if a name is not a part of an identity, or a field of one."""
+def check_allowed(allow: Sequence[str], parts: Sequence[str] = PARTS) -> None:
+    """Raises ValueError if a name is not a part of an identity that a command compares, or a field of one."""
     kinds = [family.config for family in (*ENCODERS, *FAMILIES)]
     configs = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     fields = {
@@ -113,8 +115,8 @@ def check_allowed(allow: Sequence[str]) -> None:
     }
     for name in allow:
         part, _, field = name.rpartition(".")
-        if field not in fields.get(part, ()):
-            check_choice("--allow_different", name, PARTS)
+        if part not in parts or field not in fields.get(part, ()):
+            check_choice("--allow_different", name, parts)
 
 
 def check_identity(

@@ -74,6 +74,7 @@ test_what_is_rejected = refusals(
     (given("show ~nosuchuser/r"), "RUN", "~nosuchuser", "no home directory"),
     (given("make --seed 3"), "CONFIG", "loraplus make --help"),
     (given("make c.yaml --part"), "--part", "loraplus make --help"),
+    (given("show r --size 3 --size=4"), "--size", "twice"),
     (given("make c.yaml --fresh=1"), "--fresh", "'1'"),
 )
 

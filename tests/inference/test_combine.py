@@ -166,6 +166,10 @@ def test_bad_arguments_are_one_line_and_leave_nothing(tmp_path, capsys):
         ((run, "--how", "mean", "--out", out), ["--how", "'mean'", "dare_ties"]),
         ((run, "--out", out), ["--how"]),
         ((f"{run}=half", *cat), ["'half'", "number"]),
+        ((f"{run}=\uff11", *cat), ["'\uff11'", "number"]),  # a full-width digit
+        ((run, "--how", "cat", "--out", run / "new"), ["--out", run / "new", "outside"]),
+        ((run, "--how", "cat", "--out", tmp_path / "x.gguf"), ["--out", "x.gguf", "directory"]),
+        ((run, *cat, "--allow_different", "data"), ["--allow_different", "'data'", "base.weights"]),
         ((f"{run}=nan", *cat), ["nan", "finite"]),
         ((run, f"{run}=2", *cat), ["twice", run]),
         ((run, f"{run}/../run", *cat), ["twice", run, f"{run}/../run"]),

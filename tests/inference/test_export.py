@@ -68,4 +68,10 @@ def test_bad_exports_are_one_line_and_leave_nothing(untrained, tmp_path, capsys)
     ):
         assert_mentions(rejected(capsys, "export", untrained.out, "--to", to, *flags), *words)
     assert_mentions(rejected(capsys, "export", tmp_path, "--to", to), "run", tmp_path)
+    inside = untrained.out / "adapter/peft"
+    assert_mentions(rejected(capsys, "export", untrained.out, "--to", inside), inside, "outside")
+    words = ("export", untrained.out, "--merged", "--to", tmp_path / "x.gguf")
+    assert_mentions(rejected(capsys, *words), tmp_path / "x.gguf", "directory")
+    words = ("export", untrained.out, "--to", to, "--allow_different", "data.train")
+    assert_mentions(rejected(capsys, *words), "--allow_different", "'data.train'", "base.weights")
     assert list(tmp_path.iterdir()) == []

@@ -165,6 +165,10 @@ def test_experts_in_one_parameter(tmp_path):
     assert options["target_parameters"] == ["experts.down_proj"]
     again = load_peft(tmp_path / "a", {"m": spec}, [("m", "experts.down_proj", "Parameter")])
     jax.tree.map(np.testing.assert_array_equal, again.lora, factors(spec))
+    options["target_parameters"].append("experts.up_proj")
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(options))
+    with pytest.raises(ValueError, match=mentions("target_parameters", "'experts.up_proj'")):
+        load_peft(tmp_path / "a", {"m": spec}, [("m", "experts.down_proj", "Parameter")])
 
 
 def test_the_tensors_of_a_users_own_model(tmp_path):

@@ -104,6 +104,7 @@ test_topologies_that_do_not_exist = refusals(
     (targets("a100:8"), "'a100-40' or 'a100-80'"),
     (targets("h100"), "h100:COUNT", "'h100'"),
     (targets("h100:-1"), "h100:COUNT", "'h100:-1'"),
+    (targets("h100:\uff18"), "h100:COUNT"),  # a full-width digit
     (targets("h100:0"), "h100:COUNT", "'h100:0'"),
     (targets("h100:2x2x2"), "h100:HOSTSxCOUNT"),
     (targets("h100:5000"), "4,096", "'h100:5000'"),
@@ -112,6 +113,7 @@ test_topologies_that_do_not_exist = refusals(
     (card(speed=1), "speed"),
     (card(memory="much"), "memory", "number", "'much'"),
     (card(memory=".inf"), "memory", "inf"),
+    (card(name="5090"), "name", "5090", "quotes"),
     (card(cores=0), "cores", "greater than 0"),
     (card(capability=7.0), "capability", "7.5", "7.0"),
 )

@@ -14,7 +14,7 @@ from loraplus_jax.settings.parsing import (
 )
 from loraplus_jax.settings.schema import QUERIES_AND_VALUES, DeviceSettings, Settings
 
-from ..messages import mentions
+from ..messages import assert_mentions, mentions
 from ..refusals import refusals
 from .values import FIELDS, FILES, LEAST, OTHER, nested, parsed, parsing, value
 
@@ -68,6 +68,13 @@ def test_separate_files(tmp_path):
 def test_what_words_of_the_command_line_mean(tmp_path, name, words, found):
     content = LEAST | {"lora": {"rank": 2}, "optimizer": {"max_grad_norm": 1.0}, "mesh": {"data": 1}}
     assert value(parsed(tmp_path, *words, content=content), name) == found
+
+
+def test_a_setting_that_is_passed_twice_is_told(tmp_path, capsys):
+    parsed(tmp_path, "--seed", "1", "--lora.rank=3", "--lora.rank", "3")
+    assert not capsys.readouterr().err
+    parsed(tmp_path, "--seed", "1", "--lora.rank=3", "--seed=2")
+    assert_mentions(capsys.readouterr().err, "--seed", "twice", 1, 2)
 
 
 def setting(name, given):

@@ -126,6 +126,7 @@ BAD = {
     '--sweep.alphas=[2,4] --lora.alpha_pattern={"query":2}': ["sweep.alphas", "lora.alpha_pattern", "query"],
     '--sweep.ranks=[2] --lora.rank_pattern={"query":2}': ["sweep.ranks", "lora.rank_pattern", "query"],
     "--lora.alpha=3e38 --optimizer.learning_rate=1e-5": ["alpha", "6e+38", "float32"],
+    "--sweep.target=-1": ["sweep.target", 0, -1],
     "--sweep.learning_rates=[]": ["sweep.learning_rates", "empty"],
     "--sweep.learning_rates=[1e-3,0]": ["sweep.learning_rates[1]", 0],
     "--sweep.learning_rates=[.inf]": ["sweep.learning_rates[0]", "inf"],
