@@ -296,9 +296,10 @@ def _convert_named(
         else:
             _write_ours(partial, peft)
     if to != "loraplus":  # whose own description has the digests
-        tensors = sorted(path.name for path in partial.iterdir() if path.suffix in (".safetensors", ".gguf"))
+        # All of them: nothing else says what is in the configs.
+        files = sorted(path.name for path in partial.iterdir())
         (partial / NOTES_FILE).write_text(
-            record_text(describe_run({}, None), partial, tensors), encoding="utf-8"
+            record_text(describe_run({}, None), partial, files), encoding="utf-8"
         )
     if no_verify:
         return [*lines, "not verified (--no_verify)"]

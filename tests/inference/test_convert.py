@@ -179,6 +179,27 @@ def test_adapters_of_peft(to, dora, by, base, tmp_path, capsys, request):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("to", "config", "change"),
+    [
+        ("peft", "adapter_config.json", {"lora_alpha": 7}),
+        ("merged", "config.json", {"rms_norm_eps": 1e-3}),
+        ("merged", "tokenizer_config.json", {"eos_token": language_world.TURN}),
+    ],
+)
+def test_a_config_that_was_changed_is_named(to, config, change, base, tmp_path, capsys):
+    source = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base)
+    out = tmp_path / "out"
+    converted(capsys, source, "--to", to, "--out", out, "--no_verify")
+    asked = ("generate", str(out), "--prompt", "a", "--max_tokens", "1")
+    assert main([*asked]) == 0
+    content = json.loads((out / config).read_text())
+    (out / config).write_text(json.dumps(content | change))
+    assert main([*asked]) == 2
+    assert_mentions(capsys.readouterr().err, out / config, "changed", "digest")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["peft", "merged"])
 def test_damage_to_what_was_written_is_named(to, base, tmp_path, capsys):
     source = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base)
