@@ -1,5 +1,6 @@
 """`loraplus convert`: writes an adapter of a known library for others, or merged into its base."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..data.fetch import resolve
 from ..interop.adapter_directory import check_finite, load_adapter, save_adapter
 from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map, torch_module_of
-from ..interop.peft_files import NOTES_FILE, peft_options, save_peft
+from ..interop.peft_files import NOTES_FILE, OPTIONS, peft_options, save_peft
 from ..models.checkpoints.gguf.file import GgufFile
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.transformers_class import causal_lm_class
@@ -38,6 +39,7 @@ from .convert_sources import (
     PeftSource,
     Source,
     TreeSource,
+    temporary_directory_for,
 )
 from .export import DTYPES, export_run, lasting_name
 from .gguf_adapter import save_gguf_adapter
@@ -126,9 +128,11 @@ def convert(
                 leave_out=leave_out,
                 allow_different=allow_different,
             )
-        lines = _convert_named(
-            read, to, partial, named, lasting_name(base, named.files.path), dtype, no_verify
-        )
+        name = lasting_name(base, named.files.path)
+        if isinstance(read, PeftSource) and read.options.target_parameters and to == "loraplus":
+            lines = _convert_parameters(read, partial, named, name, no_verify)
+        else:
+            lines = _convert_named(read, to, partial, named, name, dtype, no_verify)
         return "\n".join([f"{out}: {lines[0]}", *lines[1:]])
 
 
@@ -288,12 +292,8 @@ def _convert_named(
         if to == "gguf":
             written = _write_gguf(partial, peft, base.files, dtype)
             lines = [f"{written[0]}, from {source.about}", *written[1:]]
-        elif not verify_by.is_known(base):
-            raise ValueError(
-                f"--to loraplus requires a base of a model of this package, got model_type "
-                f"{base.config.get('model_type')!r:.80}; use --to peft or merged"
-            )
         else:
+            _check_known(base)
             _write_ours(partial, peft)
     if to != "loraplus":  # whose own description has the digests
         # All of them: nothing else says what is in the configs.
@@ -304,6 +304,33 @@ def _convert_named(
     if no_verify:
         return [*lines, "not verified (--no_verify)"]
     return [*lines, _format(_verify(source, base, to, partial, dtype))]
+
+
+def _convert_parameters(
+    source: PeftSource, partial: Path, base: NamedBase, name: str, no_verify: bool
+) -> list[str]:
+    """Converts an adapter of parameters of experts, of which the file's tensors are parts, by this package's model."""
+    _check_known(base)
+    with temporary_directory_for(source.place) as folder:
+        source.copy(folder, base)
+        options = read_json(folder / OPTIONS) | {"base_model_name_or_path": name}
+        (folder / OPTIONS).write_text(json.dumps(options), encoding="utf-8")
+        _write_ours(partial, folder)
+        adapter = load_adapter(partial)
+        check_finite(source.place, adapter.lora)
+        lines = [f"{_WRITTEN['loraplus']} with {len(adapter.specs)} adapted parameters, from {source.about}"]
+        if no_verify:
+            return [*lines, "not verified (--no_verify)"]
+        logits = verify_by.our_logits(base), *map(verify_by.opened_logits, (folder, partial))
+    return [*lines, _format(compare("logits", "loraplus", *logits, TOLERANCE))]
+
+
+def _check_known(base: NamedBase) -> None:
+    if not verify_by.is_known(base):
+        raise ValueError(
+            f"--to loraplus requires a base of a model of this package, got model_type "
+            f"{base.config.get('model_type')!r:.80}; use --to peft or merged"
+        )
 
 
 def _write_ours(partial: Path, peft: Path) -> None:

@@ -225,7 +225,7 @@ class PeftSource:
                 f"for {base.config.get('model_type')!r:.80}"
             )
         with temporary_directory_for(self.place) as folder:
-            copy = self._copy(folder, base)
+            copy = self.copy(folder, base)
             options, tensors = read_peft(copy)
             names = _without_tied_head([*tensors], base)
             adapted = list(dict.fromkeys(m for name in names if (m := _module(name)) is not None))
@@ -291,8 +291,8 @@ class PeftSource:
                 module, _, leaf = _plain(name).rpartition(".")
                 yield f"{base.locate([module])[module]}.{leaf}", tensor
 
-    def _copy(self, folder: Path, base: NamedBase) -> Path:
-        """PEFT's two files alone, with names that PEFT finds: our notes would speak of our own model."""
+    def copy(self, folder: Path, base: NamedBase) -> Path:
+        """Copies PEFT's two files alone, with names that PEFT finds: our notes would speak of our own model."""
         (folder / OPTIONS).write_bytes((self.place / OPTIONS).read_bytes())
         if not self.is_levanter(base):
             (folder / WEIGHTS).write_bytes((self.place / WEIGHTS).read_bytes())

@@ -17,6 +17,8 @@ from loraplus_jax.cli.commands import main
 from loraplus_jax.inference import verify_conversion
 from loraplus_jax.inference.named_base import named_base
 from loraplus_jax.interop.adapter_directory import save_adapter
+from loraplus_jax.interop.peft_files import save_peft
+from loraplus_jax.models.checkpoints import transformers_class
 from loraplus_jax.models.checkpoints.params import load_params
 from loraplus_jax.models.families import family_of
 from loraplus_jax.models.files import open_files
@@ -176,6 +178,32 @@ def test_adapters_of_peft(to, dora, by, base, tmp_path, capsys, request):
     if to == "gguf":
         _, difference, size, effect = differences(converted(capsys, *words, tmp_path / "again"))
         assert difference <= 5e-3 * size < effect  # float16, the default
+
+
+@pytest.mark.slow
+def test_attention_and_experts_of_peft(tmp_path, capsys):
+    base = write_base(tmp_path / "base", model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
+    config = model_config(open_files(base))
+    model, table = family_of("mixtral").model(config), family_of("mixtral").name_table(config)
+    leaves = {"layers/mlp/experts/.*/kernel": "leio"}
+    adapted = LoRAPlusConfig(target_modules=["q_proj"], target_parameters=leaves, rank=2, alpha=3.0)
+    ids = np.zeros((1, 4), np.int32)
+    params = model.init(jax.random.key(0), ids)
+    lora, specs = init_lora(apply_lora_plus(model, adapted), jax.random.key(0), ids, base=params)
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(np.float32), lora)
+    path_map = transformers_class.path_map(table, transformers_class.causal_lm_class(config))
+    save_peft(tmp_path / "peft", lora, specs, adapted, path_map, base_model="somewhere/else")
+    (tmp_path / "peft/loraplus.json").unlink()
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["target_parameters"]
+    out = tmp_path / "out"
+    told = converted(capsys, tmp_path / "peft", "--base", base, "--to", "loraplus", "--out", out)
+    check(told, "loraplus")
+    jax.tree.map(np.testing.assert_allclose, load_adapter(out).lora, lora)
+    assert main(["generate", str(out), "--prompt", "a", "--max_tokens", "1"]) == 0
+    assert_mentions(
+        rejected(capsys, tmp_path / "peft", "--base", base, "--to", "merged", out=tmp_path / "no"), "loraplus"
+    )
 
 
 @pytest.mark.slow
