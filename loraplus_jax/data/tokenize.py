@@ -1,5 +1,6 @@
 """Tokenizes texts for encoders."""
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,6 +8,7 @@ from tokenizers import Tokenizer
 
 from ..models.checkpoints.model_files import ModelFiles
 from .packed_rows import ragged
+from .splits import LabelledText
 
 
 def truncating_tokenizer(files: ModelFiles, max_length: int) -> Tokenizer:
@@ -14,6 +16,45 @@ def truncating_tokenizer(files: ModelFiles, max_length: int) -> Tokenizer:
     tokenizer = files.new_tokenizer()
     tokenizer.enable_truncation(max_length)
     return tokenizer
+
+
+def unknown_ids(tokenizer: Tokenizer) -> set[int]:
+    """The ids that say nothing of a text: those of an empty one and, if there is one, the unknown token's."""
+    model = json.loads(tokenizer.to_str())["model"]  # which names its token or, with Unigram, its id
+    unknown = model.get("unk_id", tokenizer.token_to_id(model.get("unk_token") or ""))
+    return {*tokenizer.encode("").ids, *tokenizer.encode("", "").ids} | {unknown}
+
+
+def input_warnings(
+    rows: Sequence[LabelledText], inputs: Sequence[np.ndarray], tokenizer: Tokenizer
+) -> list[str]:
+    """Warns of texts without a known token, and of different texts with equal tokens but different labels.
+
+    Equal texts with different labels are told by `duplicates.handle_duplicates`.
+    """
+    lines, ignored = list[str](), unknown_ids(tokenizer)
+    unknown = [row.place for row, ids in zip(rows, inputs, strict=True) if ignored.issuperset(ids.tolist())]
+    if unknown:
+        lines.append(
+            f"warning: {len(unknown):,} of {len(rows):,} texts have no token that the tokenizer knows, such as "
+            f"{unknown[0]}"
+        )
+    groups: dict[bytes, list[LabelledText]] = {}
+    for row, ids in zip(rows, inputs, strict=True):
+        groups.setdefault(ids.tobytes(), []).append(row)
+    unclear = list[tuple[LabelledText, LabelledText, int]]()
+    for first, *others in groups.values():
+        differing = (x for x in others if x.label_key != first.label_key and x.key != first.key)
+        if (other := next(differing, None)) is not None:
+            unclear.append((first, other, 1 + len(others)))
+    if unclear:
+        first, other, _ = unclear[0]
+        count = sum(size for *_, size in unclear)
+        lines.append(
+            f"warning: {count:,} of {len(rows):,} texts have the same tokens as others with another label, such as "
+            f"{first.place} and {other.place}"
+        )
+    return lines
 
 
 def encode_texts(

@@ -23,7 +23,7 @@ from ..data.labels import class_labels, label_names, label_summary, regression_l
 from ..data.readers import read_rows
 from ..data.splits import LabelledText, limit_splits, load_rows, load_splits
 from ..data.text_rows import TextRows, text_lengths
-from ..data.tokenize import encode_texts, truncating_tokenizer
+from ..data.tokenize import encode_texts, input_warnings, truncating_tokenizer
 from ..models.bert.config import BertConfig
 from ..models.checkpoints.model_files import ModelFiles, check_ids
 from ..models.checkpoints.quantized import choose_formats
@@ -227,7 +227,9 @@ class EncoderTask(Task):
         classes = label_summary(rows, task.names) if task.names else []
         if settings.data.metrics and "f1" in task.metrics:
             classes.append(f"f1 is that of class {task.names[1]}")
-        summary = (*limited, *classes, *duplicates)
+        texts = [row for split in rows.values() for row in split]
+        inputs = [ids for columns, _ in encoded.values() for ids in columns["input_ids"]]
+        summary = (*limited, *classes, *duplicates, *input_warnings(texts, inputs, tokenizer))
         return TaskData(task, splits, sizes, truncated, digests, summary, constant=constant, longest_row=most)
 
     @classmethod

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from loraplus_jax.data.tokenize import encode_texts, truncating_tokenizer
+from loraplus_jax.data.splits import LabelledText
+from loraplus_jax.data.tokenize import encode_texts, input_warnings, truncating_tokenizer
 from loraplus_jax.models.files import open_files
 
-from ..messages import mentions
+from ..messages import assert_mentions, mentions
 
 
 def _tokenizer(directory: Path, *, baked: bool = True) -> Path:
@@ -52,6 +53,34 @@ def test_pairs_keep_their_special_tokens_and_types(tmp_path):
         "token_type_ids": [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1]],
     }
     assert truncated == 1
+
+
+@pytest.mark.parametrize("kind", ["word", "first", "unigram", "bytes"])
+def test_unknown_texts_and_equal_inputs_with_different_labels_are_counted(tmp_path, kind):
+    tokenizer = open_files(_tokenizer(tmp_path)).new_tokenizer()
+    if kind == "first":  # its id is 0
+        tokenizer = Tokenizer(models.WordLevel({"?": 0, "w1": 1, "w2": 2}, unk_token="?"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    elif kind == "unigram":
+        pieces = [("<s>", 0.0), ("<unk>", 0.0), *((f"w{i}", -1.0) for i in range(20))]
+        tokenizer = Tokenizer(models.Unigram(pieces, unk_id=1))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    elif kind == "bytes":  # which know all texts
+        letters = [*pre_tokenizers.ByteLevel.alphabet()]
+        tokenizer = Tokenizer(models.BPE({x: n for n, x in enumerate(letters)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    texts = ["\N{GRINNING FACE}", "\N{CRYING FACE}", "\N{CRYING FACE}", "w1", "w1", "w2 \N{CRYING FACE}"]
+    rows = [
+        LabelledText(text, label, f"f:{n}")
+        for n, (text, label) in enumerate(zip(texts, "abbaba", strict=True))
+    ]
+    columns, _ = encode_texts([row.texts for row in rows], tokenizer, 60)
+    lines = input_warnings(rows, columns["input_ids"], tokenizer)
+    assert len(lines) == (0 if kind == "bytes" else 2)
+    for line in lines:
+        assert_mentions(line, "warning", "3 of 6", "f:0")
+    # Equal texts are told as duplicates.
+    assert input_warnings(rows[3:], columns["input_ids"][3:], tokenizer) == []
 
 
 def test_long_lists_are_encoded_in_order(tmp_path):

@@ -219,6 +219,15 @@ def test_a_trial_on_few_texts_has_all_classes(world):
     assert data.task.load_split(settings, open_files(world.model), None, str(world.data)).examples == 160
 
 
+def test_texts_of_emoji_alone_are_counted_before_training(world, tmp_path):
+    lines = [f"{chr(0x1F600 + n)},{'yes' if n % 2 else 'no'}" for n in range(60)]
+    (tmp_path / "emoji.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    settings = parse_settings(world.config, ["--data.path", str(tmp_path / "emoji.csv")])
+    unknown, equal = EncoderTask.load(settings, open_files(world.model)).summary[-2:]
+    assert_mentions(unknown, "warning", "60 of 60", "emoji.csv:2")
+    assert_mentions(equal, "warning", "60 of 60", "label", "emoji.csv:2")
+
+
 def test_own_data_chooses_its_metrics(world):
     files = open_files(world.model)
     settings = parse_settings(world.config, ["--data.metrics", "[f1, macro_f1]"])
