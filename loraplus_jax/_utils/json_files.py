@@ -1,5 +1,6 @@
 """Reads untrusted files: only regular files, and JSON with limits on size and depth."""
 
+import codecs
 import json
 import os
 import re
@@ -53,6 +54,13 @@ def check_directory_files(directory: Path) -> None:
     """Raises ValueError unless all files in a directory are regular, for a library that opens them itself."""
     for path in directory.rglob("*"):
         (check_link if path.is_dir() else check_file)(path)
+
+
+def check_not_utf16(path: Path) -> None:
+    """Raises ValueError if a text file begins with the byte order mark of UTF-16, as some editors write it."""
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{path} is UTF-16: save it as UTF-8")
 
 
 def read_text(path: Path, encoding: str = "utf-8", *, links: Links = "inside") -> str:

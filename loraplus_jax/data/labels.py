@@ -59,7 +59,7 @@ def label_summary(splits: Mapping[str, Sequence[LabelledText]], names: Sequence[
     ...     print(line)
     2 classes: Bug 2, bug 1
     warning: classes that differ only in case, spacing or Unicode spelling: Bug, bug
-    warning: classes with one training text: bug
+    warning: classes with one training text: bug; did you mean 'Bug'?
     """
     counts = collections.Counter(row.label for row in splits["train"])
     shown = [f"{name} {counts[name]:,}" for name in names[:MAX_CLASSES_SHOWN]]
@@ -72,7 +72,10 @@ def label_summary(splits: Mapping[str, Sequence[LabelledText]], names: Sequence[
         listed = ", ".join(twins[:MAX_CLASSES_SHOWN])
         lines.append(f"warning: classes that differ only in case, spacing or Unicode spelling: {listed}")
     if single := [name for name in names if counts[name] == 1]:
-        lines.append(f"warning: classes with one training text: {', '.join(single[:MAX_CLASSES_SHOWN])}")
+        # A mistyped label makes a class of its own.
+        others = [name for name in names if counts[name] > 1 and not NUMBER.fullmatch(name)]
+        shown = [name + suggest(name, others, fallback=False) for name in single[:MAX_CLASSES_SHOWN]]
+        lines.append(f"warning: classes with one training text: {', '.join(shown)}")
     return lines
 
 

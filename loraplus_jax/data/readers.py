@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .._utils.json_files import check_file, parse_int
+from .._utils.json_files import check_file, check_not_utf16, parse_int
 from .._utils.validation import suggest
 
 # As programs write numbers: float() would also accept 1_0, the digits of other scripts, nan and inf.
@@ -223,6 +223,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _lines(path: Path, problems: Problems, newline: str) -> Iterator[str]:
+    check_not_utf16(path)
     # Invalid bytes become surrogates, so that each is told with its line.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
         for number, line in enumerate(file, 1):

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from .._utils.json_files import Links, check_file, find_problem, parse_int
+from .._utils.json_files import Links, check_file, check_not_utf16, find_problem, parse_int
 
 
 def read_yaml(path: Path, *, links: Links = "inside") -> Any:
@@ -19,6 +19,7 @@ def read_yaml(path: Path, *, links: Links = "inside") -> Any:
     check_file(path, links=links)
     if (size := path.stat().st_size) > LARGEST_YAML:
         raise ValueError(f"{path} is too large: {size} bytes, the limit is {LARGEST_YAML}")
+    check_not_utf16(path)
     content = path.read_bytes()
     try:
         values = yaml.load(content.decode("utf-8"), _StrictLoader)

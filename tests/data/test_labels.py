@@ -8,7 +8,7 @@ import pytest
 
 from loraplus_jax._utils.validation import suggest
 from loraplus_jax.data import labels
-from loraplus_jax.data.labels import class_labels, label_names, regression_labels
+from loraplus_jax.data.labels import class_labels, label_names, label_summary, regression_labels
 from loraplus_jax.data.splits import LabelledText, load_rows
 from loraplus_jax.settings.schema import DataSettings
 
@@ -64,6 +64,17 @@ def test_many_names_are_neither_compared_nor_all_listed(monkeypatch):
     message = suggest("y", [f"x{i:05}" for i in range(100_000)])
     assert_mentions(message, "x00000", "x00049", "99,950")
     assert len(message) < 1000
+
+
+def test_a_class_of_one_text_is_told_with_the_class_that_it_may_be():
+    def warning(labels):
+        rows = _rows("t" * len(labels), labels)
+        return label_summary({"train": rows}, label_names({"train": rows}))[-1]
+
+    few = 3 * ["positive", "negative"]
+    assert_mentions(warning([*few, "positve"]), "warning", "positve", "'positive'")
+    assert "'" not in warning([*few, "?"])
+    assert "'" not in warning([*(3 * ["1", "2"]), "11"])
 
 
 @pytest.mark.parametrize(

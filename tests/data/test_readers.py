@@ -168,6 +168,15 @@ def test_every_problem_of_a_file_is_named_with_its_line(tmp_path, name, content,
         assert_mentions(line, *words)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json"])
+def test_a_file_in_utf_16_is_named_as_such_alone(tmp_path, name, encoding):
+    path = _write(tmp_path / name, "\ufefftext,label\na,b\n".encode(encoding))
+    with pytest.raises(ValueError, match=mentions(name, "UTF-16", "UTF-8")) as caught:
+        read_rows(path, ["text", "label"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_only_the_first_twenty_problems_are_shown(tmp_path):
     path = _write(tmp_path / "a.csv", "text,label\n" + "a,\n" * 25)
     with pytest.raises(ValueError, match=mentions("a.csv:2", 25)) as caught:

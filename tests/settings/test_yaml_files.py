@@ -4,6 +4,7 @@ import pytest
 
 from loraplus_jax.settings.yaml_files import read_yaml, to_yaml
 
+from ..messages import mentions
 from ..refusals import refusals
 from .values import parsed, parsing
 
@@ -27,6 +28,12 @@ def test_texts_like_numbers_are_read_back(tmp_path, text):
 def test_a_text_that_starts_like_a_number_is_a_text(tmp_path):
     content = "model: {path: m}\ndata: {path: d}\noutput_dir: 5e-4_lora\n"
     assert parsed(tmp_path, content=content).output_dir == "5e-4_lora"
+
+
+def test_a_config_in_utf_16_is_named_as_such(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=mentions("config.yaml", "UTF-16", "UTF-8")):
+        read_yaml(tmp_path / "config.yaml")
 
 
 test_files_that_are_rejected = refusals(
