@@ -36,7 +36,7 @@ from .anomalies import (
 )
 from .console import LineConsole, ProgressLines, format_metrics, header, lines_only, progress
 from .distributed import idle_gpus, join_processes, raise_together
-from .estimate import batches_of, estimate_rest, estimate_run
+from .estimate import batches_of, estimate_rest, estimate_run, format_seconds
 from .evaluation import evaluate, finish_metrics
 from .memory import expected_peak
 from .metrics_log import PICTURE, SUMMARY, TEXTS, RunLog, draw_loss
@@ -78,6 +78,7 @@ def train(
       TrainingFailed: training produced non-finite values.
       LostProcess: another process of the run is gone.
     """
+    began = time.perf_counter()
     with join_processes(settings.distributed), keep_memory():
         console = lines_only(console) if is_lead() else LineConsole(quiet=True)
         with raise_together():
@@ -91,7 +92,7 @@ def train(
                 if is_lead() and run.start is not None and settings.init_adapter is None:
                     write_start(output.path, run.start, run.parts.specs, settings.applied, run.origin)
             output.open_manager(best=f"validation/{run.data.task.metric}", mode=run.data.task.mode)
-            return Trainer(run, output).run_to_end()
+            return Trainer(run, output).run_to_end(began)
 
 
 class Trainer:
@@ -123,8 +124,11 @@ class Trainer:
         self.timed_steps = 0  # steps since `clock` that this process has trained
         self.clock = time.perf_counter()
 
-    def run_to_end(self) -> dict[str, Any]:
-        """Resumes if possible, trains, evaluates and writes the results; returns the summary."""
+    def run_to_end(self, began: float) -> dict[str, Any]:
+        """Resumes if possible, trains, evaluates and writes the results; returns the summary.
+
+        `began` is when the run's preparation did, by `time.perf_counter`.
+        """
         if allgather(self.manager.latest_step())[0] is not None:  # it will replace the initial values
             self.ask_prompt("before", self.state.trainable)
         rows, digest = self.resume()
@@ -154,6 +158,8 @@ class Trainer:
             with self.stop:
                 for line in (*header(self.run, step), *idle_gpus()):
                     self.console.print(line)
+                seconds = format_seconds(time.perf_counter() - began)
+                self.console.print(f"loading and compiling took {seconds}")
                 before = self.evaluate_before()
                 self.loop(step)
                 after = self.finish()

@@ -144,9 +144,13 @@ def test_what_is_printed(finished):
     for start in ("before: accuracy 0.", "after:  accuracy "):
         (line,) = (line for line in lines if line.startswith(start))
         assert_mentions(line, "test", "constant", "0.3125")
-    # The estimate comes before the first step.
-    names = [line.split(":")[0] for line in lines if re.match(r"(estimate|before|step \d+):", line)]
-    assert names == ["estimate", "before", "step 20", "step 40"]
+    # The estimate, which is without the start, comes before the first step.
+    names = [
+        found[0] for line in lines if (found := re.match(r"loading|(estimate|before|step \d+)(?=:)", line))
+    ]
+    assert names == ["loading", "estimate", "before", "step 20", "step 40"]
+    (start,) = (line for line in lines if line.startswith("loading"))
+    assert re.search(r"\d (s|min|h)\b", start)
     assert_mentions(next(line for line in lines if line.startswith("estimate:")), "40 steps", "3 evaluations")
     # A log file gets lines between and during evaluations.
     timed = [line for line in lines if re.search(r"/s, \d+:\d\d:\d\d left$", line)]
