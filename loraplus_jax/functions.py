@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.core.scope import LazyRng
 from jax.tree_util import tree_leaves_with_path
 
+from ._utils.validation import repeated
 from .adapter.config import LoRAPlusConfig
 from .adapter.dora import set_magnitudes
 from .adapter.einsum_letters import LETTERS
@@ -220,10 +221,7 @@ def _arrays(params: Any) -> dict[str, Any]:
     leaves = [(leaf_path(p), x) for p, x in tree_leaves_with_path(params, is_packed)]
     found = [(path, x) for path, x in leaves if hasattr(x, "shape") and hasattr(x, "dtype")]
     if len(arrays := dict(found)) < len(found):
-        names = [path for path, _ in found]
-        raise ValueError(
-            f"params: two weights have the path {next(n for n in names if names.count(n) > 1)!r}"
-        )
+        raise ValueError(f"params: two weights have the path {repeated(path for path, _ in found)[0]!r}")
     return arrays
 
 

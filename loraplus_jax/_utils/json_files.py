@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import math
 import os
 import re
 import stat
@@ -12,19 +13,21 @@ Links = Literal["none", "inside", "any"]
 """Which symbolic links count as a file: none, those that `check_link` allows, or any, where users name the path."""
 
 
-def check_file(path: Path, *, links: Links = "inside") -> None:
-    """Raises ValueError unless a path is a regular file, or one of the `links` to such a file."""
+def check_file(path: Path, *, links: Links = "inside", limit: float = math.inf) -> None:
+    """Raises ValueError unless a path is a regular file of at most `limit` bytes, or one of the `links` to one."""
     # Opening a FIFO can block forever, a device may not end, and writing to a link changes its target.
     try:
-        kind = stat.S_IFMT(path.stat(follow_symlinks=links != "none").st_mode)
+        status = path.stat(follow_symlinks=links != "none")
     except OSError as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         raise ValueError(f"{path} {reason}") from None
-    if kind != stat.S_IFREG:
+    if (kind := stat.S_IFMT(status.st_mode)) != stat.S_IFREG:
         kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFLNK: "symbolic link"}
         raise ValueError(f"{path} is a {kinds.get(kind, 'device or socket')}: use a regular file")
     if links == "inside":
         check_link(path)
+    if status.st_size > limit:
+        raise ValueError(f"{path} is too large: {status.st_size} bytes, the limit is {limit}")
 
 
 def check_link(path: Path) -> None:
@@ -63,9 +66,15 @@ def check_not_utf16(path: Path) -> None:
             raise ValueError(f"{path} is UTF-16: save it as UTF-8")
 
 
-def read_text(path: Path, encoding: str = "utf-8", *, links: Links = "inside") -> str:
-    """The text of an untrusted file; a ValueError if `check_file` rejects it or it is not UTF-8."""
-    check_file(path, links=links)
+def read_text(
+    path: Path, encoding: str = "utf-8", *, links: Links = "inside", limit: int | None = None
+) -> str:
+    """The text of an untrusted file of at most `limit` bytes, by default `MAX_LIST_BYTES`.
+
+    Raises:
+      ValueError: `check_file` rejects it, or it is not UTF-8.
+    """
+    check_file(path, links=links, limit=limit or MAX_LIST_BYTES)
     try:
         return path.read_text(encoding)
     except UnicodeDecodeError as error:
@@ -80,11 +89,12 @@ def read_json(path: Path, *, limit: int | None = None, links: Links = "inside") 
     Raises:
       ValueError: the file is missing, too large, not a JSON object, too deeply nested, or contains invalid text.
     """
-    check_file(path, links=links)
-    if (size := path.stat().st_size) > (limit := limit or MAX_JSON_BYTES):
-        raise ValueError(f"{path} is too large: {size} bytes, the limit is {limit}")
+    check_file(path, links=links, limit=limit or MAX_JSON_BYTES)
+    data = path.read_bytes()
+    if (values := sum(map(data.count, (b",", b"[", b"{")))) > MAX_VALUES:
+        raise ValueError(f"{path} is too large: about {values:,} values, the limit is {MAX_VALUES:,}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_int=parse_int)
+        content = json.loads(data.decode("utf-8"), parse_int=parse_int)
     except (ValueError, RecursionError) as error:  # ValueError for invalid JSON and for invalid UTF-8
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -108,9 +118,11 @@ MAX_DIGITS = 4_300
 # Python needs up to 40 times a JSON file's size in memory, and recursion over it fails at about 1,000 levels.
 MAX_JSON_BYTES, MAX_DEPTH = 2**20, 100
 MAX_LIST_BYTES = 2**24
-"""Of files that list a model's tensors or added tokens."""
-MAX_ROWS_BYTES = 2**30
-"""Of a run's own rows."""
+"""Of files that list a model's tensors or tokens, and of texts."""
+MAX_TOKENIZER_BYTES = 2**26
+"""Of a tokenizer.json: one of a million tokens has 60 MiB."""
+MAX_ROWS_BYTES, MAX_VALUES = 2**28, 2**23
+"""Of a run's own rows: bytes, and values, of which one takes up to 100 bytes in memory."""
 
 
 def find_problem(tree: Any) -> str | None:

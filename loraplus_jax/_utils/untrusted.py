@@ -1,6 +1,6 @@
 """Runs what untrusted files may make hang, crash or grow in a child process of bounded time and memory.
 
-That is templates, tokenizers, regular expressions, and arrays of formats that expand: npz and orbax checkpoints.
+That is templates, tokenizers, regular expressions, and formats that expand: npz, orbax checkpoints and Parquet.
 """
 
 import atexit

@@ -148,10 +148,27 @@ def read_orbax(path: str) -> dict[str, Any]:
     return leaves
 
 
+def try_parquet(path: str, columns: Sequence[str] | None, limit: int) -> None:
+    """Raises ValueError if the columns of a Parquet file need more than `limit` bytes, or cannot be read."""
+    from pyarrow import parquet
+
+    size = 0
+    with parquet.ParquetFile(path, pre_buffer=False) as file:
+        for batch in file.iter_batches(1024, columns=columns, use_threads=False):
+            size += batch.nbytes + 64 * batch.num_rows  # Python's objects need as much for small values
+            if size > limit:
+                raise ValueError(
+                    f"its rows need more than {limit // 2**20} MiB; if you trust it, convert it to .jsonl"
+                )
+
+
 def _prepare(job: str) -> int:
     """Imports what a job needs, which the limits leave out; returns bytes of memory for its threads."""
     if job == "read_npz":
         import numpy as np  # noqa: F401
+    if job == "try_parquet":
+        os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve a gigabyte of addresses
+        import pyarrow.parquet  # noqa: F401
     if job != "read_orbax":
         return 0
     if hasattr(os, "sched_setaffinity"):  # as many threads as processors, with a stack each
@@ -223,7 +240,7 @@ def _answer(line: bytes, output: BinaryIO) -> None:
     output.flush()
 
 
-JOBS = {job.__name__: job for job in (render, try_tokenizer, match, read_npz, read_orbax)}
+JOBS = {job.__name__: job for job in (render, try_tokenizer, try_parquet, match, read_npz, read_orbax)}
 
 if __name__ == "__main__":
     sys.path[:] = json.loads(sys.stdin.buffer.readline())

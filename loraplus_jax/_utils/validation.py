@@ -6,6 +6,7 @@ import math
 import numbers
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,11 @@ def check_int(name: str, value: Any, *, at_least: int, at_most: int | None = Non
         raise ValueError(f"{name} must be an integer of {bounds}, got {value!r:.80}")
     if value >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got {value!r:.80}")
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that occur more than once, in their order."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -11,7 +11,8 @@ from .conversations import Chat, Turn
 from .readers import Problems, read_rows
 
 COLUMNS = ("mr", "ref")
-_SLOT = re.compile(r"\s*([^\[\],|]+?)\s*\[([^\[\]]*)\]\s*")
+# It begins only where a slot may, and no text can match in two ways: a long one without a bracket takes no time.
+_SLOT = re.compile(r"(?:^|(?<=,))\s*([^\[\],|\s][^\[\],|]*)\[([^\[\]]*)\]\s*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def linearize(mr: str) -> str:
     slots = list(_SLOT.finditer(mr))
     if ",".join(slot[0] for slot in slots) != mr:
         raise ValueError(f"must be slot[value], slot[value], or have no brackets, got {mr!r:.80}")
-    return " | ".join(f"{slot[1]} : {slot[2].strip()}" for slot in slots)
+    return " | ".join(f"{slot[1].strip()} : {slot[2].strip()}" for slot in slots)
 
 
 def read_descriptions(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Description]:

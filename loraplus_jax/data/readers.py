@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .._utils.json_files import check_file, check_not_utf16, parse_int
-from .._utils.validation import suggest
+from .._utils.untrusted import MEMORY, MEMORY_PER_BYTE, run_job
+from .._utils.validation import repeated, suggest
 
 # As programs write numbers: float() would also accept 1_0, the digits of other scripts, nan and inf.
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,6})?")
@@ -216,8 +217,7 @@ def parse_json(text: str) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        duplicate = next(name for name in names if names.count(name) > 1)
+        duplicate = repeated(name for name, _ in pairs)[0]
         raise ValueError(f"duplicate key {json.dumps(duplicate):.80} in an object")
     return values
 
@@ -254,7 +254,7 @@ def _table_records(
         top, rows = f"{path}:1", itertools.chain([first], rows)
     else:
         top, header = first
-    faults = [f"column {c!r} appears twice" for c in dict.fromkeys(header) if header.count(c) > 1]
+    faults = [f"column {c!r} appears twice" for c in repeated(header)]
     other = next((d for d in _DELIMITERS if d != delimiter and len(header) == 1 and d in header[0]), None)
     hint = (
         f"; {header[0]!r:.60} looks {_DELIMITERS[other]}-separated: set data.delimiter {other!r}"
@@ -351,6 +351,11 @@ def _parquet_records(path: Path, columns: Sequence[str], problems: Problems) -> 
             for column in columns:
                 if column not in names:
                     problems.add(f"{path}: item 1", f"no column {column!r}{suggest(column, names)}")
+            if not problems.count:
+                # Some kB can unpack to gigabytes.
+                limit = MEMORY + MEMORY_PER_BYTE * path.stat().st_size
+                arguments = {"path": str(path), "columns": list(columns) or None, "limit": limit}
+                run_job(f"{path}: cannot read the Parquet file", "try_parquet", files=[path], **arguments)
             for batch in () if problems.count else file.iter_batches(columns=list(columns) or None):
                 try:
                     records = batch.to_pylist()

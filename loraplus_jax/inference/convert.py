@@ -309,7 +309,7 @@ def _convert_named(
 def _convert_parameters(
     source: PeftSource, partial: Path, base: NamedBase, name: str, no_verify: bool
 ) -> list[str]:
-    """Converts an adapter of parameters of experts, of which the file's tensors are parts, by this package's model."""
+    """Converts an adapter of experts, of which the file's tensors are parts, by this package's model."""
     _check_known(base)
     with temporary_directory_for(source.place) as folder:
         source.copy(folder, base)

@@ -8,7 +8,7 @@ import jax
 import optax
 from flax import struct
 
-from .._utils.validation import check_choice
+from .._utils.validation import check_choice, repeated
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path, replace_paths
 from .find_pairs import factor_pairs, is_embedding_factor, is_magnitude, spec_paths
@@ -109,11 +109,10 @@ def find_states(opt_state: Any, *kinds: type) -> list[Any]:
     is_kind = lambda x: isinstance(x, kinds or LoRAPlusState)  # noqa: E731
     states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
     paths = [path for x in states if isinstance(x, LoRAPlusState) for path, _ in x.roles]
-    if len(paths) > len(set(paths)):
-        path = next(path for path in paths if paths.count(path) > 1)
+    if twice := repeated(paths):
         raise ValueError(
-            f"lr_ratio applies twice: two LoRA+ transforms update {path}; keep one, or give each separate leaves "
-            "by optax.multi_transform"
+            f"lr_ratio applies twice: two LoRA+ transforms update {twice[0]}; keep one, or give each separate "
+            "leaves by optax.multi_transform"
         )
     return states
 

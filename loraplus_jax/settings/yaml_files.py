@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from .._utils.json_files import Links, check_file, check_not_utf16, find_problem, parse_int
+from .._utils.validation import repeated
 
 
 def read_yaml(path: Path, *, links: Links = "inside") -> Any:
@@ -16,9 +17,7 @@ def read_yaml(path: Path, *, links: Links = "inside") -> Any:
       ValueError: the file is not valid YAML, has a duplicate key or an alias, or is too large or too deeply nested;
         the message names the file.
     """
-    check_file(path, links=links)
-    if (size := path.stat().st_size) > LARGEST_YAML:
-        raise ValueError(f"{path} is too large: {size} bytes, the limit is {LARGEST_YAML}")
+    check_file(path, links=links, limit=LARGEST_YAML)
     check_not_utf16(path)
     content = path.read_bytes()
     try:
@@ -51,10 +50,10 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Rejects duplicate keys."""
-        keys = [key.value for key, _ in node.value]
-        if duplicate := next((key for key in keys if keys.count(key) > 1), None):
+        # A key that is a list is an error of the base class.
+        if duplicates := repeated(key.value for key, _ in node.value if isinstance(key.value, str)):
             raise yaml.constructor.ConstructorError(
-                None, None, f"duplicate key {duplicate!r}", node.start_mark
+                None, None, f"duplicate key {duplicates[0]!r}", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
@@ -83,7 +82,7 @@ class _Dumper(yaml.SafeDumper):
 for _class in (_StrictLoader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
         [*"-+.0123456789"],
     )
 

@@ -15,7 +15,14 @@ import ml_dtypes
 import numpy as np
 
 from ..._utils.atomic import to_json
-from ..._utils.json_files import MAX_LIST_BYTES, check_file, is_plain_name, read_json, read_text
+from ..._utils.json_files import (
+    MAX_LIST_BYTES,
+    MAX_TOKENIZER_BYTES,
+    check_file,
+    is_plain_name,
+    read_json,
+    read_text,
+)
 from ..._utils.untrusted import run_job
 from .model_files import ModelFiles, View
 
@@ -88,7 +95,7 @@ class HubDirectory(ModelFiles):
             raise ValueError(
                 f"{self.path} has no tokenizer.json; save the model with a fast tokenizer to create it"
             )
-        source = read_text(path)
+        source = read_text(path, limit=MAX_TOKENIZER_BYTES)
         digest = hashlib.sha256(source.encode()).digest()
         if digest not in _tried:
             run_job(f"{path} is not a valid tokenizer", "try_tokenizer", source=source)
