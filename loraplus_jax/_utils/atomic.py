@@ -93,7 +93,7 @@ def temporary_directory(parent: Path | None = None) -> Iterator[Path]:
     """Yields a new hidden directory, which no other process uses, and removes it at the end.
 
     If a signal ends the process, `remove_unfinished` removes it, and after a SIGKILL `remove_leftovers`, which the
-    next call for `parent` begins with.
+    next call for `parent` begins with, and each command for the system's directory.
 
     Args:
       parent: where to make it; by default the system's directory for temporary files.

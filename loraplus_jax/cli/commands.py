@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from importlib.metadata import requires
@@ -16,7 +17,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any, TextIO
 
-from .._utils.atomic import to_json
+from .._utils.atomic import remove_leftovers, to_json
 from .._utils.validation import check_new_file, escape_controls
 from .parser import TRACEBACK, Command, flag, load, parse, path, value
 
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(Output(sys.stderr)):  # pyright: ignore
         try:
             if stdout.error is None:
+                with contextlib.suppress(
+                    OSError
+                ):  # no directory for temporary files, which few commands need
+                    remove_leftovers(Path(tempfile.gettempdir()))
                 code = _run_command(arguments)
         except SystemExit:  # argparse has printed help
             pass

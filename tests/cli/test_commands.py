@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from loraplus_jax._utils.atomic import temporary_directory
 from loraplus_jax.cli.commands import COMMANDS, main
 from loraplus_jax.cli.parser import parse
 from loraplus_jax.inference.combine import combine_runs
@@ -189,6 +190,18 @@ def test_a_very_long_line_of_an_error_is_shortened(capsys):
     assert len(line) < 2100
     assert "xxx" in line
     assert "quickstart" in line
+
+
+def test_a_command_removes_what_killed_ones_left_in_the_temporary_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / ".other.partial").mkdir()
+    with temporary_directory() as living:
+        (tmp_path / ".loraplus-killed.partial/new").mkdir(parents=True)
+        main(["recipes"])
+        assert {*tmp_path.iterdir()} == {living, tmp_path / ".other.partial"}
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", list)
+    assert main(["recipes"]) == 0
 
 
 def test_the_version(capsys):
