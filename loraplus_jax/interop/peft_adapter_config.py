@@ -6,7 +6,7 @@ only, and the first match applies.
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -143,8 +143,7 @@ class PeftOptions:
         if isinstance(rule, str):
             matched = _match(f"{self.file}: {option}", [rule], names)
             return {name for name, indices in zip(names, matched, strict=True) if indices}
-        exact = {*(rule or ())}
-        return {name for name in names if name in exact or any(name.endswith(f".{end}") for end in exact)}
+        return {name for ends in _by_end(rule or (), names).values() for name in ends}
 
     def _layer_of(self, name: str) -> int | None:
         """The number of a module's layer, as PEFT finds it: the first one behind the name of a list of layers."""
@@ -163,7 +162,8 @@ class PeftOptions:
         """
         if self.exclude_modules or self.layers_to_transform or isinstance(self.target_modules, str):
             return []
-        return [t for t in self.target_modules or () if not any(_ends_in(name, t) for name in names)]
+        found = _by_end(self.target_modules or (), names)
+        return [target for target in self.target_modules or () if target not in found]
 
 
 def read_options(path: Path) -> PeftOptions:
@@ -371,6 +371,16 @@ def _owns(parameter: str, module: str) -> bool:
 
 def _ends_in(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
+
+
+def _by_end(ends: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
+    """The names by the ends that `_ends_in` finds, without a comparison of each with each: both are untrusted."""
+    ends, found = {*ends}, {}
+    segments = {end.count(".") + 1 for end in ends}
+    for name in names:
+        for end in {".".join(name.rsplit(".", count)[-count:]) for count in segments} & ends:
+            found.setdefault(end, []).append(name)
+    return found
 
 
 def _first_matches(where: str, patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

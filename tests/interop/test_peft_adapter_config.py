@@ -120,3 +120,12 @@ def test_all_linear_layers_are_neither_embeddings_nor_heads(tmp_path):
     tied = options_file(tmp_path, target_modules=["model.embed_tokens"], ensure_weight_tying=True)
     names = {"model.embed_tokens": True, "lm_head": False, "q": False}
     assert read_options(tied).left_out(names) == {"q": "target_modules"}
+
+
+def test_many_targets_and_many_modules_take_the_time_of_both_not_of_each_pair(tmp_path, ten_seconds):
+    targets = [*(f"{n:x}" for n in range(100_000)), "q", "1.v", "whole.k"]
+    options = read_options(options_file(tmp_path, target_modules=targets))
+    selected = [f"layers.{n}.q" for n in range(3_000)] + ["layers.1.v", "whole.k"]
+    others = ["layers.2.v", "layers.1.aq", "outer.k"]
+    assert set(options.left_out(dict.fromkeys([*selected, *others], False))) == {*others}
+    assert len(options.missing_targets(selected)) == 100_000
