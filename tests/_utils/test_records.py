@@ -60,6 +60,23 @@ def test_a_change_is_an_error_unless_the_digest_is_removed(record, edit):
     read_record(change(record, lambda c: c.pop("digest")))
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [lambda c: c.update(loss=0.5), lambda c: c.pop("digest"), lambda c: c.clear(), lambda c: c.update(n=1)],
+)
+def test_with_a_remedy_a_digest_may_not_be_missing_and_every_error_ends_in_it(record, edit):
+    def check(content):
+        if "n" in content:
+            raise ValueError("n is not of this record")
+
+    assert read_record(record, check, remedy="train again")["steps"] == [1, 2]
+    with pytest.raises(ValueError, match="restore it, or train again$"):
+        read_record(change(record, edit), check, remedy="train again")
+    record.write_text("{")
+    with pytest.raises(ValueError, match="restore it, or train again$"):
+        read_record(record, check, remedy="train again")
+
+
 def test_base_and_data_may_move(record):
     def move(content):
         content["settings"]["model"]["path"] = "/elsewhere"
