@@ -170,7 +170,8 @@ def _read_layer(x: jax.Array, layer: jax.Array) -> jax.Array:
 def _write_layer(old: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
     """`old` (B, L, K, S, H) with `new` (B, 1, K, T, H) in a layer, from slot `start` on."""
     # XLA clamps the start of an update: beyond the last slot it would overwrite earlier ones, so callers make room.
-    return jax.lax.dynamic_update_slice(old, new, (0, layer, 0, start, 0))
+    zero, layer, start = jnp.int32(0), jnp.int32(layer), jnp.int32(start)  # of one dtype, in 64-bit mode too
+    return jax.lax.dynamic_update_slice(old, new, (zero, layer, zero, start, zero))
 
 
 class CausalLM(Part):
@@ -268,7 +269,7 @@ class CausalLM(Part):
         Returns:
           Logits of the last token, float32 (B, vocabulary), and the cache.
         """
-        segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
+        segments = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
         positions = jnp.cumsum(segment_ids, axis=1) - 1
         if not first:
             positions += jnp.sum(cache.segment_ids, axis=1, keepdims=True)

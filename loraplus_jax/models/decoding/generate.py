@@ -71,8 +71,7 @@ def make_generate(
       (B, T), with `segment_ids` 1 on tokens and 0 on padding, as from `pad_left`, one key per prompt (B,), and for
       a model with the config of an `AdapterStack` that stack and the slot of each prompt. Returns int32
       (B, new_tokens): tokens up to and including one of `stop` or `NONFINITE_LOGITS`, then `PAD_AFTER_END`. A
-      row's tokens depend only on its prompt, key and adapter; with `dynamic` rotary scaling also on the longest
-      row, as in transformers, but not with `adapters`.
+      row's tokens depend only on its prompt, key and adapter.
 
     Raises:
       ValueError: `new_tokens` below 1.

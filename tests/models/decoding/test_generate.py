@@ -88,6 +88,25 @@ def test_a_row_does_not_depend_on_the_others_and_other_values_compile_nothing(va
     assert generate.__wrapped__._cache_size() == 2  # another shape
 
 
+@pytest.mark.slow
+def test_in_64_bit_mode_the_tokens_are_the_same(model, variables):
+    def run():
+        make = make_generate(model, CONFIG, new_tokens=NEW, stop=[1])
+        options = {"new_tokens": NEW, "stop": [1], "no_repeat_ngram": 2}
+        searches = [make_beam_search(model, CONFIG, beams=beams, **options) for beams in (1, 3)]
+        results = [
+            make(variables, *padded(PROMPTS), sampling, KEYS) for sampling in (Sampling(), Sampling(1.3, 0.9))
+        ]
+        return results + [search(variables, *padded(PROMPTS))[0] for search in searches]
+
+    expected = run()
+    with jax.enable_x64(True):
+        found = run()
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == jnp.int32
+        np.testing.assert_array_equal(x, y)
+
+
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [3.0, 9.0]}
 LONGROPE |= {"original_max_position_embeddings": 10}
 
