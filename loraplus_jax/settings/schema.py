@@ -543,6 +543,11 @@ RESUMABLE_FIELDS = (
     *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )
 """Settings that may change when a run resumes."""
+PATH_FIELDS = (
+    *("model.path", "data.path", "data.root", "data.train", "data.validation", "data.test", "data.template"),
+    *("init_adapter", "sweep.unrelated_text"),
+)
+"""Settings that name files, which may move: when a run resumes, only their content is compared, by digests."""
 STOP_FIELDS = RESUMABLE_FIELDS[:4]
 """Settings that decide when a run ends; changing one also resumes a finished run."""
 
@@ -653,6 +658,21 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """Returns all fields as plain values, as written to `config.yaml`."""
         return to_plain(dataclasses.asdict(self))
+
+
+def hide_paths(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Plain settings that say of `PATH_FIELDS` only whether they are given.
+
+    >>> hide_paths({"seed": 1, "data": {"train": "a.csv", "test": None}})
+    {'seed': 1, 'data': {'train': 'given', 'test': None}}
+    """
+    hidden: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            hidden[name] = hide_paths(value, f"{prefix}{name}.")
+        else:
+            hidden[name] = "given" if f"{prefix}{name}" in PATH_FIELDS and value is not None else value
+    return hidden
 
 
 def split_settings(

@@ -31,7 +31,13 @@ from ..training.console import LineConsole, ProgressLines, data_lines, ignored_l
 from ..training.estimate import Estimate, batches_of
 from ..training.metrics_log import METRICS, SUMMARY
 from ..training.provenance import Origin
-from ..training.run_directory import OutputDirectory, open_output_directory, origins_of, saved_record
+from ..training.run_directory import (
+    OutputDirectory,
+    open_output_directory,
+    origins_of,
+    saved_record,
+    write_config,
+)
 from ..training.run_files import CHECKPOINTS, RESULT, UNITS
 from ..training.xla import restore_platforms
 from .arms import SharedProgram, named, programs_of
@@ -195,6 +201,11 @@ class Sweep:
             self.output.claim()
         self.output.check_origin(origin)
         if is_first:
+            if self.output.changed:
+                write_config(self.directory, self.run)
+                self.console.print(
+                    f"settings changed since the sweep started: {'; '.join(self.output.changed)}"
+                )
             self.print_head()
 
     # Output files.

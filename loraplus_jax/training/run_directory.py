@@ -21,7 +21,7 @@ from .._utils.validation import expand_path
 from ..data.fetch import cache_dir
 from ..interop.adapter_directory import DESCRIPTION_FILE
 from ..settings.parsing import check_schema, settings_from_json
-from ..settings.schema import STOP_FIELDS, Settings, split_settings
+from ..settings.schema import PATH_FIELDS, STOP_FIELDS, Settings, hide_paths, split_settings
 from ..settings.yaml_files import to_yaml
 from ..step.checkpoint import (
     DamagedCheckpoint,
@@ -150,8 +150,9 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
         raise ValueError(
             f"output_dir {directory} contains a run of another version, {directory / CONFIG}: {error}; {remedy}"
         ) from None
-    (old_fixed, old_free), (fixed, free) = (
-        split_settings(v, "", settings.resumable_fields) for v in (old, settings.to_json())
+    new = settings.to_json()
+    (old_fixed, _), (fixed, _) = (
+        split_settings(hide_paths(values), "", settings.resumable_fields) for values in (old, new)
     )
     if differences := field_differences(old_fixed, fixed, DIFFERENCE_LABELS):
         raise ValueError(
@@ -159,7 +160,7 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
         )
     changed = [
         text
-        for text in field_differences(old_free, free, DIFFERENCE_LABELS)
+        for text in field_differences(old, new, DIFFERENCE_LABELS)
         if not text.startswith(PER_PROCESS_PREFIXES)
     ]
     stops = tuple(name for name in STOP_FIELDS if name in settings.resumable_fields)
@@ -325,10 +326,21 @@ class OutputDirectory:
             if is_lead():
                 # Another run may have saved something here while this one prepared.
                 saved = saved_record(self.path) if self.resumes or has_progress(self.path) else {}
-                fixed, _ = split_settings(self.settings.to_json(), "", self.settings.resumable_fields)
-                record = {**origin, "settings": fixed, "jax_config": numeric_options()}
+                settings, _ = split_settings(self.settings.to_json(), "", self.settings.resumable_fields)
+                record = {**origin, "settings": hide_paths(settings), "jax_config": numeric_options()}
                 record["base"] = origin["base"] or saved.get("base")
-                allowed = check_record(self.path, saved, record, allow=self.allow_different)
+                if "settings" in saved:  # with paths in earlier versions
+                    saved = {**saved, "settings": hide_paths(saved["settings"])}
+                try:
+                    allowed = check_record(self.path, saved, record, allow=self.allow_different)
+                except ValueError as error:
+                    moved = [text for text in self.changed if text.startswith(PATH_FIELDS)]
+                    if not moved:
+                        raise
+                    raise ValueError(
+                        f"{error}. {'; '.join(moved)}: to train with these, choose another --output_dir, or start "
+                        "over with --fresh"
+                    ) from None
                 record["allowed"] = saved.get("allowed", [])
                 if allowed:
                     record["allowed"] += [{"digest": saved.get(DIGEST), "differences": allowed}]

@@ -109,3 +109,23 @@ def test_a_run_moved_to_an_awkward_name_resumes_evaluates_and_exports(world, cap
     to = world.directory / "[/red]*"
     assert main(["export", str(out), "--to", str(to)]) == 0
     assert (to / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_base_and_data_moved_resumes_as_if_they_had_not(world, capsys):
+    args = ("--train.steps", "6", "--train.eval_every", "2")
+    straight = world.trained(*args, out=world.directory / "plain")
+    out = stopped(world, 4, *args)
+    moved = moved_files(world)
+    assert world.train(*args, *moved) == 0
+    assert tensor_bytes(out) == tensor_bytes(straight)
+    assert_mentions(capsys.readouterr().out, "settings changed", "model.path", "data.path", *moved[1::2])
+    assert main(["eval", str(out)]) == 0  # by the paths that the run has now
+
+
+def moved_files(world):
+    """Moves the base and the data of a world; returns the settings that name them."""
+    to = world.directory / "elsewhere"
+    to.mkdir()
+    base, data = (file.rename(to / file.name) for file in (world.model, world.data))
+    return ("--model.path", str(base), "--data.path", str(data))

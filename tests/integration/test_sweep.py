@@ -19,6 +19,7 @@ from loraplus_jax.training import console
 
 from ..messages import assert_mentions
 from .runs import Page, cut_short, flags, lines_of, report_of, saved_steps, summary_of
+from .test_paths import moved_files
 
 pytestmark = pytest.mark.slow
 
@@ -218,6 +219,16 @@ def test_a_damaged_or_foreign_checkpoint_of_a_unit_costs_only_its_own_steps(worl
     shutil.rmtree(checkpoints)
     stopped_at(1, world)
     assert saved_steps(checkpoints.parent) == [1]
+
+
+def test_a_sweep_whose_base_and_data_moved_resumes_as_if_they_had_not(world, swept, capsys, undrawn):
+    stopped_at(12, world)  # amid the report
+    moved = moved_files(world)
+    assert run_sweep(world, *moved) == 0
+    assert_mentions(capsys.readouterr().out, "settings changed", "model.path", "data.path", *moved[1::2])
+    assert result_of(world.out)[1] == result_of(swept)[1]
+    config = yaml.safe_load((world.out / "config.yaml").read_text())
+    assert (config["model"]["path"], config["data"]["path"]) == moved[1::2]
 
 
 def test_results_under_other_options_of_jax_are_not_mixed(world, capsys, undrawn):

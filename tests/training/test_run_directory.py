@@ -16,6 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from loraplus_jax._utils.records import read_record, write_record
 from loraplus_jax.settings.parsing import settings_from_json
 from loraplus_jax.settings.schema import (
     RESUMABLE_FIELDS,
@@ -167,6 +168,10 @@ def test_a_run_killed_before_its_first_file_starts_over(tmp_path, names):
         check(tmp_path)
 
 
+MOVED = ("model.path", "data.path", "data.train", "data.template")
+"""Files that both settings have, so that their content is compared later."""
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_what_may_change_when_a_run_resumes_and_a_finished_one_when_its_end_moves(tmp_path, name):
     given, needed = FIELDS[name]
@@ -174,7 +179,7 @@ def test_what_may_change_when_a_run_resumes_and_a_finished_one_when_its_end_move
     settings = settings_from_json(nested(needed | {name: given}))
     if name == "output_dir" or name.startswith("distributed."):
         assert check(directory, settings) == []
-    elif name in RESUMABLE_FIELDS:
+    elif name in RESUMABLE_FIELDS or name in MOVED:
         (change,) = check(directory, settings)
         assert_mentions(change, name, json.dumps(given))
         (directory / "summary.json").write_text('{"steps": 9}')
@@ -212,8 +217,8 @@ def test_an_unfinished_run_of_the_same_settings_resumes_in_any_directory(tmp_pat
     assert check(directory) == []
 
 
-def opened(directory, **how):
-    settings = dataclasses.replace(SETTINGS, output_dir=str(directory))
+def opened(directory, settings=SETTINGS, **how):
+    settings = dataclasses.replace(settings, output_dir=str(directory))
     return open_output_directory(settings, Console(file=io.StringIO(), width=300), **how)
 
 
@@ -454,6 +459,30 @@ def test_options_of_jax_that_no_step_runs_with_are_an_early_error(tmp_path, opti
     with option, pytest.raises(ValueError, match=mentions(*words)), opened(tmp_path / "out"):
         pass
     assert not (tmp_path / "out").exists()
+
+
+def test_a_path_is_no_identity_and_its_content_is(tmp_path):
+    """Base and data may move, also in a record of an earlier version, which has their paths."""
+    moved = dataclasses.replace(SETTINGS, model=ModelSettings(path="n"), data=DataSettings(path="e"))
+    with opened(tmp_path) as output:
+        output.claim()
+        old = {
+            "jax_config": {},
+            "settings": {"seed": 3, "model": {"path": "m"}, "data": {"path": "d", "validation": None}},
+        }
+        write_record(tmp_path / "identity.json", ORIGIN | old)
+        output.path.joinpath("checkpoints/1").mkdir(parents=True)
+    with opened(tmp_path, moved) as output:
+        output.claim()
+        output.check_origin(ORIGIN)
+        record = read_record(tmp_path / "identity.json")
+        assert record["settings"]["model"]["path"] == record["settings"]["data"]["path"] == "given"
+        words = ("data.train", "x", "y", "--allow_different data", '"d" in that run and "e" here', "--fresh")
+        with pytest.raises(ValueError, match=mentions(*words)):
+            output.check_origin(ORIGIN | {"identity": {"data": {"train": "y"}}})
+    files = dataclasses.replace(SETTINGS, data=DataSettings(train="d"))
+    with pytest.raises(ValueError, match=mentions("data.path", "data.train", "--fresh")):
+        check(tmp_path, files)
 
 
 def test_a_difference_is_allowed_where_there_is_something_to_compare_with(tmp_path):
