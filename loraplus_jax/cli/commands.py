@@ -98,19 +98,19 @@ def _run_command(arguments: list[str]) -> int:
             _print(result)
             return 0
         return result or 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get(TRACEBACK) or not _is_input(error):
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError, SystemError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        if _is_out_of_memory(error):
+            from ..training.memory import MEMORY_ADVICE
+
+            limit = _address_limit()
+            within = "" if limit is None else f" within the {limit / 1e9:.2f} GB of ulimit -v"
+            return _report(f"error: out of memory{within}; {MEMORY_ADVICE}", 2)
+        if not _is_input(error):
             raise
         message = _explain_missing(error) if isinstance(error, ModuleNotFoundError) else error
         return _report(f"error: {message}", 2)
-    except (MemoryError, RuntimeError) as error:
-        # XLA raises a RuntimeError whose text says that memory ran out.
-        is_out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-        if os.environ.get(TRACEBACK) or not is_out_of_memory:
-            raise
-        from ..training.memory import MEMORY_ADVICE
-
-        return _report(f"error: out of memory; {MEMORY_ADVICE}", 2)
     except KeyboardInterrupt:
         return _report("interrupted", 130)
 
@@ -130,8 +130,33 @@ def _explain_missing(error: ModuleNotFoundError) -> str:
     return f"{error}" if importer == "loraplus_jax" else f"{error}, which {importer} requires; install it"
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, in whatever words the library says so that got none."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    # C code that gets no memory may raise nothing, which Python reports as a SystemError; threads and libraries
+    # need some too. Without a limit, these are other errors.
+    told = isinstance(error, SystemError) or any(text in str(error) for text in _WITHOUT_MEMORY)
+    return "RESOURCE_EXHAUSTED" in str(error) or (told and _address_limit() is not None)
+
+
+_WITHOUT_MEMORY = "can't start new thread", "failed to map segment"
+
+
+def _address_limit() -> int | None:
+    """The bytes that this process may map (`ulimit -v`), if they are limited."""
+    try:
+        import resource
+    except ImportError:  # Windows has no limits
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
 def _is_input(error: Exception) -> bool:
     """Whether an error is about the input or the system; a bug is often a ValueError or TypeError too."""
+    if isinstance(error, RuntimeError | SystemError):
+        return "Unable to initialize backend" in str(error)  # of JAX_PLATFORMS, or of an accelerator
     # Orbax tells a full disk as a ValueError with the system's code.
     if isinstance(error, OSError | ImportError) or "os_error_code=" in str(error):
         return True
@@ -139,8 +164,12 @@ def _is_input(error: Exception) -> bool:
     last: Any = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next
-    operation = dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]]
-    return operation == "RAISE_VARARGS" and last.tb_frame.f_globals["__name__"].startswith("loraplus_jax.")
+    operation, module = (
+        dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]],
+        last.tb_frame.f_globals["__name__"],
+    )
+    # JAX reads its options from environment variables.
+    return operation == "RAISE_VARARGS" and module.startswith(("loraplus_jax.", "jax._src.config"))
 
 
 _MAX_LINE = 2000

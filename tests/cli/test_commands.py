@@ -1,8 +1,11 @@
 """The table of commands fits the functions that they run."""
 
+import errno
 import importlib
 import inspect
+import os
 import re
+import subprocess
 import sys
 from functools import partial
 
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from loraplus_jax._utils.atomic import temporary_directory
+from loraplus_jax.cli import commands
 from loraplus_jax.cli.commands import COMMANDS, main
 from loraplus_jax.cli.parser import parse
 from loraplus_jax.inference.combine import combine_runs
@@ -139,6 +143,52 @@ def test_a_bug_is_not_told_as_invalid_input(monkeypatch, run):
     monkeypatch.setitem(COMMANDS, "fetch", COMMANDS["fetch"]._replace(run=run))
     with pytest.raises((TypeError, AttributeError)):
         main(["fetch"])
+
+
+def fail_with(error):
+    def fail(**_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "limit", "code"),
+    [
+        (MemoryError(), None, 2),
+        (RuntimeError("RESOURCE_EXHAUSTED: 4 GB"), None, 2),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), None, 2),
+        (SystemError("returned NULL without setting an exception"), 2 * 10**9, 2),
+        (RuntimeError("can't start new thread"), 2 * 10**9, 2),
+        (SystemError("returned NULL without setting an exception"), None, None),
+        (RuntimeError("another"), 2 * 10**9, None),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_whoever_says_so(monkeypatch, capsys, error, limit, code):
+    monkeypatch.setattr(commands, "_address_limit", lambda: limit)
+    monkeypatch.setitem(COMMANDS, "fetch", COMMANDS["fetch"]._replace(run=fail_with(error)))
+    if code is None:
+        with pytest.raises(type(error)):
+            main(["fetch"])
+        return
+    assert main(["fetch"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert_mentions(line, "out of memory", "train.batch_size")
+    assert ("2.00 GB of ulimit -v" in line) == (limit is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("JAX_ENABLE_X64", "foo"), ("JAX_NUM_CPU_DEVICES", "x"), ("JAX_PLATFORMS", "foo")],
+)
+def test_an_option_of_jax_that_the_environment_sets_wrong_is_one_line(tmp_path, name, value):
+    command = [sys.executable, "-m", "loraplus_jax.cli", "eval", str(tmp_path)]
+    environment = os.environ | {name: value}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert_mentions(line.lower(), "loraplus: error", name.lower(), value)
 
 
 @pytest.mark.parametrize(
