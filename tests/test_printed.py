@@ -107,6 +107,7 @@ def test_runs_are_listed_as_the_page_shows(tmp_path, monkeypatch, capsys):
     model = {"model": {"path": "minilm"}, "data": {"path": "d"}}
     (tmp_path / "runs/copied/checkpoints").mkdir(parents=True)
     after = {"after": {"accuracy": 0.8376}, "held_out": {"split": "test"}, "steps": 300, "selected_step": 300}
+    after["constant"] = {"accuracy": 0.4990}
     run_of(Path("runs/quickstart"), model | {"train": {"steps": 300}}, steps=[300], summary=after)
     rows = sweep_rows({"lora": [math.nan]}, 6, "search")
     run_of(Path("runs/quickstart_sweep"), model | {"train": {"steps": 300}}, SweepRun, rows=rows)
