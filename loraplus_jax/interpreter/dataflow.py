@@ -5,8 +5,9 @@ weights. If one still reaches an output, the model reads it outside its layer, w
 """
 
 import functools
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,14 +36,24 @@ class Dataflow(NamedTuple):
     Attributes:
       read: inputs that reach an output.
       changed: inputs that are changed before they reach `mark_weight`.
-      whole: inputs that reach `mark_weight` where W + s A B is needed as one array, and the operations there.
+      sums: inputs that reach `mark_weight` where W + s A B is needed as one array, the operations there, and how
+        many values they need.
+      whole: those of `sums` whose operations need as many values as the input has, or more.
       custom: inputs that reach `mark_weight` in a function with a gradient of its own, as `custom_vjp` makes.
     """
 
     read: set[int]
     changed: set[int]
+    sums: dict[int, dict[str, float]]
     whole: dict[int, set[str]]
     custom: set[int]
+
+    def add_sums(self, sums: Mapping[int, Mapping[str, float]], times: float = 1) -> None:
+        """Adds the sums of a part of the program that runs so many times."""
+        for n, users in sums.items():
+            own = self.sums.setdefault(n, {})
+            for user, size in users.items():
+                own[user] = own.get(user, 0) + times * size
 
 
 def mark_weight(weight: jax.Array, *, whole: str = "") -> jax.Array:
@@ -69,9 +80,12 @@ def trace_dataflow(program: ClosedJaxpr) -> Dataflow:
     Assumes that every input of an operation reaches all its outputs, so an input counts as unread only if no output
     uses it. Effects such as printing do not count as outputs.
     """
-    flow = Dataflow(set(), set(), {}, set())
+    flow = Dataflow(set(), set(), {}, {}, set())
     outputs = _propagate(program, [frozenset({(n, True)}) for n in range(len(program.jaxpr.invars))], flow)
     flow.read.update(n for tags in outputs for n, _ in tags)
+    for n, users in flow.sums.items():
+        if sum(users.values()) >= program.jaxpr.invars[n].aval.size:
+            flow.whole[n] = set(users)
     return flow
 
 
@@ -131,7 +145,7 @@ def warn_of_whole(path: str, shape: Sequence[int], users: str) -> None:
 
 
 def _propagate(program: ClosedJaxpr | Jaxpr, inputs: Sequence[Tags], flow: Dataflow) -> list[Tags]:
-    """Computes the tags of a program's outputs from those of its inputs; adds to `changed` and `whole`."""
+    """Computes the tags of a program's outputs from those of its inputs; adds to `changed` and `sums`."""
     jaxpr: Any = getattr(program, "jaxpr", program)
     tags = dict(zip(jaxpr.invars, inputs, strict=True))
 
@@ -160,18 +174,23 @@ def _propagate_eqn(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
     if _MARK in (called := str(params.get("name"))):
         flow.changed.update(n for tags in inputs for n, unchanged in tags if not unchanged)
         if _MARK_WHOLE in called:
-            for n in {n for tags in inputs for n, _ in tags}:
-                flow.whole.setdefault(n, set()).add(called.removeprefix(_MARK_WHOLE))
+            users = {called.removeprefix(_MARK_WHOLE): eqn.invars[0].aval.size}
+            flow.add_sums({n: users for tags in inputs for n, _ in tags})
     inner = [value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
     if name.startswith("custom_") and len(inner) == 1:
-        marked = Dataflow(set(), set(), {}, set())
+        marked = Dataflow(set(), set(), {}, {}, set())
         _propagate(inner[0], list(map(_as_changed, inputs)), marked)
         flow.custom.update(marked.changed)
     if len(inner) == 1:
         jaxpr: Any = getattr(inner[0], "jaxpr", inner[0])
         # A call, whatever its name: jax has many, and users may add their own.
         if (len(jaxpr.invars), len(jaxpr.outvars)) == (len(eqn.invars), len(eqn.outvars)):
-            return _propagate(inner[0], inputs, flow)
+            body = flow._replace(sums={})
+            outputs = _propagate(inner[0], inputs, body)
+            pairs = zip(eqn.invars, jaxpr.invars, inputs, strict=True)
+            # A device of a mesh sees a shard of an input.
+            flow.add_sums(body.sums, max(o.aval.size / max(i.aval.size, 1) for o, i, tags in pairs if tags))
+            return outputs
     tags = NOTHING.union(*inputs)
     return [tags if name in _KEEPS_VALUES else _as_changed(tags)] * len(eqn.outvars)
 
@@ -179,30 +198,36 @@ def _propagate_eqn(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
 def _scan(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
     consts, carried = scan_counts(eqn)
 
-    def step(carry: list[Tags]) -> list[Tags]:
+    def step(carry: list[Tags], flow: Dataflow) -> list[Tags]:
         return _propagate(eqn.params["jaxpr"], inputs[:consts] + carry + inputs[consts + carried :], flow)
 
-    carry = _repeat(step, inputs[consts : consts + carried])
-    return carry + step(carry)[carried:]
+    return _repeat(step, inputs[consts : consts + carried], flow, eqn.params["length"])
 
 
 def _while(params: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
     cond_consts, body_consts = params["cond_nconsts"], params["body_nconsts"]
 
-    def step(carry: list[Tags]) -> list[Tags]:
+    def step(carry: list[Tags], flow: Dataflow) -> list[Tags]:
         (condition,) = _propagate(params["cond_jaxpr"], inputs[:cond_consts] + carry, flow)
         body_inputs = inputs[cond_consts : cond_consts + body_consts] + carry
         outputs = _propagate(params["body_jaxpr"], body_inputs, flow)
         return [tags | _as_changed(condition) for tags in outputs]
 
-    return _repeat(step, inputs[cond_consts + body_consts :])
+    return _repeat(step, inputs[cond_consts + body_consts :], flow, math.inf)
 
 
-def _repeat(step: Callable[[list[Tags]], list[Tags]], carry: list[Tags]) -> list[Tags]:
-    """The tags of a loop's carried values after any number of steps."""
-    while (new := [a | b for a, b in zip(carry, step(carry), strict=False)]) != carry:
+def _repeat(
+    step: Callable[[list[Tags], Dataflow], list[Tags]], carry: list[Tags], flow: Dataflow, times: float
+) -> list[Tags]:
+    """The tags of a loop's carried values after any number of steps, and of what the last step adds to them."""
+    while True:
+        body = flow._replace(sums={})
+        outputs = step(carry, body)
+        new = [a | b for a, b in zip(carry, outputs, strict=False)]
+        if new == carry:
+            flow.add_sums(body.sums, times)
+            return carry + outputs[len(carry) :]
         carry = new
-    return carry
 
 
 def _as_changed(tags: Tags) -> Tags:

@@ -134,10 +134,10 @@ def _use(use: Use, inputs: list[Any], weight: LowRankWeight, run: Callable[..., 
 
 
 def _is_passed(eqn: Any, weight: LowRankWeight) -> bool:
-    name, (output, *rest) = eqn.primitive.name, (x.aval for x in eqn.outvars)
+    name, outputs = eqn.primitive.name, eqn.outvars
     if name == "convert_element_type":
-        return jnp.issubdtype(output.dtype, jnp.inexact)  # an integer is not a sum of its parts
-    return not rest and (name in _TRANSPARENT or (name == "stop_gradient" and not weight.stops))
+        return jnp.issubdtype(outputs[0].aval.dtype, jnp.inexact)  # an integer is not a sum of its parts
+    return len(outputs) == 1 and (name in _TRANSPARENT or (name == "stop_gradient" and not weight.stops))
 
 
 def _base_product(inputs: list[Any], weight: LowRankWeight, run: Callable[..., Any]) -> Sequence[Any]:

@@ -65,16 +65,18 @@ def move(eqn: Any, inputs: Sequence[Any], run: Run) -> list[Any] | None:
     # that fills W is none of its codes.
     is_direct = name != "rev" and eqn.params.get("fill_value") is None
     packed = _packed_sides(weight.w, weight.letters) if is_direct else []
-    moved = rule(eqn, weight, inputs[1:], [*_sides(weight), *packed])
+    moved = rule(eqn, weight, inputs[1:], [*sides_of(weight), *packed])
     if moved is None:
         return None
     values: list[Any] = [None]
     if packed:
-        values = [_packed(weight.w, out.aval.shape, *m) for out, m in zip(eqn.outvars, moved, strict=True)]
+        values = [_packed(weight, out.aval.shape, *m) for out, m in zip(eqn.outvars, moved, strict=True)]
     if any(w is None for w in values):
         values = list(base_values(eqn, [weight.w, *inputs[1:]], run))
     kept = 2 + (weight.c is not None)
-    return [_weight(weight, w, names, sides[:kept]) for w, (names, sides) in zip(values, moved, strict=True)]
+    return [
+        weight_of(weight, w, names, sides[:kept]) for w, (names, sides) in zip(values, moved, strict=True)
+    ]
 
 
 def base_values(eqn: Any, inputs: Sequence[Any], run: Run) -> Sequence[Any]:
@@ -90,7 +92,7 @@ def base_values(eqn: Any, inputs: Sequence[Any], run: Run) -> Sequence[Any]:
     ]
 
 
-def _sides(weight: LowRankWeight) -> list[Side]:
+def sides_of(weight: LowRankWeight) -> list[Side]:
     """A, B and DoRA's c, if there is one."""
     parts = list(zip(weight.factor_letters, (weight.a, weight.b), strict=True))
     if weight.c is not None:
@@ -113,10 +115,13 @@ def _packed_sides(w: Any, letters: str) -> list[Side]:
     ]
 
 
-def _packed(w: Any, shape: Sequence[int], letters: str, sides: Sequence[Side]) -> PackedArray | None:
+def _packed(
+    weight: LowRankWeight, shape: Sequence[int], letters: str, sides: Sequence[Side]
+) -> PackedArray | None:
     """The packed stack after a move of stacked axes alone, which unpacks nothing; None after any other."""
-    names = sorted(w.parts)
-    if tuple(shape[len(shape) - len(w.sizes) :]) != w.sizes:
+    w: Any = weight.w
+    names, axes = sorted(w.parts), len(w.sizes)
+    if tuple(shape[-axes:]) != w.sizes or letters[-axes:] != weight.letters[-axes:]:
         return None
     stack, parts = tuple(shape[: len(shape) - len(w.sizes)]), sides[-len(names) :]
     if any(own != letters[: len(stack)] for own, _ in parts):
@@ -126,7 +131,7 @@ def _packed(w: Any, shape: Sequence[int], letters: str, sides: Sequence[Side]) -
     return dataclasses.replace(w, parts=new)
 
 
-def _weight(weight: LowRankWeight, w: Any, letters: str, sides: Sequence[Side]) -> LowRankWeight:
+def weight_of(weight: LowRankWeight, w: Any, letters: str, sides: Sequence[Side]) -> LowRankWeight:
     """The weight with other letters, and the sides that belong to them."""
     a, b, *c = (jnp.squeeze(x, [n for n, name in enumerate(letters) if name not in own]) for own, x in sides)
     (left, _), (right, _), *_ = sides
@@ -210,42 +215,56 @@ def _dynamic_slice(eqn: Any, weight: LowRankWeight, starts: Sequence[Any], sides
     return [(weight.letters, result)]
 
 
-def _gather(eqn: Any, weight: LowRankWeight, rest: Sequence[Any], sides: list[Side]) -> Moved | None:
-    """Slices along batch axes by index, of all else: an expert's matrix for each token or each step."""
+def gather(eqn: Any, weight: LowRankWeight, rest: Sequence[Any], sides: list[Side]) -> Moved | None:
+    """Slices by index: an expert's matrix for each token, some outputs, windows of inputs.
+
+    A side with an indexed axis gets those of the indices, any other side stays. Along an axis that a side lacks
+    every index means 0.
+    """
     (indices,), numbers, sizes = rest, eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    batch = set.intersection(*map(set, weight.factor_letters)) - {"r"}
-    chosen = {n for n, size in enumerate(sizes) if size < weight.w.shape[n]}
-    chosen |= {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    if not all(weight.letters[n] in batch and sizes[n] == 1 for n in chosen):
-        return None
-    # Along an axis that is taken whole every index means 0, the one that fits; a factor may lack the axis.
-    kept = jnp.array([n in chosen for n in numbers.start_index_map], indices.dtype)
-    indices = indices * jnp.expand_dims(kept, range(indices.ndim - 1))
-    rank, offset = eqn.outvars[0].aval.ndim, numbers.offset_dims
-    own_numbers = jax.lax.GatherDimensionNumbers(
-        (*offset, rank),
-        *(numbers.collapsed_slice_dims, numbers.start_index_map),
-        *(numbers.operand_batching_dims, numbers.start_indices_batching_dims),
-    )
+    fill, shape, old = eqn.params["fill_value"], weight.w.shape, weight.letters
+    batching = dict(zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True))
+    # Along an axis that is taken whole the only index is 0, but with a value to fill in beyond the last.
+    indexed = {old[n] for n in numbers.start_index_map if fill is not None or sizes[n] < shape[n]}
+    spare = iter(c for c in string.ascii_lowercase if c not in old + "r")
+    of_indices = [old[batching[n]] if n in batching else next(spare) for n in range(indices.ndim - 1)]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    left = iter(c for n, c in enumerate(weight.letters) if n not in gone)
-    new = iter(c for c in string.ascii_lowercase if c not in weight.letters + "r")
+    left, new = iter(c for n, c in enumerate(old) if n not in gone), iter(of_indices)
+    rank, offset = eqn.outvars[0].aval.ndim, numbers.offset_dims
     letters = "".join(next(left if n in offset else new) for n in range(rank))
-    options = {name: eqn.params[name] for name in ("mode", "unique_indices", "indices_are_sorted")}
-    fill = no_factors(eqn.params["fill_value"])
-    if fill == 0 and weight.c is not None:
-        return None
+    if weight.c is not None and not indexed & set(weight.outputs) and fill and not math.isnan(fill):
+        return None  # c would scale the value that fills W
     result = []
-    for own, x in sides:
-        own_sizes = [min(size, x.shape[n]) for n, size in enumerate((*sizes, x.shape[-1]))]
-        moved = jax.lax.gather(x, indices, own_numbers, own_sizes, fill_value=fill, **options)
-        result.append(("".join(c for c in letters if c in own or c not in weight.letters), moved))
+    for k, (own, x) in enumerate(sides):
+        if not indexed & set(own):
+            x = jnp.squeeze(x, [n for n, c in enumerate(old) if c not in letters])
+            names = [c for c in old if c in letters]
+            x = x.transpose([*(names.index(c) for c in letters if c in names), len(names)])
+            x = jnp.expand_dims(x, [n for n, c in enumerate(letters) if c not in names])
+            result.append(("".join(c for c in letters if c in own), x))
+            continue
+        has = [old[n] in own for n in numbers.start_index_map]
+        shared = {n: m for n, m in batching.items() if old[m] in own}
+        is_same = all(has) and shared == batching
+        moved = jax.lax.gather(
+            x,
+            indices * jnp.expand_dims(jnp.array(has, indices.dtype), range(indices.ndim - 1)),
+            jax.lax.GatherDimensionNumbers(
+                offset_dims=(*offset, rank),
+                collapsed_slice_dims=tuple(sorted(gone.difference(shared.values()))),
+                start_index_map=numbers.start_index_map,
+                operand_batching_dims=tuple(shared.values()),
+                start_indices_batching_dims=tuple(shared),
+            ),
+            [min(size, x.shape[n]) for n, size in enumerate((*sizes, x.shape[-1]))],
+            unique_indices=is_same and eqn.params["unique_indices"],
+            indices_are_sorted=is_same and eqn.params["indices_are_sorted"],
+            mode=eqn.params["mode"],
+            # No term beyond the last index: A and B are 0 and c is 1 there, and W alone is what fills it.
+            fill_value=None if fill is None else float(k == 2),
+        )
+        result.append(("".join(c for c in letters if c in own or c in of_indices), moved))
     return [(letters, result)]
-
-
-def no_factors(fill_value: Any) -> Any:
-    """What fills A and B beyond the last index: 0, or NaN if that fills W."""
-    return fill_value if fill_value is None or math.isnan(fill_value) else 0
 
 
 def _reshape(eqn: Any, weight: LowRankWeight, _: Any, sides: list[Side]) -> Moved | None:
@@ -311,12 +330,12 @@ def _join(eqn: Any, inputs: Sequence[Any], run: Run) -> list[LowRankWeight] | No
         shape = list(parts[0].w.shape)
         shape.insert(axis, 1)
         one = jax.ShapeDtypeStruct(shape, parts[0].w.dtype)  # nothing reads its values
-        parts = [_weight(x, one, *_regrouped(x, _sides(x), shape)[0]) for x in parts]  # pyright: ignore
+        parts = [weight_of(x, one, *_regrouped(x, sides_of(x), shape)[0]) for x in parts]  # pyright: ignore
     first = parts[0]
-    roles = {tuple(tuple(c in own for own, _ in _sides(x)) for c in x.letters) for x in parts}
+    roles = {tuple(tuple(c in own for own, _ in sides_of(x)) for c in x.letters) for x in parts}
     if len(roles) > 1 or len({(x.stops, x.omit) for x in parts}) > 1 or any(x.key is not None for x in parts):
         return None
-    shares = [first.letters[axis] in own for own, _ in _sides(first)]
+    shares = [first.letters[axis] in own for own, _ in sides_of(first)]
     if first.c is not None and not shares[1]:  # the factors of the outputs differ from input to input
         return None
     adapted = [x for x in inputs if isinstance(x, LowRankWeight)]
@@ -326,7 +345,7 @@ def _join(eqn: Any, inputs: Sequence[Any], run: Run) -> list[LowRankWeight] | No
     sides: list[list[jax.Array]] = [[] for _ in shares]
     rank, offset = max(x.a.shape[x.factor_letters[0].index("r")] for x in parts), 0
     for x in parts:
-        values = [value for _, value in _sides(x)]
+        values = [value for _, value in sides_of(x)]
         values[1] = values[1] * jnp.asarray(x.scale, values[1].dtype)
         for n, value in enumerate(values):
             width = [(0, 0)] * value.ndim
@@ -339,9 +358,9 @@ def _join(eqn: Any, inputs: Sequence[Any], run: Run) -> list[LowRankWeight] | No
     along = [axis if all(shares[:2]) else -1] * 2 + [axis]
     joined = [
         (own, jnp.concatenate(values, to))
-        for (own, _), values, to in zip(_sides(first), sides, along, strict=False)
+        for (own, _), values, to in zip(sides_of(first), sides, along, strict=False)
     ]
-    return [_weight(dataclasses.replace(first, scale=1.0), w, first.letters, joined)]
+    return [weight_of(dataclasses.replace(first, scale=1.0), w, first.letters, joined)]
 
 
 def _plain(x: jax.Array, like: LowRankWeight) -> LowRankWeight:
@@ -363,7 +382,7 @@ _MOVES = {
     "slice": _slice,
     "split": _split,
     "dynamic_slice": _dynamic_slice,
-    "gather": _gather,
+    "gather": gather,
     "reshape": _reshape,
     "broadcast_in_dim": _expand,
 }

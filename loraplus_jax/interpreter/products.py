@@ -12,7 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from ..adapter.lora import is_explicit, low_rank_output
-from .moves import no_factors
+from .moves import gather, sides_of, weight_of
 from .weight import LowRankWeight, Term
 
 
@@ -219,29 +219,25 @@ def _ragged(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
 
 
 def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:
-    """The use by a `gather` of whole rows of a matrix whose rows are its input axis."""
-    numbers, rank = eqn.params["dimension_numbers"], weight.a.shape[-1]
+    """The use by a `gather` of single rows, along all input axes: the product with a one-hot x."""
+    sizes, (left, right) = eqn.params["slice_sizes"], weight.factor_letters
     if (
         inputs[0] is not weight
         or is_explicit(weight.w, weight.a, weight.b)
-        or weight.factor_letters != (f"{weight.letters[0]}r", f"r{weight.letters[1:]}")
-        or len(weight.letters) != 2
-        or (numbers.collapsed_slice_dims, numbers.start_index_map) != ((0,), (0,))
-        or eqn.params["slice_sizes"] != (1, weight.w.shape[1])
-        or numbers.offset_dims != (eqn.outvars[0].aval.ndim - 1,)
+        or any(sizes[n] > 1 for n, c in enumerate(weight.letters) if c in left and c not in right)
+        or (moved := gather(eqn, weight, inputs[1:], sides_of(weight))) is None
     ):
         return None
-    options = {name: eqn.params[name] for name in ("mode", "unique_indices", "indices_are_sorted")}
-    options["fill_value"] = fill = no_factors(eqn.params["fill_value"])
-    if fill == 0 and weight.c is not None:
-        return None
+    [(_, [*_, (_, c)])] = moved
 
     def term(rows: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
-        h = jax.lax.gather(a, rows, numbers, slice_sizes=(1, rank), **options)
-        return jnp.matmul(h * jnp.asarray(scale, h.dtype), b)
+        sides = sides_of(dataclasses.replace(weight, a=a, b=b, c=None))
+        [(letters, moved)] = gather(eqn, weight, [rows], sides) or []
+        own = weight_of(weight, None, letters, moved)
+        equation = f"{','.join(own.factor_letters)}->{letters}"
+        return jnp.einsum(equation, own.a * jnp.asarray(scale, own.a.dtype), own.b)
 
-    free = string.ascii_uppercase[: eqn.outvars[0].aval.ndim - 1]
-    return Use(term, 1, free + weight.letters[1])
+    return Use(term, 1, "", scaled=None if weight.c is None else lambda y: (c[..., 0] * y).astype(y.dtype))
 
 
 def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> Use | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -85,13 +86,18 @@ class LowRankWeight:
                 "dropout of an adapter is not supported where an operation needs the whole weight, here of shape "
                 f"{self.w.shape}: set dropout=0, or leave the layer out of target_modules"
             )
-        base = self.base(whole=user)
         if self.a is None:
-            return base
+            return self.base(whole=user)
+        left, right = self.factor_letters
+        sizes = dict(zip(self.letters, self.w.shape, strict=True))
+        # A single row or column is what a lookup computes, however many a loop takes.
+        is_row = any(
+            math.prod(sizes.get(c, 1) for c in side) == 1 for side in ({*left} - {*right}, {*right} - {*left})
+        )
+        base = self.base(whole="" if is_row else user)
         # On TPU a product of float32 arrays rounds them to bfloat16 unless the precision is HIGHEST, and a sum in
         # bfloat16 would lose a small s A B beside W.
         a, b = widen(self.a), widen(self.b)
-        left, right = self.factor_letters
         delta = jnp.einsum(
             f"{left},{right}->{self.letters}",
             *(a, b),

@@ -130,7 +130,8 @@ def _embed(module: nn.Embed, inputs: jax.Array) -> LayerCall:
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         a, b = promote_dtype(a, b, dtype=module.dtype, inexact=False)
         is_single = module.num_embeddings == 1  # then Embed ignores the indices
-        h = jnp.broadcast_to(a, (*x.shape, a.shape[-1])) if is_single else jnp.take(a, x, axis=0)
+        # W's rows beyond the last are NaN. With NaN in A too, B's gradient is NaN though the model masks such rows.
+        h = jnp.take(a, jnp.zeros_like(x) if is_single else x, axis=0, fill_value=0)
         return jnp.matmul(h * jnp.asarray(scale, h.dtype), b)
 
     return LayerCall("embed", "embedding", "io", inputs, term)

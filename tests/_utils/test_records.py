@@ -70,10 +70,10 @@ def test_with_a_remedy_a_digest_may_not_be_missing_and_every_error_ends_in_it(re
             raise ValueError("n is not of this record")
 
     assert read_record(record, check, remedy="train again")["steps"] == [1, 2]
-    with pytest.raises(ValueError, match="restore it, or train again$"):
+    with pytest.raises(ValueError, match=r"restore it, or train again$"):
         read_record(change(record, edit), check, remedy="train again")
     record.write_text("{")
-    with pytest.raises(ValueError, match="restore it, or train again$"):
+    with pytest.raises(ValueError, match=r"restore it, or train again$"):
         read_record(record, check, remedy="train again")
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import io_callback
 from jax.sharding import PartitionSpec as P
 
 from loraplus_jax import LoRAPlusConfig, merge
@@ -17,7 +18,7 @@ from loraplus_jax.functions import apply_lora_plus, init_lora, quantize_base, wh
 from loraplus_jax.interpreter.products import product
 
 from ..marks import slow
-from ..zoo.linen_toys import WEIGHTS
+from ..zoo.linen_toys import used
 from ..zoo.properties import KEY, close, drawn
 
 EXPERTS, ROWS, IN, OUT = 4, 12, 8, 16
@@ -28,6 +29,7 @@ PARAMS = {
     "gate": DRAW.normal(size=(IN, OUT)),
 }
 X, Y = DRAW.normal(size=(ROWS, IN)), DRAW.normal(size=(ROWS, OUT))
+ROW, BEYOND = jnp.array([5, 0, 5, 7, -1]), jnp.array([1, 3, 99])
 GROUPS, CHOSEN = np.array([3, 4, 3, 2], np.int32), np.arange(ROWS, dtype=np.int32) % EXPERTS
 
 
@@ -108,7 +110,38 @@ USES = {
     "nothing": (lambda p: X @ p["up"] + p["up"][:, :0].reshape(IN, 0, 4).sum(), U),
     "scaled": (lambda p: X @ (2 * p["up"]), U),
     "mixed by a reshape": (lambda p: jnp.tile(X, 2) @ p["up"].reshape(OUT, IN), U),
-    "rows": (lambda p: p["up"][jnp.arange(3)], U),
+    "rows": (lambda p: p["up"][ROW], U),
+    "rows in a vmap": (lambda p: jax.vmap(lambda i: p["up"][i])(ROW), U),
+    "rows in two vmaps": (lambda p: jax.vmap(jax.vmap(lambda i: p["up"][i]))(ROW[:, None]), U),
+    "rows in a map": (lambda p: jax.lax.map(lambda i: p["up"][i], jnp.arange(20) % IN), U),
+    "rows in a map of batches": (lambda p: jax.lax.map(lambda i: p["up"][i], ROW, batch_size=2), U),
+    "rows of a transposed table": (lambda p: p["up"].T[:, ROW], U),
+    "rows of every expert": (lambda p: p["experts"][:, ROW], E),
+    "rows of each expert": (lambda p: jax.vmap(lambda w, i: w[i])(p["experts"], CHOSEN.reshape(4, 3)), E),
+    "a row of some experts": (lambda p: p["experts"][ROW % EXPERTS, ROW], E),
+    "rows beyond the last, masked": (
+        lambda p: jnp.where(BEYOND[:, None] < IN, jnp.take(p["up"], BEYOND, axis=0), 0),
+        U,
+    ),
+    "rows beyond the last, filled": (lambda p: p["up"].at[BEYOND].get(mode="fill", fill_value=2.0), U),
+    "a row": (lambda p: Y * p["up"][jnp.argmax(X[0])][None], U),
+    "first rows": (lambda p: Y[:, None] + p["up"][None, :3], U),
+    "first outputs": (lambda p: jnp.sin(p["up"][:, :3]), U),
+    "windows of inputs": (
+        lambda p: jax.vmap(lambda i: X[:, :2] @ jax.lax.dynamic_slice_in_dim(p["up"], i, 2))(ROW[:3]),
+        U,
+    ),
+    "outputs by index": (lambda p: X @ p["up"][:, ROW], U),
+    "outputs by index, transposed": (lambda p: X @ p["up"].T[ROW].T, U),
+    "an output of each input": (lambda p: jax.vmap(lambda w, i: w[i])(p["up"], CHOSEN[:IN]), U),
+    "single values": (lambda p: p["up"].at[ROW, ROW[::-1]].get(unique_indices=True, mode="clip"), U),
+    "all rows, in parts": (lambda p: [jnp.sin(p["up"][:3]), jnp.sin(p["up"][3:])], U),
+    "all outputs, in parts": (lambda p: [jnp.sin(w) for w in jnp.split(p["up"], 2, -1)], U),
+    "all experts, in a loop": (
+        lambda p: jax.lax.fori_loop(0, EXPERTS, lambda e, y: y + jnp.sin(p["experts"][e]), p["up"]),
+        E,
+    ),
+    "shards, each as one": (shards((), ("m",), lambda x, w: jnp.sin(w), "up", ("m",)), U),
     "in 8 bits": (lambda p: X @ p["up"].astype(jnp.float8_e4m3fn).astype(X.dtype), U),
     "in 8 bits, by a product of them": (
         lambda p: jnp.matmul(X, p["up"].astype(jnp.float8_e5m2), preferred_element_type=X.dtype),
@@ -136,11 +169,12 @@ USES = {
     ),
     "returned": (lambda p: p["up"], U),
 }
-WHOLE = {"scaled": "mul", "mixed by a reshape": "reshape", "returned": "output", "nothing": "reshape"}
+WHOLE = {"scaled": "mul", "mixed by a reshape": "reshape", "returned": "output"}
+WHOLE |= {name: "sin" for name in USES if name.startswith(("all ", "shards, each"))}
 WHOLE |= dict.fromkeys([name for name in USES if name.startswith("in ")], "convert_element_type")
 WHOLE |= {"whole numbers": "dot_general"}
-WHOLE_DORA = WHOLE | {"inputs in one": "concatenate", "experts beyond the last": "gather"}
-QUICK = ("grouped rows", "one expert", "heads", "gate and up in one")
+WHOLE_DORA = WHOLE | {"inputs in one": "concatenate", "rows beyond the last, filled": "gather"}
+QUICK = ("grouped rows", "one expert", "heads", "gate and up in one", "rows in a vmap")
 
 
 @pytest.fixture
@@ -256,14 +290,14 @@ def test_packed_experts_are_their_values_and_no_other_is_unpacked(name):
     assert bool(count) is name.endswith("take")
 
 
-class Columns(nnx.Module):
-    """A weight of which some outputs are read."""
+class Positive(nnx.Module):
+    """A weight of which no value is negative."""
 
     def __init__(self):
         self.w = nnx.Param(jnp.ones((4, 7)))
 
     def __call__(self, x):
-        return x @ self.w[:, jnp.array([1, 2])]
+        return x @ jnp.abs(self.w[...])
 
 
 def test_a_reversed_kernel_is_read_by_its_layer_alone():
@@ -274,11 +308,69 @@ def test_a_reversed_kernel_is_read_by_its_layer_alone():
 
 
 def test_linen_and_nnx_say_which_weight_an_operation_needs_whole():
-    toy, expected = WEIGHTS["columns"], r"w \(4, 7\): gather needs the whole weight"
+    toy = used((4, 7), lambda x, w: x @ jnp.abs(w), "io")
+    expected = r"w \(4, 7\): abs needs the whole weight"
     with pytest.warns(UserWarning, match=expected):
         init_module(apply_to_module(toy.make, toy.config()), KEY, *toy.args)
     with pytest.warns(UserWarning, match=expected):
-        loraplus_nnx.apply_lora_plus(Columns(), toy.config(), rngs=nnx.Rngs(0), check=(np.ones((2, 4), "f"),))
+        loraplus_nnx.apply_lora_plus(
+            Positive(), toy.config(), rngs=nnx.Rngs(0), check=(np.ones((2, 4), "f"),)
+        )
+
+
+def printing(w, x):
+    """Prints a weight, sends it to the host, and multiplies by it, in a loop."""
+
+    def step(y, _):
+        jax.debug.print("{}", w[0, 0])
+        io_callback(SEEN.append, None, w, ordered=True)
+        return y @ w, None
+
+    return jax.lax.scan(step, x, length=2)[0]
+
+
+SEEN: list[np.ndarray] = []
+
+
+class Printing(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.eye(4))
+
+    def __call__(self, x):
+        return printing(self.w[...], x)
+
+
+@pytest.fixture(params=["function", slow("linen"), slow("nnx")])
+def printer(request):
+    """A function of factors, with the weight of `Printing`, that the weight is given to the host in."""
+    config = LoRAPlusConfig(target_parameters={"w": "io"}, rank=2)
+    params, x = {"w": jnp.eye(4)}, jnp.ones((2, 4))
+    if request.param == "function":
+        lora, specs = init_lora(KEY, params, config)
+        g = apply_lora_plus(lambda p, x: printing(p["w"], x), config)
+        return lambda lora: g(params, lora, x), lora, specs
+    if request.param == "linen":
+        model = apply_to_module(used((4, 4), lambda x, w: printing(w, x), "io").make, config)
+        with pytest.warns(UserWarning, match="callback needs the whole weight"):
+            lora, specs = init_module(model, KEY, x)
+        return lambda lora: model.apply({"params": params, "lora": lora}, x), lora, specs
+    model = Printing()
+    specs = loraplus_nnx.apply_lora_plus(model, config, rngs=nnx.Rngs(0))
+    run = loraplus_nnx.functional(model)
+    return lambda lora: run({"params": params, "lora": lora}, x), loraplus_nnx.lora_tree(model), specs
+
+
+def test_callbacks_are_given_the_adapted_weight(printer, capfd):
+    f, lora, specs = printer
+    lora = drawn(lora, dtype=jnp.float32)
+    expected = merge({"params": {"w": jnp.eye(4)}}, lora, specs)["params"]["w"]
+    SEEN.clear()
+    jax.block_until_ready(jax.jit(f)(lora))
+    jax.effects_barrier()
+    assert len(SEEN) == 2
+    close(SEEN, [expected] * 2, 1e-6)
+    printed = [float(line) for line in capfd.readouterr().out.split()]
+    assert printed == pytest.approx([float(expected[0, 0])] * 2, rel=1e-5)
 
 
 SIZE, RANK, LARGE = 128, 16, {"experts": (EXPERTS, 128, 128), "up": (128, 128), "gate": (128, 128)}
@@ -326,3 +418,31 @@ def test_a_step_costs_the_base_s_and_thin_products(name):
     for path in specs:
         count = arrays_like(jax.make_jaxpr(ours)(lora, x, params).jaxpr, LARGE[path])
         assert count <= arrays_like(jax.make_jaxpr(base)(x, params).jaxpr, LARGE[path])
+
+
+TABLE = (4096, 128)
+LOOKUPS = {  # functions of a table and of 16 numbers of rows
+    "vmap": lambda w, ids: jax.vmap(lambda i: w[i])(ids),
+    "two vmaps": lambda w, ids: jax.vmap(jax.vmap(lambda i: w[i]))(ids.reshape(4, 4)),
+    "map": lambda w, ids: jax.lax.map(lambda i: w[i], ids),
+    "map of batches": lambda w, ids: jax.lax.map(lambda i: w[i], ids, batch_size=4),
+    "transposed": lambda w, ids: w.T[:, ids],
+    "stacked": lambda w, ids: jax.vmap(lambda w, i: w[i])(w.reshape(4, 1024, 128), ids.reshape(4, 4)),
+    "one row": lambda w, ids: w[ids[0]],
+    "first rows": lambda w, ids: jnp.ones((4, 16, 128)) + w[None, :16],
+}
+
+
+@pytest.mark.parametrize("name", [name if name == "two vmaps" else slow(name) for name in LOOKUPS])
+def test_a_lookup_costs_its_rows(name):
+    f = lambda p, ids: LOOKUPS[name](p["w"], ids)  # noqa: E731
+    params, ids = {"w": jax.ShapeDtypeStruct(TABLE, jnp.float32)}, jax.ShapeDtypeStruct((16,), jnp.int32)
+    config = LoRAPlusConfig(target_parameters={"w": "io"}, rank=8)
+    lora, _ = init_lora(KEY, params, config, check=(f, ids))  # a warning would be an error
+    step = jax.grad(lambda lora, p, ids: jnp.sum(jnp.sin(apply_lora_plus(f, config)(p, lora, ids))))
+    compiled = jax.jit(step).lower(lora, params, ids).compile()
+    # Rows, terms and their gradients; and A's gradient, of which a loop keeps three copies.
+    values, factor = 16 * 128, TABLE[0] * 8
+    assert compiled.cost_analysis()["flops"] < 3 * 2 * values * 8 + 10 * 4 * values + 2 * factor
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * (10 * 4 * values + 3 * factor)
+    assert not arrays_like(jax.make_jaxpr(step)(lora, params, ids).jaxpr, TABLE)

@@ -428,3 +428,18 @@ def test_an_embedding_of_one_row_ignores_its_indices():
     variables = {"params": {"embedding": np.array([[1.0, 2.0, 3.0, 4.0]])}, "lora": lora}
     y = jax.jit(model.apply)(variables, np.array([[0, 3]]))
     np.testing.assert_allclose(y, [[[2.0, 2.0, 3.0, 6.0]] * 2], rtol=1e-6)
+
+
+def test_masked_indices_beyond_the_last_row_leave_the_gradient_finite():
+    """The rows there are NaN, as Flax's are, and a model that pads with such indices masks them."""
+    model = apply_lora_plus(nn.Embed(5, 4), LoRAPlusConfig(target_modules=".*", rank=2))
+    ids = jnp.array([1, 3, 9])
+    variables = jax.eval_shape(model.init, KEY, ids)
+    variables = jax.tree.map(lambda x: jnp.ones(x.shape), variables)
+
+    def loss(lora, ids):
+        rows = model.apply(variables | {"lora": lora}, ids)
+        return jnp.sum(jnp.sin(jnp.where(ids[:, None] < 5, rows, 0)))
+
+    found, expected = (jax.grad(loss)(variables["lora"], ids[:n]) for n in (3, 2))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

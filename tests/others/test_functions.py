@@ -45,6 +45,21 @@ def test_equinox_s_attention_and_convolution():
     assert_as_merged(lambda model, x: model(x), conv, {"weight": "oii"}, X)
 
 
+def test_equinox_s_embedding_looks_up_rows_alone():
+    eqx = pytest.importorskip("equinox")
+    table = eqx.nn.Embedding(4096, 64, key=jax.random.key(1))
+    ids = jnp.arange(6).reshape(2, 3)
+    both = lambda model, ids: jax.vmap(jax.vmap(model))(ids)  # noqa: E731
+    assert_as_merged(both, table, {"weight": "io"}, ids)
+    config = LoRAPlusConfig(target_parameters={"weight": "io"}, rank=2)
+    lora, _ = init_lora(jax.random.key(0), table, config)
+    g = apply_lora_plus(both, config)
+    step = jax.jit(jax.grad(lambda lora, table: jnp.sum(jnp.sin(g(table, lora, ids)))))
+    cost = step.lower(lora, table).compile()
+    assert cost.cost_analysis()["flops"] < 4096 * 4
+    assert cost.memory_analysis().temp_size_in_bytes < 4096 * 16
+
+
 def test_haiku_s_attention():
     hk = pytest.importorskip("haiku")
     init = hk.initializers.VarianceScaling()
