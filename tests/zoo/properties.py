@@ -1,6 +1,7 @@
 """What is true of every adapted model, proved in float64 by one compiled program a model."""
 
 import contextlib
+import copy
 import json
 import math
 import warnings
@@ -289,8 +290,8 @@ def prove(toy, directory, **fields):
     sums, original = [], LowRankWeight.sum
     quiet = warnings.catch_warnings(action="ignore", category=UserWarning)  # of whole weights
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
-        # JAX's caches may take a float64 NumPy array for the float32 one that it was without x64.
-        toy = toy._replace(args=jax.tree.map(jnp.asarray, toy.args))
+        # JAX's caches may take a float64 NumPy array for the float32 one that it was without x64, but not a copy.
+        toy = toy._replace(args=jax.tree.map(lambda x: jnp.asarray(copy.copy(x)), toy.args))
         with quiet if toy.whole else contextlib.nullcontext():
             subject = subject_of(toy, **fields)
         place = toy.paths.split("/")[0] + "/" if toy.wrap and "/" in toy.paths else ""
