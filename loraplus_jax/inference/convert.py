@@ -309,7 +309,7 @@ def _convert_named(
 def _convert_parameters(
     source: PeftSource, partial: Path, base: NamedBase, name: str, no_verify: bool
 ) -> list[str]:
-    """Converts an adapter of experts, of which the file's tensors are parts, by this package's model."""
+    """Converts an adapter of parameters of experts, which have several tensors each in the base's file."""
     _check_known(base)
     with temporary_directory_for(source.place) as folder:
         source.copy(folder, base)
@@ -321,8 +321,9 @@ def _convert_parameters(
         lines = [f"{_WRITTEN['loraplus']} with {len(adapter.specs)} adapted parameters, from {source.about}"]
         if no_verify:
             return [*lines, "not verified (--no_verify)"]
-        logits = verify_by.our_logits(base), *map(verify_by.opened_logits, (folder, partial))
-    return [*lines, _format(compare("logits", "loraplus", *logits, TOLERANCE))]
+        at_source, at_target = map(verify_by.opened_logits, (folder, partial))
+    verified = compare("logits", "loraplus", verify_by.our_logits(base), at_source, at_target, TOLERANCE)
+    return [*lines, _format(verified)]
 
 
 def _check_known(base: NamedBase) -> None:
@@ -418,7 +419,7 @@ def _format(verified: Verified) -> str:
 def _read_path_map(file: Path | None) -> PathMap:
     if file is None:
         return ()
-    content = read_json(file, links="any")
+    content = read_json(file)
     rules = content.get("rules")
     if not isinstance(rules, list) or not all(isinstance(rule, list) for rule in rules):
         raise ValueError(f'{file} must be {{"rules": [[ours, theirs], ...]}}, got {content!r:.80}')
