@@ -203,7 +203,6 @@ def first_updates(tx, params):
     return {"/".join(p.split("/")[-2:]): float(jnp.ravel(x)[0]) for p, x in leaves_by_path(found).items()}
 
 
-@pytest.mark.slow
 def test_the_policy_of_peft_by_hand():
     params = {"lora": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}, **EXTRAS}
     tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, policy="peft", eps=1e-30)
