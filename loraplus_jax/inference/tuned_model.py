@@ -150,11 +150,11 @@ def describe_language(
     place: Place, config: str | None = None, allow_different: Sequence[str] = (), **options: Any
 ) -> TunedModel:
     """Describes a language model from `look_model`; see `describe`."""
-    check_allowed(allow_different, MODEL_PARTS)
     if allow_different and config is None and place.kind in ("peft", "base"):
         raise ValueError(
             f"--allow_different {allow_different[0]} requires a run or merged model, got {place.name}"
         )
+    check_allowed(allow_different, MODEL_PARTS)
     return check_language(describe(place, config=config, allow_different=allow_different, **options))
 
 
