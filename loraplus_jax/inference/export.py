@@ -70,12 +70,12 @@ def export_run(
     if dtype is not None:
         check_choice(f"--dtype with --format {format}", dtype, DTYPES[format])
     check_allowed(allow_different, MODEL_PARTS)
-    found = look(place)
+    found = look(place).require("run")
     if to is not None:
         check_new_path("--to", to, outside=[found.directory])
     if push is not None:
         check_push(push)
-    tuned = describe(found.require("run"), base=base, allow_different=allow_different)
+    tuned = describe(found, base=base, allow_different=allow_different)
     notes = tuned.place.notes
     if dequantized and tuned.settings.model.quantize == "none":
         raise ValueError(
