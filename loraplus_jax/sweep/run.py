@@ -38,7 +38,7 @@ from ..training.run_directory import (
     saved_record,
     write_config,
 )
-from ..training.run_files import CHECKPOINTS, RESULT, UNITS
+from ..training.run_files import CHECKPOINTS, RESULT
 from ..training.xla import restore_platforms
 from .arms import SharedProgram, named, programs_of
 from .edges import beyond
@@ -76,10 +76,9 @@ class Sizes(BaseModel, strict=True, extra="forbid"):
     group_size: Annotated[Count, Field(le=MOST_MEMBERS)]
 
 
-def by_program(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `MEMBERS_FILE` by program; earlier versions wrote the numbers of their one program."""
-    sizes = {name: value for name, value in sizes.items() if name != DIGEST}
-    return {"lora": sizes} if "group_size" in sizes else sizes
+def by_program(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers in `MEMBERS_FILE`, by program."""
+    return {name: value for name, value in content.items() if name != DIGEST}
 
 
 def ignored_fields(run: SweepRun) -> list[str]:
@@ -171,11 +170,6 @@ class Sweep:
                     lambda content: check_schema(dict[str, Sizes], by_program(content), path),
                     remedy="remove it to choose them again",
                 )
-            )
-        if not output.fresh and any(self.directory.glob(f"*/{UNITS}")):
-            raise ValueError(
-                f"{self.directory} has a comparison by an earlier version, which this one cannot resume; start "
-                "over with --fresh, or finish it with that version"
             )
 
     def named(self, program: SharedProgram) -> contextlib.AbstractContextManager[None]:

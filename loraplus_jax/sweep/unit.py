@@ -24,14 +24,14 @@ from ..data.batches import Batch
 from ..data.fetch import resolve
 from ..models.files import open_files
 from ..settings.parsing import check_schema
-from ..step.checkpoint import DamagedCheckpoint, open_manager, save_checkpoint
+from ..step.checkpoint import DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
 from ..step.sharding import make_mesh, replicate
 from ..tasks.causal_lm import LanguageTask
 from ..tasks.held_out_generation import HeldOutTexts
 from ..training.console import LineConsole
 from ..training.evaluation import finish_metrics
 from ..training.memory import expected_peak
-from ..training.run_directory import OutputDirectory, lock_directory, origins_of, restore_step, saved_record
+from ..training.run_directory import OutputDirectory, lock_directory, origins_of, saved_record
 from ..training.run_files import CHECKPOINTS, RESULT, UNITS
 from ..training.signals import Stopped, StopSignal
 from .device_members import DeviceMembers, state_like, stored_members
@@ -139,14 +139,14 @@ class Result(BaseModel, strict=True, extra="forbid"):
     """The schema of `result.json`.
 
     Attributes:
-      origin: the digest of the sweep's `identity.json`; earlier versions have none.
+      origin: the digest of the sweep's `identity.json`.
       members, rows: the unit's members, and their evaluations in order.
       seconds, devices: how long they were trained, and on what.
       text_scores, unrelated, cost: only of a unit that is scored.
       digest: that of the record.
     """
 
-    origin: str | None = None
+    origin: str
     members: list[Any]
     rows: list[Row]
     seconds: float
@@ -319,7 +319,9 @@ class _UnitRun:
             with open_manager(path / CHECKPOINTS, keep=self.population.run.train.keep) as manager:
                 try:
                     like = state_like(self.population, size)
-                    restored = restore_step(manager, like, self.population.metadata, unit.start)
+                    restored = restore_checkpoint(
+                        manager, like, metadata=self.population.metadata, step=unit.start
+                    )
                 except (DamagedCheckpoint, FileNotFoundError) as error:
                     raise ValueError(
                         f"{error}; restore the original files, or remove {path} to train its members again"
@@ -333,7 +335,7 @@ class _UnitRun:
 
     def check_source(self, path: Path, position: Mapping[str, Any]) -> None:
         """Raises ValueError if a checkpoint is of another sweep."""
-        if (origin := position.get("origin")) is not None and origin not in self.origins:
+        if position["origin"] not in self.origins:
             raise ValueError(
                 f"{path} is of another sweep; restore it, or remove it to train its members again"
             )
@@ -501,7 +503,7 @@ def read_result(
 
     def check(content: dict[str, Any]) -> None:
         result = check_schema(Result, content, path)
-        if result.origin is not None and result.origin not in origins:
+        if result.origin not in origins:
             raise ValueError(f"{path} is of another sweep")
         if content["members"] != json.loads(to_json(unit.members)):
             raise ValueError(f"{path} is of other members")

@@ -14,7 +14,6 @@ from .run_files import (
     CHECKPOINTS,
     CONFIG,
     FAILURE,
-    UNITS,
     owner_pid,
     read_lines,
     read_summary,
@@ -114,9 +113,6 @@ def _read_run(directory: Path) -> dict[str, Any]:
         # Checkpoints of a sweep count evaluations too, after the first of which there are rows.
         evaluated, best = _best_member(directory)
         step = step if evaluated is None else evaluated
-        # Earlier versions have the evaluations of a comparison in a directory for each method.
-        is_earlier = evaluated is None and any(directory.glob(f"*/{UNITS}"))
-        step, steps = (None, None) if is_earlier else (step, steps)
     elif summary is not None:
         step = steps = summary["steps"]
         best = _pick(summary["after"], metrics) | {
@@ -127,7 +123,6 @@ def _read_run(directory: Path) -> dict[str, Any]:
             best["constant"] = constant[best["name"]]
     else:
         best = best_row(read_rows(directory / METRICS), metrics)
-    resumes = step is not None
     state, pid, problem = _state(directory) if summary is None else ("finished", None, None)
     return {
         "kind": kind,
@@ -141,7 +136,7 @@ def _read_run(directory: Path) -> dict[str, Any]:
         "problem": problem,
         "best": best,
         "verdict": None if summary is None else summary.get("verdict"),
-        "resume": resume_command(directory, config) if resumes and state in ("stopped", "failed") else None,
+        "resume": resume_command(directory, config) if state in ("stopped", "failed") else None,
     }
 
 
@@ -165,8 +160,7 @@ def best_row(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str] = ()) -> 
     """The best validation after a step by the decisive metric, and its step; `metrics` are of the settings."""
     best = None
     for row in rows:
-        # Earlier versions logged the evaluation before training by the same name.
-        if "validation/loss" not in row or row["step"] == 0:
+        if "validation/loss" not in row:
             continue
         values = {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
         found = _pick(values, metrics) | {"split": "validation", "step": row["step"]}
@@ -229,7 +223,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     end = "; ".join(filter(None, (row["problem"], row["resume"] and f"resume: {row['resume']}")))
     epochs = f" ({float(row['epochs']):g} epochs)" if row["epochs"] else ""
     progress = f"{row['step']} of {row['steps']} steps" if row["steps"] else f"step {row['step']}{epochs}"
-    progress = progress if row["step"] is not None else "by an earlier version"
     cells = row["path"], row["model"], row["method"], progress, state, result, end
     return [escape_controls(cell) for cell in cells]
 

@@ -39,10 +39,16 @@ class Allowed(BaseModel, strict=True):
     differences: list[str]
 
 
+FORMAT = 2
+"""The format of the directories of runs and sweeps. Those of another one are not read: it grows with a change
+after which what was saved before would continue in another way."""
+
+
 class Record(BaseModel, strict=True):
     """The schema of `identity.json`.
 
     Attributes:
+      format: `FORMAT`.
       base: the weights' fingerprint.
       identity: the parts of base and data.
       settings: those that may not change.
@@ -50,6 +56,7 @@ class Record(BaseModel, strict=True):
       allowed: what differed from it before, in order.
     """
 
+    format: int
     base: str | None
     identity: dict[str, Any]
     settings: dict[str, Any]

@@ -14,12 +14,11 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 
 from .._utils.atomic import STAGING, add_path_to_errors, temporary_directory, write_text
-from .._utils.json_files import MAX_ROWS_BYTES, check_file, read_json, read_text
+from .._utils.json_files import check_file, read_json, read_text
 from .._utils.multihost import allgather, is_lead
 from .._utils.records import DIGEST, read_record, write_record
 from .._utils.validation import expand_path
 from ..data.fetch import cache_dir
-from ..interop.adapter_directory import DESCRIPTION_FILE
 from ..settings.parsing import check_schema, settings_from_json
 from ..settings.schema import PATH_FIELDS, STOP_FIELDS, Settings, hide_paths, split_settings
 from ..settings.yaml_files import to_yaml
@@ -28,14 +27,13 @@ from ..step.checkpoint import (
     Restored,
     check_directory_name,
     open_manager,
-    read_metadata,
     restore_checkpoint,
 )
 from ..step.run_metadata import field_differences, numeric_options, package_versions
 from ..step.train_step import TrainState
 from .distributed import check_same_everywhere, raise_together
 from .metrics_log import METRICS, PICTURE, SUMMARY, TEXTS
-from .provenance import Origin, Record, check_allowed, check_record, common_fields
+from .provenance import FORMAT, Origin, Record, check_allowed, check_record
 from .run_files import (
     ADAPTER,
     CHECKPOINTS,
@@ -44,8 +42,6 @@ from .run_files import (
     IDENTITY,
     LOCK,
     OWNER,
-    RESULT,
-    START,
     UNITS,
     TrainingFailed,
     has_progress,
@@ -140,6 +136,8 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
             )
         return []
     remedy = "choose another --output_dir, or start over with --fresh (the old run is renamed, not deleted)"
+    if has_progress(directory):
+        saved_record(directory)  # can it be read?
     old = saved_settings(directory, remedy)
     if ("sweep" in old) != ("sweep" in settings.to_json()):
         kind = "sweep" if "sweep" in old else "single run"
@@ -166,9 +164,7 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
     stops = tuple(name for name in STOP_FIELDS if name in settings.resumable_fields)
     summary = read_summary(directory)
     if summary is not None and not any(text.startswith(stops) for text in changed):
-        # Summaries of earlier versions do not say.
-        stopped_early = summary.get("stopped_early", settings.train.early_stopping is not None)
-        field = "train.early_stopping" if stopped_early else "train.steps"
+        field = "train.early_stopping" if summary.get("stopped_early") else "train.steps"
         # AdaLoRA's ranks follow from the number of steps.
         can_continue = stops and settings.optimizer.target_rank is None
         extend = f"raise {field} to continue it, " if can_continue else ""
@@ -215,37 +211,27 @@ def first_free(path: Path) -> Path:
 
 
 def saved_record(directory: Path) -> dict[str, Any]:
-    """What everything in a run's directory was made with: its `identity.json`."""
-    if (path := directory / IDENTITY).exists():
-        return read_record(
-            path, lambda content: check_schema(Record, content, path), remedy="start over with --fresh"
+    """What everything in a run's directory was made with: its `identity.json`.
+
+    Raises:
+      ValueError: it is missing or damaged, or of another format.
+    """
+    path = directory / IDENTITY
+    if not path.exists():
+        raise ValueError(f"{path} is missing; restore it, or start over with --fresh")
+    if (found := read_json(path).get("format", 1)) != FORMAT:
+        raise ValueError(
+            f"{directory} has format {found!r:.80} of runs, this version reads {FORMAT}: export its adapter with "
+            "the version that made it, or start over with --fresh"
         )
-    # Earlier versions saved it with each checkpoint, result and start.
-    kinds = f"{CHECKPOINTS}/*/metadata/metadata", f"{UNITS}/*/{CHECKPOINTS}/*/metadata/metadata"
-    kinds = *kinds, f"{UNITS}/*/{RESULT}", f"{START}/{DESCRIPTION_FILE}"
-    files = [file for kind in kinds for file in directory.glob(kind)]
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        with contextlib.suppress(ValueError):  # of a checkpoint that was damaged, or not yet written
-            record = read_json(file, limit=MAX_ROWS_BYTES)
-            if "identity" not in record:
-                break
-            record.pop(DIGEST, None)  # of another file than `identity.json`
-            return record
-    raise ValueError(f"{path} is missing; restore it, or start over with --fresh")
+    return read_record(
+        path, lambda content: check_schema(Record, content, path), remedy="start over with --fresh"
+    )
 
 
 def origins_of(record: Mapping[str, Any]) -> list[str | None]:
     """The digests of a directory's `identity.json`: those before differences were allowed, and the current one."""
     return [*(before["digest"] for before in record.get("allowed", ())), record.get(DIGEST)]
-
-
-def restore_step(
-    manager: ocp.CheckpointManager, like: TrainState, metadata: Mapping[str, Any], step: int
-) -> Restored:
-    """Restores a checkpoint, also of an earlier version, which has an identity of its own."""
-    saved = read_metadata(manager, step)
-    metadata = {**saved, **common_fields(metadata, saved), "base": saved["base"]}
-    return restore_checkpoint(manager, like, metadata=metadata, step=step)
 
 
 def rename_run(directory: Path, console: Console) -> None:
@@ -327,10 +313,9 @@ class OutputDirectory:
                 # Another run may have saved something here while this one prepared.
                 saved = saved_record(self.path) if self.resumes or has_progress(self.path) else {}
                 settings, _ = split_settings(self.settings.to_json(), "", self.settings.resumable_fields)
-                record = {**origin, "settings": hide_paths(settings), "jax_config": numeric_options()}
+                record = {"format": FORMAT, **origin, "settings": hide_paths(settings)}
+                record["jax_config"] = numeric_options()
                 record["base"] = origin["base"] or saved.get("base")
-                if "settings" in saved:  # with paths in earlier versions
-                    saved = {**saved, "settings": hide_paths(saved["settings"])}
                 try:
                     allowed = check_record(self.path, saved, record, allow=self.allow_different)
                 except ValueError as error:
@@ -389,7 +374,7 @@ class OutputDirectory:
                 if isinstance(leaf, jax.Array):  # there may be no memory for two states
                     leaf.delete()
             try:
-                return restore_step(manager, like, metadata, step)
+                return restore_checkpoint(manager, like, metadata=metadata, step=step)
             except DamagedCheckpoint as error:
                 if list(manager.all_steps()) == [step]:
                     raise ValueError(

@@ -190,7 +190,7 @@ class Trainer:
         self.pending = position["pending"]
         self.history = SpikeHistory(tuple(position["losses"]), position["skipped"])
         self.evaluation_pending = position["due"]
-        self.started -= position.get("seconds", 0.0)  # earlier versions did not save it
+        self.started -= position["seconds"]
         # Texts from before training cannot be generated again.
         check_digests(self.directory, position["files"], "start over with --fresh")
         return position["rows"], position["digest"]
@@ -227,10 +227,7 @@ class Trainer:
             self.console.print(
                 f"{estimate_rest(remaining, [speed for _, speed in speeds], self.expected_peak())}"
             )
-        # Earlier versions logged it without "before/".
-        before = {
-            name.removeprefix("before/").removeprefix(prefix): row[name] for name in row if name != "step"
-        }
+        before = {name.removeprefix(f"before/{prefix}"): row[name] for name in row if name != "step"}
         if not is_resumed:
             self.console.print(f"before: {format_metrics(before)} ({self.held_out}{self.constant_answer})")
             self.print_answer("before")
@@ -436,8 +433,7 @@ class Trainer:
         if (patience := self.settings.early_stopping) is None:
             return False
         sign = 1 if self.task.mode == "max" else -1
-        # Earlier versions logged the evaluation before training as validation too, if there was no test split.
-        values = [sign * value for step, value in self.log.values(f"validation/{self.task.metric}") if step]
+        values = [sign * value for _, value in self.log.values(f"validation/{self.task.metric}")]
         if len(values) <= patience:
             return False
         values = [-math.inf if math.isnan(value) else value for value in values]

@@ -370,19 +370,6 @@ def test_edited_numbers_of_members_are_an_error(ended, content):
         ended(Keeping(3), fresh=False)
 
 
-def test_directories_of_earlier_versions_are_resumed_or_refused(ended):
-    sweep, _ = ended(Keeping(3))
-    sizes = {"members_at_once": 1, "group_size": 3}
-    assert sweep.sizes == {"lora": sizes}
-    write_record(sweep.directory / module.MEMBERS_FILE, sizes)
-    again = Keeping(9)
-    assert ended(again, fresh=False)[0].sizes == {"lora": sizes}
-    assert not again.units
-    (sweep.directory / "dora/units").mkdir(parents=True)
-    with pytest.raises(ValueError, match=mentions(sweep.directory, "earlier version", "--fresh")):
-        ended(again, fresh=False)
-
-
 @pytest.mark.parametrize("method", ["open", "run"])
 def test_an_error_of_a_program_names_its_methods(ended, monkeypatch, method):
     async def fail(*_):

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from loraplus_jax._utils.records import write_record
+from loraplus_jax._utils.records import read_record, write_record
 from loraplus_jax.settings.parsing import settings_from_json
 from loraplus_jax.settings.schema import (
     RESUMABLE_FIELDS,
@@ -31,6 +31,7 @@ from loraplus_jax.step.run_metadata import describe_run
 from loraplus_jax.step.train_step import TrainState
 from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.training.place import ADAPTERS, look
+from loraplus_jax.training.provenance import FORMAT
 from loraplus_jax.training.run_directory import (
     archive_results,
     check_directory,
@@ -69,6 +70,12 @@ def run_of(directory, values=SETTINGS, *, finished=False):
 
 def check(directory, settings=SETTINGS, *, fresh=False):
     return check_directory(directory, settings, fresh=fresh)
+
+
+def with_result(directory):
+    """The directory of a sweep of which one unit has ended."""
+    write_record(directory / "identity.json", ORIGIN | {"format": FORMAT, "settings": {}, "jax_config": {}})
+    with_file(directory / "units/search-8-0", "result.json", "{}")
 
 
 def with_file(directory, name, text="mine"):
@@ -267,7 +274,7 @@ def test_an_older_run_gets_the_first_free_number(tmp_path):
         assert f"{directory}.{number}" in text.getvalue()
 
 
-def test_a_setting_that_an_earlier_version_did_not_have_has_its_default(tmp_path):
+def test_a_setting_that_a_run_did_not_have_has_its_default(tmp_path):
     directory = run_of(tmp_path / "run")
     old = yaml.safe_load((directory / "config.yaml").read_text())
     del old["train"]["max_skipped"], old["model"]["pooling"], old["generation"]
@@ -305,7 +312,7 @@ def test_results_of_units_may_be_of_another_origin_too(tmp_path):
         opened(directory, allow_different=["tokenizer"]),
     ):
         pass
-    with_file(directory / "units/search-8-0", "result.json", "{}")
+    with_result(directory)
     with opened(directory, allow_different=["tokenizer"]):
         pass
 
@@ -382,52 +389,31 @@ def test_damaged_checkpoints_are_moved_and_the_next_restored_but_the_last_stays(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
-def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_fields_that_it_has(tmp_path):
-    old = METADATA | ORIGIN | {"settings": {"seed": SETTINGS.seed}}
+def test_a_directory_of_another_format_is_not_read(tmp_path):
     with opened(tmp_path) as output:
         output.claim()
-        output.open_manager()
-        save_checkpoint(output.manager, state(1), metadata=old)
-        output.manager.wait_until_finished()
-        new = METADATA | {"task": {"kind": "a", "names": []}, "new": 1}
-        assert output.restore(state(0), new).state.step == 1
-        for task in ({"kind": "b"}, {}):
-            with pytest.raises(ValueError, match=mentions("task.kind")):
-                output.restore(state(0), METADATA | {"task": task})
-    other = {"base": "c", "identity": {}}
-    for unreadable in ("9", "10.orbax-checkpoint-tmp"):  # damaged; killed while it was saved
-        with_file(tmp_path / f"checkpoints/{unreadable}/metadata", "metadata")
-    with opened(tmp_path) as output, pytest.raises(ValueError, match=mentions("base.weights", "b", "c")):
-        output.check_origin(other)
-    with opened(tmp_path, allow_different=("base.weights",)) as output:
-        output.check_origin(other)
-
-
-@pytest.mark.parametrize(
-    ("record", "words"),
-    [
-        (ORIGIN | {"settings": {"seed": 4}}, ["settings.seed", 4, 3]),
-        (
-            {"base": None},
-            ["identity.json", "missing", "--fresh"],
-        ),  # of this version, which keeps it in the file
-    ],
-)
-@pytest.mark.parametrize(
-    "place", ["checkpoints/1/metadata/metadata", "units/a/result.json", "start/adapter.json"]
-)
-def test_what_a_directory_was_made_with_is_compared_or_missed(tmp_path, place, record, words):
-    with opened(tmp_path) as output:
-        output.claim()
-        with_file((tmp_path / place).parent, (tmp_path / place).name, json.dumps(record))
-        with pytest.raises(ValueError, match=mentions(*words)):
-            output.check_origin(ORIGIN)
+        output.check_origin(ORIGIN)
+        (tmp_path / "checkpoints/1").mkdir(parents=True)
+        record = read_record(tmp_path / "identity.json")
+        for found in ({}, {"format": 99}):
+            rest = {name: value for name, value in record.items() if name != "format"}
+            write_record(tmp_path / "identity.json", rest | found)
+            with pytest.raises(
+                ValueError, match=mentions("format", found.get("format", 1), "export", "--fresh")
+            ):
+                output.check_origin(ORIGIN)
+    with pytest.raises(ValueError, match=mentions("format 99")):
+        check(tmp_path)
+    assert check(tmp_path, fresh=True) == []
+    (tmp_path / "identity.json").unlink()
+    with pytest.raises(ValueError, match=mentions("identity.json", "missing", "--fresh")):
+        check(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda content: content.clear(), ["jax_config"]),
+        (lambda content: content.pop("jax_config"), ["jax_config"]),
         (lambda content: content.update(identity=[]), ["identity"]),
         (lambda content: content.update(allowed=[{"digest": 1}]), ["allowed.0.differences"]),
         (lambda content: content.pop("digest"), ["changed"]),
@@ -462,15 +448,10 @@ def test_options_of_jax_that_no_step_runs_with_are_an_early_error(tmp_path, opti
 
 
 def test_a_path_is_no_identity_and_its_content_is(tmp_path):
-    """Base and data may move, also in a record of an earlier version, which has their paths."""
     moved = dataclasses.replace(SETTINGS, model=ModelSettings(path="n"), data=DataSettings(path="e"))
     with opened(tmp_path) as output:
         output.claim()
-        old = {
-            "jax_config": {},
-            "settings": {"seed": 3, "model": {"path": "m"}, "data": {"path": "d", "validation": None}},
-        }
-        write_record(tmp_path / "identity.json", ORIGIN | old)
+        output.check_origin(ORIGIN)
         output.path.joinpath("checkpoints/1").mkdir(parents=True)
     with opened(tmp_path, moved) as output:
         output.claim()
@@ -499,7 +480,7 @@ def test_a_difference_is_allowed_where_there_is_something_to_compare_with(tmp_pa
             assert len(origins_of(saved_record(out))) == 2
     with opened(out) as output, pytest.raises(ValueError, match=mentions("base.weights", "b", "c")):
         output.check_origin({**changed, "base": "c"})
-    with_file(run_of(part) / "units/search-8-0", "result.json")
+    with_result(run_of(part))
     with opened(part, allow_different=("data",)):
         pass
     without_effect = (new, {}), (out, {"fresh": True}), (part, {"fresh": True})
