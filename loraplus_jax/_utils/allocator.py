@@ -14,7 +14,7 @@ import jax
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 DEFAULTS = {M_TRIM_THRESHOLD: 2**17, M_MMAP_MAX: 2**16}
-"""What glibc has for these options of `mallopt`; it cannot be asked."""
+"""glibc's defaults, as `mallopt` cannot read them back."""
 
 
 def run_on_main_thread() -> None:

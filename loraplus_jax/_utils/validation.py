@@ -144,7 +144,7 @@ def check_new_path(name: str, path: Path, *, outside: Sequence[Path] = ()) -> No
         raise ValueError(f"{name} {path} already exists; choose another path")
     for directory in outside:
         if path.resolve().is_relative_to(directory.resolve()):
-            raise ValueError(f"{name} {path} is in the directory of {directory}; choose a path outside")
+            raise ValueError(f"{name} {path} is inside {directory}; choose a path outside it")
 
 
 def check_new_file(name: str, path: Path) -> None:

@@ -225,8 +225,8 @@ def check_floating_weight(where: str, dtype: Any) -> None:
     """Raises ValueError for a weight of integers, which would round W + s A B; `where` describes the weight."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise ValueError(
-            f"{where} must be floating to have an adapter, got {dtype}; for a base of fewer bits pass its floating "
-            "weights to quantize_base"
+            f"{where} must have a floating-point dtype to be adapted, got {dtype}; to train on a quantized base, "
+            "pass the floating-point weights to quantize_base"
         )
 
 

@@ -45,8 +45,8 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(tree, Mapping):
         raise TypeError(
-            f'variables must be a dict such as {{"params": tree}}, got a {type(tree).__name__}; any tree may stand '
-            "in it"
+            f'variables must be a dict such as {{"params": tree}}, got a {type(tree).__name__}; its values '
+            "may be any trees"
         )
     flat = {}
     # Dicts not by jax.tree, which would sort their keys.

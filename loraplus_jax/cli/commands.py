@@ -37,9 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(Output(sys.stderr)):  # pyright: ignore
         try:
             if stdout.error is None:
-                with contextlib.suppress(
-                    OSError
-                ):  # no directory for temporary files, which few commands need
+                # Few commands need a directory for temporary files.
+                with contextlib.suppress(OSError):
                     remove_leftovers(Path(tempfile.gettempdir()))
                 code = _run_command(arguments)
         except SystemExit:  # argparse has printed help
@@ -131,13 +130,13 @@ def _explain_missing(error: ModuleNotFoundError) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, in whatever words the library says so that got none."""
+    """Whether memory ran out, however the failing library reports it."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     # C code that gets no memory may raise nothing, which Python reports as a SystemError; threads and libraries
     # need some too. Without a limit, these are other errors.
-    told = isinstance(error, SystemError) or any(text in str(error) for text in _WITHOUT_MEMORY)
-    return "RESOURCE_EXHAUSTED" in str(error) or (told and _address_limit() is not None)
+    is_likely = isinstance(error, SystemError) or any(text in str(error) for text in _WITHOUT_MEMORY)
+    return "RESOURCE_EXHAUSTED" in str(error) or (is_likely and _address_limit() is not None)
 
 
 _WITHOUT_MEMORY = "can't start new thread", "failed to map segment"

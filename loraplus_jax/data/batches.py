@@ -64,8 +64,8 @@ def batch_order(
     """The endless sequence of batches, each as the indices of its examples, int `(batch_size,)`.
 
     Examples are reshuffled every epoch; each epoch's incomplete batch is dropped. With `lengths`, int `(size,)`,
-    all batches of an epoch have nearly the same sum of lengths, and each has short and long examples: else they
-    are random, so that two examples meet again in other epochs and seeds hardly more often than by chance.
+    all batches of an epoch have nearly the same sum of lengths, and each has short and long examples. Otherwise
+    batches are random: from 8 examples on, two examples meet again hardly more often than by chance.
     """
     check_int("seed", seed, at_least=0)
     if lengths is not None:
@@ -116,10 +116,12 @@ def even_batches(keys: np.ndarray, lengths: np.ndarray, batch_size: int) -> np.n
     lengths, noise, draws = lengths[order], keys[1, order], keys[2, order]
     by_length = np.lexsort((noise, -lengths))
     # Without noise examples of similar lengths would never meet; with more, rows are less full.
-    noisy = np.arange(len(order)) + (noise[by_length] % max(1, 2 * count // 3)).astype(int)
+    # Small batches have few groups, so that they need more noise, and swaps would leave a text few partners.
+    most = 2 * count // 3 if batch_size >= 16 else 16 * count // batch_size
+    noisy = np.arange(len(order)) + (noise[by_length] % max(1, most)).astype(int)
     groups = by_length[np.argsort(noisy, kind="stable")].reshape(batch_size, count)
     batches = np.take_along_axis(groups, np.argsort(draws[groups], axis=1, kind="stable"), axis=1).T
-    for _ in range(SWAPS):
+    for _ in range(SWAPS if batch_size >= 8 else 1):
         sums = lengths[batches].sum(axis=1)
         by_sum = np.argsort(sums, kind="stable")
         short, long = by_sum[: count // 2], by_sum[::-1][: count // 2]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .._utils.json_files import check_file, check_not_utf16, parse_int
-from .._utils.untrusted import MEMORY, MEMORY_PER_BYTE, run_job
+from .._utils.untrusted import MEMORY_PER_BYTE, run_job
 from .._utils.validation import repeated, suggest
 
 # As programs write numbers: float() would also accept 1_0, the digits of other scripts, nan and inf.
@@ -352,9 +352,9 @@ def _parquet_records(path: Path, columns: Sequence[str], problems: Problems) -> 
                 if column not in names:
                     problems.add(f"{path}: item 1", f"no column {column!r}{suggest(column, names)}")
             if not problems.count:
-                # Some kB can unpack to gigabytes.
-                limit = MEMORY + MEMORY_PER_BYTE * path.stat().st_size
-                arguments = {"path": str(path), "columns": list(columns) or None, "limit": limit}
+                # Some kB can unpack to gigabytes; a column that repeats a long text does to hundreds of MB.
+                limit = 2**29 + MEMORY_PER_BYTE * path.stat().st_size
+                arguments = {"path": str(path.resolve()), "columns": list(columns) or None, "limit": limit}
                 run_job(f"{path}: cannot read the Parquet file", "try_parquet", files=[path], **arguments)
             for batch in () if problems.count else file.iter_batches(columns=list(columns) or None):
                 try:

@@ -30,7 +30,7 @@ def input_warnings(
 ) -> list[str]:
     """Warns of texts without a known token, and of different texts with equal tokens but different labels.
 
-    Equal texts with different labels are told by `duplicates.handle_duplicates`.
+    Equal texts with different labels are reported by `duplicates.handle_duplicates`.
     """
     lines, ignored = list[str](), unknown_ids(tokenizer)
     unknown = [row.place for row, ids in zip(rows, inputs, strict=True) if ignored.issuperset(ids.tolist())]

@@ -419,7 +419,7 @@ def _format(verified: Verified) -> str:
 def _read_path_map(file: Path | None) -> PathMap:
     if file is None:
         return ()
-    content = read_json(file)
+    content = read_json(file, links="any")
     rules = content.get("rules")
     if not isinstance(rules, list) or not all(isinstance(rule, list) for rule in rules):
         raise ValueError(f'{file} must be {{"rules": [[ours, theirs], ...]}}, got {content!r:.80}')

@@ -71,7 +71,7 @@ def _read_file(file: Path, links: Links) -> dict[str, Any]:
         return read_tensors(file, "numpy", links=links)  # JAX takes minutes for 100,000 small tensors
     if file.suffix == ".npz":
         check_file(file, links=links)
-        arrays = run_job(f"{file} cannot be read", "read_npz", files=[file], path=str(file))
+        arrays = run_job(f"{file} cannot be read", "read_npz", files=[file], path=str(file.resolve()))
         # NumPy saves a bfloat16 as two bytes of no type.
         return {n: x.view(ml_dtypes.bfloat16) if x.dtype == "V2" else x for n, x in arrays.items()}
     raise ValueError(f"{file} must be a .safetensors or .npz file, or a directory")

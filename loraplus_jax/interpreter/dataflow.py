@@ -89,7 +89,11 @@ def trace_dataflow(program: ClosedJaxpr) -> Dataflow:
     return flow
 
 
-def rounds(eqn: Any, program: Jaxpr) -> bool:
+Callers = tuple[tuple[Jaxpr, Any], ...]
+"""The programs and equations that a program is called by, the innermost first."""
+
+
+def rounds(eqn: Any, program: Jaxpr, callers: Callers = ()) -> bool:
     """Whether an equation of a program rounds a value: casts it to 8 bits, or to fewer bits and then to more.
 
     A cast to 16 bits alone is for a product of that precision.
@@ -97,7 +101,9 @@ def rounds(eqn: Any, program: Jaxpr) -> bool:
     if eqn.primitive.name != "convert_element_type":
         return False
     before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-    return _bits(after) < _bits(before) and (after.itemsize == 1 or _is_widened(program, eqn.outvars[0]))
+    return _bits(after) < _bits(before) and (
+        after.itemsize == 1 or _is_widened(program, eqn.outvars[0], callers)
+    )
 
 
 def _bits(dtype: Any) -> int:
@@ -105,13 +111,17 @@ def _bits(dtype: Any) -> int:
     return jnp.finfo(dtype).nmant if jnp.issubdtype(dtype, jnp.inexact) else 0
 
 
-def _is_widened(program: Jaxpr, value: Any) -> bool:
-    """Whether a program casts a value, or moves of it, to more bits."""
+def _is_widened(program: Jaxpr, value: Any, callers: Callers = ()) -> bool:
+    """Whether a program or one of its callers casts a value, or moves of it, to more bits."""
+    if callers and value in program.outvars:
+        (caller, call), *rest = callers
+        if _is_widened(caller, call.outvars[program.outvars.index(value)], tuple(rest)):
+            return True
     for eqn, n in _users(program).get(value, ()):
         outputs, name = eqn.outvars, eqn.primitive.name
         if name == "convert_element_type" and _bits(outputs[0].aval.dtype) > _bits(value.aval.dtype):
             return True
-        if name in _KEEPS_VALUES and any(_is_widened(program, out) for out in outputs):
+        if name in _KEEPS_VALUES and any(_is_widened(program, out, callers) for out in outputs):
             return True
         for inner in jax.tree.leaves(
             tuple(eqn.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr)
@@ -166,7 +176,14 @@ def _propagate_eqn(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
         return _while(params, inputs, flow)
     if name == "cond":
         # The index decides which values come out, so it counts as read.
-        branches = [_propagate(branch, inputs[1:], flow) for branch in params["branches"]]
+        parts = [flow._replace(sums={}) for _ in params["branches"]]
+        branches = [
+            _propagate(*each)
+            for each in zip(params["branches"], len(parts) * [inputs[1:]], parts, strict=True)
+        ]
+        for n in set().union(*(part.sums for part in parts)):  # a call runs one of them
+            most = max((part.sums.get(n, {}) for part in parts), key=lambda users: sum(users.values()))
+            flow.add_sums({n: most})
         return [_as_changed(inputs[0]).union(*tags) for tags in zip(*branches, strict=True)]
     # Each output is the input of the same number; as an operation on all, it would mix the weights.
     if name == "optimization_barrier":

@@ -2,7 +2,7 @@
 
 Products (`products`) of such a weight cost the base operation and two thin ones, moves of its axes (`moves`) move A
 and B too, in loops, branches and on the shards of a mesh. Every other operation gets the sum: correct for any
-program, but as dear as the whole weight.
+program, but as expensive as the whole weight.
 
 W may be packed. Each of these operations then makes its values, and its backward pass makes them again. XLA on CPU
 merges the two outside loops, and keeps the values of unrolled layers; inside loops it cannot.
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
 from ..quantization.packed_array import PackedArray, dense_shapes
-from .dataflow import rounds
+from .dataflow import Callers, rounds
 from .equations import run_equation, scan_counts
 from .moves import base_values, move
 from .products import RULES, Use
@@ -69,30 +69,35 @@ def _array(value: Any, user: str = "output") -> Any:
     return value.sum(user) if isinstance(value, LowRankWeight) else value
 
 
-def _evaluate(program: Any, inputs: Sequence[Any]) -> list[Any]:
+def _evaluate(program: Any, inputs: Sequence[Any], callers: Callers = ()) -> list[Any]:
+    """The outputs of a program that these callers run as a call."""
     jaxpr, consts = getattr(program, "jaxpr", program), getattr(program, "consts", ())
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
     for eqn in jaxpr.eqns:
         values |= zip(
-            eqn.outvars, _evaluate_eqn(eqn, [read(atom) for atom in eqn.invars], jaxpr), strict=True
+            eqn.outvars, _evaluate_eqn(eqn, [read(atom) for atom in eqn.invars], jaxpr, callers), strict=True
         )
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
+def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any, callers: Callers) -> Sequence[Any]:
     name, weights = eqn.primitive.name, [x for x in inputs if isinstance(x, LowRankWeight)]
     run = lambda values: run_equation(eqn, values, jaxpr)  # noqa: E731
     if not weights:
         return run(inputs)
     if name in ("jit", "pjit", "closed_call", "core_call"):
-        return _evaluate(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), inputs)
+        return _evaluate(
+            eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), inputs, ((jaxpr, eqn), *callers)
+        )
+    if name in ("checkpoint", "remat", "remat2"):
+        return _checkpoint(eqn, inputs, ((jaxpr, eqn), *callers))
     if name in _CONTROL and (results := _CONTROL[name](eqn, inputs)) is not None:
         return results
     if len(weights) == 1:
         (weight,) = weights
         w = weight.w
-        if _is_passed(eqn, weight) and not rounds(eqn, jaxpr):
+        if _is_passed(eqn, weight) and not rounds(eqn, jaxpr, callers):
             if not isinstance(w, PackedArray):
                 (w,) = base_values(eqn, [w if x is weight else x for x in inputs], run)
             elif name == "convert_element_type":
@@ -151,10 +156,10 @@ def _base_product(inputs: list[Any], weight: LowRankWeight, run: Callable[..., A
     return (jax.checkpoint(product) if hasattr(weight.w, "dequantize") else product)(others)
 
 
-def _checkpoint(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+def _checkpoint(eqn: Any, inputs: list[Any], callers: Callers) -> Sequence[Any]:
     # Evaluated equation by equation the body is no checkpoint any more, so it gets another.
     options = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
-    return jax.checkpoint(lambda: _evaluate(eqn.params["jaxpr"], inputs), **options)()
+    return jax.checkpoint(lambda: _evaluate(eqn.params["jaxpr"], inputs, callers), **options)()
 
 
 def _scan(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
@@ -249,7 +254,6 @@ def _shard_map(eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
 
 
 _CONTROL = {
-    **dict.fromkeys(("checkpoint", "remat", "remat2"), _checkpoint),
     "scan": _scan,
     "while": _while,
     "cond": _cond,

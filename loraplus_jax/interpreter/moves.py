@@ -232,8 +232,8 @@ def gather(eqn: Any, weight: LowRankWeight, rest: Sequence[Any], sides: list[Sid
     left, new = iter(c for n, c in enumerate(old) if n not in gone), iter(of_indices)
     rank, offset = eqn.outvars[0].aval.ndim, numbers.offset_dims
     letters = "".join(next(left if n in offset else new) for n in range(rank))
-    if weight.c is not None and not indexed & set(weight.outputs) and fill and not math.isnan(fill):
-        return None  # c would scale the value that fills W
+    if weight.c is not None and indexed - set(weight.outputs) and fill and not math.isnan(fill):
+        return None  # c, which has no input axis, would scale the value that fills W
     result = []
     for k, (own, x) in enumerate(sides):
         if not indexed & set(own):

@@ -207,18 +207,18 @@ def probe(
     """
     grads = jax.tree.map(jnp.ones_like, params) if grads is None else grads
 
-    def update(_: Any, __: Any, state: Any) -> tuple[Any, Any, Any]:
+    def update(earlier: Any, done: jax.Array, state: Any) -> tuple[Any, jax.Array, Any]:
         updates, new = tx.update(grads, state, params, **extra_args)
-        return updates, state, new
+        # What accumulates gives zeros; of several, each may end at another micro-batch.
+        kept = jax.tree.map(lambda old, new: jnp.where(jnp.any(new), new, old), earlier, updates)
+        pairs = zip(*(find_states(each, optax.MultiStepsState) for each in (state, new)), strict=True)
+        ended = [jnp.all(after.mini_step <= before.mini_step) for before, after in pairs]
+        return kept, done | jnp.array(ended, bool), new
 
-    def accumulates(carry: tuple[Any, Any, Any]) -> jax.Array:
-        before, after = (find_states(state, optax.MultiStepsState) for state in carry[1:])
-        pairs = zip(before, after, strict=True)  # after an update of parameters the count is 0 again
-        return jnp.stack([jnp.any(new.mini_step > old.mini_step) for old, new in pairs]).any()
-
-    carry = update(None, None, opt_state)
-    if find_states(opt_state, optax.MultiStepsState):
-        carry = jax.lax.while_loop(accumulates, lambda carry: update(*carry), carry)
+    first = jax.tree.map(jnp.zeros_like, params)
+    carry = update(first, jnp.zeros(len(find_states(opt_state, optax.MultiStepsState)), bool), opt_state)
+    if carry[1].size:
+        carry = jax.lax.while_loop(lambda carry: ~carry[1].all(), lambda carry: update(*carry), carry)
     updates, *_ = carry
     groups = leaves_by_role(updates, labels_of(opt_state, params))
     result = {role: optax.tree.norm(leaves) / math.sqrt(count(leaves)) for role, leaves in groups.items()}

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from .._utils.atomic import to_json, write_text
-from .._utils.json_files import check_directory_files
+from .._utils.json_files import check_directory_files, check_link
 from .._utils.multihost import allgather, is_lost_process
 from .._utils.validation import check_int, join_first, suggest
 from ..adapter.tree import leaves_by_path
@@ -135,7 +135,7 @@ class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> Any:
         """The metrics as saved; None if they are missing or damaged."""
         try:
-            check_directory_files(Path(self.directory, str(step), "metrics"))
+            _check_item(Path(self.directory, str(step), "metrics"))
             metrics = dict(super().metrics(step) or {})
             return metrics if metrics.pop("digest") == _digest([step, metrics]) else None
         except Exception:  # damaged bytes can raise anything: invalid JSON, invalid UTF-8, a wrong type
@@ -294,7 +294,7 @@ def _read(
     try:
         directory = Path(manager.directory, str(step))
         for name in items:
-            check_directory_files(directory / name)
+            _check_item(directory / name)
         values = {
             name: ITEM_HANDLERS[name]().restore(directory / name, args=args) for name, args in items.items()
         }
@@ -312,6 +312,13 @@ def _read(
                 f"{text.splitlines()[0]:.200}"
             )
     return values
+
+
+def _check_item(item: Path) -> None:
+    """Raises ValueError unless the files of a checkpoint's item are regular and none is linked from elsewhere."""
+    for path in (item.parent, item):
+        check_link(path)
+    check_directory_files(item)
 
 
 def _digest(items: Any) -> str:

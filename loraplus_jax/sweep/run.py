@@ -190,16 +190,15 @@ class Sweep:
     def begin(self, origin: Origin) -> None:
         """Takes over the directory, once something is ready to run, and compares base and data with those there."""
         is_first, self.has_begun = not self.has_begun, True
-        self.has_compared |= origin["base"] is not None
+        compares = origin["base"] is not None and not self.has_compared
         if is_first:
             self.output.claim()
         self.output.check_origin(origin)
+        if compares and self.output.changed:  # only now is it known that the sweep can resume
+            write_config(self.directory, self.run)
+            self.console.print(f"settings changed since the sweep started: {'; '.join(self.output.changed)}")
+        self.has_compared |= compares
         if is_first:
-            if self.output.changed:
-                write_config(self.directory, self.run)
-                self.console.print(
-                    f"settings changed since the sweep started: {'; '.join(self.output.changed)}"
-                )
             self.print_head()
 
     # Output files.
@@ -226,7 +225,7 @@ class Sweep:
         )
 
     def log(self, rows: Iterable[ReportRow]) -> None:
-        """Appends rows to the file, which the first ones of this process begin anew."""
+        """Appends rows to the file; the first call in a process rewrites it."""
         self.output.check()
         text = "".join(to_json(row) + "\n" for row in rows)
         if self.has_logged:

@@ -26,7 +26,7 @@ from ..step.train_step import LossFn
 class Split(NamedTuple):
     """A split to evaluate; its fields are those of `TaskData` for it.
 
-    The constant answer of a file of one's own is the best there.
+    For a file of your own, it is the best constant for that file.
     """
 
     columns: Batch

@@ -11,11 +11,12 @@ from .run_files import TrainingFailed
 from .setup import Run
 
 SPIKE_RATIO, SPIKE_STEPS, HISTORY_STEPS = 2.0, 5, 20
-"""A spike is SPIKE_STEPS losses in a row that are all above each of the HISTORY_STEPS losses before, and above
-SPIKE_RATIO times their median.
+"""A spike is SPIKE_STEPS losses in a row that are all above each of the HISTORY_STEPS losses before (at the start of
+a run: of SPIKE_STEPS or more), and above SPIKE_RATIO times their median.
 
 A batch of hard texts is a single high loss, however high; after a step that damages the model there are several. If
-all losses come from one distribution, whichever it is, the last 5 of 25 are the highest once in 53,130 steps.
+all losses come from one distribution, whichever it is, the last 5 of 25 are the highest once in 53,130 steps,
+and of the first 10 once in 252.
 """
 
 
@@ -118,14 +119,16 @@ def nonfinite_names(row: Mapping[str, float]) -> list[str]:
 
 
 def advice(run: Run, nonfinite: Sequence[str]) -> str:
-    """Suggests settings to change, given the names of the non-finite metrics."""
+    """Suggests settings to change, given the names of the non-finite metrics, if there are any."""
     optimizer, ratio = run.settings.optimizer, run.settings.lr_ratio
-    only_updates = all(name.startswith("update_norm/") for name in nonfinite)
+    only_updates = nonfinite and all(name.startswith("update_norm/") for name in nonfinite)
     tips = []
     if ratio > 1 and "grad_norm/a" in nonfinite:
         tips.append(f"lora.lr_ratio below {ratio:g} (A's gradient grows with B)")
     elif ratio > 1 and "update_norm/b" in nonfinite:
         tips.append(f"lora.lr_ratio below {ratio:g} (B's rate is its product with learning_rate)")
+    elif ratio > 1 and not nonfinite:
+        tips.append(f"lora.lr_ratio below {ratio:g}")
     tips.append(f"optimizer.learning_rate below {optimizer.learning_rate:g}")
     if optimizer.max_grad_norm is None and not only_updates:  # clipping does not help if gradients are finite
         tips.append("optimizer.max_grad_norm 1.0")

@@ -329,7 +329,7 @@ class OutputDirectory:
                 record["allowed"] = saved.get("allowed", [])
                 if allowed:
                     record["allowed"] += [{"digest": saved.get(DIGEST), "differences": allowed}]
-                # Results hold the digest of this file, so it stays as it is where nothing differs.
+                # Results hold the digest of this file, so it is rewritten only if something differs.
                 if allowed or DIGEST not in saved:
                     write_record(self.path / IDENTITY, record)
                 self.differences = [line for each in record["allowed"] for line in each["differences"]]
@@ -368,7 +368,7 @@ class OutputDirectory:
           ValueError: the checkpoint is of another run, or the last one is damaged. It stays where it is, so that
             the run never starts over unasked; the message ends in the remedy.
         """
-        manager = self.manager
+        manager, moved = self.manager, None
         while (step := allgather(manager.best_step() if best else manager.latest_step())[0]) is not None:
             for leaf in jax.tree.leaves((like.trainable, like.opt_state)):
                 if isinstance(leaf, jax.Array):  # there may be no memory for two states
@@ -388,6 +388,9 @@ class OutputDirectory:
                 allgather(None)  # a barrier: no process reloads before the move
                 manager.reload()
                 self.console.print(f"{error}; moved it to {destination}, using another checkpoint")
+                moved = error
+        if moved is not None:  # and the metrics of the others are damaged, too
+            raise ValueError(f"{moved}; no other checkpoint has metrics to choose the best by; {remedy}")
         return None
 
 

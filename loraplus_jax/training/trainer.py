@@ -354,7 +354,7 @@ class Trainer:
         history, spikes = find_spikes(self.history, first, host)
         for spike in spikes:
             self.log.write(spike.step, spike.values())
-            tips = advice(self.run, ["grad_norm/a"])
+            tips = advice(self.run, [])
             self.console.print(f"{spike}; if the loss stays high, {tips}")
         now = time.perf_counter()
         speed = self.timed_steps / (now - self.clock)
@@ -395,7 +395,7 @@ class Trainer:
                 self.manager.wait_until_finished()
             raise
         if not math.isfinite(values["loss"]):
-            tips = advice(self.run, ["grad_norm/a"])
+            tips = advice(self.run, [])
             raise TrainingFailed(
                 f"the validation loss is not finite at step {step}; {tips}; checkpoints up to step "
                 f"{self.manager.latest_step() or 0} are kept"

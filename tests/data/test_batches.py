@@ -92,10 +92,10 @@ def orders(lengths, batch_size, seeds):
     return [batch_order(len(lengths), batch_size=batch_size, seed=seed, lengths=lengths) for seed in seeds]
 
 
-@pytest.mark.parametrize("batch_size", [16, 32])
+@pytest.mark.parametrize("batch_size", [8, 16, 32])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pairs_meet_again_as_often_as_in_random_batches(kind, batch_size):
-    """Over epochs and seeds, while the sums of batches have a standard deviation of about 2 % at most."""
+    """Over epochs and seeds, while the sums of batches differ by 2.5 % (standard deviation), of 8 by 5 %."""
     lengths = spread_lengths(kind)
     size, count = len(lengths), len(lengths) // batch_size
     labels, sums = [], []
@@ -106,7 +106,7 @@ def test_pairs_meet_again_as_often_as_in_random_batches(kind, batch_size):
             labels.append(np.full(size, count))
             labels[-1][batches] = np.arange(count)[:, None]
             sums.append(lengths[batches].sum(axis=1) / lengths[batches].sum() * count)
-    assert np.std(sums) < 0.025
+    assert np.std(sums) < (0.05 if batch_size == 8 else 0.025)
     again = []
     for n, a in enumerate(labels):
         for b in labels[:n]:
@@ -136,7 +136,7 @@ def test_the_place_in_an_epoch_says_nothing_of_a_length(kind):
 def test_the_order_of_even_batches_does_not_change_with_versions():
     # From NumPy's Philox and SeedSequence, whose streams are fixed: a resumed run continues its order.
     order = batch_order(6, batch_size=2, seed=0, lengths=np.array([4, 4, 4, 2, 2, 2]))
-    assert [order[n].tolist() for n in range(6)] == [[0, 4], [3, 2], [5, 1], [3, 1], [4, 2], [5, 0]]
+    assert [order[n].tolist() for n in range(6)] == [[0, 3], [5, 2], [1, 4], [3, 0], [4, 2], [1, 5]]
 
 
 test_batches_that_are_rejected = refusals(

@@ -124,6 +124,14 @@ USES = {
         U,
     ),
     "rows beyond the last, filled": (lambda p: p["up"].at[BEYOND].get(mode="fill", fill_value=2.0), U),
+    "values beyond the last, filled": (
+        lambda p: p["up"].at[BEYOND, jnp.zeros_like(BEYOND)].get(mode="fill", fill_value=2.0),
+        U,
+    ),
+    "other rows in either branch": (
+        lambda p: jax.lax.cond(X[0, 0] > 9, lambda w: jnp.sin(w[:3]), lambda w: jnp.sin(w[-3:]), p["up"]),
+        U,
+    ),
     "a row": (lambda p: Y * p["up"][jnp.argmax(X[0])][None], U),
     "first rows": (lambda p: Y[:, None] + p["up"][None, :3], U),
     "first outputs": (lambda p: jnp.sin(p["up"][:, :3]), U),
@@ -145,6 +153,14 @@ USES = {
     "in 8 bits": (lambda p: X @ p["up"].astype(jnp.float8_e4m3fn).astype(X.dtype), U),
     "in 8 bits, by a product of them": (
         lambda p: jnp.matmul(X, p["up"].astype(jnp.float8_e5m2), preferred_element_type=X.dtype),
+        U,
+    ),
+    "in 16 bits by a jitted cast, and back": (
+        lambda p: X @ jax.jit(lambda w: w.astype(jnp.bfloat16).T)(p["up"]).T.astype(X.dtype),
+        U,
+    ),
+    "in 16 bits by a checkpointed cast, and back": (
+        lambda p: X @ jax.checkpoint(lambda w: w.astype(jnp.bfloat16))(p["up"]).astype(X.dtype),
         U,
     ),
     "in 16 bits and back": (lambda p: X @ p["up"].astype(jnp.bfloat16).astype(X.dtype), U),
@@ -174,6 +190,7 @@ WHOLE |= {name: "sin" for name in USES if name.startswith(("all ", "shards, each
 WHOLE |= dict.fromkeys([name for name in USES if name.startswith("in ")], "convert_element_type")
 WHOLE |= {"whole numbers": "dot_general"}
 WHOLE_DORA = WHOLE | {"inputs in one": "concatenate", "rows beyond the last, filled": "gather"}
+WHOLE_DORA |= {"values beyond the last, filled": "gather"}
 QUICK = ("grouped rows", "one expert", "heads", "gate and up in one", "rows in a vmap")
 
 

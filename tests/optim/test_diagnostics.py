@@ -193,6 +193,15 @@ def test_probe_amid_micro_batches_shows_the_update_that_ends_them():
     found = jax.jit(lambda state: probe(tx, state, TRAINABLE))(state)
     # The mean of 3, 3, 1 and 1 is 2.
     assert (float(found["a"]), float(found["b"])) == pytest.approx((0.2, 0.8))
+    # Of two, one is a micro-batch ahead, so that they never end together.
+    tree = {"q": {"lora_a": jnp.ones((2, 3)), "lora_b": jnp.ones((3, 2))}}
+    each = {name: optax.MultiSteps(optax.sgd(rate), 2) for name, rate in (("lora_a", 0.1), ("lora_b", 0.4))}
+    both = optax.partition(each, {"q": {name: name for name in each}})
+    state = both.init(tree)
+    (ahead,) = both.update(tree, state, tree)[1].inner_states["lora_b"]
+    state.inner_states["lora_b"] = type(state.inner_states["lora_b"])(ahead)
+    found = probe(both, state, tree)
+    assert (float(found["a"]), float(found["b"])) == pytest.approx((0.1, 0.4))
     nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), TRAINABLE)
     skipping = optax.MultiSteps(optax.sgd(0.1), 4, should_skip_update_fn=optax.skip_not_finite)
     assert float(probe(skipping, skipping.init(TRAINABLE), TRAINABLE, nan)["a"]) == 0.0

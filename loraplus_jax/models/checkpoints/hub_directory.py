@@ -158,7 +158,7 @@ class HubDirectory(ModelFiles):
             else:
                 with source.open("rb") as file:
                     if not _VOCABULARY.match(file.read(512)):
-                        raise ValueError(f"{source} is no vocabulary of SentencePiece or tiktoken")
+                        raise ValueError(f"{source} is not a SentencePiece or tiktoken vocabulary")
             shutil.copyfile(source, target / name)
 
 
