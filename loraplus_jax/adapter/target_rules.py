@@ -206,6 +206,12 @@ def check_coverage(
         relevant = {path: entry for path, entry in seen.items() if entry.adaptable or entry.weights}
         hits = relevant if is_all else {p: e for p, e in relevant.items() if matches(pattern, p)}
         _check_adaptable(rule, hits, targeted)
+        bare = [path for path in leaves if not is_regex and path.rpartition("/")[0] not in adaptable]
+        if not hits and (bare := [path for path in bare if matches(pattern, path)]):
+            raise ValueError(
+                f"target_modules: {rule!r} matches no layer but the parameter {bare[0]!r}; name it in "
+                "target_parameters instead, with one letter per axis"
+            )
     problem = "matches no adaptable layer" + _name_hint(config.target_modules, adaptable)
     check("target_modules", targets, lambda r: _any(targets[r], adapted), problem, names)
     excluded = _split_rules(config.exclude_modules)

@@ -165,6 +165,11 @@ def modules_of(path_map: PathMap, name: str) -> list[tuple[str, Index]]:
     return modules
 
 
+def leaf_paths(module: str) -> list[str]:
+    """The paths that an adapted parameter for which `module` is looked up may have, see `adapted_leaves`."""
+    return [module, *(f"{module}/{leaf}" for leaf in _OF_LEAF)]
+
+
 def tied_heads(path_map: PathMap) -> dict[str, str]:
     """The PyTorch names of embeddings by those of the heads that share their weight.
 

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .._utils.records import check_files, record_text
 from .._utils.validation import check_choice, raise_problems
 from ..adapter.config import LoRAPlusConfig, pattern_of
 from ..adapter.spec import Specs
+from ..adapter.target_rules import parameter_rule
 from ..adapter.tree import factors_by_module, flatten, unflatten
 from ..optim.trained_ranks import alpha_for
 from ..step.run_metadata import describe_run
@@ -44,6 +45,7 @@ from .path_map import (
     factor_shapes,
     factors_from_peft,
     factors_to_peft,
+    leaf_paths,
     modules_of,
     rank_of_slice,
     tied_heads,
@@ -209,14 +211,21 @@ def load_peft(
         lora |= zip(paths, map(jnp.asarray, factors_from_peft(slices[key], target)), strict=True)
     extras |= read_tensors(directory / OWN_TENSORS_FILE) if (directory / OWN_TENSORS_FILE).is_file() else {}
     layers = next((spec.layers for spec in specs.values() if spec.layers is not None), None)
-    config = saved_config or _config(directory, options, [*tensors], path_map, layers)
+    letters = {key: spec.rule_letters for key, spec in specs.items() if spec.kind == "parameter"}
+    config = saved_config or _config(directory, options, [*tensors], path_map, layers, letters.get)
     check_config_matches_specs(specs, config)
     # Last, since the other messages say more.
     check_files(directory / NOTES_FILE, peft_notes(directory) or {})
     return Adapter(unflatten(lora), dict(specs), config, unflatten(extras))
 
 
-def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None = None) -> LoRAPlusConfig:
+def peft_config(
+    directory: str | Path,
+    path_map: PathMap,
+    *,
+    layers: int | None = None,
+    target_parameters: Mapping[str, str] | Sequence[str] = (),
+) -> LoRAPlusConfig:
     """Reads the config of an adapter in PEFT's format, from `loraplus.json` if it exists.
 
     PEFT does not store lambda: without that file, `lr_ratio` is the default.
@@ -225,6 +234,9 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
       directory: directory with `adapter_config.json` and `adapter_model.safetensors`.
       path_map: as for `save_peft`.
       layers: number of layers in a stack; by default the file is assumed to contain all of them.
+      target_parameters: the model's parameters that no layer owns, such as experts, as in `LoRAPlusConfig`: PEFT's
+        files do not have the letters of their axes. Those that the adapter adapts are in the config's
+        `target_parameters`, and everything else is in its `target_modules`.
 
     Returns:
       A `LoRAPlusConfig` whose rules are for our paths.
@@ -233,6 +245,7 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
       FileNotFoundError, ValueError: as in `load_peft`; or layers of one stack differ in rank or alpha.
     """
     check_path_map(path_map)
+    given: Any = LoRAPlusConfig(target_modules="all-linear", target_parameters=target_parameters)
     options, tensors = read_peft(Path(directory), path_map)
     if (config := _saved_config(Path(directory))) is not None:
         check_ranks(f"{Path(directory) / NOTES_FILE}", config, tensors)
@@ -247,8 +260,14 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
     factors = (name for name in tensors if name.endswith(_ENDS))
     adapted = {index[0] for name in factors for _, index in _find_modules(name, path_map) if index}
     is_part = layers is not None and adapted != {*range(layers)}
+    numbers = tuple(sorted(adapted)) or None if is_part else None
     return _config(
-        Path(directory), options, [*tensors], path_map, tuple(sorted(adapted)) or None if is_part else None
+        Path(directory),
+        options,
+        [*tensors],
+        path_map,
+        numbers,
+        lambda path: given.target_parameters.get(parameter_rule(given, path)),
     )
 
 
@@ -301,9 +320,14 @@ def _saved_config(directory: Path) -> LoRAPlusConfig | None:
 
 
 def _config(
-    directory: Path, options: PeftOptions, names: list[str], path_map: PathMap, layers: tuple[int, ...] | None
+    directory: Path,
+    options: PeftOptions,
+    names: list[str],
+    path_map: PathMap,
+    layers: tuple[int, ...] | None,
+    letters_of: Callable[[str], str | None],
 ) -> LoRAPlusConfig:
-    """Converts PEFT's options and tensor names to our config."""
+    """Converts PEFT's options and tensor names to our config; `letters_of` a path is None if a layer owns it."""
     modules: dict[str, dict[Index, str]] = {}
     saved, problems, path_map = {}, [], options.adapted_parameters(path_map)
     for name in names:
@@ -332,13 +356,21 @@ def _config(
             )
         ranks[module], alphas[module] = settings.pop()
     raise_problems(f"{directory} does not match the model", problems)
+    rules, parameters = {module: re.escape(module) for module in modules}, {}
+    for module in sorted(modules):
+        # Only the model knows which of these paths it has, so a rule may be for several.
+        axes = {path: letters for path in leaf_paths(module) if (letters := letters_of(path)) is not None}
+        if axes:
+            rules[module] = "|".join(map(re.escape, axes))
+            parameters[rules[module]] = next(iter(axes.values()))
     return LoRAPlusConfig(
-        target_modules=tuple(sorted(modules)),
+        target_modules=tuple(module for module in sorted(modules) if rules[module] not in parameters),
+        target_parameters=parameters,
         layers_to_transform=layers,
         rank=options.rank,
         alpha=float(options.alpha),
-        rank_pattern={re.escape(m): rank for m, rank in ranks.items() if rank != options.rank},
-        alpha_pattern={re.escape(m): float(alpha) for m, alpha in alphas.items() if alpha != options.alpha},
+        rank_pattern={rules[m]: rank for m, rank in ranks.items() if rank != options.rank},
+        alpha_pattern={rules[m]: float(alpha) for m, alpha in alphas.items() if alpha != options.alpha},
         use_rslora=options.use_rslora,
         dropout=options.dropout,
         variant="dora" if options.use_dora else "lora",

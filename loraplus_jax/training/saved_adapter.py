@@ -64,8 +64,12 @@ def path_map_of(directory: Path, parts: AdaptedModel) -> PathMap:
 def adapter_config(directory: Path, parts: AdaptedModel) -> LoRAPlusConfig:
     """The config of a PEFT adapter as a `LoRAPlusConfig`."""
     model: Any = parts.base.model
-    config = peft_config(directory, path_map_of(directory, parts), layers=model.config.num_hidden_layers)
-    return transformers_class.with_parameters(config, parts.base.table)
+    return peft_config(
+        directory,
+        path_map_of(directory, parts),
+        layers=model.config.num_hidden_layers,
+        target_parameters=transformers_class.parameter_rules(parts.base.table),
+    )
 
 
 def merged_table(parts: AdaptedModel) -> NameTable:

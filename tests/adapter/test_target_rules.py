@@ -52,6 +52,7 @@ test_every_rule_must_match_something_once = refusals(
     (lambda: check(UP, target_modules=["upp"]), "target_modules", "'upp'", "'up'"),
     (lambda: check(UP, target_modules="up"), "target_modules", "'up'", "regular", "[up]"),
     (lambda: check([], target_modules=["norm"]), "'norm'", "Own", "target_parameters"),
+    (lambda: check(UP, target_modules=["up", "norm/w"]), "'norm/w'", "target_parameters"),
     (lambda: check([], target_modules=["up"], exclude_modules=["up"]), "'up'", "exclude_modules"),
     (lambda: check_up(exclude_modules=["head"]), "exclude_modules", "'head'"),
     (lambda: check_up(layers_to_transform=[0, 7]), "layers_to_transform", 7, "[0, 1]"),

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loraplus_jax import LoRAPlusConfig
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
 from loraplus_jax.adapter.lora import weight_delta
+from loraplus_jax.adapter.target_rules import parameter_rule
 from loraplus_jax.interop.peft_adapter_config import read_options
 from loraplus_jax.interop.peft_files import load_peft, peft_config, peft_options, save_peft
 
@@ -169,6 +170,96 @@ def test_experts_in_one_parameter(tmp_path):
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(options))
     with pytest.raises(ValueError, match=mentions("target_parameters", "'experts.up_proj'")):
         load_peft(tmp_path / "a", {"m": spec}, [("m", "experts.down_proj", "Parameter")])
+
+
+EXPERTS = [(f"experts/{n}", f"mlp.experts.{n}", "Parameter") for n in ("gate_up_proj", "down_proj")]
+EXPERTS += [("shared", "shared.w", "Parameter"), ("attn", "attn")]
+
+
+def test_a_config_has_the_letters_of_parameters_from_the_caller(tmp_path):
+    """PEFT's files do not have them. A table may be for the whole model, of which the adapter has some."""
+    kinds = {"attn": ("dense", "io", (3, 5)), "shared/kernel": ("parameter", "eio", (4, 3, 5))}
+    specs = {path: spec_of(*of, leaf=f"params/{path}") for path, of in kinds.items()}
+    lora = {"attn": factors(specs["attn"])["m"], "shared": {"kernel": factors(specs["shared/kernel"])["m"]}}
+    config = LoRAPlusConfig(
+        target_modules=["attn"], target_parameters={"shared/kernel": "eio"}, rank=2, alpha=3.0
+    )
+    save_peft(tmp_path / "a", lora, specs, config, EXPERTS)
+    edit_options(tmp_path / "a")
+    for pattern in ("shared/kernel", "shared/k.*", "shared/?.*"):
+        letters = {pattern: "eio", "router": "io"}
+        found = peft_config(tmp_path / "a", EXPERTS, target_parameters=letters)
+        assert found.target_modules == ("attn",)
+        assert parameter_rule(found, "shared/kernel") is not None
+        assert [*found.target_parameters.values()] == ["eio"]
+    again = load_peft(tmp_path / "a", specs, EXPERTS)
+    jax.tree.map(np.testing.assert_array_equal, again.lora, lora)
+    assert again.config == config
+    # It may be a layer, such as flax's Einsum.
+    assert peft_config(tmp_path / "a", EXPERTS).target_modules == ("attn", "shared")
+    with pytest.raises(ValueError, match=mentions("target_parameters", "'shared.*'", "'eix'")):
+        peft_config(tmp_path / "a", EXPERTS, target_parameters={"shared.*": "eix"})
+
+
+class Experts(nn.Module):
+    """A user's own experts: two parameters in one module."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal()
+        up, down = (self.param(n, init, (3, 4, 4)) for n in ("gate_up_proj", "down_proj"))
+        return jnp.einsum("ebi,eio->ebo", jnp.einsum("bi,eio->ebo", x, up), down).sum(0)
+
+
+class Kernel(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(), (2, 4, 4))
+        return jnp.einsum("bi,eio->ebo", x, kernel).sum(0)
+
+
+class Mixture(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = Experts(name="experts")(nn.Dense(4, name="attn")(x))
+        return Kernel(name="shared")(x)
+
+
+@pytest.mark.slow
+def test_layers_and_experts_that_peft_adapted_in_a_loop_of_ones_own(tmp_path):
+    letters = {"experts/.*": "eio", "shared.*": "eio"}
+    config = LoRAPlusConfig(
+        target_modules=["attn"],
+        target_parameters=letters,
+        rank=2,
+        alpha=4.0,
+        rank_pattern={"down_proj": 3, "shared/kernel": 1},
+        alpha_pattern={"gate_up_proj": 5.0},
+    )
+    x = jnp.ones((2, 4))
+
+    def start(config):
+        return init_lora(apply_lora_plus(Mixture(), config), jax.random.key(0), x)
+
+    lora, specs = start(config)
+    lora = jax.tree.map(lambda factor: factor + 0.1, lora)
+    save_peft(tmp_path / "a", lora, specs, config, EXPERTS)
+    edit_options(tmp_path / "a")
+    theirs = peft_config(tmp_path / "a", EXPERTS, target_parameters=letters)
+    assert start(theirs)[1] == specs
+    adapter = load_peft(tmp_path / "a", specs, EXPERTS)
+    jax.tree.map(np.testing.assert_array_equal, adapter.lora, lora)
+    assert adapter.config is not None
+    assert start(adapter.config)[1] == specs
+    base = Mixture().init(jax.random.key(1), x)
+    outputs = [
+        apply_lora_plus(Mixture(), c).apply({**base, "lora": adapter.lora}, x) for c in (config, theirs)
+    ]
+    np.testing.assert_array_equal(*outputs)
+    # Without letters it may be a layer until the model is there.
+    part = peft_config(tmp_path / "a", EXPERTS, target_parameters={"shared.*": "eio"})
+    with pytest.raises(ValueError, match=mentions("'experts/down_proj'", "target_parameters")):
+        start(part)
 
 
 def test_the_tensors_of_a_users_own_model(tmp_path):

@@ -13,7 +13,7 @@ from loraplus_jax.inference.checkpoint_merge import CheckpointMerge
 from loraplus_jax.inference.write_hf import write_hf
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
 from loraplus_jax.models.checkpoints.params import check_params
-from loraplus_jax.models.checkpoints.transformers_class import with_parameters
+from loraplus_jax.models.checkpoints.transformers_class import parameter_rules
 from loraplus_jax.models.files import open_files
 
 from .families import Pair, off, random
@@ -215,8 +215,12 @@ def made_by_peft(pair, options, folder):
 def test_adapters_that_peft_made_give_the_same_logits_here(name, pairs, tmp_path):
     pair = pairs(name)
     theirs = made_by_peft(pair, THEIRS[name], tmp_path / "a")
-    config = peft_config(tmp_path / "a", pair.path_map, layers=pair.model.config.num_hidden_layers)
-    config = with_parameters(config, pair.table)
+    config = peft_config(
+        tmp_path / "a",
+        pair.path_map,
+        layers=pair.model.config.num_hidden_layers,
+        target_parameters=parameter_rules(pair.table),
+    )
     model = apply_lora_plus(pair.model, config)
     _, specs = init_lora(model, jax.random.key(0), *pair.inputs, base={"params": pair.params})
     adapter = load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)

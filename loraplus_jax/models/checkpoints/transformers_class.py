@@ -1,11 +1,8 @@
 """The transformers class of a model, and the names of its modules there, from the model's name table."""
 
-import dataclasses
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ...adapter.config import LoRAPlusConfig
 from ...interop.path_map import PathMap
 from ..decoder import Config
 from ..encoder import Pooling
@@ -81,23 +78,6 @@ def path_map(table: NameTable, form: TransformersClass, *, prefix: str | None = 
     return tuple(rules.values())
 
 
-def with_parameters(config: LoRAPlusConfig, table: NameTable) -> LoRAPlusConfig:
-    """A config from `peft_config` with the kernels of experts, which no layer owns, in `target_parameters`."""
-    rules = {re.escape(rule.path.rpartition("/")[0]): rule for rule in table.rules if rule.stacked > 1}
-    modules = {re.escape(module): module for module in config.target_modules}
-    leaves = {module: re.escape(rules[module].path) for module in modules.keys() & rules.keys()}
-
-    def of_leaves(patterns: Mapping[str, Any]) -> dict[str, Any]:
-        return {leaves.get(pattern, pattern): value for pattern, value in patterns.items()}
-
-    of_parameters: Any = config.target_parameters or {}
-    return dataclasses.replace(
-        config,
-        target_modules=tuple(name for module, name in modules.items() if module not in leaves),
-        target_parameters={
-            **of_parameters,
-            **{leaf: "le"[: rules[module].stacked] + "io" for module, leaf in sorted(leaves.items())},
-        },
-        rank_pattern=of_leaves(config.rank_pattern),
-        alpha_pattern=of_leaves(config.alpha_pattern),
-    )
+def parameter_rules(table: NameTable) -> dict[str, str]:
+    """The kernels of experts, which no layer owns, as `target_parameters`."""
+    return {re.escape(r.path): "le"[: r.stacked] + "io" for r in table.rules if r.stacked > 1}
