@@ -11,8 +11,8 @@ from .run_files import TrainingFailed
 from .setup import Run
 
 SPIKE_RATIO, SPIKE_STEPS, HISTORY_STEPS = 2.0, 5, 20
-"""A spike is SPIKE_STEPS losses in a row that are all above each of the HISTORY_STEPS losses before (at the start of
-a run: of SPIKE_STEPS or more), and above SPIKE_RATIO times their median.
+"""A spike is SPIKE_STEPS losses in a row that are all above each of the HISTORY_STEPS losses before (at the start
+of a run: SPIKE_STEPS or more), and above SPIKE_RATIO times their median.
 
 A batch of hard texts is a single high loss, however high; after a step that damages the model there are several. If
 all losses come from one distribution, whichever it is, the last 5 of 25 are the highest once in 53,130 steps,
