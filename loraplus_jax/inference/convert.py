@@ -1,11 +1,14 @@
 """`loraplus convert`: writes an adapter of a known library for others, or merged into its base."""
 
+import itertools
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +19,7 @@ from .._utils.validation import check_choice, check_new_path, check_number, sugg
 from ..adapter.lora import disabled
 from ..adapter.tree import flatten
 from ..data.fetch import resolve
-from ..interop.adapter_directory import check_finite, load_adapter, save_adapter
+from ..interop.adapter_directory import Adapter, check_finite, load_adapter, save_adapter
 from ..interop.library_recipes import NAMES
 from ..interop.path_map import PathMap, check_path_map, torch_module_of
 from ..interop.peft_files import NOTES_FILE, OPTIONS, peft_options, save_peft
@@ -29,6 +32,7 @@ from ..models.files import open_files
 from ..step.fingerprints import fingerprint
 from ..step.run_metadata import describe_run
 from ..tasks.causal_lm import model_config
+from ..training.memory import free_bytes, free_host_bytes
 from ..training.place import ADAPTERS, Place, look
 from ..training.provenance import MODEL_PARTS, check_allowed
 from ..training.saved_adapter import read_adapter, transformers_class_of
@@ -202,20 +206,22 @@ def _convert_run(
         source = OwnSource(
             directory, adapter, transformers_path_map(parts.base.table, transformers_class_of(parts))
         )
-        return [*lines, _format(_verify(source, named_base(described.base), to, partial, dtype))]
+        return [*lines, _verify(source, adapter, named_base(described.base), to, partial, dtype)]
     tuned = load(described)
     if tuned.settings.model.quantize in ("nf4", "int8") and to in ("merged", "gguf"):
         return [*lines, "not verified: the run has a quantized base, and this is for the original weights"]
     trainable = {name: disabled(x) if name == "lora" else x for name, x in tuned.parts.trainable.items()}
     plain = verify_by.tuned_outputs(tuned._replace(parts=tuned.parts._replace(trainable=trainable)))
+    at_source = verify_by.tuned_outputs(tuned)
+    named = named_base(tuned.base)
+    del tuned, trainable  # so that no two models are in memory
     if to == "gguf":
-        named = named_base(tuned.base)
-        outputs = verify_by.our_logits(named, _gguf_weights(partial, named))
+        outputs = verify_by.our_logits(named, dict(_gguf_weights(partial, named)))
     else:
         outputs = verify_by.tuned_outputs(load(describe(look(partial), allow_different=allow)))
     is_low = to == "merged" and dtype not in (None, "float32")
     allowed = LOW_PRECISION if is_low else TOLERANCE, _effect_tolerance(to, dtype)
-    verified = compare("outputs", "loraplus", plain, verify_by.tuned_outputs(tuned), outputs, *allowed)
+    verified = compare("outputs", "loraplus", plain, at_source, outputs, *allowed)
     return [*lines, _format(verified)]
 
 
@@ -303,7 +309,7 @@ def _convert_named(
         )
     if no_verify:
         return [*lines, "not verified (--no_verify)"]
-    return [*lines, _format(_verify(source, base, to, partial, dtype))]
+    return [*lines, _verify(source, adapter, base, to, partial, dtype)]
 
 
 def _convert_parameters(
@@ -311,6 +317,8 @@ def _convert_parameters(
 ) -> list[str]:
     """Converts an adapter of parameters of experts, which have several tensors each in the base's file."""
     _check_known(base)
+    if not no_verify and (needed := 2 * _float32_bytes(base)) > (free := _free_bytes()):
+        raise ValueError(f"cannot verify within the memory: {_needs(needed, free)}; pass --no_verify")
     with temporary_directory_for(source.place) as folder:
         source.copy(folder, base)
         options = read_json(folder / OPTIONS) | {"base_model_name_or_path": name}
@@ -349,13 +357,12 @@ def _write_gguf(partial: Path, peft: Path, base: ModelFiles, dtype: str | None) 
     return saved.describe().partition(": ")[2].split("\n")
 
 
-def _gguf_weights(directory: Path, base: NamedBase) -> dict[str, np.ndarray]:
-    """The base's tensors with the adapter of a GGUF file, float32."""
-    weights, modules = {}, [name.removesuffix(".weight") for name in base.tensors]
-    for module, change in verify_by.gguf_changes(directory / GGUF_FILE, base.config, modules).items():
+def _gguf_weights(directory: Path, base: NamedBase) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the base's tensors with the adapter of a GGUF file, float32."""
+    modules = [name.removesuffix(".weight") for name in base.tensors]
+    for module, change in verify_by.gguf_changes(directory / GGUF_FILE, base.config, modules):
         total = base.weight(module) + change
-        weights[f"{module}.weight"] = total.T if base.is_conv1d(module) else total
-    return weights
+        yield f"{module}.weight", total.T if base.is_conv1d(module) else total
 
 
 def _effect_tolerance(to: str, dtype: str | None) -> float:
@@ -363,50 +370,74 @@ def _effect_tolerance(to: str, dtype: str | None) -> float:
     return 0.0 if to != "gguf" or dtype == "float32" else EIGHT_BITS if dtype == "q8_0" else LOW_PRECISION
 
 
-def _verify(source: Source, base: NamedBase, to: str, partial: Path, dtype: str | None) -> Verified:
+def _verify(
+    source: Source, adapter: Adapter, base: NamedBase, to: str, partial: Path, dtype: str | None
+) -> str:
     """Compares outputs at the source, from its tensors and the recipe alone, and at the target, read back."""
-    weights = dict(source.weights(base))
-    is_low = False
-    if to == "merged":  # compared with the same rounding to the dtypes of the files
-        stored = {name: view.get_dtype() for name, view in named_base(open_files(partial)).tensors.items()}
-        for name, view in base.tensors.items():
-            if name in weights or (name in stored and stored[name] != view.get_dtype()):
-                value = weights[name] if name in weights else np.asarray(view[:], np.float32)
-                weights[name] = value.astype(dtype_of(stored[name])).astype(np.float32)
-                is_low |= stored[name] != "F32"
-    tolerance, of_effect = LOW_PRECISION if is_low else TOLERANCE, _effect_tolerance(to, dtype)
-    if not verify_by.is_known(base) or (base.is_untied and to == "peft" and not verify_by.has_peft()):
-        if to == "merged":
-            written = named_base(open_files(partial))
-            found = {name: np.asarray(written.tensors[name][:], np.float32) for name in weights}
-        else:
-            found = dict(PeftSource(partial).weights(base)) if to == "peft" else _gguf_weights(partial, base)
-        names = {*weights, *found}
-        plain, at_source, at_target = (
-            verify_by.layer_outputs(base, names, each) for each in ({}, weights, found)
-        )
-        return compare(
-            "outputs of the adapted layers", "loraplus", plain, at_source, at_target, tolerance, of_effect
-        )
+    written = named_base(open_files(partial)) if to == "merged" else base._replace(tensors={})
+    # Of a merged model compared with the same rounding to the dtypes of the files.
+    stored = {name: view.get_dtype() for name, view in written.tensors.items()}
+    rounded = {n for n, view in base.tensors.items() if n in stored and stored[n] != view.get_dtype()}
+
+    def at_source(others: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        names = set()
+        unchanged = ((n, np.asarray(base.tensors[n][:], np.float32)) for n in others if n not in names)
+        for name, value in itertools.chain(source.weights(base), unchanged):
+            names.add(name)
+            yield name, value.astype(dtype_of(stored[name])).astype(np.float32) if stored else value
+
+    tolerance_of = lambda n: TOLERANCE if stored.get(n, "F32") == "F32" else LOW_PRECISION  # noqa: E731
+    of_effect = _effect_tolerance(to, dtype)
+    is_known = verify_by.is_known(base) and not (base.is_untied and to == "peft" and not verify_by.has_peft())
     # transformers reads no GGUF file by its path.
-    if to in ("peft", "merged") and verify_by.has_peft() and not isinstance(base.files, GgufFile):
-        plain, at_source = (verify_by.torch_logits(base, changed=each) for each in ({}, weights))
+    by_torch = to in ("peft", "merged") and verify_by.has_peft() and not isinstance(base.files, GgufFile)
+    whole = _float32_bytes(base)
+    adapted = 4 * sum(math.prod(spec.shape) for spec in adapter.specs.values())
+    adapted += 4 * sum(np.size(leaf) for leaf in flatten(adapter.extras).values())
+    # The base twice: loading and the compiled program copy it in part.
+    needed = 2 * whole + (whole if rounded else adapted) + (adapted if to == "gguf" else 0)
+    free = free_host_bytes() if by_torch else _free_bytes()
+    if not is_known or needed > free:
+        if to == "loraplus":
+            at_target = _own_source(partial, (), None, base).weights(base)
+        elif to == "merged":
+            at_target = ((n, np.asarray(written.tensors[n][:], np.float32)) for n in stored)
+        else:
+            at_target = PeftSource(partial).weights(base) if to == "peft" else _gguf_weights(partial, base)
+        text = _format(verify_by.compare_layers(base, at_source(stored), at_target, tolerance_of, of_effect))
+        return f"{text}; {_needs(needed, free)}" if is_known else text
+    weights = dict(at_source(rounded))
+    tolerance = max(map(tolerance_of, weights), default=TOLERANCE)
+    if by_torch:
+        plain, source_logits = (verify_by.torch_logits(base, changed=each) for each in ({}, weights))
         if to == "peft":
             at_target = verify_by.torch_logits(base, adapter=partial)
         else:
-            at_target = verify_by.torch_logits(named_base(open_files(partial)))
-        return compare(
-            "logits", "PEFT" if to == "peft" else "transformers", plain, at_source, at_target, tolerance
-        )
-    plain, at_source = (verify_by.our_logits(base, each) for each in ({}, weights))
+            at_target = verify_by.torch_logits(written)
+        by = "PEFT" if to == "peft" else "transformers"
+        return _format(compare("logits", by, plain, source_logits, at_target, tolerance))
+    plain, source_logits = (verify_by.our_logits(base, each) for each in ({}, weights))
     by = "loraplus"
     if to == "gguf":
-        by, at_target = "gguf and loraplus", verify_by.our_logits(base, _gguf_weights(partial, base))
+        by, at_target = "gguf and loraplus", verify_by.our_logits(base, dict(_gguf_weights(partial, base)))
     elif to == "merged":
-        at_target = verify_by.our_logits(named_base(open_files(partial)))
+        at_target = verify_by.our_logits(written)
     else:
         at_target = verify_by.opened_logits(partial)
-    return compare("logits", by, plain, at_source, at_target, tolerance, of_effect)
+    return _format(compare("logits", by, plain, source_logits, at_target, tolerance, of_effect))
+
+
+def _float32_bytes(base: NamedBase) -> int:
+    return 4 * sum(math.prod(view.get_shape()) for view in base.tensors.values())
+
+
+def _free_bytes() -> int:
+    """Free memory for weights that pass through the host to JAX's device."""
+    return min(free_host_bytes(), free_bytes(jax.local_devices()[0]))
+
+
+def _needs(needed: int, free: int) -> str:
+    return f"logits in float32 need about {needed / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free"
 
 
 def _format(verified: Verified) -> str:

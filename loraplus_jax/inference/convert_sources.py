@@ -341,29 +341,37 @@ class OwnSource:
 
     def weights(self, base: NamedBase) -> Iterator[tuple[str, np.ndarray]]:
         """Adds s A B to each weight, in the axes of our leaf, before any factor is converted."""
-        adapter, totals = self.adapter, dict[str, np.ndarray]()
+        adapter, parts = self.adapter, dict[str, list[tuple[str, Target, Index]]]()
         factors = factors_by_module(str(self.place), adapter.lora, adapter.specs)
         for path, target in self.targets.items():
-            spec = target.spec
-            a, b, *magnitudes = map(jnp.asarray, factors[path])
-            product = np.asarray(weight_delta(a, b, spec))
             for index, name in target.names.items():
-                module = base.locate([name])[name]
-                total = totals.setdefault(module, np.array(base.weight(module)))
-                change = _slice_of_leaf(product, spec.base_letters, target, index)
+                parts.setdefault(base.locate([name])[name], []).append((path, target, index))
+        for module, slices in parts.items():  # one at a time, where a leaf has those of all layers
+            total = np.array(base.weight(module))
+            for path, target, index in slices:
+                spec, at = target.spec, dict(zip(target.letters, index, strict=True))
+                a, b, *magnitudes = (
+                    np.asarray(x)[tuple(slice(at[c], at[c] + 1) if c in at else slice(None) for c in letters)]
+                    # Of magnitudes, which not every adapter has, the axes are those of B.
+                    for x, letters in zip(
+                        factors[path], spec.factor_letters + spec.factor_letters[1:], strict=False
+                    )
+                )
+                first = (0,) * len(index)
+                product = np.asarray(weight_delta(jnp.asarray(a), jnp.asarray(b), spec))
+                change = _slice_of_leaf(product, spec.base_letters, target, first)
                 rows = target.outputs.rows if target.outputs else slice(None)
                 total[rows] += change if base.is_embedding(module) else change.T
                 for m in magnitudes:
                     letters = spec.factor_letters[1]
                     values = np.asarray(m, np.float32)
                     values = np.take(values, 0, letters.index("r"))  # an axis of size 1
-                    size = _slice_of_leaf(values, letters.replace("r", ""), target, index)[0]
+                    size = _slice_of_leaf(values, letters.replace("r", ""), target, first)[0]
                     total[rows] = _with_norms(total[rows], size, base.is_embedding(module))
-        for module, total in totals.items():
             yield f"{module}.weight", total.T if base.is_conv1d(module) else total
         if adapter.extras:
             with self._as_peft() as source:
-                weights = {f"{module}.weight" for module in totals}
+                weights = {f"{module}.weight" for module in parts}
                 yield from (each for each in source.weights(base) if each[0] not in weights)
 
     @contextlib.contextmanager

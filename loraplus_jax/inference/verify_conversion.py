@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import io
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +179,9 @@ def torch_logits(base: NamedBase, *, changed: Weights = {}, adapter: Path | None
             return model(ids).logits.numpy()
 
 
-def gguf_changes(file: Path, config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, np.ndarray]:
+def gguf_changes(
+    file: Path, config: Mapping[str, Any], modules: Iterable[str]
+) -> Iterator[tuple[str, np.ndarray]]:
     """What llama.cpp adds to the weights of modules for a GGUF adapter, with its own names, by its Python package.
 
     Args:
@@ -187,8 +189,8 @@ def gguf_changes(file: Path, config: Mapping[str, Any], modules: Iterable[str]) 
       config: the base's `config.json`.
       modules: names of modules of the base.
 
-    Returns:
-      A dict from each adapted module to the change of its weight, float32 (out, in), of an embedding (vocab, dim).
+    Yields:
+      Each adapted module and the change of its weight, float32 (out, in), of an embedding (vocab, dim).
 
     Raises:
       ConversionFailed: a tensor of the file belongs to none of the modules.
@@ -201,7 +203,7 @@ def gguf_changes(file: Path, config: Mapping[str, Any], modules: Iterable[str]) 
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     sizes: Any = family_of(config["model_type"]).config.from_hf(config)
     names = gguf.get_tensor_name_map(architecture, sizes.num_hidden_layers)
-    alpha, changes = float(reader.fields["adapter.lora.alpha"].contents()), {}
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
     for module in modules:
         name = names.get_name(module)
         if (a := tensors.pop(f"{name}.weight.lora_a", None)) is None:
@@ -212,18 +214,45 @@ def gguf_changes(file: Path, config: Mapping[str, Any], modules: Iterable[str]) 
         if heads := interleaved_heads(f"{name}.weight", kind, vars(sizes)):
             # Back from the order of its converter, which interleaves the halves of a head.
             change = change.reshape(heads, -1, 2, change.shape[1]).swapaxes(1, 2).reshape(change.shape)
-        changes[module] = change
+        yield module, change
     if tensors:
         raise ConversionFailed(f"{file}: {min(tensors)} belongs to no module of the base")
-    return changes
 
 
-def layer_outputs(base: NamedBase, names: Iterable[str], weights: Weights) -> np.ndarray:
-    """Outputs of single layers on random inputs: for bases that nothing here can run, one row after the other."""
-    rng, outputs = np.random.default_rng(SEED), []
-    for name in sorted(names):
-        value = weights[name] if name in weights else np.asarray(base.tensors[name][:], np.float32)
-        matrix = value if value.ndim == 2 else value.reshape(1, -1)
-        x = rng.normal(size=(matrix.shape[1], 2)).astype(np.float32) / np.sqrt(matrix.shape[1])
-        outputs.append((matrix @ x).reshape(-1))
-    return np.concatenate(outputs)
+def layer_outputs(weights: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Outputs of single layers on random inputs, by name; no more than one weight is in memory at a time."""
+    outputs = {}
+    for name, value in weights:
+        matrix = value.reshape(-1, value.shape[-1] if value.ndim else 1)
+        x = np.random.default_rng(SEED).normal(size=(matrix.shape[1], 2)) / np.sqrt(matrix.shape[1])
+        outputs[name] = (matrix @ x.astype(np.float32)).reshape(-1)
+    return outputs
+
+
+def compare_layers(
+    base: NamedBase,
+    source: Iterable[tuple[str, np.ndarray]],
+    target: Iterable[tuple[str, np.ndarray]],
+    tolerance: Callable[[str], float],
+    of_effect: float,
+) -> Verified:
+    """Compares the outputs of each layer on its own, for bases that cannot be run here or do not fit into memory.
+
+    Args:
+      base: the weights without the adapter; a layer that source or target lacks has its own.
+      source, target: weights by name, in any order.
+      tolerance: of a name, as `of_effect` for `compare`.
+
+    Raises:
+      ConversionFailed: a layer differs by more than rounding.
+    """
+    at_source, at_target = layer_outputs(source), layer_outputs(target)
+    names = sorted({*at_source, *at_target})
+    plain = layer_outputs((name, np.asarray(base.tensors[name][:], np.float32)) for name in names)
+    layers = []
+    for name, base_outputs in plain.items():
+        expected, found = (each.get(name, base_outputs) for each in (at_source, at_target))
+        what = f"outputs of {name}"
+        layers.append(compare(what, "loraplus", base_outputs, expected, found, tolerance(name), of_effect))
+    largest = {field: max(getattr(layer, field) for layer in layers) for field in Verified._fields[2:]}
+    return layers[0]._replace(what="outputs of the layers", **largest)

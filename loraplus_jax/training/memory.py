@@ -60,6 +60,11 @@ def free_bytes(device: Any) -> int:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """Free memory in bytes within the machine and cgroup limits."""
     return min([psutil.virtual_memory().available, *_cgroup_free_bytes()])
 
 

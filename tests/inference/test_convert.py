@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import weakref
 
 import jax
 import ml_dtypes
@@ -14,7 +15,7 @@ from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, load_adapte
 from loraplus_jax.adapter.target_rules import config_of
 from loraplus_jax.adapter.tree import flatten, unflatten
 from loraplus_jax.cli.commands import main
-from loraplus_jax.inference import verify_conversion
+from loraplus_jax.inference import convert, verify_conversion
 from loraplus_jax.inference.named_base import named_base
 from loraplus_jax.interop.adapter_directory import save_adapter
 from loraplus_jax.interop.peft_files import save_peft
@@ -496,6 +497,89 @@ def test_a_target_that_computes_something_else_is_removed(base, tmp_path, capsys
     assert_mentions(rejected(capsys, *words, out=tmp_path / "out"), "logits", "1")
     text = converted(capsys, *words, "--no_verify", "--out", tmp_path / "out")
     assert_mentions(text, "--no_verify")
+
+
+def logits_bytes(base, modules, to):
+    """Twice the base in float32, and the adapted weights, of a merged model of another dtype all of them."""
+    whole = 4 * sum(x.size for x in load_file(base / "model.safetensors").values())
+    adapted = 4 * sum(np.prod(shape) for shape in modules.values())
+    return 2 * whole + {"gguf": 2 * adapted, "merged": whole}.get(to, adapted)
+
+
+def without_logits(monkeypatch, free):
+    """Sets the free memory; computing any logits fails."""
+
+    def fail(*_, **__):
+        raise AssertionError("logits do not fit into memory")
+
+    for name in ("our_logits", "torch_logits", "opened_logits"):
+        monkeypatch.setattr(verify_conversion, name, fail)
+    monkeypatch.setattr(convert, "free_host_bytes", lambda: free)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["peft", "merged", "gguf", "loraplus"])
+def test_layers_are_compared_where_logits_do_not_fit(to, base, tmp_path, capsys, monkeypatch):
+    modules, dtype = modules_of(base, "q_proj", "k_proj", "up_proj"), ()
+    source = write_peft(tmp_path / "peft", modules, base)
+    if to in ("merged", "gguf"):
+        dtype = ("--dtype", {"merged": "bfloat16", "gguf": "float32"}[to])
+    words, needed = (source, "--to", to, *dtype, "--out"), logits_bytes(base, modules, to)
+    monkeypatch.setattr(convert, "free_host_bytes", lambda: needed)
+    monkeypatch.setattr(verify_conversion, "has_peft", lambda: False)
+    assert "logits differ" in converted(capsys, *words, tmp_path / "fits")
+    without_logits(monkeypatch, needed - 1)
+    names = []
+
+    def watched(weights):
+        alive = []
+        for name, value in weights:
+            names.append(name)
+            alive.append(weakref.ref(value if value.base is None else value.base))
+            assert len({id(each()) for each in alive if each() is not None}) <= 2  # with the one before
+            yield name, value
+
+    right = verify_conversion.layer_outputs
+    monkeypatch.setattr(verify_conversion, "layer_outputs", lambda weights: right(watched(weights)))
+    text = converted(capsys, *words, tmp_path / "out")
+    found, difference, size, effect = differences(text)
+    assert (found, difference <= 1e-5 * size, effect > BIG * size) == ("loraplus", True, True)
+    assert_mentions(text, "outputs of the layers", "memory", f"{needed / 1e9:.2f} GB")
+    compared = load_file(base / "model.safetensors") if to == "merged" else modules
+    assert len(names) == 3 * len(compared)  # of the base, the source and the target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
+def test_a_wrong_tensor_of_a_merged_model_is_found_without_logits(name, base, tmp_path, capsys, monkeypatch):
+    source, right = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base), convert.write_hf
+
+    def wrong(partial, *args, **kwargs):
+        right(partial, *args, **kwargs)
+        tensors = load_file(partial / "model.safetensors")
+        save_file(tensors | {name: 1.01 * tensors[name]}, partial / "model.safetensors", {"format": "pt"})
+
+    without_logits(monkeypatch, 0)
+    monkeypatch.setattr(convert, "write_hf", wrong)
+    assert_mentions(rejected(capsys, source, "--to", "merged", out=tmp_path / "out"), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["peft", "gguf"])
+def test_a_wrong_module_of_an_adapter_is_found_without_logits(to, base, tmp_path, capsys, monkeypatch):
+    source = write_peft(tmp_path / "peft", modules_of(base, "q_proj"), base)
+    right, module = convert.save_peft, "model.layers.1.self_attn.q_proj"
+
+    def wrong(directory, *args, **kwargs):
+        right(directory, *args, **kwargs)
+        path, name = directory / "adapter_model.safetensors", f"base_model.model.{module}.lora_B.weight"
+        tensors = load_file(path)
+        save_file(tensors | {name: 1.01 * tensors[name]}, path)
+
+    without_logits(monkeypatch, 0)
+    monkeypatch.setattr(convert, "save_peft", wrong)
+    dtype = ("--dtype", "float32") if to == "gguf" else ()
+    assert_mentions(rejected(capsys, source, "--to", to, *dtype, out=tmp_path / "out"), f"{module}.weight")
 
 
 @pytest.mark.slow

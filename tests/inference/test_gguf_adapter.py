@@ -96,12 +96,12 @@ def test_a_file_has_llama_cpps_keys_names_and_layouts(tmp_path):
     assert values["token_embd.weight.lora_b"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert (saved.architecture, saved.modules, saved.alpha, saved.factors) == ("llama", 4, 4.0, {})
     embed = "model.embed_tokens"
-    again = gguf_changes(tmp_path / "a.gguf", TINY, ["model.norm", "lm_head", embed, V, Q])
+    again = dict(gguf_changes(tmp_path / "a.gguf", TINY, ["model.norm", "lm_head", embed, V, Q]))
     assert again.keys() == {Q, V, "lm_head", embed}
     np.testing.assert_array_equal(again[Q], 2 * numbers(4, 2) @ numbers(2, 4))
     np.testing.assert_array_equal(again[embed], 2 * (numbers(4, 2) @ numbers(2, 6)).T)
     with pytest.raises(ValueError, match=mentions("a.gguf", "blk.1.attn_q.weight.lora_a", "no module")):
-        gguf_changes(tmp_path / "a.gguf", TINY, ["lm_head", embed, V])
+        dict(gguf_changes(tmp_path / "a.gguf", TINY, ["lm_head", embed, V]))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_scales_that_one_alpha_cannot_say_are_in_b(tmp_path, options, alpha, fac
     assert saved.alpha == pytest.approx(alpha, 1e-7)
     assert saved.factors == pytest.approx(factors, 1e-7)
     assert ("exactly" in saved.describe()) == (set(factors.values()) <= {2, 0.5} and bool(factors))
-    found = gguf_changes(tmp_path / "a.gguf", TINY, [Q, V, f"{LAYER}.mlp.up_proj"])
+    found = dict(gguf_changes(tmp_path / "a.gguf", TINY, [Q, V, f"{LAYER}.mlp.up_proj"]))
     assert len(found) == 3
     for name, change in found.items():
         r = rank if name == Q else 2
@@ -168,7 +168,7 @@ def test_heads_of_queries_and_keys_are_read_back_in_their_order(tmp_path, kind):
     source = write_peft(tmp_path / "peft", modules, folder)
     save_gguf_adapter(tmp_path / "a.gguf", source, open_files(folder), dtype="float32")
     config, tensors = json.loads((folder / "config.json").read_text()), load_file(source / WEIGHTS)
-    changes = gguf_changes(tmp_path / "a.gguf", config, modules)
+    changes = dict(gguf_changes(tmp_path / "a.gguf", config, modules))
     assert changes.keys() == modules.keys()
     for module, change in changes.items():
         a, b = (tensors[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
@@ -212,7 +212,7 @@ def test_the_base_with_the_factors_read_back_has_our_logits(name, tmp_path):
     weights = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     modules = [name.removesuffix(".weight") for name in weights]
-    for module, change in gguf_changes(tmp_path / "a.gguf", config, modules).items():
+    for module, change in gguf_changes(tmp_path / "a.gguf", config, modules):
         # Conv1D stores the weight as (in, out).
         weights[f"{module}.weight"] = weights[f"{module}.weight"] + (change.T if ".c_" in module else change)
     save_file(weights, folder / "model.safetensors")

@@ -8,6 +8,7 @@ from loraplus_jax.inference.named_base import named_base
 from loraplus_jax.inference.verify_conversion import (
     ConversionFailed,
     compare,
+    compare_layers,
     is_known,
     layer_outputs,
     opened_logits,
@@ -84,12 +85,34 @@ def test_gpt2_splits_its_tensors(tmp_path):
 def test_single_layers(base):
     named = named_base(open_files(base))
     name = "model.layers.0.mlp.up_proj.weight"
-    plain = layer_outputs(named, [name], {})
-    twice = layer_outputs(named, [name], {name: 2 * named.tensors[name][:]})
-    np.testing.assert_allclose(twice, 2 * plain, rtol=1e-6)
+    plain = layer_outputs([(name, named.tensors[name][:])])
+    twice = layer_outputs([(name, 2 * named.tensors[name][:])])
+    np.testing.assert_allclose(twice[name], 2 * plain[name], rtol=1e-6)
     assert is_known(named)
     classifier = {"architectures": ["LlamaForSequenceClassification"]}
     assert not is_known(named._replace(config=named.config | classifier))
+
+
+def test_each_layer_is_compared_on_its_own(base):
+    """A wrong change of a layer with small weights would be rounding beside the outputs of another."""
+    named, (up, down) = (
+        named_base(open_files(base)),
+        (f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "down")),
+    )
+    source = {up: 1e6 * named.tensors[up][:], down: 1.5 * named.tensors[down][:]}
+    exact = lambda _: 1e-5  # noqa: E731
+    verified = compare_layers(named, source.items(), reversed(source.items()), exact, 0.0)
+    assert (verified.difference, verified.what) == (0, "outputs of the layers")
+    for target in ({**source, down: 1.51 * named.tensors[down][:]}, {up: source[up]}):
+        with pytest.raises(ConversionFailed, match=mentions(down)):
+            compare_layers(named, source.items(), target.items(), exact, 0.0)
+    # What neither changes is the base's.
+    plain = {"model.norm.weight": named.tensors["model.norm.weight"][:]}
+    assert compare_layers(named, source.items(), (source | plain).items(), exact, 0.0).difference == 0
+    with pytest.raises(ConversionFailed, match=mentions("model.norm.weight")):
+        compare_layers(
+            named, source.items(), (source | {n: x + 1 for n, x in plain.items()}).items(), exact, 0.0
+        )
 
 
 @pytest.mark.slow

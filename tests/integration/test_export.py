@@ -50,7 +50,7 @@ def test_a_language_model_exported_for_llama_cpp_has_pefts_factors(run_of, tmp_p
     assert "--lora adapter.gguf" in (tmp_path / "gguf/README.md").read_text()
     modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in factors}
     config = json.loads((run.world.model / "config.json").read_text())
-    found = gguf_changes(tmp_path / "gguf/adapter.gguf", config, modules)
+    found = dict(gguf_changes(tmp_path / "gguf/adapter.gguf", config, modules))
     assert found.keys() == modules
     for name, change in found.items():
         a, b = (factors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
