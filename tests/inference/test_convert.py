@@ -182,7 +182,7 @@ def test_adapters_of_peft(to, dora, by, base, tmp_path, capsys, request):
 
 
 @pytest.mark.slow
-def test_attention_and_experts_of_peft(tmp_path, capsys):
+def test_attention_and_experts_of_peft(tmp_path, capsys, monkeypatch):
     base = write_base(tmp_path / "base", model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
     config = model_config(open_files(base))
     model, table = family_of("mixtral").model(config), family_of("mixtral").name_table(config)
@@ -205,6 +205,10 @@ def test_attention_and_experts_of_peft(tmp_path, capsys):
     assert_mentions(
         rejected(capsys, tmp_path / "peft", "--base", base, "--to", "merged", out=tmp_path / "no"), "loraplus"
     )
+    words = (tmp_path / "peft", "--base", base, "--to", "loraplus")
+    without_logits(monkeypatch, free := logits_bytes(base, {}, "loraplus") - 1)
+    assert_mentions(rejected(capsys, *words, out=tmp_path / "no"), "--no_verify", f"{free / 1e9:.2f} GB")
+    assert_mentions(converted(capsys, *words, "--no_verify", "--out", tmp_path / "no"), "--no_verify")
 
 
 @pytest.mark.slow
