@@ -68,8 +68,9 @@ class World:
         return ("predict", self.out, "--text", "the film was good")
 
     def train(self, *overrides, out=None):
-        """`loraplus train`; later overrides win."""
-        return main(["train", str(self.config), "--output_dir", str(out or self.out), *overrides])
+        """`loraplus train`; `out` is where, unless an override says so."""
+        place = () if "--output_dir" in overrides else ("--output_dir", str(out or self.out))
+        return main(["train", str(self.config), *place, *overrides])
 
     def trained(self, *overrides, out=None):
         """The directory of a run that must end well."""
