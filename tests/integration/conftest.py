@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from loraplus_jax.cli.commands import main
+from loraplus_jax.settings import parsing
 from loraplus_jax.sweep import run as sweeping
 from loraplus_jax.sweep.figures import PICTURES
 from loraplus_jax.training import trainer
@@ -169,6 +170,12 @@ def _write_config(world, batch_size, data, targets, **more):
         "output_dir": str(world.out),
     }
     world.config.write_text(yaml.safe_dump(content | more, sort_keys=False))
+
+
+@pytest.fixture(autouse=True)
+def later_options_win(monkeypatch):
+    """Tests pass options after those of their world, of which nothing needs to be said."""
+    monkeypatch.setattr(parsing, "print", lambda *_, **__: None, raising=False)
 
 
 @pytest.fixture(scope="session")
