@@ -11,7 +11,6 @@ and grid choose on one seed is also compared on the others.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -41,11 +40,9 @@ def train(run: SweepRun) -> dict[str, dict[str, float]]:
     population = prepare_population(abstract_population(run), len(entries))
     members = DeviceMembers(population, [population.first(*entry) for entry in entries])
     losses, data = {}, population.data.splits
-    draw = functools.partial(population.batches.draw, data["train"], batch_size=run.train.batch_size)
-    batches = {seed: draw(seed=seed) for seed in run.seeds}
     stops = {math.ceil(share * population.steps) for share in EVALUATED}
     for step in range(1, population.steps + 1):
-        by_seed = {seed: next(stream) for seed, stream in batches.items()}
+        by_seed = {seed: population.batches.batch(seed, step - 1) for seed in run.seeds}
         members.step([by_seed[seed] for _, seed in entries])
         if step in stops:
             found = members.evaluate(data["validation"])
