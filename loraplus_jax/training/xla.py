@@ -106,7 +106,7 @@ def _set_cache(options: Mapping[str, Any]) -> None:
 def restore_platforms(*variables: str) -> Iterator[None]:
     """Restores at its end which platforms JAX may use, with environment variables that it read.
 
-    If JAX had no devices before, it has none after, and finds them anew.
+    If JAX had no devices before, it has none after, and looks for them again.
     """
     environment = {name: os.environ.get(name) for name in variables}
     platforms = jax.config.values["jax_platforms"]
