@@ -217,7 +217,7 @@ def sequences(columns: Mapping[str, np.ndarray]) -> Iterator[list[int]]:
 def count_tokens(settings: Settings, data: TaskData, steps: int) -> list[tuple[int, int]]:
     """Tokens of text, and with padding, of each batch that a run of ours trains on."""
     seed = settings.seed
-    plan = data.task.plan_batches(settings, data, steps, (seed,), make_mesh(1))
+    plan = data.task.plan_batches(settings.task_options, data, steps, (seed,), make_mesh(1))
     name = "segment_ids" if "segment_ids" in data.splits["train"] else "attention_mask"
     masks = [plan.batch(seed, step)[name] for step in range(steps)]
     return [(int((mask > 0).sum()), mask.size) for mask in masks]
@@ -225,7 +225,7 @@ def count_tokens(settings: Settings, data: TaskData, steps: int) -> list[tuple[i
 
 def load(settings: Settings) -> TaskData:
     """The data of a run of ours."""
-    return task_class(settings).load(settings, open_files(resolve(settings.model.path, "model")))
+    return task_class(settings).load(settings.task_options, open_files(resolve(settings.model.path, "model")))
 
 
 def prepare(case: Case, options: Any, directory: Path) -> Prepared:
@@ -248,7 +248,9 @@ def prepare(case: Case, options: Any, directory: Path) -> Prepared:
         "train": fingerprint(sequences(columns)),
     }
     if settings.is_language:
-        job["template"] = causal_lm.tokenizer_and_template(settings, open_files(model), None)[1].source
+        job["template"] = causal_lm.tokenizer_and_template(settings.task_options, open_files(model), None)[
+            1
+        ].source
     per_row = len(examples["train"]) / len(columns["input_ids"]) if settings.data.packing else 1.0
     return Prepared(case, directory, settings, given, job, per_row)
 

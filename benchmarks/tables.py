@@ -23,9 +23,9 @@ from common import RESULTS, arguments, machine, make_parser
 from loraplus_jax._utils.atomic import to_json, write_text
 from loraplus_jax._utils.json_files import MAX_ROWS_BYTES
 from loraplus_jax._utils.records import read_record
+from loraplus_jax._utils.yaml_files import read_yaml
 from loraplus_jax.data.fetch import ASSETS, fetch
 from loraplus_jax.settings.parsing import parse_settings, settings_from_json
-from loraplus_jax.settings.yaml_files import read_yaml
 from loraplus_jax.sweep.arms import Arm, SharedProgram
 from loraplus_jax.sweep.report import REPORT
 from loraplus_jax.sweep.run import sweep

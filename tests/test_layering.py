@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "loraplus_jax"
 PUBLIC = ("_utils", "quantization", "adapter", "optim", "inits", "interpreter")
 PUBLIC += ("functions", "linen", "nnx", "step", "interop")
 """What a loop of one's own needs."""
-FOLDERS = (*PUBLIC, "settings", "models", "data", "tasks", "training", "sweep", "plan", "inference", "cli")
+FOLDERS = (*PUBLIC, "models", "data", "tasks", "settings", "training", "sweep", "plan", "inference", "cli")
 EXTRAS = {"safetensors", "tokenizers", "grain", "pydantic", "rich", "matplotlib", "huggingface_hub"}
 EXTRAS |= {"tensorboardX", "yaml", "jinja2", "gguf"}
 

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from ..settings.schema import DataSettings
+from .options import DataOptions
 from .readers import SHOWN_PROBLEMS
 
 
@@ -18,7 +18,7 @@ class _Entry(NamedTuple):
 
 
 def handle_duplicates(
-    splits: dict[str, list[Any]], settings: DataSettings
+    splits: dict[str, list[Any]], options: DataOptions
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """Counts duplicates and handles them as `data.duplicates` says.
 
@@ -27,7 +27,7 @@ def handle_duplicates(
 
     Args:
       splits: labelled texts, conversations or questions, by split.
-      settings: the files of the splits, and how to handle duplicates.
+      options: the files of the splits, and how to handle duplicates.
 
     Returns:
       The splits and lines to print before training. With drop, train lacks the examples that are also in another
@@ -55,11 +55,11 @@ def handle_duplicates(
         text: [f"{first.place} and {second.place}" for first, second in pairs[:SHOWN_PROBLEMS]]
         for text, pairs in problems.items()
     }
-    if settings.duplicates == "warn":
+    if options.duplicates == "warn":
         return splits, [f"warning: {text}, such as {first}" for text, (first, *_) in shown.items()]
     if not problems:
         return splits, []
-    if settings.duplicates == "error":
+    if options.duplicates == "error":
         advice = f"{'; '.join(problems)}: remove them, or set data.duplicates to drop or warn"
         raise ValueError("\n  ".join([advice, *(line for lines in shown.values() for line in lines)]))
     kept, lines = dict(splits), []
@@ -82,7 +82,7 @@ def handle_duplicates(
         kept[name] = [splits[name][i] for i in indices]
         lines.append(line)
     # What stays: texts with different labels outside train.
-    _, remaining = handle_duplicates(kept, dataclasses.replace(settings, duplicates="warn"))
+    _, remaining = handle_duplicates(kept, dataclasses.replace(options, duplicates="warn"))
     return kept, [*lines, *remaining]
 
 

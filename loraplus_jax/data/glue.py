@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .._utils.validation import expand_path, suggest
-from ..settings.schema import DataSettings
 from .fetch import from_hub
+from .options import DataOptions
 from .readers import Problems, read_rows
 from .splits import LabelledText, labelled_texts, split_files
 
@@ -49,7 +49,7 @@ class GlueTask:
 
     @property
     def kind(self) -> Literal["classification", "regression"]:
-        """The task's name in the settings."""
+        """The task's name in the options."""
         return "classification" if self.names else "regression"
 
 
@@ -78,77 +78,77 @@ UNLABELLED = ("-", "-1")
 """Labels of examples whose annotators did not agree, and of the Hub's test splits; these examples are left out."""
 
 
-def find_task(settings: DataSettings, kind: str | None = None) -> GlueTask | None:
+def find_task(options: DataOptions, kind: str | None = None) -> GlueTask | None:
     """Returns the GLUE task that `data.path` names, or None if it names a file.
 
     Args:
-      settings: the data settings.
+      options: the data options.
       kind: the setting `task`; None does not check it.
 
     Raises:
       ValueError: there is no such task, or it is of another kind.
     """
-    if (name := settings.glue) is None:
+    if (name := options.glue) is None:
         return None
     if name not in GLUE:
-        raise ValueError(f"data.path {settings.path}: GLUE has no task {name!r}{suggest(name, GLUE)}")
+        raise ValueError(f"data.path {options.path}: GLUE has no task {name!r}{suggest(name, GLUE)}")
     if kind not in (None, GLUE[name].kind):
         raise ValueError(
-            f"data.path {settings.path} is a {GLUE[name].kind} task: set task {GLUE[name].kind}, got {kind}"
+            f"data.path {options.path} is a {GLUE[name].kind} task: set task {GLUE[name].kind}, got {kind}"
         )
     return GLUE[name]
 
 
-def load_glue(settings: DataSettings) -> tuple[dict[str, list[LabelledText]], list[str]]:
+def load_glue(options: DataOptions) -> tuple[dict[str, list[LabelledText]], list[str]]:
     """Loads the splits of the task that `data.path` names, and lines to print about examples that are left out.
 
     Raises:
       ValueError: a file is missing or invalid (see `read_rows`), or a label is not one of the task's.
     """
-    task, lines = find_task(settings), []
+    task, lines = find_task(options), []
     assert task is not None
 
     def load(split: str) -> list[LabelledText]:
-        rows, left_out = read_glue(find_file(settings, split), task)
+        rows, left_out = read_glue(find_file(options, split), task)
         lines.extend(left_out)
         return rows
 
-    files = dataclasses.replace(settings, path=None, root=None, train="train", test=task.dev)
+    files = dataclasses.replace(options, path=None, root=None, train="train", test=task.dev)
     return split_files(files, load), lines
 
 
-def find_file(settings: DataSettings, split: str) -> Path:
+def find_file(options: DataOptions, split: str) -> Path:
     """Returns the file of a split, such as dev_matched: GLUE's own .tsv, or the Hub's .parquet or .jsonl.
 
     Raises:
       ValueError: `data.root` is not a directory, or has no such file; or the download fails.
     """
-    name, task = settings.glue or "", find_task(settings)
+    name, task = options.glue or "", find_task(options)
     assert task is not None
     # Only `dev` differs from mnli, which the Hub's mnli holds as well.
     name, hub_split = name.removesuffix("_mismatched"), split.replace("dev", "validation")
-    if settings.root is None:
+    if options.root is None:
         try:
             return from_hub("data", HUB_ID, f"{name}/{hub_split}-00000-of-00001.parquet")
         except ValueError as error:
             raise ValueError(
-                f"data.path {settings.path}: {error}; set data.root to a directory with GLUE's files"
+                f"data.path {options.path}: {error}; set data.root to a directory with GLUE's files"
             ) from error
-    root = expand_path("data.root", settings.root)
+    root = expand_path("data.root", options.root)
     if not root.is_dir():
         raise ValueError(f"data.root {root} is not a directory: set it to one that has GLUE's {task.folder}/")
     directory = next((root / x for x in (task.folder, name) if (root / x).is_dir()), None)
     if directory is None:
         listed = ", ".join(sorted(x.name for x in root.iterdir() if x.is_dir())[:20]) or "no directories"
         raise ValueError(
-            f"data.root {root} has no directory {task.folder} for {settings.path} (it has {listed}): set it to the "
+            f"data.root {root} has no directory {task.folder} for {options.path} (it has {listed}): set it to the "
             "directory that holds the tasks' directories"
         )
     endings = (".tsv", ".parquet", "-00000-of-00001.parquet", ".jsonl")
     files = [directory / f"{stem}{end}" for stem in dict.fromkeys((split, hub_split)) for end in endings]
     if found := next((file for file in files if file.is_file()), None):
         return found
-    raise ValueError(f"{directory} has no {split}.tsv or {hub_split}.parquet: {settings.path} needs it")
+    raise ValueError(f"{directory} has no {split}.tsv or {hub_split}.parquet: {options.path} needs it")
 
 
 def read_glue(path: Path, task: GlueTask) -> tuple[list[LabelledText], list[str]]:

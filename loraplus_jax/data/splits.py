@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from ..settings.schema import DataSettings
+from .options import DataOptions
 from .readers import NUMBER, TABLE_SUFFIXES, read_rows
 
 
@@ -47,25 +47,25 @@ class LabelledText:
         return (self.prompt,) if self.pair is None else (self.prompt, self.pair)
 
 
-def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[str, list[LabelledText]]:
+def load_splits(options: DataOptions, resolve: Callable[[str], Path]) -> dict[str, list[LabelledText]]:
     """Loads labelled texts as `split_files` does.
 
     Args:
-      settings: files, columns and split fractions.
+      options: files, columns and split fractions.
       resolve: turns a setting's value into a path, as `fetch.resolve` does.
 
     Raises:
       ValueError: a file is invalid (see `read_rows`) or cannot be split (see `split_files`), or `delimiter`,
         `quoting` or `header` is set but no file is a table.
     """
-    files = [file for files in settings.files.values() for file in files]
-    for name in settings.table_options:
+    files = [file for files in options.files.values() for file in files]
+    for name in options.table_options:
         if not any(resolve(file).suffix.lower() in TABLE_SUFFIXES for file in files):
             raise ValueError(f"data.{name} requires a .csv or .tsv file, got {', '.join(files)}")
-    return split_files(settings, lambda value: load_rows(resolve(value), settings))
+    return split_files(options, lambda value: load_rows(resolve(value), options))
 
 
-def split_files(settings: DataSettings, load: Callable[[str], list[Any]]) -> dict[str, list[Any]]:
+def split_files(options: DataOptions, load: Callable[[str], list[Any]]) -> dict[str, list[Any]]:
     """Loads the examples of `train`, `validation` and, if there is one, `test`.
 
     A single file is split by a hash of `split_seed` and the text. The split depends neither on the order of the
@@ -74,23 +74,21 @@ def split_files(settings: DataSettings, load: Callable[[str], list[Any]]) -> dic
     fraction is 0.
 
     Args:
-      settings: the files, and the fractions of the distinct texts to split off.
+      options: the files, and the fractions of the distinct texts to split off.
       load: reads a file: labelled texts, conversations or questions, which are split by their `prompt`.
 
     Raises:
       ValueError: a file has too few distinct texts to split.
     """
-    splits = {
-        name: functools.reduce(operator.add, map(load, files)) for name, files in settings.files.items()
-    }
-    shares = {} if "validation" in splits else {"validation": settings.validation_fraction}
-    if settings.path is not None:
-        splits["train"], shares = splits["path"], shares | {"test": settings.test_fraction}
+    splits = {name: functools.reduce(operator.add, map(load, files)) for name, files in options.files.items()}
+    shares = {} if "validation" in splits else {"validation": options.validation_fraction}
+    if options.path is not None:
+        splits["train"], shares = splits["path"], shares | {"test": options.test_fraction}
     if shares:
         rows = splits["train"]
         keys = [normalize(row.prompt) for row in rows]
         # By hashes alone, so that neither the order of the rows nor their labels matter.
-        order = sorted(set(keys), key=lambda key: _hash(settings.split_seed, key))
+        order = sorted(set(keys), key=lambda key: _hash(options.split_seed, key))
         sizes = {name: max(1, round(share * len(order))) for name, share in shares.items() if share > 0}
         if sum(sizes.values()) >= len(order):
             raise ValueError(
@@ -104,9 +102,9 @@ def split_files(settings: DataSettings, load: Callable[[str], list[Any]]) -> dic
     return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
 
 
-def load_rows(path: Path, settings: DataSettings) -> list[LabelledText]:
+def load_rows(path: Path, options: DataOptions) -> list[LabelledText]:
     """Reads the rows of one file, with the columns in the settings; raises as `read_rows` does."""
-    return labelled_texts(read_rows(path, settings.columns, **settings.table_options))
+    return labelled_texts(read_rows(path, options.columns, **options.table_options))
 
 
 def labelled_texts(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[LabelledText]:
@@ -115,21 +113,21 @@ def labelled_texts(rows: Iterable[tuple[str, tuple[str, ...]]]) -> list[Labelled
 
 
 def limit_splits(
-    splits: dict[str, list[Any]], settings: DataSettings
+    splits: dict[str, list[Any]], options: DataOptions
 ) -> tuple[dict[str, list[Any]], list[str]]:
     """Returns at most `data.limit` examples of each split, in order, and lines to print about it.
 
     As in `split_files`, a hash of `split_seed` and the text decides, not the order of the rows.
     """
-    if settings.limit is None:
+    if options.limit is None:
         return splits, []
     limited, kept = {}, []
     for name, rows in splits.items():
-        keys = [_hash(settings.split_seed, normalize(row.prompt)) for row in rows]
-        indices = sorted(sorted(range(len(keys)), key=keys.__getitem__)[: settings.limit])
+        keys = [_hash(options.split_seed, normalize(row.prompt)) for row in rows]
+        indices = sorted(sorted(range(len(keys)), key=keys.__getitem__)[: options.limit])
         limited[name] = [rows[i] for i in indices]
         kept.append(f"{len(indices):,} of {len(rows):,} {name}")
-    return limited, [f"data.limit {settings.limit} keeps {', '.join(kept)}"]
+    return limited, [f"data.limit {options.limit} keeps {', '.join(kept)}"]
 
 
 def normalize(text: str) -> str:

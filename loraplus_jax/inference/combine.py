@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from .._utils.atomic import atomic_write
 from .._utils.records import file_digests
 from .._utils.validation import check_new_path, check_number, expand_path
+from .._utils.yaml_files import read_word
 from ..data.fetch import resolve
 from ..interop import adapter_directory, peft_files
 from ..interop.adapter_directory import Adapter, load_adapter, save_adapter
 from ..interop.combination import combine_adapters
-from ..settings.yaml_files import read_word
 from ..training.place import ADAPTERS, Place, look
 from ..training.provenance import MODEL_PARTS, check_allowed, check_identity
 from ..training.run_files import ADAPTER

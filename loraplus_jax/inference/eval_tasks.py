@@ -19,7 +19,7 @@ from ..data.mmlu import Subject, read_mmlu
 from ..data.multiple_choice import Question, tokenize_choices
 from ..data.readers import Problems
 from ..models.checkpoints.model_files import ModelFiles
-from ..settings.schema import Dtype
+from ..models.options import Dtype
 from ..tasks.causal_lm import model_config, tokenizer_and_template
 from ..training.distributed import raise_together
 from ..training.place import Place
@@ -163,7 +163,9 @@ def evaluate_tasks(
         longest = model_config(described.base).max_length
         chat_template = None
         if set(tasks) != {MMLU}:  # which needs no chat template, and not every model has one
-            _, chat_template = tokenizer_and_template(described.settings, described.base, described.task)
+            _, chat_template = tokenizer_and_template(
+                described.settings.task_options, described.base, described.task
+            )
         items = [_encode(part, shots or 0, described.base, chat_template, longest) for part in parts]
         Problems(
             (

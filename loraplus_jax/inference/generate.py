@@ -9,8 +9,10 @@ from ..data.conversations import Chat, Turn, read_chats
 from ..data.data_to_text import linearize, read_inputs
 from ..data.fetch import resolve
 from ..models.decoding.generate import Sampling, check_sampling
-from ..settings.schema import Dtype, GenerationSettings, Settings
+from ..models.options import Dtype
+from ..settings.schema import Settings
 from ..tasks.chat_generation import ChatModel
+from ..tasks.options import GenerationOptions
 from ..training.distributed import raise_together
 from .devices import MeshSizes, check_same_rows, choose_mesh
 from .several_adapters import (
@@ -91,7 +93,7 @@ def generate_answers(
         if temperature == 0 and is_generation:
             search = dataclasses.replace(settings.generation, **options)
         elif options:
-            search = GenerationSettings(**{"beams": 1, **options})
+            search = GenerationOptions(**{"beams": 1, **options})
         if length_penalty is not None and search is not None and search.beams == 1:
             raise ValueError(
                 f"--length_penalty {length_penalty:g} requires --beams above 1, which it compares"
@@ -99,8 +101,8 @@ def generate_answers(
         new_tokens = max_tokens or default
 
         def make_chat_model(model: Any) -> ChatModel:
-            return ChatModel.from_settings(
-                settings, described.base, described.task, model, new_tokens, search, on
+            return ChatModel.from_options(
+                settings.task_options, described.base, described.task, model, new_tokens, search, on
             )
 
         chat_model = make_chat_model(described.parts.model)

@@ -36,7 +36,7 @@ from ..models.decoding.generate import (
     make_generate,
     pad_left,
 )
-from ..settings.schema import Dtype
+from ..models.options import Dtype
 from ..step.sharding import batch_parts
 from ..tasks.causal_lm import model_config, tokenizer_and_template
 from .devices import MeshSizes, choose_mesh
@@ -132,7 +132,7 @@ class LoRAPlusLM(TemplateLM):
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:
-        return tokenizer_and_template(self._tuned.settings, self._base, self._tuned.task)[1]
+        return tokenizer_and_template(self._tuned.settings.task_options, self._base, self._tuned.task)[1]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Tokenizes a text; by default with special tokens, unless it starts with BOS."""

@@ -10,11 +10,11 @@ import jinja2
 
 from .._utils.validation import escape_controls
 from ..data.fetch import is_public
+from ..data.options import DataOptions
 from ..interop.adapter_directory import Adapter
 from ..interop.peft_files import OWN_TENSORS_FILE
 from ..models.checkpoints.gguf.file import GgufFile
 from ..models.checkpoints.transformers_class import TransformersClass
-from ..settings.schema import DataSettings
 from .tuned_model import TunedModel
 
 TEMPLATE = Path(__file__).with_suffix(".md.jinja")
@@ -119,7 +119,7 @@ def escape_markup(text: Any) -> str:
 _MARKUP = re.compile(r"[]!#$&*<>@[\\`|~]|(?<![^\W_])_|_(?![^\W_])|:(?=//)")
 
 
-def data_names(data: DataSettings) -> list[str]:
+def data_names(data: DataOptions) -> list[str]:
     """The names of the training data, escaped; a local file's is without its directories."""
     return [escape_markup(shown_name(source)) for source in data.sources]
 

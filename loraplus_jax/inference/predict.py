@@ -74,7 +74,7 @@ def evaluate_run(
         if data is None and settings.data.train == NO_DATA:
             raise ValueError(f"{directory} has no data of its own; pass --data FILE or --tasks")
         try:
-            evaluated = described.task.load_split(settings, described.base, split, data)
+            evaluated = described.task.load_split(settings.task_options, described.base, split, data)
         except KeyError as error:
             raise ValueError(
                 f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], SPLITS[:2])}"
@@ -83,8 +83,13 @@ def evaluate_run(
             described.check_identity({"data": {split or "test": evaluated.digest}})
         texts = None
         if settings.task == "generation":
-            texts = HeldOutTexts.from_settings(
-                settings, described.base, described.task, described.parts.model, evaluated.inputs, on
+            texts = HeldOutTexts.from_options(
+                settings.task_options,
+                described.base,
+                described.task,
+                described.parts.model,
+                evaluated.inputs,
+                on,
             )
         elif output is not None:
             raise ValueError(f"--output requires a run of task generation, got one of task {settings.task}")
@@ -94,7 +99,7 @@ def evaluate_run(
     scored = Scored(
         evaluate=most_scored([evaluated.columns], size // parts) if settings.is_language else None
     )
-    losses = tuned.task.make_losses(settings, tuned.parts, on, scored)
+    losses = tuned.task.make_losses(settings.task_options, tuned.parts, on, scored)
     trainable, frozen = tuned.parts.trainable, tuned.parts.frozen
     eval_fn = make_eval(losses.evaluate, mesh=on, shardings=shardings_of(tuned.parts, on))
     values = evaluate(eval_fn, trainable, frozen, evaluated.columns, size, on)
@@ -165,7 +170,9 @@ def compute_outputs(
     """The head's outputs for each text or pair; with `adapters`, each has the adapter in its slot of the stack."""
     with raise_together():
         longest = tuned.settings.data.max_length
-        arrays, truncated = encode_texts(texts, tokenizer_for(tuned.settings, tuned.base), longest)
+        arrays, truncated = encode_texts(
+            texts, tokenizer_for(tuned.settings.task_options, tuned.base), longest
+        )
         if truncated and is_lead():
             message = (
                 f"truncated {truncated:,} of {len(texts):,} texts to data.max_length {longest} of the run"

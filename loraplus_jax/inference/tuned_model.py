@@ -12,18 +12,21 @@ from .._utils.records import check_files
 from .._utils.validation import expand_path
 from ..adapter.tree import combine, flatten, unflatten
 from ..data.fetch import resolve
+from ..data.options import DataOptions
 from ..interop.adapter_directory import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes, peft_options
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.files import open_files
+from ..models.options import Dtype, ModelOptions
 from ..settings.parsing import parse_settings, settings_from_json
-from ..settings.schema import INVARIANT, LANGUAGE_TASKS, DataSettings, Dtype, ModelSettings, Settings
+from ..settings.schema import INVARIANT, Settings
 from ..step.checkpoint import leaf_dtypes_and_shapes
 from ..step.fingerprints import fingerprint
 from ..step.sharding import check_tensor
 from ..tasks.causal_lm import LanguageTask, model_config
 from ..tasks.encoder import EncoderTask
 from ..tasks.interface import AdaptedModel
+from ..tasks.options import LANGUAGE_TASKS
 from ..training.distributed import check_same_everywhere, raise_together
 from ..training.place import Place, look
 from ..training.provenance import MODEL_PARTS, Identity, check_allowed, check_identity, model_identity
@@ -254,7 +257,7 @@ def read_config(config: str) -> TrainingConfig:
     """Reads a training config, and of its data at most the labels."""
     settings = parse_settings(config)
     files = open_files(resolve(settings.model.path, "model"))
-    return TrainingConfig(settings, task_class(settings).from_settings(settings, files), files)
+    return TrainingConfig(settings, task_class(settings).from_options(settings.task_options, files), files)
 
 
 def _without_run(
@@ -271,8 +274,8 @@ def _without_run(
     longest = min(EVALUATED_TOKENS, model_config(files).max_length)
     weights_dtype = dtype or "float32"
     settings = Settings(
-        model=ModelSettings(path=path, dtype=weights_dtype, param_dtype=weights_dtype),
-        data=DataSettings(train=NO_DATA, max_length=longest, template=template or "model"),
+        model=ModelOptions(path=path, dtype=weights_dtype, param_dtype=weights_dtype),
+        data=DataOptions(train=NO_DATA, max_length=longest, template=template or "model"),
         task="instruction",
         output_dir="-",
     )

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from .._utils.validation import check_choice
-from ..settings.choices import Attention
 from .attention_common import ATTENTION_NAMES, target_platform, token_mask
+from .choices import Attention
 
 # From here on blocked is faster on CPU (benchmarks/step_cost.py); it needs less memory on every device.
 MIN_BLOCKED_LENGTH = 64

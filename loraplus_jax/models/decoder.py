@@ -13,10 +13,10 @@ import numpy as np
 
 from .._utils.validation import check_choice
 from ..quantization.packed_array import is_packed
-from ..settings.choices import Attention, Remat
 from ..step.sharding import BATCH_AXES, constrain, constrain_rows
 from .attention import causal_attention, head_major_attention
 from .attention_common import ATTENTION_NAMES, window_mask
+from .choices import Attention, Remat
 from .gpt2.config import GPT2Config
 from .llama.config import LlamaConfig
 from .part import Part, check_inputs

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import jax
 from pydantic import ConfigDict, Field
 
+from .._utils.field_types import check_schema
 from .._utils.validation import suggest
+from .._utils.yaml_files import read_yaml
 from ..models.attention_common import COMPILED_FOR, target_capability
-from ..settings.parsing import check_schema
-from ..settings.yaml_files import read_yaml
 from ..training.xla import restore_platforms
 
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -253,8 +253,8 @@ def make_model(settings: Settings) -> tuple[BaseModel, TaskData]:
       ValueError, OSError: the model cannot be found or made.
     """
     files = open_files(resolve(settings.model.path, "model", files=("config.json",)))
-    data = task_class(settings).placeholder(settings)
-    return data.task.make_base(settings, files), data
+    data = task_class(settings).placeholder(settings.task_options)
+    return data.task.make_base(settings.task_options, files), data
 
 
 def check_layout(settings: Settings, base: BaseModel, mesh: Mesh) -> None:

@@ -80,7 +80,7 @@ def bytes_between_steps(step: LoweredStep, workspace: int = 0) -> dict[str, tupl
     if settings.task != "multiple_choice":
         add("evaluation", trace_evaluation(run).lower())
     if settings.train.theory_every is not None:
-        losses = run.data.task.make_losses(settings, run.parts, run.mesh)
+        losses = run.data.task.make_losses(settings.task_options, run.parts, run.mesh)
         layout = {"mesh": run.mesh, "shardings": run.shardings}
         rows = theory_rows(run.batches, run.mesh)
         add("theory", lower_theory(losses.train, run.parts.specs, run.state, frozen, rows, **layout))

@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh
 
-from ..settings.choices import Remat
+from ..models.choices import Remat
 from ..settings.schema import Settings
 from ..step.sharding import make_mesh, make_shardings
 from ..training.estimate import count_flops

@@ -1,7 +1,6 @@
 """Parses settings from YAML files and the command line; errors name the key, the value and what is allowed."""
 
 import dataclasses
-import functools
 import inspect
 import re
 import sys
@@ -13,11 +12,11 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 
 from pydantic import TypeAdapter, ValidationError
 
-from .._utils.validation import join_first, suggest
+from .._utils.validation import suggest
+from .._utils.yaml_files import read_word, read_yaml
 from ..adapter.config import LoRAPlusConfig
 from .recipes import find_config
 from .schema import DEFAULT_LORA, DeviceSettings, Settings
-from .yaml_files import read_word, read_yaml
 
 AnySettings = TypeVar("AnySettings", bound=Settings | DeviceSettings)
 
@@ -172,7 +171,7 @@ _ARTICLES: dict[Any, str] = {int: "an ", float: "a "}
 def describe_type(annotation: Any) -> str:
     """Describes the values that a field accepts, with their bounds.
 
-    >>> from loraplus_jax.settings.field_types import Count
+    >>> from loraplus_jax._utils.field_types import Count
     >>> describe_type(Count | None), describe_type(tuple[float, ...])
     ('an integer of at least 1 or null', 'a list of numbers')
     """
@@ -264,21 +263,6 @@ def _format_value(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-def check_schema(schema: Any, content: Any, name: object) -> Any:
-    """Returns what a file holds as a type that pydantic validates, or raises ValueError with the file's name."""
-    try:
-        return _type_adapter(schema).validate_python(content)
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}"
-            + (f", got {problem['input']!r:.80}" if problem["type"] != "missing" else "")
-            + ("; put it in quotes" if problem["type"] == "string_type" else "")  # YAML's numbers and dates
-            for problem in error.errors(include_url=False)
-        ]
-        raise ValueError(f"{name}: {join_first(problems)}") from None
-
-
-_type_adapter = functools.cache(TypeAdapter)
 _KEY = "[key]"  # what pydantic adds to the path of a mapping's key that is not allowed
 
 

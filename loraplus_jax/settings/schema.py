@@ -1,8 +1,6 @@
 """The settings of a run: typed sections, validated before any work starts. `parsing.py` reads them from files."""
 
 import dataclasses
-import functools
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,30 +8,31 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
-from .._utils.validation import check_number, to_plain
-from ..adapter.config import BASE_INITS, LoRAPlusConfig
-from ..optim.lora_plus import MIN_EPS
-from ..optim.roles import Policy
-from ..optim.schedules import Schedule
-from .choices import MOST_PENALTY, Attention, EarlyStopping, NoRepeatIn, Quantize, Remat
-from .field_types import (
+from .._utils.field_types import (
     SECTION,
     Count,
     Decay,
     Distinct,
-    Fraction,
     Index,
     Int,
     Number,
     Rate,
+    Requirement,
     Share,
     Switch,
     Text,
+    check_requirements,
 )
+from .._utils.validation import check_number, to_plain
+from ..adapter.config import BASE_INITS, LoRAPlusConfig
+from ..data.options import DataOptions
+from ..models.options import ModelOptions
+from ..optim.lora_plus import MIN_EPS
+from ..optim.roles import Policy
+from ..optim.schedules import Schedule
+from ..tasks.options import ENCODER_TASKS, LANGUAGE_TASKS, GenerationOptions, TaskName, TaskOptions
 
-TaskName = Literal["classification", "regression", "instruction", "multiple_choice", "generation"]
 Method = Literal["lora", "lora_plus", "full"]
-Dtype = Literal["float32", "bfloat16"]
 TrackerName = Literal["wandb", "mlflow", "trackio"]
 OptimizerName = Literal["adamw", "riemannian", "lora_rite", "lora_muon"]
 INVARIANT = ("lora_rite", "lora_muon")
@@ -41,9 +40,6 @@ INVARIANT = ("lora_rite", "lora_muon")
 
 QUERIES_AND_VALUES = r"(.*/)?(query|value|q_proj|v_proj)"
 DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
-LANGUAGE_TASKS = ("instruction", "multiple_choice", "generation")
-"""The tasks for causal language models; the other tasks are for encoders."""
-ENCODER_TASKS = ("classification", "regression")
 # optax counts steps in int32.
 MAX_STEPS = 2**31 - 1
 AUTO = "auto"
@@ -55,208 +51,14 @@ IGNORED: Mapping[Method, tuple[str, ...]] = {
 """Settings that a method ignores and names at the start of a run: rejecting them would need a file per method."""
 
 
-def check_requirements(values: Any, section: str = "") -> None:
-    """Raises ValueError if a field is set that has no effect.
-
-    Args:
-      values: the settings, or one of their sections.
-      section: the prefix of the section's fields; only requirements within the section are checked.
-    """
-    for names, needed, allowed in REQUIREMENTS:
-        if not needed.startswith(section):
-            continue
-        value = operator.attrgetter(needed.removeprefix(section))(values)
-        for name in () if (value in allowed if allowed else value) else names:
-            *owners, field = name.removeprefix(section).split(".")
-            owner = functools.reduce(getattr, owners, values)
-            if getattr(owner, field) != owner.__dataclass_fields__[field].default:
-                wanted = " or ".join("null" if x is None else x for x in allowed) or "to be set"
-                given = "null" if value is None else value
-                raise ValueError(f"{name} requires {needed} {wanted}; it has no effect with {needed} {given}")
-
-
-@dataclass(frozen=True, kw_only=True, config=SECTION)
-class ModelSettings:
-    """The pretrained model: an encoder for classification and regression, a causal language model otherwise.
-
-    Attributes:
-      path: Hugging Face directory or GGUF file, name listed by `loraplus fetch`, or Hub id, tried in this order.
-      pooling: pooling of an encoder's hidden states: mean, cls (first token) or pooler (the model's own).
-      dtype: compute dtype.
-      param_dtype: dtype of the frozen weights; trained parameters stay float32.
-      quantize: format in which the frozen weights stay packed: none; nf4, 4.13 bits; int8, 8 bits; file, the blocks
-        of a GGUF file as they are. Layers see them in param_dtype.
-      quantize_exclude: names of modules whose weights stay as they are; null stands for embeddings, heads and
-        poolers.
-      split_fused: load fused projections as their parts (language models): GPT-2's c_attn as q_attn, k_attn and
-        v_attn; Phi-3's qkv_proj as q_proj, k_proj and v_proj, and gate_up_proj as gate_proj and up_proj.
-      dropout: hidden and attention dropout rate of an encoder; null keeps the rates of its config.
-      head_dropout: dropout rate before an encoder's new head.
-      unroll: unroll the loop over the layers; slower to compile. null unrolls only encoders on CPUs that are not
-        quantized, whose steps are then faster.
-      remat: activation checkpointing (language models): none; dots keeps only large matmul outputs; full keeps only
-        layer inputs. Both save memory; full costs more time.
-      attention: attention implementation (language models): xla; blocked, which uses less memory and is faster on a
-        CPU from 64 tokens; splash, a kernel for TPUs; cudnn, a kernel for NVIDIA GPUs; auto, which uses the
-        device's kernel from 128 tokens if it supports the model, otherwise blocked from 64 tokens.
-      loss_chunk: compute the loss this many tokens at a time, so that full logits are never stored (language models
-        with a frozen head).
-    """
-
-    path: Text
-    pooling: Literal["mean", "cls", "pooler"] = "mean"
-    dtype: Dtype = "float32"
-    param_dtype: Dtype = "float32"
-    quantize: Quantize = "none"
-    quantize_exclude: tuple[Text, ...] | None = None
-    split_fused: Switch = False
-    dropout: Share | None = None
-    head_dropout: Share = 0.1
-    unroll: Switch | None = None
-    remat: Remat = "none"
-    attention: Attention = "auto"
-    loss_chunk: Count = 512
-
-
-Files = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
-"""A data file, or several."""
-MetricName = Literal["accuracy", "f1", "macro_f1", "matthews", "mse", "mae", "pearson", "spearman"]
-GLUE_SETS = ("text", "text_pair", "label", "metrics", "delimiter", "quoting", "header", "test_fraction")
-"""Fields of `DataSettings` that a GLUE task brings itself."""
-
-
-@dataclass(frozen=True, kw_only=True, config=SECTION)
-class DataSettings:
-    """Data files, their columns, and how they are split.
-
-    A file is a path, a name listed by `loraplus fetch`, or a Hub id. Formats are .csv, .tsv, .jsonl, .json
-    (a list of objects) and .parquet.
-
-    Attributes:
-      path: single data file, relative to the working directory, split into train, validation and test by
-        split_seed; or a GLUE task such as glue/sst2, with its own splits and columns; set this or train.
-      root: directory with the files of GLUE, for a path such as glue/sst2; null downloads the task from the Hugging
-        Face Hub.
-      train: training file, or a list of files, if each split has its own files.
-      validation: validation file, or a list; null splits off validation_fraction of train.
-      test: test file, or a list (optional); only with train.
-      text: column with the text (encoders).
-      text_pair: column with the second text, for tasks on text pairs (encoders).
-      delimiter: field delimiter of .csv and .tsv files (encoders); comma or tab if not set.
-      quoting: quoting of .csv and .tsv files (encoders): minimal ("..." where a field needs it) or none (a quote is
-        part of the text).
-      header: names of the columns of .csv and .tsv files without a header line (encoders), such as [label, text]; a
-        file whose first line has the names of text and label has one.
-      label: column with the label (encoders): a class name or integer, or a number for regression.
-      metrics: metrics beside the default ones, of which the first selects the best evaluation (encoders): accuracy
-        (the default), macro_f1 (mean F1 of the classes), and for two classes f1 (of the second in sorted order) and
-        matthews; for regression mse (the default), mae, pearson and spearman.
-      max_length: sequence length in tokens, special tokens included; longer texts are truncated, longer
-        multiple-choice questions are rejected.
-      duplicates: if a text is in two splits, or equal texts have different labels: warn; error;
-        drop, which removes these texts from train.
-      validation_fraction: fraction of the distinct texts held out for validation, if there is no validation file.
-      test_fraction: fraction of the distinct texts in path held out for testing; 0 makes no test split.
-      split_seed: random seed for the split.
-      limit: for a quick trial, maximum examples of each split, drawn after splitting; classes and the scale of
-        regression labels are still those of all data.
-      template: chat template (language models): model (the model's own), plain (simple headings), completion (input
-        and answer, each ended by the end token; for base models) or a file.
-      answers: assistant turns to train on (task instruction): all or only the last.
-      packing: pack short conversations into shared rows of max_length tokens (language models); batch sizes then
-        count packed rows.
-      column_names: column names of the file (language models): expected name to name in the file, such as
-        {prompt: question, completion: reply}.
-
-    Raises:
-      ValueError: a field is out of range, or two fields conflict; the message names them.
-    """
-
-    path: Text | None = None
-    root: Text | None = None
-    train: Files | None = None
-    validation: Files | None = None
-    test: Files | None = None
-    text: Text = "text"
-    text_pair: Text | None = None
-    label: Text = "label"
-    metrics: Annotated[tuple[MetricName, ...], Distinct] = ()
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
-    quoting: Literal["minimal", "none"] = "minimal"
-    header: Annotated[tuple[Text, ...], Distinct] | None = None
-    max_length: Annotated[Int, Field(ge=2)] = 128
-    validation_fraction: Fraction = 0.1
-    test_fraction: Share = 0.2
-    split_seed: Index = 0
-    limit: Count | None = None
-    duplicates: Literal["error", "warn", "drop"] = "warn"
-    template: Text = "model"
-    answers: Literal["all", "last"] = "all"
-    packing: Switch = False
-    column_names: dict[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        if (self.path is None) == (self.train is None):
-            raise ValueError(
-                "set either path (one file, split by split_seed) or train (separate files), "
-                f"got path={self.path!r} and train={self.train!r}"
-            )
-        check_requirements(self, "data.")
-        if self.split_seed and self.validation is not None and self.limit is None:
-            raise ValueError(
-                "data.split_seed requires data.validation null or a data.limit; it has no effect with "
-                f"data.validation {self.validation}"
-            )
-        if self.glue is None and self.root is not None:
-            raise ValueError(f"data.root requires data.path glue/TASK, such as glue/sst2, got {self.path}")
-        for name in GLUE_SETS if self.glue else ():
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise ValueError(f"data.{name} has no effect with data.path {self.path}: remove it")
-        if len(set(self.columns)) < len(self.columns):
-            raise ValueError(f"text, text_pair and label must be different columns, got {self.columns}")
-        if self.header is not None and not {*self.columns} <= {*self.header}:
-            raise ValueError(
-                f"data.header must have the columns {', '.join(self.columns)}, got {', '.join(self.header)}"
-            )
-        if self.path is not None and not self.glue and self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError(
-                "validation_fraction + test_fraction must be below 1, to leave texts for training; "
-                f"got {self.validation_fraction} + {self.test_fraction}"
-            )
-
-    @property
-    def glue(self) -> str | None:
-        """The task that `path` names, as in glue/sst2, if any; the name is not checked."""
-        match = re.fullmatch(r"glue/([^/.]*)", self.path or "")
-        return match[1] if match else None
-
-    @property
-    def files(self) -> dict[str, tuple[str, ...]]:
-        """The data files by field: path, or train and, if set, validation and test."""
-        fields = {name: getattr(self, name) for name in ("path", "train", "validation", "test")}
-        return {
-            name: (value,) if isinstance(value, str) else value
-            for name, value in fields.items()
-            if value is not None
-        }
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The file, or files, with the training examples."""
-        return next(iter(self.files.values()))
-
-    @property
-    def table_options(self) -> dict[str, Any]:
-        """How .csv and .tsv files are written, as far as it is set: arguments of `readers.read_rows`."""
-        names = ("delimiter", "quoting", "header")
-        return {
-            x: getattr(self, x) for x in names if getattr(self, x) != self.__dataclass_fields__[x].default
-        }
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns to read."""
-        return tuple(c for c in (self.text, self.text_pair, self.label) if c is not None)
+OPTIMIZER_REQUIREMENTS: tuple[Requirement, ...] = (
+    (("optimizer.decay_steps",), "optimizer.schedule", ("wsd",)),
+    (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
+    (("optimizer.decay",), "optimizer.weight_decay", ()),
+    (("optimizer.reg",), "optimizer.name", ("riemannian",)),
+    (("optimizer.target_rank",), "optimizer.name", ("adamw",)),
+    (("optimizer.b2", "optimizer.eps"), "optimizer.name", ("adamw", "riemannian", "lora_rite")),
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -309,7 +111,7 @@ class OptimizerSettings:
     target_rank: Rate | None = None
 
     def __post_init__(self) -> None:
-        check_requirements(self, "optimizer.")
+        check_requirements(self, OPTIMIZER_REQUIREMENTS, "optimizer.")
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -370,37 +172,8 @@ class TrainSettings:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=SECTION)
-class GenerationSettings:
-    """How texts are generated and scored before and after training, and by eval and generate (task generation).
-
-    Attributes:
-      beams: beams of the beam search; 1 is greedy decoding.
-      length_penalty: power of the length by which a text's log-probability is divided to compare texts; above 0
-        favours longer ones.
-      no_repeat_ngram: no sequence of this many tokens appears twice; 0 allows all.
-      no_repeat_in: where these sequences are counted: new, in the text alone, which may then copy from its input;
-        all, in input and text, as transformers does.
-      early_stopping: when the search for a text ends: complete, once as many texts as beams have ended; heuristic,
-        once no open one would beat these if it ended now; never, once none can beat them at any length.
-      max_new_tokens: maximum tokens of a text.
-      inputs: distinct inputs to keep of the held-out split (test, or validation if there is none), evenly spaced,
-        with all their texts; null keeps all.
-      batch_size: inputs per batch, each with all its beams.
-    """
-
-    beams: Count = 4
-    length_penalty: Annotated[Number, Field(ge=-MOST_PENALTY, le=MOST_PENALTY)] = 1.0
-    no_repeat_ngram: Index = 0
-    no_repeat_in: NoRepeatIn = "new"
-    early_stopping: EarlyStopping = "heuristic"
-    max_new_tokens: Count = 64
-    inputs: Count | None = None
-    batch_size: Count = 8
-
-
-GENERATION = tuple(f"generation.{field.name}" for field in dataclasses.fields(GenerationSettings))
-REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
+GENERATION = tuple(f"generation.{field.name}" for field in dataclasses.fields(GenerationOptions))
+REQUIREMENTS: tuple[Requirement, ...] = (
     (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
     (("data.text", "data.text_pair", "data.label", "data.metrics"), "task", ENCODER_TASKS),
     (("data.delimiter", "data.quoting", "data.header", "data.root"), "task", ENCODER_TASKS),
@@ -412,19 +185,10 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("data.answers",), "task", ("instruction",)),
     (GENERATION, "task", ("generation",)),
     (("generation.no_repeat_in",), "generation.no_repeat_ngram", ()),
-    (("data.validation", "data.test"), "data.train", ()),
-    (("data.test_fraction",), "data.path", ()),
-    (("data.validation_fraction",), "data.validation", (None,)),
-    (("optimizer.decay_steps",), "optimizer.schedule", ("wsd",)),
-    (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
-    (("optimizer.decay",), "optimizer.weight_decay", ()),
     (("optimizer.name",), "method", ("lora_plus", "lora")),
-    (("optimizer.reg",), "optimizer.name", ("riemannian",)),
     (("optimizer.target_rank",), "method", ("lora_plus", "lora")),
-    (("optimizer.target_rank",), "optimizer.name", ("adamw",)),
     (("optimizer.target_rank",), "train.select", ("last",)),
     (("optimizer.target_rank",), "train.early_stopping", (None,)),
-    (("optimizer.b2", "optimizer.eps"), "optimizer.name", ("adamw", "riemannian", "lora_rite")),
     (("optimizer.magnitude_learning_rate",), "lora.variant", ("dora",)),
     (("train.prompt_tokens",), "train.prompt", ()),
     (("train.theory_every",), "method", ("lora_plus", "lora")),
@@ -432,8 +196,7 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("distributed.start_timeout", "distributed.lost_timeout"), "distributed.coordinator", ()),
     (("init_adapter_rates",), "init_adapter", ()),
 )
-"""Fields that have no effect, and so are rejected, unless another field has one of these values; () stands for any
-value but null and 0."""
+"""Fields of different sections."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -578,12 +341,12 @@ class Settings:
       output_dir: output directory for checkpoints, logs and results.
     """
 
-    model: ModelSettings
-    data: DataSettings
+    model: ModelOptions
+    data: DataOptions
     lora: Annotated[LoRAPlusConfig, PlainValidator(_lora_config)] = DEFAULT_LORA
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
-    generation: GenerationSettings = GenerationSettings()
+    generation: GenerationOptions = GenerationOptions()
     mesh: MeshSettings = MeshSettings()
     distributed: DistributedSettings = DistributedSettings()
     task: TaskName = "classification"
@@ -596,7 +359,7 @@ class Settings:
     resumable_fields: ClassVar[tuple[str, ...]] = RESUMABLE_FIELDS
 
     def __post_init__(self) -> None:
-        check_requirements(self)
+        check_requirements(self, REQUIREMENTS)
         self._check_search()
         if (config := self.applied) is not None:
             self._check_init(config)
@@ -609,7 +372,7 @@ class Settings:
             check_number("B's learning rate, lora.lr_ratio x optimizer.learning_rate,", rate, above=0.0)
 
     def _check_search(self) -> None:
-        search, default = self.generation, GenerationSettings()
+        search, default = self.generation, GenerationOptions()
         for name in ("length_penalty", "early_stopping"):
             if search.beams == 1 and getattr(search, name) != getattr(default, name):
                 raise ValueError(
@@ -640,6 +403,15 @@ class Settings:
     def is_language(self) -> bool:
         """Whether the model is a causal language model, not an encoder."""
         return self.task in LANGUAGE_TASKS
+
+    @property
+    def task_options(self) -> TaskOptions:
+        """What the task is made from."""
+        names = ("batch_size", "accumulate", "eval_batch_size", "label_smoothing")
+        of_training: Any = {name: getattr(self.train, name) for name in names}
+        return TaskOptions(
+            kind=self.task, model=self.model, data=self.data, generation=self.generation, **of_training
+        )
 
     @property
     def lr_ratio(self) -> float:

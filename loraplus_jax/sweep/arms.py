@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
+from .._utils.field_types import SECTION
 from ..optim.trained_ranks import alpha_for
-from ..settings.field_types import SECTION
 from ..settings.parsing import settings_from_json
 from ..settings.schema import Settings
 from .settings import ARM_LABELS, SweepRun, Trial, check_widen, grid_rates

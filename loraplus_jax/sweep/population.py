@@ -161,10 +161,10 @@ def load_sweep_data(run: SweepRun, files: ModelFiles, loaded: TaskData | None = 
     """
     data = loaded
     if data is None:
-        data = task_class(run).load(run, files)
+        data = task_class(run).load(run.task_options, files)
         if (path := run.sweep.unrelated_text) is not None:
             try:
-                unrelated = load_text(run, files, path)
+                unrelated = load_text(run.task_options, files, path)
             except (ValueError, OSError) as error:
                 raise ValueError(f"sweep.unrelated_text: {error}") from None
             digests = data.digests | {"unrelated": unrelated.digest}
@@ -207,7 +207,7 @@ def prepare_population(abstract: AbstractPopulation, places: int, at_once: int |
     config = widest.applied
     # From shapes, before weights are read: what is too large is known in seconds.
     seeds = (*run.seeds, *run.report_seeds)
-    batches = data.task.plan_batches(widest, data, steps, seeds, mesh)
+    batches = data.task.plan_batches(widest.task_options, data, steps, seeds, mesh)
     programs, programs_for = _compile_programs(abstract, batches, mesh, places, at_once)
     weights = load_weights(abstract)
     # Of all weights: members begin with them in both stages, with what is trained in full too.
@@ -344,7 +344,7 @@ def _compile_programs(
 ) -> tuple[Programs, Callable[[int], Programs]]:
     """Compiles, from shapes, the programs for all members; also returns a function that does for fewer."""
     run, (_, _, data, steps, _, shapes) = abstract.widest, abstract
-    losses = Losses(*map(with_layers, data.task.make_losses(run, shapes, scored=batches.scored)))
+    losses = Losses(*map(with_layers, data.task.make_losses(run.task_options, shapes, scored=batches.scored)))
     layers = shapes.base.layers if reads_layers(mesh) else 0
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)  # noqa: E731
     # eval_shape traces without computing; asarray, as NumPy's scalars have no place in a trace's outputs.

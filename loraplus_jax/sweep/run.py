@@ -19,11 +19,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from .._utils.atomic import remove_leftovers, to_json, write_text
+from .._utils.field_types import Count, check_schema
 from .._utils.records import DIGEST, read_record, write_record
-from ..settings.field_types import Count
-from ..settings.parsing import check_schema
+from .._utils.yaml_files import to_yaml
 from ..settings.schema import GENERATION
-from ..settings.yaml_files import to_yaml
 from ..step.fingerprints import fingerprint
 from ..step.run_metadata import package_versions
 from ..training.anomalies import TrainingFailed

@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from .._utils.field_types import SECTION, Count, Distinct, Fraction, Index, Int, Rate, Switch
 from ..adapter.config import BASE_INITS
-from ..settings.field_types import SECTION, Count, Distinct, Fraction, Index, Int, Rate, Switch
 from ..settings.schema import INVARIANT, OptimizerSettings, Settings
 
 ArmName = Literal["lora", "lora_plus", "control"]

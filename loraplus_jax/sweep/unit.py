@@ -17,13 +17,13 @@ import numpy as np
 from pydantic import BaseModel
 
 from .._utils.atomic import add_path_to_errors, to_json
+from .._utils.field_types import check_schema
 from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import read_record, write_record
 from ..adapter.tree import combine, count
 from ..data.batches import Batch
 from ..data.fetch import resolve
 from ..models.files import open_files
-from ..settings.parsing import check_schema
 from ..step.checkpoint import DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
 from ..step.sharding import make_mesh, replicate
 from ..tasks.causal_lm import LanguageTask
@@ -432,7 +432,7 @@ class _UnitRun:
             return []
         files = open_files(resolve(run.model.path, "model"))
         mesh = make_mesh(run.mesh.data)  # one member after another, each on all devices
-        texts = HeldOutTexts.from_settings(run, files, data.task, parts.model, data.inputs, mesh)
+        texts = HeldOutTexts.from_options(run.task_options, files, data.task, parts.model, data.inputs, mesh)
         rows = []
         for spec, member in self.alive_members():
             self.output.console.print(

@@ -21,7 +21,7 @@ def make_unrelated_loss(
         return None
     mesh = make_mesh(run.mesh.data)
     # Of all tokens of a text, whatever the task of the sweep.
-    losses = LanguageTask(kind="instruction").make_losses(run, parts, mesh)
+    losses = LanguageTask(kind="instruction").make_losses(run.task_options, parts, mesh)
     evaluate_batch = make_eval(losses.evaluate, mesh=mesh)
     # One row a device: the members fill the memory, and a trained head computes the logits of all tokens.
     size = batch_parts(mesh)

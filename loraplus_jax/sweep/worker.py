@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 
 from .._utils.atomic import to_json
+from .._utils.field_types import check_schema
 from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import DIGEST, read_record, write_record
 from .._utils.validation import join_first
 from ..data.fetch import cache_dir
-from ..settings.parsing import check_schema, settings_from_json
+from ..settings.parsing import settings_from_json
 from ..step.run_metadata import field_differences, numeric_options, package_versions, version_of
 from ..training.console import LineConsole
 from ..training.run_files import OWNER

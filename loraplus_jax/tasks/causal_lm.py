@@ -29,7 +29,6 @@ from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.quantized import choose_formats
 from ..models.decoder import Config, head_kernel
 from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
-from ..settings.schema import Settings
 from ..step.losses import chunked_cross_entropy
 from ..step.sharding import batch_parts, constrain_rows, gather_over_fsdp
 from ..step.train_step import LossFn, Rows
@@ -48,6 +47,7 @@ from .interface import (
     eval_shapes,
     held_out_split,
 )
+from .options import TaskOptions
 
 HEADS = {True: "embed_tokens", False: "lm_head"}
 """Name of the output head, by whether it is tied to the embedding."""
@@ -157,22 +157,22 @@ class LanguageTask(Task):
         return loss_fn
 
     @classmethod
-    def from_settings(cls, settings: Settings, files: ModelFiles) -> "LanguageTask":
-        _, template = tokenizer_and_template(settings, files, None)
-        custom_template = None if settings.data.template in TEMPLATES else template.source
-        return cls(kind=settings.task, template=custom_template)
+    def from_options(cls, options: TaskOptions, files: ModelFiles) -> "LanguageTask":
+        _, template = tokenizer_and_template(options, files, None)
+        custom_template = None if options.data.template in TEMPLATES else template.source
+        return cls(kind=options.kind, template=custom_template)
 
     @classmethod
-    def load(cls, settings: Settings, files: ModelFiles) -> TaskData:
-        task = cls.from_settings(settings, files)
-        tools = tokenizer_and_template(settings, files, task)
-        rows, duplicates = _load_splits(settings)
-        splits, truncated, choices, length = {}, {}, {}, settings.data.max_length
+    def load(cls, options: TaskOptions, files: ModelFiles) -> TaskData:
+        task = cls.from_options(options, files)
+        tools = tokenizer_and_template(options, files, task)
+        rows, duplicates = _load_splits(options)
+        splits, truncated, choices, length = {}, {}, {}, options.data.max_length
         for name, examples in rows.items():
             if task.kind == "multiple_choice" and name != "train":
                 choices[name], truncated[name] = encode_choices(examples, *tools, length), 0
             else:
-                splits[name], truncated[name] = _encode(settings, files, tools, examples)
+                splits[name], truncated[name] = _encode(options, files, tools, examples)
         splits |= zip(choices, pack_choices([*choices.values()], length), strict=True)
         sizes = {name: len(examples) for name, examples in rows.items()}
         digests = {name: _digest(examples) for name, examples in rows.items()}
@@ -188,42 +188,44 @@ class LanguageTask(Task):
         return TaskData(task, splits, sizes, truncated, digests, summary, tuple(inputs), constant)
 
     @classmethod
-    def placeholder(cls, settings: Settings) -> TaskData:
-        ids = np.zeros((1, settings.data.max_length), np.int32)
+    def placeholder(cls, options: TaskOptions) -> TaskData:
+        ids = np.zeros((1, options.data.max_length), np.int32)
         columns = {"input_ids": ids, "segment_ids": ids, "loss_mask": ids.astype(np.float32)}
-        return TaskData(cls(kind=settings.task), {"train": columns}, {"train": 1}, {"train": 0}, {})
+        return TaskData(cls(kind=options.kind), {"train": columns}, {"train": 1}, {"train": 0}, {})
 
-    def load_split(self, settings: Settings, files: ModelFiles, split: str | None, data: str | None) -> Split:
+    def load_split(
+        self, options: TaskOptions, files: ModelFiles, split: str | None, data: str | None
+    ) -> Split:
         if data is None:
-            splits = _load_splits(settings)[0]
+            splits = _load_splits(options)[0]
             train, examples = splits["train"], splits[split or "test"]
         else:
-            train = examples = _read(settings, data)
-        tools = tokenizer_and_template(settings, files, self)
+            train = examples = _read(options, data)
+        tools = tokenizer_and_template(options, files, self)
         if self.kind == "multiple_choice":
-            length, truncated = settings.data.max_length, 0
+            length, truncated = options.data.max_length, 0
             (columns,) = pack_choices([encode_choices(examples, *tools, length)], length)
             constant = constant_choice(train, examples)
         else:
-            (columns, truncated), constant = _encode(settings, files, tools, examples), {}
+            (columns, truncated), constant = _encode(options, files, tools, examples), {}
         inputs = group_references(examples) if self.kind == "generation" else ()
         return Split(columns, len(examples), _digest(examples), tuple(inputs), truncated, constant)
 
-    def make_base(self, settings: Settings, files: ModelFiles) -> BaseModel:
-        model_settings = settings.model
-        config = model_config(files, split_fused=model_settings.split_fused)
+    def make_base(self, options: TaskOptions, files: ModelFiles) -> BaseModel:
+        model_options = options.model
+        config = model_config(files, split_fused=model_options.split_fused)
         family = family_of(config.model_type)
         model = family.model(
             config,
-            dtype=jnp.dtype(model_settings.dtype),
-            param_dtype=jnp.dtype(model_settings.param_dtype),
-            unroll=bool(model_settings.unroll),
-            remat=model_settings.remat,
-            attention=model_settings.attention,
+            dtype=jnp.dtype(model_options.dtype),
+            param_dtype=jnp.dtype(model_options.param_dtype),
+            unroll=bool(model_options.unroll),
+            remat=model_options.remat,
+            attention=model_options.attention,
         )
-        inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
+        inputs = 2 * (jax.ShapeDtypeStruct((1, options.data.max_length), jnp.int32),)
         table = family.name_table(config)
-        formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, files)
+        formats = choose_formats(table, model_options.quantize, model_options.quantize_exclude, files)
         hints = []  # what decides the names of layers
         if config.fused or config.split_fused:
             names = " and ".join(
@@ -236,19 +238,19 @@ class LanguageTask(Task):
         return BaseModel(model, table, (), inputs, family.sharding, sizes, formats, hint)
 
     def plan_batches(
-        self, settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
+        self, options: TaskOptions, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
     ) -> BatchPlan:
-        columns, train, parts = data.splits["train"], settings.train, batch_parts(mesh)
-        counts, size = _scored_positions(columns), train.batch_size
+        columns, parts = data.splits["train"], batch_parts(mesh)
+        counts, size = _scored_positions(columns), options.batch_size
         length = columns["input_ids"].shape[1]
-        per_part = size // train.accumulate // parts
+        per_part = size // options.accumulate // parts
         if steps * len(seeds) <= SIMULATED_BATCHES:
             batches = first_batches(len(counts), batch_size=size, seeds=seeds, count=steps)
             # Row i goes to micro-batch i mod `accumulate`, and to the part that holds it.
-            most = counts[batches].reshape(-1, parts, per_part, train.accumulate).sum(axis=2).max()
+            most = counts[batches].reshape(-1, parts, per_part, options.accumulate).sum(axis=2).max()
         else:
             most = np.sort(counts)[-per_part:].sum()
-        evaluate = eval_shapes(data.splits, train.eval_batch_size, parts)
+        evaluate = eval_shapes(data.splits, options.eval_batch_size, parts)
         evaluated = [x for name, x in data.splits.items() if name != "train"]
         scored = Scored(
             _worth_choosing(int(most), per_part * length),
@@ -263,17 +265,21 @@ class LanguageTask(Task):
         return BatchPlan(batch_shapes(columns, size), evaluate, batch, scored=scored, summary=summary)
 
     def make_losses(
-        self, settings: Settings, parts: AdaptedModel, mesh: Mesh | None = None, scored: Scored = ANY_POSITION
+        self,
+        options: TaskOptions,
+        parts: AdaptedModel,
+        mesh: Mesh | None = None,
+        scored: Scored = ANY_POSITION,
     ) -> Losses:
         # With a frozen head they never store the full logits.
         count = 1 if mesh is None else batch_parts(mesh)
         # A chunk is split over the mesh as the batch is, so this leaves each part `model.loss_chunk` tokens.
-        chunk = settings.model.loss_chunk * count if head_is_frozen(parts) else None
-        options: Any = {"chunk": chunk, "parts": count}
-        smoothing = settings.train.label_smoothing
-        train = self.loss_fn(parts.model, label_smoothing=smoothing, scored=scored.train, **options)
+        chunk = options.model.loss_chunk * count if head_is_frozen(parts) else None
+        shared: Any = {"chunk": chunk, "parts": count}
+        smoothing = options.label_smoothing
+        train = self.loss_fn(parts.model, label_smoothing=smoothing, scored=scored.train, **shared)
         evaluate = self.choice_fn if self.kind == "multiple_choice" else self.loss_fn
-        return Losses(train, evaluate(parts.model, scored=scored.evaluate, **options))
+        return Losses(train, evaluate(parts.model, scored=scored.evaluate, **shared))
 
 
 def _shift_mask(mask: jax.Array) -> jax.Array:
@@ -398,10 +404,10 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part, x in values if x.name == "place" or part != x.default]
 
 
-def load_text(settings: Settings, files: ModelFiles, value: str) -> Split:
+def load_text(options: TaskOptions, files: ModelFiles, value: str) -> Split:
     """Loads a file of texts or conversations, whatever the task, as packed rows of `data.max_length` tokens."""
-    chats, length = read_chats(resolve(value, "data")), settings.data.max_length
-    tools = tokenizer_and_template(settings, files, None)
+    chats, length = read_chats(resolve(value, "data")), options.data.max_length
+    tools = tokenizer_and_template(options, files, None)
     columns, truncated = tokenize_chats(chats, *tools, length, start=leading_ids(files.tokenizer))
     rows = plan_packing(lengths_of(columns["input_ids"]), length)
     columns = fill(columns, rows, len(rows), length)[0]
@@ -409,11 +415,11 @@ def load_text(settings: Settings, files: ModelFiles, value: str) -> Split:
 
 
 def tokenizer_and_template(
-    settings: Settings, files: ModelFiles, task: LanguageTask | None
+    options: TaskOptions, files: ModelFiles, task: LanguageTask | None
 ) -> tuple[Tokenizer, ChatTemplate]:
-    """The model's plain tokenizer, and the chat template saved in the task, if any, or set in the settings."""
-    check_max_length(settings, model_config(files).max_length)
-    choice = settings.data.template
+    """The model's plain tokenizer, and the chat template saved in the task, if any, or set in the options."""
+    check_max_length(options, model_config(files).max_length)
+    choice = options.data.template
     if task is not None and task.template is None and choice not in TEMPLATES:
         # The settings come with an adapter, and with it the text of a template that its training read from a file.
         raise ValueError(
@@ -452,22 +458,22 @@ def head_is_frozen(parts: AdaptedModel) -> bool:
     return not any(head in path.split("/") for path in leaves_by_path(parts.trainable))
 
 
-def _load_splits(settings: Settings) -> tuple[dict[str, list[Any]], list[str]]:
-    splits = split_files(settings.data, functools.partial(_read, settings))
-    splits, lines = handle_duplicates(splits, settings.data)
-    splits, limited = limit_splits(splits, settings.data)
-    if settings.generation.inputs is not None:
+def _load_splits(options: TaskOptions) -> tuple[dict[str, list[Any]], list[str]]:
+    splits = split_files(options.data, functools.partial(_read, options))
+    splits, lines = handle_duplicates(splits, options.data)
+    splits, limited = limit_splits(splits, options.data)
+    if options.generation.inputs is not None:
         name = held_out_split(splits)
-        splits[name] = select_inputs(splits[name], settings.generation.inputs)
+        splits[name] = select_inputs(splits[name], options.generation.inputs)
     return splits, [*limited, *lines]
 
 
-def _read(settings: Settings, value: str) -> list[Any]:
-    return READERS[settings.task](resolve(value, "data"), settings.data.column_names)
+def _read(options: TaskOptions, value: str) -> list[Any]:
+    return READERS[options.kind](resolve(value, "data"), options.data.column_names)
 
 
 def _encode(
-    settings: Settings,
+    options: TaskOptions,
     files: ModelFiles,
     tools: tuple[Tokenizer, ChatTemplate],
     examples: Sequence[Chat | Question],
@@ -480,12 +486,12 @@ def _encode(
             chats.append(Chat((Turn("user", example.prompt), answer), example.place))
         else:
             chats.append(example)
-    length = settings.data.max_length
+    length = options.data.max_length
     start = leading_ids(files.tokenizer)
-    columns, truncated = tokenize_chats(chats, *tools, length, answers=settings.data.answers, start=start)
+    columns, truncated = tokenize_chats(chats, *tools, length, answers=options.data.answers, start=start)
     rows = (
         plan_packing(lengths_of(columns["input_ids"]), length)
-        if settings.data.packing
+        if options.data.packing
         else [[index] for index in range(len(chats))]
     )
     return fill(columns, rows, len(rows), length)[0], truncated

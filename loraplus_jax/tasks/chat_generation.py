@@ -28,9 +28,9 @@ from ..models.decoding.generate import (
     make_generate,
     pad_left,
 )
-from ..settings.schema import GenerationSettings, Settings
 from ..step.sharding import batch_parts
 from .causal_lm import LanguageTask, model_config, tokenizer_and_template
+from .options import GenerationOptions, TaskOptions
 
 GREEDY = Sampling()
 LIMITS = "generation.max_new_tokens, train.prompt_tokens or --max_tokens"
@@ -55,14 +55,14 @@ class ChatModel:
     parts: int = 1
 
     @classmethod
-    def from_settings(
+    def from_options(
         cls,
-        settings: Settings,
+        options: TaskOptions,
         files: ModelFiles,
         task: LanguageTask | None,
         model: nn.Module,
         new_tokens: int,
-        search: GenerationSettings | None = None,
+        search: GenerationOptions | None = None,
         mesh: Mesh | None = None,
     ) -> "ChatModel":
         """Creates a chat model from `model` and its files; with `search` it has beams.
@@ -70,7 +70,7 @@ class ChatModel:
         `mesh` is that of the variables, by default a single device.
         """
         config = model_config(files)
-        tokenizer, template = tokenizer_and_template(settings, files, task)
+        tokenizer, template = tokenizer_and_template(options, files, task)
         if new_tokens >= config.max_length:
             raise ValueError(
                 f"answers of {new_tokens} tokens leave no room for a prompt: the model's limit for both is "
@@ -84,15 +84,15 @@ class ChatModel:
                 f"{files} has no eos_token_id, and the chat template does not show how answers end: "
                 "set eos_token_id or use another template"
             )
-        options: Any = {
+        shared: Any = {
             "new_tokens": new_tokens,
             "stop": sorted(stop),
-            "dtype": jnp.dtype(settings.model.dtype),
+            "dtype": jnp.dtype(options.model.dtype),
         }
-        options["mesh"] = mesh
+        shared["mesh"] = mesh
         longest, parts = config.max_length - new_tokens, 1 if mesh is None else batch_parts(mesh)
         if search is None:
-            return cls(tokenizer, template, make_generate(model, config, **options), longest, parts)
+            return cls(tokenizer, template, make_generate(model, config, **shared), longest, parts)
         try:
             beam_search = make_beam_search(
                 model,
@@ -102,10 +102,10 @@ class ChatModel:
                 no_repeat_ngram=search.no_repeat_ngram,
                 no_repeat_in=search.no_repeat_in,
                 early_stopping=search.early_stopping,
-                **options,
+                **shared,
             )
         except ValueError as error:
-            prefix = "generation." if search is settings.generation else "--"
+            prefix = "generation." if search is options.generation else "--"
             raise ValueError(f"{prefix}{error}") from None
 
         def generate(

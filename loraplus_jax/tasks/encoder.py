@@ -20,6 +20,7 @@ from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.glue import find_task, load_glue, read_glue, read_glue_texts
 from ..data.labels import class_labels, label_names, label_summary, regression_labels
+from ..data.options import DataOptions
 from ..data.readers import read_rows
 from ..data.splits import LabelledText, limit_splits, load_rows, load_splits
 from ..data.text_rows import TextRows, text_lengths
@@ -29,7 +30,7 @@ from ..models.checkpoints.model_files import ModelFiles, check_ids
 from ..models.checkpoints.quantized import choose_formats
 from ..models.families import encoder_of
 from ..models.modernbert.config import ModernBertConfig
-from ..settings.schema import DataSettings, ModelSettings, Settings
+from ..models.options import ModelOptions
 from ..step.sharding import batch_parts
 from ..step.train_step import LossFn, Rows
 from .interface import (
@@ -48,6 +49,7 @@ from .interface import (
     held_out_split,
 )
 from .metrics import SPLIT_METRICS
+from .options import TaskOptions
 
 METRICS = {
     "classification": ("accuracy", "f1", "macro_f1", "matthews"),
@@ -192,24 +194,26 @@ class EncoderTask(Task):
         ]
 
     @classmethod
-    def from_settings(cls, settings: Settings, files: ModelFiles) -> "EncoderTask":
-        return cls._load_rows(settings)[0]
+    def from_options(cls, options: TaskOptions, files: ModelFiles) -> "EncoderTask":
+        return cls._load_rows(options)[0]
 
     @classmethod
-    def _load_rows(cls, settings: Settings) -> tuple["EncoderTask", dict[str, list[LabelledText]], list[str]]:
-        glue = find_task(settings.data, settings.task)
-        rows, duplicates = _load_splits(settings.data)
+    def _load_rows(
+        cls, options: TaskOptions
+    ) -> tuple["EncoderTask", dict[str, list[LabelledText]], list[str]]:
+        glue = find_task(options.data, options.kind)
+        rows, duplicates = _load_splits(options.data)
         # Of all rows: a trial on a few must have all classes, or its head would have another shape.
-        metrics = glue.metrics if glue else settings.data.metrics
-        return cls.from_splits(settings.task, rows, metrics), rows, duplicates
+        metrics = glue.metrics if glue else options.data.metrics
+        return cls.from_splits(options.kind, rows, metrics), rows, duplicates
 
     @classmethod
-    def load(cls, settings: Settings, files: ModelFiles) -> TaskData:
-        tokenizer = tokenizer_for(settings, files)
-        task, rows, duplicates = cls._load_rows(settings)
-        rows, limited = limit_splits(rows, settings.data)
+    def load(cls, options: TaskOptions, files: ModelFiles) -> TaskData:
+        tokenizer = tokenizer_for(options, files)
+        task, rows, duplicates = cls._load_rows(options)
+        rows, limited = limit_splits(rows, options.data)
         encoded = {
-            name: encode_texts([row.texts for row in split], tokenizer, settings.data.max_length)
+            name: encode_texts([row.texts for row in split], tokenizer, options.data.max_length)
             for name, split in rows.items()
         }
         labels = {name: task.labels(split) for name, split in rows.items()}
@@ -218,14 +222,14 @@ class EncoderTask(Task):
         evaluated = {name: columns for name, columns in splits.items() if name != "train"}
         # Of all of them, since one program evaluates every split.
         lengths = np.concatenate([text_lengths(columns) for columns in evaluated.values()])
-        most = model_config(settings.model, files).max_length
+        most = model_config(options.model, files).max_length
         shape = TextRows.fitting(lengths, most)
         splits |= {name: shape.arrange_all(columns)[0] for name, columns in evaluated.items()}
         sizes = {name: len(split) for name, split in rows.items()}
         truncated = {name: count for name, (_, count) in encoded.items()}
         digests = {name: _digest(split) for name, split in rows.items()}
         classes = label_summary(rows, task.names) if task.names else []
-        if settings.data.metrics and "f1" in task.metrics:
+        if options.data.metrics and "f1" in task.metrics:
             classes.append(f"f1 is that of class {task.names[1]}")
         texts = [row for split in rows.values() for row in split]
         inputs = [ids for columns, _ in encoded.values() for ids in columns["input_ids"]]
@@ -233,81 +237,87 @@ class EncoderTask(Task):
         return TaskData(task, splits, sizes, truncated, digests, summary, constant=constant, longest_row=most)
 
     @classmethod
-    def placeholder(cls, settings: Settings) -> TaskData:
-        ids = np.zeros((1, settings.data.max_length), np.int32)
+    def placeholder(cls, options: TaskOptions) -> TaskData:
+        ids = np.zeros((1, options.data.max_length), np.int32)
         columns: Batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
-        classes, glue = settings.task == "classification", find_task(settings.data, settings.task)
+        classes, glue = options.kind == "classification", find_task(options.data, options.kind)
         # Without the data the number of classes is unknown, and hardly matters: it is only the width of the head.
         names = glue.names if glue else ("0", "1") if classes else ()
-        task = cls(kind=settings.task, names=names)
+        task = cls(kind=options.kind, names=names)
         columns["label"] = np.zeros(1, np.int32 if classes else np.float32)
         return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0}, {})
 
-    def load_split(self, settings: Settings, files: ModelFiles, split: str | None, data: str | None) -> Split:
+    def load_split(
+        self, options: TaskOptions, files: ModelFiles, split: str | None, data: str | None
+    ) -> Split:
         if data is None:
-            splits = limit_splits(_load_splits(settings.data)[0], settings.data)[0]
+            splits = limit_splits(_load_splits(options.data)[0], options.data)[0]
             train, rows = splits["train"], splits[split or "test"]
         else:
-            glue, path = find_task(settings.data), resolve(data, "data")
-            train = rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
+            glue, path = find_task(options.data), resolve(data, "data")
+            train = rows = read_glue(path, glue)[0] if glue else load_rows(path, options.data)
         arrays, truncated = encode_texts(
-            [row.texts for row in rows], tokenizer_for(settings, files), settings.data.max_length
+            [row.texts for row in rows], tokenizer_for(options, files), options.data.max_length
         )
         columns = arrays | {"label": self.labels(rows)}
         constant = self.constant(self.labels(train), columns["label"])
-        most = model_config(settings.model, files).max_length
+        most = model_config(options.model, files).max_length
         columns, _ = TextRows.fitting(text_lengths(columns), most).arrange_all(columns)
         return Split(columns, len(rows), _digest(rows), truncated=truncated, constant=constant)
 
-    def make_base(self, settings: Settings, files: ModelFiles) -> BaseModel:
-        model_settings = settings.model
-        config = model_config(model_settings, files)
+    def make_base(self, options: TaskOptions, files: ModelFiles) -> BaseModel:
+        model_options = options.model
+        config = model_config(model_options, files)
         family, loop = encoder_of(config.model_type), dict[str, Any]()
         if isinstance(config, BertConfig):
-            loop["unroll"] = model_settings.unroll
+            loop["unroll"] = model_options.unroll
             # Unpacked weights of all layers, as XLA on CPU keeps them in an unrolled program, are not small.
-            if model_settings.unroll is None and model_settings.quantize != "none":
+            if model_options.unroll is None and model_options.quantize != "none":
                 loop["unroll"] = False
-        elif model_settings.unroll is not None:
+        elif model_options.unroll is not None:
             raise ValueError(
                 f"model.unroll must be null with {config.model_type}, whose layers are no loop; got "
-                f"{model_settings.unroll}"
+                f"{model_options.unroll}"
             )
         model = family.model(
             config,
             self.num_outputs,
-            model_settings.pooling,
-            dtype=jnp.dtype(model_settings.dtype),
-            param_dtype=jnp.dtype(model_settings.param_dtype),
-            head_dropout=model_settings.head_dropout,
+            model_options.pooling,
+            dtype=jnp.dtype(model_options.dtype),
+            param_dtype=jnp.dtype(model_options.param_dtype),
+            head_dropout=model_options.head_dropout,
             **loop,
         )
-        inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-        table = family.name_table(config, model_settings.pooling)
-        formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, files)
-        is_unrolled = model_settings.quantize == "none" and loop.get("unroll", False) is not False
+        inputs = 3 * (jax.ShapeDtypeStruct((1, options.data.max_length), jnp.int32),)
+        table = family.name_table(config, model_options.pooling)
+        formats = choose_formats(table, model_options.quantize, model_options.quantize_exclude, files)
+        is_unrolled = model_options.quantize == "none" and loop.get("unroll", False) is not False
         layers = config.num_hidden_layers if is_unrolled else 0
         sizes = config.tensor_sizes
         return BaseModel(model, table, ("head",), inputs, family.sharding, sizes, formats, layers=layers)
 
     def plan_batches(
-        self, settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
+        self, options: TaskOptions, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
     ) -> BatchPlan:
-        columns, train, parts = data.splits["train"], settings.train, batch_parts(mesh)
-        lengths, size = text_lengths(columns), train.batch_size
+        columns, parts = data.splits["train"], batch_parts(mesh)
+        lengths, size = text_lengths(columns), options.batch_size
         count = min(steps, max(1, SAMPLED_BATCHES // len(seeds)))
         batches = first_batches(len(lengths), batch_size=size, seeds=seeds, count=count, lengths=lengths)
-        rows = TextRows.for_batches(lengths, batches, data.longest_row, parts * train.accumulate)
+        rows = TextRows.for_batches(lengths, batches, data.longest_row, parts * options.accumulate)
         full = f"{100 * rows.full:.0f} % full"
         return BatchPlan(
             train=batch_shapes(rows.arrange(columns, batches[0]), rows.count),
-            evaluate=eval_shapes(data.splits, train.eval_batch_size, parts),
+            evaluate=eval_shapes(data.splits, options.eval_batch_size, parts),
             batch=train_batches(columns, batch_size=size, arrange=rows.arrange, lengths=lengths),
             summary=(f"{size} texts a step in {rows.count} rows of {rows.length} tokens, {full}",),
         )
 
     def make_losses(
-        self, settings: Settings, parts: AdaptedModel, mesh: Mesh | None = None, scored: Scored = ANY_POSITION
+        self,
+        options: TaskOptions,
+        parts: AdaptedModel,
+        mesh: Mesh | None = None,
+        scored: Scored = ANY_POSITION,
     ) -> Losses:
         # The one for evaluation keeps the predictions if the task's metrics need them.
         return Losses(self.loss_fn(parts.model), self.loss_fn(parts.model, keep_rows=bool(self.metrics)))
@@ -329,45 +339,45 @@ def _digest(rows: Sequence[LabelledText]) -> str:
     return digest((row.prompt, row.texts[-1], row.label) for row in rows)
 
 
-def _load_splits(settings: DataSettings) -> tuple[dict[str, list[LabelledText]], list[str]]:
-    if settings.glue is not None:
-        splits, left_out = load_glue(settings)
+def _load_splits(options: DataOptions) -> tuple[dict[str, list[LabelledText]], list[str]]:
+    if options.glue is not None:
+        splits, left_out = load_glue(options)
     else:
-        splits, left_out = load_splits(settings, functools.partial(resolve, kind="data")), []
-    splits, duplicates = handle_duplicates(splits, settings)
+        splits, left_out = load_splits(options, functools.partial(resolve, kind="data")), []
+    splits, duplicates = handle_duplicates(splits, options)
     return splits, [*left_out, *duplicates]
 
 
-def has_pairs(settings: DataSettings) -> bool:
+def has_pairs(options: DataOptions) -> bool:
     """Whether the texts are pairs."""
-    glue = find_task(settings)
-    return len(glue.texts) == 2 if glue else settings.text_pair is not None
+    glue = find_task(options)
+    return len(glue.texts) == 2 if glue else options.text_pair is not None
 
 
-def read_texts(path: Path, settings: DataSettings) -> list[tuple[str, ...]]:
+def read_texts(path: Path, options: DataOptions) -> list[tuple[str, ...]]:
     """Reads the text, or pair of texts, of each row of a file with the run's columns; labels are not needed."""
-    if (glue := find_task(settings)) is not None:
+    if (glue := find_task(options)) is not None:
         return read_glue_texts(path, glue)
-    names = [name for name in (settings.text, settings.text_pair) if name is not None]
-    return [texts for _, texts in read_rows(path, names, **settings.table_options)]
+    names = [name for name in (options.text, options.text_pair) if name is not None]
+    return [texts for _, texts in read_rows(path, names, **options.table_options)]
 
 
-def tokenizer_for(settings: Settings, files: ModelFiles) -> Tokenizer:
+def tokenizer_for(options: TaskOptions, files: ModelFiles) -> Tokenizer:
     """The model's tokenizer for `data.max_length`; raises a ValueError if they do not fit the model."""
-    config = model_config(settings.model, files)
-    check_max_length(settings, config.max_length)
-    tokenizer = truncating_tokenizer(files, settings.data.max_length)
+    config = model_config(options.model, files)
+    check_max_length(options, config.max_length)
+    tokenizer = truncating_tokenizer(files, options.data.max_length)
     check_ids(
         tokenizer,
         files.path,
         config.vocab_size,
         types=config.type_vocab_size,
-        pairs=has_pairs(settings.data),
+        pairs=has_pairs(options.data),
     )
     return tokenizer
 
 
-def model_config(settings: ModelSettings, files: ModelFiles) -> BertConfig | ModernBertConfig:
+def model_config(options: ModelOptions, files: ModelFiles) -> BertConfig | ModernBertConfig:
     """Loads the encoder's config; `dropout`, if set, replaces its dropout rates."""
     config = encoder_of(files.config.get("model_type")).config.from_hf(files.config)
-    return config if settings.dropout is None else config.with_dropout(settings.dropout)
+    return config if options.dropout is None else config.with_dropout(options.dropout)

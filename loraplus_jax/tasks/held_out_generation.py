@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from ..data.conversations import Chat
 from ..data.data_to_text import Input
 from ..models.checkpoints.model_files import ModelFiles
-from ..settings.schema import Settings
 from .causal_lm import LanguageTask
 from .chat_generation import ChatModel
+from .options import TaskOptions
 from .text_scores import load_scorers, score_texts
 
 
@@ -25,21 +25,19 @@ class HeldOutTexts:
     batch_size: int
 
     @classmethod
-    def from_settings(
+    def from_options(
         cls,
-        settings: Settings,
+        options: TaskOptions,
         files: ModelFiles,
         task: LanguageTask,
         model: nn.Module,
         inputs: Sequence[Input],
         mesh: Mesh | None = None,
     ) -> "HeldOutTexts":
-        """Creates the beam search that `generation` describes; `mesh` as in `ChatModel.from_settings`."""
-        search = settings.generation
+        """Creates the beam search that `generation` describes; `mesh` as in `ChatModel.from_options`."""
+        search = options.generation
         load_scorers()
-        chat_model = ChatModel.from_settings(
-            settings, files, task, model, search.max_new_tokens, search, mesh
-        )
+        chat_model = ChatModel.from_options(options, files, task, model, search.max_new_tokens, search, mesh)
         chat_model.encode([Chat((x.turn,)) for x in inputs])
         return cls(tuple(inputs), chat_model, search.batch_size)
 

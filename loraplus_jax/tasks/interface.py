@@ -18,9 +18,9 @@ from ..data.data_to_text import Input
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.name_table import NameTable
 from ..quantization.formats import FormatName
-from ..settings.schema import Settings
 from ..step.sharding import Rules
 from ..step.train_step import LossFn
+from .options import TaskOptions
 
 
 class Split(NamedTuple):
@@ -72,9 +72,9 @@ def held_out_split(splits: Mapping[str, Any]) -> str:
     return "test" if "test" in splits else "validation"
 
 
-def check_max_length(settings: Settings, longest: int) -> None:
+def check_max_length(options: TaskOptions, longest: int) -> None:
     """Raises ValueError if the settings ask for more tokens than a model can read."""
-    if (length := settings.data.max_length) > longest:
+    if (length := options.data.max_length) > longest:
         raise ValueError(f"data.max_length must be at most {longest} tokens for this model, got {length}")
 
 
@@ -213,7 +213,7 @@ class Task(abc.ABC):
     """A task, with what inference needs to know about the training data.
 
     Attributes:
-      kind: its name in the settings.
+      kind: its name in the options.
     """
 
     kind: str
@@ -238,21 +238,23 @@ class Task(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_settings(cls, settings: Settings, files: ModelFiles) -> "Task":
+    def from_options(cls, options: TaskOptions, files: ModelFiles) -> "Task":
         """Returns the task alone; reads the splits if it follows from their labels, and tokenizes nothing."""
 
     @classmethod
     @abc.abstractmethod
-    def load(cls, settings: Settings, files: ModelFiles) -> TaskData:
+    def load(cls, options: TaskOptions, files: ModelFiles) -> TaskData:
         """Reads, checks and tokenizes the splits with the tokenizer of a model."""
 
     @classmethod
     @abc.abstractmethod
-    def placeholder(cls, settings: Settings) -> TaskData:
+    def placeholder(cls, options: TaskOptions) -> TaskData:
         """Returns the task and one row of training columns, for settings whose data is not available."""
 
     @abc.abstractmethod
-    def load_split(self, settings: Settings, files: ModelFiles, split: str | None, data: str | None) -> Split:
+    def load_split(
+        self, options: TaskOptions, files: ModelFiles, split: str | None, data: str | None
+    ) -> Split:
         """Loads a split of the run's data, or another file of the same kind, for evaluation.
 
         Raises:
@@ -260,17 +262,21 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def make_base(self, settings: Settings, files: ModelFiles) -> BaseModel:
+    def make_base(self, options: TaskOptions, files: ModelFiles) -> BaseModel:
         """Creates the model without adapters."""
 
     @abc.abstractmethod
     def plan_batches(
-        self, settings: Settings, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
+        self, options: TaskOptions, data: TaskData, steps: int, seeds: Sequence[int], mesh: Mesh
     ) -> BatchPlan:
         """Chooses the shapes of the batches of a run of so many steps, or of several runs with these seeds."""
 
     @abc.abstractmethod
     def make_losses(
-        self, settings: Settings, parts: AdaptedModel, mesh: Mesh | None = None, scored: Scored = ANY_POSITION
+        self,
+        options: TaskOptions,
+        parts: AdaptedModel,
+        mesh: Mesh | None = None,
+        scored: Scored = ANY_POSITION,
     ) -> Losses:
         """Returns the loss functions for training and evaluation."""

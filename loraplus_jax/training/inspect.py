@@ -25,7 +25,7 @@ def inspect(settings: Settings) -> str:
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     check_mesh(settings, mesh)
     files = open_files(resolve(settings.model.path, "model"))
-    data = task_class(settings).load(settings, files)
+    data = task_class(settings).load(settings.task_options, files)
     run = abstract_run(settings, files, data, mesh)
     parts = run.parts
     if (init := find_init_adapter(settings)) is not None:

@@ -100,7 +100,7 @@ def compile_programs(run: AbstractRun) -> Programs:
     if settings.train.theory_every is not None:
         rows = theory_rows(batches, mesh)
         # Its rows are no micro-batch of a step, so they may have more positions with a loss.
-        unbounded = task.make_losses(settings, parts, mesh)
+        unbounded = task.make_losses(settings.task_options, parts, mesh)
         layout = {"mesh": mesh, "shardings": run.shardings}
         theory = lower_theory(unbounded.train, parts.specs, run.state, parts.frozen, rows, **layout).compile()
     options = compiler_options(mesh, unrolled=bool(settings.model.unroll))
@@ -119,7 +119,7 @@ def compile_programs(run: AbstractRun) -> Programs:
 
 def trace_step(run: AbstractRun, batch: Shapes | None = None) -> jax.stages.Traced:
     """Traces the training step for a batch of these shapes, by default the run's."""
-    losses = run.data.task.make_losses(run.settings, run.parts, run.mesh, run.batches.scored)
+    losses = run.data.task.make_losses(run.settings.task_options, run.parts, run.mesh, run.batches.scored)
     accumulate = run.settings.train.accumulate
     step = jit_step(
         with_layers(losses.train), run.tx, accumulate=accumulate, skip_nonfinite=True, **run.layout
@@ -130,7 +130,7 @@ def trace_step(run: AbstractRun, batch: Shapes | None = None) -> jax.stages.Trac
 
 def trace_evaluation(run: AbstractRun) -> jax.stages.Traced:
     """Traces the evaluation of a batch."""
-    losses = run.data.task.make_losses(run.settings, run.parts, run.mesh, run.batches.scored)
+    losses = run.data.task.make_losses(run.settings.task_options, run.parts, run.mesh, run.batches.scored)
     evaluate = make_eval(with_layers(losses.evaluate), **run.layout)
     return evaluate.trace(
         run.state.trainable, split_layers(run.parts.frozen, run.layers), run.batches.evaluate

@@ -91,13 +91,13 @@ def model_identity(
     more: Identity = {}
     if settings.is_language:
         config = causal_lm.model_config(files, split_fused=settings.model.split_fused)
-        _, template = causal_lm.tokenizer_and_template(settings, files, task)
+        _, template = causal_lm.tokenizer_and_template(settings.task_options, files, task)
         tokenizer = files.tokenizer
         names = {"bos": template.bos_token, "eos": template.eos_token, "stop": list(files.stop_ids)}
         more = {"special_tokens": names, "chat_template": _digest(template.source)}
     else:
         config = encoder_of(files.config.get("model_type")).config.from_hf(files.config)
-        tokenizer = encoder.tokenizer_for(settings, files)
+        tokenizer = encoder.tokenizer_for(settings.task_options, files)
     digest, identity = _digest(tokenizer.to_str()), (saved or {}).get("identity")
     if not settings.is_language and isinstance(identity, Mapping) and identity.get("tokenizer") != digest:
         # Earlier versions padded texts, and digested an encoder's tokenizer with its padding.

@@ -14,14 +14,15 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 
 from .._utils.atomic import STAGING, add_path_to_errors, temporary_directory, write_text
+from .._utils.field_types import check_schema
 from .._utils.json_files import check_file, read_json, read_text
 from .._utils.multihost import allgather, is_lead
 from .._utils.records import DIGEST, read_record, write_record
 from .._utils.validation import expand_path
+from .._utils.yaml_files import to_yaml
 from ..data.fetch import cache_dir
-from ..settings.parsing import check_schema, settings_from_json
+from ..settings.parsing import settings_from_json
 from ..settings.schema import PATH_FIELDS, STOP_FIELDS, Settings, hide_paths, split_settings
-from ..settings.yaml_files import to_yaml
 from ..step.checkpoint import (
     DamagedCheckpoint,
     Restored,

@@ -12,7 +12,7 @@ import filelock
 from .._utils.json_files import MAX_JSON_BYTES, check_file
 from .._utils.records import read_record
 from .._utils.validation import expand_path
-from ..settings.yaml_files import read_yaml
+from .._utils.yaml_files import read_yaml
 from .metrics_log import SUMMARY
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"

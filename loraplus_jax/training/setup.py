@@ -114,7 +114,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         check_mesh(settings, mesh)
         init = find_init_adapter(settings)
         files = open_files(resolve(settings.model.path, "model"))
-        data = task_class(settings).load(settings, files)
+        data = task_class(settings).load(settings.task_options, files)
         abstract = abstract_run(settings, files, data, mesh)
         shapes = abstract.parts
         identity = model_identity(settings, files, data.task) | {"data": data.digests}
@@ -130,13 +130,13 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         chat_model = held_out_texts = None
         if isinstance(data.task, LanguageTask) and settings.train.prompt is not None:
             new_tokens = settings.train.prompt_tokens
-            chat_model = ChatModel.from_settings(
-                settings, files, data.task, shapes.model, new_tokens, mesh=mesh
+            chat_model = ChatModel.from_options(
+                settings.task_options, files, data.task, shapes.model, new_tokens, mesh=mesh
             )
             chat_model.encode([prompt_chat(settings.train.prompt, settings.task)])  # raises if it is too long
         if isinstance(data.task, LanguageTask) and data.task.kind == "generation":
-            held_out_texts = HeldOutTexts.from_settings(
-                settings, files, data.task, shapes.model, data.inputs, mesh
+            held_out_texts = HeldOutTexts.from_options(
+                settings.task_options, files, data.task, shapes.model, data.inputs, mesh
             )
         # Compiled from shapes: a program that does not fit is an error before the weights are read, which takes
         # minutes.
@@ -170,7 +170,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             start = read_start(output, parts.specs)
         if start is None:
             # Its rows are no micro-batch of a step, so they may have more positions with a loss.
-            losses = data.task.make_losses(settings, parts, mesh)
+            losses = data.task.make_losses(settings.task_options, parts, mesh)
             gradients = first_gradients(abstract, parts, losses.train)
             start = make_start(settings, parts, files, gradients)
         parts = begin_from(parts, start, settings.applied)
@@ -208,7 +208,7 @@ def abstract_run(settings: Settings, files: ModelFiles, data: TaskData, mesh: Me
             jax.eval_shape(tx.init, shapes.trainable)
         except ValueError as error:
             raise ValueError(f"optimizer.{error}") from None
-    batches = data.task.plan_batches(settings, data, steps, (settings.seed,), mesh)
+    batches = data.task.plan_batches(settings.task_options, data, steps, (settings.seed,), mesh)
     return AbstractRun(settings, data, mesh, steps, batches, shapes, tx)
 
 
@@ -240,7 +240,7 @@ def count_steps(settings: Settings, examples: int) -> int:
 
 def make_base(settings: Settings, files: ModelFiles, task: Task | None) -> BaseModel:
     """The model without adapters; without a task it is a language model."""
-    return (task or LanguageTask(kind="instruction")).make_base(settings, files)
+    return (task or LanguageTask(kind="instruction")).make_base(settings.task_options, files)
 
 
 def build_model(

@@ -7,6 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 from loraplus_jax import LoRAPlusConfig, load_adapter, save_adapter
 from loraplus_jax._utils import json_files
 from loraplus_jax._utils.json_files import read_json
+from loraplus_jax._utils.yaml_files import read_yaml
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.adapter.target_rules import try_rules
 from loraplus_jax.data.chat_template import load_template
@@ -34,7 +36,6 @@ from loraplus_jax.models.files import open_files
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama, name_table
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.settings.yaml_files import read_yaml
 from loraplus_jax.tasks.causal_lm import LanguageTask, tokenizer_and_template
 from loraplus_jax.tasks.interface import BaseModel
 from loraplus_jax.training.metrics_log import RunLog
@@ -271,9 +272,9 @@ def test_a_template_path_of_an_adapter_is_not_opened(reject, tmp_path):
     write_model(tmp_path)
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
-    settings = SimpleNamespace(data=SimpleNamespace(max_length=8, template=str(secret)))
+    options: Any = SimpleNamespace(data=SimpleNamespace(max_length=8, template=str(secret)))
     saved = LanguageTask(kind="instruction", template="{{ bos_token }}!")
-    assert tokenizer_and_template(settings, open_files(tmp_path), saved)[1].source == saved.template
+    assert tokenizer_and_template(options, open_files(tmp_path), saved)[1].source == saved.template
     without = LanguageTask(kind="instruction")
     words = ("data.template", "task.template", "plain")
-    reject(lambda: tokenizer_and_template(settings, open_files(tmp_path), without), *words)
+    reject(lambda: tokenizer_and_template(options, open_files(tmp_path), without), *words)

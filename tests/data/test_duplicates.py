@@ -8,8 +8,8 @@ import pytest
 from loraplus_jax.data.conversations import read_chats
 from loraplus_jax.data.duplicates import handle_duplicates
 from loraplus_jax.data.multiple_choice import read_questions
+from loraplus_jax.data.options import DataOptions
 from loraplus_jax.data.splits import load_splits
-from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
 from .chats import call
@@ -24,11 +24,11 @@ def question(prompt, answer, choices=("red", "blue")):
 
 
 def read_texts(path):
-    return load_splits(DataSettings(train=str(path), validation=str(path)), type(path))["train"]
+    return load_splits(DataOptions(train=str(path), validation=str(path)), type(path))["train"]
 
 
 def read_pairs(path):
-    settings = DataSettings(train=str(path), validation=str(path), text_pair="pair")
+    settings = DataOptions(train=str(path), validation=str(path), text_pair="pair")
     return load_splits(settings, type(path))["train"]
 
 
@@ -87,7 +87,7 @@ def case(request, tmp_path):
 
 
 def settings(duplicates, **files):
-    return DataSettings(train="train.jsonl", validation="v.jsonl", duplicates=duplicates, **files)
+    return DataOptions(train="train.jsonl", validation="v.jsonl", duplicates=duplicates, **files)
 
 
 def test_duplicates_are_counted(case):
@@ -136,7 +136,7 @@ def test_validation_and_test_are_compared_too(tmp_path, first, shared):
     for name, start in (("a.csv", 0), ("v.csv", 50), ("t.csv", first)):
         rows = "".join(f"text {i},{i % 2}\n" for i in range(start, start + 10))
         (tmp_path / name).write_text("text,label\n" + rows)
-    data = DataSettings(train="a.csv", validation="v.csv", test="t.csv")
+    data = DataOptions(train="a.csv", validation="v.csv", test="t.csv")
     splits = load_splits(data, lambda value: tmp_path / value)
     (line,) = handle_duplicates(splits, data)[1]
     assert_mentions(line, f"{shared} of 10", "test", "validation")
@@ -156,7 +156,7 @@ def test_a_split_file_has_no_duplicates_and_its_result_does_not_depend_on_the_se
     path.write_text("text,label\n" + "".join(f"text {i},x\nText  {i},x\n" for i in range(50)))
     found = []
     for duplicates in ("warn", "error", "drop"):
-        data = DataSettings(path=str(path), duplicates=duplicates)
+        data = DataOptions(path=str(path), duplicates=duplicates)
         splits, lines = handle_duplicates(load_splits(data, type(path)), data)
         assert lines == []
         found.append(splits)

@@ -11,7 +11,7 @@ from loraplus_jax.data.glue import (
     read_glue,
     read_glue_texts,
 )
-from loraplus_jax.settings.schema import DataSettings
+from loraplus_jax.data.options import DataOptions
 
 from ..messages import mentions
 from ..refusals import refusals
@@ -68,7 +68,7 @@ def write(root, name, split, rows):
 
 
 def settings(root, name, **others):
-    return DataSettings(path=f"glue/{name}", root=None if root is None else str(root), **others)
+    return DataOptions(path=f"glue/{name}", root=None if root is None else str(root), **others)
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -186,7 +186,7 @@ def test_without_files_the_error_says_why_and_how_to_get_them(monkeypatch):
 
 def test_a_task_is_found_by_its_path():
     assert find_task(settings(None, "stsb"), "regression") is GLUE["stsb"]
-    assert find_task(DataSettings(path="glue/own.csv")) is None
+    assert find_task(DataOptions(path="glue/own.csv")) is None
 
 
 def test_directories_and_files_that_do_not_fit(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 from loraplus_jax._utils.validation import suggest
 from loraplus_jax.data import labels
 from loraplus_jax.data.labels import class_labels, label_names, label_summary, regression_labels
+from loraplus_jax.data.options import DataOptions
 from loraplus_jax.data.splits import LabelledText, load_rows
-from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
 from ..refusals import refusals
@@ -24,7 +24,7 @@ def test_white_space_around_a_label_makes_no_class_of_its_own(tmp_path, suffix):
         lines = [json.dumps({"text": f"t{n}", "label": label}) for n, label in enumerate(labels)]
     path = tmp_path / f"labels.{suffix}"
     path.write_text("\n".join(lines if suffix == "jsonl" else ["text,label", *lines]))
-    rows = load_rows(path, DataSettings(path=str(path)))
+    rows = load_rows(path, DataOptions(path=str(path)))
     assert [row.label for row in rows] == ["yes", "yes", "yes", "no", "no"]
     assert label_names({"train": rows}) == ["no", "yes"]
 

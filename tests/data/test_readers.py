@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplus_jax.data.options import DataOptions
 from loraplus_jax.data.readers import Problems, read_records, read_rows
 from loraplus_jax.data.splits import LabelledText, load_rows
-from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
 from .tables import write_table
@@ -32,7 +32,7 @@ def test_a_number_of_json_is_one_label_however_it_is_written(tmp_path):
     values = ["1", "1.0", "1e0", '"1"', "-0.0", "2.5", "2.50", "true", "1e300"]
     path = tmp_path / "numbers.jsonl"
     path.write_text("\n".join(f'{{"text": "t{n}", "label": {value}}}' for n, value in enumerate(values)))
-    rows = load_rows(path, DataSettings(path=str(path)))
+    rows = load_rows(path, DataOptions(path=str(path)))
     assert [row.label for row in rows] == ["1", "1", "1", "1", "0", "2.5", "2.5", "true", "1e+300"]
 
 
@@ -240,7 +240,7 @@ def test_another_delimiter(tmp_path):
 @pytest.mark.parametrize(("suffix", "gap"), [("csv", ","), ("tsv", "\t")])
 def test_a_file_without_a_header_line(tmp_path, suffix, gap):
     path = _write(tmp_path / f"a.{suffix}", f"\n1{gap}a{gap}good\n0{gap}{gap}bad\n")
-    settings = DataSettings(path=str(path), text="review", header=("label", "mark", "review"))
+    settings = DataOptions(path=str(path), text="review", header=("label", "mark", "review"))
     good, bad = LabelledText("good", "1", f"{path}:2"), LabelledText("bad", "0", f"{path}:3")
     assert load_rows(path, settings) == [good, bad]
     _write(path, f"review{gap}label\nfair{gap}1\n")  # it has one
@@ -249,7 +249,7 @@ def test_a_file_without_a_header_line(tmp_path, suffix, gap):
     with pytest.raises(ValueError, match=mentions(f"a.{suffix}:1", "2 fields", 3)):
         load_rows(path, settings)
     with pytest.raises(ValueError, match=mentions("'text'", "data.header")):
-        load_rows(path, DataSettings(path=str(path)))
+        load_rows(path, DataOptions(path=str(path)))
     _write(path, "")
     with pytest.raises(ValueError, match=mentions("empty")):
         load_rows(path, settings)

@@ -6,6 +6,7 @@ import pytest
 
 from loraplus_jax.data.conversations import Chat, Turn
 from loraplus_jax.data.multiple_choice import Question
+from loraplus_jax.data.options import DataOptions
 from loraplus_jax.data.splits import (
     LabelledText,
     comparable,
@@ -14,7 +15,6 @@ from loraplus_jax.data.splits import (
     load_splits,
     split_files,
 )
-from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
 from .tables import write_table
@@ -22,7 +22,7 @@ from .tables import write_table
 
 def _one_file(tmp_path, texts, **fields) -> dict[str, list[LabelledText]]:
     path = write_table(tmp_path / "a.csv", [(t, "x") for t in texts], header=("text", "label"))
-    return load_splits(DataSettings(path=str(path), **fields), Path)
+    return load_splits(DataOptions(path=str(path), **fields), Path)
 
 
 TEXTS = [f"text {i}" for i in range(100)]
@@ -71,7 +71,7 @@ def _texts(splits):
 
 
 def test_a_limit_keeps_a_part_of_each_split_whatever_the_order_of_the_rows(tmp_path):
-    whole, settings = _one_file(tmp_path, TEXTS), DataSettings(path="a.csv", limit=15)
+    whole, settings = _one_file(tmp_path, TEXTS), DataOptions(path="a.csv", limit=15)
     limited, (line,) = limit_splits(whole, settings)
     assert {name: len(rows) for name, rows in limited.items()} == {"train": 15, "validation": 10, "test": 15}
     assert all(_texts(limited)[name] <= texts for name, texts in _texts(whole).items())
@@ -88,11 +88,11 @@ def test_a_split_may_have_several_files(tmp_path):
             tmp_path / f"{name}.csv", [(t, f"{t}?", "x") for t in part], header=("text", "q", "label")
         )
     fields = {"train": ("a.csv", "b.csv"), "text_pair": "q"}
-    splits = load_splits(DataSettings(**fields, validation="c.csv"), lambda value: tmp_path / value)
+    splits = load_splits(DataOptions(**fields, validation="c.csv"), lambda value: tmp_path / value)
     assert [row.texts for row in splits["train"]] == [(t, f"{t}?") for t in TEXTS[:20]]
     places = [row.place for row in splits["train"][9:11]]
     assert places == [f"{tmp_path / 'a.csv'}:11", f"{tmp_path / 'b.csv'}:2"]
-    splits = load_splits(DataSettings(**fields), lambda value: tmp_path / value)
+    splits = load_splits(DataOptions(**fields), lambda value: tmp_path / value)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 18, "validation": 2}
 
 
@@ -101,7 +101,7 @@ def test_conversations_and_questions_are_split_by_the_first_user_message():
     chats = [Chat(t, f"a.jsonl:{i}") for i, t in enumerate(turns)]
     questions = [Question(t, ("x", "y"), n, "a.jsonl:1") for t in TEXTS for n in (0, 1)]
     for rows in (chats, questions):
-        splits = split_files(DataSettings(path="a.jsonl"), lambda _, rows=rows: rows)
+        splits = split_files(DataOptions(path="a.jsonl"), lambda _, rows=rows: rows)
         assert {name: len(part) for name, part in splits.items()} == {
             "train": 140,
             "validation": 20,
@@ -109,15 +109,15 @@ def test_conversations_and_questions_are_split_by_the_first_user_message():
         }
         prompts = [{row.prompt for row in part} for part in splits.values()]
         assert sum(map(len, prompts)) == len(set.union(*prompts)) == 100
-        limited, _ = limit_splits(splits, DataSettings(path="a.jsonl", limit=4))
+        limited, _ = limit_splits(splits, DataOptions(path="a.jsonl", limit=4))
         assert {name: len(part) for name, part in limited.items()} == dict.fromkeys(splits, 4)
     with pytest.raises(ValueError, match=mentions("a.jsonl", 1, "train, validation, test")):
-        split_files(DataSettings(path="a.jsonl"), lambda _: chats[:2])
+        split_files(DataOptions(path="a.jsonl"), lambda _: chats[:2])
 
 
 def test_labelled_texts_may_be_a_list_of_json(tmp_path):
     (tmp_path / "a.json").write_text('[{"text": "a", "label": 1},\n {"text": "b", "label": "x"}]')
-    rows = load_rows(tmp_path / "a.json", DataSettings(path="a.json"))
+    rows = load_rows(tmp_path / "a.json", DataOptions(path="a.json"))
     places = [f"{tmp_path / 'a.json'}: item {n}" for n in (1, 2)]
     assert rows == [LabelledText("a", "1", places[0]), LabelledText("b", "x", places[1])]
 
@@ -126,7 +126,7 @@ def test_labelled_texts_may_be_a_list_of_json(tmp_path):
 def test_options_of_tables_require_one(tmp_path, option):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x"}')
     with pytest.raises(ValueError, match=mentions(f"data.{next(iter(option))}", ".csv", ".tsv", "a.jsonl")):
-        load_splits(DataSettings(path="a.jsonl", **option), lambda value: tmp_path / value)
+        load_splits(DataOptions(path="a.jsonl", **option), lambda value: tmp_path / value)
 
 
 def _paired(tmp_path) -> Path:
@@ -140,13 +140,13 @@ def test_separate_files_stay_as_they_are(tmp_path):
             tmp_path / f"{name}.csv", [(t, "q", "x") for t in TEXTS[:count]], header=("text", "pair", "label")
         )
     named = {name: f"{name}.csv" for name in ("train", "validation", "test")}
-    splits = load_splits(DataSettings(**named, text_pair="pair"), lambda value: tmp_path / value)
+    splits = load_splits(DataOptions(**named, text_pair="pair"), lambda value: tmp_path / value)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 10, "validation": 2, "test": 3}
     assert [row.pair for row in splits["test"]] == ["q", "q", "q"]
     del named["validation"]
-    splits = load_splits(DataSettings(**named), lambda value: tmp_path / value)
+    splits = load_splits(DataOptions(**named), lambda value: tmp_path / value)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 9, "validation": 1, "test": 3}
-    splits = load_splits(DataSettings(path="train.csv", text_pair="text2"), lambda _: _paired(tmp_path))
+    splits = load_splits(DataOptions(path="train.csv", text_pair="text2"), lambda _: _paired(tmp_path))
     assert all(row.pair == f"{row.prompt}!" for rows in splits.values() for row in rows)
 
 

@@ -22,6 +22,7 @@ from loraplus_jax._utils import untrusted
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
 from loraplus_jax.data.chat_tokens import find_answers
+from loraplus_jax.data.options import DataOptions
 from loraplus_jax.data.readers import read_rows
 from loraplus_jax.inference.tuned_model import settings_and_task
 from loraplus_jax.interop.peft_files import peft_config
@@ -34,8 +35,9 @@ from loraplus_jax.models.files import open_files
 from loraplus_jax.models.gpt2.config import GPT2Config
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.modernbert.config import ModernBertConfig
+from loraplus_jax.models.options import ModelOptions
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
+from loraplus_jax.settings.schema import Settings
 from loraplus_jax.tasks.causal_lm import LanguageTask
 from loraplus_jax.training.place import look
 from loraplus_jax.training.saved_adapter import saved_config
@@ -278,9 +280,7 @@ def saved(folder):
     shape, options = (2, 4, 3), {"kind": "dense", "axes": "io", "rank": 2, "scale": 8.0, "stacked": (0,)}
     spec = AdapterSpec(leaf="params/q/kernel", shape=shape, **options)
     factors = {"lora_a": jnp.ones((2, 4, 2)), "lora_b": jnp.zeros((2, 2, 3))}
-    settings = Settings(
-        model=ModelSettings(path="m"), data=DataSettings(path="d"), output_dir="out"
-    ).to_json()
+    settings = Settings(model=ModelOptions(path="m"), data=DataOptions(path="d"), output_dir="out").to_json()
     task = LanguageTask(kind="instruction", template="{{ x }}").notes()
     config = LoRAPlusConfig(target_modules="q", rank=2, rank_pattern={"q": 2})
     trained = {"lora": {"q": factors}, "params": {"head": {"bias": jnp.ones(3)}}}
@@ -383,7 +383,7 @@ QUICKSTART = (Path(__file__).parents[2] / "configs/quickstart.yaml").read_bytes(
 def run_config(folder):
     """YAML that no config needs; the quickstart's, and one with each field of each section."""
     path, quickstart = folder / "config.yaml", yaml.safe_load(QUICKSTART)
-    content = Settings(model=ModelSettings(path="m"), data=DataSettings(path="d"), output_dir="out").to_json()
+    content = Settings(model=ModelOptions(path="m"), data=DataOptions(path="d"), output_dir="out").to_json()
     for key, value in quickstart.items():
         content[key] = content[key] | value if isinstance(value, dict) else value
     short = [line for line in QUICKSTART.decode().splitlines() if not line.startswith("#")]

@@ -7,13 +7,13 @@ import pytest
 
 from loraplus_jax._utils.json_files import MAX_JSON_BYTES, MAX_ROWS_BYTES, read_json
 from loraplus_jax._utils.records import read_record
+from loraplus_jax._utils.yaml_files import LARGEST_YAML, read_yaml
 from loraplus_jax.data.data_to_text import read_descriptions
 from loraplus_jax.data.readers import read_rows
 from loraplus_jax.models.checkpoints.hub_directory import SINGLE_FILE
 from loraplus_jax.models.checkpoints.name_table import NameTable
 from loraplus_jax.models.checkpoints.params import load_params
 from loraplus_jax.models.files import open_files
-from loraplus_jax.settings.yaml_files import LARGEST_YAML, read_yaml
 
 from ..messages import assert_mentions, mentions
 from .damage import MIB, data_limit

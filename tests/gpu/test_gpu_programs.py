@@ -229,7 +229,7 @@ def test_a_population_shares_its_base_without_collectives(tmp_path):
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.run.parts.trainable)  # noqa: E731
     first = lambda: jax.tree.map(jnp.asarray, population._first_member(abstract, run.trials[0], 0, zeros()))  # noqa: E731
     stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((2 * count, *x.shape), x.dtype))
-    losses = abstract.data.task.make_losses(run, step.run.parts)
+    losses = abstract.data.task.make_losses(run.task_options, step.run.parts)
     one = population.make_member_step(run, losses, step.run.parts.specs, 10)
     members = jax.eval_shape(first)
     mapped = population.map_members(one, (0, None, 0), at_once=2, mesh=mesh, donate=0)

@@ -5,9 +5,11 @@ import json
 import pytest
 
 from loraplus_jax.cli.commands import main
+from loraplus_jax.data.options import DataOptions
 from loraplus_jax.inference.generate import _chats
 from loraplus_jax.models.files import open_files
-from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
+from loraplus_jax.models.options import ModelOptions
+from loraplus_jax.settings.schema import Settings
 from loraplus_jax.tasks import chat_generation
 from loraplus_jax.tasks.causal_lm import LanguageTask
 
@@ -30,12 +32,12 @@ def test_what_training_leaves_out_is_counted_and_what_generate_answers(tmp_path)
     template = tmp_path / "tools.jinja"
     template.write_text("{{ tools | tojson }}" + language_world.TEMPLATE)
     settings = Settings(
-        model=ModelSettings(path=str(tmp_path)),
-        data=DataSettings(path=str(path), template=str(template), max_length=64),
+        model=ModelOptions(path=str(tmp_path)),
+        data=DataOptions(path=str(path), template=str(template), max_length=64),
         task="instruction",
         output_dir="out",
     )
-    data = LanguageTask.load(settings, open_files(tmp_path))
+    data = LanguageTask.load(settings.task_options, open_files(tmp_path))
     for line, words in zip(data.summary, (("system", 10), ("last answer", 5)), strict=True):
         assert_mentions(line, *words)
     chats = _chats((), str(path), None, settings, distinct=True)

@@ -74,7 +74,7 @@ def hashed(tree):
 def loaded(settings):
     """The model's files, and the data."""
     files = open_files(resolve(settings.model.path, "model"))
-    return files, setup.task_class(settings).load(settings, files)
+    return files, setup.task_class(settings).load(settings.task_options, files)
 
 
 def arrays(settings):
@@ -181,7 +181,7 @@ def searched(settings):
     model = setup.base_parts(settings, files, data.task).model
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_generation, "make_beam_search", lambda *_, **options: lambda *_: [options])
-        texts = HeldOutTexts.from_settings(settings, files, data.task, model, data.inputs)
+        texts = HeldOutTexts.from_options(settings.task_options, files, data.task, model, data.inputs)
     return texts.model.generate(*[None] * 5), texts.batch_size, len(texts.inputs)
 
 

@@ -8,7 +8,9 @@ import jax
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
+from loraplus_jax.data.options import DataOptions
 from loraplus_jax.models.attention_common import COMPILED_FOR
+from loraplus_jax.models.options import ModelOptions
 from loraplus_jax.plan.devices import (
     GPUS,
     TPUS,
@@ -19,7 +21,7 @@ from loraplus_jax.plan.devices import (
 )
 from loraplus_jax.plan.fits import find_fits
 from loraplus_jax.plan.plan import make_plan
-from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
+from loraplus_jax.settings.schema import Settings
 
 from ..messages import assert_mentions, mentions
 from ..refusals import refusals
@@ -145,7 +147,7 @@ def test_a_process_that_has_planned_may_train(tmp_path, monkeypatch):
         return jax.config.values["jax_platforms"], dict(os.environ), checks, dict(COMPILED_FOR)
 
     settings = Settings(
-        model=ModelSettings(path="-"), data=DataSettings(train="-"), task="instruction", output_dir="-"
+        model=ModelOptions(path="-"), data=DataOptions(train="-"), task="instruction", output_dir="-"
     )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     monkeypatch.setattr(TOPOLOGY, reject)

@@ -83,7 +83,7 @@ def test_columns_without_data_are_those_of_data(tmp_path, task):
         if task == "instruction"
         else settings_of(tmp_path, BERT, task=task, targets=("query",))
     )
-    data = task_class(settings).placeholder(settings)
+    data = task_class(settings).placeholder(settings.task_options)
     assert row_count(data.splits["train"]) == 1
     assert data.task.kind == task
 

@@ -6,11 +6,13 @@ import json
 import jax
 
 from loraplus_jax import LoRAPlusConfig, make_mesh, pmap_step
+from loraplus_jax.data.options import DataOptions
 from loraplus_jax.models.files import open_files
+from loraplus_jax.models.options import ModelOptions
 from loraplus_jax.plan.hlo import Collective
 from loraplus_jax.plan.plan import Plan, Work
 from loraplus_jax.plan.programs import plan_step
-from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
+from loraplus_jax.settings.schema import Settings, TrainSettings
 from loraplus_jax.training.optimizer import make_optimizer
 from loraplus_jax.training.setup import task_class
 
@@ -30,8 +32,8 @@ def settings_of(
 ):
     (directory / "config.json").write_text(json.dumps(config))
     return Settings(
-        model=ModelSettings(path=str(directory), **dict(model)),
-        data=DataSettings(path="no such file.csv", max_length=32),
+        model=ModelOptions(path=str(directory), **dict(model)),
+        data=DataOptions(path="no such file.csv", max_length=32),
         lora=LoRAPlusConfig(target_modules=targets, rank=RANK, layers_to_transform=layers),
         train=TrainSettings(**{"batch_size": 8, "eval_batch_size": 8, **dict(train)}),
         task=task,
@@ -45,8 +47,8 @@ def llama(directory, **kwargs):
 
 
 def parts_of(settings, directory):
-    data = task_class(settings).placeholder(settings)
-    return data.task.make_base(settings, open_files(directory)), data
+    data = task_class(settings).placeholder(settings.task_options)
+    return data.task.make_base(settings.task_options, open_files(directory)), data
 
 
 def config(directory, **changes):
@@ -80,7 +82,7 @@ def lower_pmap(settings, directory, devices):
     base, data = parts_of(settings, directory)
     step = plan_step(settings, base, data, make_mesh(1, devices=devices[:1]))
     tx = make_optimizer(settings.optimizer, settings.lr_ratio, 10, step.run.parts.specs)
-    losses = data.task.make_losses(settings, step.run.parts)
+    losses = data.task.make_losses(settings.task_options, step.run.parts)
     run = pmap_step(losses.train, tx, skip_nonfinite=True, devices=devices)
     batch = step.held["batch"][0]
     count = len(devices)

@@ -9,9 +9,11 @@ import transformers as tf
 
 from loraplus_jax import LoRAPlusConfig, combine, save_adapter
 from loraplus_jax.data.fetch import ASSETS, cache_dir
+from loraplus_jax.data.options import DataOptions
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.models.files import open_files
-from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
+from loraplus_jax.models.options import ModelOptions
+from loraplus_jax.settings.schema import Settings
 from loraplus_jax.step.fingerprints import fingerprint
 from loraplus_jax.tasks.causal_lm import LanguageTask
 from loraplus_jax.tasks.encoder import EncoderTask
@@ -38,8 +40,8 @@ def run_of(name, folder, targets, **model):
     """A run's adapter with random values, and its model here."""
     is_causal = name != "minilm"
     settings = Settings(
-        model=ModelSettings(path=str(PLACES[name]), **model),
-        data=DataSettings(train="-", max_length=16),
+        model=ModelOptions(path=str(PLACES[name]), **model),
+        data=DataOptions(train="-", max_length=16),
         lora=LoRAPlusConfig(target_modules=targets, rank=4),
         task="instruction" if is_causal else "classification",
         output_dir="-",

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
+from loraplus_jax.data.options import DataOptions
 from loraplus_jax.settings.parsing import parse_settings, settings_from_json
-from loraplus_jax.settings.schema import DataSettings, MeshSettings
+from loraplus_jax.settings.schema import MeshSettings
 
 from ..refusals import refusals
 from .values import FIELDS, LEAST, PROCESSES, nested, parsed, parsing
@@ -66,7 +67,7 @@ def test_separate_files_are_split_where_no_validation_file_is_given(tmp_path):
     assert parsed(tmp_path, *flags, "--data.validation_fraction=0.3").data.validation_fraction == 0.3
     # A limit draws by the seed too.
     assert parsed(tmp_path, *flags, "--data.validation=b.csv", "--data.limit=5").data.split_seed == 3
-    assert DataSettings(path="glue/rte", validation_fraction=0.8).test_fraction == 0.2  # which GLUE ignores
+    assert DataOptions(path="glue/rte", validation_fraction=0.8).test_fraction == 0.2  # which GLUE ignores
 
 
 def test_processes_are_set_together(tmp_path):
@@ -178,4 +179,4 @@ def test_settings_are_frozen_and_need_names():
 
 
 def test_data_settings_with_separate_files_may_leave_out_validation_and_test():
-    assert DataSettings(train="a", text_pair="b").columns == ("text", "b", "label")
+    assert DataOptions(train="a", text_pair="b").columns == ("text", "b", "label")

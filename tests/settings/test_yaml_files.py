@@ -2,7 +2,7 @@
 
 import pytest
 
-from loraplus_jax.settings.yaml_files import read_yaml, to_yaml
+from loraplus_jax._utils.yaml_files import read_yaml, to_yaml
 
 from ..messages import mentions
 from ..refusals import refusals

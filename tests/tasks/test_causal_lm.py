@@ -260,11 +260,10 @@ def test_no_batch_scores_more_positions_than_the_head_computes(steps):
         mask[row, 1 : count + 1] = 1
     ones = np.ones((40, 60), np.int32)
     columns = {"input_ids": ones, "segment_ids": ones, "loss_mask": mask}
-    train: Any = types.SimpleNamespace(batch_size=8, accumulate=2, eval_batch_size=4)
+    options: Any = types.SimpleNamespace(batch_size=8, accumulate=2, eval_batch_size=4)
     splits = {"train": columns, "validation": columns}
-    settings: Any = types.SimpleNamespace(train=train)
     data = TaskData(TALK, splits, dict.fromkeys(splits, 40), {}, {})
-    plan = TALK.plan_batches(settings, data, steps, (0,), make_mesh(2))
+    plan = TALK.plan_batches(options, data, steps, (0,), make_mesh(2))
     drawn = [plan.batch(0, step)["loss_mask"].reshape(2, 2, 2, 60) for step in range(40)]
     most = int(max(batch.sum(axis=(1, 3)).max() for batch in drawn))
     assert most <= plan.scored.train
@@ -294,9 +293,9 @@ def test_a_template_file_for_a_model_that_names_no_end_token(first_talk, tmp_pat
     settings = parse_settings(
         first_talk.config, ["--data.template", str(template), "--model.path", str(model)]
     )
-    data = LanguageTask.load(settings, open_files(model))
+    data = LanguageTask.load(settings.task_options, open_files(model))
     again = data.task.load_split(
-        settings, open_files(model), "test", None
+        settings.task_options, open_files(model), "test", None
     )  # with the template that the task keeps
     np.testing.assert_array_equal(again.columns["loss_mask"], data.splits["test"]["loss_mask"])
     assert sum("does not teach the model to stop" in line for line in data.summary) == lines

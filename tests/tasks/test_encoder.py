@@ -177,7 +177,9 @@ def test_dropout_rates_replace_the_models_own(world):
 
 
 def test_long_texts_are_counted(world):
-    data = EncoderTask.load(parse_settings(world.config, ["--data.max_length", "5"]), open_files(world.model))
+    data = EncoderTask.load(
+        parse_settings(world.config, ["--data.max_length", "5"]).task_options, open_files(world.model)
+    )
     assert data.truncated["train"] > 0
     assert max(map(len, data.splits["train"]["input_ids"])) == 5
     assert {name: arrays["input_ids"].shape for name, arrays in data.splits.items()} == {
@@ -190,14 +192,14 @@ def test_long_texts_are_counted(world):
 @pytest.mark.slow
 def test_every_batch_of_all_epochs_and_the_largest_split_have_a_shape(world):
     settings = parse_settings(world.config, ["--train.batch_size", "16", "--train.eval_batch_size", "32"])
-    data, rng = EncoderTask.load(settings, open_files(world.model)), np.random.default_rng(0)
+    data, rng = EncoderTask.load(settings.task_options, open_files(world.model)), np.random.default_rng(0)
     columns = data.splits["train"]
     lengths = rng.integers(1, 1 + settings.data.max_length, len(columns["label"]))
     columns |= {
         name: ragged([np.ones(n, np.int32) for n in lengths]) for name in ("input_ids", "token_type_ids")
     }
     data.splits["validation"] = {name: column[:2] for name, column in data.splits["validation"].items()}
-    plan = data.task.plan_batches(settings, data, 100, (0, 1), make_mesh(1))
+    plan = data.task.plan_batches(settings.task_options, data, 100, (0, 1), make_mesh(1))
     # All lengths from 1 to the longest; batches drawn at random would leave a third of the tokens empty.
     full = lengths[first_batches(112, batch_size=16, seeds=(0, 1), count=100, lengths=lengths)].sum()
     assert full / (200 * math.prod(plan.train["input_ids"].shape)) > 0.9
@@ -210,20 +212,23 @@ def test_every_batch_of_all_epochs_and_the_largest_split_have_a_shape(world):
 
 def test_a_trial_on_few_texts_has_all_classes(world):
     settings = parse_settings(world.config, ["--data.limit", "1"])
-    data = EncoderTask.load(settings, open_files(world.model))
+    data = EncoderTask.load(settings.task_options, open_files(world.model))
     assert data.task.names == ("no", "yes")
     assert data.examples == {"train": 1, "validation": 1, "test": 1}
-    split = data.task.load_split(settings, open_files(world.model), "test", None)
+    split = data.task.load_split(settings.task_options, open_files(world.model), "test", None)
     assert (split.examples, split.digest) == (1, data.digests["test"])
     assert split.constant == data.constant
-    assert data.task.load_split(settings, open_files(world.model), None, str(world.data)).examples == 160
+    assert (
+        data.task.load_split(settings.task_options, open_files(world.model), None, str(world.data)).examples
+        == 160
+    )
 
 
 def test_texts_of_emoji_alone_are_counted_before_training(world, tmp_path):
     lines = [f"{chr(0x1F600 + n)},{'yes' if n % 2 else 'no'}" for n in range(60)]
     (tmp_path / "emoji.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     settings = parse_settings(world.config, ["--data.path", str(tmp_path / "emoji.csv")])
-    unknown, equal = EncoderTask.load(settings, open_files(world.model)).summary[-2:]
+    unknown, equal = EncoderTask.load(settings.task_options, open_files(world.model)).summary[-2:]
     assert_mentions(unknown, "warning", "60 of 60", "emoji.csv:2")
     assert_mentions(equal, "warning", "60 of 60", "label", "emoji.csv:2")
 
@@ -231,14 +236,14 @@ def test_texts_of_emoji_alone_are_counted_before_training(world, tmp_path):
 def test_own_data_chooses_its_metrics(world):
     files = open_files(world.model)
     settings = parse_settings(world.config, ["--data.metrics", "[f1, macro_f1]"])
-    data = EncoderTask.load(settings, files)
+    data = EncoderTask.load(settings.task_options, files)
     assert (data.task.metric, data.task.mode, data.task.names[1]) == ("f1", "max", "yes")
     assert data.constant.keys() == {"loss", "accuracy", "f1", "macro_f1"}
     assert_mentions(data.summary[-1], "f1", "yes")
-    split = data.task.load_split(settings, files, "test", None)
+    split = data.task.load_split(settings.task_options, files, "test", None)
     assert split.constant == data.constant
     # Of another file it is the best constant answer there.
-    accuracy = data.task.load_split(settings, files, None, str(world.data)).constant["accuracy"]
+    accuracy = data.task.load_split(settings.task_options, files, None, str(world.data)).constant["accuracy"]
     labels = [row["label"] for row in world.rows()]
     assert accuracy == max(map(labels.count, data.task.names)) / 160
 
@@ -251,4 +256,4 @@ def test_every_task_tells_duplicates_before_training(first_world, first_talk, ta
     args += ["--data.duplicates", "error", *(["--data.label", "rating"] if task == "regression" else [])]
     settings = parse_settings(source.config, args)
     with pytest.raises(ValueError, match=mentions("train", "test")):
-        task_class(settings).load(settings, open_files(source.model))
+        task_class(settings).load(settings.task_options, open_files(source.model))

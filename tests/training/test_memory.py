@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
+from loraplus_jax.data.options import DataOptions
+from loraplus_jax.models.options import ModelOptions
+from loraplus_jax.settings.schema import Settings, TrainSettings
 from loraplus_jax.tasks.interface import full_batches
 from loraplus_jax.training import memory
 from loraplus_jax.training.estimate import count_flops, estimate_rest, estimate_run
@@ -116,7 +118,7 @@ def test_a_gradient_counts_what_it_computes_again(remat, forwards):
 
 
 def run_of(**train):
-    given = {"model": ModelSettings(path="m"), "data": DataSettings(path="d"), "output_dir": "o"}
+    given = {"model": ModelOptions(path="m"), "data": DataOptions(path="d"), "output_dir": "o"}
     settings = Settings(train=TrainSettings(steps=10, eval_every=4, **train), **given)
     splits = {name: {"x": np.zeros(size)} for name, size in {"train": 9, "validation": 7, "test": 12}.items()}
     return types.SimpleNamespace(

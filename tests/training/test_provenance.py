@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from loraplus_jax.data.options import DataOptions
 from loraplus_jax.models.files import open_files
-from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
+from loraplus_jax.models.options import ModelOptions
+from loraplus_jax.settings.schema import Settings
 from loraplus_jax.training.provenance import check_identity, check_record, model_identity
 
 from ..integration import language_world as tiny
@@ -24,7 +26,7 @@ STOP = ("special_tokens", ("generation_config.json", lambda _: {"eos_token_id": 
 @pytest.mark.parametrize(("part", "edit"), [*FILES.items(), STOP])
 def test_a_changed_file_of_a_language_model_changes_its_part_alone(tmp_path, part, edit):
     tiny.write_model(tmp_path)
-    parts = {"model": ModelSettings(path=str(tmp_path)), "data": DataSettings(path="d", max_length=32)}
+    parts = {"model": ModelOptions(path=str(tmp_path)), "data": DataOptions(path="d", max_length=32)}
     settings = Settings(task="instruction", output_dir="o", **parts)
     before = model_identity(settings, open_files(tmp_path), None)
     name, change = edit

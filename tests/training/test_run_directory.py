@@ -21,8 +21,8 @@ from loraplus_jax.settings.parsing import settings_from_json
 from loraplus_jax.settings.schema import (
     RESUMABLE_FIELDS,
     STOP_FIELDS,
-    DataSettings,
-    ModelSettings,
+    DataOptions,
+    ModelOptions,
     Settings,
     TrainSettings,
 )
@@ -50,8 +50,8 @@ from ..settings.values import FIELDS, LEAST, nested
 from .preparation import lock_of_another_process
 
 SETTINGS = Settings(
-    model=ModelSettings(path="m"),
-    data=DataSettings(path="d"),
+    model=ModelOptions(path="m"),
+    data=DataOptions(path="d"),
     train=TrainSettings(keep=3, compilation_cache=False),
     output_dir="o",
     seed=3,
@@ -89,7 +89,7 @@ def spoilt(act, text):
 
 
 def of_cls(**fields):
-    return dataclasses.replace(SETTINGS, model=ModelSettings(path="m", pooling="cls"), **fields)
+    return dataclasses.replace(SETTINGS, model=ModelOptions(path="m", pooling="cls"), **fields)
 
 
 FIELDS_OF_TWO = ("model.pooling", '"cls" in that run', '"mean" here', "seed", 4, 3)
@@ -448,7 +448,7 @@ def test_options_of_jax_that_no_step_runs_with_are_an_early_error(tmp_path, opti
 
 
 def test_a_path_is_no_identity_and_its_content_is(tmp_path):
-    moved = dataclasses.replace(SETTINGS, model=ModelSettings(path="n"), data=DataSettings(path="e"))
+    moved = dataclasses.replace(SETTINGS, model=ModelOptions(path="n"), data=DataOptions(path="e"))
     with opened(tmp_path) as output:
         output.claim()
         output.check_origin(ORIGIN)
@@ -459,7 +459,7 @@ def test_a_path_is_no_identity_and_its_content_is(tmp_path):
         words = ("data.train", "x", "y", "--allow_different data", '"d" in that run and "e" here', "--fresh")
         with pytest.raises(ValueError, match=mentions(*words)):
             output.check_origin(ORIGIN | {"identity": {"data": {"train": "y"}}})
-    files = dataclasses.replace(SETTINGS, data=DataSettings(train="d"))
+    files = dataclasses.replace(SETTINGS, data=DataOptions(train="d"))
     with pytest.raises(ValueError, match=mentions("data.path", "data.train", "--fresh")):
         check(tmp_path, files)
 

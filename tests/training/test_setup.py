@@ -20,8 +20,8 @@ from loraplus_jax.models.checkpoints.gguf import file, header
 from loraplus_jax.models.files import open_files
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import (
-    DataSettings,
-    ModelSettings,
+    DataOptions,
+    ModelOptions,
     OptimizerSettings,
     Settings,
     TrainSettings,
@@ -49,7 +49,7 @@ from .preparation import without_compiling
 
 
 def settings(train=None, **optimizer):
-    given = {"model": ModelSettings(path="m"), "data": DataSettings(path="d"), "output_dir": "o"}
+    given = {"model": ModelOptions(path="m"), "data": DataOptions(path="d"), "output_dir": "o"}
     return Settings(train=train or TrainSettings(), optimizer=OptimizerSettings(**optimizer), **given)
 
 
@@ -244,7 +244,7 @@ def test_a_run_without_a_start_of_its_own_saves_what_it_trained(tmp_path):
 def test_programs_take_each_layers_weights_on_one_cpu_device(world, more, devices, split):
     settings = parse_settings(world.config, more.split())
     files, mesh = open_files(world.model), make_mesh(devices)
-    run = abstract_run(settings, files, task_class(settings).load(settings, files), mesh)
+    run = abstract_run(settings, files, task_class(settings).load(settings.task_options, files), mesh)
     for traced in (trace_step(run), trace_evaluation(run)):
         _, frozen, _ = traced.args_info[0]
         kernel = frozen["params"]["encoder"]["layers"]["mlp"]["up"]["kernel"]
@@ -253,7 +253,9 @@ def test_programs_take_each_layers_weights_on_one_cpu_device(world, more, device
 
 def test_inits_of_all_seeds_share_one_program_of_one_layer(world):
     settings, files = parse_settings(world.config, ["--model.unroll", "true"]), open_files(world.model)
-    parts = build_model(settings, files, task_class(settings).load(settings, files).task, settings.applied)
+    parts = build_model(
+        settings, files, task_class(settings).load(settings.task_options, files).task, settings.applied
+    )
     before, drawn = module._draw._cache_size(), []
     for seed in (1, 2, 1):
         model = load_model(dataclasses.replace(settings, seed=seed), files, parts)

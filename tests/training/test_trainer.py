@@ -13,7 +13,9 @@ import optax
 import pytest
 
 from loraplus_jax.data.batches import train_batches
-from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
+from loraplus_jax.data.options import DataOptions
+from loraplus_jax.models.options import ModelOptions
+from loraplus_jax.settings.schema import Settings, TrainSettings
 from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.step.train_step import Rows, jit_step, make_eval
 from loraplus_jax.tasks.interface import AdaptedModel, TaskData, full_batches
@@ -131,8 +133,8 @@ def make_run(tmp_path, monkeypatch):
 
     def make(**train):
         settings = Settings(
-            model=ModelSettings(path="m"),
-            data=DataSettings(path="d"),
+            model=ModelOptions(path="m"),
+            data=DataOptions(path="d"),
             train=TrainSettings(steps=5, batch_size=2, compilation_cache=False, **train),
             method="full",
             output_dir=str(tmp_path / "out"),

@@ -10,7 +10,7 @@ from ..._utils.validation import suggest
 from ...adapter.config import matches
 from ...quantization.formats import BLOCK_BYTES, FormatName, pack_matrix
 from ...quantization.packed_array import PackedArray, packed_shape
-from ...settings.choices import Quantize
+from ..choices import Quantize
 from .model_files import ModelFiles
 from .name_table import NameTable, Rule, expand
 

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from ..._utils.validation import check_choice, check_int, check_number
 from ...interpreter.unstack import Layers, run_unstacked
-from ...settings.choices import MOST_PENALTY, EarlyStopping, NoRepeatIn
 from ...step.sharding import constrain_rows
+from ..choices import MOST_PENALTY, EarlyStopping, NoRepeatIn
 from ..decoder import Cache, Config, init_cache, shard_cache
 from .generate import NONFINITE_LOGITS, PAD_AFTER_END, SlotsOfRows, extend_by_row, jit_on_mesh
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ...settings.choices import Attention
 from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
 from ..checkpoints.name_table import (
@@ -25,6 +24,7 @@ from ..checkpoints.name_table import (
     norm_rules,
     split_rules,
 )
+from ..choices import Attention
 from ..decoder import Cache, CausalLM, Shared, attend, project
 from ..part import Part
 from .config import GPT2Config

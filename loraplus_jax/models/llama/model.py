@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ...settings.choices import Attention
 from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
 from ..checkpoints.name_table import NameTable, Rule, embedding_rules, linear_rules, norm_rules, split_rules
+from ..choices import Attention
 from ..decoder import Cache, CausalLM, Shared, attend, project
 from ..mixture import mix
 from ..part import Part

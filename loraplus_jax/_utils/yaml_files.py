@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from .._utils.json_files import Links, check_file, check_not_utf16, find_problem, parse_int
-from .._utils.validation import repeated
+from .json_files import Links, check_file, check_not_utf16, find_problem, parse_int
+from .validation import repeated
 
 
 def read_yaml(path: Path, *, links: Links = "inside") -> Any:

@@ -1,4 +1,4 @@
-"""The choices of settings that models check too; without pydantic, which is slow to import."""
+"""The choices of options that models check too; without pydantic, which is slow to import."""
 
 from typing import Literal
 
