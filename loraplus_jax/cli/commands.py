@@ -15,9 +15,10 @@ from functools import partial, wraps
 from importlib.metadata import requires
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any, TextIO
+from typing import Any
 
 from .._utils.atomic import remove_leftovers, to_json
+from .._utils.output import Output, stdout_problem
 from .._utils.validation import check_new_file, escape_controls
 from .parser import TRACEBACK, Command, flag, load, parse, path, value
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stdout, code = Output(sys.stdout), 0
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(Output(sys.stderr)):  # pyright: ignore
         try:
-            if stdout.error is None:
+            if stdout_problem() is None:
                 # Few commands need a directory for temporary files.
                 with contextlib.suppress(OSError):
                     remove_leftovers(Path(tempfile.gettempdir()))
@@ -45,46 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pass
         finally:
             stdout.flush()
-        if stdout.error is not None and not code:
-            code = _report(stdout.problem, 128 + signal.SIGPIPE)
+        if (problem := stdout_problem()) is not None and not code:
+            code = _report(problem, 128 + signal.SIGPIPE)
     return code
-
-
-class Output:
-    """A text stream that keeps the first error of a write in `error` and drops all output after it."""
-
-    # An exception could come from any print, in the middle of a save too. So training checks `error` after every
-    # step: a broken pipe or a full disk stops it as a signal does.
-
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
-        with contextlib.suppress(AttributeError):  # characters that the terminal lacks are escaped
-            stream.reconfigure(errors="backslashreplace")  # pyright: ignore
-        self.error = None if stream else OSError(errno.EBADF, os.strerror(errno.EBADF))
-
-    @property
-    def problem(self) -> str:
-        """The error as a phrase."""
-        return f"cannot write to stdout ({self.error and self.error.strerror})"
-
-    def write(self, text: str) -> int:
-        """Writes text, unless an earlier write has failed."""
-        self._attempt("write", text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flushes the stream, unless an earlier write has failed."""
-        self._attempt("flush")
-
-    def _attempt(self, method: str, *arguments: str) -> None:
-        if self.error is None:
-            try:
-                getattr(self._stream, method)(*arguments)
-            except OSError as error:
-                self.error = error
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _run_command(arguments: list[str]) -> int:
@@ -202,7 +166,7 @@ def _run(training: str, settings: object, words: Sequence[str], **options: Any) 
     try:
         load(training)(settings, **options)
     except Stopped as stop:
-        problem = f"{sys.stdout.problem}; " if stop.signal_number == signal.SIGPIPE else ""  # pyright: ignore
+        problem = f"{stdout_problem()}; " if stop.signal_number == signal.SIGPIPE else ""
         return _report(f"{problem}{stop}", 128 + stop.signal_number)
     except TrainingFailed as failure:
         return _report(f"training failed: {failure}", 1)

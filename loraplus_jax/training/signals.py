@@ -2,13 +2,14 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
+
+from .._utils.output import stdout_problem
 
 GRACE_SECONDS = 5
 """How long after the first signal further ones are ignored: they must not interrupt the save that it began."""
@@ -63,7 +64,7 @@ class StopSignal:
     @property
     def received(self) -> int | None:
         """The first signal's number, or None."""
-        if self._received is None and getattr(sys.stdout, "error", None) is not None:
+        if self._received is None and stdout_problem() is not None:
             self._record(signal.SIGPIPE, None)
         return self._received
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from loraplus_jax.cli.commands import Output
+from loraplus_jax._utils.output import Output
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.training import console
 from loraplus_jax.training.console import (

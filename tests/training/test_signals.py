@@ -1,5 +1,6 @@
 """The first signal is recorded; further ones act only after a grace period; a lost stdout counts as one."""
 
+import io
 import signal
 import sys
 import types
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from loraplus_jax._utils.output import Output
 from loraplus_jax.training import signals
 from loraplus_jax.training.signals import GRACE_SECONDS, StopSignal
 
@@ -45,7 +47,7 @@ def test_signals_within_the_grace_period_are_recorded_and_a_later_one_acts(numbe
 
 
 def test_a_stdout_that_cannot_be_written_counts_as_a_broken_pipe(monkeypatch):
-    stdout = types.SimpleNamespace(error=None)
+    stdout = Output(io.StringIO())
     with StopSignal() as stop:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert not stop.is_due(1)
