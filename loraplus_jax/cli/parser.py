@@ -175,9 +175,7 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         description="Fine-tune pretrained models with LoRA+.",
         epilog=f"Set {TRACEBACK}=1 to show tracebacks.",
     )
-    versions = ", ".join(f"{name} {version(name)}" for name in ("loraplus_jax", "jax", "flax"))
-    versions += f", Python {platform.python_version()}"
-    parser.add_argument("--version", action="version", version=versions, help="show versions and exit")
+    parser.add_argument("--version", action="version", help="show versions and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, _, arguments, settings, *_) in commands.items():
         command = subparsers.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
@@ -206,6 +204,12 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and whose help lists the settings that a command accepts."""
 
     settings = ""
+
+    @property
+    def version(self) -> str:
+        """What `--version` prints: argparse asks for it only then."""
+        versions = [f"{name} {version(name)}" for name in ("loraplus_jax", "jax", "flax")]
+        return ", ".join([*versions, f"Python {platform.python_version()}"])
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError with the message of argparse, and where the options are listed."""

@@ -254,9 +254,11 @@ def test_a_command_removes_what_killed_ones_left_in_the_temporary_directory(tmp_
     assert main(["recipes"]) == 0
 
 
-def test_the_version(capsys):
+def test_the_version_which_no_other_command_reads(capsys, monkeypatch):
     assert main(["--version"]) == 0
     assert re.fullmatch(r"loraplus_jax \S+, jax \S+, flax \S+, Python \S+\n", capsys.readouterr().out)
+    monkeypatch.setattr("loraplus_jax.cli.parser.version", None)
+    assert main(["recipes"]) == 0
 
 
 @pytest.mark.parametrize(
