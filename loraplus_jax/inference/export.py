@@ -26,7 +26,7 @@ from ..step.fingerprints import digest_of_lines, fingerprint_line
 from ..step.run_metadata import describe_run
 from ..tasks.interface import params_of
 from ..training.place import look
-from ..training.provenance import MODEL_PARTS, Identity, check_allowed, model_identity
+from ..training.provenance import Identity, model_identity
 from ..training.run_directory import ADAPTER, read_summary
 from ..training.saved_adapter import read_adapter, transformers_class_of
 from .checkpoint_merge import CheckpointMerge
@@ -69,7 +69,6 @@ def export_run(
         )
     if dtype is not None:
         check_choice(f"--dtype with --format {format}", dtype, DTYPES[format])
-    check_allowed(allow_different, MODEL_PARTS)
     found = look(place).require("run")
     if to is not None:
         check_new_path("--to", to, outside=[found.directory])

@@ -28,14 +28,14 @@ from ..tasks.interface import Scored, row_count
 from ..training.distributed import raise_together
 from ..training.evaluation import evaluate, finish_metrics
 from ..training.place import look
-from ..training.provenance import SPLITS
+from ..training.provenance import MODEL_PARTS, PARTS, SPLITS
 from .devices import MeshSizes, check_same_rows, choose_mesh, shardings_of, write_once
 from .tuned_model import NO_DATA, TunedModel, describe, load
 
 OUTPUT_SUFFIX = ".jsonl"
 
 
-def describe_task(path: Path, config: str | None, allow_different: Sequence[str]) -> TunedModel:
+def describe_task(path: Path, config: str | None, **options: Any) -> TunedModel:
     """Describes what is at a path and has a task: a run, an adapter with a training config, or a merged model."""
     place = look(path)
     if place.kind == "peft" and config is None:
@@ -44,7 +44,7 @@ def describe_task(path: Path, config: str | None, allow_different: Sequence[str]
             "and task"
         )
     place.require("run", "merged", "peft")
-    return describe(place, config=config, allow_different=allow_different)
+    return describe(place, config=config, **options)
 
 
 def evaluate_run(
@@ -68,7 +68,9 @@ def evaluate_run(
     if split is not None and split not in SPLITS:
         raise ValueError(f"--split: unknown split {split!r}{suggest(split, SPLITS)}")
     with raise_together():
-        described = describe_task(directory, config, allow_different)
+        # Another file is compared with nothing.
+        compared = PARTS if data is None else MODEL_PARTS
+        described = describe_task(directory, config, allow_different=allow_different, compared=compared)
         settings = described.settings
         on = choose_mesh(settings.mesh, mesh)
         if data is None and settings.data.train == NO_DATA:
@@ -128,7 +130,7 @@ def predict_run(
 ) -> list[dict[str, Any]]:
     """Predictions for `texts`, or for a file with the run's text columns (labels not needed); `mesh` as above."""
     with raise_together():
-        described = describe_task(directory, config, allow_different)
+        described = describe_task(directory, config, allow_different=allow_different)
         settings = described.settings
         if settings.is_language:
             raise ValueError(f"{directory} is a language model; use loraplus generate or loraplus eval")

@@ -24,7 +24,7 @@ from ..tasks.encoder import has_pairs
 from ..tasks.interface import params_of
 from ..training.distributed import check_same_everywhere, raise_together
 from ..training.place import ADAPTERS, Place, look
-from ..training.provenance import check_allowed, model_identity
+from ..training.provenance import MODEL_PARTS, check_allowed, model_identity
 from ..training.saved_adapter import adapter_config, read_adapter, saved_config
 from ..training.setup import base_parts, build_model
 from .devices import MeshSizes, choose_mesh
@@ -62,10 +62,10 @@ def describe_adapters(
     Args:
       source: a model, which is the base, or a run or adapter, which gives the settings and the base.
       adapters: `NAME=DIR` for each, a run or an adapter directory of either format.
-      allow_different: parts of the base that may differ, see `PARTS`.
+      allow_different: parts of the base that may differ, see `MODEL_PARTS`.
       **options: `template` and `dtype` of `describe`; without them one of the adapters must have settings.
     """
-    check_allowed(allow_different)
+    check_allowed(allow_different, MODEL_PARTS)
     own = look(expand_path("model", source))._replace(name=source)
     places = _parse(adapters)
     if own.kind in ADAPTERS:

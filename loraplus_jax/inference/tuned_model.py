@@ -90,6 +90,7 @@ def describe(
     dtype: Dtype | None = None,
     base: str | None = None,
     allow_different: Sequence[str] = (),
+    compared: Sequence[str] = MODEL_PARTS,
 ) -> TunedModel:
     """Describes what `look` finds, with shapes as variables, and checks the identity of its base; reads no weights.
 
@@ -101,11 +102,12 @@ def describe(
         `config`, whose file names its base.
       base: where the base of a run is now, instead of `model.path` in its settings.
       allow_different: see `TunedModel`.
+      compared: those of `PARTS` that the command compares, which alone may differ.
 
     Raises:
       ValueError, OSError: there is no model or it is damaged, or the base model has changed.
     """
-    check_allowed(allow_different)
+    check_allowed(allow_different, compared)
     place.require("run", "merged", "peft", "base")
     if config is not None and place.kind != "peft":
         raise ValueError(f"--config requires a PEFT adapter without training settings, got {place.path}")
@@ -157,7 +159,6 @@ def describe_language(
         raise ValueError(
             f"--allow_different {allow_different[0]} requires a run or merged model, got {place.name}"
         )
-    check_allowed(allow_different, MODEL_PARTS)
     return check_language(describe(place, config=config, allow_different=allow_different, **options))
 
 
