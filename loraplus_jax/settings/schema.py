@@ -196,7 +196,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     (("distributed.start_timeout", "distributed.lost_timeout"), "distributed.coordinator", ()),
     (("init_adapter_rates",), "init_adapter", ()),
 )
-"""Fields of different sections."""
+"""What no section checks itself: most of these fields require one of another section."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)

@@ -52,7 +52,7 @@ class TaskOptions:
 
     Attributes:
       kind: its name.
-      model, data: the pretrained model and the data; an adapter of others and a base model have no files of data.
+      model, data: the pretrained model, and the data.
       generation: how texts are generated and scored (task generation).
       batch_size, accumulate: examples per optimizer step, and micro-batches that they are computed in.
       eval_batch_size: maximum rows per evaluation batch.
@@ -63,12 +63,7 @@ class TaskOptions:
     model: ModelOptions
     data: DataOptions
     generation: GenerationOptions
-    batch_size: int = 32
-    accumulate: int = 1
-    eval_batch_size: int = 64
-    label_smoothing: float = 0.0
-
-    @property
-    def is_language(self) -> bool:
-        """Whether the model is a causal language model, not an encoder."""
-        return self.kind in LANGUAGE_TASKS
+    batch_size: int
+    accumulate: int
+    eval_batch_size: int
+    label_smoothing: float
