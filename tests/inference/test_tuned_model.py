@@ -1,13 +1,40 @@
 """An error in the user's own input is found before a model's weights are read."""
 
+from typing import Any
+
 import pytest
 
 from loraplus_jax.cli.commands import main
+from loraplus_jax.inference import predict
+from loraplus_jax.inference.several_adapters import describe_adapters
+from loraplus_jax.inference.tuned_model import describe
 from loraplus_jax.training import setup
+from loraplus_jax.training.provenance import MODEL_PARTS, PARTS
 
 from ..integration.runs import flags
 from ..messages import assert_mentions
+from ..refusals import refusals
 from .test_eval_tasks import write_tasks
+
+NOWHERE: Any = None  # what may differ is checked before anything is read
+test_data_that_is_not_compared_may_not_differ = refusals(
+    (lambda: describe(NOWHERE, allow_different=["data"]), "--allow_different", "'data'", "base.weights"),
+    (lambda: describe_adapters(NOWHERE, [], ["data"]), "--allow_different", "'data'", "base.weights"),
+)
+
+
+@pytest.mark.parametrize(("data", "compared"), [(None, PARTS), ("a.csv", MODEL_PARTS)])
+def test_only_the_data_of_a_run_is_compared(monkeypatch, tmp_path, data, compared):
+    class Asked(Exception):
+        pass
+
+    def ask(*_, compared, **__):
+        raise Asked(compared)
+
+    monkeypatch.setattr(predict, "describe_task", ask)
+    with pytest.raises(Asked) as asked:
+        predict.evaluate_run(tmp_path, data=data)
+    assert asked.value.args == (compared,)
 
 
 @pytest.mark.slow

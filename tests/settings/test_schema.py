@@ -171,6 +171,16 @@ def test_the_method_decides_what_is_applied(tmp_path):
     assert again.modules_to_save == ("head",)
 
 
+def test_what_a_task_is_made_from_is_that_of_the_settings(tmp_path):
+    sizes = {"batch_size": 12, "accumulate": 3, "eval_batch_size": 5, "label_smoothing": 0.25}
+    words = [word for name, value in sizes.items() for word in (f"--train.{name}", str(value))]
+    settings = parsed(tmp_path, "--task", "instruction", *words)
+    options = settings.task_options
+    assert {name: getattr(options, name) for name in sizes} == sizes
+    assert (options.kind, options.model, options.data) == ("instruction", settings.model, settings.data)
+    assert options.generation is settings.generation
+
+
 def test_settings_are_frozen_and_need_names():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MeshSettings().data = 3  # pyright: ignore

@@ -189,6 +189,15 @@ def test_long_texts_are_counted(world):
     }
 
 
+def test_rows_divide_into_micro_batches_and_evaluations_have_their_own_size(world):
+    words = ("batch_size", "16", "accumulate", "8", "eval_batch_size", "2")
+    options = parse_settings(world.config, [f"--train.{x}" if x.isidentifier() else x for x in words])
+    data = EncoderTask.load(options.task_options, open_files(world.model))
+    plan = data.task.plan_batches(options.task_options, data, 10, (0,), make_mesh(1))
+    assert plan.train_rows % 8 == 0
+    assert plan.eval_rows <= 2
+
+
 @pytest.mark.slow
 def test_every_batch_of_all_epochs_and_the_largest_split_have_a_shape(world):
     settings = parse_settings(world.config, ["--train.batch_size", "16", "--train.eval_batch_size", "32"])
