@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -106,6 +107,20 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def no_own_cache(tmp_path, monkeypatch):
+    """JAX without the cache above: commands then have theirs, here in `tmp_path / "xla"`."""
+    monkeypatch.setenv("LORAPLUS_CACHE", str(tmp_path))
+    options = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}
+    before = {name: jax.config.values[name] for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        reset_cache()  # JAX opens a cache once
+        if values is options:
+            yield
 
 
 @pytest.fixture

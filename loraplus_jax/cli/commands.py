@@ -181,7 +181,6 @@ def _on_devices(command: Callable[..., str | None]) -> Callable[..., str | int |
     @wraps(command)
     def run(settings: Any, **options: Any) -> str | int | None:
         from .._utils.multihost import is_lead
-        from ..data.fetch import cache_dir
         from ..training.console import LineConsole
         from ..training.distributed import LostProcess, check_same_everywhere, join_processes
         from ..training.xla import use_compilation_cache
@@ -189,7 +188,7 @@ def _on_devices(command: Callable[..., str | None]) -> Callable[..., str | int |
         mesh = {axis: size for axis, size in vars(settings.mesh).items() if size is not None}
         options |= {"mesh": mesh} if mesh else {}
         try:
-            cache = use_compilation_cache(cache_dir() / "xla", LineConsole(stderr=True))
+            cache = use_compilation_cache(LineConsole(stderr=True), is_on=True)
             with join_processes(settings.distributed), cache:
                 check_same_everywhere({name: str(value) for name, value in options.items()})
                 text = command(**options)

@@ -131,7 +131,8 @@ class TrainSettings:
       keep: number of newest checkpoints to keep, in addition to the best.
       max_skipped: abort after this many consecutive non-finite steps; a step whose loss, gradient or update is not
         finite is skipped.
-      compilation_cache: cache compiled programs on disk, so that later starts are faster.
+      compilation_cache: cache compiled programs on disk, so that later starts are faster; in
+        JAX_COMPILATION_CACHE_DIR if that is set, with JAX's own options.
       theory_every: steps between measurements of how A's and B's updates change each layer's output (theory/... in
         metrics.jsonl), on a quarter of a batch's rows; null disables them.
       prompt: prompt that a language model answers before and after training; printed and saved in summary.json.

@@ -18,7 +18,6 @@ from .._utils.field_types import check_schema
 from .._utils.json_files import MAX_ROWS_BYTES
 from .._utils.records import DIGEST, read_record, write_record
 from .._utils.validation import join_first
-from ..data.fetch import cache_dir
 from ..settings.parsing import settings_from_json
 from ..step.run_metadata import field_differences, numeric_options, package_versions, version_of
 from ..training.console import LineConsole
@@ -128,9 +127,7 @@ def _guard(job: Job, run: Callable[[LineConsole], dict[str, Any]]) -> dict[str, 
     answer: dict[str, Any] = {"host": socket.gethostname()}
     try:
         _check_host(job)
-        with contextlib.ExitStack() as stack:
-            if job.settings[1]["train"]["compilation_cache"]:
-                stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
+        with use_compilation_cache(console, is_on=job.settings[1]["train"]["compilation_cache"]):
             answer["result"] = run(console)
     except Stopped as stop:
         answer["stopped"] = stop.signal_number

@@ -20,7 +20,6 @@ from .._utils.multihost import allgather, is_lead
 from .._utils.records import DIGEST, read_record, write_record
 from .._utils.validation import expand_path
 from .._utils.yaml_files import to_yaml
-from ..data.fetch import cache_dir
 from ..settings.parsing import settings_from_json
 from ..settings.schema import PATH_FIELDS, STOP_FIELDS, Settings, hide_paths, split_settings
 from ..step.checkpoint import (
@@ -435,6 +434,5 @@ def open_output_directory(
                 )
     changed = allgather(changed)[0]
     with contextlib.ExitStack() as stack:
-        if settings.train.compilation_cache:
-            stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
+        stack.enter_context(use_compilation_cache(console, is_on=settings.train.compilation_cache))
         yield OutputDirectory(path, settings, console, fresh, allow_different, resumes, changed, stack)

@@ -16,6 +16,8 @@ from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 from rich.console import Console
 
+from ..data.fetch import cache_dir
+
 
 def check_options() -> None:
     """Raises ValueError for an option of JAX with which no training step compiles or runs."""
@@ -72,10 +74,22 @@ class ProgramByShape:
 
 
 @contextmanager
-def use_compilation_cache(directory: Path, console: Console) -> Iterator[None]:
-    """Caches compiled programs in a directory; prints warnings when they come, and removes damaged entries."""
-    # By default only programs that take a second; a start compiles dozens of small ones, together as slow.
-    options = {"jax_compilation_cache_dir": str(directory), "jax_persistent_cache_min_compile_time_secs": 0.0}
+def use_compilation_cache(console: Console, *, is_on: bool) -> Iterator[None]:
+    """Caches compiled programs; prints warnings when they come, and removes damaged entries.
+
+    Args:
+      console: where to print.
+      is_on: `train.compilation_cache`. If true, the cache is the one that the user set JAX to, otherwise one in
+        `cache_dir`; if false, there is none.
+    """
+    before: dict[str, Any] = {name: jax.config.values[name] for name in (_DIRECTORY, _LEAST_SECONDS)}
+    options = dict(before)
+    if not is_on:
+        options[_DIRECTORY] = None
+    elif not before[_DIRECTORY]:
+        # By default only programs that take a second; a start compiles dozens of small ones, together as slow.
+        options = {_DIRECTORY: str(cache_dir() / "xla"), _LEAST_SECONDS: 0.0}
+    directory = Path(options[_DIRECTORY] or "")
 
     def show(message: Warning | str, *_: Any) -> None:
         entry = re.search(r"persistent compilation cache entry for '(.*?)'", str(message))
@@ -85,7 +99,6 @@ def use_compilation_cache(directory: Path, console: Console) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    before = {name: jax.config.values[name] for name in options}
     try:
         _set_cache(options)
         with warnings.catch_warnings():
@@ -94,6 +107,10 @@ def use_compilation_cache(directory: Path, console: Console) -> Iterator[None]:
             yield
     finally:
         _set_cache(before)
+
+
+_DIRECTORY = "jax_compilation_cache_dir"
+_LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
 def _set_cache(options: Mapping[str, Any]) -> None:

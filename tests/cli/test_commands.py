@@ -265,19 +265,21 @@ def test_the_version_which_no_other_command_reads(capsys, monkeypatch):
     ("words", "function"),
     [
         ("predict run --text a", "inference.predict.predict_run"),
+        ("predict run --text a --adapter b=run", "inference.several_adapters.predict_several"),
         ("eval run", "inference.predict.evaluate_run"),
         ("eval run --tasks mmlu --data_root root", "inference.eval_tasks.evaluate_tasks"),
         ("generate run --prompt a", "inference.generate.generate_answers"),
     ],
 )
-def test_what_a_command_compiles_is_kept_for_the_next(monkeypatch, tmp_path, words, function):
-    def look(*_, **__):
-        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "xla")
-        raise ValueError("looked")
+def test_what_a_command_compiles_is_kept_for_the_next(monkeypatch, tmp_path, no_own_cache, words, function):
+    """In the cache that JAX is set to, if there is one."""
 
-    monkeypatch.setenv("LORAPLUS_CACHE", str(tmp_path))
+    def look(*_, **__):
+        raise ValueError(jax.config.values["jax_compilation_cache_dir"])  # raised here, and so no input error
+
     monkeypatch.setattr(f"loraplus_jax.{function}", look)
-    before = jax.config.values["jax_compilation_cache_dir"]
-    with pytest.raises(ValueError, match="looked"):  # raised here, and so no input error
-        main(words.split())
-    assert jax.config.values["jax_compilation_cache_dir"] == before
+    for own, used in ((None, str(tmp_path / "xla")), ("own", "own")):
+        jax.config.update("jax_compilation_cache_dir", own)
+        with pytest.raises(ValueError, match=f"^{re.escape(used)}$"):
+            main(words.split())
+        assert jax.config.values["jax_compilation_cache_dir"] == own

@@ -82,8 +82,8 @@ def test_predictions_replace_no_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_next_command_reads_the_programs_from_the_cache(untrained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("LORAPLUS_CACHE", str(tmp_path))
+@pytest.mark.usefixtures("no_own_cache")
+def test_the_next_command_reads_the_programs_from_the_cache(untrained, tmp_path, capsys):
     kept = []
     for _ in range(2):
         assert main(["predict", str(untrained.out), "--text", TEXTS[0]]) == 0

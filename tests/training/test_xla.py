@@ -20,16 +20,18 @@ from ..messages import assert_mentions
 
 
 @pytest.fixture
-def cache(tmp_path):
+def cache(tmp_path, no_own_cache):
     """A cache directory with two entries."""
+    directory = tmp_path / "xla"
+    directory.mkdir()
     for name in ("jit_step-0a-cache", "jit_evaluate-0b-cache"):
-        (tmp_path / name).write_text("program")
-    return tmp_path
+        (directory / name).write_text("program")
+    return directory
 
 
 def test_a_damaged_entry_is_reported_and_removed(cache):
     text = io.StringIO()
-    with use_compilation_cache(cache, Console(file=text, width=300)):
+    with use_compilation_cache(Console(file=text, width=300), is_on=True):
         assert jax.config.values["jax_compilation_cache_dir"] == str(cache)
         assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0  # small programs too
         warnings.warn(
@@ -41,19 +43,14 @@ def test_a_damaged_entry_is_reported_and_removed(cache):
 
 def test_other_warnings_are_printed_and_nothing_is_removed(cache):
     text = io.StringIO()
-    with use_compilation_cache(cache, Console(file=text, width=300)):
+    with use_compilation_cache(Console(file=text, width=300), is_on=True):
         warnings.warn("something else", stacklevel=1)
         assert text.getvalue() == "something else\n"  # not at the end of a run of hours
     assert len(list(cache.iterdir())) == 2
 
 
-def test_a_cache_is_used_until_its_context_ends(tmp_path):
-    """Also if JAX has opened another before, which it does only once by itself."""
-    options = {"jax_compilation_cache_dir": str(tmp_path / "own"), "jax_enable_compilation_cache": True}
-    options |= {"jax_persistent_cache_min_compile_time_secs": 0.0}
-
-    def entries():
-        return [len([*(tmp_path / name).glob("*-cache")]) for name in ("own", "run")]
+def test_a_cache_is_used_until_its_context_ends(tmp_path, no_own_cache):
+    """JAX opens one only once by itself."""
 
     def compile_for(size):
         jax.jit(lambda x: x + size).lower(np.float32(size)).compile()
@@ -61,15 +58,24 @@ def test_a_cache_is_used_until_its_context_ends(tmp_path):
     def state():
         return jax.config.values["jax_compilation_cache_dir"], warnings.filters[:], warnings.showwarning
 
-    with config_options(options):
+    with config_options({"jax_enable_compilation_cache": True}):
         compile_for(1)
         before = state()
-        with contextlib.suppress(ZeroDivisionError), use_compilation_cache(tmp_path / "run", Console()):
+        with contextlib.suppress(ZeroDivisionError), use_compilation_cache(Console(), is_on=True):
             compile_for(2)
             raise ZeroDivisionError
         assert state() == before
         compile_for(3)
-        assert entries() == [2, 1]
+        assert len([*(tmp_path / "xla").glob("*-cache")]) == 1
+
+
+def test_a_user_s_cache_stays_as_it_is_unless_it_is_switched_off(tmp_path):
+    options = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 2.0}
+    with config_options(options):
+        for is_on in (True, False):
+            with use_compilation_cache(Console(), is_on=is_on):
+                assert jax.config.values["jax_compilation_cache_dir"] == (str(tmp_path) if is_on else None)
+                assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 2
 
 
 @contextlib.contextmanager
