@@ -14,8 +14,11 @@ from .atomic import to_json, write_text
 from .json_files import check_file, is_plain_name, read_json
 
 DIGEST, FILES = "digest", "files"
-PATHS = {"model": ("path",), "data": ("path", "root", "train", "validation", "test")}
-"""The settings that a digest leaves out: a base model or data may move, and their identity is compared."""
+PATHS = (
+    *("model.path", "data.path", "data.root", "data.train", "data.validation", "data.test"),
+    "init_adapter",
+)
+"""Settings that a digest leaves out: a base model or data may move, and their identity is compared."""
 
 
 def record_text(content: Mapping[str, Any], directory: Path, files: Iterable[str] = ()) -> str:
@@ -104,10 +107,10 @@ def _digest(content: Mapping[str, Any]) -> str:
     content = {name: value for name, value in content.items() if name != DIGEST}
     if isinstance(settings := content.get("settings"), Mapping):
         content["settings"] = {
-            section: {n: v for n, v in value.items() if n not in PATHS.get(section, ())}
+            section: {n: v for n, v in value.items() if f"{section}.{n}" not in PATHS}
             if isinstance(value, Mapping)
             else value
             for section, value in settings.items()
-            if section != "init_adapter"
+            if section not in PATHS
         }
     return hashlib.sha256(to_json(content, sort_keys=True).encode()).hexdigest()

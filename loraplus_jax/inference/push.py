@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .._utils.records import PATHS
 from ..data.fetch import is_public
 from ..interop.peft_files import NOTES_FILE, OPTIONS, OWN_TENSORS_FILE, WEIGHTS
 from ..models.checkpoints.hub_directory import TOKENIZER_FILES
+from ..settings.schema import PATH_FIELDS
 from .model_card import shown_name
 
 EXPORTED = (
@@ -61,7 +61,7 @@ def public_settings(settings: Mapping[str, Any], base_model: str) -> dict[str, A
         return None if value is None else [shown_name(name) for name in value]
 
     data = {
-        name: shown(value) if name in (*PATHS["data"], "template") else value
+        name: shown(value) if f"data.{name}" in PATH_FIELDS else value
         for name, value in settings["data"].items()
     }
     return {

@@ -23,6 +23,7 @@ from .._utils.field_types import (
     Text,
     check_requirements,
 )
+from .._utils.records import PATHS
 from .._utils.validation import check_number, to_plain
 from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..data.options import DataOptions
@@ -307,10 +308,7 @@ RESUMABLE_FIELDS = (
     *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )
 """Settings that may change when a run resumes."""
-PATH_FIELDS = (
-    *("model.path", "data.path", "data.root", "data.train", "data.validation", "data.test", "data.template"),
-    *("init_adapter", "sweep.unrelated_text"),
-)
+PATH_FIELDS = (*PATHS, "data.template", "sweep.unrelated_text")
 """Settings that name files, which may move: when a run resumes, only their content is compared, by digests."""
 STOP_FIELDS = RESUMABLE_FIELDS[:4]
 """Settings that decide when a run ends; changing one also resumes a finished run."""

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from loraplus_jax._utils.json_files import MAX_ROWS_BYTES
-from loraplus_jax._utils.records import check_files, read_record, record_text, write_record
+from loraplus_jax._utils.records import PATHS, check_files, read_record, record_text, write_record
 
 from ..messages import mentions
 
@@ -77,12 +77,14 @@ def test_with_a_remedy_a_digest_may_not_be_missing_and_every_error_ends_in_it(re
         read_record(record, check, remedy="train again")
 
 
-def test_base_and_data_may_move(record):
-    def move(content):
-        content["settings"]["model"]["path"] = "/elsewhere"
-        content["settings"]["data"].update(path="/there", root="/root")
+@pytest.mark.parametrize("name", PATHS)
+def test_base_and_data_may_move(record, name):
+    section, _, field = name.rpartition(".")
 
-    assert read_record(change(record, move))["settings"]["data"]["root"] == "/root"
+    def move(content):
+        (content["settings"][section] if section else content["settings"])[field] = "/there"
+
+    assert "/there" in str(read_record(change(record, move))["settings"])
 
 
 def test_files_of_a_record_are_compared(tmp_path):

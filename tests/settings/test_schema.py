@@ -6,8 +6,9 @@ import math
 import pytest
 
 from loraplus_jax.data.options import DataOptions
-from loraplus_jax.settings.parsing import parse_settings, settings_from_json
-from loraplus_jax.settings.schema import MeshSettings
+from loraplus_jax.settings.parsing import parse_settings, setting_fields, settings_from_json
+from loraplus_jax.settings.schema import PATH_FIELDS, MeshSettings
+from loraplus_jax.sweep.settings import SweepRun
 
 from ..refusals import refusals
 from .values import FIELDS, LEAST, PROCESSES, nested, parsed, parsing
@@ -190,3 +191,8 @@ def test_settings_are_frozen_and_need_names():
 
 def test_data_settings_with_separate_files_may_leave_out_validation_and_test():
     assert DataOptions(train="a", text_pair="b").columns == ("text", "b", "label")
+
+
+def test_the_settings_that_are_paths_exist():
+    assert {*PATH_FIELDS} <= {field.name for field in setting_fields(SweepRun)}
+    assert len({*PATH_FIELDS}) == len(PATH_FIELDS)
