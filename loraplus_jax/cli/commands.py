@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_command(arguments: list[str]) -> int:
     try:
-        command, keywords = parse(COMMANDS, arguments)
+        command, keywords = parse(COMMANDS, arguments, lambda message: _report(message, 0))
         if command.uses_jax:
             load("_utils.allocator:run_on_main_thread")()
         result = command.run(**keywords)

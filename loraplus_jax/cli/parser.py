@@ -76,8 +76,10 @@ def load(name: str) -> Any:
     return pkgutil.resolve_name(f"loraplus_jax.{name}")
 
 
-def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
-    """Returns the command of a command line, and the arguments that were passed.
+def parse(
+    commands: Mapping[str, Command], words: Sequence[str], log: Callable[[str], object] = lambda _: None
+) -> tuple[Command, dict[str, Any]]:
+    """Returns the command of a command line, and the arguments that were passed; `log` as for `parse_settings`.
 
     Raises:
       ValueError: the words are not those of a command, or settings are invalid.
@@ -104,7 +106,7 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
                 )
             return command._replace(run=command.opens), {"place": place}
         try:
-            keywords["settings"] = parse_settings(config, overrides, load(command.settings))
+            keywords["settings"] = parse_settings(config, overrides, load(command.settings), log=log)
         except ValueError as error:
             # The settings of a command without a config are few.
             raise error if config is not None else ValueError(f"{name}: {error}") from None

@@ -3,10 +3,9 @@
 import dataclasses
 import inspect
 import re
-import sys
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
@@ -40,7 +39,11 @@ class SettingField(NamedTuple):
 
 
 def parse_settings(
-    config: str | Path | None, overrides: Sequence[str] = (), kind: type[AnySettings] = Settings
+    config: str | Path | None,
+    overrides: Sequence[str] = (),
+    kind: type[AnySettings] = Settings,
+    *,
+    log: Callable[[str], object] = lambda _: None,
 ) -> AnySettings:
     """Reads settings from a YAML file and `--section.field value` arguments, which take precedence.
 
@@ -48,6 +51,7 @@ def parse_settings(
       config: the YAML file, or the name of a recipe; None for `DeviceSettings`, which have no file.
       overrides: the arguments.
       kind: `Settings`, a subclass with more sections, or `DeviceSettings`.
+      log: called with a message for each setting that is passed again with another value.
 
     Raises:
       ValueError: the file cannot be read, a key is unknown (the message suggests the closest one), or a value has
@@ -57,7 +61,7 @@ def parse_settings(
     if not isinstance(values, Mapping):
         raise ValueError(f"{config} must contain a mapping of settings, got {values!r:.80}")
     values, fields = dict(values), {field.name: field for field in setting_fields(kind)}
-    for name, value in _parse_overrides(overrides, fields):
+    for name, value in _parse_overrides(overrides, fields, log):
         section, _, field = name.rpartition(".")
         if not section:
             values[field] = value
@@ -124,7 +128,7 @@ def _attribute_texts(section: Any) -> dict[str, str]:
 
 
 def _parse_overrides(
-    arguments: Sequence[str], fields: Mapping[str, SettingField]
+    arguments: Sequence[str], fields: Mapping[str, SettingField], log: Callable[[str], object]
 ) -> Iterator[tuple[str, Any]]:
     remaining, passed = list(arguments), dict[str, str]()
     while remaining:
@@ -139,7 +143,7 @@ def _parse_overrides(
                 raise ValueError(f"--{name} requires a value: {describe_type(fields[name].type)}")
             text = remaining.pop(0)
         if passed.setdefault(name, text) != text:  # a script's own values may stand before the user's
-            print(f"loraplus: --{name} is passed twice; {text} replaces {passed[name]}", file=sys.stderr)
+            log(f"--{name} is passed twice; {text} replaces {passed[name]}")
             passed[name] = text
         yield name, _parse_value(fields[name].type, text)
 

@@ -118,6 +118,14 @@ def test_help_shows_what_options_require_and_exclude(capsys):
     assert "; requires --to merged or --to gguf" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_setting_that_is_passed_twice_is_told_in_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(COMMANDS, "train", COMMANDS["train"]._replace(run=lambda **_: None))
+    assert main(["train", "quickstart", "--output_dir", "a", "--output_dir=b\x1b\n"]) == 0
+    assert_mentions(capsys.readouterr().err.removesuffix("\n"), "--output_dir", "twice", r"b\u001b\n", "a")
+    assert main(["train", "quickstart", "--output_dir", "a", "--output_dir=a"]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_recipes_are_listed_and_printed_as_they_are(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["recipes"]) == 0

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.settings import parsing
 from loraplus_jax.sweep import run as sweeping
 from loraplus_jax.sweep.figures import PICTURES
 from loraplus_jax.training import trainer
@@ -25,7 +24,7 @@ from loraplus_jax.training import trainer
 from .. import tiny
 from . import language_world as language
 from .kinds import runs_of
-from .runs import ASKED, PROMPT
+from .runs import ASKED, PROMPT, last_of
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 FILLERS = [
@@ -71,7 +70,7 @@ class World:
     def train(self, *overrides, out=None):
         """`loraplus train`; `out` is where, unless an override says so."""
         place = () if "--output_dir" in overrides else ("--output_dir", str(out or self.out))
-        return main(["train", str(self.config), *place, *overrides])
+        return main(["train", str(self.config), *last_of(*place, *overrides)])
 
     def trained(self, *overrides, out=None):
         """The directory of a run that must end well."""
@@ -170,12 +169,6 @@ def _write_config(world, batch_size, data, targets, **more):
         "output_dir": str(world.out),
     }
     world.config.write_text(yaml.safe_dump(content | more, sort_keys=False))
-
-
-@pytest.fixture(autouse=True)
-def later_options_win(monkeypatch):
-    """Tests pass options after those of their world, of which nothing needs to be said."""
-    monkeypatch.setattr(parsing, "print", lambda *_, **__: None, raising=False)
 
 
 @pytest.fixture(scope="session")

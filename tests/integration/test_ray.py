@@ -10,7 +10,7 @@ import pytest
 
 from ..marks import long
 from ..messages import assert_mentions
-from .runs import assert_one_error, ended, finished_process, flags, started, wait_until
+from .runs import assert_one_error, ended, finished_process, flags, last_of, started, wait_until
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ RAY = ("--sweep.ray", "local")
 def command(world, *options):
     """A sweep of the world; the report holds its path."""
     start = [sys.executable, "-m", "loraplus_jax.cli", "sweep", str(world.config)]
-    return [*start, "--output_dir", str(world.out), *TINY, *options]
+    return [*start, *last_of("--output_dir", str(world.out), *TINY, *options)]
 
 
 def report_bytes(world):

@@ -16,7 +16,7 @@ from loraplus_jax.settings.schema import QUERIES_AND_VALUES, DeviceSettings, Set
 
 from ..messages import assert_mentions, mentions
 from ..refusals import refusals
-from .values import FIELDS, FILES, LEAST, OTHER, nested, parsed, parsing, value
+from .values import FIELDS, FILES, LEAST, OTHER, nested, parsed, parsing, value, write
 
 
 def dotted():
@@ -70,11 +70,16 @@ def test_what_words_of_the_command_line_mean(tmp_path, name, words, found):
     assert value(parsed(tmp_path, *words, content=content), name) == found
 
 
-def test_a_setting_that_is_passed_twice_is_told(tmp_path, capsys):
-    parsed(tmp_path, "--seed", "1", "--lora.rank=3", "--lora.rank", "3")
-    assert not capsys.readouterr().err
-    parsed(tmp_path, "--seed", "1", "--lora.rank=3", "--seed=2")
-    assert_mentions(capsys.readouterr().err, "--seed", "twice", 1, 2)
+def test_a_setting_that_is_passed_twice_is_logged(tmp_path, capsys):
+    config, messages = write(tmp_path, LEAST), []
+    again = ("--seed", "1", "--lora.rank=3", "--lora.rank", "3", "--seed=2")
+    assert parse_settings(config, again[:-1], log=messages.append).seed == 1
+    assert not messages
+    assert parse_settings(config, again, log=messages.append).seed == 2
+    (message,) = messages
+    assert_mentions(message, "--seed", "twice", 1, 2)
+    parse_settings(config, again)
+    assert capsys.readouterr() == ("", "")
 
 
 def setting(name, given):
