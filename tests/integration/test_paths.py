@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 STRANGER = "~nosuchuser/x"
 
 
-def test_the_cache_and_templates_of_an_unknown_user_are_named(talk, capsys, monkeypatch):
+def test_the_cache_and_templates_of_an_unknown_user_are_named(talk, capsys, monkeypatch, no_own_cache):
     before = contents(talk.directory)
     assert talk.train("--data.template", STRANGER) == 2
     assert_mentions(capsys.readouterr().err, "template", STRANGER)
