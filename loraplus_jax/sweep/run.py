@@ -10,6 +10,7 @@ its own: started again, it reads the results that exist and runs the other units
 import contextlib
 import math
 import shutil
+import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from ..step.fingerprints import fingerprint
 from ..step.run_metadata import package_versions
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
-from ..training.estimate import Estimate, batches_of
+from ..training.estimate import Estimate, batches_of, format_seconds
 from ..training.metrics_log import METRICS, SUMMARY
 from ..training.provenance import Origin
 from ..training.run_directory import (
@@ -153,9 +154,10 @@ class Sweep:
         # All is checked before the first program is compiled, on data that is loaded once.
         for program in programs:
             data = self.tunings[0].abstract.data if self.tunings else None
+            began = time.perf_counter()
             with self.named(program):
                 abstract = abstract_population(program.run, data)
-            self.tunings.append(Tuning(self, program, abstract))
+            self.tunings.append(Tuning(self, program, abstract, time.perf_counter() - began))
         self.data, self.steps = self.tunings[0].abstract.data, self.tunings[0].abstract.steps
         self.has_begun = self.has_compared = self.has_logged = False
         """Whether the directory is taken over, whether weights were compared, and whether rows were written."""
@@ -332,8 +334,14 @@ class Sweep:
 class Tuning:
     """The search and the report of the arms that share a program."""
 
-    def __init__(self, sweep: Sweep, program: SharedProgram, abstract: AbstractPopulation) -> None:
+    def __init__(
+        self, sweep: Sweep, program: SharedProgram, abstract: AbstractPopulation, loading: float
+    ) -> None:
         self.sweep, self.program, self.abstract = sweep, program, abstract
+        self.loading = loading
+        """Seconds that it took to load what is in `abstract`."""
+        self.began: float | None = None
+        """When loading and compiling began, until it is printed how long they took."""
         self.run, self.console, self.executor = program.run, sweep.console, sweep.executor
         self.directory, self.steps = sweep.directory, abstract.steps
         self.labels = {arm.name: arm.label for arm in program.arms}
@@ -375,6 +383,7 @@ class Tuning:
     async def open(self, at_once: int | None, group_size: int | None) -> Opened:
         """Compiles and loads, unless it has."""
         if self.opened is None:
+            self.began = time.perf_counter() - self.loading
             trials = sum(len(arm.trials) for arm in self.program.arms)
             most = max(trials * len(self.run.seeds), len(self.program.arms) * self.run.sweep.report_seeds)
             with self.sweep.named(self.program):
@@ -594,6 +603,10 @@ class Tuning:
         """Prints how long what is left takes, from the seconds of a member's step or its evaluation batch."""
         run, steps, data = self.run, self.steps, self.abstract.data
         assert progress.batch_seconds is not None
+        if self.began is not None:  # before the first estimate, which is of what follows
+            taken = format_seconds(time.perf_counter() - self.began)
+            self.console.print(f"{self.title}loading and compiling took {taken}")
+            self.began = None
         step_seconds = progress.step_seconds or progress.step_work * progress.batch_seconds
         stops, reported = comparison_steps(run.sweep, steps), len(self.labels) * len(run.report_seeds)
         settings = [len(arm.trials) for arm in self.searched]

@@ -79,7 +79,9 @@ def test_a_sweep_prints_lines_between_its_comparisons(swept):
     assert {name.split()[0] for name in names[16:]} == {"report"}
     # Before the first step and after the third of 8 members: 80 steps of the search and 96 of the report, as in the
     # test of the output files; a batch for each of 12 evaluations of the search, and two for 6 x 8 of the report.
-    lines = [line for line in text.splitlines() if line.startswith(("estimate:", "search step"))]
+    begins = "estimate:", "search step", "loading and compiling took"
+    first, *lines = [line for line in text.splitlines() if line.startswith(begins)]
+    assert first.startswith(begins[2])
     assert [n for n, line in enumerate(lines) if line.startswith("estimate:")] == [0, 4]
     assert "176 training steps and 108 evaluation batches" in lines[0]
     assert "152 training steps and 108 evaluation batches" in lines[4]

@@ -1,6 +1,8 @@
 """Which split decides at each stage of a sweep, on units whose losses are given."""
 
+import io
 import math
+import re
 import shutil
 import types
 
@@ -20,6 +22,9 @@ from ..messages import mentions
 
 # Loss is this times the rate of B: validation favors the smallest rate, test the largest.
 SLOPES = {"validation": 1.0, "test": -1.0}
+
+
+QUIET = LineConsole(quiet=True)
 
 
 class GivenLosses:
@@ -65,10 +70,10 @@ def ended(tmp_path, monkeypatch, parsed):
     monkeypatch.setattr(Sweep, "print_head", lambda self: None)
     monkeypatch.setattr(Sweep, "finish", lambda self: self.report())
 
-    def end(executor, *options, fresh=True, out="out", allow_different=()):
+    def end(executor, *options, fresh=True, out="out", allow_different=(), console=QUIET):
         run = parsed(*options, f"--output_dir={tmp_path / out}", "--train.compilation_cache=false")
         how = {"fresh": fresh, "allow_different": allow_different}
-        with open_output_directory(run, LineConsole(quiet=True), **how) as output:
+        with open_output_directory(run, console, **how) as output:
             sweep = Sweep(run, programs_of(run), output, executor)
             return sweep, sweep.train()
 
@@ -89,6 +94,25 @@ def test_the_search_selects_on_validation_and_the_report_tests(ended, option):
     for arm, chosen in sweep.tunings[0].chosen.items():
         rates = [t.learning_rate * t.lr_ratio for t in run.trials if t.arm == arm]
         assert chosen.learning_rate * chosen.lr_ratio == min(rates)
+
+
+def test_what_is_before_the_first_estimate_is_told_before_it(ended):
+    class Timed(GivenLosses):
+        def result(self, sweep, unit):
+            for step_seconds in (None, 0.2) if unit.is_timed else ():
+                sweep.follow(unit, Progress(unit.start, batch_seconds=0.1, step_seconds=step_seconds))
+            return super().result(sweep, unit)
+
+    text = io.StringIO()
+    ended(Timed(), "--sweep.methods=[lora_plus,full]", console=LineConsole(file=text))
+    lines = re.findall(
+        r"^(?:(.+): )?(loading and compiling took \d+ s|estimate(?=: ))", text.getvalue(), re.M
+    )
+    names = list(dict.fromkeys(name for name, _ in lines))
+    assert len(names) == 2
+    assert lines == [
+        (n, line) for n in names for line in ("loading and compiling took 1 s", *["estimate"] * 2)
+    ]
 
 
 class CountedRow(dict):
