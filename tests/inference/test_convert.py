@@ -25,6 +25,7 @@ from loraplus_jax.models.families import family_of
 from loraplus_jax.models.files import open_files
 from loraplus_jax.tasks.causal_lm import model_config
 
+from .. import tiny
 from ..integration import language_world
 from ..integration.gpt2_world import write_gpt2
 from ..interop.models import factors, spec_of
@@ -183,9 +184,9 @@ def test_adapters_of_peft(to, dora, by, base, tmp_path, capsys, request):
 
 @pytest.mark.slow
 def test_attention_and_experts_of_peft(tmp_path, capsys, monkeypatch):
-    base = write_base(tmp_path / "base", model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
-    config = model_config(open_files(base))
-    model, table = family_of("mixtral").model(config), family_of("mixtral").name_table(config)
+    base = write_base(tmp_path / "base", model_type="qwen3_moe", **tiny.OPTIONS["qwen3_moe"])
+    config, family = model_config(open_files(base)), family_of("qwen3_moe")
+    model, table = family.model(config), family.name_table(config)
     leaves = {"layers/mlp/experts/.*/kernel": "leio"}
     adapted = LoRAPlusConfig(target_modules=["q_proj"], target_parameters=leaves, rank=2, alpha=3.0)
     ids = np.zeros((1, 4), np.int32)
@@ -197,17 +198,21 @@ def test_attention_and_experts_of_peft(tmp_path, capsys, monkeypatch):
     save_peft(tmp_path / "peft", lora, specs, adapted, path_map, base_model="somewhere/else")
     (tmp_path / "peft/loraplus.json").unlink()
     assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["target_parameters"]
-    out = tmp_path / "out"
-    told = converted(capsys, tmp_path / "peft", "--base", base, "--to", "loraplus", "--out", out)
-    check(told, "loraplus")
+    out, words = tmp_path / "out", (tmp_path / "peft", "--base", base, "--to", "loraplus")
+    told = converted(capsys, *words, "--out", out)
+    if verify_conversion.has_peft():
+        check(told, "PEFT")
+    else:
+        assert_mentions(told, "not verified", "PEFT", "not installed")
     jax.tree.map(np.testing.assert_allclose, load_adapter(out).lora, lora)
     assert main(["generate", str(out), "--prompt", "a", "--max_tokens", "1"]) == 0
     assert_mentions(
         rejected(capsys, tmp_path / "peft", "--base", base, "--to", "merged", out=tmp_path / "no"), "loraplus"
     )
-    words = (tmp_path / "peft", "--base", base, "--to", "loraplus")
     without_logits(monkeypatch, free := logits_bytes(base, {}, "loraplus") - 1)
-    assert_mentions(rejected(capsys, *words, out=tmp_path / "no"), "--no_verify", f"{free / 1e9:.2f} GB")
+    with monkeypatch.context() as installed:
+        installed.setattr(verify_conversion, "has_peft", lambda: True)
+        assert_mentions(rejected(capsys, *words, out=tmp_path / "no"), "--no_verify", f"{free / 1e9:.2f} GB")
     assert_mentions(converted(capsys, *words, "--no_verify", "--out", tmp_path / "no"), "--no_verify")
 
 
