@@ -13,7 +13,7 @@ from ..interop import adapter_directory, peft_files
 from ..interop.adapter_directory import Adapter, load_adapter, save_adapter
 from ..interop.combination import combine_adapters
 from ..training.place import ADAPTERS, Place, look
-from ..training.provenance import MODEL_PARTS, check_allowed, check_identity
+from ..training.provenance import MODEL_PARTS, check_allowed, check_identity, model_identity
 from ..training.run_files import ADAPTER
 from ..training.saved_adapter import read_adapter
 from .tuned_model import NO_DATA, TrainingConfig, describe, read_config
@@ -77,7 +77,12 @@ def combine_runs(
     model = {part: value for part, value in first.notes.get("identity", {}).items() if part != "data"}
     weights = first.notes.get("base")
     for source in sources.values():
-        check_identity(source.place.directory, source.notes, model, weights=weights, allow=allow_different)
+        here = model
+        if first.place.kind == "run" and _tokenizer(source) not in (None, _tokenizer(first)):
+            # Earlier versions digested an encoder's tokenizer in another way; the base says whether it is the same.
+            tuned = describe(first.place, allow_different=allow_different)
+            here = model_identity(tuned.settings, tuned.base, tuned.task, saved=source.notes)
+        check_identity(source.place.directory, source.notes, here, weights=weights, allow=allow_different)
     # An export for the weights before quantization has no fingerprint to compare.
     settings = [source.notes["settings"] for source in sources.values() if "settings" in source.notes]
     runs = [own for own in settings if own.get("data", {}).get("train") != NO_DATA]
@@ -119,6 +124,11 @@ def combine_runs(
     ranks = sorted({spec.rank for spec in combined.specs.values()})
     count = f"{len(sources)} adapter{'s' if len(sources) > 1 else ''}"
     return f"{out}: {how} of {count}, rank {', '.join(map(str, ranks))}"
+
+
+def _tokenizer(source: Source) -> str | None:
+    """The digest of its base's tokenizer, if it is known."""
+    return source.notes.get("identity", {}).get("tokenizer")
 
 
 def _split(text: str) -> tuple[str, float]:

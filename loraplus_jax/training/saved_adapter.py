@@ -146,10 +146,16 @@ def adapter_digest(place: Place) -> str:
     return digest(file_digests(place.directory, names).items())
 
 
-def check_init_identity(place: Place, identity: Identity, weights: str | None, allow: Sequence[str]) -> None:
-    """Raises ValueError if `init_adapter` was trained on another base model; its data may differ."""
+def check_init_identity(
+    place: Place, identity: Identity, weights: str | None, allow: Sequence[str]
+) -> list[str]:
+    """Raises ValueError if `init_adapter` was trained on another base model; its data may differ.
+
+    Returns the differences that `allow` accepts, as text.
+    """
     model = {name: value for name, value in identity.items() if name != "data"}
-    check_identity(place.directory, place.notes, model, weights=weights, allow=allow)
+    allowed = check_identity(place.directory, place.notes, model, weights=weights, allow=allow)
+    return [f"init_adapter {place.directory}: {line}" for line in allowed]
 
 
 def load_init_adapter(place: Place, parts: AdaptedModel) -> tuple[AdaptedModel, dict[str, Any] | None]:

@@ -84,6 +84,7 @@ class Run(NamedTuple):
       origin: base and data, as saved with the run's directory and its adapter.
       metadata: the metadata saved with checkpoints.
       start: the tree of factors that the adapters started from, if they took it from the base.
+      differences: those of the base of `init_adapter` that `--allow_different` has accepted, as text.
     """
 
     settings: Settings
@@ -100,6 +101,7 @@ class Run(NamedTuple):
     origin: Origin
     metadata: dict[str, Any]
     start: dict[str, Any] | None
+    differences: Sequence[str]
 
 
 def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: bool = False) -> Run:
@@ -108,7 +110,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     With several processes each does all of it, then they compare what they read. `allow_different` names the parts
     of the identity in which `init_adapter` may differ; `fresh` disregards the start of an older run.
     """
-    is_distributed = jax.process_count() > 1
+    is_distributed, differences = jax.process_count() > 1, list[str]()
     with raise_together():
         mesh = make_mesh(**dataclasses.asdict(settings.mesh))
         check_mesh(settings, mesh)
@@ -120,7 +122,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         identity = model_identity(settings, files, data.task) | {"data": data.digests}
         if init is not None:
             as_saved = model_identity(settings, files, data.task, saved=init.notes)
-            check_init_identity(init, as_saved, None, allow_different)
+            differences += check_init_identity(init, as_saved, None, allow_different)
         _, tensors = check_params(files, shapes.base.table, params_of(shapes), new=shapes.base.new)
         if settings.model.quantize in ("nf4", "int8"):
             # What an exported model is merged into. The quantized weights do not show a small change of these.
@@ -161,7 +163,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     parts, start = start_magnitudes(parts), None
     if init is not None:
         with raise_together():
-            check_init_identity(init, {}, base, allow_different)
+            differences += check_init_identity(init, {}, base, allow_different)
             parts, start = load_init_adapter(init, parts)
         metadata["init_adapter"] = fingerprint(parts.trainable)
     elif settings.applied is not None and settings.applied.init in BASE_INITS:
@@ -192,6 +194,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         origin={"base": base, "identity": identity},
         metadata=metadata,
         start=start,
+        differences=differences,
     )
 
 

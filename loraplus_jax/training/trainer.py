@@ -473,7 +473,7 @@ class Trainer:
         theory = read_metrics(self.log.rows, settings.applied, settings.init_adapter is not None)
         constant = dict(self.run.data.constant)
         optional = {"constant": constant, "answers": self.answers, "theory": theory, "ranks": self.ranks}
-        optional["allowed_differences"] = list(self.output.differences)
+        optional["allowed_differences"] = [*self.output.differences, *self.run.differences]
         held_out = {"split": self.held_out, "examples": self.run.data.examples[self.held_out]}
         summary = {
             "before": dict(before),

@@ -177,7 +177,19 @@ def test_a_resumed_run_may_differ_in_what_it_is_allowed(run, tmp_path, capsys):
 
 @pytest.mark.slow
 @encoder
+def test_an_adapter_for_another_base_that_a_run_begins_with_is_told(run, tmp_path, capsys):
+    change_json(run.model / "config.json", {"layer_norm_eps": 1e-3})
+    words = ("train", run.config, "--output_dir", tmp_path / "new", "--init_adapter", run.out, *SHORT)
+    assert_mentions(rejected(capsys, *words), "base.config.layer_norm_eps", 1e-12, 0.001)
+    printed(capsys, *words, "--allow_different", "base.config.layer_norm_eps")
+    (line,) = summary_of(tmp_path / "new")["allowed_differences"]
+    assert_mentions(line, "init_adapter", run.out, "base.config.layer_norm_eps", 1e-12, 0.001)
+
+
+@pytest.mark.slow
+@encoder
 def test_every_command_reads_the_adapter_of_a_version_that_padded_texts(run, tmp_path, capsys):
+    now = shutil.copytree(run.out / "adapter", tmp_path / "now")
     path = run.out / "adapter/adapter.json"
     notes = json.loads(path.read_text())
     del notes["digest"]
@@ -191,6 +203,9 @@ def test_every_command_reads_the_adapter_of_a_version_that_padded_texts(run, tmp
     printed(capsys, "export", alone, "--to", tmp_path / "peft")
     printed(capsys, "export", alone, "--to", tmp_path / "merged", "--merged")
     printed(capsys, "train", run.config, "--output_dir", tmp_path / "new", "--init_adapter", alone, *SHORT)
+    for out, two in ((tmp_path / "old-now", (alone, now)), (tmp_path / "now-old", (now, alone))):
+        printed(capsys, "combine", *two, "--how", "cat", "--out", out)
+        printed(capsys, "predict", out, *asked)
     today = model_identity(parse_settings(run.config), open_files(run.model), None)["tokenizer"]
     for name in ("peft/loraplus.json", "merged/loraplus.json", "new/adapter/adapter.json"):
         assert json.loads((tmp_path / name).read_text())["identity"]["tokenizer"] == today
