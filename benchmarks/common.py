@@ -122,11 +122,17 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name; Python's own `platform.processor` is empty on Linux."""
+    """Its name, family and model; Python's own `platform.processor` is empty on Linux.
+
+    A virtual machine may call processors of several generations by one name.
+    """
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.machine())
+    # Of several cores the last; all are alike.
+    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in values:
+        return platform.machine()
+    return f"{values['model name']}, family {values['cpu family']}, model {values['model']}"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
