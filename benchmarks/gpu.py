@@ -62,7 +62,7 @@ def measure(case: str, tiny: bool) -> dict[str, Any]:
         return jax.random.key(0) if is_key else jnp.zeros(x.shape, x.dtype)
 
     run = timed(
-        Steps(program, *jax.tree.map(zeros, (step.run.state, step.run.parts.frozen, step.held["batch"][0])))
+        Steps(program, *jax.tree.map(zeros, (step.run.state, step.parts.frozen, step.held["batch"][0])))
     )
     seconds, device = [run() for _ in range(12)], jax.devices()[0]
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")

@@ -136,7 +136,7 @@ def _bytes_needed(
     train, needed, problems = settings.train, [compiled.needed], [compiled.problem]
     # An evaluation of no more rows keeps less: nothing for a backward pass.
     if train.eval_batch_size > train.batch_size // train.accumulate or train.theory_every is not None:
-        between = bytes_between_steps(compiled.step, matmul_workspace(gpu))
+        between = bytes_between_steps(settings, compiled.step, matmul_workspace(gpu))
         needed += [size or 0 for size, _ in between.values()]
         problems += [problem for _, problem in between.values()]
     return max(needed), next(filter(None, problems), None)

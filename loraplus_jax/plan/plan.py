@@ -175,7 +175,7 @@ def plan_for(
     check_layout(settings, base, mesh)
     step, text, memory, needed, peak, seconds, problem = compile_step(settings, base, data, mesh, chip)
     library = matmul_workspace(chip) if isinstance(chip, Gpu) else 0
-    between_steps = bytes_between_steps(step, library)
+    between_steps = bytes_between_steps(settings, step, library)
     problems = [problem, *(message for _, message in between_steps.values())]
     work = count_work(settings, base, data, mesh, counted)
     hosts = [device.process_index for device in mesh.devices.flat]
@@ -190,8 +190,8 @@ def plan_for(
         tokens=settings.data.max_length,
         accumulate=settings.train.accumulate,
         layers=layers_of(base),
-        trained=count(step.run.parts.trainable),
-        total=count(step.run.parts.trainable) + count(step.run.parts.frozen),
+        trained=count(step.parts.trainable),
+        total=count(step.parts.trainable) + count(step.parts.frozen),
         memory=memory,
         needed=needed,
         peak=peak,
@@ -305,7 +305,7 @@ def count_work(
     work = _count_layers(base, mesh, lower, {} if counted is None else counted)
     if work is None:
         return None
-    size = work.bytes + head_bytes(settings, steps[0].run.parts, mesh)
+    size = work.bytes + head_bytes(settings, steps[0].parts, mesh)
     return work._replace(flops=parts * work.flops, bytes=parts * size)
 
 

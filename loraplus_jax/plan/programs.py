@@ -10,11 +10,10 @@ from jax.sharding import Mesh
 
 from ..settings.schema import Settings
 from ..step.sharding import batch_sharding
-from ..tasks.interface import BaseModel, TaskData, full_batches
+from ..tasks.interface import AdaptedModel, BaseModel, TaskData, full_batches
 from ..training.optimizer import check_rates, make_optimizer
-from ..training.programs import AbstractRun, theory_rows, trace_evaluation, trace_step
-from ..training.setup import add_adapters, count_steps
-from ..training.theory_metrics import lower_theory
+from ..training.programs import AbstractRun, lower_measurement, trace_evaluation, trace_step
+from ..training.setup import add_adapters, count_steps, make_problem
 
 ASSUMED_STEPS = 10**9
 """Training steps assumed if the settings count in epochs, whose length depends on the data."""
@@ -24,12 +23,14 @@ class LoweredStep(NamedTuple):
     """A training step before compilation.
 
     Attributes:
-      run: the model, with shapes for all values, and what else the step is made of.
+      parts: the model, with shapes for all values.
+      run: what the step is made of.
       jaxpr: the traced step.
       lowered: the lowered step.
       held: the step's inputs by purpose: trees of shapes and of shardings.
     """
 
+    parts: AdaptedModel
     run: AbstractRun
     jaxpr: Any
     lowered: jax.stages.Lowered
@@ -46,7 +47,7 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
     check_rates(settings.optimizer, parts.trainable)
     batches = full_batches(data.splits["train"], train.batch_size, train.eval_batch_size)
     batch = batches.train
-    run = AbstractRun(settings, data, mesh, steps, batches, parts, tx)
+    run = AbstractRun(make_problem(settings, data.task, parts, batches, steps, mesh), mesh, tx)
     state, shardings = run.state, run.shardings
     held = {
         "frozen weights": (parts.frozen, shardings.frozen),
@@ -55,18 +56,18 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
         "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
     }
     traced = trace_step(run)
-    return LoweredStep(run, traced.jaxpr, traced.lower(), held)
+    return LoweredStep(parts, run, traced.jaxpr, traced.lower(), held)
 
 
-def bytes_between_steps(step: LoweredStep, workspace: int = 0) -> dict[str, tuple[int | None, str | None]]:
+def bytes_between_steps(
+    settings: Settings, step: LoweredStep, workspace: int = 0
+) -> dict[str, tuple[int | None, str | None]]:
     """What the programs need that run between steps: `"evaluation"`, `"theory"` (`train.theory_every`).
 
     Each is the total bytes, optimizer state and `workspace` included, and the compiler's message if it ran out of
     memory. The bytes are None if theory is not set, and for the evaluation of multiple choice, whose rows depend on
     the data.
     """
-    run = step.run
-    settings, frozen = run.settings, run.parts.frozen
     weights, trained, optimizer = (
         local_bytes(*step.held[name]) for name in ("frozen weights", "trained", "optimizer")
     )
@@ -78,12 +79,9 @@ def bytes_between_steps(step: LoweredStep, workspace: int = 0) -> dict[str, tupl
         needed[name] = size, problem and f"{name}: {problem}"
 
     if settings.task != "multiple_choice":
-        add("evaluation", trace_evaluation(run).lower())
+        add("evaluation", trace_evaluation(step.run).lower())
     if settings.train.theory_every is not None:
-        losses = run.data.task.make_losses(settings.task_options, run.parts, run.mesh)
-        layout = {"mesh": run.mesh, "shardings": run.shardings}
-        rows = theory_rows(run.batches, run.mesh)
-        add("theory", lower_theory(losses.train, run.parts.specs, run.state, frozen, rows, **layout))
+        add("theory", lower_measurement(step.run))
     return needed
 
 

@@ -291,7 +291,7 @@ class Search:
     def _weights(self, sizes: tuple[int, int, int], step: LoweredStep) -> tuple[int, int]:
         """Bytes that a device holds between steps, and those of the layers that it gathers over `fsdp`."""
         mesh = make_mesh(*sizes, devices=self._devices)
-        parts, state = step.run.parts, step.run.state
+        parts, state = step.parts, step.run.state
         shardings = make_shardings(mesh, state, parts.frozen, specs=parts.specs, rules=parts.base.rules)
         held = local_bytes(state.trainable, shardings.state.trainable)
         held += local_bytes(state.opt_state, shardings.state.opt_state)

@@ -27,24 +27,37 @@ from ..models.checkpoints.params import load_params
 from ..models.files import open_files
 from ..step.fingerprints import fingerprint
 from ..step.population import MEMBER_AXIS, map_members
+from ..step.problem import Problem, Shapes
 from ..step.run_metadata import describe_run
 from ..step.sharding import make_mesh, replicate
-from ..step.train_step import LossFn, TrainState, init_state, make_eval, make_step
+from ..step.train_step import TrainState, init_state, make_eval, make_step
 from ..tasks.causal_lm import load_text
-from ..tasks.interface import AdaptedModel, BatchPlan, Losses, Shapes, TaskData, row_count
+from ..tasks.interface import AdaptedModel, BatchPlan, TaskData, row_count
 from ..training.adapter_start import begin_from, make_start
 from ..training.estimate import count_flops
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
 from ..training.programs import reads_layers, with_layers
 from ..training.provenance import Origin, model_identity
-from ..training.setup import build_model, count_steps, params_of, set_weights, start_magnitudes, task_class
+from ..training.setup import (
+    build_model,
+    count_steps,
+    make_problem,
+    params_of,
+    set_weights,
+    start_magnitudes,
+    task_class,
+)
 from ..training.xla import ProgramByShape, one_thread_per_device
 from .halving import check_rungs
 from .settings import SweepRun, Trial
 
 MIN_SPEEDUP_SHARE = 0.95
 """Doubling the parallel members must cut the time per member to less than this share of the former time."""
+
+
+Optimizer = Callable[..., optax.GradientTransformationExtraArgs]
+"""`(learning_rate, lr_ratio, seed=0)` to the optimizer of a member."""
 
 
 class Members(struct.PyTreeNode):
@@ -208,7 +221,10 @@ def prepare_population(abstract: AbstractPopulation, places: int, at_once: int |
     # From shapes, before weights are read: what is too large is known in seconds.
     seeds = (*run.seeds, *run.report_seeds)
     batches = data.task.plan_batches(widest.task_options, data, steps, seeds, mesh)
-    programs, programs_for = _compile_programs(abstract, batches, mesh, places, at_once)
+    problem = make_problem(widest, data.task, shapes, batches, steps)
+    step = make_member_step(problem, optimizer_of(widest, shapes.specs, steps), run.train.max_skipped)
+    begin = functools.partial(_first_member, abstract, run.trials[0], 0)
+    programs, programs_for = _compile_programs(problem, step, begin, mesh, places, at_once)
     weights = load_weights(abstract)
     # Of all weights: members begin with them in both stages, with what is trained in full too.
     base = fingerprint(weights)
@@ -216,7 +232,7 @@ def prepare_population(abstract: AbstractPopulation, places: int, at_once: int |
     parts = parts._replace(frozen=replicate(mesh, parts.frozen))
     start = None
     if config is not None and config.init in BASE_INITS:
-        start = make_start(widest, parts, files, {})
+        start = make_start(config, parts, files, {})
         parts = begin_from(parts, start, config)
 
     # Members of one rank and seed begin alike, and there are as many of them as settings.
@@ -248,20 +264,21 @@ def prepare_population(abstract: AbstractPopulation, places: int, at_once: int |
     )
 
 
-def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) -> Callable[..., Members]:
+def make_member_step(problem: Problem, optimizer: Optimizer, max_skipped: int) -> Callable[..., Members]:
     """Returns `(member, frozen, batch) -> member`: a single run's step, with rates and scales as traced values.
 
-    After `train.max_skipped` consecutive skipped steps (non-finite loss or gradient) a member stops training.
+    After `max_skipped` consecutive skipped steps (non-finite loss or gradient) a member stops training.
     """
+    loss, specs = with_layers(problem.loss), problem.specs
 
     def step(member: Members, frozen: Any, batch: Any) -> Members:
-        tx = _optimizer(run, specs, steps, member.learning_rate, member.lr_ratio)
-        single_step = make_step(losses.train, tx, accumulate=run.train.accumulate, skip_nonfinite=True)
+        tx = optimizer(member.learning_rate, member.lr_ratio)
+        single_step = make_step(loss, tx, accumulate=problem.accumulate, skip_nonfinite=True)
         # NumPy can neither stack nor pad typed keys, so members hold a key's data.
         state = member.state.replace(rng=jax.random.wrap_key_data(member.state.rng))
         state, metrics = single_step(state, add_scales(frozen, specs, member), batch)
         skipped = jnp.where(metrics["skipped"] > 0, member.skipped + 1, 0)
-        alive = skipped < run.train.max_skipped
+        alive = skipped < max_skipped
         return member.replace(state=state.replace(rng=member.state.rng), skipped=skipped, alive=alive)
 
     # One member after another, a member that is not alive costs nothing; under the vmap of several, JAX turns cond
@@ -272,9 +289,9 @@ def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) ->
     return step_if_alive
 
 
-def make_member_eval(evaluate: LossFn, specs: Specs) -> Callable[..., Any]:
+def make_member_eval(problem: Problem) -> Callable[..., Any]:
     """Returns `(member, frozen, batch) -> {name: (sum, weight)}`, zeros for a member that is not alive."""
-    single_eval = make_eval(evaluate)
+    single_eval, specs = make_eval(with_layers(problem.evaluate)), problem.specs
 
     def pairs(member: Members, frozen: Any, batch: Any) -> Any:
         return single_eval(member.state.trainable, add_scales(frozen, specs, member), batch)
@@ -303,13 +320,18 @@ def fastest_batch_size(seconds: Callable[[int], float], most: int) -> int:
     return best
 
 
-def _optimizer(
-    run: SweepRun, specs: Specs, steps: int, learning_rate: jax.Array, lr_ratio: jax.Array, seed: int = 0
-) -> optax.GradientTransformationExtraArgs:
-    # Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
-    return make_optimizer(
-        run.shared_optimizer, lr_ratio, steps, specs, learning_rate=learning_rate, seed=seed
-    )
+def optimizer_of(run: SweepRun, specs: Specs, steps: int) -> Optimizer:
+    """The optimizer of a member by its rate and lambda, and by its seed, which only initial states need."""
+
+    def make(
+        learning_rate: jax.Array, lr_ratio: jax.Array, seed: int = 0
+    ) -> optax.GradientTransformationExtraArgs:
+        # Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
+        return make_optimizer(
+            run.shared_optimizer, lr_ratio, steps, specs, learning_rate=learning_rate, seed=seed
+        )
+
+    return make
 
 
 def add_scales(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:
@@ -322,7 +344,7 @@ def _first_member(abstract: AbstractPopulation, trial: Trial, seed: int, trainab
     run, specs = abstract.widest, abstract.shapes.specs
     config = run.settings_of(trial, seed).lora
     rates = np.float32(trial.learning_rate), np.float32(trial.lr_ratio)
-    tx = _optimizer(run, specs, abstract.steps, *map(jnp.asarray, rates), seed=seed)
+    tx = optimizer_of(run, specs, abstract.steps)(*map(jnp.asarray, rates), seed=seed)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     return Members(
         state=init_state(trainable, tx, jax.random.key_data(key)),
@@ -340,17 +362,21 @@ def _pad_to(leaf: Any, like: Any) -> np.ndarray:
 
 
 def _compile_programs(
-    abstract: AbstractPopulation, batches: BatchPlan, mesh: Mesh, capacity: int, at_once: int | None
+    problem: Problem,
+    step: Callable[..., Members],
+    first: Callable[[Any], Members],
+    mesh: Mesh,
+    capacity: int,
+    at_once: int | None,
 ) -> tuple[Programs, Callable[[int], Programs]]:
-    """Compiles, from shapes, the programs for all members; also returns a function that does for fewer."""
-    run, (_, _, data, steps, _, shapes) = abstract.widest, abstract
-    losses = Losses(*map(with_layers, data.task.make_losses(run.task_options, shapes, scored=batches.scored)))
-    layers = shapes.base.layers if reads_layers(mesh) else 0
-    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)  # noqa: E731
+    """Compiles, from shapes, the programs for all members; also returns a function that does for fewer.
+
+    `step` is that of a member, and `first` maps initial values to a member.
+    """
+    layers = problem.layers if reads_layers(mesh) else 0
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), problem.trainable)  # noqa: E731
     # eval_shape traces without computing; asarray, as NumPy's scalars have no place in a trace's outputs.
-    member = jax.eval_shape(
-        lambda: jax.tree.map(jnp.asarray, _first_member(abstract, run.trials[0], 0, zeros()))
-    )
+    member = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, first(zeros())))
     device, each = mesh.devices.flat[0], -(-capacity // mesh.size)
     flops: dict[bool, list[float]] = {True: [], False: []}
 
@@ -363,25 +389,25 @@ def _compile_programs(
         # A step gives each member a batch and donates the members; an evaluation has one batch for all.
         axes, donate = ((0, None, 0), 0) if own_batch else ((0, None, None), ())
         mapped = map_members(one, axes, at_once=size, mesh=mesh, donate=donate)
-        traced = mapped.trace(members, split_layers(shapes.frozen, layers), batch)
+        traced = mapped.trace(members, split_layers(problem.frozen, layers), batch)
         flops[own_batch].append(count_flops(traced.jaxpr) / places)
         return OnLayers(traced.lower().compile(one_thread_per_device(mesh)), layers)
 
     @functools.cache
     def compile_step(size: int, rounds: int) -> ProgramByShape:
-        one, places = make_member_step(run, losses, shapes.specs, steps), mesh.size * size * rounds
+        places = mesh.size * size * rounds
         stacked = {
-            name: jax.ShapeDtypeStruct((places, *x.shape), x.dtype) for name, x in batches.train.items()
+            name: jax.ShapeDtypeStruct((places, *x.shape), x.dtype) for name, x in problem.train_batch.items()
         }
-        return ProgramByShape(functools.partial(compiled, one, size, places, own_batch=True), stacked)
+        return ProgramByShape(functools.partial(compiled, step, size, places, own_batch=True), stacked)
 
     @functools.cache
     def compile_for(size: int, rounds: int) -> Programs:
-        one, places = make_member_eval(losses.evaluate, shapes.specs), mesh.size * size * rounds
-        evaluate = compiled(one, size, places, batches.evaluate, own_batch=False)
-        step = compile_step(size, rounds)
+        one, places = make_member_eval(problem), mesh.size * size * rounds
+        evaluate = compiled(one, size, places, problem.eval_batch, own_batch=False)
+        train = compile_step(size, rounds)
         step_work = float(np.mean(flops[True]) / np.mean(flops[False]))
-        programs = Programs(size, places, step, evaluate, step_work)
+        programs = Programs(size, places, train, evaluate, step_work)
         check_memory((programs.step.largest, programs.evaluate), device, len(mesh.local_devices))
         return programs
 

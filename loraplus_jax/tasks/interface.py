@@ -18,6 +18,7 @@ from ..data.data_to_text import Input
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.name_table import NameTable
 from ..quantization.formats import FormatName
+from ..step.problem import Shapes
 from ..step.sharding import Rules
 from ..step.train_step import LossFn
 from .options import TaskOptions
@@ -126,9 +127,6 @@ class AdaptedModel(NamedTuple):
 def params_of(parts: AdaptedModel) -> dict[str, Any]:
     """All parameters of the model, without adapters."""
     return combine(parts.trainable, parts.frozen)["params"]
-
-
-Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class Scored(NamedTuple):

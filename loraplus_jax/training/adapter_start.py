@@ -18,9 +18,8 @@ from ..interop.adapter_directory import load_adapter, save_adapter
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.params import check_params, read_leaf
 from ..quantization.packed_array import PackedArray, is_packed
-from ..settings.schema import Settings
 from ..step.sharding import shard_batch, take_local
-from ..tasks.interface import AdaptedModel, LossFn
+from ..tasks.interface import AdaptedModel
 from .programs import AbstractRun
 from .run_files import START
 
@@ -69,17 +68,15 @@ def saved_form(
 
 
 def make_start(
-    settings: Settings, parts: AdaptedModel, files: ModelFiles, gradients: Mapping[str, Any]
+    config: LoRAPlusConfig, parts: AdaptedModel, files: ModelFiles, gradients: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Makes the tree of factors, float32, that `lora.init` of `BASE_INITS` starts from; see `make_factors`.
+    """Makes the tree of factors, float32, that an init of `BASE_INITS` starts from; see `make_factors`.
 
     Args:
-      settings, parts: the settings and the model, with its weights.
+      config, parts: the adapters' config and the model, with its weights.
       files: the base's files, which have the values before packing.
       gradients: the loss's gradient by each adapted weight, by the weight's path; for lora_ga and lora_one.
     """
-    config = settings.applied
-    assert config is not None
     flat, init = flatten(parts.frozen), BASE_INITS[config.init]
     for spec in parts.specs.values():
         if config.init == "loftq" and not is_packed(meta.unbox(flat[spec.leaf])):
@@ -118,22 +115,24 @@ def _read_errors(parts: AdaptedModel, files: ModelFiles) -> Callable[[str], np.n
     return read
 
 
-def first_gradients(run: AbstractRun, parts: AdaptedModel, loss_fn: LossFn) -> dict[str, Any]:
+def first_gradients(run: AbstractRun, parts: AdaptedModel, init: str, seed: int) -> dict[str, Any]:
     """The gradient by every adapted weight, by path, for the first micro-batch, before adapters have an effect."""
-    settings, mesh = run.settings, run.mesh
-    init = BASE_INITS.get(settings.lora.init)
-    if init is None or init.source != "gradients":
+    if BASE_INITS[init].source != "gradients":
         return {}
-    batch = take_local(run.batches.batch(settings.seed, 0), mesh)
-    count = len(batch["weight"]) // settings.train.accumulate
+    problem, mesh = run.problem, run.mesh
+    assert problem.batch is not None
+    batch = take_local(problem.batch(seed, 0), mesh)
+    count = len(batch["weight"]) // problem.accumulate
     batch = shard_batch({name: column[:count] for name, column in batch.items()}, mesh)
     flat, places = flatten(parts.frozen), flatten(run.shardings.frozen)
     weights = {spec.leaf: flat[spec.leaf] for spec in parts.specs.values()}
-    key = jax.random.fold_in(jax.random.key(settings.seed), 1)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
 
     # The weights are an argument of their own: jax.grad by all of `frozen` would need its memory once more.
     def loss(weights: Any, trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> jax.Array:
-        (total, weight), _ = loss_fn(combine(trainable, replace_leaves(frozen, weights)), batch, key)
+        (total, weight), _ = problem.loss_of_any(
+            combine(trainable, replace_leaves(frozen, weights)), batch, key
+        )
         return total / weight
 
     # Sharded like the weights; where this is left to XLA, each device may hold all of a gradient.

@@ -26,8 +26,7 @@ def inspect(settings: Settings) -> str:
     check_mesh(settings, mesh)
     files = open_files(resolve(settings.model.path, "model"))
     data = task_class(settings).load(settings.task_options, files)
-    run = abstract_run(settings, files, data, mesh)
-    parts = run.parts
+    parts, batches, run = abstract_run(settings, files, data, mesh)
     if (init := find_init_adapter(settings)) is not None:
         check_init_adapter(init, settings, parts, data.task)
     peak = settings.optimizer.warmup_steps
@@ -38,7 +37,8 @@ def inspect(settings: Settings) -> str:
         names = ", ".join(map(str, layers))
         lines.append(f"lora.layers_to_transform: only layers {names} are adapted, the others stay zero")
     sizes = ", ".join(f"{size:,} {name}" for name, size in data.examples.items())
+    size = settings.train.batch_size
     lines.append(
-        f"{run.steps} steps of batch size {settings.train.batch_size}; learning rates at step {peak}; data: {sizes}"
+        f"{run.problem.steps} steps of batch size {size}; learning rates at step {peak}; data: {sizes}"
     )
-    return "\n".join((*lines, *run.batches.summary))
+    return "\n".join((*lines, *batches.summary))

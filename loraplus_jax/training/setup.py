@@ -30,6 +30,7 @@ from ..models.files import open_files
 from ..settings.schema import MAX_STEPS, Settings
 from ..step.checkpoint import leaf_dtypes_and_shapes
 from ..step.fingerprints import fingerprint
+from ..step.problem import Problem
 from ..step.run_metadata import describe_run
 from ..step.sharding import (
     BATCH_AXES,
@@ -101,7 +102,7 @@ class Run(NamedTuple):
     origin: Origin
     metadata: dict[str, Any]
     start: dict[str, Any] | None
-    differences: Sequence[str]
+    differences: Sequence[str] = ()
 
 
 def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: bool = False) -> Run:
@@ -118,7 +119,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         files = open_files(resolve(settings.model.path, "model"))
         data = task_class(settings).load(settings.task_options, files)
         abstract = abstract_run(settings, files, data, mesh)
-        shapes = abstract.parts
+        shapes, run = abstract.parts, abstract.run
         identity = model_identity(settings, files, data.task) | {"data": data.digests}
         if init is not None:
             as_saved = model_identity(settings, files, data.task, saved=init.notes)
@@ -142,7 +143,8 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             )
         # Compiled from shapes: a program that does not fit is an error before the weights are read, which takes
         # minutes.
-        programs = compile_programs(abstract)
+        theory = settings.train.theory_every is not None
+        programs = compile_programs(run, theory=theory, unrolled=bool(settings.model.unroll))
         release_memory()  # the compiler's
         check_memory(programs.compiled, mesh.local_devices[0], len(mesh.local_devices))
         parts = load_model(settings, files, shapes, mesh)
@@ -159,7 +161,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(parts.specs, settings.applied, task=inputs["task"])
     if settings.optimizer.target_rank is not None:
-        metadata["steps"] = abstract.steps  # by which AdaLoRA's ranks fall
+        metadata["steps"] = run.problem.steps  # by which AdaLoRA's ranks fall
     parts, start = start_magnitudes(parts), None
     if init is not None:
         with raise_together():
@@ -171,10 +173,8 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
             output = expand_path("output_dir", settings.output_dir)
             start = read_start(output, parts.specs)
         if start is None:
-            # Its rows are no micro-batch of a step, so they may have more positions with a loss.
-            losses = data.task.make_losses(settings.task_options, parts, mesh)
-            gradients = first_gradients(abstract, parts, losses.train)
-            start = make_start(settings, parts, files, gradients)
+            gradients = first_gradients(run, parts, settings.applied.init, settings.seed)
+            start = make_start(settings.applied, parts, files, gradients)
         parts = begin_from(parts, start, settings.applied)
         metadata["start"] = fingerprint(start)
     if is_distributed:
@@ -183,11 +183,11 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         settings=settings,
         data=data,
         parts=parts,
-        steps=abstract.steps,
+        steps=run.problem.steps,
         batches=abstract.batches,
-        tx=abstract.tx,
+        tx=run.tx,
         mesh=mesh,
-        shardings=abstract.shardings,
+        shardings=run.shardings,
         programs=programs,
         chat_model=chat_model,
         held_out_texts=held_out_texts,
@@ -198,7 +198,21 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
     )
 
 
-def abstract_run(settings: Settings, files: ModelFiles, data: TaskData, mesh: Mesh) -> AbstractRun:
+class Described(NamedTuple):
+    """A run before its weights are read.
+
+    Attributes:
+      parts: the model, with shapes as variables.
+      batches: the shapes of the batches.
+      run: what its programs are compiled from.
+    """
+
+    parts: AdaptedModel
+    batches: BatchPlan
+    run: AbstractRun
+
+
+def abstract_run(settings: Settings, files: ModelFiles, data: TaskData, mesh: Mesh) -> Described:
     """A run from shapes; checks that steps, batches, model and optimizer fit together."""
     steps = count_steps(settings, row_count(data.splits["train"]))
     shapes = build_model(settings, files, data.task, settings.applied)
@@ -212,7 +226,35 @@ def abstract_run(settings: Settings, files: ModelFiles, data: TaskData, mesh: Me
         except ValueError as error:
             raise ValueError(f"optimizer.{error}") from None
     batches = data.task.plan_batches(settings.task_options, data, steps, (settings.seed,), mesh)
-    return AbstractRun(settings, data, mesh, steps, batches, shapes, tx)
+    problem = make_problem(settings, data.task, shapes, batches, steps, mesh)
+    return Described(shapes, batches, AbstractRun(problem, mesh, tx))
+
+
+def make_problem(
+    settings: Settings,
+    task: Task,
+    parts: AdaptedModel,
+    batches: BatchPlan,
+    steps: int,
+    mesh: Mesh | None = None,
+) -> Problem:
+    """What is trained, from shapes; with a mesh, its losses are for variables on it."""
+    losses = task.make_losses(settings.task_options, parts, mesh, batches.scored)
+    return Problem(
+        loss=losses.train,
+        loss_of_any=task.make_losses(settings.task_options, parts, mesh).train,
+        evaluate=losses.evaluate,
+        specs=parts.specs,
+        trainable=parts.trainable,
+        frozen=parts.frozen,
+        train_batch=batches.train,
+        eval_batch=batches.evaluate,
+        batch=batches.batch,
+        steps=steps,
+        accumulate=settings.train.accumulate,
+        rules=parts.base.rules,
+        layers=parts.base.layers,
+    )
 
 
 def task_class(settings: Settings) -> type[Task]:

@@ -224,16 +224,16 @@ def test_a_population_shares_its_base_without_collectives(tmp_path):
     mesh = Mesh(gpus(f"h100:{count}"), (population.MEMBER_AXIS,))
     step = lower(single, tmp_path, gpus(f"h100:{count}")[:1])
     abstract = population.AbstractPopulation(
-        run, tmp_path, parts_of(single, tmp_path)[1], 10, run, step.run.parts
+        run, tmp_path, parts_of(single, tmp_path)[1], 10, run, step.parts
     )
-    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.run.parts.trainable)  # noqa: E731
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.parts.trainable)  # noqa: E731
     first = lambda: jax.tree.map(jnp.asarray, population._first_member(abstract, run.trials[0], 0, zeros()))  # noqa: E731
     stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((2 * count, *x.shape), x.dtype))
-    losses = abstract.data.task.make_losses(run.task_options, step.run.parts)
-    one = population.make_member_step(run, losses, step.run.parts.specs, 10)
+    optimizer = population.optimizer_of(run, step.parts.specs, 10)
+    one = population.make_member_step(step.run.problem, optimizer, run.train.max_skipped)
     members = jax.eval_shape(first)
     mapped = population.map_members(one, (0, None, 0), at_once=2, mesh=mesh, donate=0)
-    lowered = mapped.lower(stack(members), step.run.parts.frozen, stack(step.held["batch"][0]))
+    lowered = mapped.lower(stack(members), step.parts.frozen, stack(step.held["batch"][0]))
     program = lowered.compile()
     assert not collectives(program.as_text())
     # Two members a device, donated.

@@ -97,12 +97,12 @@ def shapes(settings):
 
 
 def shardings(settings):
-    return str(described(settings).shardings)
+    return str(described(settings).run.shardings)
 
 
 def program(settings):
     """The training step that is given to the compiler."""
-    return str(trace_step(described(settings)).jaxpr)
+    return str(trace_step(described(settings).run).jaxpr)
 
 
 def variables(settings):

@@ -47,7 +47,7 @@ def test_costs_of_some_adapted_layers_micro_batches_and_pieces_of_the_loss(tmp_p
     assert four.bytes > work.bytes  # weights are read four times
     # The head is read twice for each further piece of the loss: 8 rows of 32 tokens are 4 pieces.
     cut = llama(tmp_path, model={"loss_chunk": 64, "dtype": "bfloat16"}, **options)
-    parts = plan_step(cut, base, data, mesh).run.parts
+    parts = plan_step(cut, base, data, mesh).parts
     assert head_bytes(cut, parts, mesh) == 3 * 2 * 256 * 32 * 2
     assert head_bytes(cut, parts, make_mesh(1, 1, 2)) == 3 * 2 * 256 * 32
 

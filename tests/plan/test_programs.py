@@ -14,9 +14,8 @@ from .tiny import fake, parts_of
 
 
 def between_steps(settings):
-    return bytes_between_steps(
-        plan_step(settings, *parts_of(settings, Path(settings.model.path)), make_mesh())
-    )
+    parts = parts_of(settings, Path(settings.model.path))
+    return bytes_between_steps(settings, plan_step(settings, *parts, make_mesh()))
 
 
 @pytest.mark.slow

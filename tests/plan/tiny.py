@@ -81,14 +81,14 @@ def lower_pmap(settings, directory, devices):
     """The pmap step of a model without weights, and its state's shapes on one device."""
     base, data = parts_of(settings, directory)
     step = plan_step(settings, base, data, make_mesh(1, devices=devices[:1]))
-    tx = make_optimizer(settings.optimizer, settings.lr_ratio, 10, step.run.parts.specs)
-    losses = data.task.make_losses(settings.task_options, step.run.parts)
+    tx = make_optimizer(settings.optimizer, settings.lr_ratio, 10, step.parts.specs)
+    losses = data.task.make_losses(settings.task_options, step.parts)
     run = pmap_step(losses.train, tx, skip_nonfinite=True, devices=devices)
     batch = step.held["batch"][0]
     count = len(devices)
     state, frozen = (
         jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
-        for tree in (step.run.state, step.run.parts.frozen)
+        for tree in (step.run.state, step.parts.frozen)
     )
     rows = {
         name: jax.ShapeDtypeStruct((count, x.shape[0] // count, *x.shape[1:]), x.dtype)

@@ -1,7 +1,5 @@
 """A member's step: which failures in a row end it."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +7,9 @@ import pytest
 
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.settings.schema import OptimizerSettings
+from loraplus_jax.step.problem import Problem
 from loraplus_jax.step.train_step import init_state
 from loraplus_jax.sweep.population import Members, make_member_step
-from loraplus_jax.tasks.interface import Losses
 from loraplus_jax.training.optimizer import make_optimizer
 
 SPECS = {"q": AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(3, 3), rank=2, scale=1.0)}
@@ -20,17 +18,20 @@ SPECS = {"q": AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape
 @pytest.fixture(scope="module")
 def step():
     """Steps of one member, whose batch is what its loss is multiplied by, from its first step."""
-    run = types.SimpleNamespace(
-        shared_optimizer=OptimizerSettings(schedule="constant"),
-        train=types.SimpleNamespace(accumulate=1, max_skipped=3),
-    )
+    settings = OptimizerSettings(schedule="constant")
     trainable = {"lora": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}}
 
     def loss_fn(variables, batch, rng):
         return (batch * jnp.sum(variables["lora"]["q"]["lora_a"]), jnp.float32(1)), {}
 
-    step = jax.jit(make_member_step(run, Losses(loss_fn, loss_fn), SPECS, 10))  # pyright: ignore[reportArgumentType]
-    tx = make_optimizer(run.shared_optimizer, jnp.float32(4), 10, SPECS)
+    def optimizer(learning_rate, lr_ratio):
+        return make_optimizer(settings, lr_ratio, 10, SPECS, learning_rate=learning_rate)
+
+    losses = dict.fromkeys(("loss", "loss_of_any", "evaluate"), loss_fn)
+    shapes = {"trainable": trainable, "frozen": {}, "train_batch": {}, "eval_batch": {}}
+    problem = Problem(**losses, **shapes, specs=SPECS, batch=None, steps=10)
+    step = jax.jit(make_member_step(problem, optimizer, 3))
+    tx = make_optimizer(settings, jnp.float32(4), 10, SPECS)
     state = init_state(trainable, tx, jax.random.key_data(jax.random.key(0)))
     rates = jnp.float32(0.1), jnp.float32(4)
     first = Members(state, *rates, {"q": jnp.float32(1)}, jnp.int32(0), jnp.bool_(True))

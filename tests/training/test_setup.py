@@ -1,7 +1,6 @@
 """From settings to parts, optimizer and number of steps, nothing trained; what `loraplus inspect` shows."""
 
 import dataclasses
-import types
 from collections import Counter
 from pathlib import Path
 
@@ -222,7 +221,7 @@ def starting(init, **fields):
     )
     parts = AdaptedModel(None, None, {"q": spec}, {}, {"q": np.ones((8, 8), np.float32)})
     config = LoRAPlusConfig(target_modules=["q"], init=init)
-    return lambda tmp_path: make_start(types.SimpleNamespace(applied=config), parts, open_files(tmp_path), {})
+    return lambda tmp_path: make_start(config, parts, open_files(tmp_path), {})
 
 
 test_adapters_that_cannot_start_from_the_base = refusals(
@@ -244,7 +243,8 @@ def test_a_run_without_a_start_of_its_own_saves_what_it_trained(tmp_path):
 def test_programs_take_each_layers_weights_on_one_cpu_device(world, more, devices, split):
     settings = parse_settings(world.config, more.split())
     files, mesh = open_files(world.model), make_mesh(devices)
-    run = abstract_run(settings, files, task_class(settings).load(settings.task_options, files), mesh)
+    data = task_class(settings).load(settings.task_options, files)
+    run = abstract_run(settings, files, data, mesh).run
     for traced in (trace_step(run), trace_evaluation(run)):
         _, frozen, _ = traced.args_info[0]
         kernel = frozen["params"]["encoder"]["layers"]["mlp"]["up"]["kernel"]

@@ -16,6 +16,7 @@ from loraplus_jax.data.batches import train_batches
 from loraplus_jax.data.options import DataOptions
 from loraplus_jax.models.options import ModelOptions
 from loraplus_jax.settings.schema import Settings, TrainSettings
+from loraplus_jax.step.problem import Problem
 from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.step.train_step import Rows, jit_step, make_eval
 from loraplus_jax.tasks.interface import AdaptedModel, TaskData, full_batches
@@ -143,13 +144,17 @@ def make_run(tmp_path, monkeypatch):
         task: Any = types.SimpleNamespace(metric="loss", mode="min", derived=lambda values: {})
         splits = {name: {"target": np.full(4, target, np.float32)} for name, target in TARGETS.items()}
         data = TaskData(task, splits, dict.fromkeys(splits, 4), {}, {})
-        base: Any = types.SimpleNamespace(rules=((".*", ()),))
+        base: Any = None
         parts = AdaptedModel(base, base, {}, {"params": {"w": jnp.zeros(())}}, {})
         step = jit_step(_descend, tx, mesh=mesh, skip_nonfinite=True)
         programs = Programs(step, make_eval(_distance, mesh=mesh))
         batches, notes = full_batches(splits["train"], 2, 64), {"base": None, "task": {}}
         batches = batches._replace(batch=train_batches(splits["train"], batch_size=2))
-        shardings = AbstractRun(settings, data, mesh, 5, batches, parts, tx).shardings
+        losses = {"loss": _descend, "loss_of_any": _descend, "evaluate": _distance}
+        shapes = {"train_batch": batches.train, "eval_batch": batches.evaluate, "batch": batches.batch}
+        variables = {"specs": {}, "trainable": parts.trainable, "frozen": {}}
+        problem = Problem(**losses, **variables, **shapes, steps=5)
+        shardings = AbstractRun(problem, mesh, tx).shardings
         made = settings, data, parts, 5, batches, tx, mesh, shardings, programs
         run = Run(*made, None, None, {"base": None, "identity": {}}, notes, None)
         monkeypatch.setattr(training, "prepare", lambda *_, **__: run)
