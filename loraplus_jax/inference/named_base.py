@@ -18,11 +18,9 @@ from ..interop.path_map import PathMap
 from ..models.checkpoints.model_files import ModelFiles, View
 from ..models.checkpoints.name_table import NameTable, Rule
 from ..models.checkpoints.transformers_class import TransformersClass
-from ..models.families import KINDS, MODEL_TYPES, family_of
+from ..models.families import KINDS, MODEL_TYPES, PREFIXES, family_of
 from .checkpoint_merge import TYPES
 
-PREFIXES = ("", "model.", "transformer.", "bert.", "roberta.")
-"""What transformers puts before module names in some classes of a model, and not in others."""
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 OUTER = ("embed_tokens", "wte", "lm_head")
 """What the modules outside the layers are called that an adapter may change."""
@@ -108,7 +106,7 @@ class NamedBase(NamedTuple):
         modules = {name.rpartition(".")[0] for name in self.tensors}
         found = {}
         for name in names:
-            spellings = [prefix + name for prefix in PREFIXES]
+            spellings = [prefix + name for prefix in ("", *PREFIXES)]
             spellings += [name.removeprefix(prefix) for prefix in PREFIXES]
             if (module := next((each for each in spellings if each in modules), None)) is None:
                 if ".experts." in name:

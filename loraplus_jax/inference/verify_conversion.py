@@ -16,10 +16,10 @@ import numpy as np
 from ..models.checkpoints.gguf.load import interleaved_heads
 from ..models.checkpoints.name_table import expand
 from ..models.checkpoints.params import load_params
-from ..models.families import MODEL_TYPES, family_of
+from ..models.families import MODEL_TYPES, PREFIXES, family_of
 from ..tasks.causal_lm import model_config
 from ..tasks.interface import AdaptedModel
-from .named_base import PREFIXES, NamedBase
+from .named_base import NamedBase
 from .tuned_model import TunedModel, describe_language, load, look_model
 
 SEED, ROWS, LENGTH = 0, 2, 16
@@ -164,7 +164,7 @@ def torch_logits(base: NamedBase, *, changed: Weights = {}, adapter: Path | None
             head.weight = torch.nn.Parameter(head.weight.detach().clone())
         parameters = dict(model.named_parameters())
         for name, value in changed.items():
-            spelled = [n for prefix in PREFIXES if (n := prefix + name) in parameters]
+            spelled = [n for prefix in ("", *PREFIXES) if (n := prefix + name) in parameters]
             if not spelled:
                 raise ValueError(
                     f"{base.files}: transformers' {type(model).__name__} has no parameter {name}"

@@ -103,6 +103,12 @@ ENCODERS = (
         _MODERNBERTS,
     ),
 )
+PREFIXES = tuple(
+    dict.fromkeys(
+        [*(family.prefix for family in FAMILIES), *(c.prefix for f in ENCODERS for c in f.classes.values())]
+    )
+)
+"""What transformers puts before the names of modules in models with a head, and not in those without."""
 ENCODER_TYPES = tuple(name for family in ENCODERS for name in family.classes)
 
 

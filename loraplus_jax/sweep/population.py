@@ -103,7 +103,6 @@ class Population(NamedTuple):
 
     Attributes:
       run: settings of the sweep.
-      abstract: the population before the weights were read.
       data: data of the sweep.
       parts: the model with adapters of the largest rank.
       steps: optimizer steps of a full run.
@@ -117,7 +116,6 @@ class Population(NamedTuple):
     """
 
     run: SweepRun
-    abstract: "AbstractPopulation"
     data: TaskData
     parts: AdaptedModel
     steps: int
@@ -259,9 +257,7 @@ def prepare_population(abstract: AbstractPopulation, places: int, at_once: int |
     if start is not None:
         metadata["start"] = fingerprint(start)
     origin = origin_of(abstract, base)
-    return Population(
-        run, abstract, data, parts, steps, batches, mesh, programs, programs_for, first, origin, metadata
-    )
+    return Population(run, data, parts, steps, batches, mesh, programs, programs_for, first, origin, metadata)
 
 
 def make_member_step(problem: Problem, optimizer: Optimizer, max_skipped: int) -> Callable[..., Members]:
@@ -408,7 +404,7 @@ def _compile_programs(
         train = compile_step(size, rounds)
         step_work = float(np.mean(flops[True]) / np.mean(flops[False]))
         programs = Programs(size, places, train, evaluate, step_work)
-        check_memory((programs.step.largest, programs.evaluate), device, len(mesh.local_devices))
+        check_memory((programs.step.largest, programs.evaluate), mesh.local_devices)
         return programs
 
     if at_once is None and skips_measurement(device):
@@ -446,7 +442,7 @@ def skips_measurement(device: Any) -> bool:
 def _measured(step: Any, mesh: Mesh, at_once: int) -> float:
     """Seconds per member step, best of three calls on zeros; infinite if it does not fit in memory."""
     try:
-        check_memory((step,), mesh.devices.flat[0], len(mesh.local_devices))
+        check_memory((step,), mesh.local_devices)
     except ValueError:
         if at_once == 1:
             raise

@@ -25,7 +25,7 @@ from ..step.fingerprints import fingerprint
 from ..training.console import LineConsole
 from ..training.distributed import LostProcess
 from ..training.run_files import OWNER
-from ..training.signals import Stopped, StopSignal
+from ..training.signals import StopSignal
 from .executor import Opened, Stages
 from .population import AbstractPopulation, load_weights, origin_of
 from .settings import SweepSettings
@@ -227,8 +227,7 @@ class RayTasks:
 
     def check_stop(self) -> None:
         """Raises Stopped after a signal."""
-        if self.stop.received is not None:
-            raise Stopped(self.stop.received, "stopped; rerun the same command to resume")
+        self.stop.check("stopped")
 
     async def call(
         self, function: Any, *arguments: Any, poll: Callable[[], None] = lambda: None

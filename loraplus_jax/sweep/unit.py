@@ -33,7 +33,7 @@ from ..training.evaluation import finish_metrics
 from ..training.memory import expected_peak
 from ..training.run_directory import OutputDirectory, lock_directory, origins_of, saved_record
 from ..training.run_files import CHECKPOINTS, RESULT, UNITS
-from ..training.signals import Stopped, StopSignal
+from ..training.signals import StopSignal
 from .device_members import DeviceMembers, state_like, stored_members
 from .population import Members, Population, add_scales
 from .settings import Trial
@@ -342,9 +342,9 @@ class _UnitRun:
 
     def measure(self) -> None:
         """Measures an evaluation batch."""
-        programs, devices = self.members.programs, self.population.mesh.local_devices
-        rows = self.population.batches.eval_rows
-        memory = expected_peak((programs.step.largest, programs.evaluate), devices[0], len(devices))
+        programs, rows = self.members.programs, self.population.batches.eval_rows
+        largest = programs.step.largest, programs.evaluate
+        memory = expected_peak(largest, self.population.mesh.local_devices)
         seconds = self.members.time_evaluation(self.population.data.splits["validation"])
         work, preparation = programs.step_work, time.perf_counter() - self.began
         self.tell(
@@ -417,13 +417,8 @@ class _UnitRun:
 
     def end_if_stopped(self) -> None:
         """Raises Stopped if a signal was received; the caller has just saved."""
-        if self.signal.received is not None:
-            # Orbax writes in the background; a process that ended now would lose the checkpoint.
-            self.output.manager.wait_until_finished()
-            raise Stopped(
-                self.signal.received,
-                f"stopped at step {self.step} of the {self.unit.stage}; rerun the same command to resume",
-            )
+        save = self.output.manager.wait_until_finished
+        self.signal.check(f"stopped at step {self.step} of the {self.unit.stage}", save)
 
     def score_texts(self) -> list[dict[str, Any]]:
         """Arm and seed of each member, and the scores of its texts (task generation); else empty."""

@@ -16,15 +16,15 @@ MEMORY_ADVICE = (
 )
 
 
-def check_memory(programs: Sequence[Any], device: Any, local_devices: int) -> None:
+def check_memory(programs: Sequence[Any], devices: Sequence[Any]) -> None:
     """Raises ValueError if one of the programs needs more memory than is free.
 
     Args:
       programs: the `jax.stages.Compiled` programs. They run one at a time, but the arguments of all stay in memory.
-      device: one of the `jax.Device`s that they run on.
-      local_devices: the number of devices of this process; on a CPU they share the host's memory.
+      devices: the `jax.Device`s of this process that they run on; on a CPU these share the host's memory.
     """
-    (resident, temporary), free = needed_bytes(programs, device, local_devices), free_bytes(device)
+    device = devices[0]
+    (resident, temporary), free = needed_bytes(programs, devices), free_bytes(device)
     if resident + temporary > free:
         needed, weights, passing, free = (
             f"{size / 1e9:.2f} GB" for size in (resident + temporary, resident, temporary, free)
@@ -35,7 +35,7 @@ def check_memory(programs: Sequence[Any], device: Any, local_devices: int) -> No
         )
 
 
-def needed_bytes(programs: Sequence[Any], device: Any, local_devices: int) -> tuple[int, int]:
+def needed_bytes(programs: Sequence[Any], devices: Sequence[Any]) -> tuple[int, int]:
     """Bytes that the programs' arguments take, and that a program takes while it runs; as for `check_memory`."""
     sizes = [program.memory_analysis() for program in programs]
     resident = max(size.argument_size_in_bytes for size in sizes)
@@ -43,14 +43,14 @@ def needed_bytes(programs: Sequence[Any], device: Any, local_devices: int) -> tu
     temporary = max(
         size.temp_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes for size in sizes
     )
-    copies = local_devices if device.platform == "cpu" else 1
+    copies = len(devices) if devices[0].platform == "cpu" else 1
     return resident * copies, temporary * copies
 
 
-def expected_peak(programs: Sequence[Any], device: Any, local_devices: int) -> int:
+def expected_peak(programs: Sequence[Any], devices: Sequence[Any]) -> int:
     """Peak memory in bytes of the programs, once their arguments are loaded: on a CPU that of the process."""
-    resident, temporary = needed_bytes(programs, device, local_devices)
-    if device.platform == "cpu":
+    resident, temporary = needed_bytes(programs, devices)
+    if devices[0].platform == "cpu":
         resident = psutil.Process().memory_info().rss
     return resident + temporary
 

@@ -22,13 +22,12 @@ from ..interop.path_map import PathMap
 from ..interop.peft_files import load_peft, peft_config, peft_names
 from ..models.checkpoints import transformers_class
 from ..models.checkpoints.name_table import NameTable, linear_rules
+from ..models.families import PREFIXES
 from ..settings.schema import Settings
 from ..tasks.interface import AdaptedModel, params_of
 from .place import ADAPTERS, Place, look
 from .provenance import Identity, check_identity
 
-PREFIXES = ("model.", "transformer.", "bert.", "roberta.")
-"""The prefixes that transformers puts before module names in models with a head, by model family."""
 RATES = ("policy", "decay", "weight_decay")
 
 

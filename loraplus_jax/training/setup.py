@@ -146,7 +146,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         theory = settings.train.theory_every is not None
         programs = compile_programs(run, theory=theory, unrolled=bool(settings.model.unroll))
         release_memory()  # the compiler's
-        check_memory(programs.compiled, mesh.local_devices[0], len(mesh.local_devices))
+        check_memory(programs.compiled, mesh.local_devices)
         parts = load_model(settings, files, shapes, mesh)
         inputs = {
             **identity,

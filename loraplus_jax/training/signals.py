@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import jax
@@ -67,6 +68,12 @@ class StopSignal:
         if self._received is None and stdout_problem() is not None:
             self._record(signal.SIGPIPE, None)
         return self._received
+
+    def check(self, message: str, save: Callable[[], object] = lambda: None) -> None:
+        """Raises Stopped after a signal, once `save` has returned; the message gets what to do."""
+        if (number := self.received) is not None:
+            save()
+            raise Stopped(number, f"{message}; rerun the same command to resume")
 
     def is_due(self, step: int) -> bool:
         """Whether to stop after this step; call it after every step."""

@@ -176,10 +176,9 @@ class Trainer:
 
     def check_stop(self) -> None:
         """Raises Stopped if a signal was received, once running saves are done."""
-        if self.stop.received is not None:
-            self.manager.wait_until_finished()
-            message = f"stopped at step {self.step} of {self.run.steps}; rerun the same command to resume"
-            raise Stopped(self.stop.received, message)
+        # Orbax writes in the background; a process that ended now would lose the checkpoint.
+        save = self.manager.wait_until_finished
+        self.stop.check(f"stopped at step {self.step} of {self.run.steps}", save)
 
     def resume(self) -> tuple[int, str | None]:
         """Restores the newest readable checkpoint, if any; returns the number and digest of the rows before it."""
@@ -250,8 +249,7 @@ class Trainer:
 
     def expected_peak(self) -> int:
         """The expected peak memory in bytes."""
-        devices = self.run.mesh.local_devices
-        return expected_peak(self.run.programs.compiled, devices[0], len(devices))
+        return expected_peak(self.run.programs.compiled, self.run.mesh.local_devices)
 
     def ask_prompt(self, when: str, trainable: Any) -> None:
         """Stores the model's answer to `train.prompt`, if there is one."""

@@ -49,7 +49,7 @@ def test_what_does_not_fit_is_rejected_with_numbers(monkeypatch, programs, free,
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     rejected = pytest.raises(ValueError, match=mentions("GB", "cpu", "train.accumulate"))
     with contextlib.nullcontext() if fits else rejected:
-        check_memory([programs[name] for name in names], jax.devices()[0], devices)
+        check_memory([programs[name] for name in names], [jax.devices()[0]] * devices)
 
 
 def test_free_memory_of_an_accelerator_comes_from_its_own_statistics():
@@ -155,9 +155,9 @@ def test_the_expected_peak_adds_what_the_largest_program_takes_while_it_runs(mon
         sizes |= {"output_size_in_bytes": 30, "alias_size_in_bytes": 20}
         return types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**sizes))
 
-    def device(platform):
-        return types.SimpleNamespace(platform=platform)
+    def devices(platform):
+        return [types.SimpleNamespace(platform=platform)] * 2
 
-    assert expected_peak([program(7), program(5)], device("gpu"), 2) == 100 + 7 + 30 - 20
+    assert expected_peak([program(7), program(5)], devices("gpu")) == 100 + 7 + 30 - 20
     monkeypatch.setattr("psutil.Process.memory_info", lambda self: types.SimpleNamespace(rss=1000))
-    assert expected_peak([program(7), program(5)], device("cpu"), 2) == 1000 + 2 * (7 + 30 - 20)
+    assert expected_peak([program(7), program(5)], devices("cpu")) == 1000 + 2 * (7 + 30 - 20)
