@@ -14,7 +14,7 @@ from loraplus_jax.training.programs import Programs
 def without_compiling():
     """Leaves out step and evaluation, which take most of the time of a preparation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "compile_programs", lambda *_: Programs(None, None))
+        patch.setattr(setup, "compile_programs", lambda *_, **__: Programs(None, None))
         patch.setattr(setup, "check_memory", lambda *_: None)
         yield
 

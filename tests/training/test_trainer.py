@@ -152,7 +152,7 @@ def make_run(tmp_path, monkeypatch):
         batches = batches._replace(batch=train_batches(splits["train"], batch_size=2))
         losses = {"loss": _descend, "loss_of_any": _descend, "evaluate": _distance}
         shapes = {"train_batch": batches.train, "eval_batch": batches.evaluate, "batch": batches.batch}
-        variables = {"specs": {}, "trainable": parts.trainable, "frozen": {}}
+        variables = {"specs": {}, "trainable": parts.trainable, "frozen": {}, "rules": ((".*", ()),)}
         problem = Problem(**losses, **variables, **shapes, steps=5)
         shardings = AbstractRun(problem, mesh, tx).shardings
         made = settings, data, parts, 5, batches, tx, mesh, shardings, programs
