@@ -23,7 +23,8 @@ from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.device_members import DeviceMembers
 from loraplus_jax.sweep.halving import comparison_steps, member_steps, survivors
 from loraplus_jax.sweep.population import abstract_population, prepare_population
-from loraplus_jax.sweep.settings import ARM_LABELS, METHODS, SweepRun, SweepSettings, Trial
+from loraplus_jax.sweep.settings import SweepRun, SweepSettings
+from loraplus_jax.sweep.trial import ARM_LABELS, METHODS, Trial
 
 TASKS = {
     "movie reviews, classes": (),

@@ -29,7 +29,8 @@ from loraplus_jax.settings.parsing import parse_settings, settings_from_json
 from loraplus_jax.sweep.arms import Arm, SharedProgram
 from loraplus_jax.sweep.report import REPORT
 from loraplus_jax.sweep.run import sweep
-from loraplus_jax.sweep.settings import SweepRun, Trial
+from loraplus_jax.sweep.settings import SweepRun
+from loraplus_jax.sweep.trial import Trial
 from loraplus_jax.sweep.unit import unit_directory
 from loraplus_jax.training.run_files import CONFIG, RESULT, read_summary
 from loraplus_jax.training.signals import Stopped

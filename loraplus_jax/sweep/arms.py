@@ -15,7 +15,8 @@ from .._utils.field_types import SECTION
 from ..optim.trained_ranks import alpha_for
 from ..settings.parsing import settings_from_json
 from ..settings.schema import Settings
-from .settings import ARM_LABELS, SweepRun, Trial, check_widen, grid_rates
+from .settings import SweepRun, check_widen, grid_rates
+from .trial import ARM_LABELS, Trial
 
 
 class Arm(NamedTuple):

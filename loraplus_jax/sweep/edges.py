@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from .settings import Trial
+from .trial import Trial
 
 
 def edges(tried: Collection[Trial], best: Trial) -> dict[str, str]:

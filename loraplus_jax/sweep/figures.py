@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..training.metrics_log import pyplot, save_figure
-from .settings import ARM_LABELS
+from .trial import ARM_LABELS
 
 PICTURES = {
     "heat_map": "Validation loss over the learning rates of A and B at the last comparison. Dashed line: plain "

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .settings import SweepSettings, Trial
+from .settings import SweepSettings
+from .trial import Trial
 
 
 def comparison_steps(settings: SweepSettings, steps: int) -> list[int]:

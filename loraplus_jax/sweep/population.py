@@ -50,7 +50,8 @@ from ..training.setup import (
 )
 from ..training.xla import ProgramByShape, one_thread_per_device
 from .halving import check_rungs
-from .settings import SweepRun, Trial
+from .settings import SweepRun
+from .trial import Trial
 
 MIN_SPEEDUP_SHARE = 0.95
 """Doubling the parallel members must cut the time per member to less than this share of the former time."""

@@ -19,7 +19,7 @@ from .arms import Arm
 from .edges import edges
 from .figures import PICTURES, pictures_of
 from .halving import comparison_steps, curve_steps, mean_losses, member_steps
-from .settings import SweepRun, Trial
+from .settings import SweepRun
 from .statistics import (
     CONFIDENCE,
     REPORT_CONFIDENCE,
@@ -34,6 +34,7 @@ from .statistics import (
     verdict,
     verdict_of_methods,
 )
+from .trial import Trial
 
 REPORT, PAGE, WINNER = "report.json", "report.html", "winner.yaml"
 ReportRow = dict[str, Any]

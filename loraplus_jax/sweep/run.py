@@ -55,7 +55,8 @@ from .halving import (
 )
 from .population import AbstractPopulation, abstract_population, load_weights, origin_of
 from .report import PAGE, REPORT, WINNER, ReportRow, make_report, measured, widening_option, write_report
-from .settings import MOST_MEMBERS, SweepRun, Trial
+from .settings import MOST_MEMBERS, SweepRun
+from .trial import Trial
 from .unit import MemberSpec, Progress, Source, Unit, read_result, unit_directory
 
 MEMBERS_FILE = "members_at_once.json"

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -12,11 +12,8 @@ from pydantic.dataclasses import dataclass
 from .._utils.field_types import SECTION, Count, Distinct, Fraction, Index, Int, Rate, Switch
 from ..adapter.config import BASE_INITS
 from ..settings.schema import INVARIANT, OptimizerSettings, Settings
+from .trial import ARM_LABELS, METHODS, ArmName, Trial
 
-ArmName = Literal["lora", "lora_plus", "control"]
-METHODS = ("lora", "lora_plus")
-ARM_LABELS: dict[str, str] = {"lora": "LoRA", "lora_plus": "LoRA+", "control": "LoRA(alpha x lambda)"}
-"""Display names of the arms."""
 MethodName = Literal[
     "lora",
     "lora_plus",
@@ -140,36 +137,6 @@ class SweepSettings:
                 raise ValueError(f"{name} must be null with methods, got {getattr(self, name)}{where}")
         if list(self.rungs) != sorted(self.rungs):
             raise ValueError(f"rungs must be in increasing order, got {list(self.rungs)}")
-
-
-class Trial(NamedTuple):
-    """One setting of the search.
-
-    Attributes:
-      learning_rate: peak eta_A.
-      lr_ratio: lambda.
-      alpha: LoRA alpha.
-      rank: LoRA rank.
-    """
-
-    learning_rate: float
-    lr_ratio: float
-    alpha: float
-    rank: int
-
-    @property
-    def arm(self) -> ArmName:
-        """The method it belongs to: plain LoRA if lr_ratio is 1, else LoRA+."""
-        return "lora" if self.lr_ratio == 1.0 else "lora_plus"
-
-    @property
-    def control(self) -> "Trial":
-        """Plain LoRA with alpha x lambda: in theory equivalent under Adam without weight decay and clipping."""
-        return self._replace(lr_ratio=1.0, alpha=self.alpha * self.lr_ratio)
-
-    def __str__(self) -> str:
-        ratio = "" if self.lr_ratio == 1.0 else f", lambda {self.lr_ratio:g}"
-        return f"eta_A {self.learning_rate:g}{ratio}, alpha {self.alpha:g}, rank {self.rank}"
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from .settings import ARM_LABELS, Trial
+from .trial import ARM_LABELS, Trial
 
 CONFIDENCE = 0.95
 REPORT_CONFIDENCE = 1 - (1 - CONFIDENCE) / 2

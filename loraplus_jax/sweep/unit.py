@@ -36,7 +36,7 @@ from ..training.run_files import CHECKPOINTS, RESULT, UNITS
 from ..training.signals import StopSignal
 from .device_members import DeviceMembers, state_like, stored_members
 from .population import Members, Population, add_scales
-from .settings import Trial
+from .trial import Trial
 from .unrelated_text import make_unrelated_loss
 
 TIMED_STEP = 3

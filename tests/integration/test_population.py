@@ -11,7 +11,8 @@ from loraplus_jax.step.sharding import shard_batch
 from loraplus_jax.sweep import population as populations
 from loraplus_jax.sweep.device_members import DeviceMembers, stored_members
 from loraplus_jax.sweep.population import abstract_population, prepare_population
-from loraplus_jax.sweep.settings import SweepRun, Trial
+from loraplus_jax.sweep.settings import SweepRun
+from loraplus_jax.sweep.trial import Trial
 from loraplus_jax.training.setup import prepare
 
 from .runs import flags

@@ -12,7 +12,8 @@ from loraplus_jax.sweep.halving import (
     planned_members,
     survivors,
 )
-from loraplus_jax.sweep.settings import SweepSettings, Trial
+from loraplus_jax.sweep.settings import SweepSettings
+from loraplus_jax.sweep.trial import Trial
 
 from ..refusals import refusals
 

@@ -8,7 +8,7 @@ import pytest
 from loraplus_jax.sweep.arms import Arm, programs_of
 from loraplus_jax.sweep.figures import heat_map_cells
 from loraplus_jax.sweep.report import make_report, measured
-from loraplus_jax.sweep.settings import Trial
+from loraplus_jax.sweep.trial import Trial
 
 from ..messages import assert_mentions
 

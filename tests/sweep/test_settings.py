@@ -8,8 +8,9 @@ from loraplus_jax.cli.commands import main
 from loraplus_jax.sweep.arms import programs_of
 from loraplus_jax.sweep.halving import comparison_steps, curve_steps, survivors
 from loraplus_jax.sweep.run import ignored_fields
-from loraplus_jax.sweep.settings import SweepSettings, Trial
+from loraplus_jax.sweep.settings import SweepSettings
 from loraplus_jax.sweep.statistics import report_runs
+from loraplus_jax.sweep.trial import Trial
 
 from ..messages import assert_mentions
 from ..refusals import refusals

@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from loraplus_jax.sweep.settings import Trial
 from loraplus_jax.sweep.statistics import (
     compare_arms,
     decision,
@@ -17,6 +16,7 @@ from loraplus_jax.sweep.statistics import (
     t_interval,
     verdict,
 )
+from loraplus_jax.sweep.trial import Trial
 
 from ..messages import assert_mentions
 

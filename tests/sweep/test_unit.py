@@ -10,7 +10,7 @@ import pytest
 from loraplus_jax._utils.atomic import to_json
 from loraplus_jax._utils.records import read_record, write_record
 from loraplus_jax.sweep import unit as units
-from loraplus_jax.sweep.settings import Trial
+from loraplus_jax.sweep.trial import Trial
 from loraplus_jax.sweep.unit import MemberSpec, Unit, read_result, run_unit, unit_directory
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.run_directory import lock_directory
