@@ -22,6 +22,7 @@ from .._utils.field_types import (
 
 Files = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
 """A data file, or several."""
+EITHER = "set either path (one file, split by split_seed) or train (separate files)"
 MetricName = Literal["accuracy", "f1", "macro_f1", "matthews", "mse", "mae", "pearson", "spearman"]
 GLUE_SETS = ("text", "text_pair", "label", "metrics", "delimiter", "quoting", "header", "test_fraction")
 """Fields of `DataOptions` that a GLUE task brings itself."""
@@ -103,11 +104,8 @@ class DataOptions:
     column_names: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.train is None):
-            raise ValueError(
-                "set either path (one file, split by split_seed) or train (separate files), "
-                f"got path={self.path!r} and train={self.train!r}"
-            )
+        if self.path is not None and self.train is not None:
+            raise ValueError(f"{EITHER}, got path={self.path!r} and train={self.train!r}")
         check_requirements(self, REQUIREMENTS, "data.")
         if self.split_seed and self.validation is not None and self.limit is None:
             raise ValueError(
@@ -139,7 +137,7 @@ class DataOptions:
 
     @property
     def files(self) -> dict[str, tuple[str, ...]]:
-        """The data files by field: path, or train and, if set, validation and test."""
+        """The data files by field: path, or train and, if set, validation and test; may be empty."""
         fields = {name: getattr(self, name) for name in ("path", "train", "validation", "test")}
         return {
             name: (value,) if isinstance(value, str) else value
@@ -150,7 +148,7 @@ class DataOptions:
     @property
     def sources(self) -> tuple[str, ...]:
         """The file, or files, with the training examples."""
-        return next(iter(self.files.values()))
+        return next(iter(self.files.values()), ())
 
     @property
     def table_options(self) -> dict[str, Any]:

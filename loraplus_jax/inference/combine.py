@@ -16,7 +16,7 @@ from ..training.place import ADAPTERS, Place, look
 from ..training.provenance import MODEL_PARTS, check_allowed, check_identity, model_identity
 from ..training.run_files import ADAPTER
 from ..training.saved_adapter import read_adapter
-from .tuned_model import NO_DATA, TrainingConfig, describe, read_config
+from .tuned_model import TrainingConfig, describe, read_config
 
 KEPT = ("settings", "task", "identity")
 """What `eval`, `generate` and `export` need of the first adapter that has it."""
@@ -85,7 +85,7 @@ def combine_runs(
         check_identity(source.place.directory, source.notes, here, weights=weights, allow=allow_different)
     # An export for the weights before quantization has no fingerprint to compare.
     settings = [source.notes["settings"] for source in sources.values() if "settings" in source.notes]
-    runs = [own for own in settings if own.get("data", {}).get("train") != NO_DATA]
+    runs = [own for own in settings if any(own.get("data", {}).get(name) for name in ("path", "train"))]
     if len(kinds := {own.get("model", {}).get("quantize", "none") for own in runs}) > 1:
         raise ValueError(
             f"the adapters are for bases with different model.quantize: {' and '.join(sorted(kinds))}"

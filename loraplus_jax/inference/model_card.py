@@ -96,7 +96,7 @@ def model_card(
         settings=settings,
         config=config,
         base=base,
-        data=", ".join(data_names(settings.data)),
+        data=", ".join(data_names(settings.data)) or "-",
         rates=rates,
         paper=PAPER,
         combination=_combination(tuned.place.notes),

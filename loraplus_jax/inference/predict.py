@@ -30,7 +30,7 @@ from ..training.evaluation import evaluate, finish_metrics
 from ..training.place import look
 from ..training.provenance import MODEL_PARTS, PARTS, SPLITS
 from .devices import MeshSizes, check_same_rows, choose_mesh, shardings_of, write_once
-from .tuned_model import NO_DATA, TunedModel, describe, load
+from .tuned_model import TunedModel, describe, load
 
 OUTPUT_SUFFIX = ".jsonl"
 
@@ -73,7 +73,7 @@ def evaluate_run(
         described = describe_task(directory, config, allow_different=allow_different, compared=compared)
         settings = described.settings
         on = choose_mesh(settings.mesh, mesh)
-        if data is None and settings.data.train == NO_DATA:
+        if data is None and not settings.data.files:
             raise ValueError(f"{directory} has no data of its own; pass --data FILE or --tasks")
         try:
             evaluated = described.task.load_split(settings.task_options, described.base, split, data)

@@ -29,7 +29,7 @@ from ..training.saved_adapter import adapter_config, read_adapter, saved_config
 from ..training.setup import base_parts, build_model
 from .devices import MeshSizes, choose_mesh
 from .predict import compute_outputs, texts_to_predict
-from .tuned_model import NO_DATA, OWN_TEMPLATE, TunedModel, describe, load, settings_and_task
+from .tuned_model import OWN_TEMPLATE, TunedModel, describe, load, settings_and_task
 
 SEARCH = ("beams", "max_new_tokens", "length_penalty", "no_repeat_ngram", "no_repeat_in", "early_stopping")
 """Settings of section generation that decide an answer."""
@@ -221,7 +221,7 @@ def _check_shared(directory: Path, own: Settings, shared: Settings, *, has_base:
 
     def values(settings: Settings) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        if own.data.train != NO_DATA:  # else these are no run's
+        if own.data.files:  # else these are no run's
             found["model.dtype"] = settings.model.dtype
             if not has_base:  # else the fingerprint of its weights tells
                 found["model.quantize"] = settings.model.quantize

@@ -34,8 +34,6 @@ from ..training.saved_adapter import adapter_config, merged_table, read_adapter,
 from ..training.setup import base_parts, build_model, load_model, task_class
 from .devices import choose_mesh, to_mesh
 
-NO_DATA = "-"
-"""`data.train` of an adapter that was trained elsewhere."""
 EVALUATED_TOKENS = 1024
 """Most tokens of a row in `loraplus eval --data` for an adapter that was trained elsewhere."""
 OWN_TEMPLATE = "--template and --dtype apply to models and PEFT adapters; a run has its own"
@@ -264,7 +262,7 @@ def read_config(config: str) -> TrainingConfig:
 def _without_run(
     place: Place, template: str | None, dtype: Dtype | None
 ) -> tuple[Settings, None, ModelFiles]:
-    """Settings of a language model without a run, which build the model only, and its files."""
+    """Settings of a language model without a run, and so without data, and its files."""
     path = peft_options(place.directory).base_model if place.kind == "peft" else place.name
     if path is None:
         raise ValueError(
@@ -276,9 +274,9 @@ def _without_run(
     weights_dtype = dtype or "float32"
     settings = Settings(
         model=ModelOptions(path=path, dtype=weights_dtype, param_dtype=weights_dtype),
-        data=DataOptions(train=NO_DATA, max_length=longest, template=template or "model"),
+        data=DataOptions(max_length=longest, template=template or "model"),
         task="instruction",
-        output_dir="-",
+        output_dir=str(place.directory),
     )
     return _with_adapter(place, settings, files, None) if place.kind == "peft" else settings, None, files
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from .._utils.validation import suggest
 from .._utils.yaml_files import read_word, read_yaml
 from ..adapter.config import LoRAPlusConfig
+from ..data.options import EITHER
 from .recipes import find_config
 from .schema import DEFAULT_LORA, DeviceSettings, Settings
 
@@ -67,7 +68,10 @@ def parse_settings(
             values[field] = value
         elif isinstance(values.setdefault(section, {}), Mapping):
             values[section] = {**values[section], field: value}
-    return _validate(kind, values)
+    settings = _validate(kind, values)
+    if isinstance(settings, Settings) and not settings.data.files:
+        raise ValueError(f"data: {EITHER}, got neither")
+    return settings
 
 
 def settings_from_json(values: Mapping[str, Any], kind: type[AnySettings] = Settings) -> AnySettings:

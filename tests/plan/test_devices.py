@@ -146,9 +146,7 @@ def test_a_process_that_has_planned_may_train(tmp_path, monkeypatch):
         checks = [getattr(fused, name) for name in ("check_cudnn_version", "check_compute_capability")]
         return jax.config.values["jax_platforms"], dict(os.environ), checks, dict(COMPILED_FOR)
 
-    settings = Settings(
-        model=ModelOptions(path="-"), data=DataOptions(train="-"), task="instruction", output_dir="-"
-    )
+    settings = Settings(model=ModelOptions(path="-"), data=DataOptions(), task="instruction", output_dir="-")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     monkeypatch.setattr(TOPOLOGY, reject)
     platforms = jax.config.values["jax_platforms"]

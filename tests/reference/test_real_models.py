@@ -41,7 +41,7 @@ def run_of(name, folder, targets, **model):
     is_causal = name != "minilm"
     settings = Settings(
         model=ModelOptions(path=str(PLACES[name]), **model),
-        data=DataOptions(train="-", max_length=16),
+        data=DataOptions(max_length=16),
         lora=LoRAPlusConfig(target_modules=targets, rank=4),
         task="instruction" if is_causal else "classification",
         output_dir="-",

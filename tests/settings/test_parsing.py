@@ -103,6 +103,7 @@ test_keys_and_values_that_are_rejected = refusals(
     (setting("lora.target_modules", [1]), "lora.target_modules", "1"),
     (setting("data.column_names", {"question": 1}), "data.column_names[question]", "text", 1),
     (setting("data.delimiter", ";;"), "data.delimiter", "one character", "';;'"),
+    (parsing("--data.path=null"), "data", "path", "train", "neither"),
     *((parsing("--data.path=null", f"--data.train={x}"), "data.train", "list") for x in ("[]", "[3]", " ")),
     (parsing(content={**LEAST, 1: 2}), "config", 1),
     (setting("data", {3: 4}), "data", 3),

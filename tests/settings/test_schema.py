@@ -134,7 +134,6 @@ def data(**fields):
 
 
 test_data_settings_that_are_rejected = refusals(
-    (data(), "path", "train", None),
     (data(path="a", train="b"), "path", "'a'", "train", "'b'"),
     (data(path="a", test="b"), "test", "train"),
     (data(path="a", validation="b"), "validation", "train"),
@@ -191,6 +190,11 @@ def test_settings_are_frozen_and_need_names():
 
 def test_data_settings_with_separate_files_may_leave_out_validation_and_test():
     assert DataOptions(train="a", text_pair="b").columns == ("text", "b", "label")
+
+
+def test_settings_of_a_model_alone_have_no_data():
+    """As an adapter has that was trained elsewhere; those of a config must have data."""
+    assert settings_from_json(LEAST | {"data": {}}).data.sources == ()
 
 
 def test_the_settings_that_are_paths_exist():
