@@ -129,10 +129,10 @@ def _bytes_needed(
     """What a GPU needs, as far as the compiler says, and the compiler's message if it ran out of memory."""
     _, devices = target_devices(f"{gpu.name}:{count}")
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
-    base, data = make_model(settings)
+    base, task = make_model(settings)
     check_layout(settings, base, mesh)
     say(f"compiling for {gpu.name}:{count}, model.quantize {settings.model.quantize}")
-    compiled = compile_step(settings, base, data, mesh, gpu)
+    compiled = compile_step(settings, base, task, mesh, gpu)
     train, needed, problems = settings.train, [compiled.needed], [compiled.problem]
     # An evaluation of no more rows keeps less: nothing for a backward pass.
     if train.eval_batch_size > train.batch_size // train.accumulate or train.theory_every is not None:

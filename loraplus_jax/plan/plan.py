@@ -23,7 +23,7 @@ from ..models.files import open_files
 from ..settings.schema import Settings
 from ..step.sharding import batch_parts, check_tensor, make_mesh
 from ..tasks.causal_lm import head_is_frozen
-from ..tasks.interface import AdaptedModel, BaseModel, TaskData
+from ..tasks.interface import AdaptedModel, BaseModel, Task
 from ..training.memory import free_bytes
 from ..training.setup import check_mesh, params_of, task_class
 from ..training.xla import compiler_options
@@ -171,13 +171,13 @@ def plan_for(
       ValueError, OSError: settings that training would reject too.
     """
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
-    base, data = make_model(settings)
+    base, task = make_model(settings)
     check_layout(settings, base, mesh)
-    step, text, memory, needed, peak, seconds, problem = compile_step(settings, base, data, mesh, chip)
+    step, text, memory, needed, peak, seconds, problem = compile_step(settings, base, task, mesh, chip)
     library = matmul_workspace(chip) if isinstance(chip, Gpu) else 0
     between_steps = bytes_between_steps(settings, step, library)
     problems = [problem, *(message for _, message in between_steps.values())]
-    work = count_work(settings, base, data, mesh, counted)
+    work = count_work(settings, base, task, mesh, counted)
     hosts = [device.process_index for device in mesh.devices.flat]
     communication = tuple(collectives(text, hosts)) if text else ()
     return Plan(
@@ -226,10 +226,10 @@ class CompiledStep(NamedTuple):
 
 
 def compile_step(
-    settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh, chip: Chip | None
+    settings: Settings, base: BaseModel, task: Task, mesh: Mesh, chip: Chip | None
 ) -> CompiledStep:
     """Compiles the training step as `train` does, for a base without weights."""
-    step = plan_step(settings, base, data, mesh)
+    step = plan_step(settings, base, task, mesh)
     start = time.perf_counter()
     # With the options of `train`: they change memory and collectives.
     program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=bool(settings.model.unroll)))
@@ -246,15 +246,15 @@ def compile_step(
 WORKSPACE = "kernel workspace (estimate)"
 
 
-def make_model(settings: Settings) -> tuple[BaseModel, TaskData]:
-    """The model without weights, and data of the shapes that it trains on.
+def make_model(settings: Settings) -> tuple[BaseModel, Task]:
+    """The model without weights, and its task.
 
     Raises:
       ValueError, OSError: the model cannot be found or made.
     """
     files = open_files(resolve(settings.model.path, "model", files=("config.json",)))
-    data = task_class(settings).placeholder(settings.task_options)
-    return data.task.make_base(settings.task_options, files), data
+    task = task_class(settings).without_data(settings.task_options)
+    return task.make_base(settings.task_options, files), task
 
 
 def check_layout(settings: Settings, base: BaseModel, mesh: Mesh) -> None:
@@ -283,7 +283,7 @@ def layers_of(base: BaseModel) -> int:
 def count_work(
     settings: Settings,
     base: BaseModel,
-    data: TaskData,
+    task: Task,
     mesh: Mesh,
     counted: dict[str, Work | None] | None = None,
 ) -> Work | None:
@@ -299,7 +299,7 @@ def count_work(
     steps: list[LoweredStep] = []
 
     def lower(base: BaseModel) -> jax.stages.Lowered:
-        steps.append(plan_step(small, base, data, mesh))
+        steps.append(plan_step(small, base, task, mesh))
         return steps[-1].lowered
 
     work = _count_layers(base, mesh, lower, {} if counted is None else counted)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from ..settings.schema import Settings
 from ..step.sharding import batch_sharding
-from ..tasks.interface import AdaptedModel, BaseModel, TaskData, full_batches
+from ..tasks.interface import AdaptedModel, BaseModel, Task
 from ..training.optimizer import check_rates, make_optimizer
 from ..training.programs import AbstractRun, lower_measurement, trace_evaluation, trace_step
 from ..training.setup import add_adapters, count_steps, make_problem
@@ -37,7 +37,7 @@ class LoweredStep(NamedTuple):
     held: dict[str, tuple[Any, Any]]
 
 
-def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -> LoweredStep:
+def plan_step(settings: Settings, base: BaseModel, task: Task, mesh: Mesh) -> LoweredStep:
     """Lowers the step that `train` would compile, for a base without weights."""
     parts = add_adapters(base, settings.applied)
     # The steps are only numbers in the schedule, so any will do.
@@ -45,9 +45,9 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
     tx = make_optimizer(settings.optimizer, settings.lr_ratio, steps, parts.specs)
     check_rates(settings.optimizer, parts.trainable)
-    batches = full_batches(data.splits["train"], train.batch_size, train.eval_batch_size)
+    batches = task.full_batches(settings.task_options)
     batch = batches.train
-    run = AbstractRun(make_problem(settings, data.task, parts, batches, steps, mesh), mesh, tx)
+    run = AbstractRun(make_problem(settings, task, parts, batches, steps, mesh), mesh, tx)
     state, shardings = run.state, run.shardings
     held = {
         "frozen weights": (parts.frozen, shardings.frozen),

@@ -135,7 +135,7 @@ class Search:
           ValueError, OSError: settings that training would reject with any layout.
         """
         self._settings, self._chip, self._devices = settings, chip, devices
-        self._base, self._data = make_model(settings)
+        self._base, self._task = make_model(settings)
         check_length(settings, self._base)
         own = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
         data, fsdp, tensor = own.devices.shape
@@ -197,7 +197,7 @@ class Search:
     def _count(self, trial: Trial) -> None:
         settings = trial.layout.apply(self._settings)
         mesh = make_mesh(*trial.layout.mesh, devices=self._devices)
-        trial.work = count_work(settings, make_model(settings)[0], self._data, mesh, self._counted)
+        trial.work = count_work(settings, make_model(settings)[0], self._task, mesh, self._counted)
         if trial.work is None:
             trial.problem = UNCOUNTED
         else:
@@ -259,7 +259,7 @@ class Search:
         for remat in dict.fromkeys(layout.remat for layout in layouts):
             applied = layouts[0]._replace(accumulate=1, remat=remat).apply(self._settings)
             mesh = make_mesh(*layouts[0].mesh, devices=self._devices)
-            step = plan_step(applied, make_model(applied)[0], self._data, mesh)
+            step = plan_step(applied, make_model(applied)[0], self._task, mesh)
             shapes[remat] = shape_of(step.jaxpr, layers)
         sizes = {mesh: self._weights(mesh, step) for mesh in dict.fromkeys(layout.mesh for layout in layouts)}
         rates = {

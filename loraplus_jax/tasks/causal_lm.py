@@ -45,6 +45,7 @@ from .interface import (
     batch_shapes,
     check_max_length,
     eval_shapes,
+    full_batches,
     held_out_split,
 )
 from .options import TaskOptions
@@ -188,10 +189,13 @@ class LanguageTask(Task):
         return TaskData(task, splits, sizes, truncated, digests, summary, tuple(inputs), constant)
 
     @classmethod
-    def placeholder(cls, options: TaskOptions) -> TaskData:
+    def without_data(cls, options: TaskOptions) -> "LanguageTask":
+        return cls(kind=options.kind)
+
+    def full_batches(self, options: TaskOptions) -> BatchPlan:
         ids = np.zeros((1, options.data.max_length), np.int32)
         columns = {"input_ids": ids, "segment_ids": ids, "loss_mask": ids.astype(np.float32)}
-        return TaskData(cls(kind=options.kind), {"train": columns}, {"train": 1}, {"train": 0}, {})
+        return full_batches(columns, options.batch_size, options.eval_batch_size)
 
     def load_split(
         self, options: TaskOptions, files: ModelFiles, split: str | None, data: str | None

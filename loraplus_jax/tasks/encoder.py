@@ -46,6 +46,7 @@ from .interface import (
     batch_shapes,
     check_max_length,
     eval_shapes,
+    full_batches,
     held_out_split,
 )
 from .metrics import SPLIT_METRICS
@@ -237,15 +238,17 @@ class EncoderTask(Task):
         return TaskData(task, splits, sizes, truncated, digests, summary, constant=constant, longest_row=most)
 
     @classmethod
-    def placeholder(cls, options: TaskOptions) -> TaskData:
+    def without_data(cls, options: TaskOptions) -> "EncoderTask":
+        glue = find_task(options.data, options.kind)
+        # The number of classes is unknown, and hardly matters: it is only the width of the head.
+        names = glue.names if glue else ("0", "1") if options.kind == "classification" else ()
+        return cls(kind=options.kind, names=names)
+
+    def full_batches(self, options: TaskOptions) -> BatchPlan:
         ids = np.zeros((1, options.data.max_length), np.int32)
         columns: Batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
-        classes, glue = options.kind == "classification", find_task(options.data, options.kind)
-        # Without the data the number of classes is unknown, and hardly matters: it is only the width of the head.
-        names = glue.names if glue else ("0", "1") if classes else ()
-        task = cls(kind=options.kind, names=names)
-        columns["label"] = np.zeros(1, np.int32 if classes else np.float32)
-        return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0}, {})
+        columns["label"] = np.zeros(1, np.int32 if self.kind == "classification" else np.float32)
+        return full_batches(columns, options.batch_size, options.eval_batch_size)
 
     def load_split(
         self, options: TaskOptions, files: ModelFiles, split: str | None, data: str | None

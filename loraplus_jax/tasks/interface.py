@@ -246,8 +246,12 @@ class Task(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def placeholder(cls, options: TaskOptions) -> TaskData:
-        """Returns the task and one row of training columns, for settings whose data is not available."""
+    def without_data(cls, options: TaskOptions) -> "Task":
+        """Returns the task for a plan, which has no data."""
+
+    @abc.abstractmethod
+    def full_batches(self, options: TaskOptions) -> BatchPlan:
+        """Returns the shapes of batches of full rows, each an example: the most that data may need."""
 
     @abc.abstractmethod
     def load_split(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -223,9 +224,8 @@ def test_a_population_shares_its_base_without_collectives(tmp_path):
     run = SweepRun(**fields, sweep=SweepSettings(learning_rates=(1e-4,), lr_ratios=(4.0,)))
     mesh = Mesh(gpus(f"h100:{count}"), (population.MEMBER_AXIS,))
     step = lower(single, tmp_path, gpus(f"h100:{count}")[:1])
-    abstract = population.AbstractPopulation(
-        run, tmp_path, parts_of(single, tmp_path)[1], 10, run, step.parts
-    )
+    unread: Any = None  # files and data
+    abstract = population.AbstractPopulation(run, unread, unread, 10, run, step.parts)
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.parts.trainable)  # noqa: E731
     first = lambda: jax.tree.map(jnp.asarray, population._first_member(abstract, run.trials[0], 0, zeros()))  # noqa: E731
     stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((2 * count, *x.shape), x.dtype))

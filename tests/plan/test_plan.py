@@ -8,46 +8,45 @@ import pytest
 from loraplus_jax import make_mesh
 from loraplus_jax.plan.plan import count_work, head_bytes, make_plan, replace_depth
 from loraplus_jax.plan.programs import plan_step
-from loraplus_jax.tasks.interface import row_count
 from loraplus_jax.training.setup import task_class
 
 from ..messages import mentions
 from .tiny import BERT, LAYERS, RANK, llama, parts_of, settings_of
 
 
-def cost(settings, base, data, mesh):
-    return plan_step(settings, base, data, mesh).lowered.compile().cost_analysis()
+def cost(settings, base, task, mesh):
+    return plan_step(settings, base, task, mesh).lowered.compile().cost_analysis()
 
 
 @pytest.mark.slow
 def test_costs_of_all_layers_follow_from_those_of_one_and_two(tmp_path):
     """On one device: on a mesh XLA's CPU compiler repeats the embedding's lookup in more and more places."""
     settings = settings_of(tmp_path, BERT, task="classification", targets=("query", "value"))
-    mesh, (base, data) = make_mesh(1), parts_of(settings, tmp_path)
-    whole = cost(settings, replace_depth(base, base.model.config.num_hidden_layers), data, mesh)
-    work = count_work(settings, base, data, mesh)
+    mesh, (base, task) = make_mesh(1), parts_of(settings, tmp_path)
+    whole = cost(settings, replace_depth(base, base.model.config.num_hidden_layers), task, mesh)
+    work = count_work(settings, base, task, mesh)
     assert work.flops == pytest.approx(whole["flops"], rel=0.01)
     assert work.bytes == pytest.approx(whole["bytes accessed"], rel=0.02)
     loop = base._replace(model=base.model.clone(unroll=False))
-    assert cost(settings, loop, data, mesh)["flops"] < 0.7 * whole["flops"]  # a loop's body counts once
+    assert cost(settings, loop, task, mesh)["flops"] < 0.7 * whole["flops"]  # a loop's body counts once
 
 
 @pytest.mark.slow
 def test_costs_of_some_adapted_layers_micro_batches_and_pieces_of_the_loss(tmp_path):
     options, mesh = {"layers": (1, 2), "targets": "all-linear"}, make_mesh(1)  # and the head is not adapted
     settings = llama(tmp_path, **options)
-    base, data = parts_of(settings, tmp_path)
-    whole = cost(settings, replace_depth(base, LAYERS), data, mesh)
-    work = count_work(settings, base, data, mesh)
+    base, task = parts_of(settings, tmp_path)
+    whole = cost(settings, replace_depth(base, LAYERS), task, mesh)
+    work = count_work(settings, base, task, mesh)
     assert work.flops == pytest.approx(whole["flops"], rel=0.01)
     assert work.bytes == pytest.approx(whole["bytes accessed"], rel=0.02)
     cut = llama(tmp_path, train={"accumulate": 4}, model={"loss_chunk": 16}, **options)
-    four = count_work(cut, base, data, mesh)
+    four = count_work(cut, base, task, mesh)
     assert four.flops == pytest.approx(work.flops, rel=0.02)
     assert four.bytes > work.bytes  # weights are read four times
     # The head is read twice for each further piece of the loss: 8 rows of 32 tokens are 4 pieces.
     cut = llama(tmp_path, model={"loss_chunk": 64, "dtype": "bfloat16"}, **options)
-    parts = plan_step(cut, base, data, mesh).parts
+    parts = plan_step(cut, base, task, mesh).parts
     assert head_bytes(cut, parts, mesh) == 3 * 2 * 256 * 32 * 2
     assert head_bytes(cut, parts, make_mesh(1, 1, 2)) == 3 * 2 * 256 * 32
 
@@ -77,15 +76,17 @@ def test_only_gradients_of_adapters_are_communicated(planned):
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "instruction"])
-def test_columns_without_data_are_those_of_data(tmp_path, task):
+def test_batches_without_data_have_full_rows(tmp_path, task):
     settings = (
         llama(tmp_path)
         if task == "instruction"
         else settings_of(tmp_path, BERT, task=task, targets=("query",))
     )
-    data = task_class(settings).placeholder(settings.task_options)
-    assert row_count(data.splits["train"]) == 1
-    assert data.task.kind == task
+    planned = task_class(settings).without_data(settings.task_options)
+    assert planned.kind == task
+    batches, train = planned.full_batches(settings.task_options), settings.train
+    assert (batches.train_rows, batches.eval_rows) == (train.batch_size, train.eval_batch_size)
+    assert batches.train["input_ids"].shape == (train.batch_size, settings.data.max_length)
 
 
 def test_an_encoder_takes_no_longer_rows_than_it_has_positions(tmp_path):

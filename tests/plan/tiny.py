@@ -47,8 +47,8 @@ def llama(directory, **kwargs):
 
 
 def parts_of(settings, directory):
-    data = task_class(settings).placeholder(settings.task_options)
-    return data.task.make_base(settings.task_options, open_files(directory)), data
+    task = task_class(settings).without_data(settings.task_options)
+    return task.make_base(settings.task_options, open_files(directory)), task
 
 
 def config(directory, **changes):
@@ -79,10 +79,10 @@ def fake(plan, **changes):
 
 def lower_pmap(settings, directory, devices):
     """The pmap step of a model without weights, and its state's shapes on one device."""
-    base, data = parts_of(settings, directory)
-    step = plan_step(settings, base, data, make_mesh(1, devices=devices[:1]))
+    base, task = parts_of(settings, directory)
+    step = plan_step(settings, base, task, make_mesh(1, devices=devices[:1]))
     tx = make_optimizer(settings.optimizer, settings.lr_ratio, 10, step.parts.specs)
-    losses = data.task.make_losses(settings.task_options, step.parts)
+    losses = task.make_losses(settings.task_options, step.parts)
     run = pmap_step(losses.train, tx, skip_nonfinite=True, devices=devices)
     batch = step.held["batch"][0]
     count = len(devices)
