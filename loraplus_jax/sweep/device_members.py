@@ -12,7 +12,8 @@ from jax.sharding import SingleDeviceSharding
 from ..data.batches import Batch, add_rows, eval_batches
 from ..step.train_step import Rows, TrainState, weighted_means
 from ..training.evaluation import join_rows, separate_rows
-from .population import Members, Population
+from .member_programs import Members
+from .population import Population
 
 
 class DeviceMembers:

@@ -35,7 +35,8 @@ from ..training.run_directory import OutputDirectory, lock_directory, origins_of
 from ..training.run_files import CHECKPOINTS, RESULT, UNITS
 from ..training.signals import StopSignal
 from .device_members import DeviceMembers, state_like, stored_members
-from .population import Members, Population, add_scales
+from .member_programs import Members, add_scales
+from .population import Population
 from .trial import Trial
 from .unrelated_text import make_unrelated_loss
 

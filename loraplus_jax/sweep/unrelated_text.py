@@ -6,7 +6,8 @@ from ..step.sharding import batch_parts, make_mesh, replicate
 from ..step.train_step import make_eval
 from ..tasks.causal_lm import LanguageTask
 from ..training.evaluation import evaluate
-from .population import Members, Population, add_scales
+from .member_programs import Members, add_scales
+from .population import Population
 
 
 def make_unrelated_loss(

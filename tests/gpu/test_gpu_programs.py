@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,9 @@ from loraplus_jax.plan.hlo import array_shapes, collectives, execution_counts, p
 from loraplus_jax.plan.programs import local_bytes, plan_step
 from loraplus_jax.plan.search import hosts_along
 from loraplus_jax.settings.schema import MeshSettings
-from loraplus_jax.sweep import population
+from loraplus_jax.step.population import MEMBER_AXIS, map_members
+from loraplus_jax.sweep.member_programs import first_member, make_member_step
+from loraplus_jax.sweep.population import optimizer_of
 from loraplus_jax.sweep.settings import SweepRun, SweepSettings
 
 from ..plan.tiny import BERT, LLAMA, lower_pmap, parts_of, settings_of
@@ -222,17 +223,19 @@ def test_a_population_shares_its_base_without_collectives(tmp_path):
     single = encoder(tmp_path)
     fields = {field.name: getattr(single, field.name) for field in dataclasses.fields(single)}
     run = SweepRun(**fields, sweep=SweepSettings(learning_rates=(1e-4,), lr_ratios=(4.0,)))
-    mesh = Mesh(gpus(f"h100:{count}"), (population.MEMBER_AXIS,))
+    mesh = Mesh(gpus(f"h100:{count}"), (MEMBER_AXIS,))
     step = lower(single, tmp_path, gpus(f"h100:{count}")[:1])
-    unread: Any = None  # files and data
-    abstract = population.AbstractPopulation(run, unread, unread, 10, run, step.parts)
-    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.parts.trainable)  # noqa: E731
-    first = lambda: jax.tree.map(jnp.asarray, population._first_member(abstract, run.trials[0], 0, zeros()))  # noqa: E731
+    optimizer = optimizer_of(run, step.parts.specs, 10)
+    rates = {"learning_rate": 1e-4, "lr_ratio": 4.0, "scales": dict.fromkeys(step.parts.specs, 1.0)}
+
+    def first():
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.parts.trainable)
+        return jax.tree.map(jnp.asarray, first_member(zeros, optimizer, **rates, seed=0))
+
     stack = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((2 * count, *x.shape), x.dtype))
-    optimizer = population.optimizer_of(run, step.parts.specs, 10)
-    one = population.make_member_step(step.run.problem, optimizer, run.train.max_skipped)
+    one = make_member_step(step.run.problem, optimizer, run.train.max_skipped)
     members = jax.eval_shape(first)
-    mapped = population.map_members(one, (0, None, 0), at_once=2, mesh=mesh, donate=0)
+    mapped = map_members(one, (0, None, 0), at_once=2, mesh=mesh, donate=0)
     lowered = mapped.lower(stack(members), step.parts.frozen, stack(step.held["batch"][0]))
     program = lowered.compile()
     assert not collectives(program.as_text())

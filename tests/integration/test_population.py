@@ -8,7 +8,7 @@ from loraplus_jax import init_state
 from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.step.sharding import shard_batch
-from loraplus_jax.sweep import population as populations
+from loraplus_jax.sweep import member_programs
 from loraplus_jax.sweep.device_members import DeviceMembers, stored_members
 from loraplus_jax.sweep.population import abstract_population, prepare_population
 from loraplus_jax.sweep.settings import SweepRun
@@ -75,14 +75,14 @@ def made():
 
 @pytest.fixture(scope="module")
 def members(home, made):
-    original = populations.map_members
+    original = member_programs.map_members
 
     def recorded(one, in_axes, **options):
         made.append(in_axes[2] is not None)
         return original(one, in_axes, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(populations, "map_members", recorded)
+        patch.setattr(member_programs, "map_members", recorded)
         return taken(swept(home), ENTRIES)
 
 
@@ -160,14 +160,14 @@ class Recorded:
 @pytest.mark.long
 def test_where_there_is_no_cpu_a_short_measurement_chooses_the_members_at_once(home, monkeypatch):
     """The device's kind and the times are stand-ins; the programs are real."""
-    monkeypatch.setattr(populations, "skips_measurement", lambda device: False)
-    asked, measured = [], populations._measured
+    monkeypatch.setattr(member_programs, "skips_measurement", lambda device: False)
+    asked, measured = [], member_programs._measured
 
     def stand_in(step, mesh, at_once):
         asked.append(at_once)
         return {1: 1.0, 2: 0.5, 4: 0.49}[at_once]
 
-    monkeypatch.setattr(populations, "_measured", stand_in)
+    monkeypatch.setattr(member_programs, "_measured", stand_in)
     run = swept(home, "--train.max_skipped", "1")
     population = prepare_population(abstract_population(run), 4)
     assert asked == [1, 2, 4]

@@ -7,7 +7,7 @@ import numpy as np
 
 from loraplus_jax.step.train_step import TrainState
 from loraplus_jax.sweep.device_members import DeviceMembers, spread, stored_members
-from loraplus_jax.sweep.population import Members, fastest_batch_size, parallel_members
+from loraplus_jax.sweep.member_programs import Members, fastest_batch_size, parallel_members
 
 
 class Program:

@@ -9,7 +9,7 @@ from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.settings.schema import OptimizerSettings
 from loraplus_jax.step.problem import Problem
 from loraplus_jax.step.train_step import init_state
-from loraplus_jax.sweep.population import Members, make_member_step
+from loraplus_jax.sweep.member_programs import Members, make_member_step
 from loraplus_jax.training.optimizer import make_optimizer
 
 SPECS = {"q": AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(3, 3), rank=2, scale=1.0)}
