@@ -32,7 +32,7 @@ MIN_SPEEDUP_SHARE = 0.95
 
 
 Optimizer = Callable[..., optax.GradientTransformationExtraArgs]
-"""`(learning_rate, lr_ratio, seed=0)` to the optimizer of a member."""
+"""`(lr_ratio, learning_rate=..., seed=0)` to the optimizer of a member."""
 
 
 class Members(struct.PyTreeNode):
@@ -92,7 +92,7 @@ def first_member(
       seed: seed of its run.
     """
     rates = np.float32(learning_rate), np.float32(lr_ratio)
-    tx = optimizer(*map(jnp.asarray, rates), seed=seed)
+    tx = optimizer(jnp.asarray(rates[1]), learning_rate=jnp.asarray(rates[0]), seed=seed)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     return Members(
         state=init_state(trainable, tx, jax.random.key_data(key)),
@@ -112,7 +112,7 @@ def make_member_step(problem: Problem, optimizer: Optimizer, max_skipped: int) -
     loss, specs = with_layers(problem.loss), problem.specs
 
     def step(member: Members, frozen: Any, batch: Any) -> Members:
-        tx = optimizer(member.learning_rate, member.lr_ratio)
+        tx = optimizer(member.lr_ratio, learning_rate=member.learning_rate)
         single_step = make_step(loss, tx, accumulate=problem.accumulate, skip_nonfinite=True)
         # NumPy can neither stack nor pad typed keys, so members hold a key's data.
         state = member.state.replace(rng=jax.random.wrap_key_data(member.state.rng))

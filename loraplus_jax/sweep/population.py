@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from ..adapter.config import BASE_INITS
-from ..adapter.spec import Specs
 from ..data.fetch import resolve
 from ..models.checkpoints.model_files import ModelFiles
 from ..models.checkpoints.params import load_params
@@ -35,7 +33,7 @@ from ..training.setup import (
     task_class,
 )
 from .halving import check_rungs
-from .member_programs import Members, Optimizer, Programs, compile_programs, first_member, make_member_step
+from .member_programs import Members, Programs, compile_programs, first_member, make_member_step
 from .settings import SweepRun
 from .trial import Trial
 
@@ -162,7 +160,8 @@ def prepare_population(abstract: AbstractPopulation, places: int, at_once: int |
     seeds = (*run.seeds, *run.report_seeds)
     batches = data.task.plan_batches(widest.task_options, data, steps, seeds, mesh)
     problem = make_problem(widest, data.task, shapes, batches, steps)
-    optimizer = optimizer_of(widest, shapes.specs, steps)
+    # Members give it arrays, so parameter groups whose rates differ in any member stay separate in every member.
+    optimizer = functools.partial(make_optimizer, run.shared_optimizer, steps=steps, specs=shapes.specs)
 
     def begin(trial: Trial, seed: int, trainable: Any) -> Members:
         lora = widest.settings_of(trial, seed).lora
@@ -208,20 +207,6 @@ def prepare_population(abstract: AbstractPopulation, places: int, at_once: int |
         metadata["start"] = fingerprint(start)
     origin = origin_of(abstract, base)
     return Population(run, data, parts, steps, batches, mesh, programs, programs_for, first, origin, metadata)
-
-
-def optimizer_of(run: SweepRun, specs: Specs, steps: int) -> Optimizer:
-    """The optimizer of a member by its rate and lambda, and by its seed, which only initial states need."""
-
-    def make(
-        learning_rate: jax.Array, lr_ratio: jax.Array, seed: int = 0
-    ) -> optax.GradientTransformationExtraArgs:
-        # Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
-        return make_optimizer(
-            run.shared_optimizer, lr_ratio, steps, specs, learning_rate=learning_rate, seed=seed
-        )
-
-    return make
 
 
 def _pad_to(leaf: Any, like: Any) -> np.ndarray:

@@ -18,8 +18,8 @@ from loraplus_jax.plan.search import hosts_along
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.step.population import MEMBER_AXIS, map_members
 from loraplus_jax.sweep.member_programs import first_member, make_member_step
-from loraplus_jax.sweep.population import optimizer_of
 from loraplus_jax.sweep.settings import SweepRun, SweepSettings
+from loraplus_jax.training.optimizer import make_optimizer
 
 from ..plan.tiny import BERT, LLAMA, lower_pmap, parts_of, settings_of
 
@@ -225,7 +225,7 @@ def test_a_population_shares_its_base_without_collectives(tmp_path):
     run = SweepRun(**fields, sweep=SweepSettings(learning_rates=(1e-4,), lr_ratios=(4.0,)))
     mesh = Mesh(gpus(f"h100:{count}"), (MEMBER_AXIS,))
     step = lower(single, tmp_path, gpus(f"h100:{count}")[:1])
-    optimizer = optimizer_of(run, step.parts.specs, 10)
+    optimizer = functools.partial(make_optimizer, run.shared_optimizer, steps=10, specs=step.parts.specs)
     rates = {"learning_rate": 1e-4, "lr_ratio": 4.0, "scales": dict.fromkeys(step.parts.specs, 1.0)}
 
     def first():

@@ -1,5 +1,7 @@
 """A member's step: which failures in a row end it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +26,7 @@ def step():
     def loss_fn(variables, batch, rng):
         return (batch * jnp.sum(variables["lora"]["q"]["lora_a"]), jnp.float32(1)), {}
 
-    def optimizer(learning_rate, lr_ratio):
-        return make_optimizer(settings, lr_ratio, 10, SPECS, learning_rate=learning_rate)
-
+    optimizer = functools.partial(make_optimizer, settings, steps=10, specs=SPECS)
     losses = dict.fromkeys(("loss", "loss_of_any", "evaluate"), loss_fn)
     shapes = {"trainable": trainable, "frozen": {}, "train_batch": {}, "eval_batch": {}}
     problem = Problem(**losses, **shapes, specs=SPECS, batch=None, steps=10)
