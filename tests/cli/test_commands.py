@@ -235,7 +235,8 @@ def test_a_module_that_another_package_lacks_is_not_told_as_ours(monkeypatch, ca
 
 def test_a_full_disk_that_a_library_tells_is_no_bug(monkeypatch, capsys):
     def fail(*_):
-        int("No space left on device [os_error_code='28']")  # raised by Python, not by this package
+        # Raised by Python, not by this package; tensorstore gives a full disk the status of memory.
+        int("RESOURCE_EXHAUSTED: Failed writing x: No space left on device [os_error_code='28']")
 
     monkeypatch.setitem(COMMANDS, "fetch", COMMANDS["fetch"]._replace(run=fail))
     assert main(["fetch"]) == 2
