@@ -100,13 +100,13 @@ def _is_out_of_memory(error: Exception) -> bool:
     # C code that gets no memory may raise nothing, which Python reports as a SystemError; threads and libraries
     # need some too. Without a limit, these are other errors.
     is_likely = isinstance(error, SystemError) or any(text in str(error) for text in _WITHOUT_MEMORY)
-    # Orbax calls a full disk exhausted too.
-    is_told = "RESOURCE_EXHAUSTED" in str(error) and _OF_SYSTEM not in str(error)
-    return is_told or (is_likely and _address_limit() is not None)
+    # tensorstore reports a full disk with the same status.
+    is_reported = "RESOURCE_EXHAUSTED" in str(error) and _SYSTEM_CODE not in str(error)
+    return is_reported or (is_likely and _address_limit() is not None)
 
 
-_OF_SYSTEM = "os_error_code="
-"""What an error of orbax has that the system told, as a ValueError."""
+_SYSTEM_CODE = "os_error_code="
+"""Part of tensorstore's ValueError for an error of the operating system."""
 _WITHOUT_MEMORY = "can't start new thread", "failed to map segment"
 
 
@@ -124,7 +124,7 @@ def _is_input(error: Exception) -> bool:
     """Whether an error is about the input or the system; a bug is often a ValueError or TypeError too."""
     if isinstance(error, RuntimeError | SystemError):
         return "Unable to initialize backend" in str(error)  # of JAX_PLATFORMS, or of an accelerator
-    if isinstance(error, OSError | ImportError) or _OF_SYSTEM in str(error):
+    if isinstance(error, OSError | ImportError) or _SYSTEM_CODE in str(error):
         return True
     # What is wrong with input, a `raise` of this package says. Python and libraries raise at other places.
     last: Any = error.__traceback__

@@ -1,4 +1,4 @@
-"""What is trained, whoever describes it: of values and functions alone, without settings, files or texts."""
+"""A training problem as functions, shapes and numbers, independent of settings, files and text."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,12 +20,12 @@ class Problem:
 
     Attributes:
       loss: the loss of a micro-batch, see `LossFn`.
-      loss_of_any: the loss of other rows, which may have more positions with one.
+      unbounded_loss: the same without a bound on the scored positions of a batch, for rows that are no micro-batch.
       evaluate: the loss and metrics of an evaluation batch.
       specs: the adapters.
       trainable, frozen: the shapes of the variables.
       train_batch, eval_batch: the shapes of a batch by column, with a column `weight`.
-      batch: `(seed, step)` to a training batch of a run; the same whenever it is called. None if only programs are
+      batch: `batch(seed, step)`, the training batch of a run's step, a pure function; None if only programs are
         compiled.
       steps: optimizer steps of a whole run.
       accumulate: micro-batches of a step.
@@ -34,7 +34,7 @@ class Problem:
     """
 
     loss: LossFn
-    loss_of_any: LossFn
+    unbounded_loss: LossFn
     evaluate: LossFn
     specs: Specs
     trainable: Any

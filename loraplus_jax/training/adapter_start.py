@@ -130,7 +130,7 @@ def first_gradients(run: AbstractRun, parts: AdaptedModel, init: str, seed: int)
 
     # The weights are an argument of their own: jax.grad by all of `frozen` would need its memory once more.
     def loss(weights: Any, trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> jax.Array:
-        (total, weight), _ = problem.loss_of_any(
+        (total, weight), _ = problem.unbounded_loss(
             combine(trainable, replace_leaves(frozen, weights)), batch, key
         )
         return total / weight

@@ -126,7 +126,7 @@ def lower_measurement(run: AbstractRun) -> jax.stages.Lowered:
     problem, layout = run.problem, {"mesh": run.mesh, "shardings": run.shardings}
     count = count_rows(problem.train_batch["weight"].shape[0], run.mesh)
     rows = {n: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype) for n, x in problem.train_batch.items()}
-    return lower_theory(problem.loss_of_any, problem.specs, run.state, problem.frozen, rows, **layout)
+    return lower_theory(problem.unbounded_loss, problem.specs, run.state, problem.frozen, rows, **layout)
 
 
 def reads_layers(mesh: Mesh) -> bool:

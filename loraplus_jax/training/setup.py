@@ -242,7 +242,7 @@ def make_problem(
     losses = task.make_losses(settings.task_options, parts, mesh, batches.scored)
     return Problem(
         loss=losses.train,
-        loss_of_any=task.make_losses(settings.task_options, parts, mesh).train,
+        unbounded_loss=task.make_losses(settings.task_options, parts, mesh).train,
         evaluate=losses.evaluate,
         specs=parts.specs,
         trainable=parts.trainable,

@@ -27,7 +27,7 @@ def step():
         return (batch * jnp.sum(variables["lora"]["q"]["lora_a"]), jnp.float32(1)), {}
 
     optimizer = functools.partial(make_optimizer, settings, steps=10, specs=SPECS)
-    losses = dict.fromkeys(("loss", "loss_of_any", "evaluate"), loss_fn)
+    losses = dict.fromkeys(("loss", "unbounded_loss", "evaluate"), loss_fn)
     shapes = {"trainable": trainable, "frozen": {}, "train_batch": {}, "eval_batch": {}}
     problem = Problem(**losses, **shapes, specs=SPECS, batch=None, steps=10)
     step = jax.jit(make_member_step(problem, optimizer, 3))

@@ -1,8 +1,10 @@
 """From settings to parts, optimizer and number of steps, nothing trained; what `loraplus inspect` shows."""
 
 import dataclasses
+import types
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +28,7 @@ from loraplus_jax.settings.schema import (
     TrainSettings,
 )
 from loraplus_jax.step.sharding import make_mesh
-from loraplus_jax.tasks.interface import AdaptedModel
+from loraplus_jax.tasks.interface import ANY_POSITION, AdaptedModel, BatchPlan, Scored
 from loraplus_jax.training import setup as module
 from loraplus_jax.training.adapter_start import make_start, read_start, saved_form
 from loraplus_jax.training.inspect import inspect
@@ -36,6 +38,7 @@ from loraplus_jax.training.setup import (
     build_model,
     count_steps,
     load_model,
+    make_problem,
     prepare,
     task_class,
 )
@@ -234,6 +237,31 @@ test_adapters_that_cannot_start_from_the_base = refusals(
 def test_a_run_without_a_start_of_its_own_saves_what_it_trained(tmp_path):
     assert read_start(tmp_path, {}) is None
     assert saved_form({"lora": {}}, {}, None, None) == ({"lora": {}}, {}, None, None)
+
+
+def test_a_problem_is_made_of_settings_task_and_model():
+    """With the bound on scored positions for micro-batches and evaluation alone."""
+
+    def make_losses(options, parts, mesh, scored=ANY_POSITION):
+        return types.SimpleNamespace(train=("train", scored), evaluate=("eval", scored))
+
+    task: Any = types.SimpleNamespace(make_losses=make_losses)
+    base: Any = types.SimpleNamespace(rules=(("w", ("fsdp",)),), layers=3)
+    parts = AdaptedModel(base, base, {}, {"a": 1}, {"w": 2})
+    train, evaluate = ({"weight": jax.ShapeDtypeStruct((n,), np.float32)} for n in (8, 5))
+    scored, batch = Scored(6, 7), lambda seed, step: {}
+    problem = make_problem(
+        settings(TrainSettings(batch_size=8, accumulate=4)),
+        task,
+        parts,
+        BatchPlan(train, evaluate, batch, scored),
+        9,
+    )
+    assert (problem.loss, problem.evaluate) == (("train", scored), ("eval", scored))
+    assert problem.unbounded_loss == ("train", ANY_POSITION)
+    assert (problem.trainable, problem.frozen, problem.specs) == ({"a": 1}, {"w": 2}, {})
+    assert (problem.train_batch, problem.eval_batch, problem.batch) == (train, evaluate, batch)
+    assert (problem.steps, problem.accumulate, problem.rules, problem.layers) == (9, 4, base.rules, 3)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def make_run(tmp_path, monkeypatch):
         programs = Programs(step, make_eval(_distance, mesh=mesh))
         batches, notes = full_batches(splits["train"], 2, 64), {"base": None, "task": {}}
         batches = batches._replace(batch=train_batches(splits["train"], batch_size=2))
-        losses = {"loss": _descend, "loss_of_any": _descend, "evaluate": _distance}
+        losses = {"loss": _descend, "unbounded_loss": _descend, "evaluate": _distance}
         shapes = {"train_batch": batches.train, "eval_batch": batches.evaluate, "batch": batches.batch}
         variables = {"specs": {}, "trainable": parts.trainable, "frozen": {}, "rules": ((".*", ()),)}
         problem = Problem(**losses, **variables, **shapes, steps=5)
